@@ -1,0 +1,203 @@
+"""Each op in plain PyTorch, under its own name: what it means, at full cost. The kernels are tested against this."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def _keep(x: Tensor, extent: int | Tensor) -> Tensor:
+    """Zero, without multiplying, the last-dimension entries of x at or beyond ``extent`` (one, or one per token)."""
+    position = torch.arange(x.shape[-1], device=x.device)
+    if isinstance(extent, Tensor):
+        extent = extent.reshape(-1, *[1] * (x.dim() - 1))  # [T or 1, 1, ...]
+    return torch.where(position < extent, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def elastic_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    in_extent: Tensor | None = None,
+    out_extent: Tensor | None = None,
+    in_blocks: int = 1,
+    out_blocks: int = 1,
+) -> Tensor:
+    T, N, K = x.shape[0], weight.shape[0], weight.shape[1]
+    w = weight.view(out_blocks, N // out_blocks, in_blocks, K // in_blocks)[:, :out_features, :, :in_features]
+    x = x.reshape(T, in_blocks, x.shape[1] // in_blocks)[:, :, :in_features]
+    if in_extent is not None:
+        x = _keep(x, in_extent)
+    y = torch.einsum("tbi,onbi->ton", x, w)
+    if bias is not None:
+        y = y + bias.view(out_blocks, N // out_blocks)[:, :out_features]
+    if out_extent is not None:
+        y = _keep(y, out_extent)
+    return y.reshape(T, out_blocks * out_features)
+
+
+def elastic_mlp(
+    x: Tensor,
+    w_gate: Tensor | None,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    width: int,
+    activation: str = "silu",
+    extent: Tensor | None = None,
+    gate: Tensor | None = None,
+    choices: list[int] | None = None,
+) -> Tensor:
+    act = ACTIVATIONS[activation]
+
+    def first(b: Tensor | None) -> Tensor | None:
+        return None if b is None else b[:width]
+
+    h = F.linear(x, w_up[:width], first(b_up))
+    h = act(h) if w_gate is None else act(F.linear(x, w_gate[:width], first(b_gate))) * h
+    if gate is not None:
+        neuron = torch.arange(width, device=x.device)
+        reached = neuron < torch.tensor(choices, device=x.device)[:, None]  # [C, width]: choice c keeps the neuron
+        h = h * (gate @ reached.to(gate.dtype)).to(h.dtype)
+    if extent is not None:
+        h = _keep(h, extent)
+    return F.linear(h, w_down[:, :width], b_down)
+
+
+def _active(q: Tensor, G: int, heads: int, unit: str, count: Tensor, index: Tensor | None) -> Tensor:
+    """[T, H] bool: which query heads each token uses; ``count`` [T or 1] in units of ``unit``."""
+    T, H, _ = q.shape
+    head = torch.arange(H, device=q.device)
+    if index is not None:
+        return torch.isin(head, index).expand(T, H)
+    rank = head // (H // G) if unit == "kv_group" else head % (H // G)
+    return (rank < count.clamp(max=heads).reshape(-1, 1)).expand(T, H)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, active: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """One sequence. q [T, H, D], k, v [S, G, D], visible [T, S], active [T, H] -> out [T, H, D], lse [T, H]."""
+    M = q.shape[1] // k.shape[1]
+    used = active.view(*active.shape[:1], -1, M).any(2).any(0)[:, None]  # [G, 1]
+    k, v = (torch.where(used, t, torch.zeros((), dtype=t.dtype)) for t in (k, v))
+    seen = visible.any(0)[:, None, None]
+    k, v = (torch.where(seen, t, torch.zeros((), dtype=t.dtype)).repeat_interleave(M, 1) for t in (k, v))
+    q = torch.where(active[..., None], q, torch.zeros((), dtype=q.dtype))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    score = torch.einsum("thd,shd->ths", q.to(wide), k.to(wide)) * scale
+    score = score.masked_fill(~(visible[:, None] & active[..., None]), -math.inf)
+    lse = torch.logsumexp(score, -1) if k.shape[0] else score.new_full(q.shape[:2], -math.inf)
+    weight = torch.where(torch.isinf(lse)[..., None], 0.0, torch.exp(score - lse.masked_fill(torch.isinf(lse), 0)[..., None]))
+    return torch.einsum("ths,shd->thd", weight, v.to(wide)).to(q.dtype), lse
+
+
+def _visible(T: int, S: int, first: int, causal: bool, device: torch.device) -> Tensor:
+    """[T, S]: keys from ``first`` on, and not after the query's own place when causal (aligned at the end)."""
+    key, query = torch.arange(S, device=device), torch.arange(T, device=device)[:, None]
+    return (key >= first) & ((key <= query + S - T) | (not causal))
+
+
+def head_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    unit: str = "kv_group",
+    extent: Tensor | None = None,
+    extent_per: str = "sequence",
+    index: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    k_start: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    T, S = q.shape[0], k.shape[0]
+    ends_q = [0, T] if cu_seqlens_q is None else cu_seqlens_q.tolist()
+    ends_k = [0, S] if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    count = torch.tensor([heads], device=q.device) if extent is None else extent
+    if extent is not None and extent_per == "sequence" and count.numel() > 1:
+        count = torch.cat([count[b].expand(ends_q[b + 1] - ends_q[b]) for b in range(len(ends_q) - 1)])
+    active = _active(q, k.shape[1], heads, unit, count, index)
+    parts = []
+    for b in range(len(ends_q) - 1):
+        t, s = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
+        first = 0 if k_start is None else int(k_start[b])
+        visible = _visible(t.stop - t.start, s.stop - s.start, first, causal, q.device)
+        parts.append(_attend(q[t], k[s], v[s], visible, active[t], q.shape[2] ** -0.5 if scale is None else scale))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if not parts:
+        return q.new_zeros(q.shape), q.new_full(q.shape[:2], -math.inf, dtype=wide)
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def head_attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqlens: Tensor,
+    heads: int,
+    unit: str = "kv_group",
+    extent: Tensor | None = None,
+    block_table: Tensor | None = None,
+    k_start: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    B, T, _, D = q.shape
+    out = []
+    for b in range(B):
+        k, v = k_cache, v_cache
+        if block_table is not None:
+            used = block_table[b, : -(-int(seqlens[b]) // k.shape[1])].long()
+            k, v = k[used].flatten(0, 1), v[used].flatten(0, 1)
+        else:
+            k, v = k[b], v[b]
+        k, v = k[: int(seqlens[b])], v[: int(seqlens[b])]
+        count = torch.tensor([heads], device=q.device) if extent is None else extent[b if extent.numel() > 1 else 0].view(1)
+        active = _active(q[b], k.shape[1], heads, unit, count, None)
+        visible = _visible(T, k.shape[0], 0 if k_start is None else int(k_start[b]), True, q.device)
+        out.append(_attend(q[b], k, v, visible, active, D**-0.5 if scale is None else scale)[0])
+    return torch.stack(out) if out else torch.zeros_like(q)
+
+
+_PHILOX_KEY_STEP = (0x9E3779B9, 0xBB67AE85)
+_PHILOX_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
+
+
+def _philox(counter: list[int], seed: int) -> int:
+    """First word of Philox4x32-10 (Salmon et al., SC 2011) at a 128-bit counter, keyed by a 64-bit seed."""
+    c, key = list(counter), [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
+    for _ in range(10):
+        a, b = _PHILOX_MULTIPLIER[0] * c[0], _PHILOX_MULTIPLIER[1] * c[2]
+        c = [(b >> 32) ^ c[1] ^ key[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ key[1], a & 0xFFFFFFFF]
+        key = [(k + s) & 0xFFFFFFFF for k, s in zip(key, _PHILOX_KEY_STEP, strict=True)]
+    return c[0]
+
+
+def route(logits: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    T, C = logits.shape
+    score = logits.to(torch.float32).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    if seed is not None:
+        word = [[_philox([t & 0xFFFFFFFF, t >> 32, c, 0], seed) for c in range(C)] for t in range(T)]
+        # 24 bits, moved by half a step: strictly inside (0, 1), exact in float32
+        u = ((torch.tensor(word, dtype=torch.int64).view(T, C) >> 8).float() + 0.5) * 2.0**-24
+        score = score - torch.log(-torch.log(u.to(logits.device)))
+    choice = score.argmax(1)
+    order = torch.sort(choice, descending=True, stable=True).indices
+    counts = torch.bincount(choice, minlength=C).flip(0)
+    return choice, order, torch.cat([counts.new_zeros(1), counts.cumsum(0)])

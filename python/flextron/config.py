@@ -1,0 +1,145 @@
+"""What an elastic model is made of: its menus of widths, and one choice from them. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+UNITS = ("kv_group", "query")
+
+
+@dataclass(frozen=True)
+class Widths:
+    """One sub-network: what every layer keeps.
+
+    Attributes:
+        mlp: neurons kept in each layer's MLP.
+        heads: kept in each layer's attention: key/value groups (unit ``kv_group``), or query heads of
+            every group (unit ``query``).
+    """
+
+    mlp: tuple[int, ...]
+    heads: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mlp", tuple(int(d) for d in self.mlp))
+        object.__setattr__(self, "heads", tuple(int(n) for n in self.heads))
+
+    def covers(self, other: Widths) -> bool:
+        """Whether every layer keeps at least what ``other`` keeps there."""
+        mine, theirs = self.mlp + self.heads, other.mlp + other.heads
+        return len(mine) == len(theirs) and all(a >= b for a, b in zip(mine, theirs, strict=True))
+
+
+@dataclass(frozen=True)
+class ElasticConfig:
+    """The shape of the parent and the menus of widths its layers choose from.
+
+    Every layer has the same menu; choices are ascending and end at the parent's own size. ``family`` is
+    the ``model_type`` of the parent's configuration.
+    """
+
+    family: str
+    unit: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+    attention_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    mlp_choices: tuple[int, ...]
+    head_choices: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mlp_choices", tuple(int(d) for d in self.mlp_choices))
+        object.__setattr__(self, "head_choices", tuple(int(n) for n in self.head_choices))
+        if self.unit not in UNITS:
+            raise ValueError(f"ElasticConfig: unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"ElasticConfig: num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
+            )
+        for name, menu, last in (
+            ("mlp_choices", self.mlp_choices, self.intermediate_size),
+            ("head_choices", self.head_choices, self.max_heads),
+        ):
+            if not menu or list(menu) != sorted(set(menu)) or menu[0] < 1 or menu[-1] != last:
+                raise ValueError(f"ElasticConfig: {name} must ascend from at least 1 to {last}, got {list(menu)}")
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def max_heads(self) -> int:
+        """The full choice of the head axis, in its unit."""
+        return self.num_kv_heads if self.unit == "kv_group" else self.heads_per_group
+
+    def query_heads(self, heads: int) -> int:
+        """Query heads that a choice of the head axis keeps."""
+        return heads * (self.heads_per_group if self.unit == "kv_group" else self.num_kv_heads)
+
+    def kv_heads(self, heads: int, kv: str = "selected") -> int:
+        """Key/value heads projected and cached at a choice of the head axis."""
+        return heads if self.unit == "kv_group" and kv == "selected" else self.num_kv_heads
+
+    def full(self) -> Widths:
+        return self.uniform(-1, -1)
+
+    def smallest(self) -> Widths:
+        return self.uniform(0, 0)
+
+    def uniform(self, index_mlp: int, index_heads: int) -> Widths:
+        """The same choice in every layer, by its index in each menu."""
+        layers = self.num_layers
+        return Widths((self.mlp_choices[index_mlp],) * layers, (self.head_choices[index_heads],) * layers)
+
+    def check(self, widths: Widths) -> None:
+        """Raise ValueError unless ``widths`` has one entry of the menus for every layer."""
+        for axis, menu in (("mlp", self.mlp_choices), ("heads", self.head_choices)):
+            chosen = getattr(widths, axis)
+            if len(chosen) != self.num_layers:
+                raise ValueError(
+                    f"widths: {axis} must have one entry for each of {self.num_layers} layers, got {len(chosen)}"
+                )
+            for layer, width in enumerate(chosen):
+                if width not in menu:
+                    raise ValueError(f"widths: {axis}[{layer}] must be one of {list(menu)}, got {width}")
+
+    def params(self, widths: Widths, kv: str = "selected") -> int:
+        """Parameters of the plain model that ``widths`` describes: what ``sum(p.numel())`` of it returns.
+
+        With ``kv="all"`` the key/value projections of unused groups are counted too, as they are read.
+        """
+        K, D = self.hidden_size, self.head_dim
+        total = self.vocab_size * K * (1 if self.tied else 2) + K
+        for d, heads in zip(widths.mlp, widths.heads, strict=True):
+            q, k = self.query_heads(heads) * D, self.kv_heads(heads, kv) * D
+            total += 3 * K * d + 2 * K * q + 2 * K * k + 2 * K
+            total += (2 * d + K) * self.mlp_bias + (q + 2 * k) * self.attention_bias + K * self.output_bias
+            total += 2 * D * self.qk_norm
+        return total
+
+    def memory_bytes(
+        self, widths: Widths, *, batch: int = 1, context: int = 0, bytes_per_value: int = 4, kv: str = "selected"
+    ) -> int:
+        """Bytes of weights and key/value cache at ``batch`` sequences of ``context`` tokens."""
+        cached = sum(2 * self.kv_heads(n, kv) * self.head_dim for n in widths.heads) * batch * context
+        return (self.params(widths, kv) + cached) * bytes_per_value
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ElasticConfig:
+        names = {f.name for f in fields(cls)}
+        missing, extra = sorted(names - values.keys()), sorted(values.keys() - names)
+        if missing or extra:
+            raise ValueError(f"ElasticConfig: fields must match; missing {missing}, unknown {extra}")
+        return cls(**values)

@@ -1,0 +1,20 @@
+"""Elastic modules, and the transformers model made of them."""
+
+from flextron.nn.cache import ElasticCache
+from flextron.nn.elastic_attention import ElasticAttention
+from flextron.nn.elastic_mlp import ElasticMLP
+from flextron.nn.families import FAMILIES, elastic_config
+from flextron.nn.model import ElasticLayer, ElasticModel, make_elastic
+from flextron.nn.probe import probe
+
+__all__ = [
+    "FAMILIES",
+    "ElasticAttention",
+    "ElasticCache",
+    "ElasticLayer",
+    "ElasticMLP",
+    "ElasticModel",
+    "elastic_config",
+    "make_elastic",
+    "probe",
+]

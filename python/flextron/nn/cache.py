@@ -1,0 +1,116 @@
+"""The key/value cache of an elastic model: it knows how many groups it holds, and grows without copying each step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+_BLOCK = 64  # tokens; room is added in multiples of this, at least doubling, so that appending is amortised O(1)
+
+
+class ElasticCacheLayer(CacheLayerMixin):
+    """Keys and values of one layer, ``[B, room, G, D]``, of which the first ``length`` tokens are valid.
+
+    ``groups`` is the number of key/value groups valid for *every* cached token. It may shrink (a smaller
+    budget needs a prefix of what is there); it never grows, since a later token would miss the groups that
+    earlier ones did not store.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, **_: object) -> None:
+        super().__init__()
+        self.length = 0
+        self.groups = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        B, G, _, D = key_states.shape
+        self.dtype, self.device, self.groups = key_states.dtype, key_states.device, G
+        self.keys = key_states.new_empty(B, 0, G, D)
+        self.values = value_states.new_empty(B, 0, G, D)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append ``[B, G, T, D]`` states; return all valid ones as ``[B, G, S, D]`` views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.check(key_states.shape[1])
+        self.groups = key_states.shape[1]
+        end = self.length + key_states.shape[2]
+        self.keys = self._append(self.keys, key_states.transpose(1, 2), end)
+        self.values = self._append(self.values, value_states.transpose(1, 2), end)
+        self.length = end
+        return self._valid(self.keys), self._valid(self.values)
+
+    def check(self, groups: int) -> None:
+        """Raise ValueError when a budget asks for more groups than the cached tokens have."""
+        if self.is_initialized and groups > self.groups:
+            raise ValueError(
+                f"ElasticCache: the budget must not need more key/value groups than the cache holds, got {groups} for "
+                f"{self.groups}; use kv='all' from the start to raise a budget during generation"
+            )
+
+    def _append(self, stored: Tensor, new: Tensor, end: int) -> Tensor:
+        stored = stored[:, :, : self.groups]
+        if new.requires_grad or stored.requires_grad:  # autograd keeps the old buffer: it must not be written again
+            return torch.cat([stored[:, : self.length], new], dim=1)
+        if end > stored.shape[1]:
+            B, _, G, D = stored.shape
+            room = -(-max(end, 2 * self.length) // _BLOCK) * _BLOCK
+            grown = stored.new_empty(B, room, G, D)
+            grown[:, : self.length] = stored[:, : self.length]
+            stored = grown
+        stored[:, self.length : end] = new
+        return stored
+
+    def _valid(self, stored: Tensor) -> Tensor:
+        return stored[:, : self.length].transpose(1, 2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.length = self.groups = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last ``-tokens_to_remove`` tokens (transformers' convention: zero or negative)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"ElasticCache.crop: tokens_to_remove must be zero or negative, got {tokens_to_remove}")
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.keys = self.keys.repeat_interleave(repeats, dim=0)
+            self.values = self.values.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            self.keys = self.keys.index_select(0, indices.to(self.keys.device))
+            self.values = self.values.index_select(0, indices.to(self.values.device))
+
+
+class ElasticCache(Cache):
+    """A transformers cache for ``model(...)`` and ``model.generate(...)`` of an elastic model."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=ElasticCacheLayer)
+
+    def check(self, groups: list[int]) -> None:
+        """Raise ValueError, before anything is appended, when some layer would need more groups than it holds."""
+        for layer, wanted in zip(self.layers, groups, strict=False):
+            layer.check(wanted)

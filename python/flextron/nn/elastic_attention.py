@@ -1,0 +1,110 @@
+"""The attention of a Llama-family layer, over a number of heads that may change between calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from flextron_ext import elastic_linear, head_attention, head_attention_decode
+from torch import Tensor, nn
+
+from flextron.config import ElasticConfig
+
+_DECODE_TOKENS = 8  # new tokens per sequence up to which the decode op, made for a few, is used
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, half-split convention (Su et al., arXiv 2104.09864): x [B, T, H, D]; cos, sin [B, T, R], R <= D."""
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    R = cos.shape[-1]
+    turned, rest = (x, None) if R == x.shape[-1] else (x[..., :R], x[..., R:])
+    a, b = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-b, a), dim=-1) * sin
+    return turned if rest is None else torch.cat((turned, rest), dim=-1)
+
+
+class ElasticAttention(nn.Module):
+    """Multi-head attention over a prefix of its heads.
+
+    ``heads`` counts key/value groups, each with all its query heads (unit ``kv_group``), or query heads of
+    every group (unit ``query``). With ``kv == "selected"`` only the groups in use are projected and cached; with
+    ``kv == "all"`` every token stores all of them, so that a later token may use more.
+    Takes over the projections (and norms) of a transformers attention; their names and tensors stay.
+    """
+
+    def __init__(self, attention: nn.Module, config: ElasticConfig) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
+        self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
+        self.q_norm = attention.q_norm if config.qk_norm else None
+        self.k_norm = attention.k_norm if config.qk_norm else None
+        self.layer_idx = attention.layer_idx
+        self.scaling = attention.scaling
+        self.elastic = config
+        self.heads = config.max_heads
+        self.kv = "selected"
+
+    def _project(self, proj: nn.Linear, x: Tensor, heads: int, blocks: int = 1) -> Tensor:
+        """The first ``heads`` heads of each of ``blocks`` equal blocks: [B, T, blocks*heads, D]."""
+        D = self.elastic.head_dim
+        y = elastic_linear(x, proj.weight, proj.bias, proj.in_features, heads * D, out_blocks=blocks)
+        return y.unflatten(-1, (blocks * heads, D))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states [B, T, K]; attention_mask None or [B], the first key each sequence may see."""
+        c, D = self.elastic, self.elastic.head_dim
+        B, T, _ = hidden_states.shape
+        # unit "query": blocks are the groups, and `per_block` query heads of each are kept
+        blocks, per_block = (c.num_kv_heads, self.heads) if c.unit == "query" else (1, c.query_heads(self.heads))
+        stored, used = c.kv_heads(self.heads, self.kv), c.kv_heads(self.heads)
+
+        q = self._project(self.q_proj, hidden_states, per_block, blocks)
+        k = self._project(self.k_proj, hidden_states, stored)
+        v = self._project(self.v_proj, hidden_states, stored)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
+
+        cached = 0
+        if past_key_values is not None:
+            cached = past_key_values.get_seq_length(self.layer_idx)
+            keys, values = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+            if cached:
+                k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        k, v = k[:, :, :used], v[:, :, :used]
+
+        if cached and T <= _DECODE_TOKENS:
+            lengths = torch.full((B,), k.shape[1], dtype=torch.int64, device=q.device)
+            out = head_attention_decode(q, k, v, lengths, used, k_start=attention_mask, scale=self.scaling)
+        else:
+            S = k.shape[1]
+            sequence = torch.arange(B + 1, device=q.device)
+            out = head_attention(
+                q.flatten(0, 1),
+                k.flatten(0, 1),
+                v.flatten(0, 1),
+                used,
+                cu_seqlens_q=sequence * T,
+                cu_seqlens_k=sequence * S,
+                k_start=attention_mask,
+                scale=self.scaling,
+            )
+        out = elastic_linear(
+            out.reshape(B, T, -1),
+            self.o_proj.weight,
+            self.o_proj.bias,
+            per_block * D,
+            self.o_proj.out_features,
+            in_blocks=blocks,
+        )
+        return out, None
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads} of {self.elastic.max_heads} ({self.elastic.unit}), kv={self.kv}"

@@ -1,0 +1,212 @@
+"""Make a transformers causal LM elastic in place, and give it a budget dial."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+from flextron.config import ElasticConfig, Widths
+from flextron.nn.cache import ElasticCache
+from flextron.nn.elastic_attention import ElasticAttention
+from flextron.nn.elastic_mlp import ElasticMLP
+from flextron.nn.families import elastic_config, family_of
+
+KV_MODES = ("selected", "all")
+
+
+class ElasticLayer(NamedTuple):
+    attention: ElasticAttention
+    mlp: ElasticMLP
+
+
+class Planner(Protocol):
+    """What turns a budget in the user's units into widths."""
+
+    def resolve(self, fraction: float | None = None, **budget: Any) -> Widths: ...
+
+
+def _first_key(
+    batch_size: int, q_length: int, kv_length: int, mask_function: Any = causal_mask_function, **kwargs: Any
+) -> Tensor | None:
+    """Reduce transformers' padding mask [B, S] to the first key each sequence may see, [B] int64.
+
+    Padding on the right needs no mask under causal attention: what follows a token is never seen by it.
+    """
+    if mask_function is not causal_mask_function:
+        raise NotImplementedError("flextron: attention must be plain causal; packed sequences by position_ids are not")
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return None
+    mask = mask[:, :kv_length].long()
+    first = torch.where(mask.any(1), mask.argmax(1), kv_length)
+    # After the first valid key nothing may be hidden from a later valid one.
+    holes = (mask.diff(dim=1) == 1).sum(1) > (mask[:, 0] == 0)
+    torch._assert_async(~holes.any(), "flextron: attention_mask must be one run of ones per sequence, got a hole")
+    return first
+
+
+ALL_MASK_ATTENTION_FUNCTIONS.register("flextron", _first_key)
+
+
+class ElasticModel:
+    """Mixed into the class of a transformers causal LM by `make_elastic`.
+
+    Attributes:
+        elastic: the menus of widths, and the shape of the full model.
+        widths: what the layers keep now.
+        kv: ``"selected"`` or ``"all"``: which key/value groups are projected and cached.
+        planner: turns budgets into widths; set by `flextron.from_pretrained`.
+    """
+
+    elastic: ElasticConfig
+    widths: Widths
+    kv: str
+    planner: Planner | None
+
+    def layers_of(self) -> list[ElasticLayer]:
+        """The elastic modules of every layer, in order."""
+        return [ElasticLayer(layer.self_attn, layer.mlp) for layer in self.model.layers]
+
+    def set_widths(self, widths: Widths, kv: str = "selected") -> None:
+        """Let every layer keep what ``widths`` says. Nothing is copied; bad widths change nothing."""
+        self.elastic.check(widths)
+        if kv not in KV_MODES:
+            raise ValueError(f"set_widths: kv must be one of {', '.join(KV_MODES)}, got {kv!r}")
+        for layer, width, heads in zip(self.layers_of(), widths.mlp, widths.heads, strict=True):
+            layer.mlp.width, layer.attention.heads, layer.attention.kv = width, heads, kv
+        self.widths, self.kv = widths, kv
+
+    def set_budget(
+        self,
+        fraction: float | None = None,
+        *,
+        latency_ms: float | None = None,
+        tokens_per_s: float | None = None,
+        params: float | None = None,
+        memory_gb: float | None = None,
+        widths: Widths | None = None,
+        phase: str = "prefill",
+        kv: str = "selected",
+    ) -> Widths:
+        """Choose a sub-network by exactly one budget, and return its widths.
+
+        Args:
+            fraction: of the full model's measured latency, in (0, 1].
+            latency_ms: milliseconds of one forward of the profiled phase.
+            tokens_per_s: the same, as a rate.
+            params: parameters of the sub-network.
+            memory_gb: its weights and key/value cache, in 1e9 bytes.
+            widths: the widths themselves.
+            phase: ``"prefill"`` or ``"decode"``: which latency table.
+            kv: ``"selected"``: only key/value groups in use are projected and cached. ``"all"``: all are, so that
+                the budget may rise during a generation.
+
+        Raises:
+            ValueError: none or several budgets, or an impossible one (the message names the best possible).
+        """
+        budgets = {
+            "fraction": fraction,
+            "latency_ms": latency_ms,
+            "tokens_per_s": tokens_per_s,
+            "params": params,
+            "memory_gb": memory_gb,
+            "widths": widths,
+        }
+        given = {name: value for name, value in budgets.items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"set_budget: exactly one budget must be given, got {', '.join(given) or 'none'}")
+        if widths is not None:
+            resolved = widths
+        elif fraction is not None and fraction == 1:
+            resolved = self.elastic.full()
+        elif self.planner is None:
+            raise ValueError(f"set_budget: {next(iter(given))} needs a planner; load the model with flextron.from_pretrained")
+        else:
+            resolved = self.planner.resolve(**given, phase=phase)
+        self.set_widths(resolved, kv)
+        return resolved
+
+    @contextlib.contextmanager
+    def budget(self, fraction: float | None = None, **kwargs: Any) -> Iterator[Widths]:
+        """`set_budget` for the length of a ``with`` block."""
+        before = self.widths, self.kv
+        try:
+            yield self.set_budget(fraction, **kwargs)
+        finally:
+            self.set_widths(*before)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``generate``, with a cache that keeps to the budget."""
+        if kwargs.get("use_cache", True) and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = ElasticCache()
+        return super().generate(*args, **kwargs)
+
+
+def _guard_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before every forward: give it our cache where it wants one, and refuse one that the budget outgrew."""
+    past = kwargs.get("past_key_values")
+    wants = kwargs.get("use_cache")
+    wants = model.config.use_cache if wants is None else wants
+    if past is None and wants:
+        kwargs["past_key_values"] = ElasticCache()
+    elif past is not None:
+        if not isinstance(past, ElasticCache):
+            raise TypeError(f"flextron: past_key_values must be an ElasticCache, got {type(past).__name__}")
+        past.check([model.elastic.kv_heads(n, model.kv) for n in model.widths.heads])
+    return args, kwargs
+
+
+@cache
+def _elastic_class(cls: type) -> type:
+    # the parent's own name: save_pretrained writes it to the configuration, where stock transformers looks it up
+    return type(cls.__name__, (ElasticModel, cls), {"__module__": cls.__module__})
+
+
+def make_elastic(model: nn.Module, config: ElasticConfig | None = None) -> Any:
+    """Make a transformers causal LM elastic, in place, at full width.
+
+    The names and tensors of its ``state_dict`` do not change.
+
+    Args:
+        model: a causal LM of a family in `flextron.nn.families.FAMILIES`.
+        config: the menus of widths; by default those of `elastic_config`.
+
+    Raises:
+        NotImplementedError: a family or feature (sliding-window attention, attention dropout) that is not supported.
+        ValueError: ``config`` describes another model, or the model is elastic already.
+    """
+    if isinstance(model, ElasticModel):
+        raise ValueError("make_elastic: model must not be elastic already")
+    family_of(model.config)
+    hf = model.config
+    own = elastic_config(hf, config.unit, config.mlp_choices, config.head_choices) if config else elastic_config(hf)
+    if config is not None and own != config:
+        wrong = [f"{k}={v!r} (model: {own.to_dict()[k]!r})" for k, v in config.to_dict().items() if own.to_dict()[k] != v]
+        raise ValueError(f"make_elastic: config must describe the model, got {', '.join(wrong)}")
+    sliding = getattr(hf, "sliding_window", None) is not None and getattr(hf, "use_sliding_window", True)
+    if sliding:
+        raise NotImplementedError(
+            f"make_elastic: sliding_window must be None, got {hf.sliding_window}; for contexts no longer than the window, "
+            "load the model with sliding_window=None"
+        )
+    if getattr(hf, "attention_dropout", 0.0):
+        raise NotImplementedError(f"make_elastic: attention_dropout must be 0, got {hf.attention_dropout}")
+
+    for layer in model.model.layers:
+        layer.self_attn = ElasticAttention(layer.self_attn, own)
+        layer.mlp = ElasticMLP(layer.mlp, hf.hidden_act)
+    count = sum(isinstance(m, ElasticAttention | ElasticMLP) for m in model.modules())
+    if count != 2 * own.num_layers:
+        raise ValueError(f"make_elastic: model must have {2 * own.num_layers} elastic modules, got {count}")
+    hf._attn_implementation = "flextron"
+    model.__class__ = _elastic_class(type(model))
+    model.elastic, model.planner = own, None
+    model.set_widths(own.full())
+    model.register_forward_pre_hook(_guard_cache, with_kwargs=True)
+    return model
