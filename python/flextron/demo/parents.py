@@ -1,0 +1,134 @@
+"""The models a demonstration can start from: one name, one loaded parent with its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from flextron.demo import smollm2, stories, tiny
+from flextron.nn.families import family_of
+
+Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A pretrained model as it was before anything elastic happened to it.
+
+    Attributes:
+        model: transformers causal LM, float32, in eval mode.
+        tokenizer: its transformers tokenizer.
+        name: what was asked for.
+        description: one line for reports.
+        notes: what a reader of the figures must know; may be empty.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    description: str
+    notes: str = ""
+
+
+def load_parent(name: str, out_dir: str | Path | None = None, progress: Progress | None = None) -> Parent:
+    """Load, fetch or train the parent called ``name``.
+
+    Args:
+        name: ``smollm2``, ``tiny``, ``stories260k``, a model directory, or the id of a model on the hub.
+        out_dir: where to keep a copy of the parent as an ordinary Hugging Face directory; None keeps none.
+        progress: called with what is being done, the steps done and the steps in all.
+
+    Raises:
+        FileNotFoundError: no such directory or model, or its data is not on this machine.
+        NotImplementedError: a model family that cannot be made elastic.
+        ConnectionError: something must be downloaded and cannot be.
+    """
+    named = {"smollm2": _smollm2, "tiny": _tiny, "stories260k": _stories260k}
+    report = progress or (lambda what, done, total: None)
+    parent = named[name](report) if name in named else _checkpoint(name)
+    parent.model.float().eval().requires_grad_(True)
+    if out_dir is not None:
+        parent.model.save_pretrained(out_dir)
+        parent.tokenizer.save_pretrained(out_dir)
+    return parent
+
+
+def tiny_parents() -> tuple[str, ...]:
+    """The parents of ``--parent tiny``: the one trained on the spot, and stories260K where its files are."""
+    return ("tiny", "stories260k") if stories.find() else ("tiny",)
+
+
+def _smollm2(progress: Progress) -> Parent:
+    folder = smollm2.fetch(progress)
+    progress("reading SmolLM2-135M-Instruct", 0, 1)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=smollm2.GGUF, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=smollm2.GGUF)
+    # The weights are plain float32 by now; the flags that say otherwise would make save_pretrained refuse.
+    model.is_quantized = False
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    progress("reading SmolLM2-135M-Instruct", 1, 1)
+    return Parent(
+        model,
+        tokenizer,
+        "smollm2",
+        "SmolLM2-135M-Instruct (30 layers, width 576, 9 query heads in 3 groups)",
+        f"Read from {smollm2.GGUF} of {smollm2.REQUIREMENT}: the baseline is the dequantised 4-bit model.",
+    )
+
+
+def _tiny(progress: Progress) -> Parent:
+    tokenizer = tiny.train_tokenizer()
+    model, loss = tiny.train_model(tokenizer, progress)
+    size = sum(p.numel() for p in model.parameters())
+    return Parent(
+        model,
+        tokenizer,
+        "tiny",
+        f"a Llama of {size:,} parameters trained on the spot",
+        f"Trained from scratch for {tiny.STEPS} steps on the standard library's documentation; "
+        f"its last training loss was {loss:.2f} nats a token.",
+    )
+
+
+def _stories260k(progress: Progress) -> Parent:
+    folder = stories.find()
+    if folder is None:
+        raise FileNotFoundError(
+            f"load_parent: stories260k must have its files {' and '.join(stories.FILES)} in "
+            f"$FLEXTRON_DATA/stories260k, got no such folder"
+        )
+    progress("reading stories260K", 0, 1)
+    model = stories.read_model(folder / stories.FILES[0])
+    tokenizer = stories.read_tokenizer(folder / stories.FILES[1])
+    progress("reading stories260K", 1, 1)
+    return Parent(model, tokenizer, "stories260k", "stories260K, a Llama of 260,032 parameters trained on TinyStories")
+
+
+def _checkpoint(name: str) -> Parent:
+    is_path = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+    source = str(Path(name).expanduser()) if is_path else name
+    if is_path and not (Path(source) / "config.json").is_file():
+        raise FileNotFoundError(
+            "load_parent: parent must be smollm2, tiny, stories260k, a directory with a config.json "
+            f"or a hub id such as HuggingFaceTB/SmolLM2-135M, got {name!r}"
+        )
+    try:
+        family_of(AutoConfig.from_pretrained(source))
+        # safetensors only: a pickled checkpoint runs whatever code its author put there.
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        if is_path:
+            raise FileNotFoundError(f"load_parent: parent must be a complete model directory, got {name!r}: {reason}") from error
+        raise ConnectionError(
+            f"load_parent: {name!r} could not be fetched from the hub; check its name and the network, "
+            f"or download it elsewhere and give its directory: {reason}"
+        ) from error
+    return Parent(model, tokenizer, name, f"{type(model).__name__} from {name}")
