@@ -1,0 +1,212 @@
+// elastic_linear: a linear layer that uses a prefix of its input and output features inside each block.
+//
+//   y[t, ob*out+n] = bias[ob*nw+n] + sum_{ib, i < in_t} x[t, ib*kx+i] weight[ob*nw+n, ib*kw+i]   for n < out_t, else 0
+//
+// Everything is the vendor's GEMM on views: no weight is copied, and an extent per token is one GEMM per distinct extent
+// on the sorted tokens.
+#include "core/staircase.h"
+#include "ops/checks.h"
+#include "ops/extents.h"
+#include "ops/gemm.h"
+#include "ops/ops.h"
+
+namespace flextron {
+namespace {
+
+// One side of the weight: `blocks` blocks, each `features` wide in the activation and `stride` in the weight, of which
+// the first `used` count.
+struct Side {
+  int64_t blocks, features, stride, used;
+
+  // Blocks that touch each other on both sides are one block.
+  void join() {
+    if (used != features || used != stride) return;
+    *this = {1, blocks * features, blocks * stride, blocks * used};
+  }
+};
+
+struct Plan {
+  Side in, out;
+  Extents extents;
+  bool per_token_in, per_token_out;  // at most one of them
+
+  int64_t in_used(const Step& step) const { return per_token_in ? step.extent : in.used; }
+  int64_t out_used(const Step& step) const { return per_token_out ? step.extent : out.used; }
+};
+
+int64_t block_width(const char* op, const char* name, int64_t size, const char* blocks_name, int64_t blocks) {
+  check_positive(op, blocks_name, blocks);
+  if (size % blocks != 0) fail(op, ": ", name, " must be divisible by ", blocks_name, " (", blocks, "), got ", size);
+  return size / blocks;
+}
+
+Plan make_plan(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t in_features,
+               int64_t out_features, const OptionalTensor& in_extent, const OptionalTensor& out_extent,
+               int64_t in_blocks, int64_t out_blocks) {
+  check_dim(op, "x", x, 2);
+  check_floating(op, "x", x);
+  check_dim(op, "weight", weight, 2);
+  check_dtype(op, "weight", weight, x.scalar_type());
+  check_device(op, "weight", weight, x.device());
+  if (bias) check_like(op, "bias", *bias, {weight.size(0)}, x.scalar_type(), x.device());
+  const int64_t kx = block_width(op, "x.size(1)", x.size(1), "in_blocks", in_blocks);
+  const int64_t kw = block_width(op, "weight.size(1)", weight.size(1), "in_blocks", in_blocks);
+  const int64_t nw = block_width(op, "weight.size(0)", weight.size(0), "out_blocks", out_blocks);
+  check_range(op, "in_features", in_features, 0, std::min(kx, kw));
+  check_range(op, "out_features", out_features, 0, nw);
+  if (in_extent && out_extent) fail(op, ": in_extent must be None when out_extent is given, got both");
+
+  Plan plan{.in = {in_blocks, kx, kw, in_features},
+            .out = {out_blocks, out_features, nw, out_features},
+            .extents = in_extent ? read_extents(op, "in_extent", in_extent, x, in_features)
+                                 : read_extents(op, "out_extent", out_extent, x, out_features),
+            .per_token_in = false,
+            .per_token_out = false};
+  if (plan.extents.flat()) {
+    if (in_extent && x.size(0) > 0) plan.in.used = plan.extents.widest();
+    if (out_extent && x.size(0) > 0) plan.out.used = plan.extents.widest();
+  } else {
+    plan.per_token_in = in_extent.has_value();
+    plan.per_token_out = out_extent.has_value();
+  }
+  if (!plan.per_token_in) plan.in.join();
+  if (!plan.per_token_out) plan.out.join();
+  return plan;
+}
+
+// out = sum over blocks of part(block, into). One block is written in place; more are summed in one pass, so a 16-bit
+// result is rounded once per block and once at the end, however many blocks there are.
+template <class Part>
+void sum_of_blocks(const Tensor& out, int64_t blocks, const std::optional<Tensor>& extra, const Part& part) {
+  if (out.numel() == 0) return;
+  const int64_t parts_count = blocks + (extra ? 1 : 0);
+  Tensor parts = empty(out, {parts_count, out.size(0), out.size(1)});
+  for (int64_t b = 0; b < blocks; ++b) part(b, torch::stable::select(parts, 0, b));
+  if (extra) {
+    Tensor last = torch::stable::select(parts, 0, blocks);
+    torch::stable::copy_(last, *extra);
+  }
+  sum_rows_into(out, parts);
+}
+
+// y rows of one step: x_rows [n, in.blocks*in.features] -> y_rows [n, out.blocks*out.features].
+void forward_step(const Plan& plan, const Step& step, const Tensor& x_rows, const Tensor& weight,
+                  const OptionalTensor& bias, const Tensor& y_rows) {
+  const int64_t in_used = plan.in_used(step), out_used = plan.out_used(step);
+  for (int64_t ob = 0; ob < plan.out.blocks; ++ob) {
+    const int64_t n0 = ob * plan.out.stride, y0 = ob * plan.out.features;
+    const Tensor out = columns(y_rows, y0, y0 + out_used);
+    const Tensor weight_rows = rows(weight, n0, n0 + out_used);
+    const OptionalTensor bias_part = bias ? OptionalTensor(slice(*bias, 0, n0, n0 + out_used)) : std::nullopt;
+    if (plan.in.blocks == 1) {
+      linear_into(out, columns(x_rows, 0, in_used), columns(weight_rows, 0, in_used), bias_part);
+      continue;
+    }
+    sum_of_blocks(out, plan.in.blocks, bias_part, [&](int64_t ib, const Tensor& part) {
+      const int64_t x0 = ib * plan.in.features, k0 = ib * plan.in.stride;
+      matmul_into(part, columns(x_rows, x0, x0 + in_used), transposed(columns(weight_rows, k0, k0 + in_used)));
+    });
+  }
+}
+
+// dx rows of one step, the blocks' prefixes only.
+void backward_input_step(const Plan& plan, const Step& step, const Tensor& dy_rows, const Tensor& weight,
+                         const Tensor& dx_rows) {
+  const int64_t in_used = plan.in_used(step), out_used = plan.out_used(step);
+  for (int64_t ib = 0; ib < plan.in.blocks; ++ib) {
+    const int64_t x0 = ib * plan.in.features, k0 = ib * plan.in.stride;
+    const Tensor out = columns(dx_rows, x0, x0 + in_used);
+    const Tensor weight_columns = columns(weight, k0, k0 + in_used);
+    const auto part_of = [&](int64_t ob, const Tensor& part) {
+      const int64_t n0 = ob * plan.out.stride, y0 = ob * plan.out.features;
+      matmul_into(part, columns(dy_rows, y0, y0 + out_used), rows(weight_columns, n0, n0 + out_used));
+    };
+    if (plan.out.blocks == 1)
+      part_of(0, out);
+    else
+      sum_of_blocks(out, plan.out.blocks, std::nullopt, part_of);
+  }
+}
+
+// The columns of one side with the rows that use them: the staircase where it is per token, one block otherwise.
+std::vector<ColumnBlock> blocks_of(const Plan& plan, bool per_token, int64_t used, int64_t T) {
+  if (per_token) return column_blocks(plan.extents.stairs);
+  return {{0, used, T}};
+}
+
+void backward_weight(const Plan& plan, const Tensor& dy, const Tensor& x, const Tensor& dweight) {
+  const auto in_ranges = blocks_of(plan, plan.per_token_in, plan.in.used, x.size(0));
+  const auto out_ranges = blocks_of(plan, plan.per_token_out, plan.out.used, x.size(0));
+  for (int64_t ob = 0; ob < plan.out.blocks; ++ob)
+    for (const auto& n : out_ranges) {
+      const int64_t n0 = ob * plan.out.stride, y0 = ob * plan.out.features;
+      const Tensor dweight_rows = rows(dweight, n0 + n.begin, n0 + n.end);
+      const Tensor dy_columns = columns(dy, y0 + n.begin, y0 + n.end);
+      for (int64_t ib = 0; ib < plan.in.blocks; ++ib)
+        for (const auto& k : in_ranges) {
+          const int64_t count = std::min(n.rows, k.rows), x0 = ib * plan.in.features, k0 = ib * plan.in.stride;
+          matmul_into(columns(dweight_rows, k0 + k.begin, k0 + k.end), transposed(rows(dy_columns, 0, count)),
+                      rows(columns(x, x0 + k.begin, x0 + k.end), 0, count));
+        }
+    }
+}
+
+void backward_bias(const Plan& plan, const Tensor& dy, const Tensor& dbias) {
+  for (int64_t ob = 0; ob < plan.out.blocks; ++ob)
+    for (const auto& n : blocks_of(plan, plan.per_token_out, plan.out.used, dy.size(0))) {
+      const int64_t n0 = ob * plan.out.stride, y0 = ob * plan.out.features;
+      sum_rows_into(slice(dbias, 0, n0 + n.begin, n0 + n.end),
+                    rows(columns(dy, y0 + n.begin, y0 + n.end), 0, n.rows));
+    }
+}
+
+}  // namespace
+
+Tensor elastic_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t in_features,
+                      int64_t out_features, const OptionalTensor& in_extent, const OptionalTensor& out_extent,
+                      int64_t in_blocks, int64_t out_blocks) {
+  const NoGrad guard;
+  const Plan plan = make_plan("elastic_linear", x, weight, bias, in_features, out_features, in_extent, out_extent,
+                              in_blocks, out_blocks);
+  const std::vector<int64_t> shape{x.size(0), out_blocks * out_features};
+  const bool whole = !plan.per_token_out && plan.out.used == plan.out.features;
+  const Tensor y = whole ? empty(x, shape) : zeros(x, shape);
+  const Tensor x_sorted = gather_rows(x, plan.extents.order);
+  for (const Step& step : plan.extents.stairs.steps)
+    forward_step(plan, step, rows(x_sorted, step.begin, step.end), weight, bias, rows(y, step.begin, step.end));
+  return gather_rows(y, plan.extents.inverse);
+}
+
+std::tuple<Tensor, Tensor, Tensor> elastic_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                           const OptionalTensor& bias, int64_t in_features,
+                                                           int64_t out_features, const OptionalTensor& in_extent,
+                                                           const OptionalTensor& out_extent, int64_t in_blocks,
+                                                           int64_t out_blocks, int64_t output_mask) {
+  constexpr auto op = "elastic_linear_backward";
+  const NoGrad guard;
+  const Plan plan =
+      make_plan(op, x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, out_blocks);
+  check_like(op, "dy", dy, {x.size(0), out_blocks * out_features}, x.scalar_type(), x.device());
+  check_range(op, "output_mask", output_mask, 0, 7);
+
+  const Tensor dy_sorted = gather_rows(dy, plan.extents.order);
+  Tensor dx = empty(x, {0}), dweight = empty(x, {0}), dbias = empty(x, {0});
+  if (output_mask & 1) {
+    const Tensor sorted = zeros(x, {x.size(0), x.size(1)});
+    for (const Step& step : plan.extents.stairs.steps)
+      backward_input_step(plan, step, rows(dy_sorted, step.begin, step.end), weight,
+                          rows(sorted, step.begin, step.end));
+    dx = gather_rows(sorted, plan.extents.inverse);
+  }
+  if (output_mask & 2) {
+    dweight = zeros(x, {weight.size(0), weight.size(1)});
+    backward_weight(plan, dy_sorted, gather_rows(x, plan.extents.order), dweight);
+  }
+  if ((output_mask & 4) && bias) {
+    dbias = zeros(x, {weight.size(0)});
+    backward_bias(plan, dy_sorted, dbias);
+  }
+  return {dx, dweight, dbias};
+}
+
+}  // namespace flextron

@@ -1,0 +1,56 @@
+// Reading an extent argument on the CPU: absent, one for all rows, or one per row, always within its range.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "core/staircase.h"
+#include "ops/checks.h"
+#include "ops/gemm.h"
+
+namespace flextron {
+
+// The values of a one-dimensional int32 or int64 tensor, each checked to lie in [0, maximum].
+inline std::vector<int64_t> host_integers(const char* op, const char* name, const Tensor& t, int64_t maximum) {
+  check_integers(op, name, t);
+  const Tensor wide = torch::stable::contiguous(torch::stable::to(t, ScalarType::Long));
+  const auto* data = static_cast<const int64_t*>(wide.const_data_ptr());
+  std::vector<int64_t> values(data, data + wide.numel());
+  for (const int64_t value : values)
+    if (value < 0 || value > maximum) fail(op, ": ", name, " must lie in [0, ", maximum, "], got ", value);
+  return values;
+}
+
+struct Extents {
+  Staircase stairs;
+  std::optional<Tensor> order, inverse;  // [T] int64, sorted row -> token and back; absent when no row moves
+
+  bool flat() const { return stairs.steps.size() <= 1; }
+  int64_t widest() const { return stairs.steps.empty() ? 0 : stairs.steps.front().extent; }
+};
+
+inline Extents read_extents(const char* op, const char* name, const std::optional<Tensor>& extent, const Tensor& x,
+                            int64_t maximum) {
+  const int64_t T = x.size(0);
+  if (!extent) return {flat_staircase(T, maximum), {}, {}};
+  check_device(op, name, *extent, x.device());
+  if (extent->dim() != 1 || (extent->size(0) != 1 && extent->size(0) != T))
+    fail(op, ": ", name, " must have shape [1] or [", T, "], got ", shape_text(extent->sizes()));
+  const std::vector<int64_t> values = host_integers(op, name, *extent, maximum);
+  if (values.size() == 1) return {flat_staircase(T, values[0]), {}, {}};
+
+  Extents result{make_staircase(values.data(), T, maximum), {}, {}};
+  if (result.stairs.order.empty()) return result;
+  result.order = empty(x, {T}, ScalarType::Long);
+  result.inverse = empty(x, {T}, ScalarType::Long);
+  auto* order = static_cast<int64_t*>(result.order->mutable_data_ptr());
+  auto* inverse = static_cast<int64_t*>(result.inverse->mutable_data_ptr());
+  for (int64_t i = 0; i < T; ++i) {
+    order[i] = result.stairs.order[i];
+    inverse[order[i]] = i;
+  }
+  return result;
+}
+
+}  // namespace flextron

@@ -1,0 +1,90 @@
+// The vendor's GEMM on views, and the few tensor operations round it, through torch's dispatcher.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <vector>
+
+#include "ops/checks.h"
+
+namespace flextron {
+
+// Ops are differentiated by formulas of their own; what happens inside one is never recorded.
+class NoGrad {
+ public:
+  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool before_;
+};
+
+// t[..., begin:end, ...] along dim, a view.
+inline Tensor slice(const Tensor& t, int64_t dim, int64_t begin, int64_t end) {
+  Tensor source = t;
+  return torch::stable::narrow(source, dim, begin, end - begin);
+}
+inline Tensor rows(const Tensor& t, int64_t begin, int64_t end) { return slice(t, 0, begin, end); }
+inline Tensor columns(const Tensor& t, int64_t begin, int64_t end) { return slice(t, 1, begin, end); }
+inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, std::optional<ScalarType> dtype = {}) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape, std::optional<ScalarType> dtype = {}) {
+  return torch::stable::new_zeros(like, shape, dtype);
+}
+
+// out = a b. Any strides; nothing is copied where one stride of each is 1. An empty inner dimension gives zeros.
+inline void matmul_into(Tensor out, const Tensor& a, const Tensor& b) {
+  if (out.numel() == 0) return;
+  if (a.size(1) == 0) {
+    torch::stable::zero_(out);
+    return;
+  }
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline Tensor matmul(const Tensor& a, const Tensor& b) {
+  Tensor out = empty(a, {a.size(0), b.size(1)});
+  matmul_into(out, a, b);
+  return out;
+}
+
+// out = x weight^T + bias, exactly torch's own linear.
+inline void linear_into(Tensor out, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  if (out.numel() == 0) return;
+  if (x.size(1) == 0) {
+    bias ? torch::stable::copy_(out, *bias) : torch::stable::zero_(out);
+    return;
+  }
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias), torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// out = sum of t over its first dimension, accumulated in at least float32 and rounded once.
+inline void sum_rows_into(Tensor out, const Tensor& t) {
+  if (out.numel() == 0) return;
+  const std::array<int64_t, 1> first{0};
+  torch::stable::sum_out(out, t, torch::headeronly::IntHeaderOnlyArrayRef(first.data(), 1));
+}
+
+// t's rows in the given order, contiguous; t itself where the order is empty (nothing moves).
+inline Tensor gather_rows(const Tensor& t, const std::optional<Tensor>& order) {
+  if (!order) return t;
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(t), torch::stable::detail::from(int64_t{0}),
+                                    torch::stable::detail::from(*order)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace flextron

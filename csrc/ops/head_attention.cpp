@@ -1,0 +1,138 @@
+// head_attention: attention over a prefix or a list of heads, for one sequence or a ragged batch.
+//
+// Only active heads become work items, so the cost follows the extents and the keys of unused groups are never read.
+#include "kernels/head_attention.h"
+
+#include "ops/attention_plan.h"
+
+namespace flextron {
+namespace {
+
+// Ends of the sequences: [0, total] without cu_seqlens.
+std::vector<int64_t> read_ends(const char* op, const char* name, const OptionalTensor& cu_seqlens, int64_t B,
+                               int64_t total, const Tensor& q) {
+  if (!cu_seqlens) {
+    if (B != 1) fail(op, ": ", name, " must have shape [", B + 1, "], got None");
+    return {0, total};
+  }
+  const auto ends = check_list(op, name, *cu_seqlens, B + 1, total, q);
+  if (ends[0] != 0) fail(op, ": ", name, " must start with 0, got ", ends[0]);
+  for (int64_t b = 0; b < B; ++b)
+    if (ends[b + 1] < ends[b]) fail(op, ": ", name, " must not decrease, got ", ends[b + 1], " after ", ends[b]);
+  return ends;
+}
+
+int64_t count_sequences(const char* op, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k) {
+  const OptionalTensor& given = cu_seqlens_q ? cu_seqlens_q : cu_seqlens_k;
+  if (!given) return 1;
+  const char* name = cu_seqlens_q ? "cu_seqlens_q" : "cu_seqlens_k";
+  check_dim(op, name, *given, 1);
+  if (given->size(0) < 1) fail(op, ": ", name, " must have at least 1 element, got 0");
+  return given->size(0) - 1;
+}
+
+AttentionPlan make_plan(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads,
+                        const Text& unit, const OptionalTensor& extent, const Text& extent_per,
+                        const OptionalTensor& index, const OptionalTensor& cu_seqlens_q,
+                        const OptionalTensor& cu_seqlens_k, const OptionalTensor& k_start, bool causal,
+                        std::optional<double> scale) {
+  check_dim(op, "q", q, 3);
+  check_dim(op, "k", k, 3);
+  AttentionPlan plan = start_plan(op, q, k, v, heads, unit.value, index, scale);
+  plan.causal = causal;
+  const int64_t T = q.size(0), S = k.size(0), B = count_sequences(op, cu_seqlens_q, cu_seqlens_k);
+  const auto ends_q = read_ends(op, "cu_seqlens_q", cu_seqlens_q, B, T, q);
+  const auto ends_k = read_ends(op, "cu_seqlens_k", cu_seqlens_k, B, S, q);
+  const auto starts = k_start ? check_list(op, "k_start", *k_start, B, S, q) : std::vector<int64_t>(B, 0);
+
+  const bool per_token = extent_per.value == "token";
+  if (!per_token && extent_per.value != "sequence")
+    fail(op, ": extent_per must be sequence or token, got ", extent_per.value);
+  if (extent) {
+    if (index) fail(op, ": extent must be None when index is given, got both");
+    const bool one = !per_token && extent->dim() == 1 && extent->size(0) == 1;
+    plan.extent = check_list(op, "extent", *extent, one ? 1 : per_token ? T : B, heads, q);
+    plan.extent_stride_b = one || per_token ? 0 : 1;
+    plan.extent_stride_t = per_token ? 1 : 0;
+  }
+
+  plan.pages = {0};
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t keys = ends_k[b + 1] - ends_k[b];
+    plan.sequences.push_back({.query = ends_q[b],
+                              .T = ends_q[b + 1] - ends_q[b],
+                              .S = keys,
+                              .k_start = std::min(starts[b], keys),
+                              .position = ends_k[b],
+                              .pages = plan.pages.data()});
+  }
+  plan.measure();
+  return plan;
+}
+
+template <class scalar_t>
+HeadAttentionParams<scalar_t> fill_params(const AttentionPlan& plan, const Tensor& q, const Tensor& k, const Tensor& v) {
+  auto p = attention_params<scalar_t>(plan);
+  p.q = data_of<scalar_t>(q), p.q_stride_t = q.stride(0), p.q_stride_h = q.stride(1);
+  p.k = {data_of<scalar_t>(k), 0, k.stride(0), k.stride(1)};
+  p.v = {data_of<scalar_t>(v), 0, v.stride(0), v.stride(1)};
+  return p;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> head_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads,
+                                          const Text& unit, const OptionalTensor& extent, const Text& extent_per,
+                                          const OptionalTensor& index, const OptionalTensor& cu_seqlens_q,
+                                          const OptionalTensor& cu_seqlens_k, const OptionalTensor& k_start, bool causal,
+                                          std::optional<double> scale) {
+  constexpr auto op = "head_attention";
+  const NoGrad no_grad;
+  const AttentionPlan plan = make_plan(op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k,
+                                       k_start, causal, scale);
+  const Tensor q_ = check_rows(op, "q", q, q), k_ = check_rows(op, "k", k, q), v_ = check_rows(op, "v", v, q);
+  const int64_t T = q.size(0);
+  Tensor out = zeros(q, {T, plan.H, plan.D}), lse = empty(q, {T, plan.H}, wide_dtype(q));
+  torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+  dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
+    auto p = fill_params<scalar_t>(plan, q_, k_, v_);
+    p.out = mutable_data_of<scalar_t>(out);
+    p.lse = mutable_data_of<accumulate_t<scalar_t>>(lse);
+    run_forward(plan, p);
+  });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> head_attention_backward(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+    int64_t heads, const Text& unit, const OptionalTensor& extent, const Text& extent_per, const OptionalTensor& index,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, const OptionalTensor& k_start, bool causal,
+    std::optional<double> scale, int64_t output_mask) {
+  constexpr auto op = "head_attention_backward";
+  const NoGrad no_grad;
+  const AttentionPlan plan = make_plan(op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k,
+                                       k_start, causal, scale);
+  const int64_t T = q.size(0), S = k.size(0);
+  const std::vector<int64_t> q_shape{T, plan.H, plan.D}, k_shape{S, plan.G, plan.D};
+  check_like(op, "dout", dout, {T, plan.H, plan.D}, q.scalar_type(), q.device());
+  check_like(op, "out", out, {T, plan.H, plan.D}, q.scalar_type(), q.device());
+  check_like(op, "lse", lse, {T, plan.H}, wide_dtype(q), q.device());
+  const Tensor q_ = check_rows(op, "q", q, q), k_ = check_rows(op, "k", k, q), v_ = check_rows(op, "v", v, q);
+  const Tensor dout_ = torch::stable::contiguous(dout), out_ = torch::stable::contiguous(out);
+  const Tensor lse_ = torch::stable::contiguous(lse);
+  Tensor dq = wanted(q, output_mask, 0, q_shape), dk = wanted(k, output_mask, 1, k_shape),
+         dv = wanted(v, output_mask, 2, k_shape);
+  dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
+    HeadAttentionBackwardParams<scalar_t, scalar_t> p{.forward = fill_params<scalar_t>(plan, q_, k_, v_)};
+    p.forward.out = const_cast<scalar_t*>(data_of<scalar_t>(out_));  // read only in the backward pass
+    p.forward.lse = const_cast<accumulate_t<scalar_t>*>(data_of<accumulate_t<scalar_t>>(lse_));
+    p.dout = data_of<scalar_t>(dout_);
+    if (output_mask & 1) p.dq = mutable_data_of<scalar_t>(dq);
+    if (output_mask & 2) p.dk = {mutable_data_of<scalar_t>(dk), 0, plan.G * plan.D, plan.D};
+    if (output_mask & 4) p.dv = {mutable_data_of<scalar_t>(dv), 0, plan.G * plan.D, plan.D};
+    run_backward(plan, p);
+  });
+  return {dq, dk, dv};
+}
+
+}  // namespace flextron

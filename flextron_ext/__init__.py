@@ -1,0 +1,25 @@
+"""The elastic ops for PyTorch: importing this package makes ``torch.ops.flextron.*`` exist, with fakes and gradients."""
+
+from pathlib import Path
+
+import torch  # noqa: F401  loads the libraries the op library is linked to
+
+try:
+    from . import _C
+except ImportError as error:
+    _built = any(Path(__file__).parent.glob("_C.*"))
+    raise ImportError(
+        f"flextron_ext: the op library must load with torch {torch.__version__}, got: {error}"
+        if _built
+        else "flextron_ext: the op library must be built first: run `pip install .` in the repository"
+    ) from error
+
+from .ops import *  # noqa: E402, F403
+from .ops import __all__ as _ops
+
+OP_LIBRARY = str(Path(__file__).with_name("libflextron.so"))  # for torch.ops.load_library, without this package
+
+build_info = _C.build_info
+schemas = _C.schemas
+
+__all__ = ["OP_LIBRARY", "build_info", "schemas", *_ops]

@@ -1,0 +1,95 @@
+"""What the op files share: argument checks that raise before the call, autocast, and the refusal of second gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
+
+_library = torch.library.Library("flextron", "IMPL")
+
+
+def check_tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{op}: {name} must be {names}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def check_shape(op: str, name: str, value: Tensor, shape: Sequence[int]) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} must have shape {list(shape)}, got {list(value.shape)}")
+
+
+def check_range(op: str, name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name} must lie in [{low}, {high}], got {value}")
+
+
+def check_extent(op: str, name: str, value: Tensor | None, rows: int) -> Tensor | None:
+    """An extent as one dimension: one value, or one per row (any leading dimensions). Its values stay on its device."""
+    if value is None:
+        return None
+    check_tensor(op, name, value, INTEGERS)
+    if value.numel() not in (1, rows):
+        raise ValueError(f"{op}: {name} must have shape [1] or [{rows}], got {list(value.shape)}")
+    return value.reshape(-1)
+
+
+def check_same(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """The dtype and the device of x for every other tensor; autocast, which casts later, excuses the dtype."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, value in others.items():
+        if value is None:
+            continue
+        check_tensor(op, name, value, FLOATING)
+        if value.dtype != x.dtype and not autocast:
+            raise TypeError(f"{op}: {name} must have the dtype of x, {x.dtype}, got {value.dtype}")
+        if value.device != x.device:
+            raise ValueError(f"{op}: {name} must be on {x.device}, got {value.device}")
+
+
+def wanted(ctx, *positions: int) -> int:
+    """output_mask: bit i is set when the input at positions[i] needs its gradient."""
+    return sum(1 << i for i, position in enumerate(positions) if ctx.needs_input_grad[position])
+
+
+def per_input(mask: int, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    return [gradient if mask >> i & 1 else None for i, gradient in enumerate(gradients)]
+
+
+def register_autocast(op: str, *positions: int) -> None:
+    """Cast the floating arguments at these positions to the autocast dtype, on the CPU and on CUDA."""
+    overload = getattr(torch.ops.flextron, op).default
+
+    def under(device: str, key: str) -> None:
+        excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def cast(value: object) -> object:
+            eligible = isinstance(value, Tensor) and value.dtype in FLOATING and value.dtype != torch.float64
+            return value.to(torch.get_autocast_dtype(device)) if eligible else value
+
+        def kernel(*args: object) -> object:
+            with torch._C._ExcludeDispatchKeyGuard(excluded):
+                return overload(*(cast(a) if i in positions else a for i, a in enumerate(args)))
+
+        _library.impl(op, kernel, key)
+
+    under("cpu", "AutocastCPU")
+    under("cuda", "AutocastCUDA")
+
+
+def refuse_gradient(op: str) -> None:
+    """An op without a gradient says so, instead of handing out a wrong zero."""
+
+    def refuse(ctx, *gradients: Tensor) -> None:
+        raise NotImplementedError(f"{op}: inputs must not need a gradient through it: it has none")
+
+    torch.library.register_autograd(f"flextron::{op}", refuse)

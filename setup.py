@@ -1,0 +1,43 @@
+"""Runs CMake and puts the binaries into flextron_ext/; every other fact about the package is in pyproject.toml."""
+
+import importlib.util
+import os
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import cmake
+import ninja
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / "cmake"  # kept: the next build compiles only what changed
+
+
+class CMakeBuild(build_ext):
+    """The one extension: the op library and its pybind11 face, both built by CMake."""
+
+    def run(self) -> None:
+        root = ROOT if self.inplace else Path(self.build_lib).resolve()
+        torch_dir = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
+        includes = [sysconfig.get_path("include"), pybind11.get_include()]
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR) / "ninja",
+            "FLEXTRON_VERSION": self.distribution.get_version(),
+            "FLEXTRON_TORCH_DIR": torch_dir,
+            "FLEXTRON_PYTHON_INCLUDES": ";".join(includes),
+            "FLEXTRON_PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+            "FLEXTRON_OUTPUT_DIR": root / "flextron_ext",
+            "FLEXTRON_CUDA": os.environ.get("FLEXTRON_CUDA", "AUTO"),
+            "FLEXTRON_CUDA_ARCHS": os.environ.get("FLEXTRON_CUDA_ARCHS", "80;90a"),
+        }
+        program = Path(cmake.CMAKE_BIN_DIR) / "cmake"
+        defines = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.run([program, "-G", "Ninja", "-S", ROOT, "-B", BUILD, *defines], check=True)
+        subprocess.run([program, "--build", BUILD], check=True)
+
+
+setup(ext_modules=[Extension("flextron_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
