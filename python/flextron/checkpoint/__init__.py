@@ -1,0 +1,29 @@
+"""Files on disk: safetensors and JSON, written atomically and read strictly. Builds no model."""
+
+from flextron.checkpoint.format import ELASTIC_FILE, FORMAT, WEIGHTS_FILE, CheckpointError, check_format
+from flextron.checkpoint.io import (
+    checksum_of,
+    commit,
+    load_tensors,
+    read_json,
+    recover,
+    save_tensors,
+    verify_checksums,
+    write_json,
+)
+
+__all__ = [
+    "ELASTIC_FILE",
+    "FORMAT",
+    "WEIGHTS_FILE",
+    "CheckpointError",
+    "check_format",
+    "checksum_of",
+    "commit",
+    "load_tensors",
+    "read_json",
+    "recover",
+    "save_tensors",
+    "verify_checksums",
+    "write_json",
+]

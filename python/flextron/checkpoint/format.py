@@ -1,0 +1,86 @@
+"""What a flextron checkpoint looks like on disk: names, version, and how to tell a file that is not one.
+
+A directory holds ordinary Hugging Face files and one sidecar, ``flextron.json``, which records the format
+version and the sha256 of the files that belong together. How they are written is in ``io.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+ELASTIC_FILE = "flextron.json"
+WEIGHTS_FILE = "model.safetensors"
+
+# First bytes of files that are offered in place of safetensors: (magic, what it is).
+_FOREIGN = (
+    (b"PK\x03\x04", "a zip archive, as torch.save writes (pickled .pt or .bin)"),
+    (b"\x80\x02", "a pickle (.pt or .bin)"),
+    (b"\x80\x03", "a pickle (.pt or .bin)"),
+    (b"\x80\x04", "a pickle (.pt or .bin)"),
+    (b"\x80\x05", "a pickle (.pt or .bin)"),
+    (b"GGUF", "a GGUF file"),
+)
+_LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+_NAMES_SHOWN = 5
+
+
+class CheckpointError(ValueError):
+    """A file cannot be used; the message is one sentence that says which and why."""
+
+
+def check_format(meta: dict[str, Any], path: str | Path) -> None:
+    """Refuse a sidecar of an unknown format version."""
+    version = meta.get("format")
+    if version != FORMAT or isinstance(version, bool):
+        raise CheckpointError(f"{path}: format must be {FORMAT}, got {version!r}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    names = list(names)
+    rest = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def check_safetensors(path: Path) -> None:
+    """Refuse, in one sentence, a file whose first bytes or length are not those of a safetensors file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        if not head:
+            raise CheckpointError(f"{path}: must be a safetensors file, got an empty file")
+        # A pickle's magic is two bytes, and may begin an honest header length: "{" decides.
+        is_header = len(head) == 8 and file.read(1) == b"{"
+        for magic, what in _FOREIGN:
+            if head.startswith(magic) and not is_header:
+                raise CheckpointError(
+                    f"{path}: must be a safetensors file, got {what}, which is never opened"
+                )
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not is_header or length > _LARGEST_HEADER:
+            raise CheckpointError(f"{path}: must be a safetensors file, got something else")
+        if length > size - 8:
+            raise CheckpointError(f"{path}: must hold a header of {length} bytes, got a truncated file")
+        file.seek(8)
+        header = file.read(length)
+    expected = 8 + length + _data_length(header, path)
+    if size != expected:
+        state = "truncated" if size < expected else "overlong"
+        raise CheckpointError(
+            f"{path}: must be {expected} bytes long by its header, got a {state} file of {size}"
+        )
+
+
+def _data_length(header: bytes, path: Path) -> int:
+    try:
+        entries = json.loads(header)
+        return max(
+            (entry["data_offsets"][1] for k, entry in entries.items() if k != "__metadata__"), default=0
+        )
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        raise CheckpointError(f"{path}: must be a safetensors file, got a damaged header") from None

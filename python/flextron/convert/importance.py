@@ -1,0 +1,148 @@
+"""How much each neuron and each head of a model does, measured by forward passes; `reorder` sorts by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+AGGREGATES = ("l2", "mean_abs", "variance")
+Progress = Callable[[int, int], None]  # (sequences done, sequences in all)
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Scores of one model, per layer; larger does more.
+
+    Attributes:
+        neurons: [F] float32 for each layer.
+        heads: [H] float32 for each layer, query heads in the parent's order.
+        aggregate: how tokens were put together.
+        tokens: how many there were.
+    """
+
+    neurons: tuple[Tensor, ...]
+    heads: tuple[Tensor, ...]
+    aggregate: str
+    tokens: int
+
+    def groups(self, num_kv_heads: int) -> tuple[Tensor, ...]:
+        """[G] for each layer: a key/value group counts what its query heads do together."""
+        return tuple(heads.view(num_kv_heads, -1).sum(1) for heads in self.heads)
+
+
+class _Moments:
+    """Count, mean and summed squared deviation of each feature, in float32.
+
+    Batches are merged pairwise (Chan et al. 1979): sums of squares would lose the variance of a feature whose
+    mean is large.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor | float = 0.0
+        self.deviation: Tensor | float = 0.0
+
+    def add(self, values: Tensor) -> None:
+        """values [T, N] float32."""
+        n = values.shape[0]
+        total = self.count + n
+        mean = values.mean(0)
+        shift = mean - self.mean
+        deviation = (values - mean).square().sum(0)
+        self.deviation = self.deviation + deviation + shift.square() * (self.count * n / total)
+        self.mean = self.mean + shift * (n / total)
+        self.count = total
+
+    def aggregate(self, name: str) -> Tensor:
+        """The L2 norm over tokens, their mean, or their variance."""
+        if name == "l2":
+            return (self.deviation + self.count * self.mean**2).sqrt().cpu()
+        return (self.mean if name == "mean_abs" else self.deviation / self.count).cpu()
+
+
+def score(
+    model: Any,
+    calibration: Tensor,
+    *,
+    aggregate: str = "l2",
+    batch_size: int = 4,
+    progress: Progress | None = None,
+) -> Importance:
+    """Measure neurons and heads of a stock Llama-family model.
+
+    Neuron i counts ``|act(gate_i x) * (up_i x)|``, what the down projection sees of it; head i counts
+    ``||head_i(x)||_2`` before the output projection; both over all tokens, in float32.
+
+    Args:
+        model: transformers causal LM, not elastic yet.
+        calibration: [n, L] int64 token ids, no padding.
+        aggregate: ``"l2"``, ``"mean_abs"`` or ``"variance"``.
+        batch_size: sequences in a forward pass.
+        progress: called after each pass.
+
+    Raises:
+        ValueError: calibration is not token ids of this model, or aggregate is unknown.
+    """
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"score: aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
+    check_tokens("score", calibration, model.config.vocab_size)
+    layers = model.model.layers
+    neurons, heads = [_Moments() for _ in layers], [_Moments() for _ in layers]
+
+    def see_neurons(moments: _Moments, hidden: Tensor) -> None:
+        moments.add(hidden.detach().float().abs().flatten(0, -2))
+
+    def see_heads(moments: _Moments, hidden: Tensor) -> None:
+        per_head = hidden.detach().float().unflatten(-1, (model.config.num_attention_heads, -1))
+        moments.add(per_head.norm(dim=-1).flatten(0, -2))
+
+    handles = []
+    for i, layer in enumerate(layers):
+        for module, see, moments in (
+            (layer.mlp.down_proj, see_neurons, neurons[i]),
+            (layer.self_attn.o_proj, see_heads, heads[i]),
+        ):
+            hook = lambda _, args, see=see, moments=moments: see(moments, args[0])  # noqa: E731
+            handles.append(module.register_forward_pre_hook(hook))
+    training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            for start in range(0, len(calibration), batch_size):
+                batch = calibration[start : start + batch_size].to(model.device)
+                model.model(input_ids=batch, use_cache=False)
+                if progress:
+                    progress(start + len(batch), len(calibration))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return Importance(
+        tuple(m.aggregate(aggregate) for m in neurons),
+        tuple(m.aggregate(aggregate) for m in heads),
+        aggregate,
+        calibration.numel(),
+    )
+
+
+def check_tokens(who: str, calibration: Tensor, vocab_size: int, sequences: int = 1) -> None:
+    """Refuse anything but at least ``sequences`` sequences of token ids."""
+    if not isinstance(calibration, Tensor) or calibration.dim() != 2 or calibration.dtype != torch.int64:
+        shape = (
+            f"{list(calibration.shape)} {calibration.dtype}"
+            if isinstance(calibration, Tensor)
+            else calibration
+        )
+        raise ValueError(f"{who}: calibration must be token ids [n, L] int64, got {shape}")
+    if calibration.shape[0] < sequences or calibration.shape[1] < 1:
+        raise ValueError(
+            f"{who}: calibration must hold at least {sequences} sequences of a token, "
+            f"got {list(calibration.shape)}"
+        )
+    low, high = int(calibration.min()), int(calibration.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"{who}: calibration must hold ids below {vocab_size}, got ids from {low} to {high}")

@@ -1,0 +1,152 @@
+"""The elastic checkpoint: a Hugging Face directory of the parent's architecture, and ``flextron.json``."""
+
+from __future__ import annotations
+
+import copy
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, GenerationConfig
+
+from flextron.checkpoint import (
+    ELASTIC_FILE,
+    FORMAT,
+    WEIGHTS_FILE,
+    CheckpointError,
+    check_format,
+    checksum_of,
+    commit,
+    load_tensors,
+    read_json,
+    recover,
+    save_tensors,
+    verify_checksums,
+    write_json,
+)
+from flextron.config import ElasticConfig
+from flextron.nn import elastic_config, make_elastic
+from flextron.nn.skeleton import fill, parameter_shapes, skeleton
+
+_CONFIG_FILE = "config.json"
+_OWN_KEYS = ("format", "elastic", "checksums", "versions")
+
+
+def save_elastic(
+    model: Any, directory: str | Path, tokenizer: Any = None, report: dict[str, Any] | None = None
+) -> None:
+    """Write an elastic model, all of it or nothing; other files in ``directory`` stay.
+
+    Args:
+        model: made elastic; its current widths do not matter, the whole model is stored.
+        directory: created when it is not there.
+        tokenizer: stored too when given.
+        report: what conversion found (``parity``, ``importance``); None keeps what the directory has.
+    """
+    directory = Path(directory)
+    recover(directory)
+    if report is None and (directory / ELASTIC_FILE).is_file():
+        report = {k: v for k, v in read_json(directory / ELASTIC_FILE).items() if k not in _OWN_KEYS}
+    with commit(directory) as stage:
+        _stock_config(model).save_pretrained(stage)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(stage)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+        checksums = {
+            WEIGHTS_FILE: save_tensors(stage / WEIGHTS_FILE, dict(model.named_parameters())),
+            _CONFIG_FILE: checksum_of(stage / _CONFIG_FILE),
+        }
+        meta = {
+            "format": FORMAT,
+            "elastic": model.elastic.to_dict(),
+            **(report or {}),
+            "checksums": checksums,
+            "versions": _versions(),
+        }
+        write_json(stage / ELASTIC_FILE, meta)
+
+
+def load_elastic(directory: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
+    """Read an elastic checkpoint; everything is checked before a model is made of it.
+
+    Args:
+        directory: written by `save_elastic`.
+        dtype: of the weights in memory.
+
+    Returns:
+        The elastic model at full width, in eval mode, and the contents of ``flextron.json``.
+
+    Raises:
+        CheckpointError: one sentence that says what is wrong with which file.
+    """
+    directory = Path(directory)
+    if not (
+        directory.is_dir() and ((directory / ELASTIC_FILE).is_file() or (directory / ".committed").is_dir())
+    ):
+        raise CheckpointError(
+            f"{directory}: must be an elastic checkpoint (flextron convert makes one), got no {ELASTIC_FILE}"
+        )
+    recover(directory)
+    meta = read_json(directory / ELASTIC_FILE)
+    check_format(meta, directory / ELASTIC_FILE)
+    elastic, checksums = _described(meta, directory / ELASTIC_FILE)
+    verify_checksums(directory, {k: v for k, v in checksums.items() if k != WEIGHTS_FILE})
+    config = _read_config(directory / _CONFIG_FILE, elastic)
+    config.dtype = dtype
+
+    model = skeleton(config)
+    tensors = load_tensors(directory / WEIGHTS_FILE, parameter_shapes(model), checksums[WEIGHTS_FILE])
+    # Copied, for the file's tensors may lie in a mapping of it, and aligned to 8 bytes only.
+    fill(model, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()})
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return make_elastic(model, elastic), meta
+
+
+def _stock_config(model: Any) -> Any:
+    """The parent's configuration as stock transformers should read it back."""
+    config = copy.deepcopy(model.config)
+    # A parent that was read from a quantised file is plain floating point by now.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    return config
+
+
+def _described(meta: dict[str, Any], path: Path) -> tuple[ElasticConfig, dict[str, str]]:
+    try:
+        elastic = ElasticConfig.from_dict(meta["elastic"])
+        checksums = dict(meta["checksums"])
+        if not {WEIGHTS_FILE, _CONFIG_FILE} <= checksums.keys():
+            raise ValueError(f"checksums must name {WEIGHTS_FILE} and {_CONFIG_FILE}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: must describe an elastic model, got {error!r}") from None
+    return elastic, checksums
+
+
+def _read_config(path: Path, elastic: ElasticConfig) -> Any:
+    values = read_json(path)
+    family = values.get("model_type")
+    if family != elastic.family:
+        raise CheckpointError(
+            f"{path}: model_type must be {elastic.family!r} as in {ELASTIC_FILE}, got {family!r}"
+        )
+    config = CONFIG_MAPPING[family].from_dict(values)
+    own = elastic_config(config, elastic.unit, elastic.mlp_choices, elastic.head_choices).to_dict()
+    wrong = [f"{key} {own[key]!r}" for key, value in elastic.to_dict().items() if own[key] != value]
+    if wrong:
+        raise CheckpointError(f"{path}: must describe the model of {ELASTIC_FILE}, got {', '.join(wrong)}")
+    return config
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("flextron", "torch", "transformers", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # flextron run from its source tree
+            found[package] = "not installed"
+    return found

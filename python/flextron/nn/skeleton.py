@@ -1,0 +1,36 @@
+"""Build a transformers model without initialising it, and fill it with tensors from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+
+def skeleton(hf_config: Any) -> Any:
+    """A causal LM whose parameters have shapes but no memory (device ``meta``); to be filled by `fill`."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    # The rotary table is no parameter: it is computed from the configuration, on a real device.
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=hf_config)
+    return model.eval()
+
+
+def parameter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """What `fill` takes: name -> shape of each parameter, a tied one once."""
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def fill(model: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Let ``tensors`` be the parameters of a `skeleton`; none is copied, and the names must be its own."""
+    result = model.load_state_dict(dict(tensors), strict=False, assign=True)
+    model.tie_weights()
+    empty = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    for fault, names in (("nothing for", empty), ("unknown", result.unexpected_keys)):
+        if names:
+            raise ValueError(f"fill: tensors must be the model's own, got {fault} {', '.join(names[:5])}")
+    return model
