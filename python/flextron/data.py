@@ -1,0 +1,329 @@
+"""Text and tokens: reading documents, the corpus every CPython carries, and windows of a token stream."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import hashlib
+import json
+import lzma
+import re
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
+_OPENERS: dict[str, Callable[[Path], Any]] = {
+    "": lambda path: path.open("rb"),
+    ".xz": lzma.open,
+    ".gz": gzip.open,
+}
+_DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error)
+
+# Folders of the standard library with test data or other people's packages instead of documentation.
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
+_PROSE_SHARE = 0.85  # letters and spaces in a paragraph; code, tables and grammar rules fall below it
+_SHORTEST_PARAGRAPH = 40  # characters; shorter ones are headings and signatures
+_SHORTEST_DOCUMENT = 200  # characters
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """Read the documents of a file, or of every known file below a folder, in the order of their paths.
+
+    A ``.txt`` or ``.md`` file is one document; each line of a ``.jsonl`` file is one, in its ``"text"``
+    field. Any of them may be compressed (``.xz``, ``.gz``). Blank documents are dropped.
+
+    Raises:
+        FileNotFoundError: nothing is at ``path``.
+        ValueError: unknown kind of file, damaged, not UTF-8, a line without text, or no document at all.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"read_documents: path must exist, got {path}")
+    files = sorted(f for f in path.rglob("*") if _kind(f) and f.is_file()) if path.is_dir() else [path]
+    documents = [d for file in files for d in _read_file(file) if d.strip()]
+    if not documents:
+        raise ValueError(f"read_documents: path must hold text ({_kinds()}), got none in {path}")
+    return documents
+
+
+def stdlib_documents() -> list[str]:
+    """The English documentation that every CPython installation has, one document per topic and module.
+
+    Language topics (``pydoc_data/topics.py``) come first, then the docstrings of each module of the standard
+    library. Files are parsed, never imported. Only paragraphs of prose are kept, each once; the order
+    is that of the file names, so one Python version always gives the same corpus.
+
+    Raises:
+        ValueError: this Python was installed without the sources of its library.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    seen: set[str] = set()
+    documents = [*_topics(root / "pydoc_data" / "topics.py"), *_modules(root)]
+    kept = [prose for text in documents if len(prose := _prose(text, seen)) >= _SHORTEST_DOCUMENT]
+    if not kept:
+        raise ValueError(
+            f"stdlib_documents: the standard library must come with its sources, got none in {root}"
+        )
+    return kept
+
+
+def split_documents(documents: Sequence[str], held_out: float = 0.05) -> tuple[list[str], list[str]]:
+    """Part documents into (train, validation) by the hash of their text: equal texts never part.
+
+    A document keeps its side when others are added. Where the share rounds to an empty side, the document
+    nearest to the border changes sides; a single document is cut instead, at a paragraph near its end.
+    """
+    _check_share("split_documents", held_out)
+    if not documents:
+        raise ValueError("split_documents: documents must not be empty, got []")
+    ranks = {d: _rank(d) for d in documents}
+    if len(ranks) == 1:
+        return _cut(documents[0], held_out)
+    border = max(held_out, min(ranks.values()))
+    if border >= max(ranks.values()):
+        border = sorted(ranks.values())[-2]
+    train = [d for d in documents if ranks[d] > border]
+    return train, [d for d in documents if ranks[d] <= border]
+
+
+def encode(documents: Iterable[str], tokenizer: Any, max_tokens: int | None = None) -> Tensor:
+    """Tokenise documents into one stream, [tokens] int64, with EOS after each where the tokenizer has one.
+
+    BOS comes before each document where the tokenizer itself would put it. At most ``max_tokens`` are kept,
+    and no more documents are read than they take.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"encode: max_tokens must be at least 1, got {max_tokens}")
+    before, after = _separators(tokenizer)
+    stream: list[int] = []
+    for group in _groups(documents, 64):
+        # verbose=False: a document longer than the model's context is no mistake here.
+        for ids in tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]:
+            stream += [*before, *ids, *after]
+        if max_tokens is not None and len(stream) >= max_tokens:
+            break
+    return torch.tensor(stream[:max_tokens], dtype=torch.int64)
+
+
+def split(stream: Tensor, held_out: float = 0.05) -> tuple[Tensor, Tensor]:
+    """Part one token stream into (train, validation): its tail is held out.
+
+    One document may lie on both sides; :func:`split_documents` avoids that.
+    """
+    _check_share("split", held_out)
+    _check_stream("split", stream, 2)
+    tail = min(max(round(len(stream) * held_out), 1), len(stream) - 1)
+    return stream[:-tail], stream[-tail:]
+
+
+def windows(tokens: Tensor, n: int, length: int) -> Tensor:
+    """Take ``n`` windows evenly spread over the stream, none overlapping: [n, length] int64."""
+    if n < 1:
+        raise ValueError(f"windows: n must be at least 1, got {n}")
+    _check_stream("windows", tokens, length)
+    there = len(tokens) // length
+    if there < n:
+        raise ValueError(
+            f"windows: tokens must hold {n} windows of {length} tokens, got {len(tokens)} tokens"
+        )
+    return tokens[: there * length].view(there, length)[torch.arange(n) * there // n]
+
+
+class Batches:
+    """Endless shuffled windows of a token stream: [batch_size, length] int64, every window once an epoch.
+
+    The stream is cut into consecutive windows (a tail shorter than one is left out). The order of an epoch
+    depends on the seed and the epoch's number alone, and a batch may span two epochs, so one integer says
+    exactly where the run is.
+
+    Args:
+        tokens: [tokens] int64.
+        batch_size: windows in a batch.
+        length: tokens in a window.
+        seed: of the order.
+    """
+
+    def __init__(self, tokens: Tensor, batch_size: int, length: int, seed: int = 0) -> None:
+        if batch_size < 1:
+            raise ValueError(f"Batches: batch_size must be at least 1, got {batch_size}")
+        _check_stream("Batches", tokens, length)
+        self.batch_size = batch_size
+        self.seed = seed
+        self._windows = tokens[: len(tokens) // length * length].view(-1, length)
+        self._drawn = 0  # windows handed out since the beginning
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    @property
+    def windows_per_epoch(self) -> int:
+        return len(self._windows)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        rows = [self._row(self._drawn + i) for i in range(self.batch_size)]
+        self._drawn += self.batch_size
+        return self._windows[rows]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"drawn": self._drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._drawn = int(state["drawn"])
+
+    def _row(self, draw: int) -> int:
+        epoch, place = divmod(draw, self.windows_per_epoch)
+        if epoch != self._epoch:
+            order = torch.randperm(self.windows_per_epoch, generator=seeded(f"batches/{self.seed}/{epoch}"))
+            self._epoch, self._order = epoch, order
+        return int(self._order[place])
+
+
+def seeded(purpose: str) -> torch.Generator:
+    """A CPU generator for one purpose: its seed is a hash of the text: no two purposes share one."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:7], "big"))
+
+
+def _kinds() -> str:
+    return ", ".join(TEXT_SUFFIXES) + "; alone or with .xz, .gz"
+
+
+def _kind(path: Path) -> tuple[str, str] | None:
+    """(kind of text, compression) by the name; a compressed file that does not say its kind is text."""
+    packed = path.suffix.lower() if path.suffix.lower() in _OPENERS else ""
+    suffix = Path(path.stem).suffix.lower() if packed else path.suffix.lower()
+    if suffix in TEXT_SUFFIXES:
+        return suffix, packed
+    return (".txt", packed) if packed and not suffix else None
+
+
+def _read_file(path: Path) -> list[str]:
+    kind = _kind(path)
+    if kind is None:
+        raise ValueError(f"read_documents: path must be a text file ({_kinds()}), got {path}")
+    suffix, packed = kind
+    try:
+        with _OPENERS[packed](path) as file:
+            text = file.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"read_documents: {path} must be UTF-8 text, got another byte at {error.start}"
+        ) from None
+    except _DAMAGED as error:
+        raise ValueError(
+            f"read_documents: {path} must be readable, got {error or type(error).__name__}"
+        ) from None
+    if suffix != ".jsonl":
+        return [text]
+    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
+    lines = enumerate(text.split("\n"), start=1)
+    return [_json_text(path, number, line) for number, line in lines if line.strip()]
+
+
+def _json_text(path: Path, number: int, line: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        place = f"line {number} of {path}"
+        raise ValueError(
+            f'read_documents: {place} must be a JSON object with a "text" string, got {line[:60]!r}'
+        )
+    return record["text"]
+
+
+def _topics(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        return
+    for node in ast.parse(path.read_bytes()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            yield from ast.literal_eval(node.value).values()
+
+
+def _modules(root: Path) -> Iterator[str]:
+    """The docstrings of each module, joined in the order in which they stand."""
+    for path in sorted(root.rglob("*.py")):
+        if _SKIPPED & set(path.relative_to(root).parts[:-1]):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # templates and samples of bad code are no documentation
+            continue
+        yield "\n\n".join(_docstrings(tree))
+
+
+def _docstrings(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if text := ast.get_docstring(node):
+            yield text
+        for child in node.body:
+            yield from _docstrings(child)
+
+
+def _prose(text: str, seen: set[str]) -> str:
+    """The paragraphs of prose in ``text`` that are not in ``seen`` yet; adds them to it."""
+    kept = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        paragraph = paragraph.strip()
+        key = " ".join(paragraph.split())
+        if len(key) < _SHORTEST_PARAGRAPH or key in seen or ">>>" in key:
+            continue
+        if sum(c.isalpha() or c == " " for c in key) >= _PROSE_SHARE * len(key):
+            seen.add(key)
+            kept.append(paragraph)
+    return "\n\n".join(kept)
+
+
+def _rank(document: str) -> float:
+    """A place in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:6], "big") / 2**48
+
+
+def _cut(document: str, held_out: float) -> tuple[list[str], list[str]]:
+    place = round(len(document) * (1 - held_out))
+    # The next paragraph, else line, else word, if it leaves something to hold out.
+    for mark in ("\n\n", "\n", " "):
+        found = document.find(mark, place)
+        if 0 < found < len(document.rstrip()):
+            return [document[:found]], [document[found:]]
+    raise ValueError(f"split_documents: documents must hold text to part, got {document[:60]!r}")
+
+
+def _separators(tokenizer: Any) -> tuple[list[int], list[int]]:
+    bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
+    begins = bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
+    return [bos] if begins else [], [] if eos is None else [eos]
+
+
+def _groups(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    group: list[str] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _check_share(name: str, held_out: float) -> None:
+    if not 0 < held_out < 1:
+        raise ValueError(f"{name}: held_out must lie between 0 and 1, got {held_out}")
+
+
+def _check_stream(name: str, tokens: Tensor, length: int) -> None:
+    if length < 2:
+        raise ValueError(f"{name}: length must be at least 2, got {length}")
+    if tokens.dim() != 1 or tokens.dtype != torch.int64:
+        raise ValueError(
+            f"{name}: tokens must be a stream [tokens] int64, got {list(tokens.shape)} {tokens.dtype}"
+        )
+    if len(tokens) < length:
+        raise ValueError(f"{name}: tokens must hold at least {length} tokens, got {len(tokens)}")

@@ -1,0 +1,182 @@
+"""What a killed run needs to go on bit for bit; the run itself is in ``loop.py``.
+
+A run's folder holds ``run.json`` (what the run is), ``metrics.jsonl`` (what it measured) and, for each kept
+step, ``step-N.safetensors`` (weights, optimiser, generators) and ``step-N.json`` (data position, sha256 of
+the other). The JSON file is written last: a step counts when it is there.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flextron.checkpoint import CheckpointError, load_tensors, read_json, save_tensors, write_json
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+KEPT = 2  # checkpoints: the newest, and one in case that is damaged
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One checkpoint, read back."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    position: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder.
+
+    Args:
+        directory: the folder; made when missing.
+        identity: JSON that must be the same when the run is resumed.
+    """
+
+    def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self.identity = json.loads(json.dumps(identity))  # as it will be read back: lists, not tuples
+
+    def begin(self) -> None:
+        """Start afresh: forget every checkpoint and metric there, and write what the run is."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._keep([])
+        (self.directory / METRICS_FILE).unlink(missing_ok=True)
+        write_json(self.directory / RUN_FILE, self.identity)
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], position: Mapping[str, Any]) -> None:
+        """Write one checkpoint, then drop those older than the last two."""
+        checksum = save_tensors(self._path(step, "safetensors"), tensors)
+        write_json(self._path(step, "json"), {"step": step, "sha256": checksum, "position": dict(position)})
+        self._keep(self._steps()[-KEPT:])
+
+    def latest(self) -> Saved | None:
+        """The newest intact checkpoint, or None where none was written.
+
+        Raises:
+            ValueError: the folder holds another run.
+            CheckpointError: there are checkpoints, and all are damaged.
+        """
+        steps = self._steps()
+        if not steps:
+            return None
+        self._check_identity()
+        for step in reversed(steps):
+            try:
+                return self._read(step)
+            except CheckpointError as error:
+                damage = str(error)
+                warnings.warn(f"train: passing over the checkpoint of step {step}: {damage}", stacklevel=2)
+        raise CheckpointError(
+            f"train: {self.directory} must hold an intact checkpoint to resume from, got {damage}"
+        )
+
+    def _read(self, step: int) -> Saved:
+        meta = read_json(self._path(step, "json"))
+        if meta.get("step") != step or not isinstance(meta.get("position"), dict):
+            raise CheckpointError(
+                f"{self._path(step, 'json')}: must describe step {step}, got something else"
+            )
+        tensors = load_tensors(self._path(step, "safetensors"), checksum=str(meta.get("sha256")))
+        return Saved(step, tensors, meta["position"])
+
+    def _check_identity(self) -> None:
+        found = read_json(self.directory / RUN_FILE)
+        if differing := _differing(self.identity, found):
+            raise ValueError(
+                f"train: the run in {self.directory} must be resumed as it was started, got other values of "
+                f"{', '.join(differing)}; resume=False starts it afresh"
+            )
+
+    def _path(self, step: int, suffix: str) -> Path:
+        return self.directory / f"step-{step:08d}.{suffix}"
+
+    def _steps(self) -> list[int]:
+        return sorted(int(path.stem.removeprefix("step-")) for path in self.directory.glob("step-*.json"))
+
+    def _keep(self, steps: list[int]) -> None:
+        """Remove every file of another step, and what a killed writer left."""
+        kept = {self._path(step, suffix).name for step in steps for suffix in ("json", "safetensors")}
+        # The JSON file goes first: without it the step does not count, so no half of one is ever read.
+        for pattern in ("step-*.json", "step-*.safetensors", ".step-*.tmp"):
+            for path in self.directory.glob(pattern):
+                if path.name not in kept:
+                    path.unlink()
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON object a line, each with its ``step``, flushed as it is written."""
+
+    def __init__(self, directory: Path, resumed: int) -> None:
+        """Go on after step ``resumed``: later lines, and one cut off by a crash, are dropped."""
+        self.path = directory / METRICS_FILE
+        self.path.touch()
+        with self.path.open("rb+") as file:
+            size = 0
+            for line in file:
+                record = _record(line)
+                if record is None or record["step"] > resumed:
+                    break
+                size += len(line)
+            file.truncate(size)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        with self.path.open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+
+def training_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, names: list[str]
+) -> dict[str, Tensor]:
+    """The weights and the optimiser's state, flat. ``names`` are the parameters in the optimiser's order."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{names[index]}.{key}": value for key, value in state.items()}
+    return tensors
+
+
+def load_training_tensors(
+    tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, names: list[str]
+) -> None:
+    """Put back what :func:`training_tensors` returned."""
+    model.load_state_dict(_below("model.", tensors), strict=True)
+    state = {i: found for i, name in enumerate(names) if (found := _below(f"optimizer.{name}.", tensors))}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _differing(ours: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names of the entries that differ, those of inner objects with a dot."""
+    names = []
+    for key in sorted({*ours, *found}):
+        a, b = ours.get(key), found.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += _differing(a, b, f"{prefix}{key}.")
+        elif a != b:
+            names.append(prefix + key)
+    return names
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

@@ -1,0 +1,71 @@
+"""Which sub-network a micro-batch trains; the loop that asks is in ``loop.py``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flextron.config import ElasticConfig, Widths
+from flextron.data import seeded
+
+
+def homogeneous(config: ElasticConfig) -> list[Widths]:
+    """The sub-networks whose layers are all alike, smallest first, full model last.
+
+    One index runs over the longer menu and is mapped in proportion to the other, to the nearest entry (a tie
+    goes up), so both axes keep about the same fraction and every entry of both menus occurs.
+    """
+    C, H = len(config.mlp_choices), len(config.head_choices)
+    longest = max(C, H)
+    return [config.uniform(_nearest(i, longest, C), _nearest(i, longest, H)) for i in range(longest)]
+
+
+class WidthSampler:
+    """Draws one sub-network at a time from a generator that serves nothing else.
+
+    With ``full_probability`` the full model; otherwise, at even odds, one of the `homogeneous` sub-networks
+    or an independent choice for every layer and axis, uniform over the menu. Independent choices alone would
+    hover round the mean size; without a share of its own the full model would be trained too rarely.
+
+    Args:
+        config: the menus.
+        full_probability: of the full model, in [0, 1].
+        seed: of the generator. Equal seeds draw equal sequences, on every device.
+    """
+
+    def __init__(self, config: ElasticConfig, full_probability: float = 0.3, seed: int = 0) -> None:
+        if not 0 <= full_probability <= 1:
+            raise ValueError(f"WidthSampler: full_probability must lie in [0, 1], got {full_probability}")
+        self.config = config
+        self.full_probability = full_probability
+        self._homogeneous = homogeneous(config)
+        self._generator = seeded(f"widths/{seed}")
+
+    def draw(self) -> Widths:
+        kind = float(torch.rand((), dtype=torch.float64, generator=self._generator))
+        if kind < self.full_probability:
+            return self.config.full()
+        if kind < (1 + self.full_probability) / 2:
+            return self._homogeneous[self._indices(len(self._homogeneous), 1)[0]]
+        layers = self.config.num_layers
+        mlp = self._indices(len(self.config.mlp_choices), layers)
+        heads = self._indices(len(self.config.head_choices), layers)
+        return Widths(
+            tuple(self.config.mlp_choices[i] for i in mlp), tuple(self.config.head_choices[i] for i in heads)
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._generator.set_state(state["generator"])
+
+    def _indices(self, choices: int, count: int) -> list[int]:
+        return torch.randint(choices, (count,), generator=self._generator).tolist()
+
+
+def _nearest(index: int, longest: int, size: int) -> int:
+    """The entry of a menu of ``size`` at the same relative place as ``index`` in one of ``longest``."""
+    if longest == 1:
+        return 0
+    return (2 * index * (size - 1) + longest - 1) // (2 * (longest - 1))
