@@ -1,0 +1,62 @@
+# make demo, make test, make bench, make lint: each sets up all it needs, once, in .venv.
+#
+#   make demo ARGS="--parent tiny"    ARGS is handed to the command
+#   make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"    what pip installs as torch
+#   make test PYTHON=python3.12       the Python that .venv is made from (3.11 or newer)
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test bench lint setup clean
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
+
+demo: setup
+	$(BIN)/flextron demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: setup
+	$(BIN)/flextron bench $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format --dry-run -Werror
+
+setup: $(VENV)/.built
+
+clean:
+	rm -rf $(VENV) build dist demo-out flextron_ext/*.so *.egg-info
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: PYTHON must be Python 3.11 or newer, got $$($(PYTHON) --version 2>&1); try make PYTHON=python3.11"; exit 2; }
+	@echo "==> making $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { echo "make: PYTHON must have the venv module (Debian, Ubuntu: apt install python3-venv)"; exit 2; }
+	@touch $@
+
+# torch first and by name: left to itself pip takes the newest, which on Linux brings gigabytes of CUDA.
+$(VENV)/.packages: $(VENV)/.python pyproject.toml
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "==> installing $(TORCH)"; $(PIP) install $(TORCH); }
+	@echo "==> installing what flextron is built and run with (pyproject.toml)"
+	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+	  print(*p["build-system"]["requires"], *p["project"]["dependencies"], \
+	        *(r for name, rs in p["project"]["optional-dependencies"].items() if name != "all" for r in rs), \
+	        sep="\n")' > $(VENV)/requirements.txt
+	@$(PIP) install -r $(VENV)/requirements.txt
+	@touch $@
+
+# Editable: the package is this folder, and only the ops are compiled; again when their sources change.
+$(VENV)/.built: $(VENV)/.packages $(SOURCES)
+	@echo "==> building the ops"
+	@$(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $@
