@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from flextron.data import split_documents, stdlib_documents
 from flextron.demo import smollm2, stories, tiny
 from flextron.nn.families import family_of
 
@@ -35,22 +36,36 @@ class Parent:
     notes: str = ""
 
 
-def load_parent(name: str, out_dir: str | Path | None = None, progress: Progress | None = None) -> Parent:
+def load_parent(
+    name: str,
+    out_dir: str | Path | None = None,
+    progress: Progress | None = None,
+    documents: Sequence[str] | None = None,
+) -> Parent:
     """Load, fetch or train the parent called ``name``.
 
     Args:
         name: ``smollm2``, ``tiny``, ``stories260k``, a model directory, or the id of a model on the hub.
         out_dir: where to keep a copy of the parent as an ordinary Hugging Face directory; None keeps none.
         progress: called with what is being done, the steps done and the steps in all.
+        documents: what ``tiny`` is trained on; the standard library's documentation, less what
+            :func:`flextron.data.split_documents` holds out, by default. The other parents need none.
 
     Raises:
         FileNotFoundError: no such directory or model, or its data is not on this machine.
         NotImplementedError: a model family that cannot be made elastic.
         ConnectionError: something must be downloaded and cannot be.
     """
-    named = {"smollm2": _smollm2, "tiny": _tiny, "stories260k": _stories260k}
     report = progress or (lambda what, done, total: None)
-    parent = named[name](report) if name in named else _checkpoint(name)
+    match name:
+        case "smollm2":
+            parent = _smollm2(report)
+        case "tiny":
+            parent = _tiny(report, documents)
+        case "stories260k":
+            parent = _stories260k(report)
+        case _:
+            parent = _checkpoint(name)
     parent.model.float().eval().requires_grad_(True)
     if out_dir is not None:
         parent.model.save_pretrained(out_dir)
@@ -82,17 +97,18 @@ def _smollm2(progress: Progress) -> Parent:
     )
 
 
-def _tiny(progress: Progress) -> Parent:
-    tokenizer = tiny.train_tokenizer()
-    model, loss = tiny.train_model(tokenizer, progress)
+def _tiny(progress: Progress, documents: Sequence[str] | None) -> Parent:
+    if documents is None:
+        documents, _ = split_documents(stdlib_documents())
+    tokenizer = tiny.train_tokenizer(documents)
+    model, loss = tiny.train_model(tiny.token_stream(documents, tokenizer), tiny.STEPS, progress)
     size = sum(p.numel() for p in model.parameters())
     return Parent(
         model,
         tokenizer,
         "tiny",
         f"a Llama of {size:,} parameters trained on the spot",
-        f"Trained from scratch for {tiny.STEPS} steps on the standard library's documentation; "
-        f"its last training loss was {loss:.2f} nats a token.",
+        f"Trained from nothing for {tiny.STEPS} steps; its last training loss was {loss:.2f} nats a token.",
     )
 
 
@@ -107,7 +123,9 @@ def _stories260k(progress: Progress) -> Parent:
     model = stories.read_model(folder / stories.FILES[0])
     tokenizer = stories.read_tokenizer(folder / stories.FILES[1])
     progress("reading stories260K", 1, 1)
-    return Parent(model, tokenizer, "stories260k", "stories260K, a Llama of 260,032 parameters trained on TinyStories")
+    return Parent(
+        model, tokenizer, "stories260k", "stories260K, a Llama of 260,032 parameters trained on TinyStories"
+    )
 
 
 def _checkpoint(name: str) -> Parent:
@@ -126,7 +144,9 @@ def _checkpoint(name: str) -> Parent:
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         if is_path:
-            raise FileNotFoundError(f"load_parent: parent must be a complete model directory, got {name!r}: {reason}") from error
+            raise FileNotFoundError(
+                f"load_parent: parent must be a complete model directory, got {name!r}: {reason}"
+            ) from error
         raise ConnectionError(
             f"load_parent: {name!r} could not be fetched from the hub; check its name and the network, "
             f"or download it elsewhere and give its directory: {reason}"

