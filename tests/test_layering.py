@@ -1,0 +1,231 @@
+"""Who may know whom: reads every include and import line and fails on a wrong arrow."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Each layer of csrc and the project folders or files its quoted includes may name.
+CSRC = {
+    "core": {"core"},
+    "kernels": {"core", "kernels"},
+    "ops": {"core", "kernels", "ops"},
+    "library.cpp": {"core", "ops/ops.h"},
+    "bindings.cpp": {"core"},
+}
+# Libraries that only some layers may see; the C++ standard library is everybody's.
+LIBRARIES = {
+    "torch/csrc/stable/": {"ops", "library.cpp"},
+    "torch/csrc/inductor/aoti_torch/c/": {"ops"},  # the C face of the same stable ABI: devices and streams
+    "torch/headeronly/": {"ops", "kernels", "library.cpp"},
+    "torch/": set(),
+    "ATen/": set(),
+    "c10/": set(),
+    "pybind11/": {"bindings.cpp"},
+    "Python.h": set(),
+    "cuda": {"core", "kernels", "ops"},
+    "mma.h": {"kernels"},
+    "immintrin.h": {"core", "kernels"},
+}
+
+# Each Python layer and the layers of ours it may import; a module directly in flextron is a layer of its own.
+STAGES = {"flextron.nn", "flextron.config", "flextron.data", "flextron.checkpoint", "flextron.ui"}
+EVERYTHING = "everything"
+PYTHON = {
+    "flextron_ext": {"flextron_ext"},
+    "flextron.config": set(),
+    "flextron.data": set(),
+    "flextron.ui": set(),
+    "flextron.testing": {"flextron.testing"},
+    "flextron.checkpoint": {"flextron.checkpoint", "flextron.config"},
+    "flextron.nn": {"flextron.nn", "flextron.config", "flextron_ext"},
+    "flextron.convert": {"flextron.convert", *STAGES},
+    "flextron.train": {"flextron.train", *STAGES},
+    "flextron.route": {
+        "flextron.route",
+        "flextron.testing",
+        *STAGES,
+    },  # it measures with the benchmarks' own clock
+    "flextron.export": {"flextron.export", *STAGES},
+    "flextron.pipeline": EVERYTHING,  # the stages in a row
+    "flextron.demo": EVERYTHING,
+    "flextron.cli": EVERYTHING,
+    "flextron.__main__": EVERYTHING,
+    "flextron": EVERYTHING,  # the public names, listed
+}
+
+
+def wrong_includes(file: str, text: str) -> list[str]:
+    """The include lines of ``file`` (a path inside csrc) that its layer may not have."""
+    layer = file.split("/")[0]
+    if layer not in CSRC:
+        return [f"{file}: no layer of this name"]
+    wrong = []
+    for quote, name in re.findall(r'^[ \t]*#[ \t]*include[ \t]*([<"])([^>"]+)', text, re.MULTILINE):
+        if quote == '"':
+            allowed = any(name == may or name.startswith(may + "/") for may in CSRC[layer])
+        else:
+            prefix = next((p for p in LIBRARIES if name.startswith(p)), None)
+            allowed = prefix is None or layer in LIBRARIES[prefix]
+        if not allowed:
+            wrong.append(f"{file} may not include {name}")
+    return wrong
+
+
+def wrong_imports(module: str, text: str, is_package: bool = False) -> list[str]:
+    """The import lines of ``module`` (a dotted name) that its layer may not have."""
+    layer = layer_of(module)
+    if layer not in PYTHON:
+        return [f"{module}: no layer of this name"]
+    if PYTHON[layer] == EVERYTHING:
+        return []
+    found = (name for node in ast.walk(ast.parse(text)) for name in imported(node, module, is_package))
+    ours = (
+        name for name in found if name.split(".")[0] in ("flextron", "flextron_ext", "tests", "benchmarks")
+    )
+    return [f"{module} may not import {name}" for name in ours if layer_of(name) not in PYTHON[layer]]
+
+
+def layer_of(module: str) -> str:
+    """flextron.route.latency -> flextron.route; flextron_ext.ops.route -> flextron_ext."""
+    first, *rest = module.split(".")
+    return f"{first}.{rest[0]}" if first == "flextron" and rest else first
+
+
+def imported(node: ast.AST, module: str, is_package: bool) -> list[str]:
+    """The modules an import statement names; ``from flextron import nn`` names flextron.nn."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    base = node.module or ""
+    if node.level:
+        package = module.split(".")[: len(module.split(".")) - node.level + is_package]
+        base = ".".join([*package, base] if base else package)
+    return [f"flextron.{alias.name}" for alias in node.names] if base == "flextron" else [base]
+
+
+def python_modules():
+    for root in (ROOT / "flextron_ext", ROOT / "python" / "flextron"):
+        for file in sorted(root.rglob("*.py")):
+            parts = file.relative_to(root.parent).with_suffix("").parts
+            is_package = parts[-1] == "__init__"
+            yield ".".join(parts[:-1] if is_package else parts), file, is_package
+
+
+def csrc_files():
+    return sorted(f for f in (ROOT / "csrc").rglob("*") if f.suffix in (".h", ".cpp", ".cu", ".cuh"))
+
+
+def test_no_include_points_the_wrong_way():
+    files = csrc_files()
+    assert files
+    wrong = [w for f in files for w in wrong_includes(f.relative_to(ROOT / "csrc").as_posix(), f.read_text())]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_import_points_the_wrong_way():
+    modules = list(python_modules())
+    assert {"flextron", "flextron_ext"} <= {layer_of(name) for name, _, _ in modules}
+    wrong = [w for name, file, package in modules for w in wrong_imports(name, file.read_text(), package)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("core/math.h", '#include "kernels/route.h"'),
+        ("core/math.h", "#include <torch/headeronly/core/ScalarType.h>"),
+        ("kernels/route_cuda.cu", "#include <torch/csrc/stable/tensor.h>"),
+        ("kernels/route_cuda.cu", "#include <ATen/ATen.h>"),
+        ("kernels/route.h", '#include "ops/checks.h"'),
+        ("kernels/device/copy.cuh", '  #  include "ops/ops.h"'),
+        ("ops/route.cpp", "#include <torch/extension.h>"),
+        ("ops/route.cpp", "#include <pybind11/pybind11.h>"),
+        ("ops/route.cpp", '#include "bindings.h"'),
+        ("library.cpp", '#include "kernels/route.h"'),
+        ("bindings.cpp", '#include "ops/ops.h"'),
+        ("bindings.cpp", "#include <torch/csrc/stable/tensor.h>"),
+        ("helpers/misc.h", ""),
+    ],
+)
+def test_a_planted_include_is_caught(file, line):
+    assert len(wrong_includes(file, f"#include <vector>\n{line}\n")) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("flextron_ext.ops.route", "from flextron.config import Widths"),
+        ("flextron_ext.ops.route", "import flextron"),
+        ("flextron_ext.ops.route", "import transformers"),
+        ("flextron.config", "import flextron_ext"),
+        ("flextron.data", "from flextron.config import Widths"),
+        ("flextron.checkpoint.io", "from flextron.nn import make_elastic"),
+        ("flextron.nn.model", "from flextron.checkpoint import load"),
+        ("flextron.nn.model", "import flextron.route.budget"),
+        ("flextron.convert.reorder", "from flextron.train.loop import train"),
+        ("flextron.train.loop", "from flextron import route"),
+        ("flextron.train.loop", "from ..route import budget"),
+        ("flextron.route.latency", "def f():\n    from flextron.export import extract"),
+        ("flextron.export.plain", "from flextron.cli import main"),
+        ("flextron.export.plain", "from tests.cases import CASES"),
+        ("flextron.train.loop", "from flextron_ext import elastic_mlp"),
+        ("flextron.helpers", ""),
+    ],
+)
+def test_a_planted_import_is_caught(module, line):
+    assert len(wrong_imports(module, f"import torch\n{line}\n")) == 1
+
+
+def test_right_arrows_pass():
+    assert not wrong_includes(
+        "ops/route.cpp", '#include "kernels/route.h"\n#include <torch/csrc/stable/tensor.h>'
+    )
+    assert not wrong_imports("flextron.nn", "from .model import make_elastic", is_package=True)
+    assert not wrong_imports(
+        "flextron.train.loop", "from .losses import distillation\nfrom ..nn import probe"
+    )
+
+
+FORBIDDEN = {
+    "a pickle": re.compile(
+        r"^\s*(import|from)\s+(pickle|dill|joblib|cloudpickle)\b|\btorch\.(load|save)\(", re.MULTILINE
+    ),
+    "unfinished work": re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b"),
+}
+TEXTS = {".py", ".h", ".cpp", ".cu", ".cuh", ".md", ".toml", ".yaml", ".sh", ".txt"}
+SKIPPED = {".git", ".venv", "build", "dist", "demo-out"}
+
+
+def project_files():
+    for file in sorted(ROOT.rglob("*")):
+        if (
+            not SKIPPED & set(file.relative_to(ROOT).parts)
+            and file.suffix in TEXTS
+            and file != Path(__file__).resolve()
+        ):
+            yield file
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_the_tree_is_free_of(what):
+    code = [
+        f for f in project_files() if what != "a pickle" or (f.suffix == ".py" and "tests" not in f.parts)
+    ]
+    assert len(code) > 10
+    found = [
+        f"{f.relative_to(ROOT)}: {m.group()}" for f in code for m in FORBIDDEN[what].finditer(f.read_text())
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_forbidden_lines_are_recognised():
+    pickle, unfinished = FORBIDDEN.values()
+    assert pickle.search("import torch\nimport pickle\n") and pickle.search("x = torch.load(file)")
+    assert not pickle.search("# never a pickle; safetensors.torch.load_file(x)")
+    assert unfinished.search("# TO" + "DO: later")
