@@ -7,10 +7,12 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import re
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +64,7 @@ def stdlib_documents() -> list[str]:
     Raises:
         ValueError: this Python was installed without the sources of its library.
     """
-    root = Path(sysconfig.get_path("stdlib"))
-    seen: set[str] = set()
-    documents = [*_topics(root / "pydoc_data" / "topics.py"), *_modules(root)]
-    kept = [prose for text in documents if len(prose := _prose(text, seen)) >= _SHORTEST_DOCUMENT]
-    if not kept:
-        raise ValueError(
-            f"stdlib_documents: the standard library must come with its sources, got none in {root}"
-        )
-    return kept
+    return list(_stdlib(Path(sysconfig.get_path("stdlib"))))
 
 
 def split_documents(documents: Sequence[str], held_out: float = 0.05) -> tuple[list[str], list[str]]:
@@ -239,6 +233,18 @@ def _json_text(path: Path, number: int, line: str) -> str:
     return record["text"]
 
 
+@cache  # parsing takes some five seconds, and a run asks more than once
+def _stdlib(root: Path) -> tuple[str, ...]:
+    seen: set[str] = set()
+    documents = [*_topics(root / "pydoc_data" / "topics.py"), *_modules(root)]
+    kept = [prose for text in documents if len(prose := _prose(text, seen)) >= _SHORTEST_DOCUMENT]
+    if not kept:
+        raise ValueError(
+            f"stdlib_documents: the standard library must come with its sources, got none in {root}"
+        )
+    return tuple(kept)
+
+
 def _topics(path: Path) -> Iterator[str]:
     if not path.is_file():
         return
@@ -249,14 +255,19 @@ def _topics(path: Path) -> Iterator[str]:
 
 def _modules(root: Path) -> Iterator[str]:
     """The docstrings of each module, joined in the order in which they stand."""
-    for path in sorted(root.rglob("*.py")):
-        if _SKIPPED & set(path.relative_to(root).parts[:-1]):
-            continue
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # templates and samples of bad code are no documentation
-            continue
-        yield "\n\n".join(_docstrings(tree))
+    for folder, inner, names in os.walk(root):
+        inner[:] = sorted(set(inner) - _SKIPPED)
+        for name in sorted(names):
+            if name.endswith(".py"):
+                yield from _module(Path(folder, name))
+
+
+def _module(path: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # templates and samples of bad code are no documentation
+        return
+    yield "\n\n".join(_docstrings(tree))
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:

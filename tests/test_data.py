@@ -1,0 +1,244 @@
+"""Promises of flextron.data: documents in, tokens out, nothing lost and nothing twice."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from flextron import data
+from flextron.data import Batches, encode, read_documents, split, split_documents, stdlib_documents, windows
+
+
+class Letters:
+    """A tokenizer of the letters a-z: 10..35. ``adds_bos``: puts BOS before a text, as Llama's does."""
+
+    def __init__(self, bos: int | None = None, eos: int | None = None, adds_bos: bool = False) -> None:
+        self.bos_token_id, self.eos_token_id, self.adds_bos = bos, eos, adds_bos
+        self.seen = 0
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        if not isinstance(text, str):
+            return {"input_ids": [self(t, add_special_tokens)["input_ids"] for t in text]}
+        self.seen += 1
+        begin = [self.bos_token_id] if self.adds_bos and add_special_tokens else []
+        return {"input_ids": begin + [ord(c) - ord("a") + 10 for c in text if c.isalpha()]}
+
+
+def test_every_kind_of_file_is_read(tmp_path):
+    lines = "\n".join(json.dumps({"text": t, "source": "x"}) for t in ("one", "two\u2028lines")) + "\n\n"
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "b.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
+    (tmp_path / "c.TXT").write_text("three")
+    (tmp_path / "d.md.gz").write_bytes(gzip.compress("vier: fünf".encode()))
+    (tmp_path / "e.xz").write_bytes(lzma.compress(b"six"))
+    (tmp_path / "ignored.png").write_bytes(b"\x89PNG")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "f.txt").write_text("seven")
+    (tmp_path / "sub" / "blank.txt").write_text(" \n ")
+    expected = ["one", "two\u2028lines", "one", "two\u2028lines", "three", "vier: fünf", "six", "seven"]
+    assert read_documents(tmp_path) == expected
+    assert read_documents(str(tmp_path / "d.md.gz")) == ["vier: fünf"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.pdf", b"%PDF", r"path must be a text file \(.txt, .md, .jsonl.*got .*a.pdf"),
+        ("a.txt", b"\xff\xfe\x00", "must be UTF-8 text"),
+        ("a.txt", b"  ", "must hold text"),
+        ("a.txt.xz", b"not xz at all", "must be readable"),
+        ("a.txt.xz", lzma.compress(b"text" * 100)[:-20], "must be readable"),
+        ("a.txt.gz", gzip.compress(b"text" * 100)[:-9], "must be readable"),
+        ("a.txt.gz", b"not gzip", "must be readable"),
+        (
+            "a.jsonl",
+            b'{"text": "fine"}\n{"text": 3}',
+            'line 2 of .* must be a JSON object with a "text" string',
+        ),
+        ("a.jsonl", b'{"text": "fine"}\n\n{"te', "line 3 of"),
+        ("a.jsonl", b'["text"]', "line 1 of"),
+    ],
+)
+def test_bad_file_gives_one_sentence(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=says) as caught:
+        read_documents(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_path_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"path must exist, got .*nothing\.txt"):
+        read_documents(tmp_path / "nothing.txt")
+    with pytest.raises(ValueError, match="must hold text"):
+        read_documents(tmp_path)
+
+
+def test_standard_library_is_prose_and_large_enough():
+    documents = stdlib_documents()
+    text = "".join(documents)
+    assert len(text) > 1_000_000
+    assert len(documents) > 300
+    assert min(map(len, documents)) >= 200
+    assert ">>>" not in text
+    assert sum(c.isalpha() or c.isspace() for c in text) > 0.9 * len(text)
+    paragraphs = [p for d in documents for p in d.split("\n\n")]
+    assert len({" ".join(p.split()) for p in paragraphs}) == len(paragraphs)
+
+
+def test_standard_library_is_not_imported_and_always_the_same():
+    code = (
+        "import hashlib, sys, flextron.data as d; before = set(sys.modules);"
+        "print(hashlib.sha256(repr(d.stdlib_documents()).encode()).hexdigest(), *set(sys.modules) - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        check=True,
+    )
+    again = hashlib.sha256(repr(stdlib_documents()).encode()).hexdigest()
+    digest, *imported = done.stdout.split()
+    assert digest == again
+    # what the parser needs for old files, and sysconfig for its own answer
+    assert all(name.startswith(("encodings.", "_sysconfigdata")) for name in imported), imported
+
+
+def test_library_without_sources_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.sysconfig, "get_path", lambda _: str(tmp_path))
+    with pytest.raises(ValueError, match="must come with its sources"):
+        stdlib_documents()
+
+
+def test_documents_part_by_their_text():
+    documents = [f"document {i}" for i in range(400)] + ["document 7"]
+    train, validation = split_documents(documents, 0.1)
+    assert sorted(train + validation) == sorted(documents)
+    assert not set(train) & set(validation)
+    # 400 independent draws with p = 0.1: mean 40, standard deviation 6; five of them
+    assert 10 <= len(validation) <= 70
+    more = split_documents([f"document {i}" for i in range(800)], 0.1)[0]
+    assert set(train) <= set(more)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("held_out", [0.001, 0.5, 0.999])
+def test_both_sides_of_a_split_hold_something(count, held_out):
+    documents = [f"text {i}" for i in range(count)]
+    train, validation = split_documents(documents, held_out)
+    assert train and validation
+    assert sorted(train + validation) == documents
+
+
+def test_single_document_is_cut_at_a_paragraph():
+    document = "\n\n".join(f"Paragraph {i} has words." for i in range(20))
+    train, validation = split_documents([document], 0.1)
+    assert train[0] + validation[0] == document
+    assert validation[0].startswith("\n\nParagraph")
+    assert 0 < len(validation[0]) < 0.1 * len(document) + 1
+    with pytest.raises(ValueError, match="must hold text to part, got 'word'"):
+        split_documents(["word"])
+    with pytest.raises(ValueError, match="must not be empty"):
+        split_documents([])
+
+
+def test_separators_are_those_of_the_tokenizer():
+    texts = ["ab", "c"]
+    assert encode(texts, Letters()).tolist() == [10, 11, 12]
+    assert encode(texts, Letters(eos=2)).tolist() == [10, 11, 2, 12, 2]
+    assert encode(texts, Letters(bos=1, eos=2)).tolist() == [10, 11, 2, 12, 2]
+    assert encode(texts, Letters(bos=1, eos=2, adds_bos=True)).tolist() == [1, 10, 11, 2, 1, 12, 2]
+    assert encode(texts, Letters(bos=1, adds_bos=True)).dtype == torch.int64
+
+
+def test_encoding_stops_at_max_tokens():
+    tokenizer = Letters(eos=2)
+    stream = encode(("abcd" for _ in range(10_000)), tokenizer, max_tokens=102)
+    assert len(stream) == 102
+    assert tokenizer.seen < 100
+    assert torch.equal(stream, encode(["abcd"] * 10_000, Letters(eos=2))[:102])
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
+        encode(["a"], tokenizer, max_tokens=0)
+
+
+def test_split_holds_out_the_tail():
+    stream = torch.arange(100)
+    train, validation = split(stream, 0.1)
+    assert torch.equal(torch.cat((train, validation)), stream)
+    assert len(validation) == 10
+    assert len(split(stream, 0.0001)[1]) == 1
+    assert len(split(stream, 0.9999)[0]) == 1
+    for held_out in (0.0, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="held_out must lie between 0 and 1"):
+            split(stream, held_out)
+
+
+def test_windows_are_spread_and_do_not_overlap():
+    stream = torch.arange(103)
+    taken = windows(stream, 4, 10)
+    assert taken.shape == (4, 10)
+    assert taken[:, 0].tolist() == [0, 20, 50, 70]
+    assert torch.equal(taken, taken[:, :1] + torch.arange(10))
+    assert torch.equal(windows(stream, 10, 10).flatten(), stream[:100])
+    with pytest.raises(ValueError, match="tokens must hold 11 windows of 10 tokens, got 103 tokens"):
+        windows(stream, 11, 10)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 17])
+def test_every_window_once_per_epoch(batch_size):
+    batches = Batches(torch.arange(5 * 10 + 4), batch_size, 5, seed=3)
+    assert batches.windows_per_epoch == 10
+    drawn = torch.cat([next(batches) for _ in range(30)])
+    assert drawn.shape == (30 * batch_size, 5)
+    for epoch in drawn[: len(drawn) // 10 * 10].view(-1, 10, 5):
+        assert sorted(epoch[:, 0].tolist()) == list(range(0, 50, 5))
+    assert torch.equal(drawn, drawn[:, :1] + torch.arange(5))
+
+
+def test_order_depends_on_seed_and_epoch():
+    def orders(seed):
+        batches = Batches(torch.arange(200), 100, 2, seed)
+        return [tuple(next(batches)[:, 0].tolist()) for _ in range(3)]
+
+    assert orders(0) == orders(0)
+    assert len({*orders(0), *orders(1), *orders(2)}) == 9
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 5])
+def test_position_is_resumed_exactly(before):
+    tokens = torch.arange(70)
+    one, other = Batches(tokens, 3, 10, seed=1), Batches(tokens, 3, 10, seed=1)
+    for _ in range(before):
+        next(one)
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    for _ in range(6):
+        assert torch.equal(next(one), next(other))
+
+
+def test_batches_do_not_touch_the_global_generator():
+    state = torch.get_rng_state()
+    next(Batches(torch.arange(70), 3, 10))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "says"),
+    [
+        (torch.arange(5), 6, "tokens must hold at least 6 tokens, got 5"),
+        (torch.arange(5), 1, "length must be at least 2, got 1"),
+        (torch.zeros(2, 5, dtype=torch.int64), 2, r"tokens must be a stream \[tokens\] int64, got \[2, 5\]"),
+        (torch.zeros(5), 2, "tokens must be a stream .* torch.float32"),
+    ],
+)
+def test_bad_stream_is_refused(tokens, length, says):
+    for use in (lambda: Batches(tokens, 1, length), lambda: windows(tokens, 1, length)):
+        with pytest.raises(ValueError, match=says):
+            use()
