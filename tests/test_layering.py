@@ -84,10 +84,15 @@ def wrong_imports(module: str, text: str, is_package: bool = False) -> list[str]
     if PYTHON[layer] == EVERYTHING:
         return []
     found = (name for node in ast.walk(ast.parse(text)) for name in imported(node, module, is_package))
-    ours = (
-        name for name in found if name.split(".")[0] in ("flextron", "flextron_ext", "tests", "benchmarks")
-    )
-    return [f"{module} may not import {name}" for name in ours if layer_of(name) not in PYTHON[layer]]
+    return [f"{module} may not import {name}" for name in found if not may_import(layer, name)]
+
+
+def may_import(layer: str, name: str) -> bool:
+    first = name.split(".")[0]
+    if first in ("flextron", "flextron_ext", "tests", "benchmarks"):
+        return layer_of(name) in PYTHON[layer]
+    # A user who wants only the ops needs torch and nothing else.
+    return layer != "flextron_ext" or first == "torch" or first in sys.stdlib_module_names
 
 
 def layer_of(module: str) -> str:
