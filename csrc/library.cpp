@@ -1,4 +1,7 @@
 // The op table: one row per op for its schema, one for its function. torch compares the two when the library loads.
+#include <algorithm>
+#include <iterator>
+
 #include "core/build_info.h"
 #include "ops/ops.h"
 
@@ -11,6 +14,24 @@ constexpr const char* kSchemas[] = {
     "elastic_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, SymInt in_features, "
     "SymInt out_features, Tensor? in_extent, Tensor? out_extent, SymInt in_blocks, SymInt out_blocks, "
     "int output_mask) -> (Tensor, Tensor, Tensor)",
+    "elastic_mlp(Tensor x, Tensor? w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate, Tensor? b_up, Tensor? b_down, "
+    "SymInt width, str activation=\"silu\", Tensor? extent=None, Tensor? gate=None, int[]? choices=None) -> Tensor",
+    "elastic_mlp_backward(Tensor dy, Tensor x, Tensor? w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate, "
+    "Tensor? b_up, Tensor? b_down, SymInt width, str activation, Tensor? extent, Tensor? gate, int[]? choices, "
+    "int output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "route(Tensor logits, int? seed=None) -> (Tensor, Tensor, Tensor)",
+    "head_attention(Tensor q, Tensor k, Tensor v, SymInt heads, str unit=\"kv_group\", Tensor? extent=None, "
+    "str extent_per=\"sequence\", Tensor? index=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+    "Tensor? k_start=None, bool causal=True, float? scale=None) -> (Tensor, Tensor)",
+    "head_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, SymInt heads, str unit, "
+    "Tensor? extent, str extent_per, Tensor? index, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? k_start, "
+    "bool causal, float? scale, int output_mask) -> (Tensor, Tensor, Tensor)",
+    "head_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens, SymInt heads, "
+    "str unit=\"kv_group\", Tensor? extent=None, Tensor? block_table=None, Tensor? k_start=None, float? scale=None) "
+    "-> Tensor",
+    "head_attention_decode_backward(Tensor dout, Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens, SymInt heads, "
+    "str unit, Tensor? extent, Tensor? block_table, Tensor? k_start, float? scale, int output_mask) "
+    "-> (Tensor, Tensor, Tensor)",
 };
 
 std::vector<std::string> words(const std::string& text) {
@@ -38,4 +59,15 @@ STABLE_TORCH_LIBRARY(flextron, m) {
 STABLE_TORCH_LIBRARY_IMPL(flextron, CPU, m) {
   m.impl("elastic_linear", TORCH_BOX(&flextron::elastic_linear));
   m.impl("elastic_linear_backward", TORCH_BOX(&flextron::elastic_linear_backward));
+  m.impl("elastic_mlp", TORCH_BOX(&flextron::elastic_mlp));
+  m.impl("elastic_mlp_backward", TORCH_BOX(&flextron::elastic_mlp_backward));
+  m.impl("route", TORCH_BOX(&flextron::route));
+  m.impl("head_attention", TORCH_BOX(&flextron::head_attention));
+  m.impl("head_attention_backward", TORCH_BOX(&flextron::head_attention_backward));
+  m.impl("head_attention_decode", TORCH_BOX(&flextron::head_attention_decode));
+  m.impl("head_attention_decode_backward", TORCH_BOX(&flextron::head_attention_decode_backward));
 }
+
+#ifdef FLEXTRON_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(flextron, CUDA, m) { m.impl("route", TORCH_BOX(&flextron::route)); }
+#endif

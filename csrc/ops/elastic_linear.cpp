@@ -74,21 +74,6 @@ Plan make_plan(const char* op, const Tensor& x, const Tensor& weight, const Opti
   return plan;
 }
 
-// out = sum over blocks of part(block, into). One block is written in place; more are summed in one pass, so a 16-bit
-// result is rounded once per block and once at the end, however many blocks there are.
-template <class Part>
-void sum_of_blocks(const Tensor& out, int64_t blocks, const std::optional<Tensor>& extra, const Part& part) {
-  if (out.numel() == 0) return;
-  const int64_t parts_count = blocks + (extra ? 1 : 0);
-  Tensor parts = empty(out, {parts_count, out.size(0), out.size(1)});
-  for (int64_t b = 0; b < blocks; ++b) part(b, torch::stable::select(parts, 0, b));
-  if (extra) {
-    Tensor last = torch::stable::select(parts, 0, blocks);
-    torch::stable::copy_(last, *extra);
-  }
-  sum_rows_into(out, parts);
-}
-
 // y rows of one step: x_rows [n, in.blocks*in.features] -> y_rows [n, out.blocks*out.features].
 void forward_step(const Plan& plan, const Step& step, const Tensor& x_rows, const Tensor& weight,
                   const OptionalTensor& bias, const Tensor& y_rows) {

@@ -78,6 +78,21 @@ inline void sum_rows_into(Tensor out, const Tensor& t) {
   torch::stable::sum_out(out, t, torch::headeronly::IntHeaderOnlyArrayRef(first.data(), 1));
 }
 
+// out = sum over blocks of part(block, into). One block is written in place; more are summed in one pass, so a 16-bit
+// result is rounded once per block and once at the end, however many blocks there are.
+template <class Part>
+void sum_of_blocks(const Tensor& out, int64_t blocks, const std::optional<Tensor>& extra, const Part& part) {
+  if (out.numel() == 0) return;
+  const int64_t parts_count = blocks + (extra ? 1 : 0);
+  Tensor parts = empty(out, {parts_count, out.size(0), out.size(1)});
+  for (int64_t b = 0; b < blocks; ++b) part(b, torch::stable::select(parts, 0, b));
+  if (extra) {
+    Tensor last = torch::stable::select(parts, 0, blocks);
+    torch::stable::copy_(last, *extra);
+  }
+  sum_rows_into(out, parts);
+}
+
 // t's rows in the given order, contiguous; t itself where the order is empty (nothing moves).
 inline Tensor gather_rows(const Tensor& t, const std::optional<Tensor>& order) {
   if (!order) return t;

@@ -1,5 +1,9 @@
 """One file per op: typed wrapper, fake, gradient, autocast. Importing this package registers them all."""
 
 from .elastic_linear import elastic_linear
+from .elastic_mlp import elastic_mlp
+from .head_attention import head_attention
+from .head_attention_decode import head_attention_decode
+from .route import Routing, route
 
-__all__ = ["elastic_linear"]
+__all__ = ["Routing", "elastic_linear", "elastic_mlp", "head_attention", "head_attention_decode", "route"]

@@ -58,7 +58,8 @@ def check_same(op: str, x: Tensor, **others: Tensor | None) -> None:
 
 def wanted(ctx, *positions: int) -> int:
     """output_mask: bit i is set when the input at positions[i] needs its gradient."""
-    return sum(1 << i for i, position in enumerate(positions) if ctx.needs_input_grad[position])
+    needs = ctx.needs_input_grad  # shorter than the inputs where trailing ones have their default
+    return sum(1 << i for i, position in enumerate(positions) if position < len(needs) and needs[position])
 
 
 def per_input(mask: int, gradients: Sequence[Tensor]) -> list[Tensor | None]:

@@ -1,0 +1,260 @@
+// elastic_mlp: a whole MLP, plain or gated, at any width, per token, or as a soft mixture of widths.
+//
+//   h = act(x w_gate[:d]^T + b_gate) * (x w_up[:d]^T + b_up)        y = (s * h) w_down[:, :d]^T + b_down
+//
+// The GEMMs are the vendor's, on views; what lies between them is csrc/kernels/elastic_mlp.h. An extent per token is the
+// staircase: sorted tokens, row steps for up, down and dx, column blocks for the weights' gradients.
+#include <array>
+
+#include "kernels/elastic_mlp.h"
+#include "ops/device.h"
+#include "ops/dispatch.h"
+#include "ops/extents.h"
+#include "ops/ops.h"
+
+namespace flextron {
+namespace {
+
+// Rows per pass of the forward: bounds the hidden activations, whatever T is (3 MiB a matrix at 1536 neurons in float32).
+constexpr int64_t kRowTile = 512;
+
+struct Mlp {
+  const char* op;
+  Tensor w_up, w_down;
+  OptionalTensor w_gate, b_gate, b_up, b_down;
+  Activation activation;
+  Extents extents;               // of the hidden neurons; flat with a soft gate, at its largest choice
+  OptionalTensor gate;           // [T, C] or [1, C], accumulation dtype, contiguous
+  std::vector<int64_t> choices;  // [C]; empty without a gate
+};
+
+Activation activation_of(const char* op, const std::string& name) {
+  constexpr const char* kNames[] = {"relu", "relu2", "gelu", "gelu_tanh", "silu"};
+  for (int64_t i = 0; i < 5; ++i)
+    if (name == kNames[i]) return static_cast<Activation>(i);
+  fail(op, ": activation must be one of relu, relu2, gelu, gelu_tanh, silu, got ", name);
+}
+
+void check_choices(const char* op, const std::vector<int64_t>& choices, int64_t width) {
+  if (choices.empty()) fail(op, ": choices must have at least 1 entry, got 0");
+  for (size_t c = 0; c < choices.size(); ++c) {
+    check_range(op, "choices", choices[c], 0, width);
+    if (c > 0 && choices[c] <= choices[c - 1])
+      fail(op, ": choices must be ascending, got ", choices[c], " after ", choices[c - 1]);
+  }
+}
+
+void read_gate(Mlp& mlp, const Tensor& x, int64_t width, const Tensor& gate,
+               const std::optional<std::vector<int64_t>>& choices) {
+  if (!choices) fail(mlp.op, ": choices must be given with gate, got None");
+  check_choices(mlp.op, *choices, width);
+  check_floating(mlp.op, "gate", gate);
+  check_device(mlp.op, "gate", gate, x.device());
+  const int64_t T = x.size(0), C = static_cast<int64_t>(choices->size());
+  if (gate.dim() != 2 || gate.size(1) != C || (gate.size(0) != 1 && gate.size(0) != T))
+    fail(mlp.op, ": gate must have shape [1, ", C, "] or [", T, ", ", C, "], got ", shape_text(gate.sizes()));
+  const bool wide = x.scalar_type() == ScalarType::Double;
+  mlp.gate = torch::stable::contiguous(torch::stable::to(gate, wide ? ScalarType::Double : ScalarType::Float));
+  mlp.choices = *choices;
+  mlp.extents.stairs = flat_staircase(T, choices->back());
+}
+
+Mlp read_arguments(const char* op, const Tensor& x, const OptionalTensor& w_gate, const Tensor& w_up,
+                   const Tensor& w_down, const OptionalTensor& b_gate, const OptionalTensor& b_up,
+                   const OptionalTensor& b_down, int64_t width, const std::string& activation,
+                   const OptionalTensor& extent, const OptionalTensor& gate,
+                   const std::optional<std::vector<int64_t>>& choices) {
+  check_dim(op, "x", x, 2);
+  check_floating(op, "x", x);
+  check_dim(op, "w_up", w_up, 2);
+  check_dim(op, "w_down", w_down, 2);
+  const auto dtype = x.scalar_type();
+  const auto device = x.device();
+  const int64_t F = w_up.size(0), K = x.size(1), outputs = w_down.size(0);
+  check_like(op, "w_up", w_up, {F, K}, dtype, device);
+  check_like(op, "w_down", w_down, {outputs, F}, dtype, device);
+  if (w_gate) check_like(op, "w_gate", *w_gate, {F, K}, dtype, device);
+  if (b_gate) check_like(op, "b_gate", *b_gate, {F}, dtype, device);
+  if (b_up) check_like(op, "b_up", *b_up, {F}, dtype, device);
+  if (b_down) check_like(op, "b_down", *b_down, {outputs}, dtype, device);
+  if (b_gate && !w_gate) fail(op, ": b_gate must be None without w_gate, got a tensor");
+  check_range(op, "width", width, 0, F);
+  if (extent && gate) fail(op, ": extent must be None when gate is given, got both");
+  if (choices && !gate) fail(op, ": choices must be None without gate, got a list");
+
+  Mlp mlp{.op = op, .w_up = w_up, .w_down = w_down, .w_gate = w_gate, .b_gate = b_gate, .b_up = b_up,
+          .b_down = b_down, .activation = activation_of(op, activation), .extents = {}, .gate = {}, .choices = {}};
+  if (gate)
+    read_gate(mlp, x, width, *gate, choices);
+  else
+    mlp.extents = read_extents(op, "extent", extent, x, width);
+  return mlp;
+}
+
+OptionalTensor first(const OptionalTensor& bias, int64_t d) {
+  return bias ? OptionalTensor(slice(*bias, 0, 0, d)) : std::nullopt;
+}
+
+// Runs the elementwise pass over rows that share the extent d; `row` is the first one's place in the gate.
+template <bool backward>
+void elementwise(const Mlp& mlp, const OptionalTensor& g, const Tensor& u, const OptionalTensor& dh,
+                 const OptionalTensor& dgate, int64_t row, int64_t d) {
+  if (u.size(0) == 0 || d == 0) return;
+  dispatch_dtype(FloatingTypes{}, mlp.op, u.scalar_type(), [&]<class scalar_t>() {
+    using real = accumulate_t<scalar_t>;
+    const int64_t C = mlp.gate ? mlp.gate->size(1) : 1;
+    const int64_t gate_stride = mlp.gate && mlp.gate->size(0) > 1 ? C : 0;
+    const ElasticMlpParams<scalar_t> p{
+        .g = g ? mutable_data_of<scalar_t>(*g) : nullptr,
+        .u = mutable_data_of<scalar_t>(u),
+        .dh = dh ? mutable_data_of<scalar_t>(*dh) : nullptr,
+        .gate = mlp.gate ? data_of<real>(*mlp.gate) + row * gate_stride : nullptr,
+        .dgate = dgate ? mutable_data_of<real>(*dgate) + row * C : nullptr,
+        .choices = mlp.gate ? mlp.choices.data() : &d,
+        .R = u.size(0),
+        .d = d,
+        .ld = u.stride(0),
+        .C = C,
+        .gate_stride = gate_stride,
+        .activation = mlp.activation};
+    constexpr int64_t kCost = 16;  // operations per neuron
+    parallel_for(p.R, kCost * d, [&](int64_t begin, int64_t end) {
+      if constexpr (backward)
+        elastic_mlp_backward_cpu(p, begin, end);
+      else
+        elastic_mlp_cpu(p, begin, end);
+    });
+  });
+}
+
+void forward_step(const Mlp& mlp, const Step& step, const Tensor& x, const Tensor& y) {
+  const int64_t d = step.extent;
+  const Tensor w_up = rows(mlp.w_up, 0, d), w_down = columns(mlp.w_down, 0, d);
+  const OptionalTensor w_gate = mlp.w_gate ? OptionalTensor(rows(*mlp.w_gate, 0, d)) : std::nullopt;
+  const OptionalTensor b_up = first(mlp.b_up, d), b_gate = first(mlp.b_gate, d);
+  for (int64_t begin = step.begin; begin < step.end; begin += kRowTile) {
+    const int64_t end = std::min(begin + kRowTile, step.end);
+    const Tensor x_tile = rows(x, begin, end), u = empty(x, {end - begin, d});
+    linear_into(u, x_tile, w_up, b_up);
+    OptionalTensor g;
+    if (w_gate) linear_into(g.emplace(empty(x, {end - begin, d})), x_tile, *w_gate, b_gate);
+    elementwise<false>(mlp, g, u, {}, {}, begin, d);
+    linear_into(rows(y, begin, end), u, w_down, mlp.b_down);
+  }
+}
+
+// What the backward keeps of the hidden layer, sorted rows: [T, widest], each row written up to its extent.
+struct Hidden {
+  Tensor du, scaled;  // gradient of u; s * h
+  OptionalTensor dg;
+};
+
+Hidden backward_hidden(const Mlp& mlp, const Tensor& dy, const Tensor& x, const OptionalTensor& dgate) {
+  const std::vector<int64_t> shape{x.size(0), mlp.extents.widest()};
+  Hidden hidden{empty(x, shape), empty(x, shape), {}};
+  if (mlp.w_gate) hidden.dg = empty(x, shape);
+  for (const Step& step : mlp.extents.stairs.steps) {
+    const int64_t d = step.extent;
+    const auto part = [&](const Tensor& t) { return columns(rows(t, step.begin, step.end), 0, d); };
+    const Tensor x_rows = rows(x, step.begin, step.end), u = part(hidden.du), dh = part(hidden.scaled);
+    linear_into(u, x_rows, rows(mlp.w_up, 0, d), first(mlp.b_up, d));
+    OptionalTensor g;
+    if (mlp.w_gate) linear_into(g.emplace(part(*hidden.dg)), x_rows, rows(*mlp.w_gate, 0, d), first(mlp.b_gate, d));
+    matmul_into(dh, rows(dy, step.begin, step.end), columns(mlp.w_down, 0, d));
+    elementwise<true>(mlp, g, u, dh, dgate, step.begin, d);
+  }
+  return hidden;
+}
+
+Tensor backward_input(const Mlp& mlp, const Hidden& hidden, const Tensor& x) {
+  const Tensor dx = empty(x, {x.size(0), x.size(1)});
+  for (const Step& step : mlp.extents.stairs.steps) {
+    const auto part = [&](const Tensor& dhidden, const Tensor& weight, const Tensor& out) {
+      matmul_into(out, columns(rows(dhidden, step.begin, step.end), 0, step.extent), rows(weight, 0, step.extent));
+    };
+    const Tensor out = rows(dx, step.begin, step.end);
+    if (!mlp.w_gate) {
+      part(hidden.du, mlp.w_up, out);
+      continue;
+    }
+    sum_of_blocks(out, 2, std::nullopt, [&](int64_t which, const Tensor& into) {
+      which == 0 ? part(hidden.du, mlp.w_up, into) : part(*hidden.dg, *mlp.w_gate, into);
+    });
+  }
+  return gather_rows(dx, mlp.extents.inverse);
+}
+
+// dw[:d] = dhidden^T x and db[:d] = the sum of dhidden, column block by column block; zeros beyond the widest token.
+Tensor backward_up_weight(const Mlp& mlp, const Tensor& dhidden, const Tensor& x) {
+  const Tensor dw = zeros(x, {mlp.w_up.size(0), x.size(1)});
+  for (const auto& b : column_blocks(mlp.extents.stairs))
+    matmul_into(rows(dw, b.begin, b.end), transposed(columns(rows(dhidden, 0, b.rows), b.begin, b.end)),
+                rows(x, 0, b.rows));
+  return dw;
+}
+Tensor backward_up_bias(const Mlp& mlp, const Tensor& dhidden) {
+  const Tensor db = zeros(dhidden, {mlp.w_up.size(0)});
+  for (const auto& b : column_blocks(mlp.extents.stairs))
+    sum_rows_into(rows(db, b.begin, b.end), columns(rows(dhidden, 0, b.rows), b.begin, b.end));
+  return db;
+}
+Tensor backward_down_weight(const Mlp& mlp, const Tensor& scaled, const Tensor& dy) {
+  const Tensor dw = zeros(dy, {mlp.w_down.size(0), mlp.w_down.size(1)});
+  for (const auto& b : column_blocks(mlp.extents.stairs))
+    matmul_into(columns(dw, b.begin, b.end), transposed(rows(dy, 0, b.rows)),
+                columns(rows(scaled, 0, b.rows), b.begin, b.end));
+  return dw;
+}
+
+}  // namespace
+
+Tensor elastic_mlp(const Tensor& x, const OptionalTensor& w_gate, const Tensor& w_up, const Tensor& w_down,
+                   const OptionalTensor& b_gate, const OptionalTensor& b_up, const OptionalTensor& b_down,
+                   int64_t width, const Text& activation, const OptionalTensor& extent, const OptionalTensor& gate,
+                   const std::optional<std::vector<int64_t>>& choices) {
+  const NoGrad guard;
+  const Mlp mlp = read_arguments("elastic_mlp", x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation.value,
+                                 extent, gate, choices);
+  const Tensor y = empty(x, {x.size(0), w_down.size(0)});
+  const Tensor x_sorted = gather_rows(x, mlp.extents.order);
+  for (const Step& step : mlp.extents.stairs.steps) forward_step(mlp, step, x_sorted, y);
+  return gather_rows(y, mlp.extents.inverse);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> elastic_mlp_backward(
+    const Tensor& dy, const Tensor& x, const OptionalTensor& w_gate, const Tensor& w_up, const Tensor& w_down,
+    const OptionalTensor& b_gate, const OptionalTensor& b_up, const OptionalTensor& b_down, int64_t width,
+    const Text& activation, const OptionalTensor& extent, const OptionalTensor& gate,
+    const std::optional<std::vector<int64_t>>& choices, int64_t output_mask) {
+  constexpr auto op = "elastic_mlp_backward";
+  const NoGrad guard;
+  const Mlp mlp = read_arguments(op, x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation.value, extent,
+                                 gate, choices);
+  check_like(op, "dy", dy, {x.size(0), w_down.size(0)}, x.scalar_type(), x.device());
+  check_range(op, "output_mask", output_mask, 0, 255);
+  const auto wanted = [&](int64_t bit, bool exists) { return (output_mask >> bit & 1) && exists; };
+  const Tensor none = empty(x, {0});
+  std::array<Tensor, 8> d{none, none, none, none, none, none, none, none};
+
+  if (wanted(6, b_down.has_value())) sum_rows_into(d[6] = empty(x, {w_down.size(0)}), dy);
+  if (output_mask & ~int64_t{64}) {
+    const Tensor dy_sorted = gather_rows(dy, mlp.extents.order), x_sorted = gather_rows(x, mlp.extents.order);
+    OptionalTensor dgate;
+    if (wanted(7, gate.has_value())) dgate = zeros(*mlp.gate, {x.size(0), gate->size(1)});
+    const Hidden hidden = backward_hidden(mlp, dy_sorted, x_sorted, dgate);
+    if (wanted(0, true)) d[0] = backward_input(mlp, hidden, x_sorted);
+    if (wanted(1, w_gate.has_value())) d[1] = backward_up_weight(mlp, *hidden.dg, x_sorted);
+    if (wanted(2, true)) d[2] = backward_up_weight(mlp, hidden.du, x_sorted);
+    if (wanted(3, true)) d[3] = backward_down_weight(mlp, hidden.scaled, dy_sorted);
+    if (wanted(4, b_gate.has_value())) d[4] = backward_up_bias(mlp, *hidden.dg);
+    if (wanted(5, b_up.has_value())) d[5] = backward_up_bias(mlp, hidden.du);
+    if (dgate) {
+      Tensor total = *dgate;
+      if (gate->size(0) != x.size(0)) sum_rows_into(total = empty(*dgate, {gate->size(1)}), *dgate);
+      d[7] = torch::stable::to(torch::stable::view(total, gate->sizes()), gate->scalar_type());
+    }
+  }
+  return {d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]};
+}
+
+}  // namespace flextron
