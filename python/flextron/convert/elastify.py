@@ -111,7 +111,7 @@ def parity(before: Tensor, after: Tensor) -> dict[str, Any]:
         ParityError: by more than 1e-4, or to something that is not a number.
     """
     max_abs = (after - before).abs().max().item()
-    max_rel = max_abs / before.abs().max().item()
+    max_rel = max_abs / max(before.abs().max().item(), torch.finfo(torch.float32).tiny)
     if not (math.isfinite(max_rel) and max_rel <= PARITY_BOUND):
         raise ParityError(
             f"convert: logits must stay within {PARITY_BOUND:g} of the parent's, got {max_rel:.3g}; "
