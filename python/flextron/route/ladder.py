@@ -1,0 +1,173 @@
+"""The ladder: a nested chain of sub-networks from the smallest to the full one, which a budget is read off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flextron.config import ElasticConfig, Widths
+from flextron.nn.router import StaticRouter
+
+AXES = ("mlp", "heads")
+_GRID = 201  # targets at which a router is read; its logits are lines between trained targets
+
+Upgrade = tuple[str, int]  # (axis, layer): this layer's axis goes to its next choice
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Sub-networks, each the one before with one layer's axis at its next choice.
+
+    Every rung covers those below, so whatever grows with width grows along the ladder, and the highest rung
+    within a budget is a function of the budget that never falls.
+
+    Attributes:
+        mlp_choices, head_choices: the menus.
+        num_layers: L.
+        upgrades: in order, from the smallest network to the full one.
+        origin: what made it: ``"router"`` or ``"uniform"``.
+    """
+
+    mlp_choices: tuple[int, ...]
+    head_choices: tuple[int, ...]
+    num_layers: int
+    upgrades: tuple[Upgrade, ...]
+    origin: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "upgrades", tuple((str(axis), int(layer)) for axis, layer in self.upgrades))
+        if sorted(self.upgrades) != sorted(
+            _all_upgrades(self.mlp_choices, self.head_choices, self.num_layers)
+        ):
+            raise ValueError(
+                f"Ladder: upgrades must take each of {self.num_layers} layers from its smallest to its full choice, "
+                f"got {len(self.upgrades)} that do not"
+            )
+
+    @cached_property
+    def rungs(self) -> tuple[Widths, ...]:
+        """All sub-networks, the smallest first, the full one last."""
+        index = {axis: [0] * self.num_layers for axis in AXES}
+        found = [self._widths(index)]
+        for axis, layer in self.upgrades:
+            index[axis][layer] += 1
+            found.append(self._widths(index))
+        return tuple(found)
+
+    def _widths(self, index: dict[str, list[int]]) -> Widths:
+        return Widths(
+            tuple(self.mlp_choices[i] for i in index["mlp"]),
+            tuple(self.head_choices[i] for i in index["heads"]),
+        )
+
+    def highest(self, cost: Callable[[Widths], float], limit: float) -> Widths | None:
+        """The highest rung whose cost is within the limit (and rounding); None when the lowest is not.
+
+        ``cost`` must not fall as widths grow.
+        """
+        limit += 1e-9 * abs(limit)
+        low, high = (
+            -1,
+            len(self.rungs) - 1,
+        )  # rungs[low] is within the limit, or low is -1; all above high are not
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if cost(self.rungs[middle]) <= limit else (low, middle - 1)
+        return self.rungs[low] if low >= 0 else None
+
+    def check(self, config: ElasticConfig) -> None:
+        """Raise ValueError unless the ladder is about this model's menus."""
+        mine = (self.num_layers, self.mlp_choices, self.head_choices)
+        theirs = (config.num_layers, config.mlp_choices, config.head_choices)
+        if mine != theirs:
+            raise ValueError(
+                f"ladder: layers and menus must be those of the model {theirs}, got {mine}; run `flextron route DIR` again"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "mlp_choices": list(self.mlp_choices),
+            "head_choices": list(self.head_choices),
+            "num_layers": self.num_layers,
+            "upgrades": [list(upgrade) for upgrade in self.upgrades],
+            "origin": self.origin,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Ladder:
+        return cls(
+            mlp_choices=tuple(values["mlp_choices"]),
+            head_choices=tuple(values["head_choices"]),
+            num_layers=values["num_layers"],
+            upgrades=tuple((axis, layer) for axis, layer in values["upgrades"]),
+            origin=values["origin"],
+        )
+
+
+def uniform_ladder(config: ElasticConfig) -> Ladder:
+    """Upgrade all layers evenly, both axes at the same pace: what one does without routers.
+
+    Layers take turns in van der Corput order (first, middle, quarters, ..), so at every rung the wider layers are
+    spread over the depth.
+    """
+    turn = {layer: place for place, layer in enumerate(sorted(range(config.num_layers), key=_bit_reversed))}
+    order: list[tuple[float, str, int]] = []
+    for axis, menu in (("mlp", config.mlp_choices), ("heads", config.head_choices)):
+        steps = len(menu) - 1
+        for choice in range(steps):
+            order += [((choice + (turn[n] + 0.5) / config.num_layers) / steps, axis, n) for n in turn]
+    return _ladder(config, [(axis, layer) for _, axis, layer in sorted(order)], "uniform")
+
+
+def router_ladder(
+    config: ElasticConfig, router: StaticRouter, benefit: Callable[[str, int, int], float] | None = None
+) -> Ladder:
+    """Read a router out as a ladder: deterministic, and nested by construction.
+
+    The arg-max choices are taken at a fine grid of targets, with a running maximum, so that no layer shrinks as
+    the target grows. Upgrades are ordered by the target at which they first appear; among those that appear
+    together, the one the router prefers more (its logit margin) comes first, then the one with more
+    ``benefit(axis, layer, choice)``, then the lower layer.
+    """
+    grid = torch.linspace(router.targets[0], 1.0, _GRID)
+    with torch.no_grad():
+        logits = router(grid)
+    order = []
+    for axis, rows in zip(AXES, logits, strict=True):
+        reached = rows.argmax(-1).cummax(0).values  # [grid, L]
+        reached[-1] = rows.shape[-1] - 1  # the full model at 1
+        for layer in range(config.num_layers):
+            for choice in range(1, rows.shape[-1]):
+                first = int((reached[:, layer] < choice).sum())
+                margin = _margin(rows[first, layer], choice)
+                gain = benefit(axis, layer, choice) if benefit else 0.0
+                # `margin` never grows with the choice, and the choice breaks its ties: the order within a layer holds
+                order.append((first, -margin, choice, -gain, layer, axis))
+    return _ladder(config, [(axis, layer) for *_, layer, axis in sorted(order)], "router")
+
+
+def _margin(logits: Tensor, choice: int) -> float:
+    """How much better than all smaller choices the best of ``choice`` and above is."""
+    return float(logits[choice:].max() - logits[:choice].max())
+
+
+def _ladder(config: ElasticConfig, upgrades: Sequence[Upgrade], origin: str) -> Ladder:
+    return Ladder(config.mlp_choices, config.head_choices, config.num_layers, tuple(upgrades), origin)
+
+
+def _all_upgrades(mlp_choices: Sequence[int], head_choices: Sequence[int], layers: int) -> list[Upgrade]:
+    counts = {"mlp": len(mlp_choices) - 1, "heads": len(head_choices) - 1}
+    return [(axis, layer) for axis in AXES for layer in range(layers) for _ in range(counts[axis])]
+
+
+def _bit_reversed(n: int) -> float:
+    """The van der Corput sequence in base 2: 0, 1/2, 1/4, 3/4, 1/8, .."""
+    value, place = 0.0, 0.5
+    while n:
+        value, n, place = value + place * (n & 1), n >> 1, place / 2
+    return value

@@ -1,0 +1,549 @@
+"""The latency table: what every choice of every layer costs on this device, and how well the sum predicts the whole.
+
+    T(config) = base + slope * sum over layers ( heads[layer, n_c] + mlp[layer, d_c] )
+
+The entries are measured through the modules that run (`flextron.nn.probe`); base and slope are fitted on whole
+models, and the residual is taken on other whole models. All times are milliseconds.
+"""
+
+from __future__ import annotations
+
+import platform
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
+from flextron.checkpoint.io import read_json, write_json
+from flextron.config import ElasticConfig, Widths
+from flextron.nn import ElasticCache, probe
+from flextron.nn.cache import ElasticCacheLayer
+from flextron.testing.timing import bench, compare
+
+FILE = "latency.json"
+PHASES = ("prefill", "decode")
+AXES = ("mlp", "heads")
+_SAME_COST = 0.97  # a width that costs this much of the next one up saves nothing worth its loss
+
+Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed.
+
+    Attributes:
+        phase: ``"prefill"``: ``length`` tokens at once, without a cache. ``"decode"``: one new token per sequence.
+        batch: sequences.
+        length: tokens of each sequence in the prefill phase; 1 in the decode phase.
+        context: tokens cached before the new one in the decode phase; 0 in the prefill phase.
+    """
+
+    phase: str
+    batch: int = 1
+    length: int = 1
+    context: int = 0
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise ValueError(f"Workload: phase must be one of {', '.join(PHASES)}, got {self.phase!r}")
+        if self.batch < 1:
+            raise ValueError(f"Workload: batch must be at least 1, got {self.batch}")
+        if self.phase == "prefill" and (self.length < 1 or self.context):
+            raise ValueError(
+                f"Workload: prefill must have a length and no context, got length={self.length}, context={self.context}"
+            )
+        if self.phase == "decode" and (self.length != 1 or self.context < 1):
+            raise ValueError(
+                f"Workload: decode must have length 1 and a context, got length={self.length}, context={self.context}"
+            )
+
+    @classmethod
+    def prefill(cls, length: int, batch: int = 1) -> Workload:
+        return cls("prefill", batch=batch, length=length)
+
+    @classmethod
+    def decode(cls, context: int, batch: int = 1) -> Workload:
+        return cls("decode", batch=batch, context=context)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one forward takes in."""
+        return self.batch * self.length
+
+
+@dataclass(frozen=True)
+class Check:
+    """One whole configuration: predicted by the table and measured, in milliseconds."""
+
+    widths: Widths
+    predicted: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """|predicted - measured|, as a fraction of measured."""
+        return abs(self.predicted - self.measured) / self.measured
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Measured costs of the choices of one phase on one machine.
+
+    Attributes:
+        workload, machine: what was timed, and where: the key of the table.
+        mlp_choices, head_choices: the menus it is about.
+        mlp, heads: [L, C], cost of a choice in a layer, never falling with the width.
+        raw_mlp, raw_heads: the same before the repair of `isotonic`.
+        base, slope: the end-to-end fit.
+        fitted, held_out: the configurations used for the fit, and those that judge it.
+        warnings: sentences for the user.
+    """
+
+    workload: Workload
+    machine: dict[str, Any]
+    mlp_choices: tuple[int, ...]
+    head_choices: tuple[int, ...]
+    mlp: tuple[tuple[float, ...], ...]
+    heads: tuple[tuple[float, ...], ...]
+    raw_mlp: tuple[tuple[float, ...], ...]
+    raw_heads: tuple[tuple[float, ...], ...]
+    base: float
+    slope: float
+    fitted: tuple[Check, ...] = ()
+    held_out: tuple[Check, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.mlp, dtype=torch.float64), torch.tensor(self.heads, dtype=torch.float64)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.mlp)
+
+    @cached_property
+    def full_ms(self) -> float:
+        """Predicted time of the full model: what a fraction is a fraction of."""
+        return self.predict(
+            Widths((self.mlp_choices[-1],) * self.num_layers, (self.head_choices[-1],) * self.num_layers)
+        )
+
+    @cached_property
+    def smallest_ms(self) -> float:
+        return self.predict(
+            Widths((self.mlp_choices[0],) * self.num_layers, (self.head_choices[0],) * self.num_layers)
+        )
+
+    @property
+    def residual_median(self) -> float:
+        """Median relative error on the held-out configurations."""
+        return median(c.error for c in self.held_out)
+
+    @property
+    def residual_worst(self) -> float:
+        return max(c.error for c in self.held_out)
+
+    def expected(self, p_mlp: Tensor, p_heads: Tensor) -> Tensor:
+        """Expected milliseconds under choice probabilities, differentiable in them.
+
+        Args:
+            p_mlp: [..., L, C_mlp].
+            p_heads: [..., L, C_heads].
+
+        Returns:
+            [...]
+        """
+        mlp, heads = (t.to(p_mlp) for t in self._tensors)
+        return self.base + self.slope * ((p_mlp * mlp).sum((-2, -1)) + (p_heads * heads).sum((-2, -1)))
+
+    def predict(self, widths: Widths) -> float:
+        """Milliseconds of a configuration."""
+        return self.base + self.slope * _layer_sum(self, widths)
+
+    def fraction(self, widths: Widths) -> float:
+        """The configuration's time over the full model's."""
+        return self.predict(widths) / self.full_ms
+
+    def check(self, config: ElasticConfig) -> None:
+        """Raise ValueError unless the table is about this model's menus."""
+        theirs = (config.num_layers, config.mlp_choices, config.head_choices)
+        mine = (self.num_layers, self.mlp_choices, self.head_choices)
+        if mine != theirs:
+            raise ValueError(
+                f"latency table: layers and menus must be those of the model {theirs}, got {mine}; "
+                "run `flextron profile DIR` again"
+            )
+
+    def differs(self, machine: dict[str, Any]) -> list[str]:
+        """How ``machine`` (of `machine_of`) is not the one that was measured: one sentence each."""
+        keys = sorted(self.machine.keys() | machine.keys())
+        return [
+            f"the {self.workload.phase} table was measured with {k} {self.machine.get(k)!r}, now it is {machine.get(k)!r}"
+            for k in keys
+            if self.machine.get(k) != machine.get(k)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        values["residual_median"] = self.residual_median if self.held_out else None
+        values["residual_worst"] = self.residual_worst if self.held_out else None
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LatencyTable:
+        values = {k: v for k, v in values.items() if k not in ("residual_median", "residual_worst")}
+        for name in ("mlp_choices", "head_choices", "warnings"):
+            values[name] = tuple(values[name])
+        for name in ("mlp", "heads", "raw_mlp", "raw_heads"):
+            values[name] = tuple(tuple(row) for row in values[name])
+        for name in ("fitted", "held_out"):
+            values[name] = tuple(
+                Check(Widths(**c["widths"]), c["predicted"], c["measured"]) for c in values[name]
+            )
+        return cls(**{**values, "workload": Workload(**values["workload"])})
+
+
+def save_tables(tables: dict[str, LatencyTable], directory: str | Path) -> None:
+    """Write the tables of both phases to ``latency.json`` of an elastic checkpoint; tables of other phases stay."""
+    tables = {**load_tables(directory), **tables}
+    content = {"format": FORMAT, "tables": {phase: table.to_dict() for phase, table in tables.items()}}
+    write_json(Path(directory) / FILE, content)
+
+
+def load_tables(directory: str | Path) -> dict[str, LatencyTable]:
+    """The tables of an elastic checkpoint, by phase; empty when it was never profiled."""
+    path = Path(directory) / FILE
+    if not path.exists():
+        return {}
+    content = read_json(path)
+    check_format(content, path)
+    try:
+        return {phase: LatencyTable.from_dict(table) for phase, table in content["tables"].items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: must hold latency tables, got {error!r}") from None
+
+
+def isotonic(values: Sequence[float]) -> tuple[float, ...]:
+    """The closest never-falling sequence in least squares: pool adjacent violators.
+
+    A wider choice that measures faster than a narrower one is noise, and a planner would take it for a gain.
+    """
+    blocks: list[tuple[float, int]] = []  # (mean, how many)
+    for value in values:
+        blocks.append((float(value), 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (a, n), (b, m) = blocks.pop(-2), blocks.pop(-1)
+            blocks.append(((a * n + b * m) / (n + m), n + m))
+    return tuple(mean for mean, count in blocks for _ in range(count))
+
+
+def fit_line(
+    sums: Sequence[float], measured: Sequence[float], weights: Sequence[float]
+) -> tuple[float, float]:
+    """(base, slope) that minimise the weighted squares of (base + slope * sum - measured) / measured.
+
+    Relative errors, because a budget is a fraction: 1 ms matters more on a small network.
+
+    Raises:
+        ValueError: the sums do not differ, or time does not grow with them: no line means anything.
+    """
+    x, y = (torch.tensor(list(v), dtype=torch.float64) for v in (sums, measured))
+    row = torch.tensor(list(weights), dtype=torch.float64).sqrt() / y
+    design = torch.stack([row, row * x], dim=1)
+    if len(x) < 2 or float(x.max() - x.min()) <= 1e-12 * float(x.abs().max()):
+        raise ValueError("fit_line: sums must differ")
+    base, slope = torch.linalg.lstsq(design, (row * y)[:, None]).solution[:, 0].tolist()
+    if slope <= 0:
+        raise ValueError(f"fit_line: measured must grow with sums, got a slope of {slope:.3g}")
+    return base, slope
+
+
+def random_widths(config: ElasticConfig, rng: random.Random) -> Widths:
+    """One draw whose mean size is spread over the whole range.
+
+    Half the time homogeneous with jitter (every layer near one size, each axis its own), half the time every layer
+    independent at a mean that is itself drawn: plain independent draws would all have about the same size.
+    """
+    homogeneous = rng.random() < 0.5
+    chosen = []
+    for menu in (config.mlp_choices, config.head_choices):
+        size, top = rng.random(), len(menu) - 1
+        if homogeneous:
+            places = [size * top + rng.gauss(0, 0.35) for _ in range(config.num_layers)]
+        else:
+            places = [
+                rng.betavariate(0.2 + 1.8 * size, 2 - 1.8 * size) * (top + 1) - 0.5
+                for _ in range(config.num_layers)
+            ]
+        chosen.append(tuple(menu[min(top, max(0, round(place)))] for place in places))
+    return Widths(*chosen)
+
+
+def calibration_widths(
+    config: ElasticConfig, fit: int, held_out: int, seed: int
+) -> tuple[list[Widths], list[Widths]]:
+    """Configurations to fit on (the full and the smallest are the first two) and to judge with: no one in both.
+
+    A tiny model may have fewer configurations than asked for; then there are fewer, the held-out ones first.
+
+    Raises:
+        ValueError: there are not even three.
+    """
+    rng = random.Random(seed)
+    found = dict.fromkeys((config.full(), config.smallest()))
+    for _ in range(50 * (fit + held_out)):
+        if len(found) >= fit + held_out:
+            break
+        found.setdefault(random_widths(config, rng))
+    if len(found) < 3:
+        raise ValueError(f"profile: the menus must give at least three configurations, got {len(found)}")
+    ends, others = list(found)[:2], list(found)[2:]
+    return ends + others[held_out:], others[:held_out]
+
+
+def machine_of(model: Any) -> dict[str, Any]:
+    """The device, dtype, threads and versions that a measurement of this model holds for."""
+    weight = model.get_input_embeddings().weight
+    on_gpu = weight.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(weight.device) if on_gpu else _cpu_name(),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "flextron": metadata.version("flextron"),
+    }
+
+
+def profile(
+    model: Any,
+    workload: Workload,
+    *,
+    rounds: int = 5,
+    min_seconds: float = 0.02,
+    fit: int = 8,
+    held_out: int = 6,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> LatencyTable:
+    """Measure the table of one phase on the device that the model is on.
+
+    For each axis and choice all layers are set to the choice and one sweep over their modules is timed, so the
+    weights stream from memory as they do in the model. A layer's entry is the sweep over the number of layers:
+    all layers have the same shapes, and what differs between them would be noise that a planner takes for gain.
+    Choices are timed in interleaved rounds; whole models between two runs of the full one.
+
+    Args:
+        model: an elastic model; its widths are restored.
+        workload: phase, batch and lengths.
+        rounds: samples of each choice and each whole model.
+        min_seconds: least duration of a sample.
+        fit: whole configurations for base and slope, the full and the smallest among them.
+        held_out: whole configurations for the residual.
+        seed: of the configurations.
+        progress: called with (done, total) rounds.
+    """
+    if fit < 2 or held_out < 1:
+        raise ValueError(f"profile: fit must be at least 2 and held_out at least 1, got {fit} and {held_out}")
+    config = model.elastic
+    report = (lambda done: None) if progress is None else (lambda done: progress(done, 2 * rounds))
+    raw = _sweeps(model, workload, rounds, min_seconds, report)
+    costs = {axis: isotonic(values) for axis, values in raw.items()}
+    to_fit, to_judge = calibration_widths(config, fit, held_out, seed)
+    full_ms, others = measure(
+        model,
+        to_fit[1:] + to_judge,
+        workload,
+        rounds=rounds,
+        min_seconds=min_seconds,
+        on_round=lambda done: report(rounds + done),
+    )
+    layers = config.num_layers
+    draft = LatencyTable(
+        workload=workload,
+        machine=machine_of(model),
+        mlp_choices=config.mlp_choices,
+        head_choices=config.head_choices,
+        mlp=(costs["mlp"],) * layers,
+        heads=(costs["heads"],) * layers,
+        raw_mlp=(raw["mlp"],) * layers,
+        raw_heads=(raw["heads"],) * layers,
+        base=0.0,
+        slope=1.0,
+        warnings=tuple(_warnings(config, costs)),
+    )
+    count = len(to_fit)
+    return calibrate(
+        draft,
+        list(zip(to_fit, [full_ms, *others[: count - 1]], strict=True)),
+        list(zip(to_judge, others[count - 1 :], strict=True)),
+    )
+
+
+def calibrate(
+    table: LatencyTable, to_fit: list[tuple[Widths, float]], to_judge: list[tuple[Widths, float]]
+) -> LatencyTable:
+    """The table with base and slope fitted on ``to_fit`` (widths, measured ms), and its residual on ``to_judge``.
+
+    The first of ``to_fit`` is the full model. It counts as much as all the others together: every ratio was
+    measured against it, and every fraction is a fraction of it.
+    """
+    sums = [_layer_sum(table, widths) for widths, _ in to_fit]
+    times = [ms for _, ms in to_fit]
+    warnings = table.warnings
+    try:
+        base, slope = fit_line(sums, times, [len(to_fit) - 1.0] + [1.0] * (len(to_fit) - 1))
+    except ValueError as error:
+        slope = 1.0
+        base = times[0] - sums[0]
+        warnings += (
+            f"the whole model's time does not follow the table ({error}); budgets of latency mean little here",
+        )
+    fitted = replace(table, base=base, slope=slope, warnings=warnings)
+
+    def judge(pairs: list[tuple[Widths, float]]) -> tuple[Check, ...]:
+        return tuple(Check(widths, fitted.predict(widths), ms) for widths, ms in pairs)
+
+    return replace(fitted, fitted=judge(to_fit), held_out=judge(to_judge))
+
+
+def measure(
+    model: Any,
+    widths: Sequence[Widths],
+    workload: Workload,
+    *,
+    rounds: int = 5,
+    min_seconds: float = 0.02,
+    on_round: Callable[[int], object] | None = None,
+) -> tuple[float, list[float]]:
+    """Milliseconds of the whole model: (full, one for each of ``widths``).
+
+    Each configuration is timed between two runs of the full model; what is returned is its median ratio to them
+    times the median of the full model, so the drift of a shared machine cancels.
+    """
+    before = model.widths, model.kv
+    choices = {str(i): w for i, w in enumerate(widths)}
+    choices["full"] = model.elastic.full()
+    try:
+        runs = {name: _whole_model(model, w, workload) for name, w in choices.items()}
+        full = ("full", runs.pop("full"))
+        reference, others = compare(
+            full,
+            runs,
+            rounds,
+            min_seconds,
+            setup=lambda name: model.set_widths(choices[name]),
+            on_round=on_round,
+        )
+    finally:
+        model.set_widths(*before)
+    full_ms = 1e3 * reference.median
+    return full_ms, [full_ms * others[str(i)].ratio for i in range(len(widths))]
+
+
+def _sweeps(
+    model: Any, workload: Workload, rounds: int, min_seconds: float, on_round: Callable[[int], object]
+) -> dict[str, tuple[float, ...]]:
+    """axis -> milliseconds of one layer at each choice."""
+    config, before = model.elastic, (model.widths, model.kv)
+    layers = config.num_layers
+    choices = {f"mlp {i}": config.uniform(i, -1) for i in range(len(config.mlp_choices))}
+    choices |= {f"heads {i}": config.uniform(-1, i) for i in range(len(config.head_choices))}
+    sweeps: dict[str, Callable[[], None]] = {}
+    try:
+        for name, widths in choices.items():
+            model.set_widths(widths)  # a decode probe fills its cache for the groups of these widths
+            sweeps[name] = _sweep(model, name.split()[0], workload)
+        times = bench(
+            sweeps, rounds, min_seconds, setup=lambda name: model.set_widths(choices[name]), on_round=on_round
+        )
+    finally:
+        model.set_widths(*before)
+    per_layer = {name: 1e3 * timing.median / layers for name, timing in times.items()}
+    return {axis: tuple(ms for name, ms in per_layer.items() if name.split()[0] == axis) for axis in AXES}
+
+
+def _sweep(model: Any, axis: str, workload: Workload) -> Callable[[], None]:
+    where = {
+        "batch": workload.batch,
+        "length": workload.length,
+        "phase": workload.phase,
+        "context": workload.context,
+    }
+    probes = [probe(model, layer, axis, **where) for layer in range(model.elastic.num_layers)]
+
+    def run() -> None:
+        for one in probes:
+            one()
+
+    return run
+
+
+def _whole_model(model: Any, widths: Widths, workload: Workload) -> Callable[[], None]:
+    """The forward whose time is predicted, for a model that will be set to ``widths``."""
+    weight = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.elastic.vocab_size, (workload.batch, workload.length), generator=generator).to(
+        weight.device
+    )
+    if workload.phase == "prefill":
+        return torch.no_grad()(lambda: model(ids, logits_to_keep=1, use_cache=False))
+    cache = _filled_cache(model, widths, workload)
+
+    @torch.no_grad()
+    def run() -> None:
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for layer in cache.layers:
+            layer.crop(-1)
+
+    return run
+
+
+def _filled_cache(model: Any, widths: Widths, workload: Workload) -> ElasticCache:
+    """A cache of ``context`` random tokens with the groups that ``widths`` keeps."""
+    weight, config = model.get_input_embeddings().weight, model.elastic
+    cache = ElasticCache()
+    cache.layers.extend(ElasticCacheLayer() for _ in range(config.num_layers))
+    for layer, heads in enumerate(widths.heads):
+        shape = (workload.batch, config.kv_heads(heads), workload.context, config.head_dim)
+        states = torch.randn(shape, dtype=weight.dtype, device=weight.device)
+        cache.update(states, states, layer)
+    return cache
+
+
+def _layer_sum(table: LatencyTable, widths: Widths) -> float:
+    total = 0.0
+    for menu, rows, chosen in (
+        (table.mlp_choices, table.mlp, widths.mlp),
+        (table.head_choices, table.heads, widths.heads),
+    ):
+        total += sum(row[menu.index(width)] for row, width in zip(rows, chosen, strict=True))
+    return total
+
+
+def _warnings(config: ElasticConfig, costs: dict[str, tuple[float, ...]]) -> list[str]:
+    found = []
+    for axis, menu in (("mlp", config.mlp_choices), ("heads", config.head_choices)):
+        for i, (cost, above) in enumerate(zip(costs[axis], costs[axis][1:], strict=False)):
+            if cost >= _SAME_COST * above:
+                found.append(
+                    f"{axis} {menu[i]} costs as much as {menu[i + 1]} here ({cost:.3f} and {above:.3f} ms a layer)"
+                )
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

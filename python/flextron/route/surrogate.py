@@ -1,0 +1,196 @@
+"""The surrogate: predicts what a choice of widths costs in loss, so that routers can be trained without the LLM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flextron.config import ElasticConfig, Widths
+from flextron.nn.router import Choices
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How well a surrogate predicts configurations it was not trained on; losses in nats above the full model's.
+
+    Attributes:
+        n: configurations judged.
+        r2: share of the variance explained.
+        rank: Spearman's rank correlation.
+        mean_error, worst_error: of |predicted - observed|.
+        worst_fraction: latency fraction of the configuration with the worst error.
+    """
+
+    n: int
+    r2: float
+    rank: float
+    mean_error: float
+    worst_error: float
+    worst_fraction: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class ReplayBuffer:
+    """Configurations with their observed loss above the full model's, as tensors."""
+
+    def __init__(self, config: ElasticConfig) -> None:
+        self._config = config
+        self._known: dict[Widths, float] = {}
+        self._mlp: list[list[int]] = []
+        self._heads: list[list[int]] = []
+        self._fractions: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._mlp)
+
+    def __contains__(self, widths: Widths) -> bool:
+        return widths in self._known
+
+    def add(self, widths: Widths, fraction: float, loss: float) -> None:
+        """Remember ``loss`` (above the full model's) of ``widths``, which take ``fraction`` of the full latency."""
+        if widths in self._known:
+            raise ValueError("ReplayBuffer.add: widths must be new, got some that are there already")
+        self._known[widths] = loss
+        self._mlp.append([self._config.mlp_choices.index(d) for d in widths.mlp])
+        self._heads.append([self._config.head_choices.index(n) for n in widths.heads])
+        self._fractions.append(fraction)
+
+    def tensors(self) -> tuple[Choices, Tensor, Tensor]:
+        """(one-hot choices [n, L, C], fractions [n], losses [n])."""
+        choices = Choices(
+            functional.one_hot(torch.tensor(self._mlp), len(self._config.mlp_choices)).float(),
+            functional.one_hot(torch.tensor(self._heads), len(self._config.head_choices)).float(),
+        )
+        return choices, torch.tensor(self._fractions), torch.tensor(list(self._known.values()))
+
+
+class Surrogate(nn.Module):
+    """Loss above the full model's from choice probabilities and the latency fraction they have.
+
+    A three-layer MLP beside a linear term: the linear term carries most of the truth (damage adds up over layers)
+    and needs few samples, the MLP carries the interactions. Probabilities enter as P(choice >= c), so each input
+    is one upgrade. Losses are seen through ``asinh(loss / scale)``, linear for small and logarithmic for large
+    ones: otherwise the few ruined networks would outweigh all that anyone would use. The full model is exactly 0.
+
+    Args:
+        num_layers, mlp_choices, head_choices: L and the counts of choices.
+        hidden: width of the MLP.
+        seed: of the initial weights.
+    """
+
+    def __init__(
+        self, num_layers: int, mlp_choices: int, head_choices: int, hidden: int = 256, seed: int = 0
+    ) -> None:
+        super().__init__()
+        upgrades = num_layers * (mlp_choices + head_choices - 2)
+        shared = mlp_choices + head_choices - 2  # each upgrade's share of the layers that have it
+        inputs = upgrades + shared + 1
+        self.linear = nn.Linear(inputs, 1, bias=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 1)
+        )
+        for name in ("scale", "spread"):
+            self.register_buffer(name, torch.ones(()))
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, choices: Choices, fraction: Tensor) -> Tensor:
+        """Standardised prediction [...] for probabilities [..., L, C] and fractions [...]."""
+        x = self._features(choices, fraction)
+        full = torch.ones_like(x[..., :1, :] if x.dim() > 1 else x)
+        return (self._raw(x) - self._raw(full)).squeeze(-1)
+
+    def loss(self, choices: Choices, fraction: Tensor) -> Tensor:
+        """Predicted nats above the full model's loss."""
+        return torch.sinh(self(choices, fraction) * self.spread) * self.scale
+
+    def standardise(self, losses: Tensor) -> None:
+        """Settle the units of the targets on observed losses [n]."""
+        self.scale.copy_(losses.abs().median().clamp_min(1e-6))
+        self.spread.copy_(torch.asinh(losses / self.scale).std(correction=0).clamp_min(1e-6))
+
+    def target(self, losses: Tensor) -> Tensor:
+        """Standardised targets of observed losses: what `forward` predicts."""
+        return torch.asinh(losses / self.scale) / self.spread
+
+    def _raw(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.mlp(x)
+
+    @staticmethod
+    def _features(choices: Choices, fraction: Tensor) -> Tensor:
+        """[..., inputs], all of them 1 for the full model."""
+        parts = []
+        for p in choices:
+            at_least = p.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # P(choice >= c), c = 1..C-1
+            parts += [at_least.flatten(-2), at_least.mean(-2)]
+        return torch.cat([*parts, fraction.unsqueeze(-1)], dim=-1)
+
+
+class SurrogateFitter:
+    """Trains a surrogate on a replay buffer with AdamW, and keeps the optimiser's state between calls."""
+
+    def __init__(self, surrogate: Surrogate, seed: int, lr: float = 2e-3, weight_decay: float = 0.05) -> None:
+        self.surrogate = surrogate
+        self._optimiser = torch.optim.AdamW(surrogate.parameters(), lr=lr, weight_decay=weight_decay)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def fit(self, choices: Choices, fractions: Tensor, losses: Tensor, steps: int, batch: int = 64) -> float:
+        """Take ``steps`` steps on random batches; return the mean squared error of the last one."""
+        targets = self.surrogate.target(losses)
+        error = torch.zeros(())
+        for _ in range(steps):
+            pick = torch.randint(len(targets), (min(batch, len(targets)),), generator=self._generator)
+            predicted = self.surrogate(Choices(*(axis[pick] for axis in choices)), fractions[pick])
+            error = functional.mse_loss(predicted, targets[pick])
+            self._optimiser.zero_grad()
+            error.backward()
+            self._optimiser.step()
+        return float(error.detach())
+
+
+@torch.no_grad()
+def judge(surrogate: Surrogate, choices: Choices, fractions: Tensor, losses: Tensor) -> FitReport:
+    """Judge a surrogate on observed losses [n] it has not seen."""
+    predicted = surrogate.loss(choices, fractions)
+    error = (predicted - losses).abs()
+    worst = int(error.argmax())
+    return FitReport(
+        n=len(losses),
+        r2=r2_score(predicted, losses),
+        rank=spearman(predicted.tolist(), losses.tolist()),
+        mean_error=float(error.mean()),
+        worst_error=float(error[worst]),
+        worst_fraction=float(fractions[worst]),
+    )
+
+
+def r2_score(predicted: Tensor, observed: Tensor) -> float:
+    """1 - residual variance / variance; 0 when the observations are all the same."""
+    total = (observed - observed.mean()).square().sum()
+    return float(1 - (predicted - observed).square().sum() / total) if total > 0 else 0.0
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Rank correlation, ties sharing their mean rank; 0 when either side is constant."""
+    x, y = (torch.tensor(_ranks(v), dtype=torch.float64) for v in (a, b))
+    x, y = x - x.mean(), y - y.mean()
+    norm = float((x.square().sum() * y.square().sum()).sqrt())
+    return float((x * y).sum()) / norm if norm else 0.0
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    places: dict[float, list[int]] = {}
+    for place, value in enumerate(sorted(values)):
+        places.setdefault(value, []).append(place)
+    return [sum(places[v]) / len(places[v]) for v in values]

@@ -1,0 +1,517 @@
+"""Training of the static routers: through the surrogate and the latency table, the LLM itself frozen."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
+from flextron.checkpoint.io import commit, load_tensors, read_json, recover, save_tensors, write_json
+from flextron.config import ElasticConfig, Widths
+from flextron.nn.router import Choices, GumbelSampler, StaticRouter, anneal
+from flextron.route.ladder import Ladder, router_ladder, uniform_ladder
+from flextron.route.latency import LatencyTable, random_widths
+from flextron.route.search import one_hot, predicted_losses, search
+from flextron.route.surrogate import FitReport, ReplayBuffer, Surrogate, SurrogateFitter, judge
+
+TENSORS, DESCRIPTION = "routers.safetensors", "routers.json"
+_TOLERANCE = 0.02  # relative distance from the target that costs nothing
+_WARM_STEPS = 200  # of imitation of the uniform ladder, before anything else is learnt
+_WARM_CONFIDENCE = 0.7  # probability it should give to the uniform choice: a start, not a decision
+_EMA = 0.9
+_LEAST_STAKE = 0.02  # nats: differences below this are noise, and get no more weight for being small
+_REFIT = 20  # a new observation is worth one twentieth of the first fit's steps
+
+LossFn = Callable[[Widths], float]
+Progress = Callable[[str, int, int], object]
+
+
+@dataclass(frozen=True)
+class RouteConfig:
+    """How routers are trained.
+
+    Attributes:
+        targets: trained latency targets, ascending, the last one 1. Those that no network is fast enough
+            for are left out, and the result says so.
+        evaluations: calls of the LLM's loss in all.
+        prefill: how many of them are random configurations, before any router moves.
+        held_out: share of the random ones that the surrogate never trains on, and is judged by.
+        threshold: nats; routers move while the moving average of the surrogate's |error| is below it.
+        patience: share of the evaluations after the prefill that may be spent waiting for the threshold. When
+            they are spent the routers move all the same, and the result says how many steps they moved so.
+        steps: router steps.
+        lr: of the routers.
+        hidden, surrogate_hidden: widths of the networks.
+        batch: targets drawn for one step.
+        latency_weight: of relu(|T / (target T_full) - 1| - 0.02).
+        nesting_weight: of what a layer's expected choice falls from one target to the next, so that the ladder
+            need not correct it.
+        surrogate_steps: of the first fit; later ones take a twentieth of them.
+        seed: of everything random.
+    """
+
+    targets: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    evaluations: int = 700
+    prefill: int = 500
+    held_out: float = 0.15
+    threshold: float = 0.02
+    patience: float = 0.5
+    steps: int = 1500
+    lr: float = 1e-2
+    hidden: int = 256
+    surrogate_hidden: int = 256
+    batch: int = 16
+    latency_weight: float = 20.0
+    nesting_weight: float = 1.0
+    surrogate_steps: int = 600
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(float(t) for t in self.targets))
+        ascending = all(a < b for a, b in zip(self.targets, self.targets[1:], strict=False))
+        if len(self.targets) < 2 or not ascending or self.targets[0] <= 0 or self.targets[-1] != 1:
+            raise ValueError(f"RouteConfig: targets must ascend from above 0 to 1, got {list(self.targets)}")
+        if self.prefill < 8:
+            raise ValueError(f"RouteConfig: prefill must be at least 8, got {self.prefill}")
+        needed = self.prefill + 1 + 2 * (len(self.targets) - 1)
+        if self.evaluations < needed:
+            raise ValueError(
+                f"RouteConfig: evaluations must be at least {needed} (the prefill, the full model, and two for each "
+                f"target at the end), got {self.evaluations}"
+            )
+        for name, low, high in (("held_out", 0.0, 0.5), ("patience", 0.0, 1.0)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(
+                    f"RouteConfig: {name} must be within [{low}, {high}], got {getattr(self, name)}"
+                )
+        for name in ("threshold", "steps", "lr", "hidden", "surrogate_hidden", "batch", "surrogate_steps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"RouteConfig: {name} must be positive, got {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RouteConfig:
+        unknown = sorted(values.keys() - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"RouteConfig: fields must be known ones, got {', '.join(unknown)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """What the surrogate's gate did: the error is a moving average over configurations before they were trained on.
+
+    Attributes:
+        threshold: nats.
+        error: the moving average at the end.
+        steps_below: router steps taken while the error was below the threshold.
+        steps_above: router steps taken above it, when the evaluations for waiting had been spent.
+        waited: evaluations spent waiting.
+    """
+
+    threshold: float
+    error: float
+    steps_below: int
+    steps_above: int
+    waited: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether every step of the routers was taken below the threshold."""
+        return self.steps_above == 0
+
+
+@dataclass(frozen=True)
+class TargetReport:
+    """One trained target at the end; losses in nats above the full model's.
+
+    Attributes:
+        target: fraction of the full latency.
+        choice_fraction: predicted fraction of the router's arg-max choice.
+        rung_fraction: predicted fraction of the ladder's rung for the target.
+        distance: steps (choices of layers) by which the two differ.
+        choice_loss, routed_loss, uniform_loss, search_loss: predicted for the router's choice, the routed ladder,
+            the uniform ladder and plain search.
+        routed_observed, uniform_observed: what the LLM says of the two ladders.
+    """
+
+    target: float
+    choice_fraction: float
+    rung_fraction: float
+    distance: int
+    choice_loss: float
+    routed_loss: float
+    uniform_loss: float
+    search_loss: float
+    routed_observed: float
+    uniform_observed: float
+
+
+@dataclass(frozen=True)
+class RouterResult:
+    """Trained routers, what budgets are read off, and how far to trust them.
+
+    Attributes:
+        router: arg-max without noise is its choice.
+        ladder: the readout that budgets use.
+        surrogate: fit on configurations that were never trained on.
+        gate: when the routers moved.
+        targets: comparison at every trained target below 1.
+        dropped_targets: asked for, but faster than the fastest network.
+        evaluations: calls of the LLM's loss.
+        history: one entry for about every fiftieth step.
+        config: what it was trained with.
+    """
+
+    router: StaticRouter
+    ladder: Ladder
+    surrogate: FitReport
+    gate: GateReport
+    targets: tuple[TargetReport, ...]
+    dropped_targets: tuple[float, ...]
+    evaluations: int
+    history: tuple[dict[str, float], ...]
+    config: RouteConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the router's weights."""
+        r = self.router
+        return {
+            "format": FORMAT,
+            "router": {"targets": list(r.targets), "hidden": r.hidden},
+            "ladder": self.ladder.to_dict(),
+            "surrogate": self.surrogate.to_dict(),
+            "gate": asdict(self.gate),
+            "targets": [asdict(t) for t in self.targets],
+            "dropped_targets": list(self.dropped_targets),
+            "evaluations": self.evaluations,
+            "history": list(self.history),
+            "config": self.config.to_dict(),
+        }
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``routers.safetensors`` and ``routers.json`` into an elastic checkpoint, both or neither."""
+        with commit(directory) as stage:
+            checksum = save_tensors(stage / TENSORS, self.router.state_dict())
+            write_json(stage / DESCRIPTION, {**self.to_dict(), "checksum": checksum})
+
+    @classmethod
+    def load(cls, directory: str | Path) -> RouterResult:
+        with _reading(directory) as values:
+            ladder = Ladder.from_dict(values["ladder"])
+            counts = len(ladder.mlp_choices), len(ladder.head_choices)
+            router = StaticRouter(ladder.num_layers, *counts, **values["router"])
+            tensors = load_tensors(Path(directory) / TENSORS, router.state_dict(), values["checksum"])
+            router.load_state_dict(tensors)
+            return cls(
+                router=router,
+                ladder=ladder,
+                surrogate=FitReport(**values["surrogate"]),
+                gate=GateReport(**values["gate"]),
+                targets=tuple(TargetReport(**t) for t in values["targets"]),
+                dropped_targets=tuple(values["dropped_targets"]),
+                evaluations=values["evaluations"],
+                history=tuple(values["history"]),
+                config=RouteConfig.from_dict(values["config"]),
+            )
+
+
+def load_ladder(directory: str | Path) -> Ladder | None:
+    """The routed ladder of an elastic checkpoint; None when no routers were trained."""
+    recover(directory)
+    if not (Path(directory) / DESCRIPTION).exists():
+        return None
+    with _reading(directory) as values:
+        return Ladder.from_dict(values["ladder"])
+
+
+@contextlib.contextmanager
+def _reading(directory: str | Path) -> Iterator[dict[str, Any]]:
+    """The contents of ``routers.json``; what is wrong with them becomes one sentence."""
+    recover(directory)
+    path = Path(directory) / DESCRIPTION
+    values = read_json(path)
+    check_format(values, path)
+    try:
+        yield values
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: must describe routers, got {error!r}") from None
+
+
+def train_routers(
+    config: ElasticConfig,
+    table: LatencyTable,
+    loss_fn: LossFn,
+    route_config: RouteConfig | None = None,
+    progress: Progress | None = None,
+) -> RouterResult:
+    """Train the static routers of a frozen elastic model.
+
+    The surrogate is filled with random configurations; then the routers take steps on its prediction and the
+    latency term, while their own proposals are now and then evaluated for real and added. Deterministic: the same
+    ``loss_fn`` and seed give the same routers.
+
+    Args:
+        config: the menus.
+        table: of the phase that the targets are about.
+        loss_fn: the LLM's loss in nats with these widths, always on the same tokens (the full model's is
+            subtracted).
+        route_config: see `RouteConfig`.
+        progress: called with (what is being done, done, total).
+
+    Raises:
+        ValueError: no target below 1 can be met by any network.
+    """
+    table.check(config)
+    return _Training(
+        config, table, loss_fn, route_config or RouteConfig(), progress or (lambda *_: None)
+    ).run()
+
+
+class _Training:
+    """The state of one call of `train_routers`."""
+
+    def __init__(
+        self,
+        config: ElasticConfig,
+        table: LatencyTable,
+        loss_fn: LossFn,
+        options: RouteConfig,
+        progress: Progress,
+    ) -> None:
+        fastest = table.smallest_ms / table.full_ms
+        targets = tuple(t for t in options.targets if t >= fastest)
+        if len(targets) < 2:
+            raise ValueError(
+                f"train_routers: some target below 1 must be at least {fastest:.3f}, the fastest network's "
+                f"fraction of the full latency, got {list(options.targets)}"
+            )
+        self.config, self.table, self.loss_fn, self.options, self.progress = (
+            config,
+            table,
+            loss_fn,
+            options,
+            progress,
+        )
+        self.dropped = tuple(t for t in options.targets if t < fastest)
+        self.targets = torch.tensor(targets)
+        layers, counts = config.num_layers, (len(config.mlp_choices), len(config.head_choices))
+        # one generator for each purpose: what one draws more or less moves none of the others
+        seeds = [options.seed * 8 + i for i in range(6)]
+        self.router = StaticRouter(layers, *counts, targets, options.hidden, seed=seeds[0])
+        self.surrogate = Surrogate(layers, *counts, options.surrogate_hidden, seed=seeds[1])
+        self.fitter = SurrogateFitter(self.surrogate, seeds[2])
+        self.noise = GumbelSampler(seeds[3])
+        self.draws = torch.Generator().manual_seed(seeds[4])
+        self.rng = random.Random(seeds[5])
+        self.optimiser = torch.optim.Adam(self.router.parameters(), lr=options.lr)
+        self.train, self.held_out = ReplayBuffer(config), ReplayBuffer(config)
+        self.uniform = uniform_ladder(config)
+        self.full_loss = 0.0
+        self.evaluations = self.waited = 0
+        self.steps_below = self.steps_above = 0
+        self.error = 0.0
+        self.history: list[dict[str, float]] = []
+
+    def run(self) -> RouterResult:
+        self._fill()
+        self._imitate_uniform()
+        self._train()
+        ladder = router_ladder(self.config, self.router)
+        return RouterResult(
+            router=self.router,
+            ladder=ladder,
+            surrogate=judge(self.surrogate, *self.held_out.tensors()),
+            gate=GateReport(
+                self.options.threshold, self.error, self.steps_below, self.steps_above, self.waited
+            ),
+            targets=tuple(self._report(ladder, float(t)) for t in self.targets[:-1]),
+            dropped_targets=self.dropped,
+            evaluations=self.evaluations,
+            history=tuple(self.history),
+            config=self.options,
+        )
+
+    def _loss(self, widths: Widths) -> float:
+        """Nats above the full model's loss, by the LLM."""
+        self.evaluations += 1
+        return float(self.loss_fn(widths)) - self.full_loss
+
+    def _fill(self) -> None:
+        """Fill the replay buffers with random configurations, and fit the surrogate for the first time."""
+        self.full_loss = self._loss(self.config.full())
+        total = self.options.prefill
+        every = max(2, round(1 / self.options.held_out)) if self.options.held_out else 0
+        for done in range(total):
+            widths = self._new(lambda _: random_widths(self.config, self.rng))
+            if widths is None:
+                break
+            held_out = every and done % every == every - 1
+            (self.held_out if held_out else self.train).add(
+                widths, self.table.fraction(widths), self._loss(widths)
+            )
+            self.progress("random configurations", done + 1, total)
+        _, _, losses = self.train.tensors()
+        self.surrogate.standardise(losses)
+        self._fit(self.options.surrogate_steps)
+        self.error = judge(self.surrogate, *self.held_out.tensors()).mean_error
+
+    def _new(self, draw: Callable[[int], Widths]) -> Widths | None:
+        """A configuration that is in no buffer, of those ``draw`` gives at its 0th, 1st, .. try; None: nothing new."""
+        for tries in range(20):
+            widths = draw(tries)
+            if widths not in self.train and widths not in self.held_out and widths != self.config.full():
+                return widths
+        return None
+
+    def _fit(self, steps: int) -> None:
+        self.fitter.fit(*self.train.tensors(), steps)
+
+    def _imitate_uniform(self) -> None:
+        """Start the routers near the uniform ladder: what they must beat, and where the targets are met."""
+        rungs = [
+            self.uniform.highest(self.table.predict, float(t) * self.table.full_ms) for t in self.targets
+        ]
+        wanted = one_hot(self.config, rungs)
+        self.stakes = predicted_losses(self.config, self.table, self.surrogate, rungs).clamp_min(_LEAST_STAKE)
+        for _ in range(_WARM_STEPS):
+            loss = torch.zeros(())
+            for logits, choice in zip(self.router(self.targets), wanted, strict=True):
+                count = choice.shape[-1]
+                if count > 1:
+                    soft = (1 - _WARM_CONFIDENCE) / (count - 1)
+                    p = choice * (_WARM_CONFIDENCE - soft) + soft
+                    loss = loss - (p * logits.log_softmax(-1)).sum(-1).mean()
+            self._step(loss)
+        self.optimiser = torch.optim.Adam(self.router.parameters(), lr=self.options.lr)
+
+    def _train(self) -> None:
+        """Take the router's steps; evaluate its proposals on the way, and wait where the gate says so."""
+        steps = self.options.steps
+        active = self.options.evaluations - self.evaluations - 2 * (len(self.targets) - 1)
+        patience = int(active * self.options.patience)
+        step = observed = 0
+        while step < steps:
+            below = self.error < self.options.threshold
+            if not below and self.waited < patience and self._observe(step):
+                self.waited += 1
+                self.progress("waiting for the surrogate", self.waited, patience)
+                continue
+            logged = self._router_step(step)
+            self.steps_below += below
+            self.steps_above += not below
+            step += 1
+            if observed < (active - self.waited) * step / steps:
+                observed += self._observe(step)
+            if step % max(1, steps // 50) == 0:
+                self.history.append({"step": step, **logged, "surrogate_error": self.error})
+            self.progress("router steps", step, steps)
+
+    def _observe(self, step: int) -> bool:
+        """Evaluate a proposal of the router, move the average error, and learn from it. False: nothing new to see."""
+        proposal = self._propose(step)
+        widths = self._new(lambda tries: self._jittered(proposal, tries))
+        if widths is None:
+            return False
+        predicted = float(predicted_losses(self.config, self.table, self.surrogate, [widths])[0])
+        loss = self._loss(widths)
+        self.error = _EMA * self.error + (1 - _EMA) * abs(predicted - loss)
+        self.train.add(widths, self.table.fraction(widths), loss)
+        self._fit(max(1, self.options.surrogate_steps // _REFIT))
+        return True
+
+    @torch.no_grad()
+    def _propose(self, step: int) -> Widths:
+        """What the router would choose now, noise included, for a target drawn from the trained ones below 1."""
+        target = self.targets[torch.randint(len(self.targets) - 1, (), generator=self.draws)]
+        drawn = self.noise(self.router(target), *anneal(step, self.options.steps))
+        return self._widths(Choices(*(p.argmax(-1) for p in drawn)))
+
+    def _jittered(self, widths: Widths, changes: int) -> Widths:
+        """The configuration with some random layers' axes at a random choice: its neighbourhood, once it is known."""
+        axes = {"mlp": list(widths.mlp), "heads": list(widths.heads)}
+        for _ in range(changes):
+            axis, menu = self.rng.choice(
+                (("mlp", self.config.mlp_choices), ("heads", self.config.head_choices))
+            )
+            axes[axis][self.rng.randrange(self.config.num_layers)] = self.rng.choice(menu)
+        return Widths(**axes)
+
+    def _widths(self, indices: Choices) -> Widths:
+        return Widths(
+            tuple(self.config.mlp_choices[i] for i in indices.mlp.tolist()),
+            tuple(self.config.head_choices[i] for i in indices.heads.tolist()),
+        )
+
+    def _router_step(self, step: int) -> dict[str, float]:
+        logits = self.router(self.targets)
+        pick = torch.randint(len(self.targets), (self.options.batch,), generator=self.draws)
+        p = self.noise(Choices(*(axis[pick] for axis in logits)), *anneal(step, self.options.steps))
+        fraction = self.table.expected(*p) / self.table.full_ms
+        quality = (self.surrogate.loss(p, fraction) / self.stakes[pick]).mean()
+        miss = functional.relu((fraction / self.targets[pick] - 1).abs() - _TOLERANCE).mean()
+        self._step(
+            quality
+            + self.options.latency_weight * miss
+            + self.options.nesting_weight * _falls(logits)
+            + _anchor(logits)
+        )
+        return {"quality": float(quality.detach()), "latency_miss": float(miss.detach())}
+
+    def _step(self, loss: Tensor) -> None:
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+
+    def _report(self, ladder: Ladder, target: float) -> TargetReport:
+        limit = target * self.table.full_ms
+        choice = self._widths(self.router.choose(target))
+        routed, uniform = (rungs.highest(self.table.predict, limit) for rungs in (ladder, self.uniform))
+        found = search(self.config, self.table, self.surrogate, target, start=[uniform])
+        losses = predicted_losses(
+            self.config, self.table, self.surrogate, [choice, routed, uniform, found]
+        ).tolist()
+        return TargetReport(
+            target=round(target, 6),
+            choice_fraction=self.table.fraction(choice),
+            rung_fraction=self.table.fraction(routed),
+            distance=_distance(self.config, choice, routed),
+            choice_loss=losses[0],
+            routed_loss=losses[1],
+            uniform_loss=losses[2],
+            search_loss=losses[3],
+            routed_observed=self._loss(routed),
+            uniform_observed=self._loss(uniform),
+        )
+
+
+def _anchor(logits: Choices) -> Tensor:
+    """Cross-entropy of the last target, which is 1, with the full model."""
+    return -sum(axis[-1].log_softmax(-1)[:, -1].mean() for axis in logits)
+
+
+def _falls(logits: Choices) -> Tensor:
+    """How much P(choice >= c) falls from a target to the next, mean over layers and choices, both axes."""
+    total = torch.zeros(())
+    for axis in logits:
+        at_least = axis.softmax(-1).flip(-1).cumsum(-1).flip(-1)
+        total = total + functional.relu(at_least[:-1] - at_least[1:]).mean()
+    return total
+
+
+def _distance(config: ElasticConfig, a: Widths, b: Widths) -> int:
+    """Steps between two configurations, summed over layers and axes."""
+    pairs = ((config.mlp_choices, a.mlp, b.mlp), (config.head_choices, a.heads, b.heads))
+    return sum(
+        abs(menu.index(x) - menu.index(y)) for menu, xs, ys in pairs for x, y in zip(xs, ys, strict=True)
+    )

@@ -1,0 +1,159 @@
+"""Timing of callables side by side, so that the drift of a shared machine falls on all of them alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median, quantiles
+from time import perf_counter
+
+import torch
+
+Setup = Callable[[str], object]
+_MAX_REPEATS = 10_000
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds for one call: the median and quartiles of ``samples``, one sample for every round."""
+
+    median: float
+    p25: float
+    p75: float
+    samples: tuple[float, ...]
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Timing:
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0], tuple(samples))
+        p25, middle, p75 = quantiles(samples, n=4, method="inclusive")
+        return cls(middle, p25, p75, tuple(samples))
+
+    @property
+    def spread(self) -> float:
+        """Distance between the quartiles, as a fraction of the median."""
+        return (self.p75 - self.p25) / self.median if self.median else 0.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One callable against a reference that was timed right before and right after it.
+
+    Attributes:
+        ratio: median over rounds of its time over the reference's.
+        ratios: one for every round.
+    """
+
+    ratio: float
+    ratios: tuple[float, ...]
+
+
+def bench(
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int = 7,
+    min_seconds: float = 0.02,
+    *,
+    setup: Setup | None = None,
+    on_round: Callable[[int], object] | None = None,
+) -> dict[str, Timing]:
+    """Time several callables in interleaved rounds.
+
+    Every round takes one sample of each, in the opposite order to the round before, so neither slow drift
+    nor the neighbour's caches favour one of them. A sample repeats the call until ``min_seconds`` have
+    passed; how often is settled in the warm-up, which is not counted.
+
+    Args:
+        candidates: name -> callable without arguments.
+        rounds: samples of each.
+        min_seconds: least duration of a sample.
+        setup: called with the name before each sample, outside the clock.
+        on_round: called with the number of rounds done, for a progress bar.
+
+    Returns:
+        name -> Timing, in seconds for one call.
+    """
+    _check(candidates, rounds, min_seconds)
+    repeats = {name: _warm_up(name, run, min_seconds, setup) for name, run in candidates.items()}
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for done in range(rounds):
+        for name in _alternate(list(candidates), done):
+            samples[name].append(_sample(name, candidates[name], repeats[name], setup))
+        if on_round is not None:
+            on_round(done + 1)
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def compare(
+    reference: tuple[str, Callable[[], object]],
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int = 5,
+    min_seconds: float = 0.02,
+    *,
+    setup: Setup | None = None,
+    on_round: Callable[[int], object] | None = None,
+) -> tuple[Timing, dict[str, Comparison]]:
+    """Time each candidate between two samples of one reference.
+
+    A round runs reference, candidate, reference, candidate, .., reference; a candidate's ratio divides by
+    the mean of its two neighbours, which cancels drift that is linear over those three samples. Rounds
+    alternate the order of the candidates.
+
+    Args:
+        reference: its name (for ``setup``) and callable.
+        candidates, rounds, min_seconds, setup, on_round: as for :func:`bench`.
+
+    Returns:
+        The reference's Timing over all its samples, and name -> Comparison.
+    """
+    _check(candidates, rounds, min_seconds)
+    base_name, base_run = reference
+    base_repeats = _warm_up(base_name, base_run, min_seconds, setup)
+    repeats = {name: _warm_up(name, run, min_seconds, setup) for name, run in candidates.items()}
+    base: list[float] = []
+    ratios: dict[str, list[float]] = {name: [] for name in candidates}
+    for done in range(rounds):
+        base.append(_sample(base_name, base_run, base_repeats, setup))
+        for name in _alternate(list(candidates), done):
+            seconds = _sample(name, candidates[name], repeats[name], setup)
+            base.append(_sample(base_name, base_run, base_repeats, setup))
+            ratios[name].append(2 * seconds / (base[-2] + base[-1]))
+        if on_round is not None:
+            on_round(done + 1)
+    return Timing.of(base), {name: Comparison(median(r), tuple(r)) for name, r in ratios.items()}
+
+
+def _check(candidates: Mapping[str, object], rounds: int, min_seconds: float) -> None:
+    if not candidates:
+        raise ValueError("bench: candidates must have at least one callable, got none")
+    if rounds < 1:
+        raise ValueError(f"bench: rounds must be at least 1, got {rounds}")
+    if min_seconds < 0:
+        raise ValueError(f"bench: min_seconds must not be negative, got {min_seconds}")
+
+
+def _alternate(names: list[str], done: int) -> list[str]:
+    return names[::-1] if done % 2 else names
+
+
+def _warm_up(name: str, run: Callable[[], object], min_seconds: float, setup: Setup | None) -> int:
+    """Run twice (the first call may allocate or compile), and return how many calls fill a sample."""
+    _sample(name, run, 1, setup)
+    once = _sample(name, run, 1, setup)
+    return max(1, min(_MAX_REPEATS, math.ceil(min_seconds / max(once, 1e-9))))
+
+
+def _sample(name: str, run: Callable[[], object], repeats: int, setup: Setup | None) -> float:
+    if setup is not None:
+        setup(name)
+    _wait_for_device()
+    start = perf_counter()
+    for _ in range(repeats):
+        run()
+    _wait_for_device()
+    return (perf_counter() - start) / repeats
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
