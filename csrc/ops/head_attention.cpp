@@ -123,7 +123,8 @@ std::tuple<Tensor, Tensor, Tensor> head_attention_backward(
   Tensor dq = wanted(q, output_mask, 0, q_shape), dk = wanted(k, output_mask, 1, k_shape),
          dv = wanted(v, output_mask, 2, k_shape);
   dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
-    HeadAttentionBackwardParams<scalar_t, scalar_t> p{.forward = fill_params<scalar_t>(plan, q_, k_, v_)};
+    HeadAttentionBackwardParams<scalar_t, scalar_t> p{};
+    p.forward = fill_params<scalar_t>(plan, q_, k_, v_);
     p.forward.out = const_cast<scalar_t*>(data_of<scalar_t>(out_));  // read only in the backward pass
     p.forward.lse = const_cast<accumulate_t<scalar_t>*>(data_of<accumulate_t<scalar_t>>(lse_));
     p.dout = data_of<scalar_t>(dout_);

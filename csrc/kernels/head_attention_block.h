@@ -1,0 +1,539 @@
+// The loops of head_attention and head_attention_decode on a CPU. Included once by each file that is compiled for one
+// instruction set. All of it is in an anonymous namespace and calls no inline function of another header: what is
+// compiled for AVX2 here cannot be picked by the linker for the path that must run without it.
+//
+// Scores are kept transposed, [keys][rows]: a row is one active (query, head) pair of the item, so a vector holds the
+// same key for several rows, softmax needs no sum across a vector, and K and V are used as they lie in memory. Each
+// element of each product is summed in one order wherever it lies in a tile.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/head_attention.h"
+
+namespace flextron {
+namespace {
+
+using i64 = int64_t;
+
+constexpr i64 kLine = 64;  // bytes
+#ifdef __AVX2__
+constexpr i64 kVectorBytes = 32;
+#else
+constexpr i64 kVectorBytes = 16;
+#endif
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes), may_alias));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+constexpr i64 kLanes = kVectorBytes / i64(sizeof(T));
+
+template <class T>
+inline T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+inline T larger(T a, T b) {
+  return a < b ? b : a;
+}
+
+template <class A>
+inline Vec<A> load(const A* x) {
+  return *reinterpret_cast<const Vec<A>*>(x);
+}
+template <class A>
+inline void store(A* x, Vec<A> v) {
+  *reinterpret_cast<Vec<A>*>(x) = v;
+}
+
+// Length of a row of n elements in scratch: whole lines, and an odd number of them, so that a column of a power of two
+// does not fall into one set of the cache.
+template <class A>
+inline i64 padded(i64 n) {
+  const i64 line = kLine / i64(sizeof(A));
+  return ((n + line - 1) / line | 1) * line;
+}
+
+// The part of a padded row that holds n elements, in whole vectors: what the loops touch.
+template <class A>
+inline i64 in_vectors(i64 n) {
+  return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+// Hands out pieces of the scratch; with a null base it only counts them.
+struct Arena {
+  char* base;
+  i64 used = 0;
+
+  template <class T>
+  T* take(i64 count) {
+    char* at = base ? base + used : nullptr;
+    used += (count * i64(sizeof(T)) + kLine - 1) / kLine * kLine;
+    return reinterpret_cast<T*>(at);
+  }
+};
+
+// -- conversions: written out again, for those of core are inline functions that every file shares --
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+inline float widen(fp16 x) {
+  const uint32_t w = uint32_t(x.bits) << 16, sign = w & 0x80000000u, twice = w + w;
+  const float normal = __builtin_bit_cast(float, (twice >> 4) + (0xE0u << 23)) * 0x1.0p-112f;
+  const float subnormal = __builtin_bit_cast(float, (twice >> 17) | (126u << 23)) - 0.5f;
+  const uint32_t magnitude = __builtin_bit_cast(uint32_t, twice < (1u << 27) ? subnormal : normal);
+  return __builtin_bit_cast(float, sign | magnitude);
+}
+
+inline void narrow(float x, float* y) { *y = x; }
+inline void narrow(double x, double* y) { *y = x; }
+inline void narrow(float x, bf16* y) {  // to nearest even
+  const uint32_t w = __builtin_bit_cast(uint32_t, x);
+  y->bits = x != x ? 0x7FC0 : uint16_t((w + 0x7FFFu + ((w >> 16) & 1u)) >> 16);
+}
+inline void narrow(float x, fp16* y) {  // to nearest even, by the rounding of a float sum
+  const uint32_t w = __builtin_bit_cast(uint32_t, x), twice = w + w, sign = w & 0x80000000u;
+  const float magnitude = __builtin_bit_cast(float, w & 0x7FFFFFFFu);
+  const uint32_t bias = larger(twice & 0xFF000000u, 0x71000000u);
+  const float sum = __builtin_bit_cast(float, (bias >> 1) + 0x07800000u) + magnitude * 0x1.0p+112f * 0x1.0p-110f;
+  const uint32_t bits = __builtin_bit_cast(uint32_t, sum);
+  const uint32_t rest = ((bits >> 13) & 0x7C00u) + (bits & 0x0FFFu);
+  y->bits = uint16_t((sign >> 16) | (twice > 0xFF000000u ? 0x7E00u : rest));
+}
+
+template <class A, class scalar_t>
+inline void widen_row(A* __restrict to, const scalar_t* __restrict from, i64 n, i64 n_padded) {
+  for (i64 i = 0; i < n; ++i) to[i] = widen(from[i]);
+  for (i64 i = n; i < n_padded; ++i) to[i] = A(0);
+}
+
+// -- exp: 2^n times a polynomial (Cephes), 1 ulp; 0 below the smallest normal number; NaN stays NaN --
+
+inline Vec<float> vec_exp(Vec<float> x) {
+  typedef int32_t IntVec __attribute__((vector_size(kVectorBytes), may_alias));
+  const Vec<float> zero = {}, low = zero - 87.3f, high = zero + 88.3f, input = x;
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const Vec<float> shift = zero + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec<float> shifted = x * 1.44269504088896341f + shift;
+  const Vec<float> n = shifted - shift;
+  const Vec<float> r = x - n * 0.693359375f - n * -2.12194440e-4f;
+  Vec<float> y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  const IntVec power = ((IntVec)shifted - (IntVec)shift + 127) << 23;
+  y = y * (Vec<float>)power;
+  return input < low ? zero : y;
+}
+inline Vec<double> vec_exp(Vec<double> x) {
+  for (i64 i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+inline float log_of(float x) { return __builtin_logf(x); }
+inline double log_of(double x) { return __builtin_log(x); }
+
+// -- products: C[i, n] (+)= sum_k A[i * a_row + k * a_col] B[k, n]. C and B are padded to whole lines in n. --
+
+template <bool add, int rows, int vecs, class A>
+inline void product_tile(i64 K, const A* a, i64 a_row, i64 a_col, const A* b, i64 ldb, A* c, i64 ldc) {
+  Vec<A> sum[rows][vecs];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < vecs; ++v) sum[i][v] = add ? load(c + i * ldc + v * kLanes<A>) : Vec<A>{};
+  for (i64 k = 0; k < K; ++k) {
+    Vec<A> row[vecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < vecs; ++v) row[v] = load(b + k * ldb + v * kLanes<A>);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      const A x = a[i * a_row + k * a_col];
+#pragma GCC unroll 8
+      for (int v = 0; v < vecs; ++v) sum[i][v] += x * row[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < vecs; ++v) store(c + i * ldc + v * kLanes<A>, sum[i][v]);
+}
+
+// A strip of columns of C, all rows.
+template <bool add, int vecs, class A>
+inline void product_strip(i64 rows, i64 K, const A* a, i64 a_row, i64 a_col, const A* b, i64 ldb, A* c, i64 ldc) {
+  i64 i = 0;
+  for (; i + 4 <= rows; i += 4)
+    product_tile<add, 4, vecs>(K, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc);
+  a += i * a_row, c += i * ldc;
+  if (rows - i == 3) product_tile<add, 3, vecs>(K, a, a_row, a_col, b, ldb, c, ldc);
+  if (rows - i == 2) product_tile<add, 2, vecs>(K, a, a_row, a_col, b, ldb, c, ldc);
+  if (rows - i == 1) product_tile<add, 1, vecs>(K, a, a_row, a_col, b, ldb, c, ldc);
+}
+
+template <bool add, class A>
+void product_block(i64 rows, i64 cols, i64 K, const A* a, i64 a_row, i64 a_col, const A* b, i64 ldb, A* c, i64 ldc) {
+  constexpr i64 lanes = kLanes<A>;
+  i64 n = 0;
+  for (; n + lanes < cols; n += 2 * lanes)
+    product_strip<add, 2>(rows, K, a, a_row, a_col, b + n, ldb, c + n, ldc);
+  if (n < cols) product_strip<add, 1>(rows, K, a, a_row, a_col, b + n, ldb, c + n, ldc);
+}
+
+// B small enough for the first cache, A streamed: strip after strip.
+template <bool add, class A>
+void product_by_strip(i64 rows, i64 cols, i64 K, const A* a, i64 lda, const A* b, i64 ldb, A* c, i64 ldc) {
+  product_block<add>(rows, cols, K, a, lda, 1, b, ldb, c, ldc);
+}
+// The same with A transposed, 16 rows (one line of A) at a time: B stays in the first cache, A is read once.
+template <bool add, class A>
+void product_of_transpose(i64 rows, i64 cols, i64 K, const A* a, i64 lda, const A* b, i64 ldb, A* c, i64 ldc) {
+  constexpr i64 step = kLine / i64(sizeof(A));
+  for (i64 i = 0; i < rows; i += step)
+    product_block<add>(smaller(step, rows - i), cols, K, a + i, 1, lda, b, ldb, c + i * ldc, ldc);
+}
+
+// -- rows of an item and what they see --
+
+template <class scalar_t>
+inline bool is_active(const HeadAttentionParams<scalar_t>& p, i64 b, i64 t, i64 h) {
+  if (p.chosen) return p.chosen[h];
+  const i64 number = p.by_group ? h / p.M : h % p.M;
+  return number < (p.extent ? p.extent[b * p.extent_stride_b + t * p.extent_stride_t] : p.heads);
+}
+
+struct Rows {
+  i64 count;
+  i64* at;       // [count] t * H + h
+  i64* visible;  // [count] the row sees keys below
+  i64 least, most;  // of visible
+};
+
+template <class scalar_t>
+inline i64 max_rows(const HeadAttentionParams<scalar_t>& p) {
+  return p.max_queries * p.M;
+}
+
+template <class scalar_t>
+inline Rows take_rows(const HeadAttentionParams<scalar_t>& p, Arena& arena) {
+  Rows rows{};
+  rows.at = arena.take<i64>(max_rows(p));
+  rows.visible = arena.take<i64>(max_rows(p));
+  return rows;
+}
+
+template <class scalar_t>
+void find_rows(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, Rows& rows) {
+  const AttentionSequence& s = p.sequences[item.sequence];
+  const i64 begin = item.block * kAttentionQueries, end = smaller(begin + kAttentionQueries, s.T);
+  rows.count = 0, rows.least = s.S, rows.most = 0;
+  for (i64 h = item.group * p.M; h < (item.group + 1) * p.M; ++h)
+    for (i64 i = begin; i < end; ++i) {
+      const i64 t = s.query + i;
+      if (!is_active(p, item.sequence, t, h)) continue;
+      const i64 visible = p.causal ? larger(smaller(i + s.S - s.T + 1, s.S), i64(0)) : s.S;
+      rows.at[rows.count] = t * p.H + h;
+      rows.visible[rows.count++] = visible;
+      rows.least = smaller(rows.least, visible), rows.most = larger(rows.most, visible);
+    }
+}
+
+// Rows of q, scaled, as [rows][D] and [D][rows]; either may be null. Columns beyond the rows are zero.
+template <class A, class scalar_t>
+void pack_queries(const HeadAttentionParams<scalar_t>& p, const Rows& rows, A* q, A* q_t) {
+  const i64 ld = padded<A>(p.D), ld_t = padded<A>(rows.count);
+  for (i64 r = 0; r < rows.count; ++r) {
+    const scalar_t* from = p.q + rows.at[r] / p.H * p.q_stride_t + rows.at[r] % p.H * p.q_stride_h;
+    for (i64 d = 0; d < p.D; ++d) q_t[d * ld_t + r] = widen(from[d]) * p.scale;
+    if (q) {
+      for (i64 d = 0; d < p.D; ++d) q[r * ld + d] = widen(from[d]) * p.scale;
+      for (i64 d = p.D; d < ld; ++d) q[r * ld + d] = A(0);
+    }
+  }
+  for (i64 d = 0; d < p.D; ++d)
+    for (i64 r = rows.count; r < ld_t; ++r) q_t[d * ld_t + r] = A(0);
+}
+
+// Keys [begin, begin + n) of a sequence, as [n][D].
+template <class A, class scalar_t>
+void pack_keys(const HeadAttentionParams<scalar_t>& p, const KeyView<const scalar_t>& from, const AttentionSequence& s,
+               i64 group, i64 begin, i64 n, A* to) {
+  const i64 ld = padded<A>(p.D);
+  for (i64 j = 0; j < n;) {
+    const i64 position = s.position + begin + j, in_page = position % p.page;
+    const scalar_t* row = from.data + s.pages[position / p.page] * from.page_stride + in_page * from.key_stride +
+                          group * from.group_stride;
+    for (const i64 end = smaller(n, j + p.page - in_page); j < end; ++j, row += from.key_stride)
+      widen_row(to + j * ld, row, p.D, ld);
+  }
+}
+
+// Adds [n][D] sums to the rows of keys [begin, begin + n).
+template <class A, class scalar_t, class grad_t>
+void unpack_keys(const HeadAttentionParams<scalar_t>& p, const KeyView<grad_t>& to, const AttentionSequence& s,
+                 i64 group, i64 begin, i64 n, const A* from) {
+  const i64 ld = padded<A>(p.D);
+  for (i64 j = 0; j < n; ++j) {
+    const i64 position = s.position + begin + j;
+    grad_t* row = to.data + s.pages[position / p.page] * to.page_stride + position % p.page * to.key_stride +
+                  group * to.group_stride;
+    for (i64 d = 0; d < p.D; ++d) narrow(widen(row[d]) + from[j * ld + d], row + d);
+  }
+}
+
+// Replaces x[j][r] by `hidden` where row r does not see key begin + j, in a block that some row does not see whole.
+template <class A>
+void hide(const Rows& rows, i64 begin, i64 n, A hidden, A* limit, A* x, i64 ld) {
+  if (begin + n <= rows.least) return;
+  const i64 lanes = kLanes<A>, used_rows = in_vectors<A>(rows.count);
+  for (i64 r = 0; r < rows.count; ++r) limit[r] = A(larger(smaller(rows.visible[r] - begin, n), i64(0)));
+  for (i64 r = rows.count; r < used_rows; ++r) limit[r] = A(n);
+  for (i64 j = 0; j < n; ++j)
+    for (i64 r = 0; r < used_rows; r += lanes) {
+      const Vec<A> value = load(x + j * ld + r), other = Vec<A>{} + hidden;
+      store(x + j * ld + r, load(limit + r) > Vec<A>{} + A(j) ? value : other);
+    }
+}
+
+// -- forward: online softmax of a block of rows over a range of keys --
+
+template <class A>
+struct Softmax {
+  A* q_t;    // [D][rows]
+  A *k, *v;  // [kAttentionKeys][D]
+  A* p;      // [kAttentionKeys][rows] scores, then probabilities
+  A *max, *sum, *shrink, *limit;  // [rows]
+  A* out;    // [rows][D], not yet divided by sum
+};
+
+template <class scalar_t, class A = typename HeadAttentionParams<scalar_t>::acc_t>
+Softmax<A> take_softmax(const HeadAttentionParams<scalar_t>& p, Arena& arena) {
+  const i64 R = padded<A>(max_rows(p)), D = padded<A>(p.D);
+  Softmax<A> s;
+  s.q_t = arena.take<A>(p.D * R);
+  s.k = arena.take<A>(kAttentionKeys * D);
+  s.v = arena.take<A>(kAttentionKeys * D);
+  s.p = arena.take<A>(kAttentionKeys * R);
+  s.max = arena.take<A>(R);
+  s.sum = arena.take<A>(R);
+  s.shrink = arena.take<A>(R);
+  s.limit = arena.take<A>(R);
+  s.out = arena.take<A>(max_rows(p) * D);
+  return s;
+}
+
+// Scores of n keys become probabilities relative to the new maximum; shrink is what the old sums are worth under it.
+template <class A>
+void softmax_step(i64 n, i64 used_rows, i64 ld, const Softmax<A>& s) {
+  const A infinity = A(__builtin_inf());
+  for (i64 r = 0; r < used_rows; r += kLanes<A>) {
+    const Vec<A> zero = {}, old = load(s.max + r);
+    Vec<A> max = old;
+    for (i64 j = 0; j < n; ++j) {
+      const Vec<A> x = load(s.p + j * ld + r);
+      max = max < x ? x : max;
+    }
+    const Vec<A> from = max == zero - infinity ? zero : max;  // nothing seen yet: exp(-inf - 0), not exp(-inf + inf)
+    const Vec<A> shrink = vec_exp(old - from);
+    Vec<A> sum = load(s.sum + r) * shrink;
+    for (i64 j = 0; j < n; ++j) {
+      const Vec<A> x = vec_exp(load(s.p + j * ld + r) - from);
+      store(s.p + j * ld + r, x);
+      sum += x;
+    }
+    store(s.max + r, max), store(s.sum + r, sum), store(s.shrink + r, shrink);
+  }
+}
+
+template <class scalar_t, class A>
+void attend(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, const Rows& rows, i64 begin, i64 end,
+            const Softmax<A>& s) {
+  const AttentionSequence& sequence = p.sequences[item.sequence];
+  const i64 R = padded<A>(rows.count), D = padded<A>(p.D);
+  const i64 used = in_vectors<A>(p.D), used_rows = in_vectors<A>(rows.count);
+  for (i64 r = 0; r < R; ++r) s.max[r] = -A(__builtin_inf()), s.sum[r] = A(0);
+  for (i64 i = 0; i < rows.count * D; ++i) s.out[i] = A(0);
+  pack_queries<A>(p, rows, static_cast<A*>(nullptr), s.q_t);
+  for (i64 at = begin; at < end; at += kAttentionKeys) {
+    const i64 n = smaller(kAttentionKeys, end - at);
+    pack_keys(p, p.k, sequence, item.group, at, n, s.k);
+    pack_keys(p, p.v, sequence, item.group, at, n, s.v);
+    product_by_strip<false>(n, used_rows, p.D, s.k, D, s.q_t, R, s.p, R);
+    hide(rows, at, n, -A(__builtin_inf()), s.limit, s.p, R);
+    softmax_step(n, used_rows, R, s);
+    for (i64 r = 0; r < rows.count; ++r)
+      if (s.shrink[r] != A(1))
+        for (i64 d = 0; d < used; ++d) s.out[r * D + d] *= s.shrink[r];
+    product_of_transpose<true>(rows.count, used, n, s.p, R, s.v, D, s.out, D);
+  }
+}
+
+template <class scalar_t>
+void forward_item(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, Arena arena) {
+  using A = typename HeadAttentionParams<scalar_t>::acc_t;
+  Rows rows = take_rows(p, arena);
+  const Softmax<A> s = take_softmax(p, arena);
+  find_rows(p, item, rows);
+  attend(p, item, rows, p.sequences[item.sequence].k_start, rows.most, s);
+  const i64 D = padded<A>(p.D);
+  for (i64 r = 0; r < rows.count; ++r) {
+    if (p.lse) p.lse[rows.at[r]] = s.max[r] + log_of(s.sum[r]);
+    const A share = s.sum[r] == A(0) ? A(0) : A(1) / s.sum[r];
+    for (i64 d = 0; d < p.D; ++d) narrow(s.out[r * D + d] * share, p.out + rows.at[r] * p.D + d);
+  }
+}
+
+// -- backward: P = exp(S - lse), dS = P (dP - delta), delta = rowsum(dout out) --
+
+template <class A>
+struct Backward {
+  A *q, *dout;      // [rows][D], q scaled
+  A *q_t, *dout_t;  // [D][rows]
+  A *lse, *delta, *limit;  // [rows]
+  A *k, *v;         // [kAttentionKeys][D]
+  A *p, *ds;        // [kAttentionKeys][rows]
+  A* dq;            // [rows][D]
+  A *dk, *dv;       // [keys][D]
+};
+
+template <class scalar_t, class A = typename HeadAttentionParams<scalar_t>::acc_t>
+Backward<A> take_backward(const HeadAttentionParams<scalar_t>& p, BackwardPart part, Arena& arena) {
+  const i64 rows = max_rows(p), R = padded<A>(rows), D = padded<A>(p.D);
+  const i64 keys = part == BackwardPart::kFused ? p.max_keys : part == BackwardPart::kKeys ? kAttentionKeys : 0;
+  Backward<A> s;
+  s.q = arena.take<A>(rows * D), s.dout = arena.take<A>(rows * D);
+  s.q_t = arena.take<A>(p.D * R), s.dout_t = arena.take<A>(p.D * R);
+  s.lse = arena.take<A>(R), s.delta = arena.take<A>(R), s.limit = arena.take<A>(R);
+  s.k = arena.take<A>(kAttentionKeys * D), s.v = arena.take<A>(kAttentionKeys * D);
+  s.p = arena.take<A>(kAttentionKeys * R), s.ds = arena.take<A>(kAttentionKeys * R);
+  s.dq = arena.take<A>(rows * D);
+  s.dk = arena.take<A>(keys * D), s.dv = arena.take<A>(keys * D);
+  return s;
+}
+
+template <class scalar_t, class grad_t, class A>
+void pack_backward(const HeadAttentionBackwardParams<scalar_t, grad_t>& params, const Rows& rows, const Backward<A>& s) {
+  const HeadAttentionParams<scalar_t>& p = params.forward;
+  const i64 R = padded<A>(rows.count), D = padded<A>(p.D);
+  pack_queries(p, rows, s.q, s.q_t);
+  for (i64 r = 0; r < rows.count; ++r) {
+    const scalar_t *dout = params.dout + rows.at[r] * p.D, *out = p.out + rows.at[r] * p.D;
+    widen_row(s.dout + r * D, dout, p.D, D);
+    A delta = A(0);
+    for (i64 d = 0; d < p.D; ++d) {
+      s.dout_t[d * R + r] = s.dout[r * D + d];
+      delta += s.dout[r * D + d] * widen(out[d]);
+    }
+    const A lse = p.lse[rows.at[r]];
+    s.delta[r] = delta;
+    s.lse[r] = lse == -A(__builtin_inf()) ? A(0) : lse;  // such a row sees nothing: hide() takes its probabilities
+  }
+  for (i64 r = rows.count; r < R; ++r) {
+    s.lse[r] = s.delta[r] = A(0);
+    for (i64 d = 0; d < p.D; ++d) s.dout_t[d * R + r] = A(0);
+  }
+}
+
+// P and dS of n keys from `at`.
+template <class scalar_t, class A>
+void backward_scores(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, const Rows& rows, i64 at, i64 n,
+                     const Backward<A>& s) {
+  const AttentionSequence& sequence = p.sequences[item.sequence];
+  const i64 R = padded<A>(rows.count), D = padded<A>(p.D);
+  const i64 used_rows = in_vectors<A>(rows.count);
+  pack_keys(p, p.k, sequence, item.group, at, n, s.k);
+  pack_keys(p, p.v, sequence, item.group, at, n, s.v);
+  product_by_strip<false>(n, used_rows, p.D, s.k, D, s.q_t, R, s.p, R);
+  for (i64 j = 0; j < n; ++j)
+    for (i64 r = 0; r < used_rows; r += kLanes<A>)
+      store(s.p + j * R + r, vec_exp(load(s.p + j * R + r) - load(s.lse + r)));
+  hide(rows, at, n, A(0), s.limit, s.p, R);
+  product_by_strip<false>(n, used_rows, p.D, s.v, D, s.dout_t, R, s.ds, R);
+  for (i64 j = 0; j < n; ++j)
+    for (i64 r = 0; r < used_rows; r += kLanes<A>)
+      store(s.ds + j * R + r, load(s.p + j * R + r) * (load(s.ds + j * R + r) - load(s.delta + r)));
+  hide(rows, at, n, A(0), s.limit, s.ds, R);  // a hidden value may be NaN: 0 * NaN is not 0
+}
+
+// One block of queries against keys from `begin` to what its rows see, at most to `end`: adds to dq, and to dk and dv
+// of the keys counted from `begin`; each may be null.
+template <class scalar_t, class A>
+void backward_block(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, const Rows& rows, i64 begin,
+                    i64 end, const Backward<A>& s, A* dq, A* dk, A* dv) {
+  const i64 R = padded<A>(rows.count), D = padded<A>(p.D), used = in_vectors<A>(p.D);
+  for (i64 at = begin; at < smaller(end, rows.most); at += kAttentionKeys) {
+    const i64 n = smaller(kAttentionKeys, rows.most - at), key = at - begin;
+    backward_scores(p, item, rows, at, n, s);
+    if (dq) product_of_transpose<true>(rows.count, used, n, s.ds, R, s.k, D, dq, D);
+    if (dv) product_by_strip<true>(n, used, rows.count, s.p, R, s.dout, D, dv + key * D, D);
+    if (dk) product_by_strip<true>(n, used, rows.count, s.ds, R, s.q, D, dk + key * D, D);
+  }
+}
+
+template <class scalar_t, class grad_t>
+void backward_item(const HeadAttentionBackwardParams<scalar_t, grad_t>& params, BackwardPart part, AttentionItem item,
+                   Arena arena) {
+  using A = typename HeadAttentionParams<scalar_t>::acc_t;
+  const HeadAttentionParams<scalar_t>& p = params.forward;
+  const AttentionSequence& sequence = p.sequences[item.sequence];
+  const i64 D = padded<A>(p.D), blocks = (sequence.T + kAttentionQueries - 1) / kAttentionQueries;
+  Rows rows = take_rows(p, arena);
+  const Backward<A> s = take_backward(p, part, arena);
+
+  const bool by_keys = part == BackwardPart::kKeys, by_queries = part == BackwardPart::kQueries;
+  const i64 begin = sequence.k_start + (by_keys ? item.block * kAttentionKeys : 0);
+  const i64 end = by_keys ? smaller(begin + kAttentionKeys, sequence.S) : sequence.S;
+  A* dq = params.dq && !by_keys ? s.dq : nullptr;
+  A* dk = params.dk.data && !by_queries ? s.dk : nullptr;
+  A* dv = params.dv.data && !by_queries ? s.dv : nullptr;
+  for (i64 i = 0; dk && i < (end - begin) * D; ++i) dk[i] = A(0);
+  for (i64 i = 0; dv && i < (end - begin) * D; ++i) dv[i] = A(0);
+
+  const i64 first = by_queries ? item.block : 0, last = by_queries ? item.block + 1 : blocks;
+  for (item.block = first; item.block < last; ++item.block) {
+    find_rows(p, item, rows);
+    if (rows.most <= begin) continue;
+    pack_backward(params, rows, s);
+    for (i64 i = 0; dq && i < rows.count * D; ++i) dq[i] = A(0);
+    backward_block(p, item, rows, begin, end, s, dq, dk, dv);
+    for (i64 r = 0; dq && r < rows.count; ++r)
+      for (i64 d = 0; d < p.D; ++d) narrow(dq[r * D + d] * p.scale, params.dq + rows.at[r] * p.D + d);
+  }
+  if (dk) unpack_keys(p, params.dk, sequence, item.group, begin, end - begin, dk);
+  if (dv) unpack_keys(p, params.dv, sequence, item.group, begin, end - begin, dv);
+}
+
+}  // namespace
+}  // namespace flextron
+
+// The launchers of head_attention.h for the instruction set this file is compiled for.
+#define FLEXTRON_DEFINE_HEAD_ATTENTION(isa)                                                                          \
+  template <class scalar_t>                                                                                          \
+  void head_attention_##isa(const HeadAttentionParams<scalar_t>& p, int64_t first, int64_t last, char* scratch) {    \
+    for (; first < last; ++first) forward_item(p, p.items[first], Arena{scratch});                                   \
+  }                                                                                                                  \
+  template <class scalar_t, class grad_t>                                                                            \
+  void head_attention_backward_##isa(const HeadAttentionBackwardParams<scalar_t, grad_t>& p, BackwardPart part,      \
+                                     int64_t first, int64_t last, char* scratch) {                                   \
+    for (; first < last; ++first) backward_item(p, part, p.forward.items[first], Arena{scratch});                    \
+  }                                                                                                                  \
+  FLEXTRON_HEAD_ATTENTION_INSTANCES(isa, float, float)                                                               \
+  FLEXTRON_HEAD_ATTENTION_INSTANCES(isa, double, double)                                                             \
+  FLEXTRON_HEAD_ATTENTION_INSTANCES(isa, bf16, bf16)                                                                 \
+  FLEXTRON_HEAD_ATTENTION_INSTANCES(isa, fp16, fp16)                                                                 \
+  FLEXTRON_HEAD_ATTENTION_BACKWARD_INSTANCE(isa, bf16, float)                                                        \
+  FLEXTRON_HEAD_ATTENTION_BACKWARD_INSTANCE(isa, fp16, float)
+
+#define FLEXTRON_HEAD_ATTENTION_BACKWARD_INSTANCE(isa, scalar_t, grad_t)                                             \
+  template void head_attention_backward_##isa(const HeadAttentionBackwardParams<scalar_t, grad_t>&, BackwardPart,    \
+                                              int64_t, int64_t, char*);
+#define FLEXTRON_HEAD_ATTENTION_INSTANCES(isa, scalar_t, grad_t)                                                     \
+  template void head_attention_##isa(const HeadAttentionParams<scalar_t>&, int64_t, int64_t, char*);                 \
+  FLEXTRON_HEAD_ATTENTION_BACKWARD_INSTANCE(isa, scalar_t, grad_t)

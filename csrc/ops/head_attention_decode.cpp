@@ -1,0 +1,193 @@
+// head_attention_decode: attention of a few new tokens over a prefix of heads, against a contiguous or paged cache.
+#include "kernels/head_attention_decode.h"
+
+#include "ops/attention_plan.h"
+
+namespace flextron {
+namespace {
+
+// The pages each sequence uses; entries of block_table beyond them are never looked at.
+std::vector<int64_t> read_pages(const char* op, const Tensor& block_table, const std::vector<int64_t>& lengths,
+                                const Tensor& cache) {
+  check_integers(op, "block_table", block_table);
+  const Tensor wide = torch::stable::contiguous(torch::stable::to(block_table, ScalarType::Long));
+  const auto* data = data_of<int64_t>(wide);
+  std::vector<int64_t> pages(data, data + wide.numel());
+  const int64_t columns = block_table.size(1), P = cache.size(0), page = std::max<int64_t>(cache.size(1), 1);
+  for (size_t b = 0; b < lengths.size(); ++b)
+    for (int64_t i = 0; i < blocks_of(lengths[b], page); ++i) {
+      const int64_t number = pages[b * columns + i];
+      if (number < 0 || number >= P)
+        fail(op, ": block_table must name pages in [0, ", P - 1, "] for the keys in use, got ", number);
+    }
+  return pages;
+}
+
+AttentionPlan make_plan(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                        const Tensor& seqlens, int64_t heads, const Text& unit, const OptionalTensor& extent,
+                        const OptionalTensor& block_table, const OptionalTensor& k_start, std::optional<double> scale) {
+  check_dim(op, "q", q, 4);
+  check_dim(op, "k_cache", k_cache, 4);
+  AttentionPlan plan = start_plan(op, q, k_cache, v_cache, heads, unit.value, std::nullopt, scale);
+  plan.causal = true;
+  const int64_t B = q.size(0), T = q.size(1);
+  plan.page = std::max<int64_t>(k_cache.size(1), 1);
+
+  int64_t columns = 1;  // pages of a sequence: a contiguous cache is one page each
+  if (block_table) {
+    check_dim(op, "block_table", *block_table, 2);
+    columns = block_table->size(1);
+    check_shape(op, "block_table", *block_table, {B, columns});
+    check_device(op, "block_table", *block_table, q.device());
+  } else if (k_cache.size(0) != B) {
+    fail(op, ": k_cache.size(0) must be ", B, " without block_table, got ", k_cache.size(0));
+  }
+  const int64_t room = columns * k_cache.size(1);
+  const auto lengths = check_list(op, "seqlens", seqlens, B, room, q);
+  const auto starts = k_start ? check_list(op, "k_start", *k_start, B, room, q) : std::vector<int64_t>(B, 0);
+  if (extent) {
+    const bool one = extent->dim() == 1 && extent->size(0) == 1;
+    plan.extent = check_list(op, "extent", *extent, one ? 1 : B, heads, q);
+    plan.extent_stride_b = one ? 0 : 1;
+  }
+
+  if (block_table) {
+    plan.pages = read_pages(op, *block_table, lengths, k_cache);
+  } else {
+    for (int64_t b = 0; b < B; ++b) plan.pages.push_back(b);
+  }
+  for (int64_t b = 0; b < B; ++b)
+    plan.sequences.push_back({.query = b * T,
+                              .T = T,
+                              .S = lengths[b],
+                              .k_start = std::min(starts[b], lengths[b]),
+                              .position = 0,
+                              .pages = plan.pages.data() + b * columns});
+  plan.measure();
+  return plan;
+}
+
+template <class scalar_t>
+HeadAttentionParams<scalar_t> fill_params(const AttentionPlan& plan, const Tensor& q, const Tensor& k, const Tensor& v) {
+  auto p = attention_params<scalar_t>(plan);
+  p.q = data_of<scalar_t>(q), p.q_stride_t = plan.H * plan.D, p.q_stride_h = plan.D;
+  p.k = {data_of<scalar_t>(k), k.stride(0), k.stride(1), k.stride(2)};
+  p.v = {data_of<scalar_t>(v), v.stride(0), v.stride(1), v.stride(2)};
+  return p;
+}
+
+// The work of one forward pass split over the keys: its items, and where the merge of each block of queries begins.
+struct Split {
+  std::vector<AttentionItem> items;
+  std::vector<int64_t> merge_at{0};
+};
+
+// More queries than a block are work enough without splitting.
+Split split_keys(const AttentionPlan& plan) {
+  Split split;
+  for (auto item : query_items(plan)) {
+    const auto& s = plan.sequences[item.sequence];
+    const int64_t chunks = s.T > kAttentionQueries ? 1 : blocks_of(s.S - s.k_start, kDecodeKeys);
+    for (item.chunk = 0; item.chunk < chunks; ++item.chunk) split.items.push_back(item);
+    if (chunks > 0) split.merge_at.push_back(split.items.size());
+  }
+  return split;
+}
+
+template <class scalar_t>
+void run_decode(const AttentionPlan& plan, HeadAttentionParams<scalar_t> p, const Tensor& q) {
+  const Split split = split_keys(plan);
+  const int64_t items = split.items.size(), merges = split.merge_at.size() - 1;
+  if (items == merges) return run_forward(plan, p);
+  p.items = split.items.data();
+  const Tensor partial = empty(q, {items, plan.max_queries * plan.M, plan.D + 2}, wide_dtype(q));
+  const HeadAttentionDecodeParams<scalar_t> params{.attention = p,
+                                                   .partial = mutable_data_of<accumulate_t<scalar_t>>(partial),
+                                                   .merge_at = split.merge_at.data()};
+  const int64_t bytes = head_attention_scratch(p);
+  const auto decode = FLEXTRON_FOR_ISA(head_attention_decode, scalar_t);
+  const auto merge = FLEXTRON_FOR_ISA(head_attention_decode_merge, scalar_t);
+  run_items(plan, items, bytes,
+            [&](int64_t first, int64_t last, char* scratch) { decode(params, first, last, scratch); });
+  run_items(plan, merges, bytes,
+            [&](int64_t first, int64_t last, char* scratch) { merge(params, first, last, scratch); });
+}
+
+// Sequences may share pages, so the sequences of a group take turns; groups never meet.
+template <class scalar_t, class grad_t>
+void run_paged_backward(const AttentionPlan& plan, HeadAttentionBackwardParams<scalar_t, grad_t> p) {
+  const auto pairs = pair_items(plan);  // group after group
+  p.forward.items = pairs.data();
+  const auto launch = FLEXTRON_FOR_ISA(head_attention_backward, scalar_t, grad_t);
+  const auto begin_of = [&](int64_t group) {
+    return std::lower_bound(pairs.begin(), pairs.end(), group,
+                            [](const AttentionItem& item, int64_t g) { return item.group < g; }) -
+           pairs.begin();
+  };
+  run_items(plan, plan.G, head_attention_backward_scratch(p.forward, BackwardPart::kFused),
+            [&](int64_t first, int64_t last, char* scratch) {
+              launch(p, BackwardPart::kFused, begin_of(first), begin_of(last), scratch);
+            });
+}
+
+}  // namespace
+
+Tensor head_attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seqlens,
+                             int64_t heads, const Text& unit, const OptionalTensor& extent,
+                             const OptionalTensor& block_table, const OptionalTensor& k_start,
+                             std::optional<double> scale) {
+  constexpr auto op = "head_attention_decode";
+  const NoGrad no_grad;
+  const AttentionPlan plan =
+      make_plan(op, q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start, scale);
+  const Tensor q_ = torch::stable::contiguous(q);
+  const Tensor k_ = check_rows(op, "k_cache", k_cache, q), v_ = check_rows(op, "v_cache", v_cache, q);
+  Tensor out = zeros(q, {q.size(0), q.size(1), plan.H, plan.D});
+  dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
+    auto p = fill_params<scalar_t>(plan, q_, k_, v_);
+    p.out = mutable_data_of<scalar_t>(out);
+    run_decode(plan, p, q);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> head_attention_decode_backward(
+    const Tensor& dout, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seqlens,
+    int64_t heads, const Text& unit, const OptionalTensor& extent, const OptionalTensor& block_table,
+    const OptionalTensor& k_start, std::optional<double> scale, int64_t output_mask) {
+  constexpr auto op = "head_attention_decode_backward";
+  const NoGrad no_grad;
+  const AttentionPlan plan =
+      make_plan(op, q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start, scale);
+  const int64_t B = q.size(0), T = q.size(1), pages = k_cache.size(0), page = k_cache.size(1);
+  check_like(op, "dout", dout, {B, T, plan.H, plan.D}, q.scalar_type(), q.device());
+  const Tensor q_ = torch::stable::contiguous(q), dout_ = torch::stable::contiguous(dout);
+  const Tensor k_ = check_rows(op, "k_cache", k_cache, q), v_ = check_rows(op, "v_cache", v_cache, q);
+  const std::vector<int64_t> q_shape{B, T, plan.H, plan.D}, cache_shape{pages, page, plan.G, plan.D};
+  Tensor out = zeros(q, q_shape), lse = empty(q, {B, T, plan.H}, wide_dtype(q));
+  torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+  Tensor dq = wanted(q, output_mask, 0, q_shape);
+  // Summed in the wider type: several sequences may add to one page.
+  Tensor dk = wanted(k_cache, output_mask, 1, cache_shape, wide_dtype(q)),
+         dv = wanted(v_cache, output_mask, 2, cache_shape, wide_dtype(q));
+  dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
+    using acc_t = accumulate_t<scalar_t>;
+    HeadAttentionBackwardParams<scalar_t, acc_t> p{};
+    p.forward = fill_params<scalar_t>(plan, q_, k_, v_);
+    p.forward.out = mutable_data_of<scalar_t>(out);
+    p.forward.lse = mutable_data_of<acc_t>(lse);
+    run_decode(plan, p.forward, q);
+    p.dout = data_of<scalar_t>(dout_);
+    const int64_t key = plan.G * plan.D;
+    if (output_mask & 1) p.dq = mutable_data_of<scalar_t>(dq);
+    if (output_mask & 2) p.dk = {mutable_data_of<acc_t>(dk), page * key, key, plan.D};
+    if (output_mask & 4) p.dv = {mutable_data_of<acc_t>(dv), page * key, key, plan.D};
+    if (block_table && (p.dk.data || p.dv.data))
+      run_paged_backward(plan, p);
+    else
+      run_backward(plan, p);
+  });
+  return {dq, torch::stable::to(dk, q.scalar_type()), torch::stable::to(dv, q.scalar_type())};
+}
+
+}  // namespace flextron

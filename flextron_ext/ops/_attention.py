@@ -1,0 +1,50 @@
+"""What the two attention ops check before the call: heads, units, dtypes, and lists of integers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _common as common
+
+
+def check_inputs(op: str, q: Tensor, **keys: Tensor) -> None:
+    """q [..., H, D] and two tensors [..., G, D] of its dtype and device, of one shape, H a multiple of G."""
+    common.check_tensor(op, "q", q, common.FLOATING)
+    autocast = torch.is_autocast_enabled(q.device.type)
+    for name, value in keys.items():
+        common.check_tensor(op, name, value, common.FLOATING)
+        if value.dtype != q.dtype and not autocast:
+            raise TypeError(f"{op}: {name} must have the dtype of q, {q.dtype}, got {value.dtype}")
+        if value.device != q.device:
+            raise ValueError(f"{op}: {name} must be on {q.device}, got {value.device}")
+    (k_name, k), (v_name, v) = keys.items()
+    common.check_shape(op, v_name, v, k.shape)
+    if q.shape[-1] < 1 or k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"{op}: {k_name}.shape[-1] must be {q.shape[-1]} and positive, got {k.shape[-1]}")
+    H, G = q.shape[-2], k.shape[-2]
+    if G < 1 or H % G:
+        raise ValueError(f"{op}: q.shape[-2] must be divisible by {k_name}.shape[-2] ({G}), got {H}")
+
+
+def check_dims(op: str, name: str, value: Tensor, dims: int) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dim() != dims:
+        raise ValueError(f"{op}: {name} must have {dims} dimensions, got {value.dim()}")
+
+
+def check_heads(op: str, heads: int, unit: str, H: int, G: int) -> None:
+    if unit not in ("kv_group", "query"):
+        raise ValueError(f"{op}: unit must be kv_group or query, got {unit}")
+    common.check_range(op, "heads", heads, 0, G if unit == "kv_group" else H // G)
+
+
+def check_integers(op: str, name: str, value: Tensor | None, *lengths: int) -> None:
+    """A list of int32 or int64, of one of these lengths; None passes. The values stay on their device."""
+    if value is None:
+        return
+    common.check_tensor(op, name, value, common.INTEGERS)
+    if value.dim() != 1 or value.shape[0] not in lengths:
+        allowed = " or ".join(f"[{length}]" for length in dict.fromkeys(lengths))
+        raise ValueError(f"{op}: {name} must have shape {allowed}, got {list(value.shape)}")

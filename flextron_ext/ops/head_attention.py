@@ -1,0 +1,136 @@
+"""head_attention: attention over a prefix or a list of heads. Formula: csrc/kernels/head_attention.h."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _attention as attention
+from . import _common as common
+
+OP = "head_attention"
+
+
+def head_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    unit: str = "kv_group",
+    extent: Tensor | None = None,
+    extent_per: str = "sequence",
+    index: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    k_start: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend with the active heads only; the others are exact zeros, and keys of unused groups are never read.
+
+    ``out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h // M]) v[j, h // M]`` with ``M = H // G``, over the
+    keys of t's sequence with ``k_start <= j``, and if causal ``j <= i + S - T`` for query i of T against S keys.
+    A query that sees no key gives 0.
+
+    Args:
+        q: [T, H, D], float32, float64, bfloat16 or float16. Any strides.
+        k: [S, G, D], the dtype of q; G divides H. Any strides.
+        v: [S, G, D], the dtype of q. Any strides.
+        heads: how many are active: the first `heads` groups with all their query heads (unit "kv_group"), or the
+            first `heads` query heads of every group (unit "query"); with index, its length.
+        unit: "kv_group" or "query".
+        extent: int32 or int64, each in [0, heads], instead of heads: [1] or [B] (extent_per "sequence"), or [T]
+            (extent_per "token").
+        extent_per: "sequence" or "token".
+        index: int32 or int64 [n], the active query heads in any order, each once; then extent must be None.
+        cu_seqlens_q: int32 or int64 [B + 1], where the sequences begin and end in q, from 0. None: one sequence.
+            Queries beyond the last end are inactive.
+        cu_seqlens_k: the same for k and v.
+        k_start: int32 or int64 [B], the first key seen in each sequence (left padding).
+        causal: queries see the keys up to their own, counted from the end.
+        scale: D ** -0.5 where None.
+        return_lse: also return the logarithm of the softmax's denominator.
+
+    Returns:
+        out: [T, H, D], the dtype of q; with return_lse also lse: [T, H], float32 (float64 for float64), -inf
+        where a head is inactive or sees no key. lse has no gradient.
+
+    Raises:
+        TypeError: a dtype is wrong. ValueError: a shape, a unit or heads is. RuntimeError: a value in a tensor is.
+    """
+    _check(q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start)
+    out, lse = torch.ops.flextron.head_attention(
+        q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start, causal, scale
+    )
+    return (out, lse) if return_lse else out
+
+
+def _check(q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start) -> None:
+    """Raise on what can be known without reading a device value."""
+    attention.check_dims(OP, "q", q, 3)
+    attention.check_dims(OP, "k", k, 3)
+    attention.check_inputs(OP, q, k=k, v=v)
+    T, H, _ = q.shape
+    if index is None:
+        attention.check_heads(OP, heads, unit, H, k.shape[1])
+    else:
+        common.check_tensor(OP, "index", index, common.INTEGERS)
+        attention.check_dims(OP, "index", index, 1)
+        common.check_range(OP, "heads", heads, index.shape[0], index.shape[0])
+        if extent is not None:
+            raise ValueError(f"{OP}: extent must be None when index is given, got both")
+    B = 1
+    given = cu_seqlens_q if cu_seqlens_q is not None else cu_seqlens_k
+    if given is not None:
+        name = "cu_seqlens_q" if given is cu_seqlens_q else "cu_seqlens_k"
+        attention.check_dims(OP, name, given, 1)
+        if given.shape[0] < 1:
+            raise ValueError(f"{OP}: {name} must have at least 1 element, got 0")
+        B = given.shape[0] - 1
+    for name, ends in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if ends is None and B != 1:
+            raise ValueError(f"{OP}: {name} must have shape [{B + 1}], got None")
+        attention.check_integers(OP, name, ends, B + 1)
+    attention.check_integers(OP, "k_start", k_start, B)
+    if extent_per not in ("sequence", "token"):
+        raise ValueError(f"{OP}: extent_per must be sequence or token, got {extent_per}")
+    attention.check_integers(OP, "extent", extent, *((T,) if extent_per == "token" else (1, B)))
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("flextron::head_attention")
+def _shape(q, *arguments, **options):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=_lse_dtype(q))
+
+
+@torch.library.register_fake("flextron::head_attention_backward")
+def _backward_shape(dout, q, k, v, *arguments):
+    mask = arguments[-1]
+    return tuple(t.new_empty(t.shape if mask >> i & 1 else (0,)) for i, t in enumerate((q, k, v)))
+
+
+def _save(ctx, inputs, output):
+    q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, *last = inputs
+    k_start, causal, scale = last
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, extent, index, cu_seqlens_q, cu_seqlens_k, k_start)
+    ctx.options = heads, unit, extent_per, causal, scale
+
+
+def _grad(ctx, dout, _):
+    q, k, v, out, lse, extent, index, cu_seqlens_q, cu_seqlens_k, k_start = ctx.saved_tensors
+    heads, unit, extent_per, causal, scale = ctx.options
+    mask = common.wanted(ctx, 0, 1, 2)
+    which = heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start, causal, scale
+    gradients = torch.ops.flextron.head_attention_backward(dout, q, k, v, out, lse, *which, mask)
+    return *common.per_input(mask, gradients), *[None] * 10
+
+
+torch.library.register_autograd("flextron::head_attention", _grad, setup_context=_save)
+common.register_autocast(OP, 0, 1, 2)
+common.refuse_gradient("head_attention_backward")

@@ -1,0 +1,109 @@
+"""head_attention_decode: new tokens against a KV cache. Formula: csrc/kernels/head_attention_decode.h."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _attention as attention
+from . import _common as common
+
+OP = "head_attention_decode"
+
+
+def head_attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqlens: Tensor,
+    heads: int,
+    unit: str = "kv_group",
+    extent: Tensor | None = None,
+    block_table: Tensor | None = None,
+    k_start: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attend with a few new tokens per sequence to a cache that holds their keys too, with the active heads only.
+
+    ``out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[b, j, h // M]) v[b, j, h // M]``, ``M = H // G``, over
+    ``k_start[b] <= j <= i + seqlens[b] - T``. A query that sees no key, and an inactive head, give exact zeros.
+
+    Args:
+        q: [B, T, H, D], float32, float64, bfloat16 or float16. Any strides.
+        k_cache: contiguous [B, S_max, G, D], or pages [P, page, G, D] with block_table. The dtype of q, any
+            strides.
+        v_cache: the same shape.
+        seqlens: int32 or int64 [B], valid keys of each sequence, its T new ones included.
+        heads: how many are active: the first `heads` groups with all their query heads (unit "kv_group"), or the
+            first `heads` query heads of every group (unit "query").
+        unit: "kv_group" or "query".
+        extent: int32 or int64, [1] or [B], each in [0, heads], instead of heads.
+        block_table: int32 or int64 [B, max_pages]: key j of sequence b is in row ``j % page`` of page
+            ``block_table[b, j // page]``. Entries beyond seqlens are not looked at. Pages may be shared.
+        k_start: int32 or int64 [B], the first key seen in each sequence (left padding).
+        scale: D ** -0.5 where None.
+
+    Returns:
+        out: [B, T, H, D], the dtype of q.
+
+    Raises:
+        TypeError: a dtype is wrong. ValueError: a shape, a unit or heads is. RuntimeError: a value in a tensor is.
+    """
+    _check(q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start)
+    return torch.ops.flextron.head_attention_decode(
+        q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start, scale
+    )
+
+
+def _check(q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start) -> None:
+    """Raise on what can be known without reading a device value."""
+    attention.check_dims(OP, "q", q, 4)
+    attention.check_dims(OP, "k_cache", k_cache, 4)
+    attention.check_inputs(OP, q, k_cache=k_cache, v_cache=v_cache)
+    B = q.shape[0]
+    attention.check_heads(OP, heads, unit, q.shape[2], k_cache.shape[2])
+    common.check_tensor(OP, "seqlens", seqlens, common.INTEGERS)
+    attention.check_integers(OP, "seqlens", seqlens, B)
+    attention.check_integers(OP, "k_start", k_start, B)
+    attention.check_integers(OP, "extent", extent, 1, B)
+    if block_table is None:
+        if k_cache.shape[0] != B:
+            raise ValueError(
+                f"{OP}: k_cache.shape[0] must be {B} without block_table, got {k_cache.shape[0]}"
+            )
+        return
+    common.check_tensor(OP, "block_table", block_table, common.INTEGERS)
+    attention.check_dims(OP, "block_table", block_table, 2)
+    common.check_shape(OP, "block_table", block_table, (B, block_table.shape[1]))
+
+
+@torch.library.register_fake("flextron::head_attention_decode")
+def _shape(q, *arguments, **options):
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("flextron::head_attention_decode_backward")
+def _backward_shape(dout, q, k_cache, v_cache, *arguments):
+    mask = arguments[-1]
+    return tuple(t.new_empty(t.shape if mask >> i & 1 else (0,)) for i, t in enumerate((q, k_cache, v_cache)))
+
+
+def _save(ctx, inputs, output):
+    q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start, scale = inputs
+    ctx.save_for_backward(q, k_cache, v_cache, seqlens, extent, block_table, k_start)
+    ctx.options = heads, unit, scale
+
+
+def _grad(ctx, dout):
+    q, k_cache, v_cache, seqlens, extent, block_table, k_start = ctx.saved_tensors
+    heads, unit, scale = ctx.options
+    mask = common.wanted(ctx, 0, 1, 2)
+    gradients = torch.ops.flextron.head_attention_decode_backward(
+        dout, q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start, scale, mask
+    )
+    return *common.per_input(mask, gradients), *[None] * 7
+
+
+torch.library.register_autograd("flextron::head_attention_decode", _grad, setup_context=_save)
+common.register_autocast(OP, 0, 1, 2)
+common.refuse_gradient("head_attention_decode_backward")
