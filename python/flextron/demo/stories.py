@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 FILES = ("stories260K.bin", "tok512.bin")
+HEADER = 28  # bytes: seven int32
 
 
 def find() -> Path | None:
@@ -26,12 +27,11 @@ def find() -> Path | None:
 def read_model(file: Path) -> LlamaForCausalLM:
     """A llama2.c "version 0" checkpoint as a transformers Llama in float32."""
     blob = file.read_bytes()
-    K, F, layers, H, G, vocab, context = struct.unpack_from("<7i", blob)
+    header = struct.unpack_from("<7i", blob) if len(blob) >= HEADER else (0,)
     # A negative vocabulary marks an output matrix of its own, which none of the files we read has.
-    if min(K, F, layers, H, G, vocab, context) <= 0:
-        raise ValueError(
-            f"read_model: {file.name} must be a tied llama2.c checkpoint, got header with vocab {vocab}"
-        )
+    if min(header) <= 0:
+        raise ValueError(f"read_model: {file.name} must be a tied llama2.c checkpoint, got header {header}")
+    K, F, layers, H, G, vocab, context = header
     D = K // H
     config = LlamaConfig(
         vocab_size=vocab,
@@ -48,7 +48,7 @@ def read_model(file: Path) -> LlamaForCausalLM:
         pad_token_id=2,
     )
     model = LlamaForCausalLM(config).float().eval()
-    values = torch.from_numpy(np.frombuffer(blob, "<f4", offset=28).copy())
+    values = torch.from_numpy(np.frombuffer(blob, "<f4", (len(blob) - HEADER) // 4, HEADER).copy())
     offset = 0
 
     def take(*shape: int) -> Tensor:
