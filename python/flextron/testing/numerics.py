@@ -1,0 +1,42 @@
+"""assert_no_worse: the one tolerance of the project, a rule and not a number. The timing half is in timing.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Relative Frobenius error that no result may exceed, whatever plain PyTorch makes of it.
+FROBENIUS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
+
+
+def assert_no_worse(ours: Tensor, plain: Tensor, exact: Tensor, what: str = "result") -> None:
+    """Fail unless our error is at most twice plain PyTorch's in the same dtype, and small in itself.
+
+    Args:
+        ours: the result under test.
+        plain: the same computation in plain PyTorch, in the dtype of ours.
+        exact: the same computation in float64 from the same inputs.
+        what: the name the message gives the result.
+    """
+    assert ours.dtype == plain.dtype, f"{what}: dtype is {ours.dtype}, plain PyTorch gives {plain.dtype}"
+    assert ours.shape == exact.shape, f"{what}: shape is {list(ours.shape)}, should be {list(exact.shape)}"
+    wide, reference = ours.double(), exact.double()
+    finite = reference.isfinite()
+    assert torch.equal(wide[~finite], reference[~finite]), f"{what}: infinities differ"
+    assert wide[finite].isfinite().all(), f"{what}: not finite where the exact result is"
+    if not finite.any():
+        return
+    error = _norm((wide - reference)[finite])
+    plain_error = _norm((plain.double() - reference)[finite])
+    size = _norm(reference[finite])
+    # Half a unit in the last place of everything: what rounding the exact result may cost.
+    tiny = torch.finfo(ours.dtype).eps / 2 * size
+    assert error <= 2 * plain_error + tiny, (
+        f"{what}: error is {error:.3e}, plain PyTorch's {plain_error:.3e}, of {size:.3e}"
+    )
+    limit = FROBENIUS[ours.dtype]
+    assert error <= limit * size, f"{what}: relative error is {error / size:.3e}, must be below {limit:.0e}"
+
+
+def _norm(x: Tensor) -> float:
+    return torch.linalg.vector_norm(x).item()
