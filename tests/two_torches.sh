@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# One op library, several torch versions: bash tests/two_torches.sh 2.13.0 2.12.0
+# Installs each torch in a virtual environment of its own, loads the library that `make setup` built with
+# torch.ops.load_library (no Python of ours), and compares every op and its backward with plain torch.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+library=$PWD/flextron_ext/libflextron.so
+if (($# < 1)); then
+  echo "two_torches: versions must be named, for example: bash tests/two_torches.sh 2.13.0 2.12.0" >&2
+  exit 2
+fi
+if [[ ! -f $library ]]; then
+  echo "two_torches: $library must be built first: make setup" >&2
+  exit 2
+fi
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cp "$library" "$work/" # a rebuild meanwhile would not be the same library
+
+cat >"$work/check.py" <<'PYTHON'
+import sys
+
+import torch
+import torch.nn.functional as F
+
+torch.ops.load_library(sys.argv[1])
+ops = torch.ops.flextron
+torch.manual_seed(0)
+done = []
+
+
+def check(name, got, expected):
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    done.append(name)
+
+
+def leaf(*shape):
+    return torch.randn(*shape, requires_grad=True)
+
+
+def attention(q, k, v, first_key):  # q [T, H, D], k and v [S, G, D]; row t sees keys up to first_key + t
+    repeat = q.shape[1] // k.shape[1]
+    q, k, v = q.transpose(0, 1), *(x.repeat_interleave(repeat, 1).transpose(0, 1) for x in (k, v))
+    seen = torch.arange(k.shape[1]) <= first_key + torch.arange(q.shape[1])[:, None]
+    scores = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(0, 1), scores.logsumexp(-1).T
+
+
+# A projection: 6 of 8 inputs and 10 of 12 outputs used, once by a number and once by a count per token.
+x, w, b = leaf(5, 8), leaf(12, 8), leaf(12)
+y = F.linear(x[:, :6], w[:10, :6], b[:10])
+dy = torch.randn_like(y)
+sizes = (6, 10, None, None, 1, 1)
+with torch.no_grad():
+    check("elastic_linear", [ops.elastic_linear(x, w, b, *sizes)], [y])
+    grads = torch.autograd.grad(y, (x, w, b), dy)
+    check("elastic_linear_backward", ops.elastic_linear_backward(dy, x, w, b, *sizes, 7), grads)
+    extent = torch.tensor([0, 10, 3, 7, 1])
+    kept = torch.arange(10) < extent[:, None]
+    check("elastic_linear", [ops.elastic_linear(x, w, b, 6, 10, None, extent, 1, 1)], [y * kept])
+
+# A SwiGLU MLP at 9 of 16 neurons, then with a count per token.
+x, gate, up, down = leaf(5, 8), leaf(16, 8), leaf(16, 8), leaf(8, 16)
+extent = torch.tensor([9, 0, 4, 9, 1])
+for counts, kept in ((None, torch.ones(5, 9)), (extent, torch.arange(9) < extent[:, None])):
+    h = F.silu(x @ gate[:9].T) * (x @ up[:9].T) * kept
+    y = h @ down[:, :9].T
+    dy = torch.randn_like(y)
+    arguments = (x, gate, up, down, None, None, None, 9, "silu", counts, None, None)
+    with torch.no_grad():
+        check("elastic_mlp", [ops.elastic_mlp(*arguments)], [y])
+        grads = torch.autograd.grad(y, (x, gate, up, down), dy)
+        check("elastic_mlp_backward", ops.elastic_mlp_backward(dy, *arguments, 15)[:4], grads)
+
+# Attention with 2 of 3 groups (two query heads each): 5 queries at the end of 7 keys.
+q, k, v = leaf(5, 6, 4), leaf(7, 3, 4), leaf(7, 3, 4)
+y, lse = attention(q[:, :4], k[:, :2], v[:, :2], 2)
+dy = torch.randn(5, 6, 4)
+arguments = (2, "kv_group", None, "sequence", None, None, None, None, True, None)
+with torch.no_grad():
+    out, out_lse = ops.head_attention(q, k, v, *arguments)
+    check("head_attention", [out[:, :4], out[:, 4:], out_lse[:, :4]], [y, torch.zeros(5, 2, 4), lse])
+    grads = torch.autograd.grad(y, (q, k, v), dy[:, :4])
+    check("head_attention_backward", ops.head_attention_backward(dy, q, k, v, out, out_lse, *arguments, 7), grads)
+
+# One new token for each of two sequences, with 7 and 4 keys in a cache of 8.
+q, k, v, lengths = leaf(2, 1, 6, 4), leaf(2, 8, 3, 4), leaf(2, 8, 3, 4), torch.tensor([7, 4])
+y = torch.stack([attention(q[i, :, :4], k[i, :n, :2], v[i, :n, :2], n - 1)[0] for i, n in enumerate(lengths.tolist())])
+dy = torch.randn(2, 1, 6, 4)
+arguments = (q, k, v, lengths, 2, "kv_group", None, None, None, None)
+with torch.no_grad():
+    out = ops.head_attention_decode(*arguments)
+    check("head_attention_decode", [out[:, :, :4], out[:, :, 4:]], [y, torch.zeros(2, 1, 2, 4)])
+    grads = torch.autograd.grad(y, (q, k, v), dy[:, :, :4])
+    check("head_attention_decode_backward", ops.head_attention_decode_backward(dy, *arguments, 7), grads)
+
+logits = torch.randn(9, 4)
+choice = logits.argmax(1)
+order = torch.argsort(choice, descending=True, stable=True)
+offsets = torch.tensor([int((choice > 3 - i).sum()) for i in range(5)])
+check("route", ops.route(logits, None), [choice, order, offsets])
+
+there = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("flextron::")}
+missing = sorted(there - set(done))
+assert not missing, f"no check here for {missing}"
+print(f"torch {torch.__version__}: {len(there)} ops loaded and right")
+PYTHON
+
+(cd "$work" && sha256sum libflextron.so)
+for version in "$@"; do
+  "${PYTHON:-python3}" -m venv "$work/$version"
+  "$work/$version/bin/python" -m pip --disable-pip-version-check --quiet install "torch==$version" numpy
+  (cd "$work" && "$work/$version/bin/python" check.py ./libflextron.so)
+  rm -rf "${work:?}/$version"
+done
+echo "the same library ran in torch $*"
