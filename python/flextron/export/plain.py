@@ -236,13 +236,9 @@ def _kept(config: ElasticConfig, d: int, heads: int) -> tuple[int, int, int]:
 
 def _padded(config: ElasticConfig, widths: Widths) -> tuple[int, int, int]:
     """The smallest size that holds every layer and that the configuration can say."""
-    for heads in range(max(widths.heads), config.max_heads + 1):
-        if not _illegal_heads(config, config.query_heads(heads)):
-            return _kept(config, max(widths.mlp), heads)
-    raise ValueError(
-        f"extract: layout must be ragged, got padded: no number of heads up to {config.max_heads} "
-        f"divides hidden_size {config.hidden_size}"
-    )
+    counts = range(max(widths.heads), config.max_heads + 1)  # the last is the parent's own, which is legal
+    heads = next(n for n in counts if not _illegal_heads(config, config.query_heads(n)))
+    return _kept(config, max(widths.mlp), heads)
 
 
 def _sizes(d: int, groups: int, per_group: int) -> dict[str, int]:
