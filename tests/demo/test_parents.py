@@ -81,8 +81,8 @@ needs_stories = pytest.mark.skipif(
 
 # What llama2.c itself writes greedily from BOS.
 STORY = (
-    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she "
-    "saw a big, red ball. She wanted to play with it, but it was too high.\nLily's mom said,"
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, "
+    "she saw a big, red ball. She wanted to play with it, but it was too high.\nLily's mom said,"
 )
 
 
