@@ -25,7 +25,7 @@ test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: setup
-	$(BIN)/flextron bench $(ARGS)
+	$(BIN)/python python/benchmarks/bench_ops.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
