@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flextron.train import cross_entropy, distillation, losses
 
@@ -104,19 +105,37 @@ def test_large_logits_stay_finite():
         assert gradient_of(loss, logits).isfinite().all()
 
 
-def test_chunks_keep_the_memory_small():
-    """Between the chunks nothing of the logits' size is made but their gradient."""
-    logits = torch.randn(1, 64, 1 << 18, requires_grad=True)
-    labels = torch.randint(1 << 18, (1, 64))
-    with torch.profiler.profile(profile_memory=True) as trace:
-        cross_entropy(logits, labels)
-    live = peak = 0
-    for event in sorted(trace.events(), key=lambda e: e.time_range.start):
-        if event.name == "[memory]":
-            live += event.cpu_memory_usage
-            peak = max(peak, live)
-    # the gradient, and in a chunk: log-probabilities and at most three temporaries
-    assert logits.nbytes <= peak <= logits.nbytes + 4 * losses._CHUNK_VALUES * 4
+class Allocations(TorchDispatchMode):
+    """Elements of every tensor that is made while the mode is on, by its storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.alive: list[torch.Tensor] = []  # so that no storage is used twice
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in [out] if isinstance(out, torch.Tensor) else []:
+            self.alive.append(tensor)
+            storage = tensor.untyped_storage()
+            self.sizes[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+        return out
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_chunks_keep_the_memory_small(wanted, monkeypatch):
+    """Nothing of the logits' size is made but their gradient, and that only when it is wanted."""
+    monkeypatch.setattr(losses, "_CHUNK_VALUES", 64)
+    logits, labels = torch.randn(4, 16, 32, requires_grad=wanted), torch.randint(32, (4, 16))
+    teacher = torch.randn_like(logits)
+    for loss in (lambda: cross_entropy(logits, labels), lambda: distillation(logits, teacher)):
+        with Allocations() as made:
+            loss()
+        sizes = [
+            size for place, size in made.sizes.items() if place not in (logits.data_ptr(), teacher.data_ptr())
+        ]
+        assert sizes.count(logits.numel()) == wanted
+        assert max(size for size in sizes if size != logits.numel()) <= 64
 
 
 def test_no_gradient_is_made_when_none_is_wanted():
