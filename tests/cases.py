@@ -64,9 +64,9 @@ def elastic_mlp(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
             w_gate=tensor(F, K, scale=K**-0.5) if gated else None,
             w_up=tensor(F, K, scale=K**-0.5),
             w_down=tensor(N, F, scale=F**-0.5),
-            b_gate=tensor(F) if gated and bias else None,
-            b_up=tensor(F) if bias else None,
-            b_down=tensor(N) if bias else None,
+            b_gate=tensor(F, scale=0.25) if gated and bias else None,
+            b_up=tensor(F, scale=0.25) if bias else None,
+            b_down=tensor(N, scale=0.25) if bias else None,
             width=width,
             activation=activation,
             **extra,
@@ -94,6 +94,81 @@ def elastic_mlp(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     yield case(5, 16, 64, 0, bias=True)
 
 
+def head_attention(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    def case(T, S, H, G, D, heads, **options):
+        def tensor(*shape):
+            return torch.randn(*shape, device=device, dtype=dtype)
+
+        return dict(q=tensor(T, H, D), k=tensor(S, G, D), v=tensor(S, G, D), heads=heads, **options)
+
+    def ints(*values):
+        return torch.tensor(values, device=device, dtype=torch.int64)
+
+    def per_token(T, high):
+        return torch.randint(0, high + 1, (T,), device=device)
+
+    ragged = dict(cu_seqlens_q=ints(0, 4, 4, 37, 40), cu_seqlens_k=ints(0, 9, 12, 12, 80).int())
+    yield case(1, 1, 1, 1, 1, 1)
+    yield case(70, 70, 9, 3, 16, 3)  # all heads: plain causal attention
+    yield case(33, 65, 6, 2, 5, 1, causal=False)
+    yield case(33, 65, 8, 2, 24, 3, unit="query", scale=0.3)
+    yield case(20, 20, 6, 3, 8, 3, extent=per_token(20, 3), extent_per="token")
+    yield case(20, 31, 7, 1, 8, 5, unit="query", extent=per_token(20, 5).int(), extent_per="token")
+    yield case(40, 80, 6, 3, 8, 2, extent=ints(2, 1, 0, 1), k_start=ints(0, 1, 0, 70), **ragged)
+    yield case(12, 12, 6, 3, 8, 3, index=ints(5, 0, 4))
+    yield case(12, 12, 6, 3, 8, 3, extent=ints(1), k_start=ints(5).int())
+    yield case(9, 4, 4, 2, 8, 2)  # the first queries see no key
+    yield case(5, 0, 4, 2, 8, 2)
+    yield case(5, 5, 4, 2, 8, 0)
+    yield case(0, 5, 4, 2, 8, 2, extent=per_token(0, 2), extent_per="token")
+    yield case(0, 0, 4, 2, 8, 2, cu_seqlens_q=ints(0), cu_seqlens_k=ints(0), extent=ints())
+    strided = case(30, 30, 4, 2, 8, 2)
+    yield strided | {name: strided[name].transpose(0, 2).contiguous().transpose(0, 2) for name in "qkv"}
+
+
+def head_attention_decode(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    def case(B, T, S, H, G, D, heads, seqlens, page=0, **options):
+        def tensor(*shape):
+            return torch.randn(*shape, device=device, dtype=dtype)
+
+        cache = (B, S, G, D)
+        if page:
+            pages = -(-S // page)
+            table = torch.randperm(B * pages + 2, device=device)[: B * pages].view(B, pages)
+            cache, options["block_table"] = (B * pages + 2, page, G, D), table
+        return dict(
+            q=tensor(B, T, H, D),
+            k_cache=tensor(*cache),
+            v_cache=tensor(*cache),
+            seqlens=seqlens,
+            heads=heads,
+            **options,
+        )
+
+    def ints(*values):
+        return torch.tensor(values, device=device, dtype=torch.int64)
+
+    yield case(1, 1, 1, 1, 1, 1, 1, ints(1))
+    yield case(3, 1, 40, 9, 3, 16, 3, ints(40, 7, 1))
+    yield case(2, 4, 33, 6, 2, 5, 1, ints(33, 4).int(), page=8)
+    yield case(3, 2, 20, 8, 2, 24, 3, ints(20, 2, 9), page=5, unit="query", extent=ints(3, 0, 1))
+    yield case(2, 1, 1100, 4, 2, 8, 2, ints(1100, 600), k_start=ints(0, 590))  # more keys than one split
+    yield case(2, 40, 50, 4, 2, 8, 2, ints(50, 41), extent=ints(1))
+    yield case(2, 3, 9, 4, 2, 8, 2, ints(2, 0), page=3)  # queries before the first key
+    yield case(2, 1, 9, 4, 2, 8, 2, ints(9, 5), unit="query", scale=0.2)
+    yield case(0, 1, 9, 4, 2, 8, 2, ints())
+    yield case(2, 0, 9, 4, 2, 8, 2, ints(3, 9))
+    yield case(2, 1, 0, 4, 2, 8, 2, ints(0, 0))
+    yield case(2, 1, 9, 4, 2, 8, 0, ints(3, 9))
+    shared = case(2, 1, 12, 4, 2, 8, 2, ints(12, 10), page=4)
+    yield shared | dict(block_table=shared["block_table"][:1].expand(2, -1).contiguous())
+    strided = case(2, 2, 12, 4, 2, 8, 2, ints(12, 10))
+    yield strided | {
+        name: strided[name].transpose(1, 3).contiguous().transpose(1, 3)
+        for name in ("q", "k_cache", "v_cache")
+    }
+
+
 def route(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     for T, C in [(1, 1), (7, 3), (300, 5), (0, 4), (64, 1)]:
         yield dict(logits=torch.randn(C, T, device=device, dtype=dtype).T)
@@ -110,5 +185,7 @@ def route(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 CASES = [
     OpCase("elastic_linear", elastic_linear),
     OpCase("elastic_mlp", elastic_mlp),
+    OpCase("head_attention", head_attention),
+    OpCase("head_attention_decode", head_attention_decode),
     OpCase("route", route, differentiable=False, devices=("cpu", "cuda")),
 ]

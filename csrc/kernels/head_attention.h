@@ -1,12 +1,13 @@
-// Attention over the active heads of a ragged batch: what the kernels are given and what they leave out. The CPU
-// loops are in head_attention_block.h; checks and allocation in ops/head_attention.cpp.
+// Attention over the active heads of a ragged batch: what the kernels are given and what they leave out. The
+// CPU loops are in head_attention_block.h; checks and allocation in ops/head_attention.cpp.
 //
-//   out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, g]) v[j, g]        g = h / M, over the keys j that t sees
-//   lse[t, h] = log sum_j exp(scale * q[t, h] . k[j, g])                  -inf where t sees no key
+//   out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, g]) v[j, g]        g = h / M, over the keys j that t
+//   sees lse[t, h] = log sum_j exp(scale * q[t, h] . k[j, g])                  -inf where t sees no key
 //
 // Query i of a sequence of T queries and S keys sees the keys k_start <= j < S, and if causal j <= i + S - T.
 //
-// T queries of all sequences, S keys, H query heads, G key/value heads (groups), M = H / G, D head size, B sequences.
+// T queries of all sequences, S keys, H query heads, G key/value heads (groups), M = H / G, D head size, B
+// sequences.
 #pragma once
 
 #include <cstdint>
@@ -18,9 +19,9 @@ namespace flextron {
 
 using HeadAttentionTypes = TypeList<float, double, bf16, fp16>;
 
-// Queries of one work item (times the active heads of its group), and keys of one step of the online softmax. The
-// order of every sum depends on these two and not on the batch or the number of threads, so results do not either.
-// 32 x 64 keeps scores, keys and queries of a GQA group of 3 at D = 64 inside 64 KiB.
+// Queries of one work item (times the active heads of its group), and keys of one step of the online softmax.
+// The order of every sum depends on these two and not on the batch or the number of threads, so results do
+// not either. 32 x 64 keeps scores, keys and queries of a GQA group of 3 at D = 64 inside 64 KiB.
 constexpr int64_t kAttentionQueries = 32;
 constexpr int64_t kAttentionKeys = 64;
 
@@ -78,28 +79,34 @@ struct HeadAttentionParams {
 template <class scalar_t, class grad_t>
 struct HeadAttentionBackwardParams {
   HeadAttentionParams<scalar_t> forward;
-  const scalar_t* dout;    // [T, H, D], contiguous
+  const scalar_t* dout;  // [T, H, D], contiguous
+  accumulate_t<scalar_t>*
+      delta;               // [T, H], zero before kDelta; null: rowsum(dout out), where out was not rounded
   scalar_t* dq;            // [T, H, D], contiguous, zero where inactive; or null
   KeyView<grad_t> dk, dv;  // zero where unseen; data null where not wanted
 };
 
-// Which part of the backward pass an item stands for. kFused gives everything for one (sequence, group) with five
-// products per tile; the other two repeat two of them, but split further: kQueries gives dq of a block of queries,
-// kKeys gives dk and dv of a block of keys. The results are the same bit for bit.
-enum class BackwardPart { kFused, kQueries, kKeys };
+// Which part of the backward pass an item stands for. kFused gives everything for one (sequence, group) with
+// five products per tile; kQueries and kKeys repeat two of them, but split further: kQueries gives dq of a
+// block of queries, kKeys gives dk and dv of a block of keys. The results are the same bit for bit. kDelta
+// gives delta of a block of queries as the sum of P dP, for 16-bit types: from a rounded out it doubles the
+// error of dq.
+enum class BackwardPart { kDelta, kFused, kQueries, kKeys };
 
-// Items [first, last) of params.items. Scratch: *_scratch(params) bytes, aligned to 64, for each concurrent call.
+// Items [first, last) of params.items. Scratch: *_scratch(params) bytes, aligned to 64, for each concurrent
+// call.
 template <class scalar_t>
 int64_t head_attention_scratch(const HeadAttentionParams<scalar_t>& p);
 template <class scalar_t>
 int64_t head_attention_backward_scratch(const HeadAttentionParams<scalar_t>& p, BackwardPart part);
 
-#define FLEXTRON_HEAD_ATTENTION_LAUNCHERS(isa)                                                                       \
-  template <class scalar_t>                                                                                          \
-  void head_attention_##isa(const HeadAttentionParams<scalar_t>& p, int64_t first, int64_t last, char* scratch);     \
-  template <class scalar_t, class grad_t>                                                                            \
-  void head_attention_backward_##isa(const HeadAttentionBackwardParams<scalar_t, grad_t>& p, BackwardPart part,      \
-                                     int64_t first, int64_t last, char* scratch);
+#define FLEXTRON_HEAD_ATTENTION_LAUNCHERS(isa)                                                   \
+  template <class scalar_t>                                                                      \
+  void head_attention_##isa(const HeadAttentionParams<scalar_t>& p, int64_t first, int64_t last, \
+                            char* scratch);                                                      \
+  template <class scalar_t, class grad_t>                                                        \
+  void head_attention_backward_##isa(const HeadAttentionBackwardParams<scalar_t, grad_t>& p,     \
+                                     BackwardPart part, int64_t first, int64_t last, char* scratch);
 FLEXTRON_HEAD_ATTENTION_LAUNCHERS(cpu)
 FLEXTRON_HEAD_ATTENTION_LAUNCHERS(avx2)
 

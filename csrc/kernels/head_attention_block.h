@@ -1,10 +1,11 @@
-// The loops of head_attention and head_attention_decode on a CPU. Included once by each file that is compiled for one
-// instruction set. All of it is in an anonymous namespace and calls no inline function of another header: what is
-// compiled for AVX2 here cannot be picked by the linker for the path that must run without it.
+// The loops of head_attention and head_attention_decode on a CPU. Included once by each file that is compiled
+// for one instruction set. All of it is in an anonymous namespace and calls no inline function of another
+// header: what is compiled for AVX2 here cannot be picked by the linker for the path that must run without
+// it.
 //
-// Scores are kept transposed, [keys][rows]: a row is one active (query, head) pair of the item, so a vector holds the
-// same key for several rows, softmax needs no sum across a vector, and K and V are used as they lie in memory. Each
-// element of each product is summed in one order wherever it lies in a tile.
+// Scores are kept transposed, [keys][rows]: a row is one active (query, head) pair of the item, so a vector
+// holds the same key for several rows, softmax needs no sum across a vector, and K and V are used as they lie
+// in memory. Each element of each product is summed in one order wherever it lies in a tile.
 #pragma once
 
 #include <cstdint>
@@ -50,8 +51,8 @@ inline void store(A* x, Vec<A> v) {
   *reinterpret_cast<Vec<A>*>(x) = v;
 }
 
-// Length of a row of n elements in scratch: whole lines, and an odd number of them, so that a column of a power of two
-// does not fall into one set of the cache.
+// Length of a row of n elements in scratch: whole lines, and an odd number of them, so that a column of a
+// power of two does not fall into one set of the cache.
 template <class A>
 inline i64 padded(i64 n) {
   const i64 line = kLine / i64(sizeof(A));
@@ -100,7 +101,8 @@ inline void narrow(float x, fp16* y) {  // to nearest even, by the rounding of a
   const uint32_t w = __builtin_bit_cast(uint32_t, x), twice = w + w, sign = w & 0x80000000u;
   const float magnitude = __builtin_bit_cast(float, w & 0x7FFFFFFFu);
   const uint32_t bias = larger(twice & 0xFF000000u, 0x71000000u);
-  const float sum = __builtin_bit_cast(float, (bias >> 1) + 0x07800000u) + magnitude * 0x1.0p+112f * 0x1.0p-110f;
+  const float sum =
+      __builtin_bit_cast(float, (bias >> 1) + 0x07800000u) + magnitude * 0x1.0p+112f * 0x1.0p-110f;
   const uint32_t bits = __builtin_bit_cast(uint32_t, sum);
   const uint32_t rest = ((bits >> 13) & 0x7C00u) + (bits & 0x0FFFu);
   y->bits = uint16_t((sign >> 16) | (twice > 0xFF000000u ? 0x7E00u : rest));
@@ -140,7 +142,8 @@ inline Vec<double> vec_exp(Vec<double> x) {
 inline float log_of(float x) { return __builtin_logf(x); }
 inline double log_of(double x) { return __builtin_log(x); }
 
-// -- products: C[i, n] (+)= sum_k A[i * a_row + k * a_col] B[k, n]. C and B are padded to whole lines in n. --
+// -- products: C[i, n] (+)= sum_k A[i * a_row + k * a_col] B[k, n]. C and B are padded to whole lines in n.
+// --
 
 template <bool add, int rows, int vecs, class A>
 inline void product_tile(i64 K, const A* a, i64 a_row, i64 a_col, const A* b, i64 ldb, A* c, i64 ldc) {
@@ -168,7 +171,8 @@ inline void product_tile(i64 K, const A* a, i64 a_row, i64 a_col, const A* b, i6
 
 // A strip of columns of C, all rows.
 template <bool add, int vecs, class A>
-inline void product_strip(i64 rows, i64 K, const A* a, i64 a_row, i64 a_col, const A* b, i64 ldb, A* c, i64 ldc) {
+inline void product_strip(i64 rows, i64 K, const A* a, i64 a_row, i64 a_col, const A* b, i64 ldb, A* c,
+                          i64 ldc) {
   i64 i = 0;
   for (; i + 4 <= rows; i += 4)
     product_tile<add, 4, vecs>(K, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc);
@@ -179,7 +183,8 @@ inline void product_strip(i64 rows, i64 K, const A* a, i64 a_row, i64 a_col, con
 }
 
 template <bool add, class A>
-void product_block(i64 rows, i64 cols, i64 K, const A* a, i64 a_row, i64 a_col, const A* b, i64 ldb, A* c, i64 ldc) {
+void product_block(i64 rows, i64 cols, i64 K, const A* a, i64 a_row, i64 a_col, const A* b, i64 ldb, A* c,
+                   i64 ldc) {
   constexpr i64 lanes = kLanes<A>;
   i64 n = 0;
   for (; n + lanes < cols; n += 2 * lanes)
@@ -194,7 +199,8 @@ void product_by_strip(i64 rows, i64 cols, i64 K, const A* a, i64 lda, const A* b
 }
 // The same with A transposed, 16 rows (one line of A) at a time: B stays in the first cache, A is read once.
 template <bool add, class A>
-void product_of_transpose(i64 rows, i64 cols, i64 K, const A* a, i64 lda, const A* b, i64 ldb, A* c, i64 ldc) {
+void product_of_transpose(i64 rows, i64 cols, i64 K, const A* a, i64 lda, const A* b, i64 ldb, A* c,
+                          i64 ldc) {
   constexpr i64 step = kLine / i64(sizeof(A));
   for (i64 i = 0; i < rows; i += step)
     product_block<add>(smaller(step, rows - i), cols, K, a + i, 1, lda, b, ldb, c + i * ldc, ldc);
@@ -211,8 +217,8 @@ inline bool is_active(const HeadAttentionParams<scalar_t>& p, i64 b, i64 t, i64 
 
 struct Rows {
   i64 count;
-  i64* at;       // [count] t * H + h
-  i64* visible;  // [count] the row sees keys below
+  i64* at;          // [count] t * H + h
+  i64* visible;     // [count] the row sees keys below
   i64 least, most;  // of visible
 };
 
@@ -263,13 +269,13 @@ void pack_queries(const HeadAttentionParams<scalar_t>& p, const Rows& rows, A* q
 
 // Keys [begin, begin + n) of a sequence, as [n][D].
 template <class A, class scalar_t>
-void pack_keys(const HeadAttentionParams<scalar_t>& p, const KeyView<const scalar_t>& from, const AttentionSequence& s,
-               i64 group, i64 begin, i64 n, A* to) {
+void pack_keys(const HeadAttentionParams<scalar_t>& p, const KeyView<const scalar_t>& from,
+               const AttentionSequence& s, i64 group, i64 begin, i64 n, A* to) {
   const i64 ld = padded<A>(p.D);
   for (i64 j = 0; j < n;) {
     const i64 position = s.position + begin + j, in_page = position % p.page;
-    const scalar_t* row = from.data + s.pages[position / p.page] * from.page_stride + in_page * from.key_stride +
-                          group * from.group_stride;
+    const scalar_t* row = from.data + s.pages[position / p.page] * from.page_stride +
+                          in_page * from.key_stride + group * from.group_stride;
     for (const i64 end = smaller(n, j + p.page - in_page); j < end; ++j, row += from.key_stride)
       widen_row(to + j * ld, row, p.D, ld);
   }
@@ -277,8 +283,8 @@ void pack_keys(const HeadAttentionParams<scalar_t>& p, const KeyView<const scala
 
 // Adds [n][D] sums to the rows of keys [begin, begin + n).
 template <class A, class scalar_t, class grad_t>
-void unpack_keys(const HeadAttentionParams<scalar_t>& p, const KeyView<grad_t>& to, const AttentionSequence& s,
-                 i64 group, i64 begin, i64 n, const A* from) {
+void unpack_keys(const HeadAttentionParams<scalar_t>& p, const KeyView<grad_t>& to,
+                 const AttentionSequence& s, i64 group, i64 begin, i64 n, const A* from) {
   const i64 ld = padded<A>(p.D);
   for (i64 j = 0; j < n; ++j) {
     const i64 position = s.position + begin + j;
@@ -288,7 +294,8 @@ void unpack_keys(const HeadAttentionParams<scalar_t>& p, const KeyView<grad_t>& 
   }
 }
 
-// Replaces x[j][r] by `hidden` where row r does not see key begin + j, in a block that some row does not see whole.
+// Replaces x[j][r] by `hidden` where row r does not see key begin + j, in a block that some row does not see
+// whole.
 template <class A>
 void hide(const Rows& rows, i64 begin, i64 n, A hidden, A* limit, A* x, i64 ld) {
   if (begin + n <= rows.least) return;
@@ -306,11 +313,11 @@ void hide(const Rows& rows, i64 begin, i64 n, A hidden, A* limit, A* x, i64 ld) 
 
 template <class A>
 struct Softmax {
-  A* q_t;    // [D][rows]
-  A *k, *v;  // [kAttentionKeys][D]
-  A* p;      // [kAttentionKeys][rows] scores, then probabilities
+  A* q_t;                         // [D][rows]
+  A *k, *v;                       // [kAttentionKeys][D]
+  A* p;                           // [kAttentionKeys][rows] scores, then probabilities
   A *max, *sum, *shrink, *limit;  // [rows]
-  A* out;    // [rows][D], not yet divided by sum
+  A* out;                         // [rows][D], not yet divided by sum
 };
 
 template <class scalar_t, class A = typename HeadAttentionParams<scalar_t>::acc_t>
@@ -329,7 +336,8 @@ Softmax<A> take_softmax(const HeadAttentionParams<scalar_t>& p, Arena& arena) {
   return s;
 }
 
-// Scores of n keys become probabilities relative to the new maximum; shrink is what the old sums are worth under it.
+// Scores of n keys become probabilities relative to the new maximum; shrink is what the old sums are worth
+// under it.
 template <class A>
 void softmax_step(i64 n, i64 used_rows, i64 ld, const Softmax<A>& s) {
   const A infinity = A(__builtin_inf());
@@ -340,7 +348,8 @@ void softmax_step(i64 n, i64 used_rows, i64 ld, const Softmax<A>& s) {
       const Vec<A> x = load(s.p + j * ld + r);
       max = max < x ? x : max;
     }
-    const Vec<A> from = max == zero - infinity ? zero : max;  // nothing seen yet: exp(-inf - 0), not exp(-inf + inf)
+    const Vec<A> from =
+        max == zero - infinity ? zero : max;  // nothing seen yet: exp(-inf - 0), not exp(-inf + inf)
     const Vec<A> shrink = vec_exp(old - from);
     Vec<A> sum = load(s.sum + r) * shrink;
     for (i64 j = 0; j < n; ++j) {
@@ -353,8 +362,8 @@ void softmax_step(i64 n, i64 used_rows, i64 ld, const Softmax<A>& s) {
 }
 
 template <class scalar_t, class A>
-void attend(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, const Rows& rows, i64 begin, i64 end,
-            const Softmax<A>& s) {
+void attend(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, const Rows& rows, i64 begin,
+            i64 end, const Softmax<A>& s) {
   const AttentionSequence& sequence = p.sequences[item.sequence];
   const i64 R = padded<A>(rows.count), D = padded<A>(p.D);
   const i64 used = in_vectors<A>(p.D), used_rows = in_vectors<A>(rows.count);
@@ -394,19 +403,21 @@ void forward_item(const HeadAttentionParams<scalar_t>& p, const AttentionItem& i
 
 template <class A>
 struct Backward {
-  A *q, *dout;      // [rows][D], q scaled
-  A *q_t, *dout_t;  // [D][rows]
+  A *q, *dout;             // [rows][D], q scaled
+  A *q_t, *dout_t;         // [D][rows]
   A *lse, *delta, *limit;  // [rows]
-  A *k, *v;         // [kAttentionKeys][D]
-  A *p, *ds;        // [kAttentionKeys][rows]
-  A* dq;            // [rows][D]
-  A *dk, *dv;       // [keys][D]
+  A *k, *v;                // [kAttentionKeys][D]
+  A *p, *ds;               // [kAttentionKeys][rows]
+  A* dq;                   // [rows][D]
+  A *dk, *dv;              // [keys][D]
 };
 
 template <class scalar_t, class A = typename HeadAttentionParams<scalar_t>::acc_t>
 Backward<A> take_backward(const HeadAttentionParams<scalar_t>& p, BackwardPart part, Arena& arena) {
   const i64 rows = max_rows(p), R = padded<A>(rows), D = padded<A>(p.D);
-  const i64 keys = part == BackwardPart::kFused ? p.max_keys : part == BackwardPart::kKeys ? kAttentionKeys : 0;
+  const i64 keys = part == BackwardPart::kFused  ? p.max_keys
+                   : part == BackwardPart::kKeys ? kAttentionKeys
+                                                 : 0;
   Backward<A> s;
   s.q = arena.take<A>(rows * D), s.dout = arena.take<A>(rows * D);
   s.q_t = arena.take<A>(p.D * R), s.dout_t = arena.take<A>(p.D * R);
@@ -419,21 +430,21 @@ Backward<A> take_backward(const HeadAttentionParams<scalar_t>& p, BackwardPart p
 }
 
 template <class scalar_t, class grad_t, class A>
-void pack_backward(const HeadAttentionBackwardParams<scalar_t, grad_t>& params, const Rows& rows, const Backward<A>& s) {
+void pack_backward(const HeadAttentionBackwardParams<scalar_t, grad_t>& params, const Rows& rows,
+                   const Backward<A>& s) {
   const HeadAttentionParams<scalar_t>& p = params.forward;
   const i64 R = padded<A>(rows.count), D = padded<A>(p.D);
   pack_queries(p, rows, s.q, s.q_t);
   for (i64 r = 0; r < rows.count; ++r) {
     const scalar_t *dout = params.dout + rows.at[r] * p.D, *out = p.out + rows.at[r] * p.D;
     widen_row(s.dout + r * D, dout, p.D, D);
-    A delta = A(0);
-    for (i64 d = 0; d < p.D; ++d) {
-      s.dout_t[d * R + r] = s.dout[r * D + d];
-      delta += s.dout[r * D + d] * widen(out[d]);
-    }
+    A delta = params.delta ? params.delta[rows.at[r]] : A(0);
+    for (i64 d = 0; d < p.D; ++d) s.dout_t[d * R + r] = s.dout[r * D + d];
+    for (i64 d = 0; !params.delta && d < p.D; ++d) delta += s.dout[r * D + d] * widen(out[d]);
     const A lse = p.lse[rows.at[r]];
     s.delta[r] = delta;
-    s.lse[r] = lse == -A(__builtin_inf()) ? A(0) : lse;  // such a row sees nothing: hide() takes its probabilities
+    s.lse[r] =
+        lse == -A(__builtin_inf()) ? A(0) : lse;  // such a row sees nothing: hide() takes its probabilities
   }
   for (i64 r = rows.count; r < R; ++r) {
     s.lse[r] = s.delta[r] = A(0);
@@ -443,8 +454,8 @@ void pack_backward(const HeadAttentionBackwardParams<scalar_t, grad_t>& params, 
 
 // P and dS of n keys from `at`.
 template <class scalar_t, class A>
-void backward_scores(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, const Rows& rows, i64 at, i64 n,
-                     const Backward<A>& s) {
+void backward_scores(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, const Rows& rows,
+                     i64 at, i64 n, const Backward<A>& s) {
   const AttentionSequence& sequence = p.sequences[item.sequence];
   const i64 R = padded<A>(rows.count), D = padded<A>(p.D);
   const i64 used_rows = in_vectors<A>(rows.count);
@@ -462,11 +473,11 @@ void backward_scores(const HeadAttentionParams<scalar_t>& p, const AttentionItem
   hide(rows, at, n, A(0), s.limit, s.ds, R);  // a hidden value may be NaN: 0 * NaN is not 0
 }
 
-// One block of queries against keys from `begin` to what its rows see, at most to `end`: adds to dq, and to dk and dv
-// of the keys counted from `begin`; each may be null.
+// One block of queries against keys from `begin` to what its rows see, at most to `end`: adds to dq, and to
+// dk and dv of the keys counted from `begin`; each may be null.
 template <class scalar_t, class A>
-void backward_block(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, const Rows& rows, i64 begin,
-                    i64 end, const Backward<A>& s, A* dq, A* dk, A* dv) {
+void backward_block(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, const Rows& rows,
+                    i64 begin, i64 end, const Backward<A>& s, A* dq, A* dk, A* dv) {
   const i64 R = padded<A>(rows.count), D = padded<A>(p.D), used = in_vectors<A>(p.D);
   for (i64 at = begin; at < smaller(end, rows.most); at += kAttentionKeys) {
     const i64 n = smaller(kAttentionKeys, rows.most - at), key = at - begin;
@@ -477,9 +488,29 @@ void backward_block(const HeadAttentionParams<scalar_t>& p, const AttentionItem&
   }
 }
 
+// delta of a block of queries: the sum over its keys of P dP.
 template <class scalar_t, class grad_t>
-void backward_item(const HeadAttentionBackwardParams<scalar_t, grad_t>& params, BackwardPart part, AttentionItem item,
-                   Arena arena) {
+void delta_item(const HeadAttentionBackwardParams<scalar_t, grad_t>& params, const AttentionItem& item,
+                Arena arena) {
+  using A = accumulate_t<scalar_t>;
+  const HeadAttentionParams<scalar_t>& p = params.forward;
+  Rows rows = take_rows(p, arena);
+  const Backward<A> s = take_backward(p, BackwardPart::kDelta, arena);
+  find_rows(p, item, rows);
+  pack_backward(params, rows, s);
+  const i64 R = padded<A>(rows.count);
+  for (i64 at = p.sequences[item.sequence].k_start; at < rows.most; at += kAttentionKeys) {
+    const i64 n = smaller(kAttentionKeys, rows.most - at);
+    backward_scores(p, item, rows, at, n, s);  // ds is P dP: s.delta is still zero
+    for (i64 j = 0; j < n; ++j)
+      for (i64 r = 0; r < rows.count; ++r) params.delta[rows.at[r]] += s.ds[j * R + r];
+  }
+}
+
+template <class scalar_t, class grad_t>
+void backward_item(const HeadAttentionBackwardParams<scalar_t, grad_t>& params, BackwardPart part,
+                   AttentionItem item, Arena arena) {
+  if (part == BackwardPart::kDelta) return delta_item(params, item, arena);
   using A = typename HeadAttentionParams<scalar_t>::acc_t;
   const HeadAttentionParams<scalar_t>& p = params.forward;
   const AttentionSequence& sequence = p.sequences[item.sequence];
@@ -514,26 +545,27 @@ void backward_item(const HeadAttentionBackwardParams<scalar_t, grad_t>& params, 
 }  // namespace flextron
 
 // The launchers of head_attention.h for the instruction set this file is compiled for.
-#define FLEXTRON_DEFINE_HEAD_ATTENTION(isa)                                                                          \
-  template <class scalar_t>                                                                                          \
-  void head_attention_##isa(const HeadAttentionParams<scalar_t>& p, int64_t first, int64_t last, char* scratch) {    \
-    for (; first < last; ++first) forward_item(p, p.items[first], Arena{scratch});                                   \
-  }                                                                                                                  \
-  template <class scalar_t, class grad_t>                                                                            \
-  void head_attention_backward_##isa(const HeadAttentionBackwardParams<scalar_t, grad_t>& p, BackwardPart part,      \
-                                     int64_t first, int64_t last, char* scratch) {                                   \
-    for (; first < last; ++first) backward_item(p, part, p.forward.items[first], Arena{scratch});                    \
-  }                                                                                                                  \
-  FLEXTRON_HEAD_ATTENTION_INSTANCES(isa, float, float)                                                               \
-  FLEXTRON_HEAD_ATTENTION_INSTANCES(isa, double, double)                                                             \
-  FLEXTRON_HEAD_ATTENTION_INSTANCES(isa, bf16, bf16)                                                                 \
-  FLEXTRON_HEAD_ATTENTION_INSTANCES(isa, fp16, fp16)                                                                 \
-  FLEXTRON_HEAD_ATTENTION_BACKWARD_INSTANCE(isa, bf16, float)                                                        \
+#define FLEXTRON_DEFINE_HEAD_ATTENTION(isa)                                                           \
+  template <class scalar_t>                                                                           \
+  void head_attention_##isa(const HeadAttentionParams<scalar_t>& p, int64_t first, int64_t last,      \
+                            char* scratch) {                                                          \
+    for (; first < last; ++first) forward_item(p, p.items[first], Arena{scratch});                    \
+  }                                                                                                   \
+  template <class scalar_t, class grad_t>                                                             \
+  void head_attention_backward_##isa(const HeadAttentionBackwardParams<scalar_t, grad_t>& p,          \
+                                     BackwardPart part, int64_t first, int64_t last, char* scratch) { \
+    for (; first < last; ++first) backward_item(p, part, p.forward.items[first], Arena{scratch});     \
+  }                                                                                                   \
+  FLEXTRON_HEAD_ATTENTION_INSTANCES(isa, float, float)                                                \
+  FLEXTRON_HEAD_ATTENTION_INSTANCES(isa, double, double)                                              \
+  FLEXTRON_HEAD_ATTENTION_INSTANCES(isa, bf16, bf16)                                                  \
+  FLEXTRON_HEAD_ATTENTION_INSTANCES(isa, fp16, fp16)                                                  \
+  FLEXTRON_HEAD_ATTENTION_BACKWARD_INSTANCE(isa, bf16, float)                                         \
   FLEXTRON_HEAD_ATTENTION_BACKWARD_INSTANCE(isa, fp16, float)
 
-#define FLEXTRON_HEAD_ATTENTION_BACKWARD_INSTANCE(isa, scalar_t, grad_t)                                             \
-  template void head_attention_backward_##isa(const HeadAttentionBackwardParams<scalar_t, grad_t>&, BackwardPart,    \
-                                              int64_t, int64_t, char*);
-#define FLEXTRON_HEAD_ATTENTION_INSTANCES(isa, scalar_t, grad_t)                                                     \
-  template void head_attention_##isa(const HeadAttentionParams<scalar_t>&, int64_t, int64_t, char*);                 \
+#define FLEXTRON_HEAD_ATTENTION_BACKWARD_INSTANCE(isa, scalar_t, grad_t)                            \
+  template void head_attention_backward_##isa(const HeadAttentionBackwardParams<scalar_t, grad_t>&, \
+                                              BackwardPart, int64_t, int64_t, char*);
+#define FLEXTRON_HEAD_ATTENTION_INSTANCES(isa, scalar_t, grad_t)                                     \
+  template void head_attention_##isa(const HeadAttentionParams<scalar_t>&, int64_t, int64_t, char*); \
   FLEXTRON_HEAD_ATTENTION_BACKWARD_INSTANCE(isa, scalar_t, grad_t)

@@ -20,7 +20,7 @@ int64_t head_attention_backward_scratch(const HeadAttentionParams<scalar_t>& p, 
   return arena.used;
 }
 
-#define FLEXTRON_SCRATCH_INSTANCES(scalar_t)                                         \
+#define FLEXTRON_SCRATCH_INSTANCES(scalar_t)                                     \
   template int64_t head_attention_scratch(const HeadAttentionParams<scalar_t>&); \
   template int64_t head_attention_backward_scratch(const HeadAttentionParams<scalar_t>&, BackwardPart);
 FLEXTRON_SCRATCH_INSTANCES(float)

@@ -1,19 +1,20 @@
-// Attention of a few new tokens against a cache, split over the keys: what the kernels are given. Formula and layout
-// are those of head_attention.h with B sequences of T queries each, the cache being pages (a contiguous cache has one
-// page per sequence). The loops are in head_attention_decode_block.h.
+// Attention of a few new tokens against a cache, split over the keys: what the kernels are given. Formula and
+// layout are those of head_attention.h with B sequences of T queries each, the cache being pages (a
+// contiguous cache has one page per sequence). The loops are in head_attention_decode_block.h.
 //
-//   out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[b, j, g]) v[b, j, g]     k_start <= j <= i + seqlens[b] - T
+//   out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[b, j, g]) v[b, j, g]     k_start <= j <= i +
+//   seqlens[b] - T
 //
-// Each item covers one (sequence, group, block of queries, chunk of the keys) and leaves maximum, sum and unnormalised
-// output of its rows in `partial`; the chunks are merged in their order.
+// Each item covers one (sequence, group, block of queries, chunk of the keys) and leaves maximum, sum and
+// unnormalised output of its rows in `partial`; the chunks are merged in their order.
 #pragma once
 
 #include "kernels/head_attention.h"
 
 namespace flextron {
 
-// Keys of a chunk. Fixed, so that a sequence's result does not depend on the batch it is in: 512 keys of D = 64 are
-// 256 KiB of float32, some 10 us of reading, against which a merge of M rows is small.
+// Keys of a chunk. Fixed, so that a sequence's result does not depend on the batch it is in: 512 keys of D =
+// 64 are 256 KiB of float32, some 10 us of reading, against which a merge of M rows is small.
 constexpr int64_t kDecodeKeys = 512;
 
 template <class scalar_t>
@@ -25,13 +26,13 @@ struct HeadAttentionDecodeParams {
   const int64_t* merge_at;  // [merges + 1]: the items of merge i are merge_at[i] up to merge_at[i + 1]
 };
 
-#define FLEXTRON_HEAD_ATTENTION_DECODE_LAUNCHERS(isa)                                                                \
-  template <class scalar_t>                                                                                          \
-  void head_attention_decode_##isa(const HeadAttentionDecodeParams<scalar_t>& p, int64_t first, int64_t last,        \
-                                   char* scratch);                                                                   \
-  template <class scalar_t>                                                                                          \
-  void head_attention_decode_merge_##isa(const HeadAttentionDecodeParams<scalar_t>& p, int64_t first, int64_t last,  \
-                                         char* scratch);
+#define FLEXTRON_HEAD_ATTENTION_DECODE_LAUNCHERS(isa)                                                 \
+  template <class scalar_t>                                                                           \
+  void head_attention_decode_##isa(const HeadAttentionDecodeParams<scalar_t>& p, int64_t first,       \
+                                   int64_t last, char* scratch);                                      \
+  template <class scalar_t>                                                                           \
+  void head_attention_decode_merge_##isa(const HeadAttentionDecodeParams<scalar_t>& p, int64_t first, \
+                                         int64_t last, char* scratch);
 FLEXTRON_HEAD_ATTENTION_DECODE_LAUNCHERS(cpu)
 FLEXTRON_HEAD_ATTENTION_DECODE_LAUNCHERS(avx2)
 

@@ -1,4 +1,5 @@
-// The loops of head_attention_decode on a CPU, included once for each instruction set like head_attention_block.h.
+// The loops of head_attention_decode on a CPU, included once for each instruction set like
+// head_attention_block.h.
 #pragma once
 
 #include "kernels/head_attention_block.h"
@@ -69,22 +70,24 @@ void merge_items(const HeadAttentionDecodeParams<scalar_t>& params, i64 first, i
 }  // namespace flextron
 
 // The launchers of head_attention_decode.h for the instruction set this file is compiled for.
-#define FLEXTRON_DEFINE_HEAD_ATTENTION_DECODE(isa)                                                                   \
-  template <class scalar_t>                                                                                          \
-  void head_attention_decode_##isa(const HeadAttentionDecodeParams<scalar_t>& p, int64_t first, int64_t last,        \
-                                   char* scratch) {                                                                  \
-    for (; first < last; ++first) decode_item(p, first, Arena{scratch});                                             \
-  }                                                                                                                  \
-  template <class scalar_t>                                                                                          \
-  void head_attention_decode_merge_##isa(const HeadAttentionDecodeParams<scalar_t>& p, int64_t first, int64_t last,  \
-                                         char* scratch) {                                                            \
-    for (; first < last; ++first) merge_items(p, p.merge_at[first], p.merge_at[first + 1], Arena{scratch});          \
-  }                                                                                                                  \
-  FLEXTRON_HEAD_ATTENTION_DECODE_INSTANCES(isa, float)                                                               \
-  FLEXTRON_HEAD_ATTENTION_DECODE_INSTANCES(isa, double)                                                              \
-  FLEXTRON_HEAD_ATTENTION_DECODE_INSTANCES(isa, bf16)                                                                \
+#define FLEXTRON_DEFINE_HEAD_ATTENTION_DECODE(isa)                                                          \
+  template <class scalar_t>                                                                                 \
+  void head_attention_decode_##isa(const HeadAttentionDecodeParams<scalar_t>& p, int64_t first,             \
+                                   int64_t last, char* scratch) {                                           \
+    for (; first < last; ++first) decode_item(p, first, Arena{scratch});                                    \
+  }                                                                                                         \
+  template <class scalar_t>                                                                                 \
+  void head_attention_decode_merge_##isa(const HeadAttentionDecodeParams<scalar_t>& p, int64_t first,       \
+                                         int64_t last, char* scratch) {                                     \
+    for (; first < last; ++first) merge_items(p, p.merge_at[first], p.merge_at[first + 1], Arena{scratch}); \
+  }                                                                                                         \
+  FLEXTRON_HEAD_ATTENTION_DECODE_INSTANCES(isa, float)                                                      \
+  FLEXTRON_HEAD_ATTENTION_DECODE_INSTANCES(isa, double)                                                     \
+  FLEXTRON_HEAD_ATTENTION_DECODE_INSTANCES(isa, bf16)                                                       \
   FLEXTRON_HEAD_ATTENTION_DECODE_INSTANCES(isa, fp16)
 
-#define FLEXTRON_HEAD_ATTENTION_DECODE_INSTANCES(isa, scalar_t)                                                      \
-  template void head_attention_decode_##isa(const HeadAttentionDecodeParams<scalar_t>&, int64_t, int64_t, char*);    \
-  template void head_attention_decode_merge_##isa(const HeadAttentionDecodeParams<scalar_t>&, int64_t, int64_t, char*);
+#define FLEXTRON_HEAD_ATTENTION_DECODE_INSTANCES(isa, scalar_t)                                           \
+  template void head_attention_decode_##isa(const HeadAttentionDecodeParams<scalar_t>&, int64_t, int64_t, \
+                                            char*);                                                       \
+  template void head_attention_decode_merge_##isa(const HeadAttentionDecodeParams<scalar_t>&, int64_t,    \
+                                                  int64_t, char*);

@@ -1,4 +1,5 @@
-// head_attention_decode for any CPU: the loops of head_attention_decode_block.h as the compiler's baseline runs them.
+// head_attention_decode for any CPU: the loops of head_attention_decode_block.h as the compiler's baseline
+// runs them.
 #include "kernels/head_attention_decode_block.h"
 
 namespace flextron {

@@ -1,4 +1,5 @@
-// What head_attention and head_attention_decode share before a kernel runs: checked extents, sequences, work items.
+// What head_attention and head_attention_decode share before a kernel runs: checked extents, sequences, work
+// items.
 #pragma once
 
 #include <algorithm>
@@ -59,8 +60,8 @@ struct AttentionPlan {
 
 inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Blocks of queries of the active groups. Causal blocks grow with their number: first and last take turns, so that any
-// two equal runs of items weigh about the same.
+// Blocks of queries of the active groups. Causal blocks grow with their number: first and last take turns, so
+// that any two equal runs of items weigh about the same.
 inline std::vector<AttentionItem> query_items(const AttentionPlan& plan) {
   std::vector<AttentionItem> items;
   for (int64_t b = 0; b < static_cast<int64_t>(plan.sequences.size()); ++b) {
@@ -68,7 +69,8 @@ inline std::vector<AttentionItem> query_items(const AttentionPlan& plan) {
     const int64_t blocks = blocks_of(s.T, kAttentionQueries);
     std::vector<int64_t> widest(blocks);
     for (int64_t i = 0; i < blocks; ++i)
-      widest[i] = plan.widest(b, s.query + i * kAttentionQueries, s.query + std::min((i + 1) * kAttentionQueries, s.T));
+      widest[i] = plan.widest(b, s.query + i * kAttentionQueries,
+                              s.query + std::min((i + 1) * kAttentionQueries, s.T));
     for (int64_t g = 0; g < plan.G; ++g)
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t block = i % 2 == 0 ? i / 2 : blocks - 1 - i / 2;
@@ -112,8 +114,9 @@ inline Tensor check_rows(const char* op, const char* name, const Tensor& t, cons
 }
 
 // H, G, D, heads, unit and scale, which both ops have.
-inline AttentionPlan start_plan(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads,
-                                const std::string& unit, const OptionalTensor& index, std::optional<double> scale) {
+inline AttentionPlan start_plan(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                                int64_t heads, const std::string& unit, const OptionalTensor& index,
+                                std::optional<double> scale) {
   check_floating(op, "q", q);
   const int64_t last = q.dim() - 1;
   AttentionPlan plan{};
@@ -203,7 +206,8 @@ void run_forward(const AttentionPlan& plan, HeadAttentionParams<scalar_t> p) {
             [&](int64_t first, int64_t last, char* scratch) { launch(p, first, last, scratch); });
 }
 
-// Whether whole (sequence, group) pairs, five products a tile, keep the threads as busy as blocks with seven do.
+// Whether whole (sequence, group) pairs, five products a tile, keep the threads as busy as blocks with seven
+// do.
 inline bool prefer_pairs(const AttentionPlan& plan, int64_t pairs) {
   constexpr int64_t kLongest = 16384;  // keys: a thread keeps both gradients of a pair, 8 MiB at D = 64
   const int64_t threads = torch::stable::get_num_threads();
@@ -211,16 +215,23 @@ inline bool prefer_pairs(const AttentionPlan& plan, int64_t pairs) {
 }
 
 template <class scalar_t, class grad_t>
-void run_backward_part(const AttentionPlan& plan, HeadAttentionBackwardParams<scalar_t, grad_t> p, BackwardPart part,
-                       const std::vector<AttentionItem>& items) {
+void run_backward_part(const AttentionPlan& plan, HeadAttentionBackwardParams<scalar_t, grad_t> p,
+                       BackwardPart part, const std::vector<AttentionItem>& items) {
   p.forward.items = items.data();
   const auto launch = FLEXTRON_FOR_ISA(head_attention_backward, scalar_t, grad_t);
   run_items(plan, items.size(), head_attention_backward_scratch(p.forward, part),
             [&](int64_t first, int64_t last, char* scratch) { launch(p, part, first, last, scratch); });
 }
 
+// delta first, where the kernels do not make it from out; the other parts read it.
+template <class scalar_t, class grad_t>
+void run_delta(const AttentionPlan& plan, const HeadAttentionBackwardParams<scalar_t, grad_t>& p) {
+  if (p.delta) run_backward_part(plan, p, BackwardPart::kDelta, query_items(plan));
+}
+
 template <class scalar_t, class grad_t>
 void run_backward(const AttentionPlan& plan, const HeadAttentionBackwardParams<scalar_t, grad_t>& p) {
+  run_delta(plan, p);
   const bool want_keys = p.dk.data || p.dv.data;
   if (p.dq && want_keys) {
     const auto pairs = pair_items(plan);
@@ -234,6 +245,13 @@ void run_backward(const AttentionPlan& plan, const HeadAttentionBackwardParams<s
 inline Tensor wanted(const Tensor& like, int64_t output_mask, int bit, const std::vector<int64_t>& shape,
                      std::optional<ScalarType> dtype = {}) {
   return output_mask >> bit & 1 ? zeros(like, shape, dtype) : empty(like, {0}, dtype);
+}
+
+// What HeadAttentionBackwardParams::delta points to: one per query head for 16-bit types, nothing for the
+// others.
+inline Tensor delta_for(const Tensor& q, const AttentionPlan& plan) {
+  const bool rounded = q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half;
+  return zeros(q, {rounded ? q.numel() / plan.D : 0}, ScalarType::Float);
 }
 
 inline ScalarType wide_dtype(const Tensor& t) {

@@ -1,6 +1,7 @@
 // head_attention: attention over a prefix or a list of heads, for one sequence or a ragged batch.
 //
-// Only active heads become work items, so the cost follows the extents and the keys of unused groups are never read.
+// Only active heads become work items, so the cost follows the extents and the keys of unused groups are
+// never read.
 #include "kernels/head_attention.h"
 
 #include "ops/attention_plan.h"
@@ -18,11 +19,13 @@ std::vector<int64_t> read_ends(const char* op, const char* name, const OptionalT
   const auto ends = check_list(op, name, *cu_seqlens, B + 1, total, q);
   if (ends[0] != 0) fail(op, ": ", name, " must start with 0, got ", ends[0]);
   for (int64_t b = 0; b < B; ++b)
-    if (ends[b + 1] < ends[b]) fail(op, ": ", name, " must not decrease, got ", ends[b + 1], " after ", ends[b]);
+    if (ends[b + 1] < ends[b])
+      fail(op, ": ", name, " must not decrease, got ", ends[b + 1], " after ", ends[b]);
   return ends;
 }
 
-int64_t count_sequences(const char* op, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k) {
+int64_t count_sequences(const char* op, const OptionalTensor& cu_seqlens_q,
+                        const OptionalTensor& cu_seqlens_k) {
   const OptionalTensor& given = cu_seqlens_q ? cu_seqlens_q : cu_seqlens_k;
   if (!given) return 1;
   const char* name = cu_seqlens_q ? "cu_seqlens_q" : "cu_seqlens_k";
@@ -71,7 +74,8 @@ AttentionPlan make_plan(const char* op, const Tensor& q, const Tensor& k, const 
 }
 
 template <class scalar_t>
-HeadAttentionParams<scalar_t> fill_params(const AttentionPlan& plan, const Tensor& q, const Tensor& k, const Tensor& v) {
+HeadAttentionParams<scalar_t> fill_params(const AttentionPlan& plan, const Tensor& q, const Tensor& k,
+                                          const Tensor& v) {
   auto p = attention_params<scalar_t>(plan);
   p.q = data_of<scalar_t>(q), p.q_stride_t = q.stride(0), p.q_stride_h = q.stride(1);
   p.k = {data_of<scalar_t>(k), 0, k.stride(0), k.stride(1)};
@@ -82,14 +86,15 @@ HeadAttentionParams<scalar_t> fill_params(const AttentionPlan& plan, const Tenso
 }  // namespace
 
 std::tuple<Tensor, Tensor> head_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads,
-                                          const Text& unit, const OptionalTensor& extent, const Text& extent_per,
-                                          const OptionalTensor& index, const OptionalTensor& cu_seqlens_q,
-                                          const OptionalTensor& cu_seqlens_k, const OptionalTensor& k_start, bool causal,
-                                          std::optional<double> scale) {
+                                          const Text& unit, const OptionalTensor& extent,
+                                          const Text& extent_per, const OptionalTensor& index,
+                                          const OptionalTensor& cu_seqlens_q,
+                                          const OptionalTensor& cu_seqlens_k, const OptionalTensor& k_start,
+                                          bool causal, std::optional<double> scale) {
   constexpr auto op = "head_attention";
   const NoGrad no_grad;
-  const AttentionPlan plan = make_plan(op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k,
-                                       k_start, causal, scale);
+  const AttentionPlan plan = make_plan(op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q,
+                                       cu_seqlens_k, k_start, causal, scale);
   const Tensor q_ = check_rows(op, "q", q, q), k_ = check_rows(op, "k", k, q), v_ = check_rows(op, "v", v, q);
   const int64_t T = q.size(0);
   Tensor out = zeros(q, {T, plan.H, plan.D}), lse = empty(q, {T, plan.H}, wide_dtype(q));
@@ -104,14 +109,14 @@ std::tuple<Tensor, Tensor> head_attention(const Tensor& q, const Tensor& k, cons
 }
 
 std::tuple<Tensor, Tensor, Tensor> head_attention_backward(
-    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-    int64_t heads, const Text& unit, const OptionalTensor& extent, const Text& extent_per, const OptionalTensor& index,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, const OptionalTensor& k_start, bool causal,
-    std::optional<double> scale, int64_t output_mask) {
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, int64_t heads, const Text& unit, const OptionalTensor& extent, const Text& extent_per,
+    const OptionalTensor& index, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    const OptionalTensor& k_start, bool causal, std::optional<double> scale, int64_t output_mask) {
   constexpr auto op = "head_attention_backward";
   const NoGrad no_grad;
-  const AttentionPlan plan = make_plan(op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k,
-                                       k_start, causal, scale);
+  const AttentionPlan plan = make_plan(op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q,
+                                       cu_seqlens_k, k_start, causal, scale);
   const int64_t T = q.size(0), S = k.size(0);
   const std::vector<int64_t> q_shape{T, plan.H, plan.D}, k_shape{S, plan.G, plan.D};
   check_like(op, "dout", dout, {T, plan.H, plan.D}, q.scalar_type(), q.device());
@@ -120,6 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> head_attention_backward(
   const Tensor q_ = check_rows(op, "q", q, q), k_ = check_rows(op, "k", k, q), v_ = check_rows(op, "v", v, q);
   const Tensor dout_ = torch::stable::contiguous(dout), out_ = torch::stable::contiguous(out);
   const Tensor lse_ = torch::stable::contiguous(lse);
+  const Tensor delta = delta_for(q, plan);
   Tensor dq = wanted(q, output_mask, 0, q_shape), dk = wanted(k, output_mask, 1, k_shape),
          dv = wanted(v, output_mask, 2, k_shape);
   dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
@@ -128,6 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> head_attention_backward(
     p.forward.out = const_cast<scalar_t*>(data_of<scalar_t>(out_));  // read only in the backward pass
     p.forward.lse = const_cast<accumulate_t<scalar_t>*>(data_of<accumulate_t<scalar_t>>(lse_));
     p.dout = data_of<scalar_t>(dout_);
+    if (delta.numel() > 0) p.delta = mutable_data_of<accumulate_t<scalar_t>>(delta);
     if (output_mask & 1) p.dq = mutable_data_of<scalar_t>(dq);
     if (output_mask & 2) p.dk = {mutable_data_of<scalar_t>(dk), 0, plan.G * plan.D, plan.D};
     if (output_mask & 4) p.dv = {mutable_data_of<scalar_t>(dv), 0, plan.G * plan.D, plan.D};

@@ -1,4 +1,5 @@
-// head_attention_decode: attention of a few new tokens over a prefix of heads, against a contiguous or paged cache.
+// head_attention_decode: attention of a few new tokens over a prefix of heads, against a contiguous or paged
+// cache.
 #include "kernels/head_attention_decode.h"
 
 #include "ops/attention_plan.h"
@@ -7,8 +8,8 @@ namespace flextron {
 namespace {
 
 // The pages each sequence uses; entries of block_table beyond them are never looked at.
-std::vector<int64_t> read_pages(const char* op, const Tensor& block_table, const std::vector<int64_t>& lengths,
-                                const Tensor& cache) {
+std::vector<int64_t> read_pages(const char* op, const Tensor& block_table,
+                                const std::vector<int64_t>& lengths, const Tensor& cache) {
   check_integers(op, "block_table", block_table);
   const Tensor wide = torch::stable::contiguous(torch::stable::to(block_table, ScalarType::Long));
   const auto* data = data_of<int64_t>(wide);
@@ -25,7 +26,8 @@ std::vector<int64_t> read_pages(const char* op, const Tensor& block_table, const
 
 AttentionPlan make_plan(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                         const Tensor& seqlens, int64_t heads, const Text& unit, const OptionalTensor& extent,
-                        const OptionalTensor& block_table, const OptionalTensor& k_start, std::optional<double> scale) {
+                        const OptionalTensor& block_table, const OptionalTensor& k_start,
+                        std::optional<double> scale) {
   check_dim(op, "q", q, 4);
   check_dim(op, "k_cache", k_cache, 4);
   AttentionPlan plan = start_plan(op, q, k_cache, v_cache, heads, unit.value, std::nullopt, scale);
@@ -68,7 +70,8 @@ AttentionPlan make_plan(const char* op, const Tensor& q, const Tensor& k_cache, 
 }
 
 template <class scalar_t>
-HeadAttentionParams<scalar_t> fill_params(const AttentionPlan& plan, const Tensor& q, const Tensor& k, const Tensor& v) {
+HeadAttentionParams<scalar_t> fill_params(const AttentionPlan& plan, const Tensor& q, const Tensor& k,
+                                          const Tensor& v) {
   auto p = attention_params<scalar_t>(plan);
   p.q = data_of<scalar_t>(q), p.q_stride_t = plan.H * plan.D, p.q_stride_h = plan.D;
   p.k = {data_of<scalar_t>(k), k.stride(0), k.stride(1), k.stride(2)};
@@ -76,7 +79,8 @@ HeadAttentionParams<scalar_t> fill_params(const AttentionPlan& plan, const Tenso
   return p;
 }
 
-// The work of one forward pass split over the keys: its items, and where the merge of each block of queries begins.
+// The work of one forward pass split over the keys: its items, and where the merge of each block of queries
+// begins.
 struct Split {
   std::vector<AttentionItem> items;
   std::vector<int64_t> merge_at{0};
@@ -101,9 +105,10 @@ void run_decode(const AttentionPlan& plan, HeadAttentionParams<scalar_t> p, cons
   if (items == merges) return run_forward(plan, p);
   p.items = split.items.data();
   const Tensor partial = empty(q, {items, plan.max_queries * plan.M, plan.D + 2}, wide_dtype(q));
-  const HeadAttentionDecodeParams<scalar_t> params{.attention = p,
-                                                   .partial = mutable_data_of<accumulate_t<scalar_t>>(partial),
-                                                   .merge_at = split.merge_at.data()};
+  const HeadAttentionDecodeParams<scalar_t> params{
+      .attention = p,
+      .partial = mutable_data_of<accumulate_t<scalar_t>>(partial),
+      .merge_at = split.merge_at.data()};
   const int64_t bytes = head_attention_scratch(p);
   const auto decode = FLEXTRON_FOR_ISA(head_attention_decode, scalar_t);
   const auto merge = FLEXTRON_FOR_ISA(head_attention_decode_merge, scalar_t);
@@ -116,6 +121,7 @@ void run_decode(const AttentionPlan& plan, HeadAttentionParams<scalar_t> p, cons
 // Sequences may share pages, so the sequences of a group take turns; groups never meet.
 template <class scalar_t, class grad_t>
 void run_paged_backward(const AttentionPlan& plan, HeadAttentionBackwardParams<scalar_t, grad_t> p) {
+  run_delta(plan, p);
   const auto pairs = pair_items(plan);  // group after group
   p.forward.items = pairs.data();
   const auto launch = FLEXTRON_FOR_ISA(head_attention_backward, scalar_t, grad_t);
@@ -132,10 +138,10 @@ void run_paged_backward(const AttentionPlan& plan, HeadAttentionBackwardParams<s
 
 }  // namespace
 
-Tensor head_attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seqlens,
-                             int64_t heads, const Text& unit, const OptionalTensor& extent,
-                             const OptionalTensor& block_table, const OptionalTensor& k_start,
-                             std::optional<double> scale) {
+Tensor head_attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                             const Tensor& seqlens, int64_t heads, const Text& unit,
+                             const OptionalTensor& extent, const OptionalTensor& block_table,
+                             const OptionalTensor& k_start, std::optional<double> scale) {
   constexpr auto op = "head_attention_decode";
   const NoGrad no_grad;
   const AttentionPlan plan =
@@ -166,6 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> head_attention_decode_backward(
   const std::vector<int64_t> q_shape{B, T, plan.H, plan.D}, cache_shape{pages, page, plan.G, plan.D};
   Tensor out = zeros(q, q_shape), lse = empty(q, {B, T, plan.H}, wide_dtype(q));
   torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+  const Tensor delta = delta_for(q, plan);
   Tensor dq = wanted(q, output_mask, 0, q_shape);
   // Summed in the wider type: several sequences may add to one page.
   Tensor dk = wanted(k_cache, output_mask, 1, cache_shape, wide_dtype(q)),
@@ -178,6 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> head_attention_decode_backward(
     p.forward.lse = mutable_data_of<acc_t>(lse);
     run_decode(plan, p.forward, q);
     p.dout = data_of<scalar_t>(dout_);
+    if (delta.numel() > 0) p.delta = mutable_data_of<accumulate_t<scalar_t>>(delta);
     const int64_t key = plan.G * plan.D;
     if (output_mask & 1) p.dq = mutable_data_of<scalar_t>(dq);
     if (output_mask & 2) p.dk = {mutable_data_of<acc_t>(dk), page * key, key, plan.D};

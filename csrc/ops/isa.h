@@ -1,4 +1,5 @@
-// Which instruction set the CPU kernels use: the best this machine has, or what FLEXTRON_ISA (generic, avx2) names.
+// Which instruction set the CPU kernels use: the best this machine has, or what FLEXTRON_ISA (generic, avx2)
+// names.
 #pragma once
 
 #include <cstdlib>
@@ -33,7 +34,8 @@ inline Isa isa() {
 
 // The launcher `name`_<isa> with the template arguments that follow.
 #ifdef __x86_64__
-#define FLEXTRON_FOR_ISA(name, ...) (isa() == Isa::kAvx2 ? &name##_avx2<__VA_ARGS__> : &name##_cpu<__VA_ARGS__>)
+#define FLEXTRON_FOR_ISA(name, ...) \
+  (isa() == Isa::kAvx2 ? &name##_avx2<__VA_ARGS__> : &name##_cpu<__VA_ARGS__>)
 #else
 #define FLEXTRON_FOR_ISA(name, ...) (&name##_cpu<__VA_ARGS__>)
 #endif

@@ -27,25 +27,25 @@ def head_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend with the active heads only; the others are exact zeros, and keys of unused groups are never read.
+    """Attend with the active heads only: the others are zeros, and keys of unused groups are never read.
 
     ``out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h // M]) v[j, h // M]`` with ``M = H // G``, over the
-    keys of t's sequence with ``k_start <= j``, and if causal ``j <= i + S - T`` for query i of T against S keys.
+    keys of t's sequence with ``k_start <= j``, and if causal ``j <= i + S - T`` for query i of T and S keys.
     A query that sees no key gives 0.
 
     Args:
         q: [T, H, D], float32, float64, bfloat16 or float16. Any strides.
         k: [S, G, D], the dtype of q; G divides H. Any strides.
         v: [S, G, D], the dtype of q. Any strides.
-        heads: how many are active: the first `heads` groups with all their query heads (unit "kv_group"), or the
-            first `heads` query heads of every group (unit "query"); with index, its length.
+        heads: how many are active: the first `heads` groups with all their query heads (unit "kv_group"),
+            or the first `heads` query heads of every group (unit "query"); with index, its length.
         unit: "kv_group" or "query".
-        extent: int32 or int64, each in [0, heads], instead of heads: [1] or [B] (extent_per "sequence"), or [T]
-            (extent_per "token").
+        extent: int32 or int64, each in [0, heads], instead of heads: [1] or [B] (extent_per "sequence"),
+            or [T] (extent_per "token").
         extent_per: "sequence" or "token".
         index: int32 or int64 [n], the active query heads in any order, each once; then extent must be None.
-        cu_seqlens_q: int32 or int64 [B + 1], where the sequences begin and end in q, from 0. None: one sequence.
-            Queries beyond the last end are inactive.
+        cu_seqlens_q: int32 or int64 [B + 1], where the sequences begin and end in q, from 0. None: one
+            sequence. Queries beyond the last end are inactive.
         cu_seqlens_k: the same for k and v.
         k_start: int32 or int64 [B], the first key seen in each sequence (left padding).
         causal: queries see the keys up to their own, counted from the end.
@@ -57,7 +57,7 @@ def head_attention(
         where a head is inactive or sees no key. lse has no gradient.
 
     Raises:
-        TypeError: a dtype is wrong. ValueError: a shape, a unit or heads is. RuntimeError: a value in a tensor is.
+        TypeError: a dtype is wrong. ValueError: a shape, unit or heads is. RuntimeError: a tensor's value is.
     """
     _check(q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start)
     out, lse = torch.ops.flextron.head_attention(

@@ -23,10 +23,11 @@ def head_attention_decode(
     k_start: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attend with a few new tokens per sequence to a cache that holds their keys too, with the active heads only.
+    """Attend with a few new tokens per sequence to a cache that holds their keys too, active heads only.
 
-    ``out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[b, j, h // M]) v[b, j, h // M]``, ``M = H // G``, over
-    ``k_start[b] <= j <= i + seqlens[b] - T``. A query that sees no key, and an inactive head, give exact zeros.
+    ``out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[b, j, h // M]) v[b, j, h // M]``, with
+    ``M = H // G``, over ``k_start[b] <= j <= i + seqlens[b] - T``. A query that sees no key, and an inactive
+    head, give exact zeros.
 
     Args:
         q: [B, T, H, D], float32, float64, bfloat16 or float16. Any strides.
@@ -34,8 +35,8 @@ def head_attention_decode(
             strides.
         v_cache: the same shape.
         seqlens: int32 or int64 [B], valid keys of each sequence, its T new ones included.
-        heads: how many are active: the first `heads` groups with all their query heads (unit "kv_group"), or the
-            first `heads` query heads of every group (unit "query").
+        heads: how many are active: the first `heads` groups with all their query heads (unit "kv_group"),
+            or the first `heads` query heads of every group (unit "query").
         unit: "kv_group" or "query".
         extent: int32 or int64, [1] or [B], each in [0, heads], instead of heads.
         block_table: int32 or int64 [B, max_pages]: key j of sequence b is in row ``j % page`` of page
@@ -47,7 +48,7 @@ def head_attention_decode(
         out: [B, T, H, D], the dtype of q.
 
     Raises:
-        TypeError: a dtype is wrong. ValueError: a shape, a unit or heads is. RuntimeError: a value in a tensor is.
+        TypeError: a dtype is wrong. ValueError: a shape, unit or heads is. RuntimeError: a tensor's value is.
     """
     _check(q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start)
     return torch.ops.flextron.head_attention_decode(
