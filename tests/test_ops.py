@@ -103,7 +103,7 @@ def test_values(row, dtype, device):
         exact = as_tuple(getattr(reference, row.name)(**wide))
         for j, (mine, theirs, truth) in enumerate(zip(ours, plain, exact, strict=True)):
             if mine.is_floating_point():
-                assert_no_worse(mine, theirs, truth, f"{row.name}, case {i}, result {j}")
+                assert_no_worse(mine, theirs, truth, f"{row.name}, case {i}, result {j}", dtype)
             else:
                 assert torch.equal(mine, theirs), f"{row.name}, case {i}, result {j}"
 
@@ -125,7 +125,7 @@ def test_gradients(row, dtype, device):
         plain = gradients(getattr(reference, row.name), fresh(case), cotangents)
         exact = gradients(getattr(reference, row.name), fresh(case, torch.float64), cotangents)
         for name in ours:
-            assert_no_worse(ours[name], plain[name], exact[name], f"{row.name}, case {i}, gradient of {name}")
+            assert_no_worse(ours[name], plain[name], exact[name], f"{row.name}, case {i}, gradient of {name}", dtype)
 
 
 @each_op

@@ -233,8 +233,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> elast
   check_like(op, "dy", dy, {x.size(0), w_down.size(0)}, x.scalar_type(), x.device());
   check_range(op, "output_mask", output_mask, 0, 255);
   const auto wanted = [&](int64_t bit, bool exists) { return (output_mask >> bit & 1) && exists; };
-  const Tensor none = empty(x, {0});
-  std::array<Tensor, 8> d{none, none, none, none, none, none, none, none};
+  std::array<Tensor, 8> d;
+  for (Tensor& gradient : d) gradient = empty(x, {0});
 
   if (wanted(6, b_down.has_value())) sum_rows_into(d[6] = empty(x, {w_down.size(0)}), dy);
   if (output_mask & ~int64_t{64}) {
