@@ -363,6 +363,15 @@ def test_a_trained_model_is_saved_over_the_old_one(damaged: Path) -> None:
     assert (damaged / "tokenizer.json").exists()
 
 
+def test_a_save_after_an_interrupted_one_builds_on_it(damaged: Path, tmp_path: Path) -> None:
+    """The interrupted set counts already: its report is the one that is kept."""
+    model, _ = load_elastic(damaged)
+    save_elastic(model, tmp_path / "newer", report={"parity": {"max_rel": 0.0}})
+    (tmp_path / "newer").rename(damaged / ".committed")
+    save_elastic(model, damaged)
+    assert load_elastic(damaged)[1]["parity"] == {"max_rel": 0.0}
+
+
 def test_a_save_that_fails_leaves_the_old_checkpoint(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, meta = load_elastic(damaged)
     with torch.no_grad():
