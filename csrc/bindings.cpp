@@ -1,4 +1,5 @@
-// pybind11 module _C: what was built, the schemas, and the host-side schedulers for tests. Importing it registers the ops.
+// pybind11 module _C: what was built, the schemas, and the host-side schedulers for tests. Importing it
+// registers the ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -43,5 +44,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &info, "Version, compiler, instruction sets and GPU architectures of this build.");
   m.def("schemas", &flextron::op_schemas, "The schemas of every op, without the namespace.");
   m.def("staircase", &staircase, py::arg("extents"), py::arg("maximum"),
-        "Stable descending order of the extents, its steps (extent, begin, end) and its column blocks (begin, end, rows).");
+        "Stable descending order of the extents, its steps (extent, begin, end) and its column blocks "
+        "(begin, end, rows).");
 }

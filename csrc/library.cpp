@@ -1,4 +1,5 @@
-// The op table: one row per op for its schema, one for its function. torch compares the two when the library loads.
+// The op table: one row per op for its schema, one for its function. torch compares the two when the library
+// loads.
 #include <algorithm>
 #include <iterator>
 
@@ -14,22 +15,29 @@ constexpr const char* kSchemas[] = {
     "elastic_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, SymInt in_features, "
     "SymInt out_features, Tensor? in_extent, Tensor? out_extent, SymInt in_blocks, SymInt out_blocks, "
     "int output_mask) -> (Tensor, Tensor, Tensor)",
-    "elastic_mlp(Tensor x, Tensor? w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate, Tensor? b_up, Tensor? b_down, "
-    "SymInt width, str activation=\"silu\", Tensor? extent=None, Tensor? gate=None, int[]? choices=None) -> Tensor",
+    "elastic_mlp(Tensor x, Tensor? w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate, Tensor? b_up, Tensor? "
+    "b_down, "
+    "SymInt width, str activation=\"silu\", Tensor? extent=None, Tensor? gate=None, int[]? choices=None) -> "
+    "Tensor",
     "elastic_mlp_backward(Tensor dy, Tensor x, Tensor? w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate, "
-    "Tensor? b_up, Tensor? b_down, SymInt width, str activation, Tensor? extent, Tensor? gate, int[]? choices, "
+    "Tensor? b_up, Tensor? b_down, SymInt width, str activation, Tensor? extent, Tensor? gate, int[]? "
+    "choices, "
     "int output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "route(Tensor logits, int? seed=None) -> (Tensor, Tensor, Tensor)",
     "head_attention(Tensor q, Tensor k, Tensor v, SymInt heads, str unit=\"kv_group\", Tensor? extent=None, "
     "str extent_per=\"sequence\", Tensor? index=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
     "Tensor? k_start=None, bool causal=True, float? scale=None) -> (Tensor, Tensor)",
-    "head_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, SymInt heads, str unit, "
-    "Tensor? extent, str extent_per, Tensor? index, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? k_start, "
+    "head_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, SymInt "
+    "heads, str unit, "
+    "Tensor? extent, str extent_per, Tensor? index, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? "
+    "k_start, "
     "bool causal, float? scale, int output_mask) -> (Tensor, Tensor, Tensor)",
     "head_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens, SymInt heads, "
-    "str unit=\"kv_group\", Tensor? extent=None, Tensor? block_table=None, Tensor? k_start=None, float? scale=None) "
+    "str unit=\"kv_group\", Tensor? extent=None, Tensor? block_table=None, Tensor? k_start=None, float? "
+    "scale=None) "
     "-> Tensor",
-    "head_attention_decode_backward(Tensor dout, Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens, SymInt heads, "
+    "head_attention_decode_backward(Tensor dout, Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens, "
+    "SymInt heads, "
     "str unit, Tensor? extent, Tensor? block_table, Tensor? k_start, float? scale, int output_mask) "
     "-> (Tensor, Tensor, Tensor)",
 };
@@ -46,7 +54,9 @@ std::vector<std::string> words(const std::string& text) {
 
 }  // namespace
 
-BuildInfo build_info() { return {FLEXTRON_VERSION, __VERSION__, words(FLEXTRON_ISAS), words(FLEXTRON_CUDA_ARCHS)}; }
+BuildInfo build_info() {
+  return {FLEXTRON_VERSION, __VERSION__, words(FLEXTRON_ISAS), words(FLEXTRON_CUDA_ARCHS)};
+}
 
 std::vector<std::string> op_schemas() { return {std::begin(kSchemas), std::end(kSchemas)}; }
 

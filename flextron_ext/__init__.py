@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import torch  # noqa: F401  loads the libraries the op library is linked to
+import torch
 
 try:
     from . import _C
@@ -14,10 +14,12 @@ except ImportError as error:
         else "flextron_ext: the op library must be built first: run `pip install .` in the repository"
     ) from error
 
-from .ops import *  # noqa: E402, F403
+from .ops import *  # noqa: F403
 from .ops import __all__ as _ops
 
-OP_LIBRARY = str(Path(__file__).with_name("libflextron.so"))  # for torch.ops.load_library, without this package
+OP_LIBRARY = str(
+    Path(__file__).with_name("libflextron.so")
+)  # for torch.ops.load_library, without this package
 
 build_info = _C.build_info
 schemas = _C.schemas

@@ -154,7 +154,7 @@ def head_attention_decode(device: str, dtype: torch.dtype) -> Iterator[dict[str,
     yield case(3, 2, 20, 8, 2, 24, 3, ints(20, 2, 9), page=5, unit="query", extent=ints(3, 0, 1))
     yield case(2, 1, 1100, 4, 2, 8, 2, ints(1100, 600), k_start=ints(0, 590))  # more keys than one split
     yield case(2, 40, 50, 4, 2, 8, 2, ints(50, 41), extent=ints(1))
-    yield case(2, 3, 9, 4, 2, 8, 2, ints(2, 0), page=3)  # queries before the first key
+    yield case(2, 20, 30, 4, 2, 8, 2, ints(17, 0), page=3)  # queries before the first key
     yield case(2, 1, 9, 4, 2, 8, 2, ints(9, 5), unit="query", scale=0.2)
     yield case(0, 1, 9, 4, 2, 8, 2, ints())
     yield case(2, 0, 9, 4, 2, 8, 2, ints(3, 9))

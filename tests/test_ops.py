@@ -32,7 +32,9 @@ def is_floating(value: Any) -> bool:
 def fresh(case: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
     """The same inputs, floating ones in dtype and asking for a gradient."""
     return {
-        name: value.detach().to(value.dtype if dtype is None else dtype).requires_grad_() if is_floating(value) else value
+        name: value.detach().to(value.dtype if dtype is None else dtype).requires_grad_()
+        if is_floating(value)
+        else value
         for name, value in case.items()
     }
 
@@ -41,7 +43,9 @@ def gradients(run, case: dict[str, Any], cotangents: list[Tensor]) -> dict[str, 
     outputs = [out for out in as_tuple(run(**case)) if out.requires_grad]
     inputs = {name: value for name, value in case.items() if is_floating(value)}
     cotangents = [g.to(out.dtype) for g, out in zip(cotangents, outputs, strict=False)]
-    found = torch.autograd.grad(outputs[: len(cotangents)], list(inputs.values()), cotangents, allow_unused=True)
+    found = torch.autograd.grad(
+        outputs[: len(cotangents)], list(inputs.values()), cotangents, allow_unused=True
+    )
     return {
         name: torch.zeros_like(value) if grad is None else grad
         for (name, value), grad in zip(inputs.items(), found, strict=True)
@@ -54,7 +58,10 @@ def backward_arguments(row: OpCase, case: dict[str, Any]) -> dict[str, Any]:
     known = {a.name: a.default_value for a in overload(row.name)._schema.arguments if a.has_default_value()}
     known |= case | {"out": outputs[0], "lse": outputs[-1]}
     schema = overload(f"{row.name}_backward")._schema
-    known |= {"output_mask": 2 ** len(schema.returns) - 1, schema.arguments[0].name: torch.randn_like(outputs[0])}
+    known |= {
+        "output_mask": 2 ** len(schema.returns) - 1,
+        schema.arguments[0].name: torch.randn_like(outputs[0]),
+    }
     return {a.name: known[a.name] for a in schema.arguments}
 
 
@@ -66,7 +73,9 @@ def parameters():
 
 each_dtype = pytest.mark.parametrize("row, dtype", list(parameters()))
 each_op = pytest.mark.parametrize("row", CASES, ids=lambda row: row.name)
-each_gradient = pytest.mark.parametrize("row", [row for row in CASES if row.differentiable], ids=lambda row: row.name)
+each_gradient = pytest.mark.parametrize(
+    "row", [row for row in CASES if row.differentiable], ids=lambda row: row.name
+)
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +134,9 @@ def test_gradients(row, dtype, device):
         plain = gradients(getattr(reference, row.name), fresh(case), cotangents)
         exact = gradients(getattr(reference, row.name), fresh(case, torch.float64), cotangents)
         for name in ours:
-            assert_no_worse(ours[name], plain[name], exact[name], f"{row.name}, case {i}, gradient of {name}", dtype)
+            assert_no_worse(
+                ours[name], plain[name], exact[name], f"{row.name}, case {i}, gradient of {name}", dtype
+            )
 
 
 @each_op
@@ -218,7 +229,10 @@ def test_autocast_computes_in_its_dtype(row, device):
     case = compiled_inputs(row, device)[0]
     with torch.autocast(device, dtype=torch.bfloat16):
         ours = as_tuple(getattr(flextron_ext, row.name)(**fresh(case)))[0]
-    low = {name: value.bfloat16() if is_floating(value) and name != "gate" else value for name, value in case.items()}
+    low = {
+        name: value.bfloat16() if is_floating(value) and name != "gate" else value
+        for name, value in case.items()
+    }
     assert ours.dtype == torch.bfloat16 and ours.requires_grad
     assert torch.equal(ours, as_tuple(getattr(flextron_ext, row.name)(**low))[0])
 

@@ -1,4 +1,5 @@
-// Elementary functions for the kernels' loops, without branches or library calls so that the compiler vectorises them.
+// Elementary functions for the kernels' loops, without branches or library calls so that the compiler
+// vectorises them.
 #pragma once
 
 #include <cmath>
@@ -8,7 +9,8 @@
 
 namespace flextron {
 
-// e^x to about 1 unit in the last place: x = n ln 2 + r, e^r by a polynomial on |r| <= ln 2 / 2, 2^n by its bits.
+// e^x to about 1 unit in the last place: x = n ln 2 + r, e^r by a polynomial on |r| <= ln 2 / 2, 2^n by its
+// bits.
 FLEXTRON_HD float exp_of(float x) {
   const float clamped = x > -87.33654f ? (x < 88.72283f ? x : 88.72283f) : -87.33654f;  // NaN: the low end
   const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -34,7 +36,8 @@ FLEXTRON_HD float tanh_of(float x) {
   // Odd, and 1 - 2 / (e^2|x| + 1) loses digits near zero: the series takes over there.
   const float a = x < 0 ? -x : x;
   const float a2 = a * a;
-  const float series = a * (1.0f + a2 * (-0.333332992f + a2 * (0.133314162f + a2 * (-0.0533501983f + a2 * 0.0190003886f))));
+  const float series =
+      a * (1.0f + a2 * (-0.333332992f + a2 * (0.133314162f + a2 * (-0.0533501983f + a2 * 0.0190003886f))));
   const float far = 1.0f - 2.0f / (exp_of(2.0f * a) + 1.0f);
   const float y = a < 0.5f ? series : far;
   return x < 0 ? -y : (x != x ? x : y);

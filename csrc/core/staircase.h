@@ -1,6 +1,8 @@
-// Tokens sorted by extent, descending, and the steps where the extent changes: the shape every clipped GEMM follows.
+// Tokens sorted by extent, descending, and the steps where the extent changes: the shape every clipped GEMM
+// follows.
 //
-//   rows order[0 .. steps[0].end) have extent steps[0].extent, rows order[steps[0].end .. steps[1].end) the next, ...
+//   rows order[0 .. steps[0].end) have extent steps[0].extent, rows order[steps[0].end .. steps[1].end) the
+//   next, ...
 //
 // Neuron j is then needed by exactly the first n_j sorted rows, n_j falling with j.
 #pragma once
@@ -30,14 +32,15 @@ struct Staircase {
 // One extent for every row.
 inline Staircase flat_staircase(int64_t rows, int64_t extent) { return {{}, {{extent, 0, rows}}}; }
 
-// Stable, descending: tokens of one extent keep their order. A counting sort where the extents are small against the
-// number of tokens, a merge sort otherwise; both give the same order.
+// Stable, descending: tokens of one extent keep their order. A counting sort where the extents are small
+// against the number of tokens, a merge sort otherwise; both give the same order.
 inline Staircase make_staircase(const int64_t* extents, int64_t rows, int64_t maximum) {
   Staircase stairs;
   if (rows == 0) return stairs;
   stairs.order.resize(rows);
   if (maximum <= 4 * rows) {
-    std::vector<int64_t> start(maximum + 2, 0);  // start[maximum - e + 1] counts extent e, then becomes its first row
+    std::vector<int64_t> start(maximum + 2,
+                               0);  // start[maximum - e + 1] counts extent e, then becomes its first row
     for (int64_t t = 0; t < rows; ++t) ++start[maximum - extents[t] + 1];
     std::partial_sum(start.begin(), start.end(), start.begin());
     for (int64_t t = 0; t < rows; ++t) stairs.order[start[maximum - extents[t]]++] = t;

@@ -47,7 +47,8 @@ struct fp16 {
   FLEXTRON_HD explicit operator float() const {
     const uint32_t sign = (bits & 0x8000u) << 16;
     const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7fffu) << 13;
-    const float scaled = bits_as<float>(magnitude) * 0x1p112f;  // moves the exponent's bias, subnormals included
+    const float scaled =
+        bits_as<float>(magnitude) * 0x1p112f;  // moves the exponent's bias, subnormals included
     const uint32_t special = bits_as<uint32_t>(scaled) | (magnitude >= 0x0f800000u ? 0x7f800000u : 0u);
     return bits_as<float>(sign | special);
   }

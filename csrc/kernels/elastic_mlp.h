@@ -35,7 +35,8 @@ FLEXTRON_HD real activate(real x) {
   const real positive = x < real(0) ? real(0) : x;  // keeps NaN
   if constexpr (activation == Activation::kRelu) return positive;
   if constexpr (activation == Activation::kRelu2) return positive * positive;
-  if constexpr (activation == Activation::kGelu) return real(0.5) * x * (real(1) + erf_of(x * real(0.70710678118654752)));
+  if constexpr (activation == Activation::kGelu)
+    return real(0.5) * x * (real(1) + erf_of(x * real(0.70710678118654752)));
   if constexpr (activation == Activation::kGeluTanh) {
     const real inner = real(0.79788456080286536) * (x + real(0.044715) * x * x * x);
     return real(0.5) * x * (real(1) + tanh_of(inner));

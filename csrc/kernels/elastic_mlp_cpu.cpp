@@ -4,7 +4,8 @@
 namespace flextron {
 namespace {
 
-// f(c, first, last, s) for each block of the row: neurons [first, last) are scaled by s, the sum of gates c and later.
+// f(c, first, last, s) for each block of the row: neurons [first, last) are scaled by s, the sum of gates c
+// and later.
 template <class scalar_t, class F>
 void for_each_block(const ElasticMlpParams<scalar_t>& p, int64_t row, const F& f) {
   using real = accumulate_t<scalar_t>;
@@ -26,7 +27,8 @@ void forward_rows(const ElasticMlpParams<scalar_t>& p, int64_t begin, int64_t en
       if (p.g == nullptr) {
         for (int64_t b = first; b < last; ++b) u[b] = scalar_t(activate<activation>(real(u[b])) * s);
       } else {
-        for (int64_t b = first; b < last; ++b) u[b] = scalar_t(activate<activation>(real(g[b])) * real(u[b]) * s);
+        for (int64_t b = first; b < last; ++b)
+          u[b] = scalar_t(activate<activation>(real(g[b])) * real(u[b]) * s);
       }
     });
 }

@@ -1,7 +1,8 @@
 // route: router logits -> choice per token, and the tokens in stable descending order of choice, bucketed.
 //
 //   choice[t] = argmax_c logits[t, c] + noise(seed, t, c)      first of equals, NaN counts as -inf
-//   order = tokens sorted by choice, descending, stable        offsets[i] = first place of bucket i, of choice C-1-i
+//   order = tokens sorted by choice, descending, stable        offsets[i] = first place of bucket i, of
+//   choice C-1-i
 //
 //   T tokens, C choices
 #pragma once
@@ -32,8 +33,8 @@ struct RouteParams {
 constexpr int64_t kRouteTokens = 256;
 FLEXTRON_HD int64_t route_blocks(int64_t T) { return (T + kRouteTokens - 1) / kRouteTokens; }
 
-// First word of Philox4x32-10 (Salmon et al., SC 2011) at counter (t low, t high, c, 0), keyed by the seed. A counter,
-// not a state: every device and every order of evaluation draws the same numbers.
+// First word of Philox4x32-10 (Salmon et al., SC 2011) at counter (t low, t high, c, 0), keyed by the seed. A
+// counter, not a state: every device and every order of evaluation draws the same numbers.
 FLEXTRON_HD uint32_t philox(uint64_t seed, int64_t t, int64_t c) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   uint32_t x0 = static_cast<uint32_t>(t), x1 = static_cast<uint32_t>(static_cast<uint64_t>(t) >> 32);
@@ -50,7 +51,8 @@ FLEXTRON_HD uint32_t philox(uint64_t seed, int64_t t, int64_t c) {
   return x0;
 }
 
-// Standard Gumbel noise from 23 random bits, moved by half a step: strictly inside (0, 1) and exact in float32.
+// Standard Gumbel noise from 23 random bits, moved by half a step: strictly inside (0, 1) and exact in
+// float32.
 FLEXTRON_HD float gumbel(uint64_t seed, int64_t t, int64_t c) {
   const float u = (static_cast<float>(philox(seed, t, c) >> 9) + 0.5f) * 0x1p-23f;
   return -logf(-logf(u));

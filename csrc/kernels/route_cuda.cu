@@ -9,7 +9,8 @@
 namespace flextron {
 namespace {
 
-// A thread owns a token. Counts go through shared memory, C at a time; integer sums do not depend on their order.
+// A thread owns a token. Counts go through shared memory, C at a time; integer sums do not depend on their
+// order.
 template <class scalar_t>
 __global__ __launch_bounds__(kRouteTokens) void route_choices_kernel(const RouteParams<scalar_t> p) {
   extern __shared__ int count[];  // [C]
@@ -24,10 +25,11 @@ __global__ __launch_bounds__(kRouteTokens) void route_choices_kernel(const Route
   for (int64_t c = threadIdx.x; c < p.C; c += kRouteTokens) p.counts[blockIdx.x * p.C + c] = count[c];
 }
 
-// A thread owns a choice: it turns its column of counts into starts relative to its bucket, then adds the bucket's
-// offset, which thread 0 sums over the choices (few).
+// A thread owns a choice: it turns its column of counts into starts relative to its bucket, then adds the
+// bucket's offset, which thread 0 sums over the choices (few).
 template <class scalar_t>
-__global__ __launch_bounds__(kRouteTokens) void route_offsets_kernel(const RouteParams<scalar_t> p, int64_t blocks) {
+__global__ __launch_bounds__(kRouteTokens) void route_offsets_kernel(const RouteParams<scalar_t> p,
+                                                                     int64_t blocks) {
   for (int64_t c = threadIdx.x; c < p.C; c += kRouteTokens) {
     int64_t total = 0;
     for (int64_t b = 0; b < blocks; ++b) {

@@ -40,7 +40,8 @@ inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t
   if (t.dim() != dim) fail(op, ": ", name, " must have ", dim, " dimensions, got ", t.dim());
 }
 
-inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
+inline void check_shape(const char* op, const char* name, const Tensor& t,
+                        std::initializer_list<int64_t> shape) {
   bool same = t.dim() == static_cast<int64_t>(shape.size());
   int64_t i = 0;
   for (const int64_t size : shape) same = same && t.size(i++) == size;
@@ -58,8 +59,8 @@ inline void check_device(const char* op, const char* name, const Tensor& t, cons
 }
 
 // Shape, dtype and device at once.
-inline void check_like(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
-                       ScalarType dtype, const Device& device) {
+inline void check_like(const char* op, const char* name, const Tensor& t,
+                       std::initializer_list<int64_t> shape, ScalarType dtype, const Device& device) {
   check_shape(op, name, t, shape);
   check_dtype(op, name, t, dtype);
   check_device(op, name, t, device);

@@ -11,13 +11,14 @@
 #ifdef FLEXTRON_WITH_CUDA
 #include <cuda_runtime_api.h>
 // Weak: a CPU-only torch does not have it, and the library must load there.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** stream);
 #endif
 
 namespace flextron {
 
-// Calls cpu() for a tensor on the CPU, cuda(stream) on the tensor's device otherwise. In a build without CUDA the
-// generic lambda `cuda` is never instantiated, so its launcher need not exist.
+// Calls cpu() for a tensor on the CPU, cuda(stream) on the tensor's device otherwise. In a build without CUDA
+// the generic lambda `cuda` is never instantiated, so its launcher need not exist.
 template <class Cpu, class Cuda>
 void on_device_of([[maybe_unused]] const char* op, const Tensor& t, Cpu&& cpu, [[maybe_unused]] Cuda&& cuda) {
   if (t.is_cpu()) return cpu();
@@ -35,10 +36,12 @@ void on_device_of([[maybe_unused]] const char* op, const Tensor& t, Cpu&& cpu, [
   fail(op, ": device must be one this build has kernels for, got ", device_text(t.device()));
 }
 
-// f(begin, end) over [0, count) on torch's threads; `cost` is roughly how many elementary operations one index takes.
+// f(begin, end) over [0, count) on torch's threads; `cost` is roughly how many elementary operations one
+// index takes.
 template <class F>
 void parallel_for(int64_t count, int64_t cost, const F& f) {
-  constexpr int64_t kGrain = 32768;  // operations below which a thread is not worth waking: torch's own figure
+  constexpr int64_t kGrain =
+      32768;  // operations below which a thread is not worth waking: torch's own figure
   const int64_t grain = kGrain / (cost > 0 ? cost : 1) + 1;
   if (count > 0) torch::stable::parallel_for(0, count, grain, f);
 }

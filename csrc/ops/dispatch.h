@@ -22,7 +22,8 @@ constexpr ScalarType dtype_of() {
 // Every floating dtype the CPU computes in; float64 is there for gradcheck.
 using FloatingTypes = TypeList<float, double, bf16, fp16>;
 
-// Calls f.operator()<scalar_t>() for the member of the list whose dtype it is; otherwise the error prints the list.
+// Calls f.operator()<scalar_t>() for the member of the list whose dtype it is; otherwise the error prints the
+// list.
 template <class... Types, class F>
 void dispatch_dtype(TypeList<Types...>, const char* op, ScalarType dtype, F&& f) {
   const bool found = ((dtype == dtype_of<Types>() && (f.template operator()<Types>(), true)) || ...);

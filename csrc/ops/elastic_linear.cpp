@@ -1,9 +1,10 @@
 // elastic_linear: a linear layer that uses a prefix of its input and output features inside each block.
 //
-//   y[t, ob*out+n] = bias[ob*nw+n] + sum_{ib, i < in_t} x[t, ib*kx+i] weight[ob*nw+n, ib*kw+i]   for n < out_t, else 0
+//   y[t, ob*out+n] = bias[ob*nw+n] + sum_{ib, i < in_t} x[t, ib*kx+i] weight[ob*nw+n, ib*kw+i]   for n <
+//   out_t, else 0
 //
-// Everything is the vendor's GEMM on views: no weight is copied, and an extent per token is one GEMM per distinct extent
-// on the sorted tokens.
+// Everything is the vendor's GEMM on views: no weight is copied, and an extent per token is one GEMM per
+// distinct extent on the sorted tokens.
 #include "core/staircase.h"
 #include "ops/checks.h"
 #include "ops/extents.h"
@@ -13,8 +14,8 @@
 namespace flextron {
 namespace {
 
-// One side of the weight: `blocks` blocks, each `features` wide in the activation and `stride` in the weight, of which
-// the first `used` count.
+// One side of the weight: `blocks` blocks, each `features` wide in the activation and `stride` in the weight,
+// of which the first `used` count.
 struct Side {
   int64_t blocks, features, stride, used;
 
@@ -36,13 +37,14 @@ struct Plan {
 
 int64_t block_width(const char* op, const char* name, int64_t size, const char* blocks_name, int64_t blocks) {
   check_positive(op, blocks_name, blocks);
-  if (size % blocks != 0) fail(op, ": ", name, " must be divisible by ", blocks_name, " (", blocks, "), got ", size);
+  if (size % blocks != 0)
+    fail(op, ": ", name, " must be divisible by ", blocks_name, " (", blocks, "), got ", size);
   return size / blocks;
 }
 
-Plan make_plan(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t in_features,
-               int64_t out_features, const OptionalTensor& in_extent, const OptionalTensor& out_extent,
-               int64_t in_blocks, int64_t out_blocks) {
+Plan make_plan(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+               int64_t in_features, int64_t out_features, const OptionalTensor& in_extent,
+               const OptionalTensor& out_extent, int64_t in_blocks, int64_t out_blocks) {
   check_dim(op, "x", x, 2);
   check_floating(op, "x", x);
   check_dim(op, "weight", weight, 2);
@@ -89,7 +91,8 @@ void forward_step(const Plan& plan, const Step& step, const Tensor& x_rows, cons
     }
     sum_of_blocks(out, plan.in.blocks, bias_part, [&](int64_t ib, const Tensor& part) {
       const int64_t x0 = ib * plan.in.features, k0 = ib * plan.in.stride;
-      matmul_into(part, columns(x_rows, x0, x0 + in_used), transposed(columns(weight_rows, k0, k0 + in_used)));
+      matmul_into(part, columns(x_rows, x0, x0 + in_used),
+                  transposed(columns(weight_rows, k0, k0 + in_used)));
     });
   }
 }
@@ -113,7 +116,8 @@ void backward_input_step(const Plan& plan, const Step& step, const Tensor& dy_ro
   }
 }
 
-// The columns of one side with the rows that use them: the staircase where it is per token, one block otherwise.
+// The columns of one side with the rows that use them: the staircase where it is per token, one block
+// otherwise.
 std::vector<ColumnBlock> blocks_of(const Plan& plan, bool per_token, int64_t used, int64_t T) {
   if (per_token) return column_blocks(plan.extents.stairs);
   return {{0, used, T}};
@@ -129,7 +133,8 @@ void backward_weight(const Plan& plan, const Tensor& dy, const Tensor& x, const 
       const Tensor dy_columns = columns(dy, y0 + n.begin, y0 + n.end);
       for (int64_t ib = 0; ib < plan.in.blocks; ++ib)
         for (const auto& k : in_ranges) {
-          const int64_t count = std::min(n.rows, k.rows), x0 = ib * plan.in.features, k0 = ib * plan.in.stride;
+          const int64_t count = std::min(n.rows, k.rows), x0 = ib * plan.in.features,
+                        k0 = ib * plan.in.stride;
           matmul_into(columns(dweight_rows, k0 + k.begin, k0 + k.end), transposed(rows(dy_columns, 0, count)),
                       rows(columns(x, x0 + k.begin, x0 + k.end), 0, count));
         }
@@ -151,22 +156,22 @@ Tensor elastic_linear(const Tensor& x, const Tensor& weight, const OptionalTenso
                       int64_t out_features, const OptionalTensor& in_extent, const OptionalTensor& out_extent,
                       int64_t in_blocks, int64_t out_blocks) {
   const NoGrad guard;
-  const Plan plan = make_plan("elastic_linear", x, weight, bias, in_features, out_features, in_extent, out_extent,
-                              in_blocks, out_blocks);
+  const Plan plan = make_plan("elastic_linear", x, weight, bias, in_features, out_features, in_extent,
+                              out_extent, in_blocks, out_blocks);
   const std::vector<int64_t> shape{x.size(0), out_blocks * out_features};
   const bool whole = !plan.per_token_out && plan.out.used == plan.out.features;
   const Tensor y = whole ? empty(x, shape) : zeros(x, shape);
   const Tensor x_sorted = gather_rows(x, plan.extents.order);
   for (const Step& step : plan.extents.stairs.steps)
-    forward_step(plan, step, rows(x_sorted, step.begin, step.end), weight, bias, rows(y, step.begin, step.end));
+    forward_step(plan, step, rows(x_sorted, step.begin, step.end), weight, bias,
+                 rows(y, step.begin, step.end));
   return gather_rows(y, plan.extents.inverse);
 }
 
-std::tuple<Tensor, Tensor, Tensor> elastic_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                                           const OptionalTensor& bias, int64_t in_features,
-                                                           int64_t out_features, const OptionalTensor& in_extent,
-                                                           const OptionalTensor& out_extent, int64_t in_blocks,
-                                                           int64_t out_blocks, int64_t output_mask) {
+std::tuple<Tensor, Tensor, Tensor> elastic_linear_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t in_features,
+    int64_t out_features, const OptionalTensor& in_extent, const OptionalTensor& out_extent,
+    int64_t in_blocks, int64_t out_blocks, int64_t output_mask) {
   constexpr auto op = "elastic_linear_backward";
   const NoGrad guard;
   const Plan plan =

@@ -2,11 +2,13 @@
 //
 //   h = act(x w_gate[:d]^T + b_gate) * (x w_up[:d]^T + b_up)        y = (s * h) w_down[:, :d]^T + b_down
 //
-// The GEMMs are the vendor's, on views; what lies between them is csrc/kernels/elastic_mlp.h. An extent per token is the
-// staircase: sorted tokens, row steps for up, down and dx, column blocks for the weights' gradients.
+// The GEMMs are the vendor's, on views; what lies between them is csrc/kernels/elastic_mlp.h. An extent per
+// token is the staircase: sorted tokens, row steps for up, down and dx, column blocks for the weights'
+// gradients.
+#include "kernels/elastic_mlp.h"
+
 #include <array>
 
-#include "kernels/elastic_mlp.h"
 #include "ops/device.h"
 #include "ops/dispatch.h"
 #include "ops/extents.h"
@@ -15,7 +17,8 @@
 namespace flextron {
 namespace {
 
-// Rows per pass of the forward: bounds the hidden activations, whatever T is (3 MiB a matrix at 1536 neurons in float32).
+// Rows per pass of the forward: bounds the hidden activations, whatever T is (3 MiB a matrix at 1536 neurons
+// in float32).
 constexpr int64_t kRowTile = 512;
 
 struct Mlp {
@@ -54,7 +57,8 @@ void read_gate(Mlp& mlp, const Tensor& x, int64_t width, const Tensor& gate,
   if (gate.dim() != 2 || gate.size(1) != C || (gate.size(0) != 1 && gate.size(0) != T))
     fail(mlp.op, ": gate must have shape [1, ", C, "] or [", T, ", ", C, "], got ", shape_text(gate.sizes()));
   const bool wide = x.scalar_type() == ScalarType::Double;
-  mlp.gate = torch::stable::contiguous(torch::stable::to(gate, wide ? ScalarType::Double : ScalarType::Float));
+  mlp.gate =
+      torch::stable::contiguous(torch::stable::to(gate, wide ? ScalarType::Double : ScalarType::Float));
   mlp.choices = *choices;
   mlp.extents.stairs = flat_staircase(T, choices->back());
 }
@@ -82,8 +86,17 @@ Mlp read_arguments(const char* op, const Tensor& x, const OptionalTensor& w_gate
   if (extent && gate) fail(op, ": extent must be None when gate is given, got both");
   if (choices && !gate) fail(op, ": choices must be None without gate, got a list");
 
-  Mlp mlp{.op = op, .w_up = w_up, .w_down = w_down, .w_gate = w_gate, .b_gate = b_gate, .b_up = b_up,
-          .b_down = b_down, .activation = activation_of(op, activation), .extents = {}, .gate = {}, .choices = {}};
+  Mlp mlp{.op = op,
+          .w_up = w_up,
+          .w_down = w_down,
+          .w_gate = w_gate,
+          .b_gate = b_gate,
+          .b_up = b_up,
+          .b_down = b_down,
+          .activation = activation_of(op, activation),
+          .extents = {},
+          .gate = {},
+          .choices = {}};
   if (gate)
     read_gate(mlp, x, width, *gate, choices);
   else
@@ -159,7 +172,8 @@ Hidden backward_hidden(const Mlp& mlp, const Tensor& dy, const Tensor& x, const 
     const Tensor x_rows = rows(x, step.begin, step.end), u = part(hidden.du), dh = part(hidden.scaled);
     linear_into(u, x_rows, rows(mlp.w_up, 0, d), first(mlp.b_up, d));
     OptionalTensor g;
-    if (mlp.w_gate) linear_into(g.emplace(part(*hidden.dg)), x_rows, rows(*mlp.w_gate, 0, d), first(mlp.b_gate, d));
+    if (mlp.w_gate)
+      linear_into(g.emplace(part(*hidden.dg)), x_rows, rows(*mlp.w_gate, 0, d), first(mlp.b_gate, d));
     matmul_into(dh, rows(dy, step.begin, step.end), columns(mlp.w_down, 0, d));
     elementwise<true>(mlp, g, u, dh, dgate, step.begin, d);
   }
@@ -170,7 +184,8 @@ Tensor backward_input(const Mlp& mlp, const Hidden& hidden, const Tensor& x) {
   const Tensor dx = empty(x, {x.size(0), x.size(1)});
   for (const Step& step : mlp.extents.stairs.steps) {
     const auto part = [&](const Tensor& dhidden, const Tensor& weight, const Tensor& out) {
-      matmul_into(out, columns(rows(dhidden, step.begin, step.end), 0, step.extent), rows(weight, 0, step.extent));
+      matmul_into(out, columns(rows(dhidden, step.begin, step.end), 0, step.extent),
+                  rows(weight, 0, step.extent));
     };
     const Tensor out = rows(dx, step.begin, step.end);
     if (!mlp.w_gate) {
@@ -184,7 +199,8 @@ Tensor backward_input(const Mlp& mlp, const Hidden& hidden, const Tensor& x) {
   return gather_rows(dx, mlp.extents.inverse);
 }
 
-// dw[:d] = dhidden^T x and db[:d] = the sum of dhidden, column block by column block; zeros beyond the widest token.
+// dw[:d] = dhidden^T x and db[:d] = the sum of dhidden, column block by column block; zeros beyond the widest
+// token.
 Tensor backward_up_weight(const Mlp& mlp, const Tensor& dhidden, const Tensor& x) {
   const Tensor dw = zeros(x, {mlp.w_up.size(0), x.size(1)});
   for (const auto& b : column_blocks(mlp.extents.stairs))
@@ -210,11 +226,11 @@ Tensor backward_down_weight(const Mlp& mlp, const Tensor& scaled, const Tensor& 
 
 Tensor elastic_mlp(const Tensor& x, const OptionalTensor& w_gate, const Tensor& w_up, const Tensor& w_down,
                    const OptionalTensor& b_gate, const OptionalTensor& b_up, const OptionalTensor& b_down,
-                   int64_t width, const Text& activation, const OptionalTensor& extent, const OptionalTensor& gate,
-                   const std::optional<std::vector<int64_t>>& choices) {
+                   int64_t width, const Text& activation, const OptionalTensor& extent,
+                   const OptionalTensor& gate, const std::optional<std::vector<int64_t>>& choices) {
   const NoGrad guard;
-  const Mlp mlp = read_arguments("elastic_mlp", x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation.value,
-                                 extent, gate, choices);
+  const Mlp mlp = read_arguments("elastic_mlp", x, w_gate, w_up, w_down, b_gate, b_up, b_down, width,
+                                 activation.value, extent, gate, choices);
   const Tensor y = empty(x, {x.size(0), w_down.size(0)});
   const Tensor x_sorted = gather_rows(x, mlp.extents.order);
   for (const Step& step : mlp.extents.stairs.steps) forward_step(mlp, step, x_sorted, y);
@@ -228,8 +244,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> elast
     const std::optional<std::vector<int64_t>>& choices, int64_t output_mask) {
   constexpr auto op = "elastic_mlp_backward";
   const NoGrad guard;
-  const Mlp mlp = read_arguments(op, x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation.value, extent,
-                                 gate, choices);
+  const Mlp mlp = read_arguments(op, x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation.value,
+                                 extent, gate, choices);
   check_like(op, "dy", dy, {x.size(0), w_down.size(0)}, x.scalar_type(), x.device());
   check_range(op, "output_mask", output_mask, 0, 255);
   const auto wanted = [&](int64_t bit, bool exists) { return (output_mask >> bit & 1) && exists; };

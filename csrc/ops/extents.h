@@ -12,7 +12,8 @@
 namespace flextron {
 
 // The values of a one-dimensional int32 or int64 tensor, each checked to lie in [0, maximum].
-inline std::vector<int64_t> host_integers(const char* op, const char* name, const Tensor& t, int64_t maximum) {
+inline std::vector<int64_t> host_integers(const char* op, const char* name, const Tensor& t,
+                                          int64_t maximum) {
   check_integers(op, name, t);
   const Tensor wide = torch::stable::contiguous(torch::stable::to(t, ScalarType::Long));
   const auto* data = static_cast<const int64_t*>(wide.const_data_ptr());
@@ -30,8 +31,8 @@ struct Extents {
   int64_t widest() const { return stairs.steps.empty() ? 0 : stairs.steps.front().extent; }
 };
 
-inline Extents read_extents(const char* op, const char* name, const std::optional<Tensor>& extent, const Tensor& x,
-                            int64_t maximum) {
+inline Extents read_extents(const char* op, const char* name, const std::optional<Tensor>& extent,
+                            const Tensor& x, int64_t maximum) {
   const int64_t T = x.size(0);
   if (!extent) return {flat_staircase(T, maximum), {}, {}};
   check_device(op, name, *extent, x.device());

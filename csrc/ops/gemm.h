@@ -32,14 +32,17 @@ inline Tensor rows(const Tensor& t, int64_t begin, int64_t end) { return slice(t
 inline Tensor columns(const Tensor& t, int64_t begin, int64_t end) { return slice(t, 1, begin, end); }
 inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
 
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, std::optional<ScalarType> dtype = {}) {
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape,
+                    std::optional<ScalarType> dtype = {}) {
   return torch::stable::new_empty(like, shape, dtype);
 }
-inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape, std::optional<ScalarType> dtype = {}) {
+inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape,
+                    std::optional<ScalarType> dtype = {}) {
   return torch::stable::new_zeros(like, shape, dtype);
 }
 
-// out = a b. Any strides; nothing is copied where one stride of each is 1. An empty inner dimension gives zeros.
+// out = a b. Any strides; nothing is copied where one stride of each is 1. An empty inner dimension gives
+// zeros.
 inline void matmul_into(Tensor out, const Tensor& a, const Tensor& b) {
   if (out.numel() == 0) return;
   if (a.size(1) == 0) {
@@ -59,7 +62,8 @@ inline Tensor matmul(const Tensor& a, const Tensor& b) {
 }
 
 // out = x weight^T + bias, exactly torch's own linear.
-inline void linear_into(Tensor out, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+inline void linear_into(Tensor out, const Tensor& x, const Tensor& weight,
+                        const std::optional<Tensor>& bias) {
   if (out.numel() == 0) return;
   if (x.size(1) == 0) {
     bias ? torch::stable::copy_(out, *bias) : torch::stable::zero_(out);
@@ -67,7 +71,8 @@ inline void linear_into(Tensor out, const Tensor& x, const Tensor& weight, const
   }
   std::array<StableIValue, 4> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -78,8 +83,8 @@ inline void sum_rows_into(Tensor out, const Tensor& t) {
   torch::stable::sum_out(out, t, torch::headeronly::IntHeaderOnlyArrayRef(first.data(), 1));
 }
 
-// out = sum over blocks of part(block, into). One block is written in place; more are summed in one pass, so a 16-bit
-// result is rounded once per block and once at the end, however many blocks there are.
+// out = sum over blocks of part(block, into). One block is written in place; more are summed in one pass, so
+// a 16-bit result is rounded once per block and once at the end, however many blocks there are.
 template <class Part>
 void sum_of_blocks(const Tensor& out, int64_t blocks, const std::optional<Tensor>& extra, const Part& part) {
   if (out.numel() == 0) return;
@@ -98,7 +103,8 @@ inline Tensor gather_rows(const Tensor& t, const std::optional<Tensor>& order) {
   if (!order) return t;
   std::array<StableIValue, 3> stack{torch::stable::detail::from(t), torch::stable::detail::from(int64_t{0}),
                                     torch::stable::detail::from(*order)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

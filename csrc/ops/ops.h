@@ -1,4 +1,5 @@
-// Every op's function, as library.cpp registers it. Formulas are in csrc/kernels/<op>.h, checks in csrc/ops/<op>.cpp.
+// Every op's function, as library.cpp registers it. Formulas are in csrc/kernels/<op>.h, checks in
+// csrc/ops/<op>.cpp.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -22,16 +23,15 @@ struct Text {
 Tensor elastic_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t in_features,
                       int64_t out_features, const OptionalTensor& in_extent, const OptionalTensor& out_extent,
                       int64_t in_blocks, int64_t out_blocks);
-std::tuple<Tensor, Tensor, Tensor> elastic_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                                           const OptionalTensor& bias, int64_t in_features,
-                                                           int64_t out_features, const OptionalTensor& in_extent,
-                                                           const OptionalTensor& out_extent, int64_t in_blocks,
-                                                           int64_t out_blocks, int64_t output_mask);
+std::tuple<Tensor, Tensor, Tensor> elastic_linear_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t in_features,
+    int64_t out_features, const OptionalTensor& in_extent, const OptionalTensor& out_extent,
+    int64_t in_blocks, int64_t out_blocks, int64_t output_mask);
 
 Tensor elastic_mlp(const Tensor& x, const OptionalTensor& w_gate, const Tensor& w_up, const Tensor& w_down,
                    const OptionalTensor& b_gate, const OptionalTensor& b_up, const OptionalTensor& b_down,
-                   int64_t width, const Text& activation, const OptionalTensor& extent, const OptionalTensor& gate,
-                   const std::optional<std::vector<int64_t>>& choices);
+                   int64_t width, const Text& activation, const OptionalTensor& extent,
+                   const OptionalTensor& gate, const std::optional<std::vector<int64_t>>& choices);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> elastic_mlp_backward(
     const Tensor& dy, const Tensor& x, const OptionalTensor& w_gate, const Tensor& w_up, const Tensor& w_down,
     const OptionalTensor& b_gate, const OptionalTensor& b_up, const OptionalTensor& b_down, int64_t width,
@@ -42,20 +42,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> elast
 std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, std::optional<int64_t> seed);
 
 std::tuple<Tensor, Tensor> head_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads,
-                                          const Text& unit, const OptionalTensor& extent, const Text& extent_per,
-                                          const OptionalTensor& index, const OptionalTensor& cu_seqlens_q,
-                                          const OptionalTensor& cu_seqlens_k, const OptionalTensor& k_start, bool causal,
-                                          std::optional<double> scale);
+                                          const Text& unit, const OptionalTensor& extent,
+                                          const Text& extent_per, const OptionalTensor& index,
+                                          const OptionalTensor& cu_seqlens_q,
+                                          const OptionalTensor& cu_seqlens_k, const OptionalTensor& k_start,
+                                          bool causal, std::optional<double> scale);
 std::tuple<Tensor, Tensor, Tensor> head_attention_backward(
-    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-    int64_t heads, const Text& unit, const OptionalTensor& extent, const Text& extent_per, const OptionalTensor& index,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, const OptionalTensor& k_start, bool causal,
-    std::optional<double> scale, int64_t output_mask);
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, int64_t heads, const Text& unit, const OptionalTensor& extent, const Text& extent_per,
+    const OptionalTensor& index, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    const OptionalTensor& k_start, bool causal, std::optional<double> scale, int64_t output_mask);
 
-Tensor head_attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seqlens,
-                             int64_t heads, const Text& unit, const OptionalTensor& extent,
-                             const OptionalTensor& block_table, const OptionalTensor& k_start,
-                             std::optional<double> scale);
+Tensor head_attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                             const Tensor& seqlens, int64_t heads, const Text& unit,
+                             const OptionalTensor& extent, const OptionalTensor& block_table,
+                             const OptionalTensor& k_start, std::optional<double> scale);
 std::tuple<Tensor, Tensor, Tensor> head_attention_decode_backward(
     const Tensor& dout, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seqlens,
     int64_t heads, const Text& unit, const OptionalTensor& extent, const OptionalTensor& block_table,

@@ -43,7 +43,15 @@ def elastic_linear(
     in_extent = common.check_extent(OP, "in_extent", in_extent, rows)
     out_extent = common.check_extent(OP, "out_extent", out_extent, rows)
     y = torch.ops.flextron.elastic_linear(
-        x.reshape(rows, x.shape[-1]), weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, out_blocks
+        x.reshape(rows, x.shape[-1]),
+        weight,
+        bias,
+        in_features,
+        out_features,
+        in_extent,
+        out_extent,
+        in_blocks,
+        out_blocks,
     )
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -76,12 +84,16 @@ def _check(x, weight, bias, in_features, out_features, in_extent, out_extent, in
 
 
 @torch.library.register_fake("flextron::elastic_linear")
-def _shape(x, weight, bias, in_features, out_features, in_extent=None, out_extent=None, in_blocks=1, out_blocks=1):
+def _shape(
+    x, weight, bias, in_features, out_features, in_extent=None, out_extent=None, in_blocks=1, out_blocks=1
+):
     return x.new_empty(x.shape[0], out_blocks * out_features)
 
 
 @torch.library.register_fake("flextron::elastic_linear_backward")
-def _backward_shape(dy, x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, out_blocks, output_mask):
+def _backward_shape(
+    dy, x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, out_blocks, output_mask
+):
     return (
         x.new_empty(x.shape if output_mask & 1 else (0,)),
         x.new_empty(weight.shape if output_mask & 2 else (0,)),

@@ -99,7 +99,9 @@ def _check(x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation) -> 
 def _check_gate(x, rows, width, extent, gate, choices) -> None:
     if (gate is None) != (choices is None):
         missing = "gate" if gate is None else "choices"
-        raise ValueError(f"{OP}: {missing} must be given with {'choices' if gate is None else 'gate'}, got None")
+        raise ValueError(
+            f"{OP}: {missing} must be given with {'choices' if gate is None else 'gate'}, got None"
+        )
     if gate is None:
         return
     if extent is not None:
@@ -118,7 +120,18 @@ def _check_gate(x, rows, width, extent, gate, choices) -> None:
 
 @torch.library.register_fake("flextron::elastic_mlp")
 def _shape(
-    x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation="silu", extent=None, gate=None, choices=None
+    x,
+    w_gate,
+    w_up,
+    w_down,
+    b_gate,
+    b_up,
+    b_down,
+    width,
+    activation="silu",
+    extent=None,
+    gate=None,
+    choices=None,
 ):
     return x.new_empty(x.shape[0], w_down.shape[0])
 

@@ -1,0 +1,245 @@
+"""What is peculiar to elastic_linear: prefixes inside blocks, the staircase, and what lies beyond an extent."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+
+from flextron_ext import _C, elastic_linear, reference
+
+T, K, N = 11, 12, 10
+
+
+def inputs(ib=1, ob=1, dtype=torch.float32, T=T):
+    x = torch.randn(T, ib * K, dtype=dtype)
+    return x, torch.randn(ob * N, ib * K, dtype=dtype), torch.randn(ob * N, dtype=dtype)
+
+
+def beyond(tensor, keep):
+    """The tensor with NaN wherever keep is False."""
+    return torch.where(keep, tensor, torch.nan)
+
+
+def test_slices_equal_the_op():
+    x, weight, bias = inputs()
+    y = elastic_linear(x, weight, bias, 7, 5)
+    assert torch.equal(y, torch.nn.functional.linear(x[:, :7], weight[:5, :7], bias[:5]))
+
+
+def test_full_extent_is_plain_linear():
+    x, weight, bias = inputs(ib=2, ob=3)
+    y = elastic_linear(x, weight, bias, K, N, in_blocks=2, out_blocks=3)
+    assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_nothing_beyond_an_extent_is_used(side, blocks):
+    """NaN beyond the widest token in the weight, beyond each token's own in x and dy: no NaN comes back."""
+    x, weight, bias = inputs(blocks, blocks)
+    extent = torch.randint(0, 6, (T,))
+    widest, total = int(extent.max()), K if side == "in" else N
+    inside = (torch.arange(total) < extent[:, None]).repeat(1, blocks)
+    live = (torch.arange(total) < widest).repeat(blocks)
+    if side == "in":
+        poisoned = beyond(x, inside), beyond(weight, live), bias
+        cotangent = torch.randn(T, blocks * N)
+    else:
+        poisoned = x, beyond(weight, live[:, None]), beyond(bias, live)
+        cotangent = beyond(torch.randn(T, blocks * N), inside)
+    clean = [value.nan_to_num(0.0) for value in poisoned]
+    sizes = {f"{side}_extent": extent, "in_blocks": blocks, "out_blocks": blocks}
+    results = []
+    for values, dy in ((poisoned, cotangent), (clean, cotangent.nan_to_num(0.0))):
+        leaves = [value.clone().requires_grad_() for value in values]
+        y = elastic_linear(*leaves, K, N, **sizes)
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+    _, dx, dweight, dbias = results[0]
+    assert not (dx if side == "in" else torch.zeros(1))[(~inside) if side == "in" else slice(0)].any()
+    assert not dweight[..., ~live].any() if side == "in" else not dweight[~live].any()
+    assert side == "in" or not dbias[~live].any()
+
+
+def test_permuting_tokens_permutes_outputs():
+    x, weight, bias = inputs()
+    extent, order = torch.randint(0, N + 1, (T,)), torch.randperm(T)
+    y = elastic_linear(x, weight, bias, K, N, out_extent=extent)
+    torch.testing.assert_close(
+        elastic_linear(x[order], weight, bias, K, N, out_extent=extent[order]), y[order]
+    )
+
+
+def test_extent_zero_keeps_the_bias_of_the_outputs_that_exist():
+    x, weight, bias = inputs()
+    zero = torch.zeros(T, dtype=torch.int64)
+    assert torch.equal(elastic_linear(x, weight, bias, K, N, in_extent=zero), bias.expand(T, N))
+    assert torch.equal(elastic_linear(x, weight, bias, K, N, out_extent=zero), torch.zeros(T, N))
+
+
+def test_leading_dimensions_are_kept():
+    x, weight, bias = inputs(T=12)
+    extent = torch.randint(0, N + 1, (3, 4))
+    y = elastic_linear(x.view(3, 4, K), weight, bias, K, N, out_extent=extent)
+    assert torch.equal(y.view(12, N), elastic_linear(x, weight, bias, K, N, out_extent=extent.view(12)))
+
+
+def test_expanded_and_transposed_gradients():
+    leaves = [value.requires_grad_() for value in inputs(ib=2, ob=2, dtype=torch.float64)]
+    extent = torch.randint(0, 9, (T,))
+    for spread in (lambda y: y.sum(), lambda y: (y.T @ torch.ones(T, 3, dtype=y.dtype)).sum()):
+        ours, theirs = (
+            torch.autograd.grad(
+                spread(run(*leaves, 9, 7, in_extent=extent, in_blocks=2, out_blocks=2)), leaves
+            )
+            for run in (elastic_linear, reference.elastic_linear)
+        )
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+def test_gradcheck():
+    leaves = [value.requires_grad_() for value in inputs(ib=2, ob=2, dtype=torch.float64, T=4)]
+    for extents in (
+        {},
+        {"in_extent": torch.tensor([0, 3, 5, 3])},
+        {"out_extent": torch.tensor([4, 0, 7, 7])},
+    ):
+        run = lambda x, w, b, e=extents: elastic_linear(x, w, b, 5, 7, in_blocks=2, out_blocks=2, **e)  # noqa: E731
+        assert torch.autograd.gradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("asks", [asks for asks in product([False, True], repeat=3) if any(asks)])
+def test_every_combination_of_gradients(asks):
+    leaves = [value.requires_grad_(ask) for value, ask in zip(inputs(), asks, strict=True)]
+    extent = torch.randint(0, N + 1, (T,))
+    elastic_linear(*leaves, K, N, out_extent=extent).square().sum().backward()
+    ours = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    reference.elastic_linear(*leaves, K, N, out_extent=extent).square().sum().backward()
+    for mine, leaf in zip(ours, leaves, strict=True):
+        assert (mine is None) == (leaf.grad is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, leaf.grad, rtol=1e-4, atol=1e-4)
+
+
+def multiplied(run) -> int:
+    """Multiply-adds of the GEMMs run makes, from the shapes the profiler records."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        run()
+    total = 0
+    for event in recorded.events():
+        if event.name in ("aten::mm", "aten::addmm"):
+            matrices = [shape for shape in event.input_shapes if len(shape) == 2]
+            a, b = matrices[-3:-1]  # the last one is the output
+            total += a[0] * a[1] * b[1]
+    return total
+
+
+def test_work_is_proportional_to_the_extents():
+    x, weight, bias = inputs()
+    extent = torch.tensor([0, 0, 3, 3, 3, 10, 10, 5, 1, 1, 7])
+    leaves = [value.requires_grad_() for value in (x, weight)]
+    forward = multiplied(lambda: elastic_linear(*leaves, None, K, N, out_extent=extent))
+    assert forward == int(extent.sum()) * K
+    y = elastic_linear(*leaves, None, K, N, out_extent=extent)
+    assert multiplied(lambda: y.sum().backward()) == 2 * int(extent.sum()) * K
+
+
+@given(st.data())
+@settings(max_examples=50, deadline=None)
+def test_fuzz(data):
+    draw = data.draw
+    T, ib, ob = draw(st.integers(0, 65)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    K, N = draw(st.integers(1, 33)), draw(st.integers(1, 33))
+    in_features, out_features = draw(st.integers(0, K)), draw(st.integers(0, N))
+    side = draw(st.sampled_from([None, "in", "out"]))
+    high = in_features if side == "in" else out_features
+    extent = draw(st.lists(st.integers(0, high), min_size=T, max_size=T)) if draw(st.booleans()) else [high]
+    extents = {} if side is None else {f"{side}_extent": torch.tensor(extent, dtype=torch.int64)}
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((T, ib * K), (ob * N, ib * K), (ob * N,))
+    )
+    leaves = [value.requires_grad_() for value in (x, weight, bias)]
+    arguments = (in_features, out_features)
+    ours = elastic_linear(*leaves, *arguments, in_blocks=ib, out_blocks=ob, **extents)
+    theirs = reference.elastic_linear(*leaves, *arguments, in_blocks=ib, out_blocks=ob, **extents)
+    torch.testing.assert_close(ours, theirs)
+    for mine, other in zip(
+        torch.autograd.grad(ours.square().sum(), leaves),
+        torch.autograd.grad(theirs.square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+@given(
+    st.integers(1, 40).flatmap(
+        lambda high: st.tuples(st.lists(st.integers(0, high), max_size=60), st.just(high))
+    )
+)
+@settings(max_examples=50, deadline=None)
+def test_staircase_visits_each_needed_tile_once(drawn):
+    extents, maximum = drawn
+    stairs = _C.staircase(extents, maximum)
+    order = stairs["order"] or list(range(len(extents)))
+    assert order == sorted(range(len(extents)), key=lambda t: (-extents[t], t))
+    by_steps = [
+        (order[i], n)
+        for extent, begin, end in stairs["steps"]
+        for i in range(begin, end)
+        for n in range(extent)
+    ]
+    by_columns = [
+        (order[i], n)
+        for begin, end, rows in stairs["column_blocks"]
+        for n in range(begin, end)
+        for i in range(rows)
+    ]
+    needed = {(t, n) for t, extent in enumerate(extents) for n in range(extent)}
+    assert len(by_steps) == len(by_columns) == len(needed)
+    assert set(by_steps) == set(by_columns) == needed
+
+
+BAD = [
+    (dict(in_features=13), ValueError, r"in_features must lie in \[0, 12\], got 13"),
+    (dict(out_features=-1), ValueError, r"out_features must lie in \[0, 10\], got -1"),
+    (dict(in_blocks=5), ValueError, r"x.shape\[-1\] must be divisible by in_blocks \(5\), got 12"),
+    (dict(in_blocks=0), ValueError, "in_blocks must be at least 1, got 0"),
+    (dict(bias=torch.randn(9)), ValueError, r"bias must have shape \[10\], got \[9\]"),
+    (dict(weight=torch.randn(10, 12, dtype=torch.float64)), TypeError, "weight must have the dtype of x"),
+    (dict(weight=torch.randn(10)), ValueError, "weight must have 2 dimensions, got 1"),
+    (dict(x=torch.ones(3, 12, dtype=torch.int64)), TypeError, "x must be float32, .*got int64"),
+    (dict(x=[1.0]), TypeError, "x must be a tensor, got list"),
+    (dict(in_extent=torch.tensor([1.0])), TypeError, "in_extent must be int32, int64, got float32"),
+    (
+        dict(in_extent=torch.tensor([1, 2])),
+        ValueError,
+        r"in_extent must have shape \[1\] or \[11\], got \[2\]",
+    ),
+    (dict(in_extent=torch.tensor([13])), RuntimeError, r"in_extent must lie in \[0, 12\], got 13"),
+    (dict(out_extent=torch.tensor([-1])), RuntimeError, r"out_extent must lie in \[0, 10\], got -1"),
+    (
+        dict(in_extent=torch.tensor([1]), out_extent=torch.tensor([1])),
+        ValueError,
+        "in_extent must be None when out_extent",
+    ),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BAD, ids=[message[:30] for _, _, message in BAD])
+def test_bad_arguments_get_one_sentence(change, error, message):
+    x, weight, bias = inputs()
+    arguments = dict(x=x, weight=weight, bias=bias, in_features=K, out_features=N) | change
+    with pytest.raises(error, match=f"elastic_linear: {message}"):
+        elastic_linear(**arguments)
+    if error is not TypeError or isinstance(arguments["x"], torch.Tensor):
+        with pytest.raises(RuntimeError, match="elastic_linear: "):  # the op itself checks too
+            torch.ops.flextron.elastic_linear(**arguments)
