@@ -319,6 +319,14 @@ def test_nan_stops_before_the_weights_are_damaged(where, tmp_path):
     assert train(model, tiny_run.tokens(), config, tmp_path).resumed_from == 2
 
 
+def test_gradients_left_by_the_caller_do_not_count(tmp_path):
+    clean, used_before = tiny_run.elastic(), tiny_run.elastic()
+    used_before(input_ids=VALIDATION, labels=VALIDATION, use_cache=False).loss.backward()
+    for model, name in ((clean, "clean"), (used_before, "used")):
+        train(model, tiny_run.tokens(), PLAIN, tmp_path / name)
+    assert same(clean.state_dict(), used_before.state_dict())
+
+
 def test_frozen_parameters_stay(tmp_path):
     model = tiny_run.elastic()
     model.model.embed_tokens.requires_grad_(False)

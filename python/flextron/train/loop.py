@@ -215,6 +215,7 @@ class _Run:
         steps, every = self.config.steps, self.config.checkpoint_every
         start = self._start(resume)
         log = MetricsLog(self.directory, start)
+        self.optimizer.zero_grad()  # a gradient the caller left would be taken for ours
         if start == 0:
             self._evaluate(0, log)
         for step in range(start + 1, steps + 1):
