@@ -73,7 +73,9 @@ def elastic_mlp(
     h = act(h) if w_gate is None else act(F.linear(x, w_gate[:width], first(b_gate))) * h
     if gate is not None:
         neuron = torch.arange(width, device=x.device)
-        reached = neuron < torch.tensor(choices, device=x.device)[:, None]  # [C, width]: choice c keeps the neuron
+        reached = (
+            neuron < torch.tensor(choices, device=x.device)[:, None]
+        )  # [C, width]: choice c keeps the neuron
         h = h * (gate @ reached.to(gate.dtype)).to(h.dtype)
     if extent is not None:
         h = _keep(h, extent)
@@ -90,7 +92,9 @@ def _active(q: Tensor, G: int, heads: int, unit: str, count: Tensor, index: Tens
     return (rank < count.clamp(max=heads).reshape(-1, 1)).expand(T, H)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, active: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, active: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """One sequence. q [T, H, D], k, v [S, G, D], visible [T, S], active [T, H] -> out [T, H, D], lse [T, H]."""
     M = q.shape[1] // k.shape[1]
     used = active.view(*active.shape[:1], -1, M).any(2).any(0)[:, None]  # [G, 1]
@@ -102,7 +106,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, active: Tensor, sc
     score = torch.einsum("thd,shd->ths", q.to(wide), k.to(wide)) * scale
     score = score.masked_fill(~(visible[:, None] & active[..., None]), -math.inf)
     lse = torch.logsumexp(score, -1) if k.shape[0] else score.new_full(q.shape[:2], -math.inf)
-    weight = torch.where(torch.isinf(lse)[..., None], 0.0, torch.exp(score - lse.masked_fill(torch.isinf(lse), 0)[..., None]))
+    weight = torch.where(
+        torch.isinf(lse)[..., None], 0.0, torch.exp(score - lse.masked_fill(torch.isinf(lse), 0)[..., None])
+    )
     return torch.einsum("ths,shd->thd", weight, v.to(wide)).to(q.dtype), lse
 
 
@@ -139,7 +145,9 @@ def head_attention(
         t, s = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
         first = 0 if k_start is None else int(k_start[b])
         visible = _visible(t.stop - t.start, s.stop - s.start, first, causal, q.device)
-        parts.append(_attend(q[t], k[s], v[s], visible, active[t], q.shape[2] ** -0.5 if scale is None else scale))
+        parts.append(
+            _attend(q[t], k[s], v[s], visible, active[t], q.shape[2] ** -0.5 if scale is None else scale)
+        )
     wide = torch.promote_types(q.dtype, torch.float32)
     if not parts:
         return q.new_zeros(q.shape), q.new_full(q.shape[:2], -math.inf, dtype=wide)
@@ -168,7 +176,11 @@ def head_attention_decode(
         else:
             k, v = k[b], v[b]
         k, v = k[: int(seqlens[b])], v[: int(seqlens[b])]
-        count = torch.tensor([heads], device=q.device) if extent is None else extent[b if extent.numel() > 1 else 0].view(1)
+        count = (
+            torch.tensor([heads], device=q.device)
+            if extent is None
+            else extent[b if extent.numel() > 1 else 0].view(1)
+        )
         active = _active(q[b], k.shape[1], heads, unit, count, None)
         visible = _visible(T, k.shape[0], 0 if k_start is None else int(k_start[b]), True, q.device)
         out.append(_attend(q[b], k, v, visible, active, D**-0.5 if scale is None else scale)[0])

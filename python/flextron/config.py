@@ -63,14 +63,17 @@ class ElasticConfig:
             raise ValueError(f"ElasticConfig: unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"ElasticConfig: num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
+                "ElasticConfig: num_heads must be a multiple of num_kv_heads, "
+                f"got {self.num_heads} and {self.num_kv_heads}"
             )
         for name, menu, last in (
             ("mlp_choices", self.mlp_choices, self.intermediate_size),
             ("head_choices", self.head_choices, self.max_heads),
         ):
             if not menu or list(menu) != sorted(set(menu)) or menu[0] < 1 or menu[-1] != last:
-                raise ValueError(f"ElasticConfig: {name} must ascend from at least 1 to {last}, got {list(menu)}")
+                raise ValueError(
+                    f"ElasticConfig: {name} must ascend from at least 1 to {last}, got {list(menu)}"
+                )
 
     @property
     def heads_per_group(self) -> int:
@@ -127,7 +130,13 @@ class ElasticConfig:
         return total
 
     def memory_bytes(
-        self, widths: Widths, *, batch: int = 1, context: int = 0, bytes_per_value: int = 4, kv: str = "selected"
+        self,
+        widths: Widths,
+        *,
+        batch: int = 1,
+        context: int = 0,
+        bytes_per_value: int = 4,
+        kv: str = "selected",
     ) -> int:
         """Bytes of weights and key/value cache at ``batch`` sequences of ``context`` tokens."""
         cached = sum(2 * self.kv_heads(n, kv) * self.head_dim for n in widths.heads) * batch * context

@@ -46,5 +46,7 @@ def small_model(family: str = "llama", gqa: str = "2:1", seed: int = 0, **overri
     model = model_class(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(1 + 0.3 * torch.randn_like(p) if "norm" in name else torch.randn_like(p) * p.shape[-1] ** -0.5)
+            p.copy_(
+                1 + 0.3 * torch.randn_like(p) if "norm" in name else torch.randn_like(p) * p.shape[-1] ** -0.5
+            )
     return model

@@ -27,7 +27,11 @@ def elastic(family: str = "llama", gqa: str = "2:1", unit: str = "kv_group", **o
 
 def mixed(config: ElasticConfig) -> Widths:
     """Widths that differ between layers on both axes."""
-    pick = [menu[i % len(menu)] for menu in (config.mlp_choices, config.head_choices) for i in range(config.num_layers)]
+    pick = [
+        menu[i % len(menu)]
+        for menu in (config.mlp_choices, config.head_choices)
+        for i in range(config.num_layers)
+    ]
     return Widths(pick[: config.num_layers], pick[config.num_layers :])
 
 
@@ -68,7 +72,9 @@ def test_any_widths_equal_the_masked_parent(family, gqa, unit):
 
     ours.loss.backward()
     exact.loss.backward()
-    cut = mask_(copy.deepcopy(masked), model.elastic, widths)  # gradients reach cut columns of the masked parent only
+    cut = mask_(
+        copy.deepcopy(masked), model.elastic, widths
+    )  # gradients reach cut columns of the masked parent only
     for p, g in zip(cut.parameters(), masked.parameters(), strict=True):
         p.data.copy_(g.grad)
     mask_(cut, model.elastic, widths)
@@ -103,7 +109,14 @@ def test_cached_decode_equals_the_full_pass(gqa, kv, unit):
     with torch.no_grad():
         full = model(ids, use_cache=False).logits
         cache, steps = ElasticCache(), []
-        for a, b in [(0, 5), (5, 6), (6, 7), (7, 9), (9, 19), (19, 20)]:  # prompt, single tokens, a few, a chunk
+        for a, b in [
+            (0, 5),
+            (5, 6),
+            (6, 7),
+            (7, 9),
+            (9, 19),
+            (19, 20),
+        ]:  # prompt, single tokens, a few, a chunk
             steps.append(model(ids[:, a:b], past_key_values=cache).logits)
     assert relative(torch.cat(steps, 1), full) < 1e-5
     assert cache.get_seq_length() == 20
@@ -117,7 +130,9 @@ def test_gradients_flow_through_cached_decode():
     full = torch.autograd.grad(model(ids, use_cache=False).logits[:, -1].sum(), list(model.parameters()))
     cache = ElasticCache()
     model(ids[:, :5], past_key_values=cache)
-    step = torch.autograd.grad(model(ids[:, 5:], past_key_values=cache).logits[:, -1].sum(), list(model.parameters()))
+    step = torch.autograd.grad(
+        model(ids[:, 5:], past_key_values=cache).logits[:, -1].sum(), list(model.parameters())
+    )
     for a, b in zip(step, full, strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
 
@@ -134,8 +149,20 @@ def test_padding_on_either_side_changes_nothing():
         mask = torch.ones_like(ids)
         mask[0, 6:] = 0
         right = model(torch.cat([ids[:, 3:], ids[:, :3]], 1), attention_mask=mask).logits[:1, :6]
-        padded = model.generate(ids, attention_mask=torch.ones_like(ids).index_fill(1, torch.arange(3), 0), max_new_tokens=4, do_sample=False, pad_token_id=0)
-        plain = model.generate(ids[:, 3:], attention_mask=torch.ones_like(ids[:, 3:]), max_new_tokens=4, do_sample=False, pad_token_id=0)
+        padded = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids).index_fill(1, torch.arange(3), 0),
+            max_new_tokens=4,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        plain = model.generate(
+            ids[:, 3:],
+            attention_mask=torch.ones_like(ids[:, 3:]),
+            max_new_tokens=4,
+            do_sample=False,
+            pad_token_id=0,
+        )
     assert relative(left, alone) < 1e-5
     assert relative(right, alone) < 1e-5
     assert torch.equal(padded[:, 9:], plain[:, 6:])
@@ -185,7 +212,9 @@ def test_raising_a_budget_with_all_kv_equals_one_pass_with_mixed_tokens():
         model.set_widths(full, "all")
         whole = ElasticCache()
         model(ids[:, :6], past_key_values=whole)
-    assert torch.equal(stored, whole.layers[0].keys[:, :6])  # layer 0 reads the embeddings: its K/V know no width
+    assert torch.equal(
+        stored, whole.layers[0].keys[:, :6]
+    )  # layer 0 reads the embeddings: its K/V know no width
     assert stored.shape[2] == c.num_kv_heads and layer.heads == 4
 
 

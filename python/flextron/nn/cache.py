@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-_BLOCK = 64  # tokens; room is added in multiples of this, at least doubling, so that appending is amortised O(1)
+_BLOCK = (
+    64  # tokens; room is added in multiples of this, at least doubling, so that appending is amortised O(1)
+)
 
 
 class ElasticCacheLayer(CacheLayerMixin):
@@ -56,7 +58,9 @@ class ElasticCacheLayer(CacheLayerMixin):
 
     def _append(self, stored: Tensor, new: Tensor, end: int) -> Tensor:
         stored = stored[:, :, : self.groups]
-        if new.requires_grad or stored.requires_grad:  # autograd keeps the old buffer: it must not be written again
+        if (
+            new.requires_grad or stored.requires_grad
+        ):  # autograd keeps the old buffer: it must not be written again
             return torch.cat([stored[:, : self.length], new], dim=1)
         if end > stored.shape[1]:
             B, _, G, D = stored.shape
@@ -87,7 +91,9 @@ class ElasticCacheLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last ``-tokens_to_remove`` tokens (transformers' convention: zero or negative)."""
         if tokens_to_remove > 0:
-            raise ValueError(f"ElasticCache.crop: tokens_to_remove must be zero or negative, got {tokens_to_remove}")
+            raise ValueError(
+                f"ElasticCache.crop: tokens_to_remove must be zero or negative, got {tokens_to_remove}"
+            )
         self.length = max(0, self.length + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

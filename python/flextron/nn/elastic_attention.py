@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from flextron_ext import elastic_linear, head_attention, head_attention_decode
 from torch import Tensor, nn
 
 from flextron.config import ElasticConfig
+from flextron_ext import elastic_linear, head_attention, head_attention_decode
 
 _DECODE_TOKENS = 8  # new tokens per sequence up to which the decode op, made for a few, is used
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-split convention (Su et al., arXiv 2104.09864): x [B, T, H, D]; cos, sin [B, T, R], R <= D."""
+    """Rotary embedding (Su et al., arXiv 2104.09864), half-split: x [B, T, H, D]; cos, sin [B, T, R], R <= D."""
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     R = cos.shape[-1]
-    turned, rest = (x, None) if R == x.shape[-1] else (x[..., :R], x[..., R:])
+    turned, rest = (x, None) if x.shape[-1] == R else (x[..., :R], x[..., R:])
     a, b = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-b, a), dim=-1) * sin
     return turned if rest is None else torch.cat((turned, rest), dim=-1)
@@ -62,7 +62,9 @@ class ElasticAttention(nn.Module):
         c, D = self.elastic, self.elastic.head_dim
         B, T, _ = hidden_states.shape
         # unit "query": blocks are the groups, and `per_block` query heads of each are kept
-        blocks, per_block = (c.num_kv_heads, self.heads) if c.unit == "query" else (1, c.query_heads(self.heads))
+        blocks, per_block = (
+            (c.num_kv_heads, self.heads) if c.unit == "query" else (1, c.query_heads(self.heads))
+        )
         stored, used = c.kv_heads(self.heads, self.kv), c.kv_heads(self.heads)
 
         q = self._project(self.q_proj, hidden_states, per_block, blocks)

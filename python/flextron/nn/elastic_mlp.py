@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from flextron_ext import elastic_mlp
 from torch import Tensor, nn
+
+from flextron_ext import elastic_mlp
 
 # transformers' names of activations -> the op's
 ACTIVATIONS = {

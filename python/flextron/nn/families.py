@@ -79,7 +79,9 @@ def elastic_config(
     def flag(value: bool | str) -> bool:
         return bool(getattr(c, value, False)) if isinstance(value, str) else value
 
-    max_heads = c.num_key_value_heads if unit == "kv_group" else c.num_attention_heads // c.num_key_value_heads
+    max_heads = (
+        c.num_key_value_heads if unit == "kv_group" else c.num_attention_heads // c.num_key_value_heads
+    )
     return ElasticConfig(
         family=c.model_type,
         unit=unit,

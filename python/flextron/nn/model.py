@@ -39,7 +39,9 @@ def _first_key(
     Padding on the right needs no mask under causal attention: what follows a token is never seen by it.
     """
     if mask_function is not causal_mask_function:
-        raise NotImplementedError("flextron: attention must be plain causal; packed sequences by position_ids are not")
+        raise NotImplementedError(
+            "flextron: attention must be plain causal; packed sequences by position_ids are not"
+        )
     mask = kwargs.get("attention_mask")
     if mask is None:
         return None
@@ -47,7 +49,9 @@ def _first_key(
     first = torch.where(mask.any(1), mask.argmax(1), kv_length)
     # After the first valid key nothing may be hidden from a later valid one.
     holes = (mask.diff(dim=1) == 1).sum(1) > (mask[:, 0] == 0)
-    torch._assert_async(~holes.any(), "flextron: attention_mask must be one run of ones per sequence, got a hole")
+    torch._assert_async(
+        ~holes.any(), "flextron: attention_mask must be one run of ones per sequence, got a hole"
+    )
     return first
 
 
@@ -120,13 +124,17 @@ class ElasticModel:
         }
         given = {name: value for name, value in budgets.items() if value is not None}
         if len(given) != 1:
-            raise ValueError(f"set_budget: exactly one budget must be given, got {', '.join(given) or 'none'}")
+            raise ValueError(
+                f"set_budget: exactly one budget must be given, got {', '.join(given) or 'none'}"
+            )
         if widths is not None:
             resolved = widths
         elif fraction is not None and fraction == 1:
             resolved = self.elastic.full()
         elif self.planner is None:
-            raise ValueError(f"set_budget: {next(iter(given))} needs a planner; load the model with flextron.from_pretrained")
+            raise ValueError(
+                f"set_budget: {next(iter(given))} needs a planner; load the model with flextron.from_pretrained"
+            )
         else:
             resolved = self.planner.resolve(**given, phase=phase)
         self.set_widths(resolved, kv)
@@ -148,7 +156,9 @@ class ElasticModel:
         return super().generate(*args, **kwargs)
 
 
-def _guard_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _guard_cache(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before every forward: give it our cache where it wants one, and refuse one that the budget outgrew."""
     past = kwargs.get("past_key_values")
     wants = kwargs.get("use_cache")
@@ -185,14 +195,19 @@ def make_elastic(model: nn.Module, config: ElasticConfig | None = None) -> Any:
         raise ValueError("make_elastic: model must not be elastic already")
     family_of(model.config)
     hf = model.config
-    own = elastic_config(hf, config.unit, config.mlp_choices, config.head_choices) if config else elastic_config(hf)
+    own = (
+        elastic_config(hf, config.unit, config.mlp_choices, config.head_choices)
+        if config
+        else elastic_config(hf)
+    )
     if config is not None and own != config:
-        wrong = [f"{k}={v!r} (model: {own.to_dict()[k]!r})" for k, v in config.to_dict().items() if own.to_dict()[k] != v]
+        mine = own.to_dict()
+        wrong = [f"{k}={v!r} (model: {mine[k]!r})" for k, v in config.to_dict().items() if mine[k] != v]
         raise ValueError(f"make_elastic: config must describe the model, got {', '.join(wrong)}")
     sliding = getattr(hf, "sliding_window", None) is not None and getattr(hf, "use_sliding_window", True)
     if sliding:
         raise NotImplementedError(
-            f"make_elastic: sliding_window must be None, got {hf.sliding_window}; for contexts no longer than the window, "
+            f"make_elastic: sliding_window must be None, got {hf.sliding_window}; for contexts within the window, "
             "load the model with sliding_window=None"
         )
     if getattr(hf, "attention_dropout", 0.0):

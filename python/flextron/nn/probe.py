@@ -42,7 +42,9 @@ def probe(
         G, D = model.elastic.kv_heads(module.heads, module.kv), model.elastic.head_dim
         cache = ElasticCache()
         states = torch.randn(batch, G, context, D, dtype=weight.dtype, device=weight.device)
-        cache.layers.extend(ElasticCacheLayer() for _ in range(layer + 1))  # the module appends at its own index
+        cache.layers.extend(
+            ElasticCacheLayer() for _ in range(layer + 1)
+        )  # the module appends at its own index
         cache.update(states, states, layer)
     positions = torch.arange(T, device=weight.device)[None] + (context if cache else 0)
     embeddings = model.model.rotary_emb(x, positions)

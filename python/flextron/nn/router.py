@@ -24,9 +24,9 @@ class StaticRouter(nn.Module):
 
     ``encode(tau) -> Linear -> LeakyReLU(0.1) -> Linear``, whose output is one row for every layer and axis.
     The encoding is one-hot over the trained targets, and between two of them the line that joins them, so the
-    logits are continuous in the target. Targets outside the trained range are taken to its ends. Logits are divided
-    by the root of ``hidden``: otherwise one step of Adam at 1e-2, which moves all weights of a row together, would
-    move a logit by about 1, and the choice would be settled before anything was explored.
+    logits are continuous in the target. Targets outside the trained range are taken to its ends. Logits are
+    divided by the root of ``hidden``: otherwise one step of Adam at 1e-2, which moves all weights of a row
+    together, would move a logit by about 1, and the choice would be settled before anything was explored.
 
     Args:
         num_layers: L.
@@ -81,14 +81,14 @@ class StaticRouter(nn.Module):
         return functional.one_hot(right - 1, count) * (1 - share) + functional.one_hot(right, count) * share
 
     def forward(self, tau: Tensor | float) -> Choices:
-        """Logits at a target: ``mlp [..., L, C_mlp]`` and ``heads [..., L, C_heads]``, for tau of shape [...]."""
+        """Logits ``mlp [..., L, C_mlp]`` and ``heads [..., L, C_heads]`` at targets of shape [...]."""
         rows = self.rows(functional.leaky_relu(self.body(self.encode(tau)), LEAK)) / self.hidden**0.5
         rows = rows.unflatten(-1, (self.num_layers, self.mlp_choices + self.head_choices))
         return Choices(rows[..., : self.mlp_choices], rows[..., self.mlp_choices :])
 
     @torch.no_grad()
     def choose(self, tau: Tensor | float) -> Choices:
-        """The choices at a target, by arg-max without noise: indices ``mlp [..., L]`` and ``heads [..., L]``."""
+        """Arg-max without noise: indices ``mlp [..., L]``, ``heads [..., L]`` at targets of shape [...]."""
         return Choices(*(logits.argmax(-1) for logits in self(tau)))
 
 

@@ -1,0 +1,495 @@
+"""The command line: parses, calls `flextron.pipeline`, prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# Errors that are the user's to mend: one sentence and exit code 2. Anything else is ours, and keeps its traceback.
+_EXPECTED = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    NotImplementedError,
+    ConnectionError,
+    PermissionError,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        result = args.run(args)
+    except _EXPECTED as error:
+        print(f"flextron: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"flextron: {args.command} interrupted", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps(result, indent=2))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flextron",
+        description="Elastic language models: one checkpoint that runs at any latency target.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[..., Any], summary: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example: {example}",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+        return sub
+
+    c = command(
+        "convert",
+        _convert,
+        "score and sort neurons and heads, prove that nothing changed, store",
+        "flextron convert HuggingFaceTB/SmolLM2-135M elastic/",
+    )
+    c.add_argument("source", help="model directory or hub id of a Llama, Mistral, Qwen2 or Qwen3 checkpoint")
+    c.add_argument("directory", help="elastic checkpoint to write; stock transformers still loads it")
+    _data(c)
+    c.add_argument("--samples", type=_count, default=512, help="calibration sequences")
+    c.add_argument("--length", type=_count, default=256, help="tokens of each")
+    c.add_argument(
+        "--unit", choices=("kv_group", "query"), default="kv_group", help="what the head axis counts"
+    )
+    c.add_argument(
+        "--aggregate", choices=("l2", "mean_abs", "variance"), default="l2", help="of importance over tokens"
+    )
+    c.add_argument(
+        "--order", choices=("importance", "none", "random"), default="importance", help="for comparisons"
+    )
+    c.add_argument(
+        "--mlp-choices", type=_ints, metavar="N,N,..", help="menu of MLP widths; quarters by default"
+    )
+    c.add_argument("--head-choices", type=_ints, metavar="N,N,..", help="menu of head counts, in the unit")
+    c.add_argument("--seed", type=int, default=0, help="of the random order")
+
+    t = command(
+        "train",
+        _train,
+        "elastic continued training, in place; resumes a killed run",
+        "flextron train elastic/ --steps 500 --distillation 1",
+    )
+    t.add_argument("directory")
+    _data(t)
+    t.add_argument("--steps", type=_count, default=1000)
+    t.add_argument("--batch-size", type=_count, default=8, help="sequences in a micro-batch")
+    t.add_argument("--length", type=_count, default=512, help="tokens of each")
+    t.add_argument(
+        "--accumulation", type=_count, default=1, help="micro-batches in a step, each at other widths"
+    )
+    t.add_argument("--learning-rate", type=float, default=1e-4)
+    t.add_argument("--cross-entropy", type=float, default=1.0, help="weight of the next-token loss")
+    t.add_argument(
+        "--distillation", type=float, default=0.0, help="weight of the divergence from the checkpoint"
+    )
+    t.add_argument("--full-probability", type=float, default=0.3, help="share of micro-batches at full width")
+    t.add_argument("--eval-every", type=_number, default=100, help="steps between evaluations, 0 for none")
+    t.add_argument("--checkpoint-every", type=_number, default=100, help="steps between checkpoints")
+    t.add_argument("--restart", action="store_true", help="discard an unfinished run instead of resuming it")
+    t.add_argument("--seed", type=int, default=0)
+
+    p = command(
+        "profile",
+        _profile,
+        "measure the latency table on this machine",
+        "flextron profile elastic/ --length 512",
+    )
+    p.add_argument("directory")
+    p.add_argument("--phase", choices=("prefill", "decode", "both"), default="both")
+    p.add_argument("--length", type=_count, default=512, help="tokens of a prefill")
+    p.add_argument("--context", type=_count, default=512, help="cached tokens of a decode step")
+    p.add_argument("--batch", type=_count, default=1, help="sequences")
+    p.add_argument("--rounds", type=_count, default=7, help="samples of each measurement")
+    p.add_argument("--seed", type=int, default=0, help="of the configurations that the fit is judged on")
+
+    r = command("route", _route, "train the routers on the latency table", "flextron route elastic/")
+    r.add_argument("directory")
+    _data(r)
+    r.add_argument(
+        "--phase", choices=("prefill", "decode"), default="prefill", help="whose latency the targets mean"
+    )
+    r.add_argument(
+        "--targets", type=_floats, metavar="T,T,..,1", help="fractions of the full latency to train at"
+    )
+    r.add_argument(
+        "--evaluations", type=_count, default=700, help="losses of the model that may be asked for"
+    )
+    r.add_argument("--prefill", type=_count, default=500, help="of them, random configurations at the start")
+    r.add_argument("--steps", type=_count, default=1500, help="steps of the routers")
+    r.add_argument("--samples", type=_count, default=4, help="sequences behind one loss")
+    r.add_argument("--length", type=_count, default=128, help="tokens of each")
+    r.add_argument("--seed", type=int, default=0)
+
+    e = command(
+        "eval",
+        _eval,
+        "loss and measured latency at a list of budgets",
+        "flextron eval elastic/ --budgets 0.5,0.75,1",
+    )
+    e.add_argument("directory")
+    _data(e)
+    e.add_argument(
+        "--budgets",
+        type=_floats,
+        default=(0.5, 0.75, 1.0),
+        metavar="B,B,..",
+        help="fractions of full latency",
+    )
+    e.add_argument("--phase", choices=("prefill", "decode"), default="prefill")
+    e.add_argument("--samples", type=_count, default=16, help="held-out sequences")
+    e.add_argument("--length", type=_count, default=256, help="tokens of each")
+    e.add_argument("--rounds", type=_count, default=7, help="samples of each measurement")
+
+    g = command(
+        "generate",
+        _generate,
+        "continue a prompt at a budget",
+        'flextron generate elastic/ --budget 0.6 --prompt "Once"',
+    )
+    g.add_argument("directory")
+    _budget(g)
+    g.add_argument("--prompt", required=True)
+    g.add_argument("--max-new-tokens", type=_count, default=64)
+
+    x = command(
+        "export",
+        _export,
+        "write one budget as a plain transformers checkpoint",
+        "flextron export elastic/ small/ --budget 0.6",
+    )
+    x.add_argument("directory")
+    x.add_argument("out")
+    _budget(x)
+    x.add_argument(
+        "--layout",
+        choices=("auto", "uniform", "padded", "ragged"),
+        default="auto",
+        help="uniform and padded load in stock transformers; ragged keeps a width for every layer",
+    )
+
+    i = command("info", _info, "what an elastic checkpoint holds", "flextron info elastic/")
+    i.add_argument("directory")
+
+    d = command(
+        "demo",
+        _demo,
+        "every stage on a real model, ending in a table and a picture",
+        "flextron demo --parent tiny",
+    )
+    d.add_argument(
+        "--parent", default="smollm2", help="tiny, smollm2, stories260k, a model directory or a hub id"
+    )
+    d.add_argument("--out", help="output folder; default demo-out/PARENT")
+    _data(d)
+    d.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="text (.txt, .md, .jsonl, .xz, .gz, or a folder); default: Python's documentation",
+    )
+
+
+def _budget(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--budget", type=float, help="fraction of the full model's latency; 1 when none is given"
+    )
+    group.add_argument("--latency-ms", type=float)
+    group.add_argument("--tokens-per-s", type=float)
+    group.add_argument("--params", type=float)
+    group.add_argument("--memory-gb", type=float, help="weights and key/value cache")
+    parser.add_argument(
+        "--phase", choices=("prefill", "decode"), default="prefill", help="whose latency is meant"
+    )
+
+
+def _count(value: str) -> int:
+    number = int(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return number
+
+
+def _number(value: str) -> int:
+    number = int(value)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return number
+
+
+def _ints(value: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in value.split(","))
+
+
+def _floats(value: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in value.split(","))
+
+
+def _convert(args: argparse.Namespace) -> dict[str, Any]:
+    from flextron import pipeline, ui
+
+    with ui.reporter() as progress:
+        report = pipeline.convert(
+            args.source,
+            args.directory,
+            data=args.data,
+            samples=args.samples,
+            length=args.length,
+            progress=progress,
+            unit=args.unit,
+            aggregate=args.aggregate,
+            order=args.order,
+            mlp_choices=args.mlp_choices,
+            head_choices=args.head_choices,
+            seed=args.seed,
+        )
+    _say(
+        args,
+        f"{args.directory}: full model within {report['parity']['max_rel']:.1e} of the parent's largest logit",
+    )
+    return report
+
+
+def _train(args: argparse.Namespace) -> dict[str, Any]:
+    from flextron import pipeline, ui
+
+    names = (
+        "steps",
+        "batch_size",
+        "length",
+        "accumulation",
+        "learning_rate",
+        "cross_entropy",
+        "distillation",
+    )
+    names += ("full_probability", "eval_every", "checkpoint_every", "seed")
+    config = pipeline.TrainConfig(**{name: getattr(args, name) for name in names})
+    with ui.reporter() as progress:
+        report = pipeline.train(
+            args.directory, config, data=args.data, restart=args.restart, progress=progress
+        )
+    if not args.json and report.evaluations:
+        rows = [
+            [
+                str(record["step"]),
+                *(f"{row['loss']:.3f} at {row['size']:.2f}" for row in record["sub_networks"]),
+            ]
+            for record in report.evaluations
+        ]
+        ui.print_table(
+            "held-out loss at share of the elastic size", ["step", "small", "middle", "full"], rows
+        )
+    _say(args, f"{args.directory}: trained on {report.tokens} tokens in {report.seconds:.0f} s")
+    return {
+        "tokens": report.tokens,
+        "seconds": report.seconds,
+        "resumed_from": report.resumed_from,
+        "losses": report.losses,
+        "evaluations": report.evaluations,
+    }
+
+
+def _profile(args: argparse.Namespace) -> dict[str, Any]:
+    from flextron import pipeline, ui
+
+    workloads = []
+    if args.phase != "decode":
+        workloads.append(pipeline.Workload.prefill(args.length, batch=args.batch))
+    if args.phase != "prefill":
+        workloads.append(pipeline.Workload.decode(args.context, batch=args.batch))
+    with ui.reporter() as progress:
+        tables = pipeline.profile(
+            args.directory, workloads, rounds=args.rounds, seed=args.seed, progress=progress
+        )
+    rows = [
+        [
+            name,
+            f"{t.full_ms:.1f}",
+            f"{t.smallest_ms:.1f}",
+            f"{100 * t.residual_median:.1f} %",
+            f"{100 * t.residual_worst:.1f} %",
+        ]
+        for name, t in tables.items()
+    ]
+    if not args.json:
+        header = ["phase", "full ms", "smallest ms", "median error", "worst error"]
+        ui.print_table("latency, and error on configurations not fitted", header, rows)
+        for table in tables.values():
+            for warning in table.warnings:
+                print(f"warning: {warning}", file=sys.stderr)
+    return {name: table.to_dict() for name, table in tables.items()}
+
+
+def _route(args: argparse.Namespace) -> dict[str, Any]:
+    from flextron import pipeline, ui
+
+    names = ("evaluations", "prefill", "steps", "seed") + (("targets",) if args.targets else ())
+    config = pipeline.RouteConfig(**{name: getattr(args, name) for name in names})
+    with ui.reporter() as progress:
+        result = pipeline.route(
+            args.directory,
+            config,
+            data=args.data,
+            phase=args.phase,
+            samples=args.samples,
+            length=args.length,
+            progress=progress,
+        )
+    if not args.json:
+        header = ["target", "routed", "uniform", "searched (surrogate)"]
+        rows = [
+            [
+                f"{t.target:.2f}",
+                f"{t.routed_observed:+.3f}",
+                f"{t.uniform_observed:+.3f}",
+                f"{t.search_loss:+.3f}",
+            ]
+            for t in result.targets
+        ]
+        ui.print_table("loss above the full model's, nats", header, rows)
+        fit = result.surrogate
+        print(f"surrogate on {fit.n} held-out configurations: R² {fit.r2:.3f}, rank {fit.rank:.3f}")
+        if not result.gate.passed:
+            print(
+                f"warning: {result.gate.steps_above} router steps were taken with the surrogate's error at or above "
+                f"{result.gate.threshold} nats",
+                file=sys.stderr,
+            )
+    return result.to_dict()
+
+
+def _eval(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from flextron import pipeline, ui
+    from flextron.demo.report import HEADER, rows
+
+    model = pipeline.from_pretrained(args.directory)
+    tokens = pipeline.held_out_windows(
+        pipeline.tokenizer_of(args.directory), args.data, args.samples, args.length
+    )
+    below = [b for b in args.budgets if b != 1]
+    with ui.reporter() as progress:
+        found = pipeline.budgets(
+            model, tokens, below, phase=args.phase, rounds=args.rounds, progress=progress
+        )
+    if not args.json:
+        ui.print_table("held-out loss and measured latency", HEADER, rows(found))
+    return found
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    budgets = {name: getattr(args, name) for name in ("latency_ms", "tokens_per_s", "params", "memory_gb")}
+    given = {name: value for name, value in budgets.items() if value is not None}
+    return given or {"fraction": 1.0 if args.budget is None else args.budget}
+
+
+def _generate(args: argparse.Namespace) -> dict[str, Any]:
+    from flextron import pipeline
+
+    model = pipeline.from_pretrained(args.directory)
+    widths = model.set_budget(**_given(args), phase=args.phase)
+    said = pipeline.generate(model, pipeline.tokenizer_of(args.directory), args.prompt, args.max_new_tokens)
+    _say(args, said)
+    return {"text": said, "params": model.elastic.params(widths), "mlp": widths.mlp, "heads": widths.heads}
+
+
+def _export(args: argparse.Namespace) -> dict[str, Any]:
+    from flextron import pipeline
+    from flextron.export import export
+
+    model = pipeline.from_pretrained(args.directory)
+    widths = model.set_budget(**_given(args), phase=args.phase)
+    tokenizer = pipeline.tokenizer_of(args.directory)
+    report = export(model, args.out, widths, layout=args.layout, tokenizer=tokenizer)
+    _say(args, f"{args.out}: {report['params']} parameters, {report['layout']}")
+    if report.get("note"):
+        _say(args, report["note"])
+    return report
+
+
+def _info(args: argparse.Namespace) -> dict[str, Any]:
+    from flextron import ui
+    from flextron.checkpoint.io import read_json
+    from flextron.config import ElasticConfig
+    from flextron.route.latency import load_tables
+    from flextron.route.trainer import load_ladder
+
+    meta = read_json(Path(args.directory) / "flextron.json")
+    config = ElasticConfig.from_dict(meta["elastic"])
+    tables = load_tables(args.directory)
+    ladder = load_ladder(args.directory)
+    facts = {
+        "family": config.family,
+        "layers": config.num_layers,
+        "mlp choices": list(config.mlp_choices),
+        f"head choices ({config.unit})": list(config.head_choices),
+        "parameters, full": config.params(config.full()),
+        "parameters, smallest": config.params(config.smallest()),
+        "parity": meta.get("parity", {}).get("max_rel"),
+        "latency tables": {n: f"{t.smallest_ms:.1f} .. {t.full_ms:.1f} ms" for n, t in tables.items()},
+        "routers": "trained" if ladder is not None else "none",
+    }
+    if not args.json:
+        ui.print_table(
+            str(args.directory), ["what", "value"], [[name, str(value)] for name, value in facts.items()]
+        )
+    return facts
+
+
+def _demo(args: argparse.Namespace) -> dict[str, Any]:
+    from flextron import ui
+    from flextron.demo import report as picture
+    from flextron.demo.parents import tiny_parents
+    from flextron.demo.run import run
+
+    out = Path(args.out or Path("demo-out") / Path(args.parent).name)
+    # "tiny" also takes the real small model where its data is
+    parents = tiny_parents() if args.parent == "tiny" else (args.parent,)
+    first: dict[str, Any] = {}
+    for parent in parents:
+        folder = out if parent == parents[0] else out / parent
+        with ui.reporter() as progress:
+            found = run(parent, folder, data=args.data, seed=args.seed, progress=progress)
+        first = first or found
+        if args.json:
+            continue
+        ui.print_table(f"{found['parent']}: {found['workload']}", picture.HEADER, picture.rows(found))
+        table, fit = found["table"], found["surrogate"]
+        print(
+            f"parity {found['parity']['max_rel']:.1e}; latency table error median "
+            f"{100 * table['residual_median']:.1f} %, worst {100 * table['residual_worst']:.1f} %; "
+            f"surrogate R² {fit['r2']:.3f}, rank {fit['rank']:.3f}; {found['seconds']['total']:.0f} s"
+        )
+        print((folder / "sample.txt").read_text(encoding="utf-8"))
+        print(f"{folder}: elastic/ extracted/ report.json report.png sample.txt\n")
+    return first
+
+
+def _say(args: argparse.Namespace, text: str) -> None:
+    if not args.json:
+        print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""The demonstration: every stage on a real model, ending in a table, a picture and a sample of text."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flextron import pipeline
+from flextron.checkpoint.io import read_json, write_json
+from flextron.demo.parents import Parent, load_parent, tiny_parents
+from flextron.demo.report import draw
+from flextron.export import export
+from flextron.pipeline import Progress, RouteConfig, TrainConfig, Workload
+
+REPORT = "report.json"
+_SMALL = 5_000_000  # parameters; below it a parent is a toy, and the plan that of a toy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything: what fits into the time that a demonstration may take on two cores.
+
+    Attributes:
+        targets: fractions of the full latency that are routed, measured and reported.
+        prefill, decode: workloads of the two latency tables; budgets are of the first.
+        train, route: settings of the two trainings.
+        calibration: sequences that score importance, of ``length`` tokens.
+        judged: held-out sequences that every reported loss is measured on, of ``length`` tokens.
+        route_samples, route_length: sequences, and tokens of each, behind one loss that the surrogate learns from.
+        rounds: of every latency measurement.
+    """
+
+    targets: tuple[float, ...]
+    prefill: Workload
+    decode: Workload
+    train: TrainConfig
+    route: RouteConfig
+    calibration: int
+    judged: int
+    length: int
+    route_samples: int
+    route_length: int
+    rounds: int
+
+
+def plan_for(params: int, seed: int) -> Plan:
+    """The plan for a parent of this size."""
+    targets = (0.5, 0.6, 0.7, 0.8, 0.9)
+    if params < _SMALL:
+        return Plan(
+            targets=targets,
+            prefill=Workload.prefill(256, batch=4),
+            decode=Workload.decode(128),
+            train=TrainConfig(
+                steps=120,
+                batch_size=8,
+                length=128,
+                learning_rate=1e-3,
+                distillation=1.0,
+                eval_every=0,
+                checkpoint_every=60,
+                seed=seed,
+            ),
+            route=RouteConfig(evaluations=160, prefill=120, threshold=0.02, steps=400, seed=seed),
+            calibration=32,
+            judged=32,
+            length=128,
+            route_samples=8,
+            route_length=128,
+            rounds=5,
+        )
+    return Plan(
+        targets=targets,
+        prefill=Workload.prefill(512),
+        decode=Workload.decode(256),
+        train=TrainConfig(
+            steps=90,
+            batch_size=4,
+            length=128,
+            learning_rate=2e-4,
+            cross_entropy=0.0,
+            distillation=1.0,
+            weight_decay=0.0,
+            eval_every=0,
+            checkpoint_every=45,
+            seed=seed,
+        ),
+        route=RouteConfig(evaluations=160, prefill=120, threshold=0.05, steps=600, seed=seed),
+        calibration=16,
+        judged=16,
+        length=256,
+        route_samples=2,
+        route_length=128,
+        rounds=5,
+    )
+
+
+@dataclass
+class _Clock:
+    """Seconds of each stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 2)
+
+
+def run(
+    parent: str, out: str | Path, *, data: str | Path | None = None, seed: int = 0, progress: Progress
+) -> dict[str, Any]:
+    """Convert, train, profile, route, evaluate, extract and sample; returns what ``report.json`` holds.
+
+    Args:
+        parent: ``smollm2``, ``tiny``, ``stories260k``, a model directory, or the id of a model on the hub.
+        out: folder for everything; an earlier demonstration in it is replaced, anything else is refused.
+        data: text to calibrate, train and judge on; by default Python's own documentation.
+        seed: of everything random.
+        progress: called with (what, done, total).
+    """
+    out = Path(out)
+    _make_room(out)
+    clock = _Clock()
+    began = time.perf_counter()
+    with clock.stage("parent"):
+        source = load_parent(parent, progress=progress)
+        plan = plan_for(sum(p.numel() for p in source.model.parameters()), seed)
+        corpus = pipeline.corpus(source.tokenizer, data)
+    elastic = out / "elastic"
+    with clock.stage("convert"):
+        stored = pipeline.convert(
+            source.model,
+            elastic,
+            data=corpus,
+            tokenizer=source.tokenizer,
+            samples=plan.calibration,
+            length=plan.length,
+            seed=seed,
+            progress=progress,
+        )
+    description = _forget_weights(source)
+    with clock.stage("train"):
+        trained = pipeline.train(elastic, plan.train, data=corpus, progress=progress)
+        shutil.rmtree(elastic / pipeline.TRAINING_FOLDER)  # the run is over; its optimiser state is of no use
+    with clock.stage("profile"):
+        tables = pipeline.profile(
+            elastic, [plan.prefill, plan.decode], rounds=plan.rounds, seed=seed, progress=progress
+        )
+    with clock.stage("route"):
+        routed = pipeline.route(
+            elastic,
+            plan.route,
+            data=corpus,
+            samples=plan.route_samples,
+            length=plan.route_length,
+            progress=progress,
+        )
+    with clock.stage("evaluate"):
+        model = pipeline.from_pretrained(elastic)
+        tokens = pipeline.held_out_windows(source.tokenizer, corpus, plan.judged, plan.length)
+        rows = pipeline.budgets(model, tokens, plan.targets, rounds=2 * plan.rounds, progress=progress)
+    with clock.stage("export"):
+        widths = model.planner.resolve(plan.targets[0])
+        exported = export(model, out / "extracted", widths, tokenizer=source.tokenizer)
+    with clock.stage("generate"):
+        _write_sample(model, source.tokenizer, out / "sample.txt", plan.targets)
+
+    table = tables["prefill"]
+    report = {
+        "parent": description,
+        "notes": source.notes,
+        "workload": f"{table.workload.phase}, {table.workload.tokens} tokens",
+        "parity": stored["parity"],
+        "training": {
+            "config": _plain(asdict(plan.train)),
+            "tokens": trained.tokens,
+            "losses": trained.losses,
+        },
+        "table": _residual(table),
+        "decode_table": _residual(tables["decode"]),
+        "surrogate": routed.surrogate.to_dict(),
+        "gate": asdict(routed.gate),
+        "routing": [asdict(t) for t in routed.targets],
+        "dropped_targets": list(routed.dropped_targets),
+        "budgets": rows,
+        "full_mlp": model.elastic.intermediate_size,
+        "full_heads": model.elastic.max_heads,
+        "extracted": exported,
+        "machine": table.machine | {"platform": platform.platform(), "cores": torch.get_num_threads()},
+        "versions": read_json(elastic / "flextron.json")["versions"] | {"python": platform.python_version()},
+        "seed": seed,
+        "seconds": clock.seconds | {"total": round(time.perf_counter() - began, 2)},
+    }
+    write_json(out / REPORT, report)
+    draw(report, out / "report.png")
+    return report
+
+
+def _make_room(out: Path) -> None:
+    """Remove an earlier demonstration; refuse to touch anything else."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        ours = {"elastic", "extracted", "sample.txt", REPORT, "report.png", *tiny_parents()}
+        foreign = sorted({p.name for p in out.iterdir()} - ours) if out.is_dir() else [out.name]
+        if foreign:
+            raise ValueError(
+                f"demo: out must be new, empty or an earlier demonstration, got {out} with {foreign[0]}"
+            )
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _forget_weights(parent: Parent) -> str:
+    """Free the parent's memory: from here on the checkpoint is all there is."""
+    parent.model.to("meta")
+    return parent.description
+
+
+def _residual(table: Any) -> dict[str, Any]:
+    return {
+        "residual_median": table.residual_median,
+        "residual_worst": table.residual_worst,
+        "full_ms": table.full_ms,
+        "smallest_fraction": table.smallest_ms / table.full_ms,
+        "warnings": list(table.warnings),
+    }
+
+
+def _write_sample(model: Any, tokenizer: Any, path: Path, targets: tuple[float, ...]) -> None:
+    """One prompt, continued at the full model and two budgets."""
+    prompt = "The purpose of a function is to"
+    parts = []
+    for budget in (1.0, targets[-2], targets[0]):
+        with model.budget(budget) as widths:
+            said = pipeline.generate(model, tokenizer, prompt)
+        parts.append(
+            f"--- budget {budget:g}: {model.elastic.params(widths) / 1e6:.2f} M parameters\n{said}\n"
+        )
+    path.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))

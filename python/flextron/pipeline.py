@@ -1,0 +1,257 @@
+"""The stages, each from a directory to a directory: what the command line and the demonstration call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from flextron import data as text
+from flextron.convert import convert as convert_model
+from flextron.convert import load_elastic, save_elastic
+from flextron.route.budget import Planner
+from flextron.route.ladder import uniform_ladder
+from flextron.route.latency import LatencyTable, Workload, load_tables, measure, save_tables
+from flextron.route.latency import profile as profile_model
+from flextron.route.trainer import RouteConfig, RouterResult, train_routers
+from flextron.train import TrainConfig, TrainReport, evaluate
+from flextron.train import train as train_model
+
+TRAINING_FOLDER = "training"
+Progress = Callable[[str, int, int], Any]
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token streams: one to calibrate, train and route on, and one of other documents to judge by."""
+
+    train: Tensor
+    held_out: Tensor
+
+
+Data = str | Path | Corpus | None  # a file or folder of text, a corpus, or Python's own documentation
+
+
+def corpus(tokenizer: Any, data: Data = None) -> Corpus:
+    """Read and encode ``data``, by default the documentation that comes with Python; split it by document."""
+    if isinstance(data, Corpus):
+        return data
+    documents = text.stdlib_documents() if data is None else text.read_documents(data)
+    if len(documents) < 2:
+        return Corpus(*text.split(text.encode(documents, tokenizer)))
+    return Corpus(*(text.encode(part, tokenizer) for part in text.split_documents(documents)))
+
+
+def tokenizer_of(directory: str | Path) -> Any:
+    """The tokenizer stored in a model directory."""
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def from_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Load an elastic checkpoint: a transformers causal LM whose layers are elastic, with its budget dial.
+
+    Args:
+        directory: written by `convert` (and `train`, `profile`, `route`).
+        dtype: of the weights in memory.
+
+    Raises:
+        CheckpointError: one sentence that says what is wrong with which file.
+    """
+    model, _ = load_elastic(directory, dtype)
+    model.planner = Planner.load(directory, model.elastic)
+    return model
+
+
+def convert(
+    parent: Any,
+    directory: str | Path,
+    *,
+    data: Data = None,
+    samples: int = 512,
+    length: int = 256,
+    tokenizer: Any = None,
+    progress: Progress = _silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """Make an elastic checkpoint of a stock one: score, sort, prove that the full model is unchanged.
+
+    Args:
+        parent: a loaded transformers causal LM (then with ``tokenizer``), a directory, or the id of a model on the hub.
+        directory: the elastic checkpoint. Stock transformers still loads it as the full parent.
+        data: text to calibrate on; by default Python's own documentation.
+        samples: sequences.
+        length: tokens of each.
+        options: ``unit``, ``aggregate``, ``mlp_choices``, ``head_choices``, ``order``, ``seed``, ``batch_size`` of
+            `flextron.convert.elastify.convert`.
+
+    Returns:
+        The parity certificate and how importance was scored, as stored in ``flextron.json``.
+    """
+    if tokenizer is None:
+        tokenizer = tokenizer_of(parent)
+    stream = corpus(tokenizer, data).train
+    samples = min(samples, stream.numel() // length)
+    return convert_model(
+        parent,
+        directory,
+        calibration=text.windows(stream, samples, length),
+        tokenizer=tokenizer,
+        progress=lambda done, total: progress("scoring neurons and heads", done, total),
+        **options,
+    )
+
+
+def train(
+    directory: str | Path,
+    config: TrainConfig,
+    *,
+    data: Data = None,
+    restart: bool = False,
+    validation_windows: int = 8,
+    progress: Progress = _silent,
+) -> TrainReport:
+    """Elastic continued training of a checkpoint, in place. A killed run goes on when it is called again.
+
+    The teacher of a distillation is the checkpoint as it is before training: right after `convert` that is the
+    parent itself.
+    """
+    model, _ = load_elastic(directory)
+    teacher = None
+    if config.distillation:
+        teacher, _ = load_elastic(directory)
+        teacher.requires_grad_(False)
+    tokens = corpus(tokenizer_of(directory), data)
+    report = train_model(
+        model,
+        tokens.train,
+        config,
+        Path(directory) / TRAINING_FOLDER,
+        teacher=teacher,
+        resume=not restart,
+        validation=_judging(tokens.held_out, validation_windows, config.length),
+        progress=lambda step, steps, _: progress("elastic training", step, steps),
+    )
+    save_elastic(model, directory)
+    return report
+
+
+def profile(
+    directory: str | Path, workloads: Sequence[Workload], *, progress: Progress = _silent, **options: Any
+) -> dict[str, LatencyTable]:
+    """Measure the latency table of each workload on this machine and store them; other phases' tables stay."""
+    model, _ = load_elastic(directory)
+    tables = load_tables(directory)
+    for workload in workloads:
+        what = f"timing {workload.phase}"
+        tables[workload.phase] = profile_model(
+            model, workload, progress=lambda done, total, what=what: progress(what, done, total), **options
+        )
+    save_tables(tables, directory)
+    return tables
+
+
+def route(
+    directory: str | Path,
+    config: RouteConfig,
+    *,
+    data: Data = None,
+    phase: str = "prefill",
+    samples: int = 4,
+    length: int = 128,
+    progress: Progress = _silent,
+) -> RouterResult:
+    """Train the routers for one phase's latency, against the loss on a few sequences, and store them."""
+    model = from_pretrained(directory)
+    tables = load_tables(directory)
+    if phase not in tables:
+        raise ValueError(
+            f"route: {directory} must have a latency table of {phase}; run `flextron profile {directory}`"
+        )
+    # Of the training text: what the routers are judged by must not have chosen them.
+    tokens = _judging(corpus(tokenizer_of(directory), data).train, samples, length)
+    result = train_routers(
+        model.elastic,
+        tables[phase],
+        lambda widths: evaluate(model, tokens, [widths], batch_size=samples)[0],
+        config,
+        progress,
+    )
+    result.save(directory)
+    return result
+
+
+def budgets(
+    model: Any,
+    tokens: Tensor,
+    targets: Sequence[float],
+    *,
+    phase: str = "prefill",
+    kinds: Sequence[str] = ("routed", "uniform"),
+    rounds: int = 5,
+    batch_size: int = 4,
+    progress: Progress = _silent,
+) -> list[dict[str, Any]]:
+    """Loss, predicted and measured latency of the full model and of each target, routed and uniform.
+
+    Args:
+        model: from `from_pretrained`, profiled.
+        tokens: [n, length] int64, held out.
+        targets: fractions of the full model's latency.
+        kinds: ``"routed"`` reads widths off the routers, ``"uniform"`` off a ladder that treats all layers alike.
+        rounds: of measurement, full model and candidates interleaved.
+    """
+    planner = model.planner
+    table = planner.table(phase)
+    planners = {"routed": planner, "uniform": replace(planner, ladder=uniform_ladder(model.elastic))}
+    chosen = [("full", 1.0, model.elastic.full())]
+    chosen += [(kind, t, planners[kind].resolve(t, phase=phase)) for kind in kinds for t in targets]
+    full_ms, others = measure(
+        model,
+        [widths for _, _, widths in chosen[1:]],
+        table.workload,
+        rounds=rounds,
+        on_round=lambda done: progress("measuring budgets", done, rounds),
+    )
+    rows = []
+    for (kind, target, widths), ms in zip(chosen, [full_ms, *others], strict=True):
+        rows.append(
+            {
+                "kind": kind,
+                "target": target,
+                "loss": evaluate(model, tokens, [widths], batch_size)[0],
+                "predicted_ms": table.predict(widths),
+                "measured_ms": ms,
+                "params": model.elastic.params(widths),
+                "mlp_widths": list(widths.mlp),
+                "kv_groups": list(widths.heads),
+            }
+        )
+        progress("held-out loss of budgets", len(rows), len(chosen))
+    return rows
+
+
+def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) -> str:
+    """Greedy continuation of a prompt at the model's present budget."""
+    encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    out = model.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+    return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+def held_out_windows(tokenizer: Any, data: Data, samples: int, length: int) -> Tensor:
+    """[n, length] windows of the text that no stage trains on."""
+    return _judging(corpus(tokenizer, data).held_out, samples, length)
+
+
+def _judging(stream: Tensor, samples: int, length: int) -> Tensor:
+    length = min(length, stream.numel())
+    return text.windows(stream, min(samples, stream.numel() // length), length)

@@ -1,0 +1,75 @@
+"""What a person sees while something runs: progress bars with the time left, tables, one sentence on an error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+console = Console(stderr=True)  # standard output is for results
+
+_PLAIN_SECONDS = 10.0  # without a terminal there is no bar, but a line at most this often
+
+
+class Reporter:
+    """Called with (what, done, total); shows one bar per ``what``. `stage` binds the first argument."""
+
+    def __init__(self, bars: Progress | None) -> None:
+        self._bars = bars
+        self._tasks: dict[str, int] = {}
+        self._printed: dict[str, float] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._bars is not None:
+            if what not in self._tasks:
+                self._tasks[what] = self._bars.add_task(what, total=total)
+            self._bars.update(self._tasks[what], completed=done, total=total)
+            return
+        now = time.monotonic()
+        if done >= total or now - self._printed.get(what, -_PLAIN_SECONDS) >= _PLAIN_SECONDS:
+            self._printed[what] = now
+            console.print(f"{what} {done}/{total}", highlight=False)
+
+    def stage(self, what: str):
+        """A callback (done, total) for one stage."""
+        return lambda done, total: self(what, done, total)
+
+
+@contextmanager
+def reporter() -> Iterator[Reporter]:
+    """Bars on a terminal; elsewhere now and then a line."""
+    if not console.is_terminal:
+        yield Reporter(None)
+        return
+    columns = (
+        TextColumn("{task.description:<34}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        yield Reporter(bars)
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on standard output; its first column to the left, figures to the right."""
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    out = Console()
+    out.print(table, width=max(out.width, 100) if not out.is_terminal else None)

@@ -1,0 +1,183 @@
+"""The command line: a directory goes from stage to stage, and bad input gives one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from nn.models import small_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from flextron.cli import main
+
+SENTENCE = "the cat sat on the mat and the dog ran far away from the old red house by the sea while it rained"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    generator = torch.Generator().manual_seed(0)
+    words, lines = SENTENCE.split(), []
+    for _ in range(60):
+        picks = torch.randint(len(words), (80,), generator=generator).tolist()
+        lines.append(json.dumps({"text": " ".join(words[i] for i in picks)}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory, text):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train([str(text)], special)
+    path = tmp_path_factory.mktemp("parent")
+    small_model(vocab_size=300).save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(
+        path
+    )
+    return path
+
+
+def answer(capsys, *argv):
+    """What a command that must succeed prints with --json."""
+    assert main([*map(str, argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def complaint(capsys, *argv):
+    """The one sentence of a command that must fail."""
+    assert main([*map(str, argv)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.strip().splitlines()) == 1
+    return printed.err
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, parent, text):
+    path = tmp_path_factory.mktemp("elastic") / "model"
+    assert (
+        main(["convert", str(parent), str(path), "--data", str(text), "--samples", "8", "--length", "32"])
+        == 0
+    )
+    return path
+
+
+@pytest.fixture
+def elastic(tmp_path, converted):
+    return shutil.copytree(converted, tmp_path / "elastic")
+
+
+def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_path, capsys):
+    common = ("--data", text)
+    trained = answer(
+        capsys, "train", elastic, *common, "--steps", 4, "--batch-size", 2, "--length", 32, "--eval-every", 2,
+        "--checkpoint-every", 2, "--distillation", 1,
+    )  # fmt: skip
+    assert len(trained["losses"]) == 4 and len(trained["evaluations"]) == 3
+    tables = answer(capsys, "profile", elastic, "--length", 16, "--context", 16, "--rounds", 2)
+    assert set(tables) == {"prefill", "decode"}
+    routers = answer(
+        capsys, "route", elastic, *common, "--evaluations", 24, "--prefill", 16, "--steps", 20, "--length", 32,
+        "--targets", "0.98,1",
+    )  # fmt: skip
+    assert routers["evaluations"] <= 24
+    rows = answer(capsys, "eval", elastic, *common, "--budgets", "0.99,1", "--rounds", 2, "--length", 32)
+    assert [row["kind"] for row in rows] == ["full", "routed", "uniform"]
+    said = answer(capsys, "generate", elastic, "--budget", 0.99, "--prompt", "the cat", "--max-new-tokens", 4)
+    assert said["text"].startswith("the cat")
+    made = answer(capsys, "export", elastic, tmp_path / "small", "--budget", 0.99)
+    assert made["params"] == sum(
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "small").parameters()
+    )
+    facts = answer(capsys, "info", elastic)
+    assert facts["routers"] == "trained" and set(facts["latency tables"]) == {"prefill", "decode"}
+
+
+def test_training_again_resumes_a_finished_run_and_changes_nothing(elastic, text, capsys):
+    argv = ("train", elastic, "--data", text, "--steps", 2, "--batch-size", 2, "--length", 32)
+    first = answer(capsys, *argv)
+    weights = (elastic / "model.safetensors").read_bytes()
+    again = answer(capsys, *argv)
+    assert again["resumed_from"] == 2 and again["losses"] == first["losses"]
+    assert (elastic / "model.safetensors").read_bytes() == weights
+    assert "config.seed" in complaint(capsys, *argv, "--seed", 1)
+    assert answer(capsys, *argv, "--seed", 1, "--restart")["resumed_from"] == 0
+
+
+def test_conversion_options_change_the_checkpoint(parent, text, tmp_path, capsys):
+    def weights(name, *options):
+        argv = ("convert", parent, tmp_path / name, "--data", text, "--samples", 8, "--length", 32, *options)
+        answer(capsys, *argv)
+        meta = json.loads((tmp_path / name / "flextron.json").read_text())
+        return (tmp_path / name / "model.safetensors").read_bytes(), meta
+
+    plain, meta = weights("plain")
+    orders = {
+        "plain": plain,
+        "variance": weights("variance", "--aggregate", "variance")[0],
+        "none": weights("none", "--order", "none")[0],
+        "random": weights("random", "--order", "random")[0],
+        "seed": weights("seed", "--order", "random", "--seed", "1")[0],
+    }
+    assert len(set(orders.values())) == len(orders)
+    for flag, key, menu in (
+        ("--mlp-choices", "mlp_choices", [16, 40]),
+        ("--head-choices", "head_choices", [2, 4]),
+    ):
+        changed = weights(flag.strip("-"), flag, ",".join(map(str, menu)))[1]
+        assert changed["elastic"][key] == menu != meta["elastic"][key]
+    assert weights("unit", "--unit", "query")[1]["elastic"]["unit"] == "query" != meta["elastic"]["unit"]
+
+
+def test_bad_input_gives_one_sentence(elastic, parent, text, tmp_path, capsys):
+    cases = {
+        ("eval", elastic, "--data", text): "flextron profile",
+        ("route", elastic, "--data", text): "flextron profile",
+        ("generate", elastic, "--budget", 0.5, "--prompt", "x"): "flextron profile",
+        ("generate", elastic, "--params", 10, "--prompt", "x"): "smallest",
+        ("train", elastic, "--data", text, "--learning-rate", -1): "learning_rate",
+        ("train", elastic, "--data", tmp_path / "no.txt"): "must exist",
+        ("convert", parent, parent, "--data", text): "another directory",
+        (
+            "convert",
+            parent,
+            tmp_path / "x",
+            "--data",
+            text,
+            "--mlp-choices",
+            "8,16",
+        ): "mlp_choices must ascend",
+        ("export", elastic, elastic): "must not be an elastic checkpoint",
+        ("demo", "--parent", tmp_path / "nothing", "--out", tmp_path / "d"): "nothing",
+    }
+    for argv, words in cases.items():
+        assert words in complaint(capsys, *argv), argv
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_demonstration_replaces_nothing_but_a_demonstration(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "got" in complaint(capsys, "demo", "--parent", "tiny", "--out", tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_every_command_has_help_with_an_example(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    commands = [name for name in listed if name.isalpha()]
+    assert {"convert", "train", "profile", "route", "eval", "generate", "export", "info", "demo"} <= set(
+        commands
+    )
+    for name in ("convert", "train", "profile", "route", "eval", "generate", "export", "info", "demo"):
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert f"example: flextron {name}" in capsys.readouterr().out
