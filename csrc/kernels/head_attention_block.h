@@ -251,15 +251,15 @@ void find_rows(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item
     }
 }
 
-// Rows of q, scaled, as [rows][D] and [D][rows]; either may be null. Columns beyond the rows are zero.
+// Rows of q, as [rows][D] and [D][rows]; either may be null. Columns beyond the rows are zero.
 template <class A, class scalar_t>
 void pack_queries(const HeadAttentionParams<scalar_t>& p, const Rows& rows, A* q, A* q_t) {
   const i64 ld = padded<A>(p.D), ld_t = padded<A>(rows.count);
   for (i64 r = 0; r < rows.count; ++r) {
     const scalar_t* from = p.q + rows.at[r] / p.H * p.q_stride_t + rows.at[r] % p.H * p.q_stride_h;
-    for (i64 d = 0; d < p.D; ++d) q_t[d * ld_t + r] = widen(from[d]) * p.scale;
+    for (i64 d = 0; d < p.D; ++d) q_t[d * ld_t + r] = widen(from[d]);
     if (q) {
-      for (i64 d = 0; d < p.D; ++d) q[r * ld + d] = widen(from[d]) * p.scale;
+      for (i64 d = 0; d < p.D; ++d) q[r * ld + d] = widen(from[d]);
       for (i64 d = p.D; d < ld; ++d) q[r * ld + d] = A(0);
     }
   }
@@ -281,16 +281,16 @@ void pack_keys(const HeadAttentionParams<scalar_t>& p, const KeyView<const scala
   }
 }
 
-// Adds [n][D] sums to the rows of keys [begin, begin + n).
+// Adds [n][D] sums times a factor to the rows of keys [begin, begin + n).
 template <class A, class scalar_t, class grad_t>
 void unpack_keys(const HeadAttentionParams<scalar_t>& p, const KeyView<grad_t>& to,
-                 const AttentionSequence& s, i64 group, i64 begin, i64 n, const A* from) {
+                 const AttentionSequence& s, i64 group, i64 begin, i64 n, const A* from, A factor) {
   const i64 ld = padded<A>(p.D);
   for (i64 j = 0; j < n; ++j) {
     const i64 position = s.position + begin + j;
     grad_t* row = to.data + s.pages[position / p.page] * to.page_stride + position % p.page * to.key_stride +
                   group * to.group_stride;
-    for (i64 d = 0; d < p.D; ++d) narrow(widen(row[d]) + from[j * ld + d], row + d);
+    for (i64 d = 0; d < p.D; ++d) narrow(widen(row[d]) + from[j * ld + d] * factor, row + d);
   }
 }
 
@@ -336,6 +336,12 @@ Softmax<A> take_softmax(const HeadAttentionParams<scalar_t>& p, Arena& arena) {
   return s;
 }
 
+template <class A>
+void scale_scores(i64 n, i64 used_rows, i64 ld, A scale, A* x) {
+  for (i64 j = 0; j < n; ++j)
+    for (i64 r = 0; r < used_rows; r += kLanes<A>) store(x + j * ld + r, load(x + j * ld + r) * scale);
+}
+
 // Scores of n keys become probabilities relative to the new maximum; shrink is what the old sums are worth
 // under it.
 template <class A>
@@ -351,13 +357,14 @@ void softmax_step(i64 n, i64 used_rows, i64 ld, const Softmax<A>& s) {
     const Vec<A> from =
         max == zero - infinity ? zero : max;  // nothing seen yet: exp(-inf - 0), not exp(-inf + inf)
     const Vec<A> shrink = vec_exp(old - from);
-    Vec<A> sum = load(s.sum + r) * shrink;
+    Vec<A> sum = zero;  // of this block alone: shorter sums round less
     for (i64 j = 0; j < n; ++j) {
       const Vec<A> x = vec_exp(load(s.p + j * ld + r) - from);
       store(s.p + j * ld + r, x);
       sum += x;
     }
-    store(s.max + r, max), store(s.sum + r, sum), store(s.shrink + r, shrink);
+    store(s.max + r, max), store(s.shrink + r, shrink);
+    store(s.sum + r, load(s.sum + r) * shrink + sum);
   }
 }
 
@@ -375,6 +382,7 @@ void attend(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, c
     pack_keys(p, p.k, sequence, item.group, at, n, s.k);
     pack_keys(p, p.v, sequence, item.group, at, n, s.v);
     product_by_strip<false>(n, used_rows, p.D, s.k, D, s.q_t, R, s.p, R);
+    scale_scores(n, used_rows, R, p.scale, s.p);
     hide(rows, at, n, -A(__builtin_inf()), s.limit, s.p, R);
     softmax_step(n, used_rows, R, s);
     for (i64 r = 0; r < rows.count; ++r)
@@ -394,8 +402,8 @@ void forward_item(const HeadAttentionParams<scalar_t>& p, const AttentionItem& i
   const i64 D = padded<A>(p.D);
   for (i64 r = 0; r < rows.count; ++r) {
     if (p.lse) p.lse[rows.at[r]] = s.max[r] + log_of(s.sum[r]);
-    const A share = s.sum[r] == A(0) ? A(0) : A(1) / s.sum[r];
-    for (i64 d = 0; d < p.D; ++d) narrow(s.out[r * D + d] * share, p.out + rows.at[r] * p.D + d);
+    const A sum = s.sum[r] == A(0) ? A(1) : s.sum[r];
+    for (i64 d = 0; d < p.D; ++d) narrow(s.out[r * D + d] / sum, p.out + rows.at[r] * p.D + d);
   }
 }
 
@@ -403,7 +411,7 @@ void forward_item(const HeadAttentionParams<scalar_t>& p, const AttentionItem& i
 
 template <class A>
 struct Backward {
-  A *q, *dout;             // [rows][D], q scaled
+  A *q, *dout;             // [rows][D]
   A *q_t, *dout_t;         // [D][rows]
   A *lse, *delta, *limit;  // [rows]
   A *k, *v;                // [kAttentionKeys][D]
@@ -464,7 +472,7 @@ void backward_scores(const HeadAttentionParams<scalar_t>& p, const AttentionItem
   product_by_strip<false>(n, used_rows, p.D, s.k, D, s.q_t, R, s.p, R);
   for (i64 j = 0; j < n; ++j)
     for (i64 r = 0; r < used_rows; r += kLanes<A>)
-      store(s.p + j * R + r, vec_exp(load(s.p + j * R + r) - load(s.lse + r)));
+      store(s.p + j * R + r, vec_exp(load(s.p + j * R + r) * p.scale - load(s.lse + r)));
   hide(rows, at, n, A(0), s.limit, s.p, R);
   product_by_strip<false>(n, used_rows, p.D, s.v, D, s.dout_t, R, s.ds, R);
   for (i64 j = 0; j < n; ++j)
@@ -537,8 +545,8 @@ void backward_item(const HeadAttentionBackwardParams<scalar_t, grad_t>& params, 
     for (i64 r = 0; dq && r < rows.count; ++r)
       for (i64 d = 0; d < p.D; ++d) narrow(dq[r * D + d] * p.scale, params.dq + rows.at[r] * p.D + d);
   }
-  if (dk) unpack_keys(p, params.dk, sequence, item.group, begin, end - begin, dk);
-  if (dv) unpack_keys(p, params.dv, sequence, item.group, begin, end - begin, dv);
+  if (dk) unpack_keys(p, params.dk, sequence, item.group, begin, end - begin, dk, p.scale);
+  if (dv) unpack_keys(p, params.dv, sequence, item.group, begin, end - begin, dv, A(1));
 }
 
 }  // namespace

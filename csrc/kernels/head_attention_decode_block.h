@@ -60,9 +60,9 @@ void merge_items(const HeadAttentionDecodeParams<scalar_t>& params, i64 first, i
       sum += share * from.sum[r];
       for (i64 d = 0; d < p.D; ++d) s.out[d] += share * from.out[r * p.D + d];
     }
-    const A share = sum == A(0) ? A(0) : A(1) / sum;
-    for (i64 d = 0; d < p.D; ++d) narrow(s.out[d] * share, p.out + rows.at[r] * p.D + d);
     if (p.lse) p.lse[rows.at[r]] = max + log_of(sum);
+    if (sum == A(0)) sum = A(1);
+    for (i64 d = 0; d < p.D; ++d) narrow(s.out[d] / sum, p.out + rows.at[r] * p.D + d);
   }
 }
 
