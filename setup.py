@@ -1,4 +1,4 @@
-"""Runs CMake and puts the binaries into flextron_ext/; every other fact about the package is in pyproject.toml."""
+"""Runs CMake and puts the binaries into flextron_ext/; every other fact is in pyproject.toml."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""The elastic ops for PyTorch: importing this package makes ``torch.ops.flextron.*`` exist, with fakes and gradients."""
+"""The elastic ops for PyTorch: importing this makes ``torch.ops.flextron.*`` exist, fakes and gradients included."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""One row per op: its inputs, awkward ones included, by argument name. Every row feeds every test of test_ops.py."""
+"""One row per op: its inputs, awkward ones included, by argument name. They feed test_ops.py."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan():
-    """Deterministic mode fills what `empty` hands out, in C++ too: an unwritten result cannot pass for zero."""
+    """Deterministic mode fills what `empty` hands out, in C++ too: none can pass for zero."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

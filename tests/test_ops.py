@@ -1,4 +1,4 @@
-"""Every row of cases.py, on each dtype and device: values, gradients, opcheck, compile, export. No op without a row."""
+"""Every row of cases.py, on each dtype and device: values, gradients, opcheck, compile, export."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_gradients(row, dtype, device):
 
 @each_op
 def test_opcheck(row, device):
-    """Schema, fake with its strides, autograd registration, and the dynamic-shape trace of forward and backward."""
+    """Schema, fake with its strides, autograd registration, and the dynamic-shape trace both ways."""
     for i, case in enumerate(row.inputs(device, torch.float32)):
         utils = ["test_schema", "test_faketensor", "test_autograd_registration"]
         if i % 4 == 1:  # a trace takes a second

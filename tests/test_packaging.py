@@ -1,4 +1,4 @@
-"""What is installed: one version, an op library without Python that loads alone, and nothing of torch's unstable ABI."""
+"""What is installed: one version, an op library that loads alone, nothing of torch's unstable ABI."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""What the op files share: argument checks that raise before the call, autocast, and the refusal of second gradients."""
+"""What the op files share: argument checks before the call, autocast, and the refusal of second gradients."""
 
 from __future__ import annotations
 

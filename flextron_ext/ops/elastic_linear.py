@@ -23,7 +23,8 @@ def elastic_linear(
 ) -> Tensor:
     """Apply the first features of a linear layer, inside each block of inputs and outputs.
 
-    ``y[t, ob, n] = bias[ob, n] + sum_{ib, i < in_t} x[t, ib, i] * weight[ob, n, ib, i]`` where ``n < out_t``, 0 elsewhere.
+    ``y[t, ob, n] = bias[ob, n] + sum_{ib, i < in_t} x[t, ib, i] * weight[ob, n, ib, i]`` where ``n < out_t``,
+    0 elsewhere.
 
     Args:
         x: [..., in_blocks * kx], float32, float64, bfloat16 or float16; kx >= in_features.

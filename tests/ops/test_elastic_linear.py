@@ -1,4 +1,4 @@
-"""What is peculiar to elastic_linear: prefixes inside blocks, the staircase, and what lies beyond an extent."""
+"""What is peculiar to elastic_linear: prefixes inside blocks, the staircase, and what lies beyond."""
 
 from itertools import product
 
@@ -142,7 +142,7 @@ def multiplied(run) -> int:
 
 
 def test_work_is_proportional_to_the_extents():
-    x, weight, bias = inputs()
+    x, weight, _ = inputs()
     extent = torch.tensor([0, 0, 3, 3, 3, 10, 10, 5, 1, 1, 7])
     leaves = [value.requires_grad_() for value in (x, weight)]
     forward = multiplied(lambda: elastic_linear(*leaves, None, K, N, out_extent=extent))

@@ -40,7 +40,7 @@ def test_slices_equal_the_op():
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("per_token", [True, False])
 def test_nothing_beyond_a_width_is_used(gated, per_token):
-    """NaN in every weight and bias beyond the widest token: no NaN comes back, and those gradients are zero."""
+    """NaN in all weights beyond the widest token: no NaN comes back, and those gradients are zero."""
     values = inputs(gated)
     extent = torch.randint(0, 14, (T,)) if per_token else torch.tensor([9])
     live = torch.arange(NEURONS) < extent.max()

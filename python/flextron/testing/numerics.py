@@ -1,4 +1,4 @@
-"""assert_no_worse: the one tolerance of the project, a rule and not a number. The timing half is in timing.py."""
+"""assert_no_worse: the one tolerance of the project, a rule and not a number."""
 
 from __future__ import annotations
 
