@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 
 from flextron.config import ElasticConfig, Widths
 from flextron.route.latency import LatencyTable, Workload
@@ -76,6 +77,6 @@ class SyntheticLoss:
         gone = [1 - n / self.config.head_choices[-1] for n in widths.heads]
         damage = sum(s * x**1.5 for s, x in zip(self.sensitivity["mlp"], lost, strict=True))
         damage += sum(s * x**1.5 for s, x in zip(self.sensitivity["heads"], gone, strict=True))
-        pairs = sum(a * b for a, b in zip(lost, lost[1:], strict=False)) / len(lost)
+        pairs = sum(a * b for a, b in pairwise(lost)) / len(lost)
         mixed = sum(a * b for a, b in zip(lost, gone, strict=True)) / len(lost)
         return 3.0 + damage + self.interaction * (pairs + mixed) + 0.5 * damage**2

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import skip_init
 
 LEAK = 0.1
 
@@ -61,10 +62,10 @@ class StaticRouter(nn.Module):
         self.num_layers, self.mlp_choices, self.head_choices = num_layers, mlp_choices, head_choices
         self.hidden = hidden
         self.register_buffer("_targets", torch.tensor(self.targets), persistent=False)
-        self.body = nn.Linear(len(self.targets), hidden)
-        self.rows = nn.Linear(hidden, num_layers * (mlp_choices + head_choices))
+        self.body = skip_init(nn.Linear, len(self.targets), hidden)
+        self.rows = skip_init(nn.Linear, hidden, num_layers * (mlp_choices + head_choices))
         generator = torch.Generator().manual_seed(seed)
-        for linear in (self.body, self.rows):
+        for linear in (self.body, self.rows):  # not torch's own start, which draws from everybody's generator
             nn.init.kaiming_uniform_(linear.weight, a=LEAK, generator=generator)
             nn.init.zeros_(linear.bias)
 

@@ -35,7 +35,8 @@ class Planner:
 
     Attributes:
         config: the menus.
-        tables: latency tables by phase; without one, only ``params``, ``memory_gb`` and ``widths`` are understood.
+        tables: latency tables by phase; without one, only ``params``, ``memory_gb`` and ``widths`` are
+            understood.
         ladder: of the trained routers; None: the uniform ladder.
     """
 
@@ -98,8 +99,8 @@ class Planner:
             memory_gb: weights and key/value cache, in 1e9 bytes.
             widths: themselves; they are checked against the menus.
             phase: ``"prefill"`` or ``"decode"``: which latency table.
-            batch, context: of the key/value cache that ``memory_gb`` counts (1 and 0 unless given). For a budget of
-                latency they must be the profiled ones when they are given.
+            batch, context: of the key/value cache that ``memory_gb`` counts (1 and 0 unless given). For a
+                budget of latency they must be the profiled ones when they are given.
             bytes_per_value: of a weight or cached value in memory.
 
         Raises:

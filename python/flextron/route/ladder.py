@@ -1,4 +1,4 @@
-"""The ladder: a nested chain of sub-networks from the smallest to the full one, which a budget is read off."""
+"""The ladder: a nested chain of sub-networks, smallest to full, off which a budget is read."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from flextron.config import ElasticConfig, Widths
 from flextron.nn.router import StaticRouter
 
 AXES = ("mlp", "heads")
+_GOLDEN = (5**0.5 - 1) / 2
 _GRID = 201  # targets at which a router is read; its logits are lines between trained targets
 
 Upgrade = tuple[str, int]  # (axis, layer): this layer's axis goes to its next choice
@@ -45,8 +46,8 @@ class Ladder:
             _all_upgrades(self.mlp_choices, self.head_choices, self.num_layers)
         ):
             raise ValueError(
-                f"Ladder: upgrades must take each of {self.num_layers} layers from its smallest to its full choice, "
-                f"got {len(self.upgrades)} that do not"
+                f"Ladder: upgrades must take each of {self.num_layers} layers from its smallest to its full "
+                f"choice, got {len(self.upgrades)} that do not"
             )
 
     @cached_property
@@ -86,7 +87,8 @@ class Ladder:
         theirs = (config.num_layers, config.mlp_choices, config.head_choices)
         if mine != theirs:
             raise ValueError(
-                f"ladder: layers and menus must be those of the model {theirs}, got {mine}; run `flextron route DIR` again"
+                f"ladder: layers and menus must be those of the model {theirs}, got {mine}; "
+                "run `flextron route DIR` again"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,27 +114,29 @@ class Ladder:
 def uniform_ladder(config: ElasticConfig) -> Ladder:
     """Upgrade all layers evenly, both axes at the same pace: what one does without routers.
 
-    Layers take turns in van der Corput order (first, middle, quarters, ..), so at every rung the wider layers are
+    Layers take turns by multiples of the golden ratio, so that at every rung the wider ones are
     spread over the depth.
     """
-    turn = {layer: place for place, layer in enumerate(sorted(range(config.num_layers), key=_bit_reversed))}
+    turn = sorted(
+        range(config.num_layers), key=lambda k: (k + 1) * _GOLDEN % 1
+    )  # layer -> when it is its turn
     order: list[tuple[float, str, int]] = []
     for axis, menu in (("mlp", config.mlp_choices), ("heads", config.head_choices)):
         steps = len(menu) - 1
         for choice in range(steps):
-            order += [((choice + (turn[n] + 0.5) / config.num_layers) / steps, axis, n) for n in turn]
+            order += [
+                ((choice + (turn[n] + 0.5) / config.num_layers) / steps, axis, n)
+                for n in range(config.num_layers)
+            ]
     return _ladder(config, [(axis, layer) for _, axis, layer in sorted(order)], "uniform")
 
 
-def router_ladder(
-    config: ElasticConfig, router: StaticRouter, benefit: Callable[[str, int, int], float] | None = None
-) -> Ladder:
+def router_ladder(config: ElasticConfig, router: StaticRouter) -> Ladder:
     """Read a router out as a ladder: deterministic, and nested by construction.
 
-    The arg-max choices are taken at a fine grid of targets, with a running maximum, so that no layer shrinks as
-    the target grows. Upgrades are ordered by the target at which they first appear; among those that appear
-    together, the one the router prefers more (its logit margin) comes first, then the one with more
-    ``benefit(axis, layer, choice)``, then the lower layer.
+    The arg-max choices are taken at a fine grid of targets, with a running maximum, so that no layer shrinks
+    as the target grows. Upgrades are ordered by the target at which they first appear; among those that
+    appear together, the one the router prefers more (its logit margin) comes first, then the lower layer.
     """
     grid = torch.linspace(router.targets[0], 1.0, _GRID)
     with torch.no_grad():
@@ -145,9 +149,9 @@ def router_ladder(
             for choice in range(1, rows.shape[-1]):
                 first = int((reached[:, layer] < choice).sum())
                 margin = _margin(rows[first, layer], choice)
-                gain = benefit(axis, layer, choice) if benefit else 0.0
-                # `margin` never grows with the choice, and the choice breaks its ties: the order within a layer holds
-                order.append((first, -margin, choice, -gain, layer, axis))
+                # `margin` never grows with the choice, and the choice breaks its ties: the order within a
+                # layer holds
+                order.append((first, -margin, choice, layer, axis))
     return _ladder(config, [(axis, layer) for *_, layer, axis in sorted(order)], "router")
 
 
@@ -163,11 +167,3 @@ def _ladder(config: ElasticConfig, upgrades: Sequence[Upgrade], origin: str) -> 
 def _all_upgrades(mlp_choices: Sequence[int], head_choices: Sequence[int], layers: int) -> list[Upgrade]:
     counts = {"mlp": len(mlp_choices) - 1, "heads": len(head_choices) - 1}
     return [(axis, layer) for axis in AXES for layer in range(layers) for _ in range(counts[axis])]
-
-
-def _bit_reversed(n: int) -> float:
-    """The van der Corput sequence in base 2: 0, 1/2, 1/4, 3/4, 1/8, .."""
-    value, place = 0.0, 0.5
-    while n:
-        value, n, place = value + place * (n & 1), n >> 1, place / 2
-    return value

@@ -1,9 +1,9 @@
-"""The latency table: what every choice of every layer costs on this device, and how well the sum predicts the whole.
+"""The latency table: what every choice of every layer costs here, and how well the sum predicts the whole.
 
     T(config) = base + slope * sum over layers ( heads[layer, n_c] + mlp[layer, d_c] )
 
-The entries are measured through the modules that run (`flextron.nn.probe`); base and slope are fitted on whole
-models, and the residual is taken on other whole models. All times are milliseconds.
+The entries are measured through the modules that run (`flextron.nn.probe`); base and slope are fitted on
+whole models, and the residual is taken on other whole models. All times are milliseconds.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Workload:
     """What is timed.
 
     Attributes:
-        phase: ``"prefill"``: ``length`` tokens at once, without a cache. ``"decode"``: one new token per sequence.
+        phase: ``"prefill"``: ``length`` tokens at once, without a cache. ``"decode"``: one new token per
+            sequence.
         batch: sequences.
         length: tokens of each sequence in the prefill phase; 1 in the decode phase.
         context: tokens cached before the new one in the decode phase; 0 in the prefill phase.
@@ -59,11 +60,13 @@ class Workload:
             raise ValueError(f"Workload: batch must be at least 1, got {self.batch}")
         if self.phase == "prefill" and (self.length < 1 or self.context):
             raise ValueError(
-                f"Workload: prefill must have a length and no context, got length={self.length}, context={self.context}"
+                "Workload: prefill must have a length and no context, "
+                f"got length={self.length}, context={self.context}"
             )
         if self.phase == "decode" and (self.length != 1 or self.context < 1):
             raise ValueError(
-                f"Workload: decode must have length 1 and a context, got length={self.length}, context={self.context}"
+                "Workload: decode must have length 1 and a context, "
+                f"got length={self.length}, context={self.context}"
             )
 
     @classmethod
@@ -187,7 +190,8 @@ class LatencyTable:
         """How ``machine`` (of `machine_of`) is not the one that was measured: one sentence each."""
         keys = sorted(self.machine.keys() | machine.keys())
         return [
-            f"the {self.workload.phase} table was measured with {k} {self.machine.get(k)!r}, now it is {machine.get(k)!r}"
+            f"the {self.workload.phase} table was measured with {k} {self.machine.get(k)!r}, "
+            f"now it is {machine.get(k)!r}"
             for k in keys
             if self.machine.get(k) != machine.get(k)
         ]
@@ -213,7 +217,7 @@ class LatencyTable:
 
 
 def save_tables(tables: dict[str, LatencyTable], directory: str | Path) -> None:
-    """Write the tables of both phases to ``latency.json`` of an elastic checkpoint; tables of other phases stay."""
+    """Write tables, by phase, to ``latency.json`` of an elastic checkpoint; those of other phases stay."""
     tables = {**load_tables(directory), **tables}
     content = {"format": FORMAT, "tables": {phase: table.to_dict() for phase, table in tables.items()}}
     write_json(Path(directory) / FILE, content)
@@ -270,7 +274,8 @@ def fit_line(
 def random_widths(config: ElasticConfig, rng: random.Random) -> Widths:
     """One draw whose mean size is spread over the whole range.
 
-    Half the time homogeneous with jitter (every layer near one size, each axis its own), half the time every layer
+    Half the time homogeneous with jitter (every layer near one size, each axis its own), half the time every
+    layer
     independent at a mean that is itself drawn: plain independent draws would all have about the same size.
     """
     homogeneous = rng.random() < 0.5
@@ -291,7 +296,7 @@ def random_widths(config: ElasticConfig, rng: random.Random) -> Widths:
 def calibration_widths(
     config: ElasticConfig, fit: int, held_out: int, seed: int
 ) -> tuple[list[Widths], list[Widths]]:
-    """Configurations to fit on (the full and the smallest are the first two) and to judge with: no one in both.
+    """Configurations to fit on (the full and the smallest come first) and to judge with: no one in both.
 
     A tiny model may have fewer configurations than asked for; then there are fewer, the held-out ones first.
 
@@ -336,10 +341,11 @@ def profile(
 ) -> LatencyTable:
     """Measure the table of one phase on the device that the model is on.
 
-    For each axis and choice all layers are set to the choice and one sweep over their modules is timed, so the
-    weights stream from memory as they do in the model. A layer's entry is the sweep over the number of layers:
-    all layers have the same shapes, and what differs between them would be noise that a planner takes for gain.
-    Choices are timed in interleaved rounds; whole models between two runs of the full one.
+    For each axis and choice all layers are set to the choice and one sweep over their modules is timed, so
+    the
+    weights stream from memory as they do in the model. A layer's entry is the sweep over the number of
+    layers: all layers have the same shapes, and what differs between them would be noise that a planner takes
+    for gain. Choices are timed in interleaved rounds; whole models between two runs of the full one.
 
     Args:
         model: an elastic model; its widths are restored.
@@ -391,7 +397,7 @@ def profile(
 def calibrate(
     table: LatencyTable, to_fit: list[tuple[Widths, float]], to_judge: list[tuple[Widths, float]]
 ) -> LatencyTable:
-    """The table with base and slope fitted on ``to_fit`` (widths, measured ms), and its residual on ``to_judge``.
+    """The table with base and slope fitted on ``to_fit`` (widths, measured ms), judged on ``to_judge``.
 
     The first of ``to_fit`` is the full model. It counts as much as all the others together: every ratio was
     measured against it, and every fraction is a fraction of it.
@@ -405,7 +411,7 @@ def calibrate(
         slope = 1.0
         base = times[0] - sums[0]
         warnings += (
-            f"the whole model's time does not follow the table ({error}); budgets of latency mean little here",
+            f"the whole model's time does not follow the table ({error}): budgets of latency mean little",
         )
     fitted = replace(table, base=base, slope=slope, warnings=warnings)
 
@@ -426,8 +432,8 @@ def measure(
 ) -> tuple[float, list[float]]:
     """Milliseconds of the whole model: (full, one for each of ``widths``).
 
-    Each configuration is timed between two runs of the full model; what is returned is its median ratio to them
-    times the median of the full model, so the drift of a shared machine cancels.
+    Each configuration is timed between two runs of the full model; what is returned is its median ratio to
+    them times the median of the full model, so the drift of a shared machine cancels.
     """
     before = model.widths, model.kv
     choices = {str(i): w for i, w in enumerate(widths)}
@@ -535,7 +541,7 @@ def _warnings(config: ElasticConfig, costs: dict[str, tuple[float, ...]]) -> lis
         for i, (cost, above) in enumerate(zip(costs[axis], costs[axis][1:], strict=False)):
             if cost >= _SAME_COST * above:
                 found.append(
-                    f"{axis} {menu[i]} costs as much as {menu[i + 1]} here ({cost:.3f} and {above:.3f} ms a layer)"
+                    f"{axis} {menu[i]} costs as much as {menu[i + 1]} ({cost:.3f}, {above:.3f} ms a layer)"
                 )
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from flextron.config import ElasticConfig, Widths
 from flextron.nn.router import Choices
 from flextron.route.latency import LatencyTable
 from flextron.route.surrogate import Surrogate
+
+Score = Callable[[Sequence[Widths]], Tensor]
 
 
 def one_hot(config: ElasticConfig, widths: Sequence[Widths]) -> Choices:
@@ -43,8 +45,8 @@ def search(
 ) -> Widths:
     """A configuration of low predicted loss within ``target`` of the full latency.
 
-    Greedy: from the full model, give up the step that costs the least predicted loss for each millisecond, until
-    the target is met. Then swaps, one step down and others up, as long as they help. ``start`` offers
+    Greedy: from the full model, give up the step that costs the least predicted loss for each millisecond,
+    until the target is met. Then swaps, one step down and others up, as long as they help. ``start`` offers
     other points to swap from; the best of all results is returned.
 
     Raises:
@@ -70,7 +72,9 @@ def search(
     return results[int(score(results).argmin())]
 
 
-def _swap(config, table, score, widths: Widths, limit: float, swaps: int) -> Widths:  # noqa: ANN001
+def _swap(
+    config: ElasticConfig, table: LatencyTable, score: Score, widths: Widths, limit: float, swaps: int
+) -> Widths:
     """Improve by filling up to the limit, then by single swaps of a step down for a step up."""
     best = float(score([widths])[0])
     for _ in range(swaps):

@@ -1,14 +1,16 @@
-"""The surrogate: predicts what a choice of widths costs in loss, so that routers can be trained without the LLM."""
+"""The surrogate: predicts what widths cost in loss, so that routers can be trained without the LLM."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import skip_init
 
 from flextron.config import ElasticConfig, Widths
 from flextron.nn.router import Choices
@@ -16,7 +18,7 @@ from flextron.nn.router import Choices
 
 @dataclass(frozen=True)
 class FitReport:
-    """How well a surrogate predicts configurations it was not trained on; losses in nats above the full model's.
+    """How well a surrogate predicts what it was not trained on; losses are nats above the full model's.
 
     Attributes:
         n: configurations judged.
@@ -54,7 +56,7 @@ class ReplayBuffer:
         return widths in self._known
 
     def add(self, widths: Widths, fraction: float, loss: float) -> None:
-        """Remember ``loss`` (above the full model's) of ``widths``, which take ``fraction`` of the full latency."""
+        """Remember ``loss`` (above the full model's) of ``widths`` at ``fraction`` of the full latency."""
         if widths in self._known:
             raise ValueError("ReplayBuffer.add: widths must be new, got some that are there already")
         self._known[widths] = loss
@@ -74,10 +76,12 @@ class ReplayBuffer:
 class Surrogate(nn.Module):
     """Loss above the full model's from choice probabilities and the latency fraction they have.
 
-    A three-layer MLP beside a linear term: the linear term carries most of the truth (damage adds up over layers)
-    and needs few samples, the MLP carries the interactions. Probabilities enter as P(choice >= c), so each input
-    is one upgrade. Losses are seen through ``asinh(loss / scale)``, linear for small and logarithmic for large
-    ones: otherwise the few ruined networks would outweigh all that anyone would use. The full model is exactly 0.
+    A three-layer MLP beside a linear term: the linear term carries most of the truth (damage adds up over
+    layers) and needs few samples, the MLP carries the interactions. Probabilities enter as P(choice >= c), so
+    each input is one upgrade. Losses are seen through ``asinh(loss / scale)``, linear for small and
+    logarithmic for large
+    ones: otherwise the few ruined networks would outweigh all that anyone would use. The full model is
+        exactly 0.
 
     Args:
         num_layers, mlp_choices, head_choices: L and the counts of choices.
@@ -92,17 +96,16 @@ class Surrogate(nn.Module):
         upgrades = num_layers * (mlp_choices + head_choices - 2)
         shared = mlp_choices + head_choices - 2  # each upgrade's share of the layers that have it
         inputs = upgrades + shared + 1
-        self.linear = nn.Linear(inputs, 1, bias=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 1)
-        )
+        self.linear = skip_init(nn.Linear, inputs, 1, bias=False)
+        sizes = (inputs, hidden, hidden, 1)
+        layers = [skip_init(nn.Linear, *pair) for pair in pairwise(sizes)]
+        self.mlp = nn.Sequential(layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2])
         for name in ("scale", "spread"):
             self.register_buffer(name, torch.ones(()))
         generator = torch.Generator().manual_seed(seed)
-        for module in self.mlp:
-            if isinstance(module, nn.Linear):
-                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
-                nn.init.zeros_(module.bias)
+        for layer in layers:
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+            nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, choices: Choices, fraction: Tensor) -> Tensor:

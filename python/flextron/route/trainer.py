@@ -25,7 +25,7 @@ from flextron.route.surrogate import FitReport, ReplayBuffer, Surrogate, Surroga
 TENSORS, DESCRIPTION = "routers.safetensors", "routers.json"
 _TOLERANCE = 0.02  # relative distance from the target that costs nothing
 _WARM_STEPS = 200  # of imitation of the uniform ladder, before anything else is learnt
-_WARM_CONFIDENCE = 0.7  # probability it should give to the uniform choice: a start, not a decision
+_WARM_CONFIDENCE = 0.5  # probability it should give to the uniform choice: a start, not a decision
 _EMA = 0.9
 _LEAST_STAKE = 0.02  # nats: differences below this are noise, and get no more weight for being small
 _REFIT = 20  # a new observation is worth one twentieth of the first fit's steps
@@ -51,9 +51,10 @@ class RouteConfig:
         lr: of the routers.
         hidden, surrogate_hidden: widths of the networks.
         batch: targets drawn for one step.
-        latency_weight: of relu(|T / (target T_full) - 1| - 0.02).
-        nesting_weight: of what a layer's expected choice falls from one target to the next, so that the ladder
-            need not correct it.
+        latency_weight: of relu(|T / (target T_full) - 1| - 0.02), divided by 1 - target: close to the full
+            model, a little more latency buys a larger share of what is left to gain.
+        nesting_weight: of what a layer's expected choice falls from one target to the next, so that the
+            ladder need not correct it.
         surrogate_steps: of the first fit; later ones take a twentieth of them.
         seed: of everything random.
     """
@@ -69,7 +70,7 @@ class RouteConfig:
     hidden: int = 256
     surrogate_hidden: int = 256
     batch: int = 16
-    latency_weight: float = 20.0
+    latency_weight: float = 5.0
     nesting_weight: float = 1.0
     surrogate_steps: int = 600
     seed: int = 0
@@ -84,8 +85,8 @@ class RouteConfig:
         needed = self.prefill + 1 + 2 * (len(self.targets) - 1)
         if self.evaluations < needed:
             raise ValueError(
-                f"RouteConfig: evaluations must be at least {needed} (the prefill, the full model, and two for each "
-                f"target at the end), got {self.evaluations}"
+                f"RouteConfig: evaluations must be at least {needed} (the prefill, the full model, two "
+                f"for each target at the end), got {self.evaluations}"
             )
         for name, low, high in (("held_out", 0.0, 0.5), ("patience", 0.0, 1.0)):
             if not low <= getattr(self, name) <= high:
@@ -109,7 +110,7 @@ class RouteConfig:
 
 @dataclass(frozen=True)
 class GateReport:
-    """What the surrogate's gate did: the error is a moving average over configurations before they were trained on.
+    """What the surrogate's gate did; its error is a moving average over what it had not been trained on.
 
     Attributes:
         threshold: nats.
@@ -140,8 +141,8 @@ class TargetReport:
         choice_fraction: predicted fraction of the router's arg-max choice.
         rung_fraction: predicted fraction of the ladder's rung for the target.
         distance: steps (choices of layers) by which the two differ.
-        choice_loss, routed_loss, uniform_loss, search_loss: predicted for the router's choice, the routed ladder,
-            the uniform ladder and plain search.
+        choice_loss, routed_loss, uniform_loss, search_loss: predicted for the router's choice, the routed
+            ladder, the uniform ladder and plain search.
         routed_observed, uniform_observed: what the LLM says of the two ladders.
     """
 
@@ -258,8 +259,8 @@ def train_routers(
     """Train the static routers of a frozen elastic model.
 
     The surrogate is filled with random configurations; then the routers take steps on its prediction and the
-    latency term, while their own proposals are now and then evaluated for real and added. Deterministic: the same
-    ``loss_fn`` and seed give the same routers.
+    latency term, while their own proposals are now and then evaluated for real and added. Deterministic: the
+    same ``loss_fn`` and seed give the same routers.
 
     Args:
         config: the menus.
@@ -296,13 +297,8 @@ class _Training:
                 f"train_routers: some target below 1 must be at least {fastest:.3f}, the fastest network's "
                 f"fraction of the full latency, got {list(options.targets)}"
             )
-        self.config, self.table, self.loss_fn, self.options, self.progress = (
-            config,
-            table,
-            loss_fn,
-            options,
-            progress,
-        )
+        self.config, self.table, self.loss_fn = config, table, loss_fn
+        self.options, self.progress = options, progress
         self.dropped = tuple(t for t in options.targets if t < fastest)
         self.targets = torch.tensor(targets)
         layers, counts = config.num_layers, (len(config.mlp_choices), len(config.head_choices))
@@ -335,7 +331,7 @@ class _Training:
             gate=GateReport(
                 self.options.threshold, self.error, self.steps_below, self.steps_above, self.waited
             ),
-            targets=tuple(self._report(ladder, float(t)) for t in self.targets[:-1]),
+            targets=tuple(self._report(ladder, t) for t in self.router.targets[:-1]),
             dropped_targets=self.dropped,
             evaluations=self.evaluations,
             history=tuple(self.history),
@@ -367,7 +363,7 @@ class _Training:
         self.error = judge(self.surrogate, *self.held_out.tensors()).mean_error
 
     def _new(self, draw: Callable[[int], Widths]) -> Widths | None:
-        """A configuration that is in no buffer, of those ``draw`` gives at its 0th, 1st, .. try; None: nothing new."""
+        """The first that is in no buffer, of those that ``draw`` gives at its 0th, 1st, .. try, if any is."""
         for tries in range(20):
             widths = draw(tries)
             if widths not in self.train and widths not in self.held_out and widths != self.config.full():
@@ -379,10 +375,10 @@ class _Training:
 
     def _imitate_uniform(self) -> None:
         """Start the routers near the uniform ladder: what they must beat, and where the targets are met."""
-        rungs = [
-            self.uniform.highest(self.table.predict, float(t) * self.table.full_ms) for t in self.targets
-        ]
+        limits = [t * self.table.full_ms for t in self.router.targets]
+        rungs = [self.uniform.highest(self.table.predict, limit) for limit in limits]
         wanted = one_hot(self.config, rungs)
+        self.urgency = 1 / (1 - self.targets).clamp_min(0.05)
         self.stakes = predicted_losses(self.config, self.table, self.surrogate, rungs).clamp_min(_LEAST_STAKE)
         for _ in range(_WARM_STEPS):
             loss = torch.zeros(())
@@ -418,7 +414,7 @@ class _Training:
             self.progress("router steps", step, steps)
 
     def _observe(self, step: int) -> bool:
-        """Evaluate a proposal of the router, move the average error, and learn from it. False: nothing new to see."""
+        """Evaluate a proposal of the router, and learn from it. False: there is nothing new to see."""
         proposal = self._propose(step)
         widths = self._new(lambda tries: self._jittered(proposal, tries))
         if widths is None:
@@ -432,13 +428,13 @@ class _Training:
 
     @torch.no_grad()
     def _propose(self, step: int) -> Widths:
-        """What the router would choose now, noise included, for a target drawn from the trained ones below 1."""
+        """What the router would choose now, with noise, for some trained target below 1."""
         target = self.targets[torch.randint(len(self.targets) - 1, (), generator=self.draws)]
         drawn = self.noise(self.router(target), *anneal(step, self.options.steps))
         return self._widths(Choices(*(p.argmax(-1) for p in drawn)))
 
     def _jittered(self, widths: Widths, changes: int) -> Widths:
-        """The configuration with some random layers' axes at a random choice: its neighbourhood, once it is known."""
+        """``widths`` with random choices in some layers: its neighbourhood, once it is itself known."""
         axes = {"mlp": list(widths.mlp), "heads": list(widths.heads)}
         for _ in range(changes):
             axis, menu = self.rng.choice(
@@ -454,12 +450,13 @@ class _Training:
         )
 
     def _router_step(self, step: int) -> dict[str, float]:
+        temperature, scale = anneal(step, self.options.steps)
         logits = self.router(self.targets)
         pick = torch.randint(len(self.targets), (self.options.batch,), generator=self.draws)
-        p = self.noise(Choices(*(axis[pick] for axis in logits)), *anneal(step, self.options.steps))
+        p = self.noise(Choices(*(axis[pick] for axis in logits)), temperature, scale)
         fraction = self.table.expected(*p) / self.table.full_ms
         quality = (self.surrogate.loss(p, fraction) / self.stakes[pick]).mean()
-        miss = functional.relu((fraction / self.targets[pick] - 1).abs() - _TOLERANCE).mean()
+        miss = self._latency_miss(logits, scale)
         self._step(
             quality
             + self.options.latency_weight * miss
@@ -467,6 +464,17 @@ class _Training:
             + _anchor(logits)
         )
         return {"quality": float(quality.detach()), "latency_miss": float(miss.detach())}
+
+    def _latency_miss(self, logits: Choices, scale: float) -> Tensor:
+        """relu(|T / (target T_full) - 1| - 0.02), mean over the targets.
+
+        T is that of the probabilities themselves, not of one draw: the table is linear, so this is the mean
+        over all draws, without their noise.
+        """
+        p = Choices(*(torch.softmax(scale * axis, dim=-1) for axis in logits))
+        ratio = self.table.expected(*p) / (self.targets * self.table.full_ms)
+        miss = functional.relu((ratio - 1).abs() - _TOLERANCE)
+        return (miss * self.urgency).mean()
 
     def _step(self, loss: Tensor) -> None:
         self.optimiser.zero_grad()
@@ -482,7 +490,7 @@ class _Training:
             self.config, self.table, self.surrogate, [choice, routed, uniform, found]
         ).tolist()
         return TargetReport(
-            target=round(target, 6),
+            target=target,
             choice_fraction=self.table.fraction(choice),
             rung_fraction=self.table.fraction(routed),
             distance=_distance(self.config, choice, routed),

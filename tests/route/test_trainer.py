@@ -1,0 +1,220 @@
+"""Training of the routers on a model of numbers: they beat uniform, keep to their budget, and repeat."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from synthetic import SyntheticLoss, make_config, make_table
+
+from flextron.route.budget import Planner
+from flextron.route.ladder import Ladder, router_ladder
+from flextron.route.trainer import RouteConfig, RouterResult, load_ladder, train_routers
+
+CONFIG = make_config(layers=8)
+TABLE = make_table(CONFIG)
+OPTIONS = RouteConfig(
+    targets=(0.3, 0.5, 0.65, 0.8, 1.0),
+    evaluations=260,
+    prefill=180,
+    steps=500,
+    surrogate_steps=400,
+    surrogate_hidden=64,
+    hidden=128,
+)
+QUICK = replace(
+    OPTIONS, evaluations=60, prefill=24, steps=40, surrogate_steps=40, surrogate_hidden=16, hidden=16
+)
+
+
+@pytest.fixture(scope="module")
+def loss() -> SyntheticLoss:
+    return SyntheticLoss(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def trained(loss) -> RouterResult:
+    torch.manual_seed(0)
+    return train_routers(CONFIG, TABLE, loss, OPTIONS)
+
+
+def test_routed_beats_uniform_at_every_target(trained):
+    for t in trained.targets:
+        assert t.routed_observed < t.uniform_observed
+
+
+def test_routed_beats_random_ladders(trained, loss):
+    rng = random.Random(0)
+    for t in trained.targets:
+        limit = t.target * TABLE.full_ms
+        routed = loss(trained.ladder.highest(TABLE.predict, limit))
+        others = []
+        for _ in range(20):
+            upgrades = list(trained.ladder.upgrades)
+            rng.shuffle(upgrades)
+            shuffled = Ladder(CONFIG.mlp_choices, CONFIG.head_choices, 8, tuple(upgrades), "random")
+            others.append(loss(shuffled.highest(TABLE.predict, limit)))
+        assert (
+            sum(routed < other for other in others) >= 18
+        )  # one of twenty may be lucky where few steps are left
+
+
+def test_routed_is_close_to_search(trained):
+    """Search sees the same surrogate and needs no ladder: at least half of its gain over uniform is kept."""
+    for t in trained.targets:
+        assert t.routed_loss - t.search_loss < 0.5 * (t.uniform_loss - t.search_loss)
+
+
+def test_the_ladder_is_near_the_routers_own_choice(trained):
+    one_rung = 1.1 * 0.2 / TABLE.full_ms
+    for t in trained.targets:
+        assert t.rung_fraction <= t.target * (1 + 1e-8)
+        assert abs(t.choice_fraction - t.target) < 0.02 * t.target + 2 * one_rung
+        assert abs(t.rung_fraction - t.choice_fraction) < 0.02 * t.target + 3 * one_rung
+        assert t.distance <= 6  # of 8 * (3 + 2) steps
+
+
+def test_the_surrogate_is_judged_by_what_it_never_saw(trained):
+    assert trained.surrogate.n == 180 // 7
+    assert trained.surrogate.r2 > 0.9 and trained.surrogate.rank > 0.9
+
+
+def test_target_one_is_the_full_model(trained):
+    chosen = trained.router.choose(1.0)
+    assert (chosen.mlp == 3).all() and (chosen.heads == 2).all()
+    assert trained.ladder.rungs[-1] == CONFIG.full()
+
+
+def test_targets_faster_than_the_fastest_are_dropped_and_named(trained):
+    assert trained.dropped_targets == (0.3,)
+    assert trained.router.targets == (0.5, 0.65, 0.8, 1.0)
+
+
+def test_the_ladder_is_read_off_the_router(trained):
+    assert trained.ladder == router_ladder(CONFIG, trained.router)
+    assert trained.ladder.origin == "router"
+
+
+def test_the_budget_of_evaluations_holds():
+    loss = SyntheticLoss(CONFIG)
+    for evaluations in (33, 60):
+        loss.calls = 0
+        result = train_routers(CONFIG, TABLE, loss, replace(QUICK, evaluations=evaluations))
+        assert loss.calls == result.evaluations <= evaluations
+    assert result.evaluations > 40  # proposals of the router were looked at
+
+
+def test_the_same_seed_gives_the_same_routers():
+    def run(seed: int) -> RouterResult:
+        return train_routers(CONFIG, TABLE, SyntheticLoss(CONFIG), replace(QUICK, seed=seed))
+
+    torch.manual_seed(1)
+    first = run(0)
+    torch.manual_seed(2)
+    random.seed(3)
+    assert run(0).to_dict() == first.to_dict()
+    assert run(1).to_dict() != first.to_dict()
+
+
+def test_training_leaves_everyone_elses_numbers_alone():
+    before = torch.get_rng_state(), random.getstate()
+    train_routers(CONFIG, TABLE, SyntheticLoss(CONFIG), QUICK)
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+
+
+def test_a_closed_gate_is_waited_for_and_then_reported():
+    noise = random.Random(0)
+    result = train_routers(
+        CONFIG, TABLE, lambda widths: 3 + noise.random(), replace(QUICK, threshold=1e-6, patience=0.5)
+    )
+    left = QUICK.evaluations - QUICK.prefill - 1 - 2 * 3
+    assert result.gate.waited == left // 2
+    assert result.gate.steps_above == QUICK.steps and result.gate.steps_below == 0
+    assert not result.gate.passed and result.gate.error > 1e-6
+
+
+def test_an_open_gate_does_not_wait():
+    result = train_routers(CONFIG, TABLE, SyntheticLoss(CONFIG), replace(QUICK, threshold=100.0))
+    assert result.gate.passed
+    assert (result.gate.waited, result.gate.steps_below) == (0, QUICK.steps)
+
+
+def test_progress_reaches_its_total():
+    seen = {}
+    train_routers(
+        CONFIG,
+        TABLE,
+        SyntheticLoss(CONFIG),
+        QUICK,
+        lambda what, done, total: seen.update({what: (done, total)}),
+    )
+    assert seen["random configurations"] == (24, 24)
+    assert seen["router steps"] == (40, 40)
+
+
+def test_routers_survive_the_file(trained, tmp_path):
+    trained.save(tmp_path)
+    loaded = RouterResult.load(tmp_path)
+    assert loaded.to_dict() == trained.to_dict()
+    for a, b in zip(loaded.router(0.57), trained.router(0.57), strict=True):
+        assert torch.equal(a, b)
+    assert load_ladder(tmp_path) == trained.ladder
+    assert Planner.load(tmp_path, CONFIG).ladder == trained.ladder
+
+
+def test_no_routers_no_ladder(tmp_path):
+    assert load_ladder(tmp_path) is None
+
+
+def test_damaged_routers_are_refused(trained, tmp_path):
+    trained.save(tmp_path)
+    weights = tmp_path / "routers.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"routers\.safetensors: sha256 must be"):
+        RouterResult.load(tmp_path)
+    (tmp_path / "routers.json").write_text('{"format": 1}')
+    with pytest.raises(ValueError, match=r"routers\.json: must describe routers, got KeyError"):
+        load_ladder(tmp_path)
+
+
+def test_a_model_without_enough_configurations_still_gets_routers():
+    config = make_config(layers=2, mlp_choices=(32, 64), head_choices=(1, 2))
+    options = replace(QUICK, targets=(0.9, 1.0))
+    result = train_routers(config, make_table(config), SyntheticLoss(config), options)
+    assert result.evaluations <= 2**4 + 2  # each configuration once, and the report's two
+    assert result.ladder.rungs[-1] == config.full()
+
+
+def test_targets_nobody_can_meet_are_refused():
+    with pytest.raises(ValueError, match=r"some target below 1 must be at least 0\.4"):
+        train_routers(CONFIG, TABLE, SyntheticLoss(CONFIG), replace(QUICK, targets=(0.1, 0.2, 1.0)))
+
+
+def test_a_table_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="latency table: layers and menus"):
+        train_routers(make_config(layers=3), TABLE, SyntheticLoss(CONFIG), QUICK)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"targets": (0.5, 0.8)}, "targets must ascend from above 0 to 1"),
+        ({"targets": (1.0,)}, "targets must ascend"),
+        ({"prefill": 4}, "prefill must be at least 8, got 4"),
+        ({"evaluations": 20}, "evaluations must be at least 33"),
+        ({"held_out": 0.9}, "held_out must be within"),
+        ({"patience": -0.1}, "patience must be within"),
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+    ],
+)
+def test_bad_options_are_refused(change, sentence):
+    with pytest.raises(ValueError, match=f"RouteConfig: {sentence}"):
+        replace(QUICK, **change)
+
+
+def test_options_survive_a_dictionary():
+    assert RouteConfig.from_dict(OPTIONS.to_dict()) == OPTIONS
+    with pytest.raises(ValueError, match="fields must be known ones, got speed"):
+        RouteConfig.from_dict({"speed": 1})
