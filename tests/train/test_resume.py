@@ -171,6 +171,23 @@ def test_other_data_model_or_teacher_is_refused(finished):
             train(arguments[0], arguments[1], tiny_run.CONFIG, finished, teacher=arguments[2])
 
 
+def test_another_models_weights_are_not_replaced(finished):
+    for damage in (lambda p: p.mul_(1.001), lambda p: p.copy_(p.flip(0))):
+        model = tiny_run.elastic()
+        with torch.no_grad():
+            damage(model.model.layers[0].mlp.up_proj.weight)
+        with pytest.raises(
+            ValueError, match=r"must be resumed with the weights it started from or saved, got another"
+        ):
+            train(model, tiny_run.tokens(), tiny_run.CONFIG, finished, teacher=tiny_run.parent(1))
+
+
+def test_trained_model_is_known_as_the_runs_own(finished):
+    model = tiny_run.run(finished)
+    report = train(model, tiny_run.tokens(), tiny_run.CONFIG, finished, teacher=tiny_run.parent(1))
+    assert report.resumed_from == 12
+
+
 def test_what_changes_no_weight_may_change(finished):
     model = tiny_run.elastic()
     config = replace(

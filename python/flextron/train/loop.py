@@ -20,7 +20,13 @@ from flextron.config import Widths
 from flextron.data import Batches
 from flextron.train.losses import cross_entropy, distillation
 from flextron.train.metrics import evaluate, restored
-from flextron.train.resume import Checkpoints, MetricsLog, load_training_tensors, training_tensors
+from flextron.train.resume import (
+    Checkpoints,
+    MetricsLog,
+    fingerprint,
+    load_training_tensors,
+    training_tensors,
+)
 from flextron.train.sampler import WidthSampler, homogeneous
 
 # Fields that change what a run reports and when it saves, but no weight; a resumed run may have others.
@@ -168,7 +174,8 @@ def train(
         config: how.
         directory: folder of the run's checkpoints and metrics, its own.
         teacher: frozen model to distil from; given exactly when ``config.distillation`` is above 0.
-        resume: take up the run in ``directory``; otherwise what is there is replaced.
+        resume: take up the run in ``directory``, which wants the model with the weights that the run started from
+            or saved; otherwise what is there is replaced.
         progress: called after every step with (step, steps, the step's metrics).
         validation: [n, length] int64, for the evaluations; none without it.
 
@@ -208,7 +215,7 @@ class _Run:
         for widths in self.eval_widths:
             model.elastic.check(widths)
         self.directory = directory
-        self.checkpoints = Checkpoints(directory, self._identity(tokens))
+        self.checkpoints = Checkpoints(directory, self._identity(tokens), fingerprint(model.state_dict()))
 
     def to_the_end(self, resume: bool, progress: Progress | None) -> TrainReport:
         began = time.perf_counter()

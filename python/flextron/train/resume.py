@@ -7,9 +7,11 @@ the other). The JSON file is written last: a step counts when it is there.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +41,13 @@ class Checkpoints:
     Args:
         directory: the folder; made when missing.
         identity: JSON that must be the same when the run is resumed.
+        weights: fingerprint of the model as it was given; when the run is resumed, that of its first step or of
+            a checkpoint, for otherwise the run would replace some other model's weights unasked.
     """
 
-    def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, identity: Mapping[str, Any], weights: str) -> None:
         self.directory = directory
+        self.weights = weights
         self.identity = json.loads(json.dumps(identity))  # as it will be read back: lists, not tuples
 
     def begin(self) -> None:
@@ -50,12 +55,14 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._keep([])
         (self.directory / METRICS_FILE).unlink(missing_ok=True)
-        write_json(self.directory / RUN_FILE, self.identity)
+        write_json(self.directory / RUN_FILE, {**self.identity, "weights": self.weights})
 
     def save(self, step: int, tensors: Mapping[str, Tensor], position: Mapping[str, Any]) -> None:
         """Write one checkpoint, then drop those older than the last two."""
         checksum = save_tensors(self._path(step, "safetensors"), tensors)
-        write_json(self._path(step, "json"), {"step": step, "sha256": checksum, "position": dict(position)})
+        weights = fingerprint(_below("model.", tensors))
+        meta = {"step": step, "sha256": checksum, "weights": weights, "position": dict(position)}
+        write_json(self._path(step, "json"), meta)
         self._keep(self._steps()[-KEPT:])
 
     def latest(self) -> Saved | None:
@@ -68,7 +75,7 @@ class Checkpoints:
         steps = self._steps()
         if not steps:
             return None
-        self._check_identity()
+        self._check_identity(steps)
         for step in reversed(steps):
             try:
                 return self._read(step)
@@ -88,12 +95,21 @@ class Checkpoints:
         tensors = load_tensors(self._path(step, "safetensors"), checksum=str(meta.get("sha256")))
         return Saved(step, tensors, meta["position"])
 
-    def _check_identity(self) -> None:
+    def _check_identity(self, steps: list[int]) -> None:
         found = read_json(self.directory / RUN_FILE)
+        known = {found.pop("weights", None)}
         if differing := _differing(self.identity, found):
             raise ValueError(
                 f"train: the run in {self.directory} must be resumed as it was started, got other values of "
                 f"{', '.join(differing)}; resume=False starts it afresh"
+            )
+        for step in steps:
+            with suppress(CheckpointError):  # damaged: told when it is read
+                known.add(read_json(self._path(step, "json")).get("weights"))
+        if self.weights not in known:
+            raise ValueError(
+                f"train: the run in {self.directory} must be resumed with the weights it started from or saved, "
+                "got another model's; resume=False starts it afresh"
             )
 
     def _path(self, step: int, suffix: str) -> Path:
@@ -135,6 +151,16 @@ class MetricsLog:
     def read(self) -> list[dict[str, Any]]:
         with self.path.open(encoding="utf-8") as file:
             return [json.loads(line) for line in file]
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names, shapes and some values of each tensor: cheap, and another model has another."""
+    digest = hashlib.sha256()
+    for name, value in tensors.items():
+        sample = value.detach().flatten()[:: max(1, value.numel() // 1024)].cpu().contiguous()
+        digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
+        digest.update(sample.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def training_tensors(
