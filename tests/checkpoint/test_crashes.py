@@ -84,14 +84,19 @@ def test_a_crash_at_any_step_leaves_one_whole_set(
     assert last >= (1 if call == "rmdir" else 5)  # the call was really intercepted
 
 
-_WRITER = """
-import sys
+# For each number on its input, a child that saves one set after another from that number on, until it is killed.
+_WRITERS = """
+import os, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_crashes import save_set
-print("ready", flush=True)
-for value in range(2, 10**9):
-    save_set(Path({directory!r}), value, size=20_000)
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        print(os.getpid(), flush=True)
+        for value in range(int(line), 10**9):
+            save_set(Path({directory!r}), value, size=20_000)
+    print(os.WTERMSIG(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -99,21 +104,20 @@ def test_a_killed_writer_leaves_one_whole_set(tmp_path: Path) -> None:
     """SIGKILL at moments spread over many saves; the set that is there always loads, and never goes back."""
     directory = tmp_path / "set"
     save_set(directory, 1, size=20_000)
-    code = _WRITER.format(tests=str(Path(__file__).parent), directory=str(directory))
+    code = _WRITERS.format(tests=str(Path(__file__).parent), directory=str(directory))
     seen = [1]
-    writer = None
-    for attempt in range(4):
-        writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        try:
-            assert writer.stdout.readline() == "ready\n"
-            time.sleep(0.11 + 0.037 * attempt)
-        finally:
-            writer.send_signal(signal.SIGKILL)
-            writer.wait()
-            writer.stdout.close()
-        seen.append(value_of(directory))
-        assert writer.returncode == -signal.SIGKILL
-    assert max(seen) > 2  # it really was killed between saves that counted
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as writers:
+        for attempt in range(1, 9):
+            writers.stdin.write(f"{attempt * 10**6}\n")
+            writer = int(writers.stdout.readline())
+            time.sleep(0.05 + 0.037 * attempt)
+            os.kill(writer, signal.SIGKILL)
+            assert int(writers.stdout.readline()) == signal.SIGKILL
+            seen.append(value_of(directory))
+        writers.stdin.close()
+    assert seen == sorted(seen)
+    assert max(seen) > 8 * 10**6  # some were killed between saves that counted
 
 
 @pytest.mark.parametrize("write", [write_json, save_tensors])
@@ -156,6 +160,23 @@ def test_a_set_interrupted_after_it_counts_is_finished_by_the_reader(tmp_path: P
     committed = tmp_path / ".committed"
     (tmp_path / "new").rename(committed)
     assert value_of(tmp_path) == 2 and not committed.exists()
+
+
+def test_a_set_interrupted_after_it_counts_is_finished_by_the_next_writer(tmp_path: Path) -> None:
+    save_set(tmp_path / "new", 2)
+    (tmp_path / "new" / "more.json").write_text("{}")
+    (tmp_path / "new").rename(tmp_path / ".committed")
+    save_set(tmp_path, 3)
+    assert value_of(tmp_path) == 3 and (tmp_path / "more.json").exists()
+
+
+def test_what_a_killed_writer_staged_is_dropped(tmp_path: Path) -> None:
+    save_set(tmp_path, 1)
+    (tmp_path / ".staged").mkdir()
+    (tmp_path / ".staged" / "half.json").write_text("{")
+    assert value_of(tmp_path) == 1
+    save_set(tmp_path, 2)
+    assert value_of(tmp_path) == 2 and not (tmp_path / "half.json").exists()
 
 
 def test_what_a_commit_cannot_do_is_said(tmp_path: Path) -> None:
