@@ -41,14 +41,16 @@ class Corpus:
 Data = str | Path | Corpus | None  # a file or folder of text, a corpus, or Python's own documentation
 
 
+def documents(data: str | Path | None = None) -> tuple[list[str], list[str]]:
+    """Read ``data``, by default the documentation that comes with Python: (to train on, to judge by)."""
+    return text.split_documents(text.stdlib_documents() if data is None else text.read_documents(data))
+
+
 def corpus(tokenizer: Any, data: Data = None) -> Corpus:
-    """Read and encode ``data``, by default the documentation that comes with Python; split it by document."""
+    """Read and encode ``data``."""
     if isinstance(data, Corpus):
         return data
-    documents = text.stdlib_documents() if data is None else text.read_documents(data)
-    if len(documents) < 2:
-        return Corpus(*text.split(text.encode(documents, tokenizer)))
-    return Corpus(*(text.encode(part, tokenizer) for part in text.split_documents(documents)))
+    return Corpus(*(text.encode(part, tokenizer) for part in documents(data)))
 
 
 def tokenizer_of(directory: str | Path) -> Any:

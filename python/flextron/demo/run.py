@@ -16,10 +16,11 @@ import torch
 
 from flextron import pipeline
 from flextron.checkpoint.io import read_json, write_json
+from flextron.data import encode
 from flextron.demo.parents import Parent, load_parent, tiny_parents
 from flextron.demo.report import draw
 from flextron.export import export
-from flextron.pipeline import Progress, RouteConfig, TrainConfig, Workload
+from flextron.pipeline import Corpus, Progress, RouteConfig, TrainConfig, Workload
 
 REPORT = "report.json"
 _SMALL = 5_000_000  # parameters; below it a parent is a toy, and the plan that of a toy
@@ -67,7 +68,7 @@ def plan_for(params: int, seed: int) -> Plan:
                 learning_rate=1e-3,
                 distillation=1.0,
                 eval_every=0,
-                checkpoint_every=60,
+                checkpoint_every=0,
                 seed=seed,
             ),
             route=RouteConfig(evaluations=160, prefill=120, threshold=0.02, steps=400, seed=seed),
@@ -91,7 +92,7 @@ def plan_for(params: int, seed: int) -> Plan:
             distillation=1.0,
             weight_decay=0.0,
             eval_every=0,
-            checkpoint_every=45,
+            checkpoint_every=0,
             seed=seed,
         ),
         route=RouteConfig(evaluations=160, prefill=120, threshold=0.05, steps=600, seed=seed),
@@ -134,9 +135,10 @@ def run(
     clock = _Clock()
     began = time.perf_counter()
     with clock.stage("parent"):
-        source = load_parent(parent, progress=progress)
+        parts = pipeline.documents(data)
+        source = load_parent(parent, progress=progress, documents=parts[0])
         plan = plan_for(sum(p.numel() for p in source.model.parameters()), seed)
-        corpus = pipeline.corpus(source.tokenizer, data)
+        corpus = Corpus(*(encode(part, source.tokenizer) for part in parts))
     elastic = out / "elastic"
     with clock.stage("convert"):
         stored = pipeline.convert(
@@ -152,7 +154,7 @@ def run(
     description = _forget_weights(source)
     with clock.stage("train"):
         trained = pipeline.train(elastic, plan.train, data=corpus, progress=progress)
-        shutil.rmtree(elastic / pipeline.TRAINING_FOLDER)  # the run is over; its optimiser state is of no use
+        shutil.rmtree(elastic / pipeline.TRAINING_FOLDER)  # its losses are in the report
     with clock.stage("profile"):
         tables = pipeline.profile(
             elastic, [plan.prefill, plan.decode], rounds=plan.rounds, seed=seed, progress=progress
