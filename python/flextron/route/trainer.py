@@ -23,7 +23,7 @@ from flextron.route.search import one_hot, predicted_losses, search
 from flextron.route.surrogate import FitReport, ReplayBuffer, Surrogate, SurrogateFitter, judge
 
 TENSORS, DESCRIPTION = "routers.safetensors", "routers.json"
-_TOLERANCE = 0.02  # relative distance from the target that costs nothing
+_TOLERANCE = 0.02  # relative distance from the aim that costs nothing
 _WARM_STEPS = 200  # of imitation of the uniform ladder, before anything else is learnt
 _WARM_CONFIDENCE = 0.5  # probability it should give to the uniform choice: a start, not a decision
 _EMA = 0.9
@@ -51,8 +51,8 @@ class RouteConfig:
         lr: of the routers.
         hidden, surrogate_hidden: widths of the networks.
         batch: targets drawn for one step.
-        latency_weight: of relu(|T / (target T_full) - 1| - 0.02), divided by 1 - target: close to the full
-            model, a little more latency buys a larger share of what is left to gain.
+        latency_weight: of relu(|T / (aim T_full) - 1| - 0.02), aim = target / 1.02, over 1 - target: close to
+            the full model, a little more latency buys a larger share of what is left to gain.
         nesting_weight: of what a layer's expected choice falls from one target to the next, so that the
             ladder need not correct it.
         surrogate_steps: of the first fit; later ones take a twentieth of them.
@@ -466,13 +466,16 @@ class _Training:
         return {"quality": float(quality.detach()), "latency_miss": float(miss.detach())}
 
     def _latency_miss(self, logits: Choices, scale: float) -> Tensor:
-        """relu(|T / (target T_full) - 1| - 0.02), mean over the targets.
+        """relu(|T / (aim T_full) - 1| - 0.02), mean over the targets.
 
         T is that of the probabilities themselves, not of one draw: the table is linear, so this is the mean
         over all draws, without their noise.
         """
         p = Choices(*(torch.softmax(scale * axis, dim=-1) for axis in logits))
-        ratio = self.table.expected(*p) / (self.targets * self.table.full_ms)
+        aim = self.targets / (
+            1 + _TOLERANCE
+        )  # the band that costs nothing ends at the target: a budget is a bound
+        ratio = self.table.expected(*p) / (aim * self.table.full_ms)
         miss = functional.relu((ratio - 1).abs() - _TOLERANCE)
         return (miss * self.urgency).mean()
 
