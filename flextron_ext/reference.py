@@ -97,7 +97,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """One sequence. q [T, H, D], k, v [S, G, D], visible [T, S], active [T, H] -> out [T, H, D], lse [T, H]."""
     M = q.shape[1] // k.shape[1]
-    used = active.view(*active.shape[:1], -1, M).any(2).any(0)[:, None]  # [G, 1]
+    used = active.view(active.shape[0], k.shape[1], M).any(2).any(0)[:, None]  # [G, 1]
     k, v = (torch.where(used, t, torch.zeros((), dtype=t.dtype)) for t in (k, v))
     seen = visible.any(0)[:, None, None]
     k, v = (torch.where(seen, t, torch.zeros((), dtype=t.dtype)).repeat_interleave(M, 1) for t in (k, v))
@@ -206,8 +206,8 @@ def route(logits: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor, Tens
     score = logits.to(torch.float32).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     if seed is not None:
         word = [[_philox([t & 0xFFFFFFFF, t >> 32, c, 0], seed) for c in range(C)] for t in range(T)]
-        # 24 bits, moved by half a step: strictly inside (0, 1), exact in float32
-        u = ((torch.tensor(word, dtype=torch.int64).view(T, C) >> 8).float() + 0.5) * 2.0**-24
+        # 23 bits, moved by half a step: strictly inside (0, 1), exact in float32
+        u = ((torch.tensor(word, dtype=torch.int64).view(T, C) >> 9).float() + 0.5) * 2.0**-23
         score = score - torch.log(-torch.log(u.to(logits.device)))
     choice = score.argmax(1)
     order = torch.sort(choice, descending=True, stable=True).indices
