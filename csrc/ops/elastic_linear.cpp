@@ -31,6 +31,10 @@ struct Plan {
   Extents extents;
   bool per_token_in, per_token_out;  // at most one of them
 
+  // Whether every feature of the side is used by every row: then all of its gradient is written.
+  bool whole_in() const { return !per_token_in && in.used == in.features && in.used == in.stride; }
+  bool whole_out() const { return !per_token_out && out.used == out.stride; }
+
   int64_t in_used(const Step& step) const { return per_token_in ? step.extent : in.used; }
   int64_t out_used(const Step& step) const { return per_token_out ? step.extent : out.used; }
 };
@@ -182,14 +186,16 @@ std::tuple<Tensor, Tensor, Tensor> elastic_linear_backward(
   const Tensor dy_sorted = gather_rows(dy, plan.extents.order);
   Tensor dx = empty(x, {0}), dweight = empty(x, {0}), dbias = empty(x, {0});
   if (output_mask & 1) {
-    const Tensor sorted = zeros(x, {x.size(0), x.size(1)});
+    const std::vector<int64_t> shape{x.size(0), x.size(1)};
+    const Tensor sorted = plan.whole_in() ? empty(x, shape) : zeros(x, shape);
     for (const Step& step : plan.extents.stairs.steps)
       backward_input_step(plan, step, rows(dy_sorted, step.begin, step.end), weight,
                           rows(sorted, step.begin, step.end));
     dx = gather_rows(sorted, plan.extents.inverse);
   }
   if (output_mask & 2) {
-    dweight = zeros(x, {weight.size(0), weight.size(1)});
+    const std::vector<int64_t> shape{weight.size(0), weight.size(1)};
+    dweight = plan.whole_in() && plan.whole_out() ? empty(x, shape) : zeros(x, shape);
     backward_weight(plan, dy_sorted, gather_rows(x, plan.extents.order), dweight);
   }
   if ((output_mask & 4) && bias) {

@@ -202,20 +202,20 @@ Tensor backward_input(const Mlp& mlp, const Hidden& hidden, const Tensor& x) {
 // dw[:d] = dhidden^T x and db[:d] = the sum of dhidden, column block by column block; zeros beyond the widest
 // token.
 Tensor backward_up_weight(const Mlp& mlp, const Tensor& dhidden, const Tensor& x) {
-  const Tensor dw = zeros(x, {mlp.w_up.size(0), x.size(1)});
+  const Tensor dw = zeros_from(0, mlp.extents.widest(), x, {mlp.w_up.size(0), x.size(1)});
   for (const auto& b : column_blocks(mlp.extents.stairs))
     matmul_into(rows(dw, b.begin, b.end), transposed(columns(rows(dhidden, 0, b.rows), b.begin, b.end)),
                 rows(x, 0, b.rows));
   return dw;
 }
 Tensor backward_up_bias(const Mlp& mlp, const Tensor& dhidden) {
-  const Tensor db = zeros(dhidden, {mlp.w_up.size(0)});
+  const Tensor db = zeros_from(0, mlp.extents.widest(), dhidden, {mlp.w_up.size(0)});
   for (const auto& b : column_blocks(mlp.extents.stairs))
     sum_rows_into(rows(db, b.begin, b.end), columns(rows(dhidden, 0, b.rows), b.begin, b.end));
   return db;
 }
 Tensor backward_down_weight(const Mlp& mlp, const Tensor& scaled, const Tensor& dy) {
-  const Tensor dw = zeros(dy, {mlp.w_down.size(0), mlp.w_down.size(1)});
+  const Tensor dw = zeros_from(1, mlp.extents.widest(), dy, {mlp.w_down.size(0), mlp.w_down.size(1)});
   for (const auto& b : column_blocks(mlp.extents.stairs))
     matmul_into(columns(dw, b.begin, b.end), transposed(rows(dy, 0, b.rows)),
                 columns(rows(scaled, 0, b.rows), b.begin, b.end));

@@ -41,6 +41,14 @@ inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape,
   return torch::stable::new_zeros(like, shape, dtype);
 }
 
+// Room for `shape` whose entries from `used` on along dim are zeros; the caller writes those before.
+inline Tensor zeros_from(int64_t dim, int64_t used, const Tensor& like, const std::vector<int64_t>& shape) {
+  const Tensor out = empty(like, shape);
+  Tensor rest = slice(out, dim, used, shape[dim]);
+  if (rest.numel() != 0) torch::stable::zero_(rest);
+  return out;
+}
+
 // out = a b. Any strides; nothing is copied where one stride of each is 1. An empty inner dimension gives
 // zeros.
 inline void matmul_into(Tensor out, const Tensor& a, const Tensor& b) {
