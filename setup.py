@@ -16,12 +16,20 @@ ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "cmake"  # kept: the next build compiles only what changed
 
 
+def find_torch() -> Path | None:
+    """torch's folder: in this environment, or in the one that a build isolated from it was started in."""
+    if spec := importlib.util.find_spec("torch"):
+        return Path(spec.submodule_search_locations[0])
+    outside = Path(sysconfig.get_path("platlib"), "torch")
+    return outside if (outside / "include").is_dir() else None
+
+
 class CMakeBuild(build_ext):
     """The one extension: the op library and its pybind11 face, both built by CMake."""
 
     def run(self) -> None:
         root = ROOT if self.inplace else Path(self.build_lib).resolve()
-        torch_dir = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
+        torch_dir = find_torch()
         includes = [sysconfig.get_path("include"), pybind11.get_include()]
         options = {
             "CMAKE_BUILD_TYPE": "Release",
@@ -40,4 +48,10 @@ class CMakeBuild(build_ext):
         subprocess.run([program, "--build", BUILD], check=True)
 
 
-setup(ext_modules=[Extension("flextron_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# An isolated build asks for a torch of its own only where there is none: its headers are all that is needed, any
+# version's will do, and a fresh one brings gigabytes.
+setup(
+    ext_modules=[Extension("flextron_ext._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    setup_requires=[] if find_torch() else ["torch>=2.10"],
+)
