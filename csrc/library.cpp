@@ -1,5 +1,5 @@
-// The op table: one row per op for its schema, one for its function. torch compares the two when the library
-// loads.
+// The op table: one row per op for its schema, one for its function. torch compares the number of arguments
+// and results when an op is called; their types must agree by hand, and test_ops.py calls every op.
 #include <algorithm>
 #include <iterator>
 
@@ -23,7 +23,7 @@ constexpr const char* kSchemas[] = {
     "Tensor? b_up, Tensor? b_down, SymInt width, str activation, Tensor? extent, Tensor? gate, int[]? "
     "choices, "
     "int output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "route(Tensor logits, int? seed=None) -> (Tensor, Tensor, Tensor)",
+    "route(Tensor logits, SymInt? seed=None) -> (Tensor, Tensor, Tensor)",
     "head_attention(Tensor q, Tensor k, Tensor v, SymInt heads, str unit=\"kv_group\", Tensor? extent=None, "
     "str extent_per=\"sequence\", Tensor? index=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
     "Tensor? k_start=None, bool causal=True, float? scale=None) -> (Tensor, Tensor)",

@@ -203,7 +203,9 @@ def _philox(counter: list[int], seed: int) -> int:
 
 def route(logits: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     T, C = logits.shape
-    score = logits.to(torch.float32).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    score = logits.to(torch.promote_types(logits.dtype, torch.float32)).nan_to_num(
+        nan=-math.inf, posinf=math.inf, neginf=-math.inf
+    )
     if seed is not None:
         word = [[_philox([t & 0xFFFFFFFF, t >> 32, c, 0], seed) for c in range(C)] for t in range(T)]
         # 23 bits, moved by half a step: strictly inside (0, 1), exact in float32

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from flextron_ext import build_info
+
 
 @pytest.fixture(autouse=True)
 def seeded():
@@ -19,7 +21,7 @@ def uninitialised_memory_is_nan():
 
 
 def devices() -> list[str]:
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return ["cpu", "cuda"] if torch.cuda.is_available() and build_info()["cuda"] else ["cpu"]
 
 
 def pytest_generate_tests(metafunc):

@@ -126,6 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> head_attention_backward(
   const Tensor dout_ = torch::stable::contiguous(dout), out_ = torch::stable::contiguous(out);
   const Tensor lse_ = torch::stable::contiguous(lse);
   const Tensor delta = delta_for(q, plan);
+  check_range(op, "output_mask", output_mask, 0, 7);
   Tensor dq = wanted(q, output_mask, 0, q_shape), dk = wanted(k, output_mask, 1, k_shape),
          dv = wanted(v, output_mask, 2, k_shape);
   dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {

@@ -173,6 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> head_attention_decode_backward(
   Tensor out = zeros(q, q_shape), lse = empty(q, {B, T, plan.H}, wide_dtype(q));
   torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
   const Tensor delta = delta_for(q, plan);
+  check_range(op, "output_mask", output_mask, 0, 7);
   Tensor dq = wanted(q, output_mask, 0, q_shape);
   // Summed in the wider type: several sequences may add to one page.
   Tensor dk = wanted(k_cache, output_mask, 1, cache_shape, wide_dtype(q)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,7 @@ def elastic_linear(
 def _check(x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, out_blocks) -> int:
     """Raise on what can be known before the call; return the number of rows."""
     common.check_tensor(OP, "x", x, common.FLOATING)
+    common.check_tensor(OP, "weight", weight, common.FLOATING)
     common.check_same(OP, x, weight=weight, bias=bias)
     if x.dim() < 1:
         raise ValueError(f"{OP}: x must have at least 1 dimension, got 0")
@@ -72,8 +75,7 @@ def _check(x, weight, bias, in_features, out_features, in_extent, out_extent, in
         ("weight.shape[1]", weight.shape[1], "in_blocks", in_blocks),
         ("weight.shape[0]", weight.shape[0], "out_blocks", out_blocks),
     ):
-        if blocks < 1:
-            raise ValueError(f"{OP}: {blocks_name} must be at least 1, got {blocks}")
+        common.check_range(OP, blocks_name, blocks, 1, max(1, size))
         if size % blocks:
             raise ValueError(f"{OP}: {name} must be divisible by {blocks_name} ({blocks}), got {size}")
     inputs = min(x.shape[-1], weight.shape[1]) // in_blocks
@@ -81,7 +83,7 @@ def _check(x, weight, bias, in_features, out_features, in_extent, out_extent, in
     common.check_range(OP, "out_features", out_features, 0, weight.shape[0] // out_blocks)
     if in_extent is not None and out_extent is not None:
         raise ValueError(f"{OP}: in_extent must be None when out_extent is given, got both")
-    return x.shape[:-1].numel()
+    return math.prod(x.shape[:-1])  # not numel(): it would fix a symbolic size
 
 
 @torch.library.register_fake("flextron::elastic_linear")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,7 +44,8 @@ def elastic_mlp(
         width: neurons used: ``d`` where extent is None.
         activation: one of "relu", "relu2", "gelu", "gelu_tanh", "silu".
         extent: int32 or int64, [1] or one per token, each in [0, width]: ``d`` per token. Not with gate.
-        gate: [..., C] or [1, C], any floating dtype: the weight of each choice.
+        gate: [..., C] or [1, C], any floating dtype: the weight of each choice. All neurons below the largest
+            choice are computed, also where their weights add up to 0.
         choices: C ascending widths ``d_c``, none above width; needed with gate.
 
     Returns:
@@ -73,6 +75,7 @@ def _check(x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation) -> 
     common.check_tensor(OP, "x", x, common.FLOATING)
     common.check_same(OP, x, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down)
     for name, value, dim in (("w_up", w_up, 2), ("w_down", w_down, 2)):
+        common.check_tensor(OP, name, value, common.FLOATING)
         if value.dim() != dim:
             raise ValueError(f"{OP}: {name} must have {dim} dimensions, got {value.dim()}")
     if x.dim() < 1:
@@ -93,7 +96,7 @@ def _check(x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation) -> 
     common.check_range(OP, "width", width, 0, neurons)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{OP}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation}")
-    return x.shape[:-1].numel()
+    return math.prod(x.shape[:-1])  # not numel(): it would fix a symbolic size
 
 
 def _check_gate(x, rows, width, extent, gate, choices) -> None:
@@ -111,7 +114,7 @@ def _check_gate(x, rows, width, extent, gate, choices) -> None:
         raise ValueError(f"{OP}: choices must be ascending and not empty, got {list(choices)}")
     for choice in choices:
         common.check_range(OP, "choices", choice, 0, width)
-    if gate.dim() < 1 or gate.shape[-1] != len(choices) or gate.shape[:-1].numel() not in (1, rows):
+    if gate.dim() < 1 or gate.shape[-1] != len(choices) or math.prod(gate.shape[:-1]) not in (1, rows):
         shapes = f"[1, {len(choices)}] or [{rows}, {len(choices)}]"
         raise ValueError(f"{OP}: gate must have shape {shapes}, got {list(gate.shape)}")
     if gate.device != x.device:

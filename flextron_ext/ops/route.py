@@ -25,7 +25,7 @@ def route(logits: Tensor, seed: int | None = None) -> Routing:
 
     Args:
         logits: [T, C], float32, float64, bfloat16 or float16.
-        seed: draws standard Gumbel noise from a counter-based generator, the same on every device;
+        seed: draws standard Gumbel noise from a counter-based generator, the same bits on every device;
             None: no noise.
 
     Returns:
