@@ -44,7 +44,7 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv $(VENV) || { echo "make: PYTHON must have the venv module (Debian, Ubuntu: apt install python3-venv)"; exit 2; }
 	@touch $@
 
-# torch first and by name: left to itself pip takes the newest, which on Linux brings gigabytes of CUDA.
+# torch first and by name, so that TORCH= can choose its version and build.
 $(VENV)/.packages: $(VENV)/.python pyproject.toml
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "==> installing $(TORCH)"; $(PIP) install $(TORCH); }
 	@echo "==> installing what flextron is built and run with (pyproject.toml)"

@@ -18,10 +18,9 @@ BUILD = ROOT / "build" / "cmake"  # kept: the next build compiles only what chan
 
 def find_torch() -> Path | None:
     """torch's folder: in this environment, or in the one that a build isolated from it was started in."""
-    if spec := importlib.util.find_spec("torch"):
-        return Path(spec.submodule_search_locations[0])
-    outside = Path(sysconfig.get_path("platlib"), "torch")
-    return outside if (outside / "include").is_dir() else None
+    spec = importlib.util.find_spec("torch")
+    found = Path(spec.submodule_search_locations[0]) if spec else Path(sysconfig.get_path("platlib"), "torch")
+    return found if (found / "include" / "torch" / "csrc" / "stable" / "ops.h").is_file() else None
 
 
 class CMakeBuild(build_ext):
@@ -30,6 +29,10 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         root = ROOT if self.inplace else Path(self.build_lib).resolve()
         torch_dir = find_torch()
+        if torch_dir is None:
+            raise SystemExit(
+                "flextron: torch 2.10 or newer must be installed first, got none or an older one"
+            )
         includes = [sysconfig.get_path("include"), pybind11.get_include()]
         options = {
             "CMAKE_BUILD_TYPE": "Release",
