@@ -66,7 +66,7 @@ def wrong_includes(file: str, text: str) -> list[str]:
         return [f"{file}: no layer of this name"]
     wrong = []
     for quote, name in re.findall(r'^[ \t]*#[ \t]*include[ \t]*([<"])([^>"]+)', text, re.MULTILINE):
-        if quote == '"':
+        if quote == '"' or name.split("/")[0] in CSRC:
             allowed = any(name == may or name.startswith(may + "/") for may in CSRC[layer])
         else:
             prefix = next((p for p in LIBRARIES if name.startswith(p)), None)
@@ -83,8 +83,16 @@ def wrong_imports(module: str, text: str, is_package: bool = False) -> list[str]
         return [f"{module}: no layer of this name"]
     if PYTHON[layer] == EVERYTHING:
         return []
-    found = (name for node in ast.walk(ast.parse(text)) for name in imported(node, module, is_package))
-    return [f"{module} may not import {name}" for name in found if not may_import(layer, name)]
+    nodes = list(ast.walk(ast.parse(text)))
+    found = (name for node in nodes for name in imported(node, module, is_package))
+    wrong = [f"{module} may not import {name}" for name in found if not may_import(layer, name)]
+    if layer != "flextron_ext" and any(ast.unparse(n) == "torch.ops.flextron" for n in nodes if is_chain(n)):
+        wrong.append(f"{module} may not call torch.ops.flextron")
+    return wrong
+
+
+def is_chain(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == "flextron"
 
 
 def may_import(layer: str, name: str) -> bool:
@@ -149,6 +157,7 @@ def test_no_import_points_the_wrong_way():
         ("kernels/route_cuda.cu", "#include <ATen/ATen.h>"),
         ("kernels/route.h", '#include "ops/checks.h"'),
         ("kernels/device/copy.cuh", '  #  include "ops/ops.h"'),
+        ("kernels/route.h", "#include <ops/checks.h>"),
         ("ops/route.cpp", "#include <torch/extension.h>"),
         ("ops/route.cpp", "#include <pybind11/pybind11.h>"),
         ("ops/route.cpp", '#include "bindings.h"'),
@@ -180,6 +189,7 @@ def test_a_planted_include_is_caught(file, line):
         ("flextron.export.plain", "from flextron.cli import main"),
         ("flextron.export.plain", "from tests.cases import CASES"),
         ("flextron.train.loop", "from flextron_ext import elastic_mlp"),
+        ("flextron.train.loop", "torch.ops.flextron.route(logits)"),
         ("flextron.helpers", ""),
     ],
 )
