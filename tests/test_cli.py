@@ -88,6 +88,8 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
         "--targets", "0.98,1",
     )  # fmt: skip
     assert routers["evaluations"] <= 24
+    assert main(["eval", str(elastic), "--data", str(text), "--budgets", "1", "--rounds", "2"]) == 0
+    assert "measured ms" in capsys.readouterr().out
     rows = answer(capsys, "eval", elastic, *common, "--budgets", "0.99,1", "--rounds", 2, "--length", 32)
     assert [row["kind"] for row in rows] == ["full", "routed", "uniform"]
     said = answer(capsys, "generate", elastic, "--budget", 0.99, "--prompt", "the cat", "--max-new-tokens", 4)
@@ -97,7 +99,7 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
         p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "small").parameters()
     )
     facts = answer(capsys, "info", elastic)
-    assert facts["routers"] == "trained" and set(facts["latency tables"]) == {"prefill", "decode"}
+    assert facts["routers"] == "trained for prefill" and set(facts["latency tables"]) == {"prefill", "decode"}
 
 
 def test_training_again_resumes_a_finished_run_and_changes_nothing(elastic, text, capsys):
@@ -155,6 +157,8 @@ def test_bad_input_gives_one_sentence(elastic, parent, text, tmp_path, capsys):
             "8,16",
         ): "mlp_choices must ascend",
         ("export", elastic, elastic): "must not be an elastic checkpoint",
+        ("convert", tmp_path / "nothing", tmp_path / "x", "--data", text): "nothing",
+        ("info", tmp_path): "flextron.json",
         ("demo", "--parent", tmp_path / "nothing", "--out", tmp_path / "d"): "nothing",
     }
     for argv, words in cases.items():

@@ -37,7 +37,7 @@ def test_every_kind_of_file_is_read(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
     (tmp_path / "b.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
     (tmp_path / "c.TXT").write_text("three")
-    (tmp_path / "d.md.gz").write_bytes(gzip.compress("vier: fünf".encode()))
+    (tmp_path / "d.md.gz").write_bytes(gzip.compress("vier: fünf".encode(), mtime=0))
     (tmp_path / "e.xz").write_bytes(lzma.compress(b"six"))
     (tmp_path / "ignored.png").write_bytes(b"\x89PNG")
     (tmp_path / "sub").mkdir()
@@ -56,7 +56,7 @@ def test_every_kind_of_file_is_read(tmp_path):
         ("a.txt", b"  ", "must hold text"),
         ("a.txt.xz", b"not xz at all", "must be readable"),
         ("a.txt.xz", lzma.compress(b"text" * 100)[:-20], "must be readable"),
-        ("a.txt.gz", gzip.compress(b"text" * 100)[:-9], "must be readable"),
+        ("a.txt.gz", gzip.compress(b"text" * 100, mtime=0)[:-9], "must be readable"),
         ("a.txt.gz", b"not gzip", "must be readable"),
         (
             "a.jsonl",

@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import Any
 
 # Errors that are the user's to mend: one sentence and exit code 2. Anything else is ours, and keeps its traceback.
-_EXPECTED = (
-    ValueError,
-    FileNotFoundError,
-    FileExistsError,
-    NotImplementedError,
-    ConnectionError,
-    PermissionError,
-)
+_EXPECTED = (ValueError, OSError, NotImplementedError, FloatingPointError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,8 +18,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         result = args.run(args)
+    except ModuleNotFoundError as error:
+        if (error.name or "flextron").partition(".")[0] in ("flextron", "flextron_ext"):
+            raise
+        print(f"flextron: {args.command} needs {error.name}; pip install 'flextron[all]'", file=sys.stderr)
+        return 2
     except _EXPECTED as error:
-        print(f"flextron: {error}", file=sys.stderr)
+        print(f"flextron: {next(iter(str(error).splitlines()), type(error).__name__)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"flextron: {args.command} interrupted", file=sys.stderr)
@@ -223,6 +221,7 @@ def _budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--phase", choices=("prefill", "decode"), default="prefill", help="whose latency is meant"
     )
+    parser.add_argument("--context", type=_count, help="tokens of the cache that --memory-gb counts")
 
 
 def _count(value: str) -> int:
@@ -294,13 +293,12 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         rows = [
             [
                 str(record["step"]),
-                *(f"{row['loss']:.3f} at {row['size']:.2f}" for row in record["sub_networks"]),
+                *(f"{row['loss']:.3f}" for row in record["sub_networks"]),
             ]
             for record in report.evaluations
         ]
-        ui.print_table(
-            "held-out loss at share of the elastic size", ["step", "small", "middle", "full"], rows
-        )
+        sizes = [f"size {row['size']:.2f}" for row in report.evaluations[0]["sub_networks"]]
+        ui.print_table("held-out loss by share of the elastic size", ["step", *sizes], rows)
     _say(args, f"{args.directory}: trained on {report.tokens} tokens in {report.seconds:.0f} s")
     return {
         "tokens": report.tokens,
@@ -408,7 +406,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import pipeline
 
     model = pipeline.from_pretrained(args.directory)
-    widths = model.set_budget(**_given(args), phase=args.phase)
+    widths = model.set_budget(**_given(args), phase=args.phase, context=args.context)
     said = pipeline.generate(model, pipeline.tokenizer_of(args.directory), args.prompt, args.max_new_tokens)
     _say(args, said)
     return {"text": said, "params": model.elastic.params(widths), "mlp": widths.mlp, "heads": widths.heads}
@@ -419,7 +417,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     from flextron.export import export
 
     model = pipeline.from_pretrained(args.directory)
-    widths = model.set_budget(**_given(args), phase=args.phase)
+    widths = model.set_budget(**_given(args), phase=args.phase, context=args.context)
     tokenizer = pipeline.tokenizer_of(args.directory)
     report = export(model, args.out, widths, layout=args.layout, tokenizer=tokenizer)
     _say(args, f"{args.out}: {report['params']} parameters, {report['layout']}")
@@ -430,15 +428,15 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
 
 def _info(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import ui
-    from flextron.checkpoint.io import read_json
-    from flextron.config import ElasticConfig
+    from flextron.convert import load_elastic
     from flextron.route.latency import load_tables
-    from flextron.route.trainer import load_ladder
+    from flextron.route.trainer import DESCRIPTION, RouterResult
 
-    meta = read_json(Path(args.directory) / "flextron.json")
-    config = ElasticConfig.from_dict(meta["elastic"])
+    model, meta = load_elastic(args.directory)
+    config = model.elastic
     tables = load_tables(args.directory)
-    ladder = load_ladder(args.directory)
+    trained = (Path(args.directory) / DESCRIPTION).exists()
+    routers = RouterResult.load(args.directory) if trained else None
     facts = {
         "family": config.family,
         "layers": config.num_layers,
@@ -448,7 +446,7 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
         "parameters, smallest": config.params(config.smallest()),
         "parity": meta.get("parity", {}).get("max_rel"),
         "latency tables": {n: f"{t.smallest_ms:.1f} .. {t.full_ms:.1f} ms" for n, t in tables.items()},
-        "routers": "trained" if ladder is not None else "none",
+        "routers": f"trained for {routers.phase}" if routers else "none",
     }
     if not args.json:
         ui.print_table(
@@ -457,7 +455,7 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
     return facts
 
 
-def _demo(args: argparse.Namespace) -> dict[str, Any]:
+def _demo(args: argparse.Namespace) -> dict[str, Any] | list[dict[str, Any]]:
     from flextron import ui
     from flextron.demo import report as picture
     from flextron.demo.parents import tiny_parents
@@ -466,15 +464,17 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
     out = Path(args.out or Path("demo-out") / Path(args.parent).name)
     # "tiny" also takes the real small model where its data is
     parents = tiny_parents() if args.parent == "tiny" else (args.parent,)
-    first: dict[str, Any] = {}
+    reports = []
     for parent in parents:
         folder = out if parent == parents[0] else out / parent
         with ui.reporter() as progress:
             found = run(parent, folder, data=args.data, seed=args.seed, progress=progress)
-        first = first or found
+        reports.append(found)
         if args.json:
             continue
-        ui.print_table(f"{found['parent']}: {found['workload']}", picture.HEADER, picture.rows(found))
+        ui.print_table(
+            f"{found['parent']}: {found['workload']}", picture.HEADER, picture.rows(found["budgets"])
+        )
         table, fit = found["table"], found["surrogate"]
         print(
             f"parity {found['parity']['max_rel']:.1e}; latency table error median "
@@ -483,7 +483,7 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
         )
         print((folder / "sample.txt").read_text(encoding="utf-8"))
         print(f"{folder}: elastic/ extracted/ report.json report.png sample.txt\n")
-    return first
+    return reports[0] if len(reports) == 1 else reports
 
 
 def _say(args: argparse.Namespace, text: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +16,10 @@ from transformers import AutoTokenizer
 from flextron import data as text
 from flextron.convert import convert as convert_model
 from flextron.convert import load_elastic, save_elastic
+from flextron.route import latency, trainer
 from flextron.route.budget import Planner
 from flextron.route.ladder import uniform_ladder
-from flextron.route.latency import LatencyTable, Workload, load_tables, measure, save_tables
+from flextron.route.latency import LatencyTable, Workload, load_tables, machine_of, measure, save_tables
 from flextron.route.latency import profile as profile_model
 from flextron.route.trainer import RouteConfig, RouterResult, train_routers
 from flextron.train import TrainConfig, TrainReport, evaluate
@@ -70,6 +73,11 @@ def from_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -
     """
     model, _ = load_elastic(directory, dtype)
     model.planner = Planner.load(directory, model.elastic)
+    for table in model.planner.tables.values():
+        if changes := table.differs(machine_of(model)):
+            warnings.warn(
+                f"{directory}: {'; '.join(changes)}; run `flextron profile {directory}`", stacklevel=2
+            )
     return model
 
 
@@ -100,16 +108,17 @@ def convert(
     """
     if tokenizer is None:
         tokenizer = tokenizer_of(parent)
-    stream = corpus(tokenizer, data).train
-    samples = min(samples, stream.numel() // length)
-    return convert_model(
+    report = convert_model(
         parent,
         directory,
-        calibration=text.windows(stream, samples, length),
+        calibration=_judging(corpus(tokenizer, data).train, samples, length),
         tokenizer=tokenizer,
         progress=lambda done, total: progress("scoring neurons and heads", done, total),
         **options,
     )
+    # What an earlier model in this directory was measured and trained to is not about this one.
+    _discard(directory, latency.FILE, *trainer.FILES, TRAINING_FOLDER)
+    return report
 
 
 def train(
@@ -122,6 +131,8 @@ def train(
     progress: Progress = _silent,
 ) -> TrainReport:
     """Elastic continued training of a checkpoint, in place. A killed run goes on when it is called again.
+
+    Latency tables stay, since no size changes; routers are dropped, since every loss does.
 
     The teacher of a distillation is the checkpoint as it is before training: right after `convert` that is the
     parent itself.
@@ -143,6 +154,8 @@ def train(
         progress=lambda step, steps, _: progress("elastic training", step, steps),
     )
     save_elastic(model, directory)
+    if report.resumed_from < config.steps:
+        _discard(directory, *trainer.FILES)  # they were trained on the loss of other weights
     return report
 
 
@@ -172,7 +185,7 @@ def route(
     progress: Progress = _silent,
 ) -> RouterResult:
     """Train the routers for one phase's latency, against the loss on a few sequences, and store them."""
-    model = from_pretrained(directory)
+    model, _ = load_elastic(directory)
     tables = load_tables(directory)
     if phase not in tables:
         raise ValueError(
@@ -197,34 +210,37 @@ def budgets(
     targets: Sequence[float],
     *,
     phase: str = "prefill",
-    kinds: Sequence[str] = ("routed", "uniform"),
     rounds: int = 5,
     batch_size: int = 4,
     progress: Progress = _silent,
 ) -> list[dict[str, Any]]:
-    """Loss, predicted and measured latency of the full model and of each target, routed and uniform.
+    """Loss, predicted and measured latency of the full model and of each target.
+
+    A target is met once by the routers, if there are any (``"routed"``), and once by a ladder that treats all
+    layers alike (``"uniform"``).
 
     Args:
         model: from `from_pretrained`, profiled.
         tokens: [n, length] int64, held out.
         targets: fractions of the full model's latency.
-        kinds: ``"routed"`` reads widths off the routers, ``"uniform"`` off a ladder that treats all layers alike.
         rounds: of measurement, full model and candidates interleaved.
     """
     planner = model.planner
     table = planner.table(phase)
-    planners = {"routed": planner, "uniform": replace(planner, ladder=uniform_ladder(model.elastic))}
+    planners = {"uniform": replace(planner, ladder=uniform_ladder(model.elastic))}
+    if planner.ladder.origin != "uniform":
+        planners = {"routed": planner} | planners
     chosen = [("full", 1.0, model.elastic.full())]
-    chosen += [(kind, t, planners[kind].resolve(t, phase=phase)) for kind in kinds for t in targets]
+    chosen += [(kind, t, p.resolve(t, phase=phase)) for kind, p in planners.items() for t in targets]
     full_ms, others = measure(
         model,
-        [widths for _, _, widths in chosen[1:]],
+        [widths for _, _, widths in chosen[1:]] or [chosen[0][2]],
         table.workload,
         rounds=rounds,
         on_round=lambda done: progress("measuring budgets", done, rounds),
     )
     rows = []
-    for (kind, target, widths), ms in zip(chosen, [full_ms, *others], strict=True):
+    for (kind, target, widths), ms in zip(chosen, [full_ms, *others], strict=False):
         rows.append(
             {
                 "kind": kind,
@@ -232,9 +248,11 @@ def budgets(
                 "loss": evaluate(model, tokens, [widths], batch_size)[0],
                 "predicted_ms": table.predict(widths),
                 "measured_ms": ms,
+                "measured_fraction": ms / full_ms,
                 "params": model.elastic.params(widths),
                 "mlp_widths": list(widths.mlp),
-                "kv_groups": list(widths.heads),
+                "kv_groups": [model.elastic.kv_heads(n) for n in widths.heads],
+                "query_heads": [model.elastic.query_heads(n) for n in widths.heads],
             }
         )
         progress("held-out loss of budgets", len(rows), len(chosen))
@@ -252,6 +270,12 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) 
 def held_out_windows(tokenizer: Any, data: Data, samples: int, length: int) -> Tensor:
     """[n, length] windows of the text that no stage trains on."""
     return _judging(corpus(tokenizer, data).held_out, samples, length)
+
+
+def _discard(directory: str | Path, *names: str) -> None:
+    for name in names:
+        path = Path(directory) / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _judging(stream: Tensor, samples: int, length: int) -> Tensor:

@@ -179,9 +179,17 @@ def test_what_a_killed_writer_staged_is_dropped(tmp_path: Path) -> None:
     assert value_of(tmp_path) == 2 and not (tmp_path / "half.json").exists()
 
 
+def test_a_folder_is_committed_whole_in_place_of_its_namesake(tmp_path: Path) -> None:
+    for version, names in enumerate((("a", "b"), ("b", "c"))):
+        with commit(tmp_path) as stage:
+            (stage / "templates").mkdir()
+            for name in names:
+                (stage / "templates" / name).write_text(str(version))
+    found = {file.name: file.read_text() for file in (tmp_path / "templates").iterdir()}
+    assert found == {"b": "1", "c": "1"}
+
+
 def test_what_a_commit_cannot_do_is_said(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="only files"), commit(tmp_path) as stage:
-        (stage / "folder").mkdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="must be a directory, got a file"), commit(tmp_path / "file"):
         pass

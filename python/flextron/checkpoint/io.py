@@ -129,10 +129,10 @@ def verify_checksums(directory: str | Path, checksums: Mapping[str, str]) -> Non
 
 @contextlib.contextmanager
 def commit(directory: str | Path) -> Iterator[Path]:
-    """Write several files into ``directory``, all or none.
+    """Write several files and folders into ``directory``, all or none.
 
     Yields a folder to write them into. When the block ends without an error they replace their namesakes in
-    ``directory``; other files there stay. An error, or a crash at any moment, leaves the old set or the new
+    ``directory``; what else is there stays. An error, or a crash at any moment, leaves the old set or the new
     one, never a mixture (see `recover`).
     """
     directory = Path(directory)
@@ -145,10 +145,8 @@ def commit(directory: str | Path) -> Iterator[Path]:
     stage.mkdir()
     try:
         yield stage
-        for file in stage.iterdir():
-            if not file.is_file():
-                raise CheckpointError(f"{directory}: only files can be committed, got the folder {file.name}")
-            _sync(file)
+        for path in stage.rglob("*"):
+            _sync(path)
         _sync(stage)
         os.replace(stage, directory / _COMMITTED)
     except BaseException:
@@ -165,9 +163,11 @@ def recover(directory: str | Path) -> None:
     if not committed.is_dir():
         return
     try:
-        for file in sorted(committed.iterdir()):
+        for path in sorted(committed.iterdir()):
             with contextlib.suppress(FileNotFoundError):  # another reader is recovering too
-                os.replace(file, directory / file.name)
+                if path.is_dir():
+                    shutil.rmtree(directory / path.name, ignore_errors=True)
+                os.replace(path, directory / path.name)
         _sync(directory)
         with contextlib.suppress(FileNotFoundError):
             committed.rmdir()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +83,9 @@ def tiny_parents() -> tuple[str, ...]:
 def _smollm2(progress: Progress) -> Parent:
     folder = smollm2.fetch(progress)
     progress("reading SmolLM2-135M-Instruct", 0, 1)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=smollm2.GGUF, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=smollm2.GGUF)
+    with redirect_stderr(io.StringIO()):  # transformers' bars for the same work
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=smollm2.GGUF, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=smollm2.GGUF)
     # The weights are plain float32 by now; the flags that say otherwise would make save_pretrained refuse.
     model.is_quantized = False
     model.hf_quantizer = None

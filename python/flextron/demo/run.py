@@ -17,12 +17,13 @@ import torch
 from flextron import pipeline
 from flextron.checkpoint.io import read_json, write_json
 from flextron.data import encode
-from flextron.demo.parents import Parent, load_parent, tiny_parents
+from flextron.demo.parents import Parent, load_parent
 from flextron.demo.report import draw
 from flextron.export import export
 from flextron.pipeline import Corpus, Progress, RouteConfig, TrainConfig, Workload
 
 REPORT = "report.json"
+_MARK = ".flextron-demo"  # says that what is in a folder may be replaced
 _SMALL = 5_000_000  # parameters; below it a parent is a toy, and the plan that of a toy
 
 
@@ -71,7 +72,7 @@ def plan_for(params: int, seed: int) -> Plan:
                 checkpoint_every=0,
                 seed=seed,
             ),
-            route=RouteConfig(evaluations=160, prefill=120, threshold=0.02, steps=400, seed=seed),
+            route=RouteConfig(targets=(*targets, 1.0), evaluations=160, prefill=110, steps=400, seed=seed),
             calibration=32,
             judged=32,
             length=128,
@@ -81,13 +82,13 @@ def plan_for(params: int, seed: int) -> Plan:
         )
     return Plan(
         targets=targets,
-        prefill=Workload.prefill(512),
+        prefill=Workload.prefill(256),
         decode=Workload.decode(256),
         train=TrainConfig(
-            steps=90,
+            steps=52,
             batch_size=4,
             length=128,
-            learning_rate=2e-4,
+            learning_rate=3e-4,
             cross_entropy=0.0,
             distillation=1.0,
             weight_decay=0.0,
@@ -95,9 +96,9 @@ def plan_for(params: int, seed: int) -> Plan:
             checkpoint_every=0,
             seed=seed,
         ),
-        route=RouteConfig(evaluations=160, prefill=120, threshold=0.05, steps=600, seed=seed),
-        calibration=16,
-        judged=16,
+        route=RouteConfig(targets=(*targets, 1.0), evaluations=175, prefill=112, steps=800, seed=seed),
+        calibration=12,
+        judged=8,
         length=256,
         route_samples=2,
         route_length=128,
@@ -131,7 +132,7 @@ def run(
         progress: called with (what, done, total).
     """
     out = Path(out)
-    _make_room(out)
+    _check_room(out)
     clock = _Clock()
     began = time.perf_counter()
     with clock.stage("parent"):
@@ -139,6 +140,7 @@ def run(
         source = load_parent(parent, progress=progress, documents=parts[0])
         plan = plan_for(sum(p.numel() for p in source.model.parameters()), seed)
         corpus = Corpus(*(encode(part, source.tokenizer) for part in parts))
+    _clear(out)
     elastic = out / "elastic"
     with clock.stage("convert"):
         stored = pipeline.convert(
@@ -170,15 +172,17 @@ def run(
         )
     with clock.stage("evaluate"):
         model = pipeline.from_pretrained(elastic)
+        table = tables["prefill"]
         tokens = pipeline.held_out_windows(source.tokenizer, corpus, plan.judged, plan.length)
-        rows = pipeline.budgets(model, tokens, plan.targets, rounds=2 * plan.rounds, progress=progress)
+        fastest = table.smallest_ms / table.full_ms
+        targets = [t for t in plan.targets if t >= fastest]
+        rows = pipeline.budgets(model, tokens, targets, rounds=plan.rounds, progress=progress)
     with clock.stage("export"):
-        widths = model.planner.resolve(plan.targets[0])
+        widths = model.planner.resolve(targets[0])
         exported = export(model, out / "extracted", widths, tokenizer=source.tokenizer)
     with clock.stage("generate"):
-        _write_sample(model, source.tokenizer, out / "sample.txt", plan.targets)
+        _write_sample(model, source.tokenizer, out / "sample.txt", (1.0, targets[-1], targets[0]))
 
-    table = tables["prefill"]
     report = {
         "parent": description,
         "notes": source.notes,
@@ -197,7 +201,7 @@ def run(
         "dropped_targets": list(routed.dropped_targets),
         "budgets": rows,
         "full_mlp": model.elastic.intermediate_size,
-        "full_heads": model.elastic.max_heads,
+        "full_heads": model.elastic.num_heads,
         "extracted": exported,
         "machine": table.machine | {"platform": platform.platform(), "cores": torch.get_num_threads()},
         "versions": read_json(elastic / "flextron.json")["versions"] | {"python": platform.python_version()},
@@ -209,17 +213,18 @@ def run(
     return report
 
 
-def _make_room(out: Path) -> None:
-    """Remove an earlier demonstration; refuse to touch anything else."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        ours = {"elastic", "extracted", "sample.txt", REPORT, "report.png", *tiny_parents()}
-        foreign = sorted({p.name for p in out.iterdir()} - ours) if out.is_dir() else [out.name]
-        if foreign:
-            raise ValueError(
-                f"demo: out must be new, empty or an earlier demonstration, got {out} with {foreign[0]}"
-            )
+def _check_room(out: Path) -> None:
+    """Refuse a folder that holds anything but an earlier demonstration."""
+    if out.exists() and not (out / _MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"demo: out must be new, empty or an earlier demonstration, got {out}")
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier demonstration."""
+    if out.exists():
         shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True)
+    (out / _MARK).touch()
 
 
 def _forget_weights(parent: Parent) -> str:
@@ -238,11 +243,11 @@ def _residual(table: Any) -> dict[str, Any]:
     }
 
 
-def _write_sample(model: Any, tokenizer: Any, path: Path, targets: tuple[float, ...]) -> None:
-    """One prompt, continued at the full model and two budgets."""
+def _write_sample(model: Any, tokenizer: Any, path: Path, budgets: tuple[float, ...]) -> None:
+    """One prompt, continued at each budget."""
     prompt = "The purpose of a function is to"
     parts = []
-    for budget in (1.0, targets[-2], targets[0]):
+    for budget in budgets:
         with model.budget(budget) as widths:
             said = pipeline.generate(model, tokenizer, prompt)
         parts.append(

@@ -12,6 +12,7 @@ are three layouts of a sub-network:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,7 @@ def _build(model: Any, widths: Widths, layout: str) -> Any:
     if layout == "ragged":
         _resize(plain, layers)
     fill(plain, _tensors(model, kept, held))
-    plain.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
+    plain.generation_config = copy.deepcopy(model.generation_config)
     return plain
 
 

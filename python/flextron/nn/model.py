@@ -18,6 +18,7 @@ from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.families import elastic_config, family_of
 
 KV_MODES = ("selected", "all")
+_PAST = 3  # place of past_key_values among the arguments of a causal LM's forward, in every family
 
 
 class ElasticLayer(NamedTuple):
@@ -96,6 +97,8 @@ class ElasticModel:
         memory_gb: float | None = None,
         widths: Widths | None = None,
         phase: str = "prefill",
+        batch: int | None = None,
+        context: int | None = None,
         kv: str = "selected",
     ) -> Widths:
         """Choose a sub-network by exactly one budget, and return its widths.
@@ -104,10 +107,11 @@ class ElasticModel:
             fraction: of the full model's measured latency, in (0, 1].
             latency_ms: milliseconds of one forward of the profiled phase.
             tokens_per_s: the same, as a rate.
-            params: parameters of the sub-network.
-            memory_gb: its weights and key/value cache, in 1e9 bytes.
+            params: parameters of the sub-network, as far as ``kv`` lets them rest unread.
+            memory_gb: its weights and the key/value cache of ``batch`` sequences of ``context`` tokens, in 1e9 bytes.
             widths: the widths themselves.
             phase: ``"prefill"`` or ``"decode"``: which latency table.
+            batch, context: of the cache that ``memory_gb`` counts; 1 and 0 unless given.
             kv: ``"selected"``: only key/value groups in use are projected and cached. ``"all"``: all are, so that
                 the budget may rise during a generation.
 
@@ -136,7 +140,9 @@ class ElasticModel:
                 f"set_budget: {next(iter(given))} needs a planner; load the model with flextron.from_pretrained"
             )
         else:
-            resolved = self.planner.resolve(**given, phase=phase)
+            resolved = self.planner.resolve(
+                **given, phase=phase, batch=batch, context=context, kv=kv, bytes_per_value=self.dtype.itemsize
+            )
         self.set_widths(resolved, kv)
         return resolved
 
@@ -151,7 +157,14 @@ class ElasticModel:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``generate``, with a cache that keeps to the budget."""
-        if kwargs.get("use_cache", True) and kwargs.get("past_key_values") is None:
+        settings = kwargs.get("generation_config") or self.generation_config
+        if kind := kwargs.get("cache_implementation") or settings.cache_implementation:
+            raise ValueError(
+                f"generate: cache_implementation must be None, got {kind!r}; an ElasticCache is used"
+            )
+        asked = (kwargs.get("use_cache"), settings.use_cache, self.config.use_cache, True)
+        kwargs["use_cache"] = next(bool(wanted) for wanted in asked if wanted is not None)
+        if kwargs["use_cache"] and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = ElasticCache()
         return super().generate(*args, **kwargs)
 
@@ -160,7 +173,11 @@ def _guard_cache(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before every forward: give it our cache where it wants one, and refuse one that the budget outgrew."""
-    past = kwargs.get("past_key_values")
+    if kwargs.get("output_attentions") or model.config.output_attentions:
+        raise NotImplementedError(
+            "flextron: output_attentions must be False, the weights are never materialised"
+        )
+    past = args[_PAST] if len(args) > _PAST else kwargs.get("past_key_values")
     wants = kwargs.get("use_cache")
     wants = model.config.use_cache if wants is None else wants
     if past is None and wants:

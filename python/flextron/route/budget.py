@@ -87,6 +87,7 @@ class Planner:
         phase: str = "prefill",
         batch: int | None = None,
         context: int | None = None,
+        kv: str = "selected",
         bytes_per_value: int = 4,
     ) -> Widths:
         """The largest network of the ladder within exactly one budget.
@@ -101,6 +102,7 @@ class Planner:
             phase: ``"prefill"`` or ``"decode"``: which latency table.
             batch, context: of the key/value cache that ``memory_gb`` counts (1 and 0 unless given). For a
                 budget of latency they must be the profiled ones when they are given.
+            kv: which key/value groups ``params`` and ``memory_gb`` count: ``"selected"`` or ``"all"``.
             bytes_per_value: of a weight or cached value in memory.
 
         Raises:
@@ -124,7 +126,7 @@ class Planner:
         ):
             raise ValueError(f"budget: {name} must be a positive number, got {value!r}")
         if name in ("params", "memory_gb"):
-            limit = self._size_limit(name, value, batch or 1, context or 0, bytes_per_value)
+            limit = self._size_limit(name, value, batch or 1, context or 0, kv, bytes_per_value)
         else:
             limit = self._time_limit(name, value, phase, batch, context)
         found = self.ladder.highest(limit.cost, limit.limit)
@@ -135,13 +137,21 @@ class Planner:
             )
         return found
 
-    def _size_limit(self, name: str, value: float, batch: int, context: int, bytes_per_value: int) -> _Limit:
+    def _size_limit(
+        self, name: str, value: float, batch: int, context: int, kv: str, bytes_per_value: int
+    ) -> _Limit:
         if name == "params":
-            return _Limit(self.config.params, value, lambda n: f"{n:.0f}", "at least", "smallest")
+            return _Limit(
+                lambda widths: self.config.params(widths, kv),
+                value,
+                lambda n: f"{n:.0f}",
+                "at least",
+                "smallest",
+            )
 
         def gigabytes(widths: Widths) -> float:
             size = self.config.memory_bytes(
-                widths, batch=batch, context=context, bytes_per_value=bytes_per_value
+                widths, batch=batch, context=context, bytes_per_value=bytes_per_value, kv=kv
             )
             return size / _GB
 

@@ -22,7 +22,7 @@ from flextron.route.latency import LatencyTable, random_widths
 from flextron.route.search import one_hot, predicted_losses, search
 from flextron.route.surrogate import FitReport, ReplayBuffer, Surrogate, SurrogateFitter, judge
 
-TENSORS, DESCRIPTION = "routers.safetensors", "routers.json"
+FILES = TENSORS, DESCRIPTION = "routers.safetensors", "routers.json"
 _TOLERANCE = 0.02  # relative distance from the aim that costs nothing
 _WARM_STEPS = 200  # of imitation of the uniform ladder, before anything else is learnt
 _WARM_CONFIDENCE = 0.5  # probability it should give to the uniform choice: a start, not a decision
@@ -88,7 +88,7 @@ class RouteConfig:
                 f"RouteConfig: evaluations must be at least {needed} (the prefill, the full model, two "
                 f"for each target at the end), got {self.evaluations}"
             )
-        for name, low, high in (("held_out", 0.0, 0.5), ("patience", 0.0, 1.0)):
+        for name, low, high in (("held_out", 1 / self.prefill, 0.5), ("patience", 0.0, 1.0)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(
                     f"RouteConfig: {name} must be within [{low}, {high}], got {getattr(self, name)}"
@@ -172,6 +172,7 @@ class RouterResult:
         evaluations: calls of the LLM's loss.
         history: one entry for about every fiftieth step.
         config: what it was trained with.
+        phase: whose latency the targets are fractions of.
     """
 
     router: StaticRouter
@@ -183,6 +184,7 @@ class RouterResult:
     evaluations: int
     history: tuple[dict[str, float], ...]
     config: RouteConfig
+    phase: str
 
     def to_dict(self) -> dict[str, Any]:
         """All but the router's weights."""
@@ -198,6 +200,7 @@ class RouterResult:
             "evaluations": self.evaluations,
             "history": list(self.history),
             "config": self.config.to_dict(),
+            "phase": self.phase,
         }
 
     def save(self, directory: str | Path) -> None:
@@ -224,6 +227,7 @@ class RouterResult:
                 evaluations=values["evaluations"],
                 history=tuple(values["history"]),
                 config=RouteConfig.from_dict(values["config"]),
+                phase=values["phase"],
             )
 
 
@@ -336,6 +340,7 @@ class _Training:
             evaluations=self.evaluations,
             history=tuple(self.history),
             config=self.options,
+            phase=self.table.workload.phase,
         )
 
     def _loss(self, widths: Widths) -> float:
@@ -347,12 +352,12 @@ class _Training:
         """Fill the replay buffers with random configurations, and fit the surrogate for the first time."""
         self.full_loss = self._loss(self.config.full())
         total = self.options.prefill
-        every = max(2, round(1 / self.options.held_out)) if self.options.held_out else 0
+        every = max(2, round(1 / self.options.held_out))
         for done in range(total):
             widths = self._new(lambda _: random_widths(self.config, self.rng))
             if widths is None:
                 break
-            held_out = every and done % every == every - 1
+            held_out = done % every == every - 1
             (self.held_out if held_out else self.train).add(
                 widths, self.table.fraction(widths), self._loss(widths)
             )

@@ -101,7 +101,7 @@ class Checkpoints:
         if differing := _differing(self.identity, found):
             raise ValueError(
                 f"train: the run in {self.directory} must be resumed as it was started, got other values of "
-                f"{', '.join(differing)}; resume=False starts it afresh"
+                f"{', '.join(differing)}; resume=False (on the command line --restart) starts it afresh"
             )
         for step in steps:
             with suppress(CheckpointError):  # damaged: told when it is read
@@ -109,7 +109,7 @@ class Checkpoints:
         if self.weights not in known:
             raise ValueError(
                 f"train: the run in {self.directory} must be resumed with the weights it started from or saved, "
-                "got another model's; resume=False starts it afresh"
+                "got another model's; resume=False (on the command line --restart) starts it afresh"
             )
 
     def _path(self, step: int, suffix: str) -> Path:
