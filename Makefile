@@ -26,6 +26,7 @@ test: setup
 
 bench: setup
 	$(BIN)/python python/benchmarks/bench_ops.py $(ARGS)
+	$(BIN)/python python/benchmarks/bench_model.py
 
 lint: setup
 	$(BIN)/ruff check .

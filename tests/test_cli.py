@@ -102,6 +102,35 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
     assert facts["routers"] == "trained for prefill" and set(facts["latency tables"]) == {"prefill", "decode"}
 
 
+def test_what_was_measured_on_other_weights_does_not_survive(elastic, parent, text, capsys):
+    common = ("--data", text, "--length", 32)
+    answer(capsys, "profile", elastic, "--phase", "prefill", "--length", 16, "--rounds", 2)
+    rows = answer(capsys, "eval", elastic, *common, "--budgets", "0.99", "--rounds", 2)
+    assert [row["kind"] for row in rows] == ["full", "uniform"]  # no routers, nothing is called routed
+    route = (
+        "route",
+        elastic,
+        *common,
+        "--evaluations",
+        24,
+        "--prefill",
+        16,
+        "--steps",
+        5,
+        "--targets",
+        "0.98,1",
+    )
+    answer(capsys, *route)
+    answer(capsys, "train", elastic, *common, "--steps", 1, "--batch-size", 2)
+    facts = answer(capsys, "info", elastic)
+    assert facts["routers"] == "none" and set(facts["latency tables"]) == {"prefill"}
+    answer(capsys, *route)
+    answer(capsys, "convert", parent, elastic, *common, "--samples", 8, "--mlp-choices", "16,40")
+    facts = answer(capsys, "info", elastic)
+    assert facts["routers"] == "none" and facts["latency tables"] == {}
+    assert not (elastic / "training").exists()
+
+
 def test_training_again_resumes_a_finished_run_and_changes_nothing(elastic, text, capsys):
     argv = ("train", elastic, "--data", text, "--steps", 2, "--batch-size", 2, "--length", 32)
     first = answer(capsys, *argv)

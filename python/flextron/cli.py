@@ -475,11 +475,13 @@ def _demo(args: argparse.Namespace) -> dict[str, Any] | list[dict[str, Any]]:
         ui.print_table(
             f"{found['parent']}: {found['workload']}", picture.HEADER, picture.rows(found["budgets"])
         )
-        table, fit = found["table"], found["surrogate"]
+        table, fit, gate = found["table"], found["surrogate"], found["gate"]
         print(
             f"parity {found['parity']['max_rel']:.1e}; latency table error median "
             f"{100 * table['residual_median']:.1f} %, worst {100 * table['residual_worst']:.1f} %; "
-            f"surrogate R² {fit['r2']:.3f}, rank {fit['rank']:.3f}; {found['seconds']['total']:.0f} s"
+            f"surrogate R² {fit['r2']:.3f}, rank {fit['rank']:.3f}, {gate['steps_below']} of "
+            f"{gate['steps_below'] + gate['steps_above']} router steps below its gate of {gate['threshold']} nats; "
+            f"{found['seconds']['total']:.0f} s"
         )
         print((folder / "sample.txt").read_text(encoding="utf-8"))
         print(f"{folder}: elastic/ extracted/ report.json report.png sample.txt\n")

@@ -310,3 +310,61 @@ def test_beam_search_reorders_the_cache():
     parent, model, ids = small_model(), elastic(), tokens()
     settings = dict(max_new_tokens=5, num_beams=3, do_sample=False, pad_token_id=0)
     assert torch.equal(model.generate(ids, **settings), parent.generate(ids, **settings))
+
+
+@pytest.mark.parametrize("where", ["config", "generation_config", "argument"])
+def test_generating_without_a_cache_says_the_same(where):
+    parent, model, ids = small_model(), elastic(), tokens()
+    settings = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    expected = parent.generate(ids, **settings)
+    if where == "argument":
+        settings["use_cache"] = False
+    else:
+        getattr(model, where).use_cache = False
+    assert torch.equal(model.generate(ids, **settings), expected)
+
+
+def test_a_cache_may_be_given_by_position():
+    model, ids = elastic(), tokens()
+    cache = ElasticCache()
+    with torch.no_grad():
+        model(ids[:, :8], None, None, cache)
+        step = model(ids[:, 8:], None, None, cache).logits
+        assert relative(step, model(ids).logits[:, 8:]) < 1e-5
+
+
+def test_what_a_cache_or_output_cannot_be_is_said():
+    model, ids = elastic(), tokens()
+    with pytest.raises(ValueError, match="cache_implementation must be None, got 'static'"):
+        model.generate(ids, cache_implementation="static", max_new_tokens=2)
+    with pytest.raises(NotImplementedError, match="output_attentions must be False"):
+        model(ids, output_attentions=True)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("kv", ["selected", "all"])
+def test_estimated_bytes_are_those_that_are_held(unit, kv):
+    """Weights that are read, and keys and values that are valid, of a bfloat16 model with a cache."""
+    model, ids = elastic("qwen2", "3:1", unit).to(torch.bfloat16), tokens(B=2, T=12)
+    c, widths = model.elastic, mixed(model.elastic)
+    model.set_widths(widths, kv)
+    cache = ElasticCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    cached = sum(2 * x.keys[:, : x.length].numel() for x in cache.layers)
+    weights = c.params(widths, kv)
+    assert c.memory_bytes(widths, batch=2, context=12, bytes_per_value=2, kv=kv) == 2 * (weights + cached)
+
+
+def test_a_budget_counts_what_the_model_is_in():
+    model = elastic().to(torch.bfloat16)
+    seen = {}
+
+    class Planner:
+        def resolve(self, **budget: Any) -> Widths:
+            seen.update(budget)
+            return model.elastic.smallest()
+
+    model.planner = Planner()
+    model.set_budget(memory_gb=0.1, batch=3, context=100, kv="all")
+    assert seen == dict(memory_gb=0.1, phase="prefill", batch=3, context=100, kv="all", bytes_per_value=2)

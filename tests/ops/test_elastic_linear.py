@@ -213,8 +213,6 @@ BAD = [
     (dict(out_features=-1), ValueError, r"out_features must lie in \[0, 10\], got -1"),
     (dict(in_blocks=5), ValueError, r"x.shape\[-1\] must be divisible by in_blocks \(5\), got 12"),
     (dict(in_blocks=0), ValueError, r"in_blocks must lie in \[1, 12\], got 0"),
-    (dict(in_blocks="a"), TypeError, "in_blocks must be an integer, got str"),
-    (dict(weight=None), TypeError, "weight must be a tensor, got NoneType"),
     (dict(bias=torch.randn(9)), ValueError, r"bias must have shape \[10\], got \[9\]"),
     (dict(weight=torch.randn(10, 12, dtype=torch.float64)), TypeError, "weight must have the dtype of x"),
     (dict(weight=torch.randn(10)), ValueError, "weight must have 2 dimensions, got 1"),
@@ -245,3 +243,17 @@ def test_bad_arguments_get_one_sentence(change, error, message):
     if error is not TypeError or isinstance(arguments["x"], torch.Tensor):
         with pytest.raises(RuntimeError, match="elastic_linear: "):  # the op itself checks too
             torch.ops.flextron.elastic_linear(**arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(in_blocks="a"), "in_blocks must be an integer, got str"),
+        (dict(in_blocks=2.0), "in_blocks must be an integer, got float"),
+        (dict(weight=None), "weight must be a tensor, got NoneType"),
+    ],
+)
+def test_the_wrapper_names_a_wrong_type(change, message):
+    x, weight, bias = inputs()
+    with pytest.raises(TypeError, match=f"elastic_linear: {message}"):
+        elastic_linear(**(dict(x=x, weight=weight, bias=bias, in_features=K, out_features=N) | change))

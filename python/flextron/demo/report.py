@@ -41,7 +41,7 @@ def draw(report: dict[str, Any], path: str | Path) -> None:
         if kind == "routed":
             for ms, loss, target in points:
                 left.annotate(
-                    f"{target:g}", (ms, loss), xytext=(4, 6), textcoords="offset points", fontsize=8
+                    f"{target:g}", (ms, loss), xytext=(-4, -13), textcoords="offset points", fontsize=8
                 )
     workload = report["workload"]
     left.set_xlabel(f"measured latency, ms  ({workload})")

@@ -63,7 +63,7 @@ def plan_for(params: int, seed: int) -> Plan:
             prefill=Workload.prefill(256, batch=4),
             decode=Workload.decode(128),
             train=TrainConfig(
-                steps=120,
+                steps=60,
                 batch_size=8,
                 length=128,
                 learning_rate=1e-3,
@@ -72,20 +72,20 @@ def plan_for(params: int, seed: int) -> Plan:
                 checkpoint_every=0,
                 seed=seed,
             ),
-            route=RouteConfig(targets=(*targets, 1.0), evaluations=160, prefill=110, steps=400, seed=seed),
+            route=RouteConfig(targets=(*targets, 1.0), evaluations=110, prefill=75, steps=300, seed=seed),
             calibration=32,
             judged=32,
             length=128,
             route_samples=8,
             route_length=128,
-            rounds=5,
+            rounds=3,
         )
     return Plan(
         targets=targets,
         prefill=Workload.prefill(256),
         decode=Workload.decode(256),
         train=TrainConfig(
-            steps=52,
+            steps=50,
             batch_size=4,
             length=128,
             learning_rate=3e-4,
@@ -96,7 +96,10 @@ def plan_for(params: int, seed: int) -> Plan:
             checkpoint_every=0,
             seed=seed,
         ),
-        route=RouteConfig(targets=(*targets, 1.0), evaluations=175, prefill=112, steps=800, seed=seed),
+        # A hundred configurations do not teach a surrogate to 0.02 nats; losses here span about 2.
+        route=RouteConfig(
+            targets=(*targets, 1.0), evaluations=215, prefill=150, threshold=0.05, steps=800, seed=seed
+        ),
         calibration=12,
         judged=8,
         length=256,
