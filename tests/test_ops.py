@@ -242,3 +242,27 @@ def test_two_runs_are_equal(row, device):
     for case in row.inputs(device, torch.float32):
         first, second = as_tuple(overload(row.name)(**case)), as_tuple(overload(row.name)(**case))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("op", ["elastic_linear", "elastic_mlp"])
+def test_exports_with_any_number_of_tokens(op):
+    torch.manual_seed(0)
+    w = torch.randn(8, 8)
+    arguments = {"elastic_linear": (w, None, 6, 8), "elastic_mlp": (w, w, w, None, None, None, 6)}[op]
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return getattr(flextron_ext, op)(x, *arguments)
+
+    T = torch.export.Dim("T")
+    program = torch.export.export(Module(), (torch.randn(5, 8),), dynamic_shapes={"x": {0: T}}).module()
+    x = torch.randn(11, 8)
+    assert torch.equal(program(x), Module()(x))
+
+
+def test_route_takes_a_new_seed_without_compiling_again():
+    torch._dynamo.reset()
+    logits = torch.randn(20, 4)
+    compiled = torch.compile(flextron_ext.route, backend="eager", fullgraph=True)
+    for seed in range(2, 14):  # more seeds than dynamo recompiles for
+        assert torch.equal(compiled(logits, seed)[0], flextron_ext.route(logits, seed)[0])
