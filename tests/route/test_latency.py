@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import make_config, make_table
 
@@ -62,6 +62,7 @@ def test_repair_pools_what_falls():
     assert isotonic([1.0, 2.0]) == (1.0, 2.0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=12))
 def test_repair_never_falls_keeps_the_sum_and_is_idempotent(values):
     repaired = isotonic(values)
