@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from flextron import data
-from flextron.data import Batches, encode, read_documents, split, split_documents, stdlib_documents, windows
+from flextron.data import Batches, encode, read_documents, split_documents, stdlib_documents, windows
 
 
 class Letters:
@@ -169,16 +169,10 @@ def test_encoding_stops_at_max_tokens():
         encode(["a"], tokenizer, max_tokens=0)
 
 
-def test_split_holds_out_the_tail():
-    stream = torch.arange(100)
-    train, validation = split(stream, 0.1)
-    assert torch.equal(torch.cat((train, validation)), stream)
-    assert len(validation) == 10
-    assert len(split(stream, 0.0001)[1]) == 1
-    assert len(split(stream, 0.9999)[0]) == 1
-    for held_out in (0.0, 1.0, float("nan")):
-        with pytest.raises(ValueError, match="held_out must lie between 0 and 1"):
-            split(stream, held_out)
+@pytest.mark.parametrize("held_out", [0.0, 1.0, float("nan")])
+def test_the_share_held_out_must_leave_two_sides(held_out):
+    with pytest.raises(ValueError, match="held_out must lie between 0 and 1"):
+        split_documents(["one", "two"], held_out)
 
 
 def test_windows_are_spread_and_do_not_overlap():

@@ -73,7 +73,8 @@ def split_documents(documents: Sequence[str], held_out: float = 0.05) -> tuple[l
     A document keeps its side when others are added. Where the share rounds to an empty side, the document
     nearest to the border changes sides; a single document is cut instead, at a paragraph near its end.
     """
-    _check_share("split_documents", held_out)
+    if not 0 < held_out < 1:
+        raise ValueError(f"split_documents: held_out must lie between 0 and 1, got {held_out}")
     if not documents:
         raise ValueError("split_documents: documents must not be empty, got []")
     ranks = {d: _rank(d) for d in documents}
@@ -103,17 +104,6 @@ def encode(documents: Iterable[str], tokenizer: Any, max_tokens: int | None = No
         if max_tokens is not None and len(stream) >= max_tokens:
             break
     return torch.tensor(stream[:max_tokens], dtype=torch.int64)
-
-
-def split(stream: Tensor, held_out: float = 0.05) -> tuple[Tensor, Tensor]:
-    """Part one token stream into (train, validation): its tail is held out.
-
-    One document may lie on both sides; :func:`split_documents` avoids that.
-    """
-    _check_share("split", held_out)
-    _check_stream("split", stream, 2)
-    tail = min(max(round(len(stream) * held_out), 1), len(stream) - 1)
-    return stream[:-tail], stream[-tail:]
 
 
 def windows(tokens: Tensor, n: int, length: int) -> Tensor:
@@ -322,11 +312,6 @@ def _groups(items: Iterable[str], size: int) -> Iterator[list[str]]:
             group = []
     if group:
         yield group
-
-
-def _check_share(name: str, held_out: float) -> None:
-    if not 0 < held_out < 1:
-        raise ValueError(f"{name}: held_out must lie between 0 and 1, got {held_out}")
 
 
 def _check_stream(name: str, tokens: Tensor, length: int) -> None:

@@ -49,11 +49,14 @@ def documents(data: str | Path | None = None) -> tuple[list[str], list[str]]:
     return text.split_documents(text.stdlib_documents() if data is None else text.read_documents(data))
 
 
+def encode(parts: tuple[list[str], list[str]], tokenizer: Any) -> Corpus:
+    """The two parts of `documents` as token streams."""
+    return Corpus(*(text.encode(part, tokenizer) for part in parts))
+
+
 def corpus(tokenizer: Any, data: Data = None) -> Corpus:
     """Read and encode ``data``."""
-    if isinstance(data, Corpus):
-        return data
-    return Corpus(*(text.encode(part, tokenizer) for part in documents(data)))
+    return data if isinstance(data, Corpus) else encode(documents(data), tokenizer)
 
 
 def tokenizer_of(directory: str | Path) -> Any:

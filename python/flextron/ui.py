@@ -23,7 +23,7 @@ _PLAIN_SECONDS = 10.0  # without a terminal there is no bar, but a line at most 
 
 
 class Reporter:
-    """Called with (what, done, total); shows one bar per ``what``. `stage` binds the first argument."""
+    """Called with (what, done, total); shows one bar per ``what``."""
 
     def __init__(self, bars: Progress | None) -> None:
         self._bars = bars
@@ -40,10 +40,6 @@ class Reporter:
         if done >= total or now - self._printed.get(what, -_PLAIN_SECONDS) >= _PLAIN_SECONDS:
             self._printed[what] = now
             console.print(f"{what} {done}/{total}", highlight=False)
-
-    def stage(self, what: str):
-        """A callback (done, total) for one stage."""
-        return lambda done, total: self(what, done, total)
 
 
 @contextmanager

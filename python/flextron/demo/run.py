@@ -16,11 +16,10 @@ import torch
 
 from flextron import pipeline
 from flextron.checkpoint.io import read_json, write_json
-from flextron.data import encode
 from flextron.demo.parents import Parent, load_parent
 from flextron.demo.report import draw
 from flextron.export import export
-from flextron.pipeline import Corpus, Progress, RouteConfig, TrainConfig, Workload
+from flextron.pipeline import Progress, RouteConfig, TrainConfig, Workload
 
 REPORT = "report.json"
 _MARK = ".flextron-demo"  # says that what is in a folder may be replaced
@@ -142,7 +141,7 @@ def run(
         parts = pipeline.documents(data)
         source = load_parent(parent, progress=progress, documents=parts[0])
         plan = plan_for(sum(p.numel() for p in source.model.parameters()), seed)
-        corpus = Corpus(*(encode(part, source.tokenizer) for part in parts))
+        corpus = pipeline.encode(parts, source.tokenizer)
     _clear(out)
     elastic = out / "elastic"
     with clock.stage("convert"):
