@@ -2,8 +2,7 @@
 //   1. a block per kRouteTokens tokens: their choices, and how many of each
 //   2. one block: where every (block, choice) pair's tokens begin, and the buckets' offsets
 //   3. a block per kRouteTokens tokens: each token's rank among its block's equals, and so its place
-#include <cuda_runtime.h>
-
+#include "kernels/device/launch.cuh"
 #include "kernels/route.h"
 
 namespace flextron {
@@ -13,7 +12,7 @@ namespace {
 // order.
 template <class scalar_t>
 __global__ __launch_bounds__(kRouteTokens) void route_choices_kernel(const RouteParams<scalar_t> p) {
-  extern __shared__ int count[];  // [C]
+  int* const count = &dynamic_shared<int>();  // [C]
   for (int64_t c = threadIdx.x; c < p.C; c += kRouteTokens) count[c] = 0;
   __syncthreads();
   const int64_t t = blockIdx.x * kRouteTokens + threadIdx.x;
@@ -49,10 +48,14 @@ __global__ __launch_bounds__(kRouteTokens) void route_offsets_kernel(const Route
     for (int64_t b = 0; b < blocks; ++b) p.counts[b * p.C + c] += p.offsets[p.C - 1 - c];
 }
 
+struct BlockChoices {
+  int64_t choice[kRouteTokens];
+};
+
 // A thread owns a token and counts the equals before it in its block, in shared memory.
 template <class scalar_t>
 __global__ __launch_bounds__(kRouteTokens) void route_order_kernel(const RouteParams<scalar_t> p) {
-  __shared__ int64_t choice[kRouteTokens];
+  auto& choice = static_shared<BlockChoices>().choice;
   const int64_t t = blockIdx.x * kRouteTokens + threadIdx.x;
   choice[threadIdx.x] = t < p.T ? p.choice[t] : -1;
   __syncthreads();
@@ -68,10 +71,10 @@ __global__ __launch_bounds__(kRouteTokens) void route_order_kernel(const RoutePa
 template <class scalar_t>
 void route_cuda(const RouteParams<scalar_t>& p, CUstream_st* stream) {
   const int64_t blocks = route_blocks(p.T);
-  const auto grid = static_cast<unsigned>(blocks);
-  if (blocks > 0) route_choices_kernel<<<grid, kRouteTokens, p.C * sizeof(int), stream>>>(p);
-  route_offsets_kernel<<<1, kRouteTokens, 0, stream>>>(p, blocks);
-  if (blocks > 0) route_order_kernel<<<grid, kRouteTokens, 0, stream>>>(p);
+  const dim3 grid(static_cast<unsigned>(blocks)), block(kRouteTokens);
+  if (blocks > 0) launch<route_choices_kernel<scalar_t>>({grid, block, stream, p.C * sizeof(int)}, p);
+  launch<route_offsets_kernel<scalar_t>>({dim3(1), block, stream}, p, blocks);
+  if (blocks > 0) launch<route_order_kernel<scalar_t>>({grid, block, stream}, p);
 }
 
 template void route_cuda(const RouteParams<float>&, CUstream_st*);
