@@ -79,5 +79,8 @@ STABLE_TORCH_LIBRARY_IMPL(flextron, CPU, m) {
 }
 
 #ifdef FLEXTRON_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(flextron, CUDA, m) { m.impl("route", TORCH_BOX(&flextron::route)); }
+STABLE_TORCH_LIBRARY_IMPL(flextron, CUDA, m) {
+  m.impl("elastic_linear", TORCH_BOX(&flextron::elastic_linear));
+  m.impl("route", TORCH_BOX(&flextron::route));
+}
 #endif

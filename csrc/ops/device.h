@@ -9,31 +9,56 @@
 #include "ops/checks.h"
 
 #ifdef FLEXTRON_WITH_CUDA
-#include <cuda_runtime_api.h>
 // Weak: a CPU-only torch does not have it, and the library must load there.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** stream);
 #endif
 
+struct CUstream_st;  // cudaStream_t, without the CUDA headers
+
 namespace flextron {
 
-// Calls cpu() for a tensor on the CPU, cuda(stream) on the tensor's device otherwise. In a build without CUDA
-// the generic lambda `cuda` is never instantiated, so its launcher need not exist.
-template <class Cpu, class Cuda>
-void on_device_of([[maybe_unused]] const char* op, const Tensor& t, Cpu&& cpu, [[maybe_unused]] Cuda&& cuda) {
-  if (t.is_cpu()) return cpu();
+#ifdef FLEXTRON_EMULATE
+namespace emulator {
+void synchronize();
+}
+#endif
+
+// Whether CUDA kernels compute what the tensor goes into; a build for the emulator has no others.
+inline bool runs_on_gpu([[maybe_unused]] const Tensor& t) {
+#ifdef FLEXTRON_EMULATE
+  return true;
+#else
+  return !t.is_cpu();
+#endif
+}
+
+// Calls cuda(stream) on the tensor's device. In a build without CUDA the generic lambda `cuda` is never
+// instantiated, so its launcher need not exist. Emulated kernels have run when this returns, others need not
+// have.
+template <class Cuda>
+void on_gpu_of([[maybe_unused]] const char* op, [[maybe_unused]] const Tensor& t,
+               [[maybe_unused]] Cuda&& cuda) {
+#if defined(FLEXTRON_EMULATE)
+  cuda(static_cast<CUstream_st*>(nullptr));
+  emulator::synchronize();
+#else
 #ifdef FLEXTRON_WITH_CUDA
   if (t.is_cuda() && aoti_torch_get_current_cuda_stream != nullptr) {
     const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-    cuda(static_cast<cudaStream_t>(stream));
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) fail(op, ": kernel launch must succeed, got ", cudaGetErrorString(error));
-    return;
+    return cuda(static_cast<CUstream_st*>(stream));
   }
 #endif
   fail(op, ": device must be one this build has kernels for, got ", device_text(t.device()));
+#endif
+}
+
+// Calls cpu() for a tensor on the CPU, cuda(stream) on the tensor's device otherwise.
+template <class Cpu, class Cuda>
+void on_device_of(const char* op, const Tensor& t, Cpu&& cpu, Cuda&& cuda) {
+  runs_on_gpu(t) ? on_gpu_of(op, t, cuda) : cpu();
 }
 
 // f(begin, end) over [0, count) on torch's threads; `cost` is roughly how many elementary operations one

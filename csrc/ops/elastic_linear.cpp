@@ -1,12 +1,14 @@
-// elastic_linear: a linear layer that uses a prefix of its input and output features inside each block.
+// elastic_linear: checks, allocation and launch; the formula is in csrc/kernels/elastic_linear.h.
 //
-//   y[t, ob*out+n] = bias[ob*nw+n] + sum_{ib, i < in_t} x[t, ib*kx+i] weight[ob*nw+n, ib*kw+i]   for n <
-//   out_t, else 0
-//
-// Everything is the vendor's GEMM on views: no weight is copied, and an extent per token is one GEMM per
-// distinct extent on the sorted tokens.
+// On the CPU everything is the vendor's GEMM on views: no weight is copied, and an extent per token is one
+// GEMM per distinct extent on the sorted tokens. On a GPU it is one kernel, which reads the extents where
+// they are.
+#include "kernels/elastic_linear.h"
+
 #include "core/staircase.h"
-#include "ops/checks.h"
+#include "kernels/arch.h"
+#include "ops/device.h"
+#include "ops/dispatch.h"
 #include "ops/extents.h"
 #include "ops/gemm.h"
 #include "ops/ops.h"
@@ -46,9 +48,14 @@ int64_t block_width(const char* op, const char* name, int64_t size, const char* 
   return size / blocks;
 }
 
-Plan make_plan(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-               int64_t in_features, int64_t out_features, const OptionalTensor& in_extent,
-               const OptionalTensor& out_extent, int64_t in_blocks, int64_t out_blocks) {
+struct BlockWidths {
+  int64_t kx, kw, nw;  // of a block in x's columns, weight's columns and weight's rows
+};
+
+// Everything but the extents' values.
+BlockWidths check_arguments(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                            int64_t in_features, int64_t out_features, const OptionalTensor& in_extent,
+                            const OptionalTensor& out_extent, int64_t in_blocks, int64_t out_blocks) {
   check_dim(op, "x", x, 2);
   check_floating(op, "x", x);
   check_dim(op, "weight", weight, 2);
@@ -61,7 +68,14 @@ Plan make_plan(const char* op, const Tensor& x, const Tensor& weight, const Opti
   check_range(op, "in_features", in_features, 0, std::min(kx, kw));
   check_range(op, "out_features", out_features, 0, nw);
   if (in_extent && out_extent) fail(op, ": in_extent must be None when out_extent is given, got both");
+  return {kx, kw, nw};
+}
 
+Plan make_plan(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+               int64_t in_features, int64_t out_features, const OptionalTensor& in_extent,
+               const OptionalTensor& out_extent, int64_t in_blocks, int64_t out_blocks) {
+  const auto [kx, kw, nw] = check_arguments(op, x, weight, bias, in_features, out_features, in_extent,
+                                            out_extent, in_blocks, out_blocks);
   Plan plan{.in = {in_blocks, kx, kw, in_features},
             .out = {out_blocks, out_features, nw, out_features},
             .extents = in_extent ? read_extents(op, "in_extent", in_extent, x, in_features)
@@ -154,14 +168,65 @@ void backward_bias(const Plan& plan, const Tensor& dy, const Tensor& dbias) {
     }
 }
 
+// One kernel on the sorted tokens, whatever the extents.
+Tensor forward_on_gpu(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                      int64_t in_features, int64_t out_features, const OptionalTensor& in_extent,
+                      const OptionalTensor& out_extent, int64_t in_blocks, int64_t out_blocks) {
+  constexpr int64_t kMost = int64_t{1} << 30;  // features are counted in 32 bits
+  const auto [kx, kw, nw] = check_arguments(op, x, weight, bias, in_features, out_features, in_extent,
+                                            out_extent, in_blocks, out_blocks);
+  check_range(op, "x.size(1)", x.size(1), 0, kMost);
+  check_range(op, "weight.size(0)", weight.size(0), 0, kMost);
+  check_range(op, "weight.size(1)", weight.size(1), 0, kMost);
+
+  const DeviceExtents extents =
+      in_extent ? sort_extents(op, "in_extent", in_extent, x) : sort_extents(op, "out_extent", out_extent, x);
+  const Tensor y = empty(x, {x.size(0), out_blocks * out_features});
+  if (y.numel() == 0) return y;
+  const Tensor x_ = adjacent(gather_rows(x, extents.order)), weight_ = adjacent(weight);
+  const OptionalTensor bias_ = bias ? OptionalTensor(torch::stable::contiguous(*bias)) : std::nullopt;
+
+  dispatch_dtype(FloatingTypes{}, op, x.scalar_type(), [&]<class scalar_t>() {
+    const ElasticLinearParams<scalar_t> p{.x = data_of<scalar_t>(x_),
+                                          .weight = data_of<scalar_t>(weight_),
+                                          .bias = bias_ ? data_of<scalar_t>(*bias_) : nullptr,
+                                          .y = mutable_data_of<scalar_t>(y),
+                                          .in_extent = in_extent ? extents.data() : nullptr,
+                                          .out_extent = out_extent ? extents.data() : nullptr,
+                                          .T = x.size(0),
+                                          .in_features = in_features,
+                                          .out_features = out_features,
+                                          .in_blocks = in_blocks,
+                                          .out_blocks = out_blocks,
+                                          .kx = kx,
+                                          .kw = kw,
+                                          .nw = nw,
+                                          .x_stride = x_.stride(0),
+                                          .weight_stride = weight_.stride(0),
+                                          .per_token = extents.per_token()};
+    on_gpu_of(op, x, [&](auto stream) {
+#ifdef FLEXTRON_WITH_SM90
+      if constexpr (sizeof(scalar_t) == 2)
+        if (cuda_arch() >= 90 && elastic_linear_fits_sm90(p)) return elastic_linear_sm90(p, stream);
+#endif
+      elastic_linear_cuda(p, stream);
+    });
+  });
+  return scatter_rows(y, extents.order);
+}
+
 }  // namespace
 
 Tensor elastic_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t in_features,
                       int64_t out_features, const OptionalTensor& in_extent, const OptionalTensor& out_extent,
                       int64_t in_blocks, int64_t out_blocks) {
+  constexpr auto op = "elastic_linear";
   const NoGrad guard;
-  const Plan plan = make_plan("elastic_linear", x, weight, bias, in_features, out_features, in_extent,
-                              out_extent, in_blocks, out_blocks);
+  if (runs_on_gpu(x))
+    return forward_on_gpu(op, x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks,
+                          out_blocks);
+  const Plan plan =
+      make_plan(op, x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, out_blocks);
   const std::vector<int64_t> shape{x.size(0), out_blocks * out_features};
   const bool whole = !plan.per_token_out && plan.out.used == plan.out.features;
   const Tensor y = whole ? empty(x, shape) : zeros(x, shape);

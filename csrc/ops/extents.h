@@ -1,4 +1,5 @@
-// Reading an extent argument on the CPU: absent, one for all rows, or one per row, always within its range.
+// An extent argument: absent, one for all rows, or one per row. On the CPU it is read and must lie within its
+// range; for CUDA kernels it stays on the device.
 #pragma once
 
 #include <algorithm>
@@ -31,13 +32,17 @@ struct Extents {
   int64_t widest() const { return stairs.steps.empty() ? 0 : stairs.steps.front().extent; }
 };
 
+inline void check_extent(const char* op, const char* name, const Tensor& extent, const Tensor& x) {
+  check_device(op, name, extent, x.device());
+  if (extent.dim() != 1 || (extent.size(0) != 1 && extent.size(0) != x.size(0)))
+    fail(op, ": ", name, " must have shape [1] or [", x.size(0), "], got ", shape_text(extent.sizes()));
+}
+
 inline Extents read_extents(const char* op, const char* name, const std::optional<Tensor>& extent,
                             const Tensor& x, int64_t maximum) {
   const int64_t T = x.size(0);
   if (!extent) return {flat_staircase(T, maximum), {}, {}};
-  check_device(op, name, *extent, x.device());
-  if (extent->dim() != 1 || (extent->size(0) != 1 && extent->size(0) != T))
-    fail(op, ": ", name, " must have shape [1] or [", T, "], got ", shape_text(extent->sizes()));
+  check_extent(op, name, *extent, x);
   const std::vector<int64_t> values = host_integers(op, name, *extent, maximum);
   if (values.size() == 1) return {flat_staircase(T, values[0]), {}, {}};
 
@@ -52,6 +57,28 @@ inline Extents read_extents(const char* op, const char* name, const std::optiona
     inverse[order[i]] = i;
   }
   return result;
+}
+
+struct DeviceExtents {
+  std::optional<Tensor> values;  // int64, one for all rows or one for each sorted row, descending
+  std::optional<Tensor> order;   // [T] int64, sorted row -> token; absent where no row moves
+
+  bool per_token() const { return order.has_value(); }
+  const int64_t* data() const {
+    return values ? static_cast<const int64_t*>(values->const_data_ptr()) : nullptr;
+  }
+};
+
+// The host never waits: whatever the values are, the same operations are queued.
+inline DeviceExtents sort_extents(const char* op, const char* name, const std::optional<Tensor>& extent,
+                                  const Tensor& x) {
+  if (!extent) return {};
+  check_extent(op, name, *extent, x);
+  check_integers(op, name, *extent);
+  const Tensor wide = torch::stable::contiguous(torch::stable::to(*extent, ScalarType::Long));
+  if (wide.size(0) == 1) return {wide, {}};
+  const auto [values, order] = sort_descending(wide);
+  return {values, order};
 }
 
 }  // namespace flextron

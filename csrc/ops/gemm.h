@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
+#include <utility>
 #include <vector>
 
 #include "ops/checks.h"
@@ -47,6 +48,12 @@ inline Tensor zeros_from(int64_t dim, int64_t used, const Tensor& like, const st
   Tensor rest = slice(out, dim, used, shape[dim]);
   if (rest.numel() != 0) torch::stable::zero_(rest);
   return out;
+}
+
+// t itself where its last dimension is adjacent in memory, a contiguous copy otherwise.
+inline Tensor adjacent(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.size(last) > 1 && t.stride(last) != 1 ? torch::stable::contiguous(t) : t;
 }
 
 // out = a b. Any strides; nothing is copied where one stride of each is 1. An empty inner dimension gives
@@ -114,6 +121,27 @@ inline Tensor gather_rows(const Tensor& t, const std::optional<Tensor>& order) {
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The other way: row order[i] of the result is row i of t; t itself where nothing moves.
+inline Tensor scatter_rows(const Tensor& t, const std::optional<Tensor>& order) {
+  if (!order) return t;
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(torch::stable::empty_like(t)),
+                                    torch::stable::detail::from(int64_t{0}),
+                                    torch::stable::detail::from(*order), torch::stable::detail::from(t)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::index_copy_", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// A list's values in descending order, and where each was; equals keep their order.
+inline std::pair<Tensor, Tensor> sort_descending(const Tensor& t) {
+  std::array<StableIValue, 4> stack{
+      torch::stable::detail::from(t), torch::stable::detail::from(std::optional<bool>(true)),
+      torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(true)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
 }  // namespace flextron

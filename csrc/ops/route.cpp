@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, std::optional<int
       torch::stable::contiguous(torch::stable::to(logits, wide ? ScalarType::Double : ScalarType::Float));
   const Tensor choice = empty(logits, {T}, ScalarType::Long), order = empty(logits, {T}, ScalarType::Long);
   const Tensor offsets = empty(logits, {C + 1}, ScalarType::Long);
-  const Tensor counts = empty(logits, {logits.is_cpu() ? 0 : route_blocks(T), C}, ScalarType::Long);
+  const Tensor counts = empty(logits, {runs_on_gpu(logits) ? route_blocks(T) : 0, C}, ScalarType::Long);
 
   dispatch_dtype(RouteTypes{}, op, logits_.scalar_type(), [&]<class scalar_t>() {
     const RouteParams<scalar_t> p{.logits = data_of<scalar_t>(logits_),

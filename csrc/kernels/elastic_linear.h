@@ -1,0 +1,61 @@
+// elastic_linear: a linear layer that uses a prefix of its input and output features inside each block.
+//
+//   y[t, ob*out+n] = bias[ob*nw+n] + sum_{ib, i < in_t} x[t, ib*kx+i] weight[ob*nw+n, ib*kw+i]   for n <
+//   out_t, else 0
+//
+//   T tokens, sorted by extent where each has its own; out = out_features
+#pragma once
+
+#include <cstdint>
+
+#include "core/macros.h"
+#include "core/types.h"
+
+struct CUstream_st;  // cudaStream_t, without the CUDA headers
+
+namespace flextron {
+
+template <class scalar_t>
+struct ElasticLinearParams {
+  const scalar_t* x;          // [T, in_blocks * kx], rows x_stride apart
+  const scalar_t* weight;     // [out_blocks * nw, in_blocks * kw], rows weight_stride apart
+  const scalar_t* bias;       // [out_blocks * nw], or null
+  scalar_t* y;                // [T, out_blocks * out_features], contiguous; every element is written
+  const int64_t* in_extent;   // on the device: [T] descending, [1] for all rows, or null: in_features
+  const int64_t* out_extent;  // the same for outputs; at most one of the two
+  // x has at most 2^30 columns, weight as many rows and columns; strides are in elements.
+  int64_t T, in_features, out_features, in_blocks, out_blocks, kx, kw, nw, x_stride, weight_stride;
+  bool per_token;  // the extent that is there has T entries
+};
+
+// What an extent on the device says, moved into its range: a wrong one must not become a fault.
+FLEXTRON_HD int64_t extent_at(const int64_t* extent, bool per_token, int64_t t, int64_t features) {
+  if (extent == nullptr) return features;
+  const int64_t value = extent[per_token ? t : 0];
+  return value < 0 ? 0 : value > features ? features : value;
+}
+
+// Inputs and outputs of each block that row t uses. Rows descend, so a row tile's widest is its first.
+template <class scalar_t>
+FLEXTRON_HD int64_t in_extent_at(const ElasticLinearParams<scalar_t>& p, int64_t t) {
+  return extent_at(p.in_extent, p.per_token, t, p.in_features);
+}
+template <class scalar_t>
+FLEXTRON_HD int64_t out_extent_at(const ElasticLinearParams<scalar_t>& p, int64_t t) {
+  return extent_at(p.out_extent, p.per_token, t, p.out_features);
+}
+
+// Any GPU of sm_80 and up, any address and stride; float, double, bf16, fp16. One launch, none where y is
+// empty.
+template <class scalar_t>
+void elastic_linear_cuda(const ElasticLinearParams<scalar_t>& p, CUstream_st* stream);
+
+// sm_90 alone; bf16, fp16. Whether its copy engine can take these addresses and strides, and the launch where
+// it can. `dependent`: it may start before the launch ahead of it in the stream has ended, of whose results
+// it then reads x alone.
+template <class scalar_t>
+bool elastic_linear_fits_sm90(const ElasticLinearParams<scalar_t>& p);
+template <class scalar_t>
+void elastic_linear_sm90(const ElasticLinearParams<scalar_t>& p, CUstream_st* stream, bool dependent = false);
+
+}  // namespace flextron
