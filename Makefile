@@ -1,4 +1,4 @@
-# make demo, make test, make bench, make lint: each sets up all it needs, once, in .venv.
+# make demo, make test, make emulate, make bench, make lint: each sets up all it needs, once, in .venv.
 #
 #   make demo ARGS="--parent tiny"    ARGS is handed to the command
 #   make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"    what pip installs as torch
@@ -12,7 +12,7 @@ ARGS ?=
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint setup clean
+.PHONY: demo test emulate bench lint setup clean
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -24,6 +24,9 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
+emulate: setup
+	PYTHON=$(BIN)/python bash tests/emulator/run.sh $(ARGS)
+
 bench: setup
 	$(BIN)/python python/benchmarks/bench_ops.py $(ARGS)
 	$(BIN)/python python/benchmarks/bench_model.py
@@ -31,7 +34,7 @@ bench: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format --dry-run -Werror
 
 setup: $(VENV)/.built
 

@@ -1,14 +1,44 @@
-"""Every test starts from one seed, and memory that nothing wrote reads NaN."""
+"""Every test starts from one seed, and memory that nothing wrote reads NaN. FLEXTRON_EMULATE=1: on emulated kernels."""
+
+import os
 
 import pytest
 import torch
+from emulator import build as emulator
 
-from flextron_ext import build_info
+EMULATE = os.environ.get("FLEXTRON_EMULATE") == "1"
+if EMULATE:
+    emulator.load(sanitize=os.environ.get("FLEXTRON_EMULATE_SANITIZE") == "1")
+
+from flextron_ext import build_info  # noqa: E402
+
+SEED = int(os.environ.get("FLEXTRON_EMULATE_SEED", "0"))
+ORDER = os.environ.get("FLEXTRON_EMULATE_ORDER", "random" if SEED else "forward")
+
+# What looks at how the CPU computes, not at what.
+HOST_ONLY = {
+    "test_work_is_proportional_to_the_extents": "counts the host's GEMMs; test_emulator.py counts the kernels' bytes",
+}
+
+
+def pytest_report_header():
+    if EMULATE:
+        arch = os.environ.get("FLEXTRON_ARCH", "90")
+        return f"emulated CUDA kernels: seed {SEED}, order {ORDER}, arch {arch}"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items if EMULATE else ():
+        if reason := HOST_ONLY.get(item.name):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+    if EMULATE:
+        emulator.set_order(SEED, ORDER)
+        emulator.reset()
 
 
 @pytest.fixture(autouse=True)

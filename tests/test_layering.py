@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC = {
     "core": {"core"},
     "kernels": {"core", "kernels"},
+    "kernels/device": {"core", "kernels", "emulator"},  # each instruction's two bodies
     "ops": {"core", "kernels", "ops"},
     "library.cpp": {"core", "ops/ops.h"},
     "bindings.cpp": {"core"},
@@ -61,16 +62,16 @@ PYTHON = {
 
 def wrong_includes(file: str, text: str) -> list[str]:
     """The include lines of ``file`` (a path inside csrc) that its layer may not have."""
-    layer = file.split("/")[0]
-    if layer not in CSRC:
+    layer = max((name for name in CSRC if f"{file}/".startswith(f"{name}/")), key=len, default=None)
+    if layer is None:
         return [f"{file}: no layer of this name"]
     wrong = []
     for quote, name in re.findall(r'^[ \t]*#[ \t]*include[ \t]*([<"])([^>"]+)', text, re.MULTILINE):
-        if quote == '"' or name.split("/")[0] in CSRC:
+        if quote == '"' or name.split("/")[0] in {*CSRC, "emulator"}:
             allowed = any(name == may or name.startswith(may + "/") for may in CSRC[layer])
         else:
             prefix = next((p for p in LIBRARIES if name.startswith(p)), None)
-            allowed = prefix is None or layer in LIBRARIES[prefix]
+            allowed = prefix is None or layer.split("/")[0] in LIBRARIES[prefix]
         if not allowed:
             wrong.append(f"{file} may not include {name}")
     return wrong
@@ -157,6 +158,7 @@ def test_no_import_points_the_wrong_way():
         ("kernels/route_cuda.cu", "#include <ATen/ATen.h>"),
         ("kernels/route.h", '#include "ops/checks.h"'),
         ("kernels/device/copy.cuh", '  #  include "ops/ops.h"'),
+        ("kernels/route_cuda.cu", '#include "emulator/emulator.h"'),
         ("kernels/route.h", "#include <ops/checks.h>"),
         ("ops/route.cpp", "#include <torch/extension.h>"),
         ("ops/route.cpp", "#include <pybind11/pybind11.h>"),
@@ -201,10 +203,85 @@ def test_right_arrows_pass():
     assert not wrong_includes(
         "ops/route.cpp", '#include "kernels/route.h"\n#include <torch/csrc/stable/tensor.h>'
     )
+    device = '#include "emulator/emulator.h"\n#include <cuda_runtime.h>'
+    assert not wrong_includes("kernels/device/instruction.cuh", device)
     assert not wrong_imports("flextron.nn", "from .model import make_elastic", is_package=True)
     assert not wrong_imports(
         "flextron.train.loop", "from .losses import distillation\nfrom ..nn import probe"
     )
+
+
+def without_comments(text: str) -> str:
+    return re.sub(r"//.*|/\*.*?\*/", lambda m: "\n" * m.group().count("\n"), text, flags=re.DOTALL)
+
+
+def two_worlds(file: str, text: str) -> list[str]:
+    """Where a kernel (a path inside csrc/kernels) knows whether a GPU or the emulator runs it."""
+    if file.startswith("device/"):
+        return []
+    wrong = []
+    code = without_comments(text)
+    for condition in re.findall(r"^[ \t]*#[ \t]*(?:el)?if(?:n?def)?\b(.*)", code, re.MULTILINE):
+        if Path(file).suffix in (".cu", ".cuh") or condition.strip() not in HOST_CONDITIONS:
+            wrong.append(f"{file} may not have #if{condition}: it belongs in csrc/kernels/device")
+    for word in re.findall(r"\basm\b|\b__asm__\b|\b__shared__\b|<<<", code):
+        wrong.append(f"{file} may not have {word}: it belongs in csrc/kernels/device")
+    return wrong
+
+
+# What a file compiled for one instruction set of the host may ask.
+HOST_CONDITIONS = {"__AVX2__", "__AVX512F__"}
+
+
+def without_emulated_body(text: str) -> list[str]:
+    """The functions of a file of csrc/kernels/device that have assembly and nothing for the emulator."""
+    wrong = []
+    for function in re.split(r"^(?=__device__|template|inline)", without_comments(text), flags=re.MULTILINE):
+        emulated = "FLEXTRON_INSTRUCTION(" in function or "FLEXTRON_EMULATE" in function
+        if re.search(r"\basm\b", function) and not emulated:
+            wrong.append(function.strip().splitlines()[0])
+    return wrong
+
+
+def kernel_files():
+    folder = ROOT / "csrc" / "kernels"
+    return [(f.relative_to(folder).as_posix(), f.read_text()) for f in csrc_files() if folder in f.parents]
+
+
+def test_kernels_are_the_same_on_a_gpu_and_in_the_emulator():
+    wrong = [w for file, text in kernel_files() for w in two_worlds(file, text)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_instruction_has_an_emulated_body():
+    device = [(file, text) for file, text in kernel_files() if file.startswith("device/")]
+    assert sum(text.count("asm volatile") for _, text in device) > 10
+    wrong = [f"device/{file}: {w}" for file, text in device for w in without_emulated_body(text)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "#ifdef FLEXTRON_EMULATE",
+        "  #  if __CUDA_ARCH__ >= 900",
+        "#ifdef __AVX2__",
+        'asm volatile("bar.sync 0;");',
+        "kernel<<<1, 32>>>(p);",
+        "extern __shared__ int count[];",
+    ],
+)
+def test_a_planted_difference_is_caught(line):
+    assert len(two_worlds("route_cuda.cu", f"#pragma once\nint x;\n{line}\n")) == 1
+
+
+def test_a_planted_instruction_without_an_emulated_body_is_caught():
+    real = '__device__ void {}() {{\n  asm volatile("nanosleep.u32 20;");\n}}\n'
+    both = (
+        '__device__ void f() {\n  FLEXTRON_INSTRUCTION(asm volatile("bar.sync 0;"), emulator::sync());\n}\n'
+    )
+    assert without_emulated_body(both + real.format("g") + both) == ["__device__ void g() {"]
+    assert not without_emulated_body(both)
 
 
 FORBIDDEN = {

@@ -90,3 +90,10 @@ BAD = [
 def test_bad_arguments_get_one_sentence(arguments, error, message):
     with pytest.raises(error, match=f"route: {message}"):
         route(**arguments)
+
+
+@pytest.mark.parametrize("T, C", [(1000, 5), (600, 300)])
+def test_more_tokens_and_choices_than_a_thread_block_has_threads(T, C, device):
+    logits = torch.randn(T, C, device=device)
+    for ours, expected in zip(route(logits), reference.route(logits), strict=True):
+        assert torch.equal(ours, expected)

@@ -1,0 +1,151 @@
+"""Builds the op library with its CUDA kernels emulated, loads it in the product's place, and is its face for tests."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+ORDERS = ("forward", "random", "ahead", "behind")
+
+_library: ctypes.CDLL | None = None
+_order = (0, "forward")
+
+
+def build(sanitize: bool = False) -> Path:
+    """The library in build/emulator (build/emulator-asan), compiled again where a source has changed."""
+    import cmake
+    import ninja
+
+    folder = ROOT / "build" / ("emulator-asan" if sanitize else "emulator")
+    folder.mkdir(parents=True, exist_ok=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    options = {
+        "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR) / "ninja",
+        "FLEXTRON_VERSION": project["version"],
+        "FLEXTRON_TORCH_DIR": Path(torch.__file__).parent,
+        "FLEXTRON_SANITIZE": "ON" if sanitize else "OFF",
+    }
+    program = Path(cmake.CMAKE_BIN_DIR) / "cmake"
+    defines = [f"-D{name}={value}" for name, value in options.items()]
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest-xdist's workers come here at once
+        _run([program, "-G", "Ninja", "-S", Path(__file__).parent, "-B", folder, *defines])
+        _run([program, "--build", folder])
+    return folder / "libflextron.so"
+
+
+def _run(command: list[Any]) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{done.stdout}\nemulator: the build must succeed, got exit code {done.returncode}")
+
+
+def load(sanitize: bool = False) -> None:
+    """Makes ``torch.ops.flextron.*`` the emulated library's; to be called before flextron_ext is imported.
+
+    flextron_ext's ``_C`` asks for libflextron.so, and the loader gives it the library of that name that is there.
+    """
+    global _library
+    if _library is not None:
+        return
+    if "flextron_ext" in sys.modules:
+        raise RuntimeError("emulator: the library must be loaded before flextron_ext, got flextron_ext first")
+    path = str(build(sanitize))
+    torch.ops.load_library(path)
+    _library = ctypes.CDLL(path)
+
+
+def loaded() -> bool:
+    return _library is not None
+
+
+def _call(name: str, *arguments: Any) -> str:
+    function = getattr(_library, f"flextron_emulator_{name}")
+    function.restype = ctypes.c_char_p
+    answer = function(*arguments).decode()
+    if answer[0] == "!":
+        raise RuntimeError(answer[1:])
+    return answer[1:]
+
+
+def set_order(seed: int, name: str) -> None:
+    """The order threads run in from here on: one of ORDERS, drawn from the seed."""
+    global _order
+    _call("set_order", ctypes.c_uint64(seed), name.encode())
+    _order = (seed, name)
+
+
+@contextlib.contextmanager
+def order(seed: int, name: str) -> Iterator[None]:
+    """``set_order`` for a while."""
+    before = _order
+    set_order(seed, name)
+    try:
+        yield
+    finally:
+        set_order(*before)
+
+
+def watch(name: str, tensor: torch.Tensor) -> None:
+    """Counts the bytes that kernels read from and write to the tensor's storage apart, under this name."""
+    data = tensor.untyped_storage()
+    _call("watch", name.encode(), ctypes.c_void_p(data.data_ptr()), ctypes.c_size_t(data.nbytes()))
+
+
+def counters() -> list[dict[str, Any]]:
+    """What each launch since the last call did; ``watched`` maps a name to its bytes read and written."""
+    return json.loads(_call("take_counters"))
+
+
+def reset() -> None:
+    """Forgets watches and counters."""
+    _call("clear_watches")
+    _call("take_counters")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row of the table in faults.cu."""
+
+    name: str
+    outcomes: tuple[str, ...]  # any of them shows that it was caught
+    words: tuple[str, ...]  # all of them are in an error's text
+
+    def run(self, planted: bool = True) -> list[float]:
+        """What the planted kernel computes, or its corrected twin."""
+        values = _call("run_fault", f"{self.name}{'' if planted else '/fixed'}".encode())
+        return [float(value) for value in values.split()]
+
+
+def faults() -> list[Fault]:
+    rows = json.loads(_call("fault_names"))
+    return [Fault(r["name"], tuple(r["outcome"].split("|")), tuple(r["words"].split("|"))) for r in rows]
+
+
+def words() -> list[str]:
+    """The names of the checks in words.cu."""
+    return json.loads(_call("word_names"))
+
+
+def check_word(name: str) -> None:
+    _call("check_word", name.encode())
+
+
+if __name__ == "__main__":
+    print(build(sanitize="--sanitize" in sys.argv[1:]))

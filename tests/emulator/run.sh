@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# The kernels' proof where there is no GPU: bash tests/emulator/run.sh     (make emulate sets up what it needs)
+# A part of it, for CI:             bash tests/emulator/run.sh --quick
+#
+# For every op that has a csrc/kernels/<op>_cuda.cu, on the Hopper path (90) and the portable one (80) side by side:
+# the emulator's own tests, the op's whole suite in thread order, what depends on order under drawn and adversarial
+# ones; and, unless quick, all of that once more under AddressSanitizer and UndefinedBehaviorSanitizer.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+
+seeds=20 adversarial=20 sanitized=yes
+if [[ "${1:-}" == --quick ]]; then
+  seeds=4 adversarial=1 sanitized=no
+elif (($# > 0)); then
+  echo "run.sh: the argument must be --quick or nothing, got $*" >&2
+  exit 2
+fi
+
+python=${PYTHON:-python3}
+out=build/emulate
+rm -rf "$out"
+mkdir -p "$out"
+export FLEXTRON_EMULATE=1 OMP_NUM_THREADS=1
+
+ops="" files=(tests/test_ops.py)
+for kernel in csrc/kernels/*_cuda.cu; do
+  op=$(basename "$kernel" _cuda.cu)
+  if [[ -f csrc/ops/$op.cpp ]]; then
+    ops+="${ops:+ or }$op"
+    files+=(tests/ops/test_"$op"*.py)
+  fi
+done
+# Tracing, numeric derivatives and refusals launch the same kernels again or none at all: once is enough.
+ordered="($ops) and not (gradcheck or opcheck or compil or exports or autocast or bad_arguments)"
+
+# check NAME ARGUMENTS: one run of pytest, one line.
+check() {
+  local log="$out/${1// /-}.log" begin=$SECONDS verdict=ok
+  LD_PRELOAD=${preload:-} "$python" -m pytest -p no:cacheprovider "${@:2}" >"$log" 2>&1 || verdict=FAILED
+  printf '%-32s %-6s %4d s  %s\n' "$1" $verdict $((SECONDS - begin)) \
+    "$(grep -oE '[0-9]+ (failed|passed).*' "$log" | tail -n 1)"
+  [[ $verdict == ok ]] && return
+  grep -E '^(FAILED|ERROR)|AddressSanitizer:|runtime error:' "$log" | head -n 20
+  echo "  all of it: $log"
+  wrong=1
+}
+
+# in_every_order ARCH: the seeds and orders of one path.
+in_every_order() {
+  local wrong=0 order seed last
+  export FLEXTRON_ARCH=$1
+  check "sm_$1 emulator" tests/test_emulator.py
+  check "sm_$1 forward" "${files[@]}" -k "$ops"
+  for order in random ahead behind; do
+    last=$adversarial
+    [[ $order == random ]] && last=$seeds
+    for ((seed = 1; seed <= last; ++seed)); do
+      FLEXTRON_EMULATE_ORDER=$order FLEXTRON_EMULATE_SEED=$seed \
+        check "sm_$1 $order, seed $seed" "${files[@]}" -k "$ordered"
+    done
+  done
+  return $wrong
+}
+
+# sanitized ARCH: once, under the sanitizers.
+sanitized() {
+  # Python was not linked with them, nor with the C++ library whose exceptions they watch. What it leaks is its own.
+  local wrong=0 preload
+  preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so.6)"
+  export FLEXTRON_ARCH=$1 FLEXTRON_EMULATE_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0
+  check "sm_$1 sanitized emulator" tests/test_emulator.py
+  FLEXTRON_EMULATE_ORDER=random FLEXTRON_EMULATE_SEED=1 \
+    check "sm_$1 sanitized random, seed 1" "${files[@]}" -k "$ordered"
+  return $wrong
+}
+
+# both FUNCTION: on both paths at once.
+both() {
+  local failed=0 paths=()
+  for arch in 90 80; do
+    "$1" $arch &
+    paths+=($!)
+  done
+  for path in "${paths[@]}"; do wait "$path" || failed=1; done
+  return $failed
+}
+
+failed=0
+echo "== building the ops with emulated kernels"
+"$python" tests/emulator/build.py || exit 1
+echo "== emulated: ${ops// or /, }"
+both in_every_order || failed=1
+if [[ $sanitized == yes ]]; then
+  echo "== building them with sanitizers"
+  "$python" tests/emulator/build.py --sanitize || exit 1
+  both sanitized || failed=1
+fi
+((failed)) && { echo "== FAILED after $SECONDS s"; exit 1; }
+echo "== every kernel passed, in $SECONDS s"
