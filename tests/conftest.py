@@ -21,10 +21,10 @@ HOST_ONLY = {
 }
 
 
-def pytest_report_header():
+def pytest_terminal_summary(terminalreporter):
     if EMULATE:
-        arch = os.environ.get("FLEXTRON_ARCH", "90")
-        return f"emulated CUDA kernels: seed {SEED}, order {ORDER}, arch {arch}"
+        path = os.environ.get("FLEXTRON_ARCH", "90")
+        terminalreporter.write_line(f"emulated CUDA kernels: path {path}, order {ORDER}, seed {SEED}")
 
 
 def pytest_collection_modifyitems(items):

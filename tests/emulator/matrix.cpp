@@ -100,7 +100,6 @@ void mma_m16n8k16(bool is_bf16, float* d, const uint32_t* a, uint32_t b0, uint32
     const uint32_t* a;
     uint32_t b[2];
   } mine{d, a, {b0, b1}};
-  ++grid().counters.mma;
   meet(~0u, is_bf16 ? "mma.bf16" : "mma.f16", site, &mine, [&](std::array<void*, 32>& lanes) {
     const auto lane = [&](int l) { return static_cast<Lane*>(lanes[l]); };
     double left[16][16], right[16][8];
@@ -118,6 +117,7 @@ void mma_m16n8k16(bool is_bf16, float* d, const uint32_t* a, uint32_t b0, uint32
         to = static_cast<float>(to + sum[n]);
       }
     }
+    ++grid().counters.mma;
     grid().counters.flops += 2 * 16 * 8 * 16;
   });
 }
@@ -249,7 +249,6 @@ void wgmma(bool is_bf16, int N, float* d, const uint32_t* a_registers, uint64_t 
     float* d;
     const uint32_t* a;
   } mine{d, a_registers};
-  ++grid().counters.wgmma;
   meet(~0u, "wgmma", site, &mine, [&](std::array<void*, 32>& lanes) {
     const auto lane = [&](int l) { return static_cast<Lane*>(lanes[l]); };
     Warp& w = warp();
@@ -305,6 +304,7 @@ void wgmma(bool is_bf16, int N, float* d, const uint32_t* a_registers, uint64_t 
         to = static_cast<float>((accumulate ? to : 0.0) + sum[n]);
       }
     }
+    ++grid().counters.wgmma;
     grid().counters.flops += int64_t{2} * 16 * N * 16;
     w.open.push_back(std::move(part));
   });
