@@ -139,6 +139,7 @@ void ldmatrix_x4(uint32_t* registers, const void* row, bool transposed, const Si
 void stmatrix_x4(void* row, const uint32_t* registers, const Site& site);
 uint32_t pack(bool is_bf16, float low, float high);
 void mma_m16n8k16(bool is_bf16, float* d, const uint32_t* a, uint32_t b0, uint32_t b1, const Site& site);
+void hold(const float* d, const Site& site);
 void wgmma_fence(const Site& site);
 void wgmma_commit(const Site& site);
 void wgmma_wait(int pending, const Site& site);

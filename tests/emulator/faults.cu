@@ -298,7 +298,7 @@ __global__ void multicast_kernel(const __grid_constant__ TensorMap from, float* 
 
 struct WgmmaFault {
   bool no_fence = false, no_wait = false, overwrites = false, early = false, swizzle = false,
-       unaligned = false, unequal = false, writes_accumulator = false;
+       unaligned = false, unequal = false, writes_accumulator = false, holds_early = false;
 };
 
 // y[64, 64] = a b^T of two tiles.
@@ -328,6 +328,7 @@ __global__ void wgmma_kernel(const __grid_constant__ TensorMap a, const __grid_c
   if (fault.writes_accumulator) d[3] = 1;
   if (fault.overwrites && threadIdx.x == 0) shared.a.value[100] = bf16(5.0f);
   if (!fault.no_wait) wgmma_wait<0>();
+  if (fault.holds_early || !fault.no_wait) hold(d);
   const int row = static_cast<int>(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4),
             column = threadIdx.x % 4 * 2;
   for (int i = 0; i < 32; ++i) y[(row + i / 2 % 2 * 8) * 64 + i / 4 * 8 + column + i % 2] = d[i];
@@ -532,6 +533,8 @@ const std::vector<Case>& cases() {
       {"swizzle_mismatch", "error", "swizzle", run_wgmma<WgmmaFault{.swizzle = true}>},
       {"unaligned_descriptor", "error", "multiple of 1024", run_wgmma<WgmmaFault{.unaligned = true}>},
       {"unequal_wgmma", "error", "divergent wgmma", run_wgmma<WgmmaFault{.unequal = true}>},
+      {"missing_wgmma_wait_seen", "error", "hold|under way",
+       run_wgmma<WgmmaFault{.no_wait = true, .holds_early = true}>},
       {"written_accumulator", "error", "accumulator 3", run_wgmma<WgmmaFault{.writes_accumulator = true}>},
       {"missing_grid_wait", "stale", "", run_dependent},
       {"refused_tensor_map", "error", "strides must be multiples of 16 bytes", run_refused_map},

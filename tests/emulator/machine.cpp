@@ -574,6 +574,7 @@ void launch(const std::string& name, const Launch& config, std::function<void()>
   grid->order.resize(blocks / config.cluster);
   for (size_t i = 0; i < grid->order.size(); ++i)
     grid->order[i] = static_cast<unsigned>(grid->order.size() - 1 - i);
+  if (machine.order == Order::kRandom) std::shuffle(grid->order.begin(), grid->order.end(), draw());
   machine.stream.push_back(std::move(grid));
 }
 
@@ -588,7 +589,6 @@ void synchronize() {
   } clean;
   while (!machine.stream.empty()) {
     Grid& grid = *machine.stream.front();
-    if (machine.order == Order::kRandom) std::shuffle(grid.order.begin(), grid.order.end(), draw());
     if (machine.stream.size() > 1 && machine.stream[1]->config.programmatic) run_early(*machine.stream[1]);
     run_grid(grid);
     machine.done.push_back(std::move(grid.counters));

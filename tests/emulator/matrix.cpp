@@ -223,6 +223,12 @@ void finish(WarpMatrix& part, const Site& site) {
 
 }  // namespace
 
+void hold(const float* d, const Site& site) {
+  for (const auto& [first, accumulators] : warp().accumulators)
+    if (accumulators.registers[static_cast<size_t>(current->lane)] == d)
+      fail(site, "hold: a wgmma on these accumulators is under way");
+}
+
 void wgmma_fence(const Site& site) {
   meet(~0u, "wgmma_fence", site, nullptr, [&](auto&) { warp().fenced = true; });
 }

@@ -379,6 +379,7 @@ __global__ void wgmma_kernel(const __grid_constant__ TensorMap map_a, const __gr
       const scalar_t* pair = a + (row + r % 2 * 8) * 64 + 16 * k + r / 2 * 8 + lane % 4 * 2;
       fragments[k][r] = pair[0].bits | static_cast<uint32_t>(pair[1].bits) << 16;
     }
+  hold(d);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -393,6 +394,7 @@ __global__ void wgmma_kernel(const __grid_constant__ TensorMap map_a, const __gr
   }
   wgmma_commit();
   wgmma_wait<0>();
+  hold(d);
   for (int i = 0; i < N / 2; ++i) y[(row + i / 2 % 2 * 8) * N + i / 4 * 8 + lane % 4 * 2 + i % 2] = d[i];
 }
 

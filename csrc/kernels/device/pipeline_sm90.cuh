@@ -167,6 +167,7 @@ __device__ __forceinline__ void multiply(Shared<S>& shared, const Consumer<S>& m
 #pragma unroll
   for (int i = 0; i < S::kSums; ++i) sum[i] = 0;
   if (steps == 0) return;
+  hold(sum);
   int previous = 0;
   for (int step = 0; step < steps; ++step) {
     mbarrier_wait(shared.full[ring.stage], ring.parity);
@@ -184,6 +185,7 @@ __device__ __forceinline__ void multiply(Shared<S>& shared, const Consumer<S>& m
     ring.advance();
   }
   wgmma_wait<0>();
+  hold(sum);
   if (me.lane == 0) mbarrier_arrive(shared.empty[previous]);
 }
 

@@ -11,6 +11,15 @@
 
 namespace flextron {
 
+// No instruction: uses of the accumulators stay on their side of it. The compiler takes wgmma's registers for
+// written when it is issued, and may move their zeroing behind the fence, or their uses before the last wait.
+template <int N>
+__device__ __forceinline__ void hold(Registers<float, N>& d FLEXTRON_AND_SITE) {
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    FLEXTRON_INSTRUCTION(asm volatile("" : "+f"(d.data[i])::"memory"), emulator::hold(d.data, site));
+}
+
 // Before the first wgmma, and again after this thread has touched accumulators or A's registers.
 __device__ __forceinline__ void wgmma_fence(FLEXTRON_SITE) {
   FLEXTRON_INSTRUCTION(asm volatile("wgmma.fence.sync.aligned;" :: : "memory"), emulator::wgmma_fence(site));
