@@ -1,165 +1,824 @@
-"""Each op beside what plain PyTorch does on views of the same tensors: python bench_ops.py [OP ...]"""
+"""Each op beside the fastest that plain PyTorch does on the same tensors: python bench_ops.py --op elastic_mlp
+
+Every result is verified before it is timed. Inputs are random. Candidates take turns, in the opposite order in every
+round. On a GPU each is a CUDA graph that runs over several sets of tensors, larger together than its L2 cache, and
+events time its replays; what cannot be captured, because it waits for the device, runs without a graph. Times are
+medians; useful operations and bytes that must be moved alone count, against a large matmul and a large copy
+that are measured in the same run.
+"""
 
 from __future__ import annotations
 
 import argparse
+import csv
+import itertools
+import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flextron_ext as ops
-from flextron.testing.timing import bench
+from flextron.testing.numerics import assert_no_worse
+from flextron.testing.timing import bench, device_clock, wall_clock
 
-K, NEURONS, H, G, D = 576, 1536, 9, 3, 64  # a layer of SmolLM2-135M
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+TOKENS = {"cpu": (1, 128), "cuda": (1, 16, 64, 1024, 2048, 4096, 8192)}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_SETS = 64  # of small tensors: they stay in the cache, as they would in a model
+RIVAL_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative Frobenius
+
+Run = Callable[[SimpleNamespace], Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The layer that is timed: K model width, NEURONS, H query heads, G key/value heads, D head size."""
+
+    K: int
+    neurons: int
+    H: int
+    G: int
+    D: int
+
+
+SHAPES = {
+    "smollm2": Shape(576, 1536, 9, 3, 64),  # SmolLM2-135M
+    "llama2-7b": Shape(4096, 11008, 32, 32, 128),
+    "llama3-8b": Shape(4096, 14336, 32, 8, 128),
+    "tiny": Shape(64, 96, 4, 2, 16),  # to try this program, not a model
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and in what the ops are timed."""
+
+    device: str
+    dtype: torch.dtype
+    backward: bool = False
+
+    def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, device=self.device) * scale).to(self.dtype)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table: two callables that return the same values.
+    """One line of the table: an op and what else computes its result.
 
     Attributes:
         shape: what is computed.
+        tokens: the rows of it.
+        extent: the share of the width, or "mix" where every token has its own.
+        share: the mean of it.
         flops: useful floating-point operations of one call.
+        bytes: what one call must read and write: each input once, the output once.
+        make: draws the tensors of one call.
+        ours: the op on them.
+        rivals: name -> the same result in plain PyTorch; the first is what the result is verified with.
+        leaves: the names of the tensors whose gradients are timed too, in order, where gradients are.
+        rival_leaves: the same for rivals that hold weights of their own.
+        waits: the rivals that wait for the device, which no graph can hold.
     """
 
     shape: str
+    tokens: int
+    extent: str
+    share: float
     flops: float
-    ours: Callable[[], Tensor]
-    plain: Callable[[], Tensor]
+    bytes: float
+    make: Callable[[], SimpleNamespace]
+    ours: Run
+    rivals: dict[str, Run]
+    leaves: tuple[str, ...] = ()
+    rival_leaves: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    waits: frozenset[str] = frozenset()
 
 
-def elastic_linear() -> Iterator[Case]:
-    w = torch.randn(K, K) / K**0.5
-    for T in (1, 128):
-        x = torch.randn(T, K)
-        for n in (K, K // 2):
-            yield Case(
-                f"T={T} K={K} N={n} of {K}",
-                2 * T * K * n,
-                lambda x=x, n=n: ops.elastic_linear(x, w, None, K, n),
-                lambda x=x, n=n: F.linear(x, w[:n]),
-            )
+@dataclass(frozen=True)
+class Row:
+    """One line of the CSV file: an op and one rival. ``ratio`` is the rival's time over ours, ``rate`` and ``ceiling``
+    are of whichever bounds the op, and ``spread`` is the distance between quartiles over the median, the larger one."""
+
+    op: str
+    device: str
+    arch: str
+    dtype: str
+    shape: str
+    tokens: int
+    extent: str
+    share: float
+    time_us: float
+    rate: float
+    rate_unit: str
+    ceiling: float
+    rival: str
+    rival_time_us: float
+    ratio: float
+    spread: float
+    of_full: float | None
+    mode: str
+    commit: str
 
 
-def elastic_mlp() -> Iterator[Case]:
-    gate, up, down = (torch.randn(*s) / K**0.5 for s in ((NEURONS, K), (NEURONS, K), (K, NEURONS)))
+def elastic_linear(s: Shape, T: int, target: Target) -> Iterator[Case]:
+    def make(extents: Tensor | None = None) -> Callable[[], SimpleNamespace]:
+        return lambda: SimpleNamespace(
+            x=target.randn(T, s.K), w=target.randn(s.K, s.K, scale=s.K**-0.5), extents=_copy(extents)
+        )
 
-    def plain(x: Tensor, d: int) -> Tensor:
-        return F.linear(F.silu(F.linear(x, gate[:d])) * F.linear(x, up[:d]), down[:, :d])
+    def case(side: str, share: float, ours: Run, plain: Run) -> Case:
+        n = _width(s.K, share)
+        return Case(
+            f"{side} {s.K}x{s.K}",
+            T,
+            f"{share:g}",
+            n / s.K,
+            2 * T * s.K * n,
+            _size(target) * (n * s.K + T * s.K + T * n),
+            make(),
+            ours,
+            {"views": plain},
+            ("x", "w"),
+        )
 
-    def per_token(x: Tensor, extents: Tensor, widths: tuple[int, ...]) -> Tensor:
-        y = torch.empty_like(x)
-        for d in widths:
-            rows = torch.nonzero(extents == d).squeeze(1)
-            y[rows] = plain(x[rows], d)
-        return y
+    for share in WIDTHS:
+        n = _width(s.K, share)
+        yield case(
+            "out",
+            share,
+            lambda i, n=n: ops.elastic_linear(i.x, i.w, None, s.K, n),
+            lambda i, n=n: F.linear(i.x, i.w[:n]),
+        )
+    half = _width(s.K, 0.5)
+    yield case(
+        "in",
+        0.5,
+        lambda i: ops.elastic_linear(i.x, i.w, None, half, s.K),
+        lambda i: F.linear(i.x[:, :half], i.w[:, :half]),
+    )
+    if len(WIDTHS) > T:
+        return
+    widths, extents = _mix(s.K, T, target)
+    counts = _counts(widths, extents)
 
-    for T in (1, 128):
-        x = torch.randn(T, K)
-        for d in (NEURONS, NEURONS // 2):
-            yield Case(
-                f"T={T} F={d} of {NEURONS}",
-                6 * T * K * d,
-                lambda x=x, d=d: ops.elastic_mlp(x, gate, up, down, None, None, None, d),
-                lambda x=x, d=d: plain(x, d),
-            )
-    widths = (NEURONS // 4, NEURONS // 2, NEURONS)
-    extents = torch.tensor(widths)[torch.arange(128) % 3]
+    def bucket(i: SimpleNamespace, x: Tensor, d: int) -> Tensor:
+        return F.pad(F.linear(x, i.w[:d]), (0, s.K - d))
+
     yield Case(
-        f"T=128 F={'/'.join(map(str, widths))} per token",
-        6 * K * int(extents.sum()),
-        lambda: ops.elastic_mlp(x, gate, up, down, None, None, None, NEURONS, extent=extents),
-        lambda: per_token(x, extents, widths),
+        f"out {s.K}x{s.K}",
+        T,
+        "mix",
+        sum(extents.tolist()) / (T * s.K),
+        2 * s.K * int(extents.sum()),
+        _size(target) * (int(extents.max()) * s.K + 2 * T * s.K),
+        make(extents),
+        lambda i: ops.elastic_linear(i.x, i.w, None, s.K, s.K, out_extent=i.extents),
+        {
+            "masked dense": lambda i: F.linear(i.x, i.w).masked_fill(_beyond(i.extents, s.K), 0),
+            "buckets": lambda i: _in_buckets(i.x, i.extents, lambda x, d: bucket(i, x, d), widths, counts),
+            "buckets, waiting": lambda i: _in_buckets(i.x, i.extents, lambda x, d: bucket(i, x, d), widths),
+        },
+        ("x", "w"),
+        waits=frozenset({"buckets, waiting"}),
     )
 
 
-def head_attention() -> Iterator[Case]:
-    for T in (128, 512):
-        q, k, v = torch.randn(T, H, D), torch.randn(T, G, D), torch.randn(T, G, D)
-        for g in (G, 1):
-            yield Case(
-                f"T={T} G={g} of {G}",
-                2 * T * T * D * g * H // G,  # half of the pairs are seen
-                lambda q=q, k=k, v=v, g=g: ops.head_attention(q, k, v, g),
-                lambda q=q, k=k, v=v, g=g: _sdpa(q, k, v, g, causal=True),
-            )
+def elastic_mlp(s: Shape, T: int, target: Target) -> Iterator[Case]:
+    fused = torch.compile(_swiglu, dynamic=True) if target.device == "cuda" else None
+    name = f"swiglu {s.K}x{s.neurons}"
 
-
-def head_attention_decode() -> Iterator[Case]:
-    for S in (128, 1024):
-        q, k, v = torch.randn(1, 1, H, D), torch.randn(1, S, G, D), torch.randn(1, S, G, D)
-        seqlens = torch.tensor([S])
-        for g in (G, 1):
-            yield Case(
-                f"B=1 S={S} G={g} of {G}",
-                4 * S * D * g * H // G,
-                lambda q=q, k=k, v=v, n=seqlens, g=g: ops.head_attention_decode(q, k, v, n, g),
-                lambda q=q, k=k, v=v, g=g: _sdpa(q[0], k[0], v[0], g, causal=False)[None],
-            )
-
-
-def route() -> Iterator[Case]:
-    for T in (128, 4096):
-        logits = torch.randn(T, 4)
-        yield Case(
-            f"T={T} C=4",
-            4 * T,
-            lambda x=logits: ops.route(x)[1],
-            lambda x=logits: x.argmax(1).argsort(descending=True, stable=True),
+    def make(d: int | None = None, extents: Tensor | None = None) -> SimpleNamespace:
+        i = SimpleNamespace(
+            x=target.randn(T, s.K),
+            gate=target.randn(s.neurons, s.K, scale=s.K**-0.5),
+            up=target.randn(s.neurons, s.K, scale=s.K**-0.5),
+            down=target.randn(s.K, s.neurons, scale=s.neurons**-0.5),
+            extents=_copy(extents),
         )
+        if d is not None:
+            i.gate_up = torch.cat((i.gate[:d], i.up[:d]))
+            i.down_slice = i.down[:, :d].contiguous()
+        return i
+
+    def views(i: SimpleNamespace, x: Tensor, d: int, act: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return F.linear(act(F.linear(x, i.gate[:d]), F.linear(x, i.up[:d])), i.down[:, :d])
+
+    def slices(i: SimpleNamespace, d: int, act: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return F.linear(act(*F.linear(i.x, i.gate_up).split(d, 1)), i.down_slice)
+
+    own = ("x", "gate", "up", "down")
+    for share in WIDTHS:
+        d = _width(s.neurons, share)
+        rivals: dict[str, Run] = {
+            "views": lambda i, d=d: views(i, i.x, d, _swiglu),
+            "concatenated": lambda i, d=d: slices(i, d, _swiglu),
+        }
+        if fused is not None:
+            rivals["views, compiled"] = lambda i, d=d: views(i, i.x, d, fused)
+            rivals["concatenated, compiled"] = lambda i, d=d: slices(i, d, fused)
+        yield Case(
+            name,
+            T,
+            f"{share:g}",
+            d / s.neurons,
+            6 * T * s.K * d,
+            _size(target) * (3 * s.K * d + 2 * T * s.K),
+            lambda d=d: make(d),
+            lambda i, d=d: ops.elastic_mlp(i.x, i.gate, i.up, i.down, None, None, None, d),
+            rivals,
+            own,
+            {rival: ("x", "gate_up", "down_slice") for rival in rivals if rival.startswith("concatenated")},
+        )
+
+    if len(WIDTHS) > T:
+        return
+    widths, extents = _mix(s.neurons, T, target)
+    counts = _counts(widths, extents)
+    act = fused or _swiglu
+
+    def mixed() -> SimpleNamespace:
+        i = make(extents=extents)
+        blocks = [_blocks(w, widths) for w in (i.gate, i.up)]
+        i.gate_up_blocks = torch.cat(blocks, 1)  # [C, 2 F / C, K]
+        i.down_blocks = torch.stack(i.down.chunk(len(widths), 1))  # [C, K, F / C]
+        i.ends = torch.tensor(_rows_of_blocks(counts), device=target.device).cumsum(0).int()
+        return i
+
+    def masked(i: SimpleNamespace) -> Tensor:
+        h = act(F.linear(i.x, i.gate), F.linear(i.x, i.up))
+        return F.linear(h.masked_fill(_beyond(i.extents, s.neurons), 0), i.down)
+
+    def grouped(i: SimpleNamespace) -> Tensor:
+        """Column blocks of the weights as experts: block c serves the first rows of the sorted tokens."""
+        order = i.extents.argsort(descending=True, stable=True)
+        rows = _rows_of_blocks(counts)
+        x = i.x[order]
+        x = torch.cat([x[:n] for n in rows])
+        h = act(*torch._grouped_mm(x, i.gate_up_blocks.transpose(1, 2), offs=i.ends).chunk(2, 1))
+        parts = torch._grouped_mm(h, i.down_blocks.transpose(1, 2), offs=i.ends).split(rows)
+        sums = parts[0].float()
+        for part in parts[1:]:
+            sums[: len(part)] += part
+        return torch.empty_like(i.x).index_copy_(0, order, sums.to(i.x.dtype))
+
+    def in_buckets(i: SimpleNamespace, known: list[int] | None) -> Tensor:
+        return _in_buckets(i.x, i.extents, lambda x, d: views(i, x, d, act), widths, known)
+
+    rivals = {
+        "masked dense": masked,
+        "buckets": lambda i: in_buckets(i, counts),
+        "buckets, waiting": lambda i: in_buckets(i, None),
+    }
+    if hasattr(torch, "_grouped_mm") and not target.backward and s.neurons % (8 * len(widths)) == 0:
+        rivals["grouped mm"] = grouped
+    yield Case(
+        name,
+        T,
+        "mix",
+        int(extents.sum()) / (T * s.neurons),
+        6 * s.K * int(extents.sum()),
+        _size(target) * (3 * s.K * int(extents.max()) + 2 * T * s.K),
+        mixed,
+        lambda i: ops.elastic_mlp(i.x, i.gate, i.up, i.down, None, None, None, s.neurons, extent=i.extents),
+        rivals,
+        own,
+        waits=frozenset({"buckets, waiting"}),
+    )
+
+
+def head_attention(s: Shape, T: int, target: Target) -> Iterator[Case]:
+    def make() -> SimpleNamespace:
+        return SimpleNamespace(
+            q=target.randn(T, s.H, s.D), k=target.randn(T, s.G, s.D), v=target.randn(T, s.G, s.D)
+        )
+
+    for g in _groups(s):
+        yield Case(
+            f"causal G={s.G} H={s.H} D={s.D}",
+            T,
+            f"{g / s.G:.3g}",
+            g / s.G,
+            2 * T * T * s.D * g * s.H // s.G,  # half of the pairs are seen
+            _size(target) * 2 * T * s.D * g * (s.H // s.G + 1),
+            make,
+            lambda i, g=g: ops.head_attention(i.q, i.k, i.v, g),
+            {"sdpa": lambda i, g=g: _sdpa(i.q, i.k, i.v, g, causal=True)},
+            ("q", "k", "v"),
+        )
+
+
+def head_attention_decode(s: Shape, T: int, target: Target) -> Iterator[Case]:
+    """T is the length of the cache here: one new token attends to all of it."""
+
+    def make() -> SimpleNamespace:
+        return SimpleNamespace(
+            q=target.randn(1, 1, s.H, s.D),
+            k=target.randn(1, T, s.G, s.D),
+            v=target.randn(1, T, s.G, s.D),
+            seqlens=torch.tensor([T], device=target.device),
+        )
+
+    for g in _groups(s):
+        yield Case(
+            f"one query G={s.G} H={s.H} D={s.D}",
+            T,
+            f"{g / s.G:.3g}",
+            g / s.G,
+            4 * T * s.D * g * s.H // s.G,
+            _size(target) * 2 * s.D * g * (T + s.H // s.G),
+            make,
+            lambda i, g=g: ops.head_attention_decode(i.q, i.k, i.v, i.seqlens, g),
+            {"sdpa": lambda i, g=g: _sdpa(i.q[0], i.k[0], i.v[0], g, causal=False)[None]},
+        )
+
+
+def route(s: Shape, T: int, target: Target) -> Iterator[Case]:
+    C = len(WIDTHS)
+    yield Case(
+        f"C={C}",
+        T,
+        "1",
+        1.0,
+        C * T,
+        T * (C * _size(target) + 2 * 8),
+        lambda: SimpleNamespace(logits=target.randn(T, C)),
+        lambda i: ops.route(i.logits)[1],
+        {"argmax, argsort": lambda i: i.logits.argmax(1).argsort(descending=True, stable=True)},
+    )
+
+
+BENCHES = {f.__name__: f for f in (elastic_linear, elastic_mlp, head_attention, head_attention_decode, route)}
+DIFFERENTIABLE = ("elastic_linear", "elastic_mlp", "head_attention")
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def _size(target: Target) -> int:
+    return target.dtype.itemsize
+
+
+def _copy(extents: Tensor | None) -> Tensor | None:
+    return None if extents is None else extents.clone()
+
+
+def _width(full: int, share: float) -> int:
+    return round(full * share / 8) * 8
+
+
+def _groups(s: Shape) -> tuple[int, ...]:
+    return tuple(sorted({max(1, round(s.G * share)) for share in WIDTHS}, reverse=True))
+
+
+def _mix(full: int, T: int, target: Target) -> tuple[list[int], Tensor]:
+    """The widths, ascending, and one of them for each token: as many of each as there can be, shuffled."""
+    widths = sorted(_width(full, share) for share in WIDTHS)
+    choice = torch.arange(T) % len(widths)
+    return widths, torch.tensor(widths)[choice[torch.randperm(T)]].to(target.device)
+
+
+def _counts(widths: list[int], extents: Tensor) -> list[int]:
+    return [int((extents == d).sum()) for d in widths]
+
+
+def _rows_of_blocks(counts: list[int]) -> list[int]:
+    """How many of the sorted tokens need column block c: those of its width and of every wider one."""
+    return [sum(counts[c:]) for c in range(len(counts))]
+
+
+def _blocks(w: Tensor, widths: list[int]) -> Tensor:
+    return torch.stack(w.chunk(len(widths)))
+
+
+def _beyond(extents: Tensor, full: int) -> Tensor:
+    return torch.arange(full, device=extents.device) >= extents[:, None]
+
+
+def _in_buckets(
+    x: Tensor,
+    extents: Tensor,
+    run: Callable[[Tensor, int], Tensor],
+    widths: list[int],
+    counts: list[int] | None = None,
+) -> Tensor:
+    """Sorted by width, each bucket by itself, put back; without counts they are read from the device."""
+    order = extents.argsort(stable=True)
+    if counts is None:
+        counts = torch.stack([(extents == d).sum() for d in widths]).tolist()
+    parts = [run(rows, d) for rows, d in zip(x[order].split(counts), widths, strict=True) if len(rows)]
+    y = torch.cat(parts)
+    return torch.empty_like(y).index_copy(0, order, y)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, g: int, causal: bool) -> Tensor:
     """The first ``g`` groups of [T, H, D] through torch's attention, zeros for the others."""
+    H, G = q.shape[1], k.shape[1]
     heads = g * H // G
     q, k, v = (x.transpose(0, 1)[None] for x in (q[:, :heads], k[:, :g], v[:, :g]))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    # Its own choice on a Hopper GPU may be a kernel at half cuDNN's speed; cuDNN has none for float64.
+    cudnn = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION] if cudnn else list(_BACKENDS)):
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     return F.pad(y[0].transpose(0, 1), (0, 0, 0, H - heads))
 
 
-BENCHES = {f.__name__: f for f in (elastic_linear, elastic_mlp, head_attention, head_attention_decode, route)}
+_BACKENDS = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+)
+
+
+# ---- what is timed
+
+
+def with_gradients(run: Run, leaves: tuple[str, ...]) -> Run:
+    """Forward and backward: returns the gradient of the first leaf, having made all of them."""
+
+    def both(i: SimpleNamespace) -> Tensor:
+        wanted = [getattr(i, name).detach().requires_grad_() for name in leaves]
+        y = run(SimpleNamespace(**{**vars(i), **dict(zip(leaves, wanted, strict=True))}))
+        return torch.autograd.grad(y, wanted, i.dy)[0]
+
+    return both
+
+
+def candidates(case: Case, target: Target) -> dict[str, Run]:
+    """ "ours" and every rival, with their gradients where those are timed."""
+    runs = {"ours": case.ours, **case.rivals}
+    if not target.backward:
+        return runs
+    return {name: with_gradients(run, case.rival_leaves.get(name, case.leaves)) for name, run in runs.items()}
+
+
+def draw(case: Case, target: Target) -> SimpleNamespace:
+    """The tensors of one call, and the gradient of its result."""
+    i = case.make()
+    if target.backward:
+        i.dy = target.randn(*case.ours(i).shape)
+    return i
+
+
+def verify(case: Case, target: Target) -> None:
+    """Every candidate computes the same: ours as well as plain PyTorch, with float64 for the truth."""
+    i = draw(case, target)
+    runs = candidates(case, target)
+    name = next(iter(case.rivals))
+    results = {rival: run(i) for rival, run in runs.items()}
+    ours, plain = results["ours"], results[name]
+    if not ours.is_floating_point():
+        assert torch.equal(ours, plain), f"{case.shape}: ours must equal {name}, got something else"
+        return
+    wide = {
+        key: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for key, x in vars(i).items()
+    }
+    exact = runs[name](SimpleNamespace(**wide))
+    assert_no_worse(ours, plain, exact, f"{case.shape}, {case.tokens} tokens, extent {case.extent}")
+    for rival, result in results.items():
+        error = torch.linalg.vector_norm(result.double() - exact) / torch.linalg.vector_norm(exact)
+        assert error < RIVAL_ERROR[target.dtype], (
+            f"{case.shape}: {rival} must be right, its error is {error:.1e}"
+        )
+
+
+def prepare(case: Case, target: Target, use_graphs: bool) -> tuple[dict[str, Callable[[], object]], int, str]:
+    """name -> a callable to time, how many calls of the op it makes, and "graph" or "eager"."""
+    runs = candidates(case, target)
+    if target.device == "cpu":
+        i = draw(case, target)
+        return {name: lambda run=run: run(i) for name, run in runs.items()}, 1, "eager"
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    sets = [draw(case, target) for _ in range(max(2, min(MAX_SETS, -int(-5 * cache // max(1, case.bytes)))))]
+    prepared: dict[str, Callable[[], object]] = {}
+    for name, run in runs.items():
+        every = _each(run, sets)
+        prepared[name] = _graph(every) if use_graphs and name not in case.waits else every
+    return prepared, len(sets), "graph" if use_graphs else "eager"
+
+
+def _each(run: Run, sets: list[SimpleNamespace]) -> Callable[[], None]:
+    def every() -> None:
+        for i in sets:
+            run(i)
+
+    return every
+
+
+def _graph(run: Callable[[], object]) -> Callable[[], object]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine does in this run: operations and bytes a second."""
+
+    flops: float
+    bytes: float
+
+
+def ceilings(target: Target, rounds: int, seconds: float) -> Ceilings:
+    """A large square matmul in the dtype, and a copy, whose bytes count read and written."""
+    on_gpu = target.device == "cuda"
+    n = 8192 if on_gpu else 1024
+    a, b = target.randn(n, n), target.randn(n, n)
+    source = torch.empty(n * n * (16 if on_gpu else 32), device=target.device).normal_()
+    copy = torch.empty_like(source)
+    clock = device_clock if on_gpu else wall_clock
+    time = bench({"matmul": lambda: a @ b, "copy": lambda: copy.copy_(source)}, rounds, seconds, clock=clock)
+    return Ceilings(2 * n**3 / time["matmul"].median, 2 * source.nbytes / time["copy"].median)
+
+
+def _of_full(row: Row, full_us: float) -> Row:
+    return replace(row, of_full=row.time_us / full_us)
+
+
+def measure(
+    op: str, case: Case, target: Target, machine: Machine, top: Ceilings, args: argparse.Namespace
+) -> list[Row]:
+    prepared, calls, mode = prepare(case, target, not args.eager)
+    clock = device_clock if target.device == "cuda" else wall_clock
+    time = bench(prepared, args.rounds, args.seconds, clock=clock)
+    ours = time["ours"].median / calls
+    passes = 3 if target.backward else 1  # two GEMMs backward for every one forward
+    bound_by_bytes = not target.backward and case.bytes / top.bytes > case.flops / top.flops
+    if bound_by_bytes:
+        rate, ceiling, unit = case.bytes / ours / 1e9, top.bytes / 1e9, "GB/s"
+    else:
+        rate, ceiling, unit = passes * case.flops / ours / 1e12, top.flops / 1e12, "TFLOP/s"
+    rows = []
+    for rival in case.rivals:
+        theirs = time[rival].median / calls
+        rows.append(
+            Row(
+                op=f"{op}+backward" if target.backward else op,
+                device=machine.device,
+                arch=machine.arch,
+                dtype=str(target.dtype).removeprefix("torch."),
+                shape=case.shape,
+                tokens=case.tokens,
+                extent=case.extent,
+                share=case.share,
+                time_us=ours * 1e6,
+                rate=rate,
+                rate_unit=unit,
+                ceiling=ceiling,
+                rival=rival,
+                rival_time_us=theirs * 1e6,
+                ratio=theirs / ours,
+                spread=max(time["ours"].spread, time[rival].spread),
+                of_full=None,
+                mode=mode,
+                commit=machine.commit,
+            )
+        )
+    return rows
+
+
+# ---- what is printed and written
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the figures belong to."""
+
+    device: str
+    arch: str
+    commit: str
+    clocks: str
+
+    @classmethod
+    def here(cls, target: Target) -> Machine:
+        commit = os.environ.get("FLEXTRON_COMMIT") or _output("git", "describe", "--always", "--dirty")
+        if target.device == "cpu":
+            return cls(_cpu_name(), platform.machine(), commit or "unknown", "")
+        major, minor = torch.cuda.get_device_capability()
+        forced = os.environ.get("FLEXTRON_ARCH")
+        arch = f"sm_{major}{minor}" + (f" as sm_{forced}" if forced and forced != f"{major}{minor}" else "")
+        query = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu,driver_version"
+        clocks = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+        return cls(
+            torch.cuda.get_device_name(), arch, commit or "unknown", clocks.splitlines()[0] if clocks else ""
+        )
+
+
+def _output(*command: str) -> str:
+    """What the command prints, and nothing where it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0].partition(":")[2].strip() if names else f"{platform.machine()} CPU"
+
+
+def header(machine: Machine, target: Target, top: Ceilings) -> str:
+    where = machine.arch if target.device == "cuda" else f"{torch.get_num_threads()} threads"
+    lines = [
+        f"{machine.device}, {where}, {str(target.dtype).removeprefix('torch.')}, torch {torch.__version__}, "
+        f"commit {machine.commit}, build {ops.build_info()}",
+        f"ceilings in this run: {top.flops / 1e12:.3g} TFLOP/s in a matmul, {top.bytes / 1e9:.4g} GB/s in a copy",
+    ]
+    if machine.clocks:
+        lines.append(
+            f"SM clock, memory clock, highest SM clock, power, temperature, driver: {machine.clocks}"
+        )
+    return "\n".join(lines)
+
+
+def columns() -> str:
+    return (
+        f"{'op':<26}{'shape':<24}{'tokens':>7}{'extent':>7}{'us':>10}{'of full':>8}{'rate':>10} {'unit':<8}"
+        f"{'of peak':>7}{'spread':>8}  rivals: us, ratio of theirs to ours"
+    )
+
+
+def line(rows: list[Row]) -> str:
+    r = rows[0]
+    full = f"{r.of_full:>8.3f}" if r.of_full is not None else " " * 8
+    rivals = "; ".join(f"{x.rival} {x.rival_time_us:.1f}, {x.ratio:.2f}" for x in rows)
+    return (
+        f"{r.op:<26}{r.shape:<24}{r.tokens:>7}{r.extent:>7}{r.time_us:>10.1f}{full}{r.rate:>10.4g} {r.rate_unit:<8}"
+        f"{r.rate / r.ceiling:>7.1%}{max(x.spread for x in rows):>8.1%}  {rivals}"
+    )
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(f.name for f in fields(Row))
+        for row in rows:
+            writer.writerow(f"{x:.6g}" if isinstance(x, float) else x for x in astuple(row))
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """Time over the time at full width against the width, and the line that cost in proportion would follow."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["of_full"]]
+    panels: dict[tuple[str, ...], dict[int, dict[float, tuple[float, float, str]]]] = {}
+    for row in rows:
+        lines = panels.setdefault(tuple(row[key] for key in ("op", "shape", "arch", "dtype")), {})
+        points = lines.setdefault(int(row["tokens"]), {})
+        full = float(row["time_us"]) / float(row["of_full"])
+        best = min(
+            points.get(float(row["share"]), (0, float("inf"), ""))[1], float(row["rival_time_us"]) / full
+        )
+        # A mix is beside the line of the single widths: it is drawn a hair to the right of its mean.
+        share = float(row["share"]) + (1e-3 if row["extent"] == "mix" else 0)
+        points[share] = float(row["of_full"]), best, row["extent"]
+    panels = {
+        key: lines for key, lines in panels.items() if any(len(points) > 1 for points in lines.values())
+    }
+    if not panels:
+        raise SystemExit("bench_ops: a plot must have an op with several widths, got none")
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5 * len(panels), 4.5), squeeze=False, layout="constrained"
+    )
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        axis.plot((0, 1), (0, 1), color="gray", linewidth=1, label="ideal")
+        for tokens, points in sorted(lines.items()):
+            single = sorted((share, *point) for share, point in points.items() if point[2] != "mix")
+            (drawn,) = axis.plot(
+                [p[0] for p in single], [p[1] for p in single], "o-", label=f"{tokens} tokens"
+            )
+            axis.plot([p[0] for p in single], [p[2] for p in single], ":", color=drawn.get_color())
+            for share, (time, _, extent) in points.items():
+                if extent == "mix":
+                    axis.plot(share, time, "x", color=drawn.get_color())
+        axis.set(title=", ".join(title), xlabel="width, of full", ylabel="time, of ours at full width")
+        axis.legend(fontsize="small", title="dotted: best rival, x: per token", title_fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# ---- the command
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1], allow_abbrev=False
+    )
+    listed = lambda names: lambda text: _chosen(parser, names, text)  # noqa: E731
+    numbers = lambda text: tuple(int(n) for n in text.split(","))  # noqa: E731
+    parser.add_argument(
+        "--op", type=listed(BENCHES), default=list(BENCHES), help="comma-separated; all by default"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--shapes", type=listed(SHAPES), default=["smollm2"], help=f"comma-separated, of {', '.join(SHAPES)}"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="float32 on the CPU, bfloat16 on a GPU")
+    parser.add_argument("--tokens", type=numbers, help="comma-separated")
+    parser.add_argument("--backward", action="store_true", help="time forward and backward together")
+    parser.add_argument("--eager", action="store_true", help="on a GPU too: no graphs")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.02, help="least length of a sample")
+    parser.add_argument("--csv", type=Path, help="where the figures go")
+    parser.add_argument("--plot", type=Path, help="where a drawing of time against width goes")
+    parser.add_argument("--read", type=Path, help="measure nothing: plot this CSV file")
+    args = parser.parse_args(arguments)
+    if args.rounds < 3:
+        parser.error(f"--rounds must be at least 3, got {args.rounds}")
+    if args.read and not args.plot:
+        parser.error("--plot must be given with --read, got none")
+    if args.device == "cuda" and not args.read and not torch.cuda.is_available():
+        parser.error("--device must be cpu where torch sees no GPU, got cuda")
+    return args
+
+
+def _chosen(parser: argparse.ArgumentParser, names: dict[str, object], text: str) -> list[str]:
+    chosen = text.split(",")
+    if unknown := [name for name in chosen if name not in names]:
+        parser.error(f"each must be one of {', '.join(names)}, got {', '.join(unknown)}")
+    return chosen
+
+
+def cases(args: argparse.Namespace, target: Target) -> Iterator[tuple[str, Case]]:
+    names = [name for name in args.op if not target.backward or name in DIFFERENTIABLE]
+    for shape, name in itertools.product(args.shapes, names):
+        for tokens in args.tokens or TOKENS[target.device]:
+            for case in BENCHES[name](SHAPES[shape], tokens, target):
+                yield name, case
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    torch.manual_seed(0)
+    dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    target = Target(args.device, DTYPES[dtype], args.backward)
+    top = ceilings(target, args.rounds, args.seconds)
+    machine = Machine.here(target)
+    print(header(machine, target, top))
+    print(columns())
+    rows: list[Row] = []
+    full: dict[tuple[str, str, int], float] = {}
+    with torch.set_grad_enabled(target.backward):
+        for name, case in cases(args, target):
+            try:
+                verify(case, target)
+            except NotImplementedError as error:
+                print(f"{name:<26}{case.shape:<24}{case.tokens:>7}{case.extent:>7}  {error}")
+                continue
+            found = measure(name, case, target, machine, top, args)
+            key = (found[0].op, case.shape, case.tokens)
+            if case.share == 1:
+                full.setdefault(key, found[0].time_us)
+            if key in full:
+                found = [_of_full(row, full[key]) for row in found]
+            rows += found
+            print(line(found), flush=True)
+            if args.csv:
+                write_csv(args.csv, rows)  # after every case: what is cut short leaves what it had
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("op", nargs="*", help=f"the ops to time, all by default: {', '.join(BENCHES)}")
-    names = parser.parse_args().op or list(BENCHES)
-    if unknown := set(names) - set(BENCHES):
-        parser.error(f"op must be one of {', '.join(BENCHES)}, got {', '.join(sorted(unknown))}")
-    torch.manual_seed(0)
-    square = torch.randn(1024, 1024)
-    peak = 2 * 1024**3 / bench({"matmul": lambda: square @ square})["matmul"].median
-    print(_header(peak))
-    print(f"{'op':<24}{'shape':<34}{'ours us':>10}{'plain us':>10}{'ratio':>7}{'GFLOP/s':>9}{'of peak':>9}")
-    with torch.no_grad():
-        for name in names:
-            for case in BENCHES[name]():
-                torch.testing.assert_close(case.ours(), case.plain(), rtol=1e-3, atol=1e-4)
-                time = bench({"ours": case.ours, "plain": case.plain})
-                ours, plain = time["ours"].median, time["plain"].median
-                rate = case.flops / ours
-                print(
-                    f"{name:<24}{case.shape:<34}{ours * 1e6:>10.1f}{plain * 1e6:>10.1f}{plain / ours:>7.2f}"
-                    f"{rate / 1e9:>9.2f}{rate / peak:>9.1%}",
-                    flush=True,
-                )
-
-
-def _header(peak: float) -> str:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
-    return (
-        f"float32, {platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"commit {commit or 'unknown'}, build {ops.build_info()}\n"
-        f"peak: {peak / 1e9:.0f} GFLOP/s in a 1024 x 1024 matmul; ratio: plain time over ours"
-    )
+    args = parse()
+    if args.read is None:
+        rows = run(args)
+        drawn = [{f.name: getattr(row, f.name) for f in fields(Row)} for row in rows]
+    else:
+        drawn = read_csv(args.read)
+    if args.plot:
+        plot(drawn, args.plot)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from time import perf_counter
 import torch
 
 Setup = Callable[[str], object]
+# A callable, and how often -> seconds for all of its calls.
+Clock = Callable[[Callable[[], object], int], float]
 _MAX_REPEATS = 10_000
 
 
@@ -49,6 +51,28 @@ class Comparison:
     ratios: tuple[float, ...]
 
 
+def wall_clock(run: Callable[[], object], repeats: int) -> float:
+    """Seconds on the host's clock until the device, if there is one, has done all of it."""
+    _wait_for_device()
+    start = perf_counter()
+    for _ in range(repeats):
+        run()
+    _wait_for_device()
+    return perf_counter() - start
+
+
+def device_clock(run: Callable[[], object], repeats: int) -> float:
+    """Seconds between two events on the current CUDA stream."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
 def bench(
     candidates: Mapping[str, Callable[[], object]],
     rounds: int = 7,
@@ -56,6 +80,7 @@ def bench(
     *,
     setup: Setup | None = None,
     on_round: Callable[[int], object] | None = None,
+    clock: Clock = wall_clock,
 ) -> dict[str, Timing]:
     """Time several callables in interleaved rounds.
 
@@ -69,16 +94,17 @@ def bench(
         min_seconds: least duration of a sample.
         setup: called with the name before each sample, outside the clock.
         on_round: called with the number of rounds done, for a progress bar.
+        clock: :func:`wall_clock`, which waits for the device, or :func:`device_clock`.
 
     Returns:
         name -> Timing, in seconds for one call.
     """
     _check(candidates, rounds, min_seconds)
-    repeats = {name: _warm_up(name, run, min_seconds, setup) for name, run in candidates.items()}
+    repeats = {name: _warm_up(name, run, min_seconds, setup, clock) for name, run in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for done in range(rounds):
         for name in _alternate(list(candidates), done):
-            samples[name].append(_sample(name, candidates[name], repeats[name], setup))
+            samples[name].append(_sample(name, candidates[name], repeats[name], setup, clock))
         if on_round is not None:
             on_round(done + 1)
     return {name: Timing.of(values) for name, values in samples.items()}
@@ -136,22 +162,21 @@ def _alternate(names: list[str], done: int) -> list[str]:
     return names[::-1] if done % 2 else names
 
 
-def _warm_up(name: str, run: Callable[[], object], min_seconds: float, setup: Setup | None) -> int:
+def _warm_up(
+    name: str, run: Callable[[], object], min_seconds: float, setup: Setup | None, clock: Clock = wall_clock
+) -> int:
     """Run twice (the first call may allocate or compile), and return how many calls fill a sample."""
-    _sample(name, run, 1, setup)
-    once = _sample(name, run, 1, setup)
+    _sample(name, run, 1, setup, clock)
+    once = _sample(name, run, 1, setup, clock)
     return max(1, min(_MAX_REPEATS, math.ceil(min_seconds / max(once, 1e-9))))
 
 
-def _sample(name: str, run: Callable[[], object], repeats: int, setup: Setup | None) -> float:
+def _sample(
+    name: str, run: Callable[[], object], repeats: int, setup: Setup | None, clock: Clock = wall_clock
+) -> float:
     if setup is not None:
         setup(name)
-    _wait_for_device()
-    start = perf_counter()
-    for _ in range(repeats):
-        run()
-    _wait_for_device()
-    return (perf_counter() - start) / repeats
+    return clock(run, repeats) / repeats
 
 
 def _wait_for_device() -> None:
