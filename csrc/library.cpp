@@ -81,6 +81,9 @@ STABLE_TORCH_LIBRARY_IMPL(flextron, CPU, m) {
 #ifdef FLEXTRON_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(flextron, CUDA, m) {
   m.impl("elastic_linear", TORCH_BOX(&flextron::elastic_linear));
+  m.impl("elastic_linear_backward", TORCH_BOX(&flextron::elastic_linear_backward));
+  m.impl("elastic_mlp", TORCH_BOX(&flextron::elastic_mlp));
+  m.impl("elastic_mlp_backward", TORCH_BOX(&flextron::elastic_mlp_backward));
   m.impl("route", TORCH_BOX(&flextron::route));
 }
 #endif

@@ -28,6 +28,26 @@ struct ElasticLinearParams {
   bool per_token;  // the extent that is there has T entries
 };
 
+// Gradients for dy: dx = dy W, dweight = dy^T x, dbias = the sum of dy's rows, all as far as extents reach
+// and exact zeros elsewhere. Of two pairs of dy and weight, dx is the sum. A pointer that a launcher does not
+// name may be null.
+template <class scalar_t>
+struct ElasticLinearBackwardParams {
+  const scalar_t* dy;       // [T, out_blocks * out_features], rows dy_stride apart
+  const scalar_t* dy2;      // the same, or null
+  const scalar_t* x;        // [T, in_blocks * kx], rows x_stride apart
+  const scalar_t* weight;   // [out_blocks * nw, in_blocks * kw], rows weight_stride apart
+  const scalar_t* weight2;  // the same, rows weight2_stride apart; null without dy2
+  scalar_t* dx;             // [T, in_blocks * kx], contiguous, as are the others; every element is written
+  scalar_t* dweight;        // [out_blocks * nw, in_blocks * kw]
+  scalar_t* dbias;          // [out_blocks * nw]
+  const int64_t* in_extent;
+  const int64_t* out_extent;
+  int64_t T, in_features, out_features, in_blocks, out_blocks, kx, kw, nw, dy_stride, x_stride, weight_stride,
+      weight2_stride;
+  bool per_token;
+};
+
 // What an extent on the device says, moved into its range: a wrong one must not become a fault.
 FLEXTRON_HD int64_t extent_at(const int64_t* extent, bool per_token, int64_t t, int64_t features) {
   if (extent == nullptr) return features;
@@ -49,6 +69,19 @@ FLEXTRON_HD int64_t out_extent_at(const ElasticLinearParams<scalar_t>& p, int64_
 // empty.
 template <class scalar_t>
 void elastic_linear_cuda(const ElasticLinearParams<scalar_t>& p, CUstream_st* stream);
+
+// The gradients, likewise: dx reads dy and weight, dweight dy and x, dbias dy.
+template <class scalar_t>
+void elastic_linear_backward_input_cuda(const ElasticLinearBackwardParams<scalar_t>& p, CUstream_st* stream);
+template <class scalar_t>
+void elastic_linear_backward_weight_cuda(const ElasticLinearBackwardParams<scalar_t>& p, CUstream_st* stream);
+template <class scalar_t>
+void elastic_linear_backward_bias_cuda(const ElasticLinearBackwardParams<scalar_t>& p, CUstream_st* stream);
+
+// Up to kDecodeTokens tokens, in any order; bf16, fp16; any GPU of sm_80 and up.
+constexpr int64_t kDecodeTokens = 64;  // as many as its sums fit into registers for
+template <class scalar_t>
+void elastic_linear_decode_cuda(const ElasticLinearParams<scalar_t>& p, CUstream_st* stream);
 
 // sm_90 alone; bf16, fp16. Whether its copy engine can take these addresses and strides, and the launch where
 // it can. `dependent`: it may start before the launch ahead of it in the stream has ended, of whose results

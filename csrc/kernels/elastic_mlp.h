@@ -12,6 +12,8 @@
 #include "core/math.h"
 #include "core/types.h"
 
+struct CUstream_st;  // cudaStream_t, without the CUDA headers
+
 namespace flextron {
 
 enum class Activation : int64_t { kRelu, kRelu2, kGelu, kGeluTanh, kSilu };
@@ -63,6 +65,100 @@ FLEXTRON_HD real activate_derivative(real x) {
     return s * (real(1) + x * (real(1) - s));
   }
 }
+
+// The same where one kernel serves every activation: a branch that all threads take together, beside a whole
+// dot product.
+#define FLEXTRON_ACTIVATE(function)              \
+  switch (activation) {                          \
+    case Activation::kRelu:                      \
+      return function<Activation::kRelu>(x);     \
+    case Activation::kRelu2:                     \
+      return function<Activation::kRelu2>(x);    \
+    case Activation::kGelu:                      \
+      return function<Activation::kGelu>(x);     \
+    case Activation::kGeluTanh:                  \
+      return function<Activation::kGeluTanh>(x); \
+    default:                                     \
+      return function<Activation::kSilu>(x);     \
+  }
+template <class real>
+FLEXTRON_HD real activate(Activation activation, real x) {
+  FLEXTRON_ACTIVATE(activate)
+}
+template <class real>
+FLEXTRON_HD real activate_derivative(Activation activation, real x) {
+  FLEXTRON_ACTIVATE(activate_derivative)
+}
+#undef FLEXTRON_ACTIVATE
+
+// ---- GPUs: the hidden neurons in one kernel, GEMMs included; y = h w_down^T is elastic_linear's
+// ------------------
+
+constexpr int kMaxChoices = 32;  // of a soft gate: they travel by value
+
+template <class scalar_t>
+struct ElasticMlpHiddenParams {
+  const scalar_t* x;       // [T, K], rows x_stride apart, innermost contiguous
+  const scalar_t* w_gate;  // [F, K], rows w_gate_stride apart; null in a plain MLP
+  const scalar_t* w_up;    // [F, K], rows w_up_stride apart
+  const scalar_t* b_gate;  // [F], or null
+  const scalar_t* b_up;    // [F], or null
+  scalar_t* h;             // [T, width], contiguous: s * h, zeros from a row's extent to the end of the tile
+  const int64_t*
+      extent;  // on the device: [T] (descending where rows are sorted), [1] for all, or null: width
+  const accumulate_t<scalar_t>* gate;  // [T, C], or one row where gate_stride is 0; null: s = 1
+  int64_t choices[kMaxChoices];        // [C], ascending
+  int64_t T, K, width, C, x_stride, w_gate_stride, w_up_stride, gate_stride;
+  bool per_token;  // the extent has T entries
+  Activation activation;
+};
+
+// s of neuron j of row t.
+template <class scalar_t>
+FLEXTRON_HD accumulate_t<scalar_t> gate_scale(const ElasticMlpHiddenParams<scalar_t>& p, int64_t t,
+                                              int64_t j) {
+  if (!p.gate) return accumulate_t<scalar_t>(1);
+  accumulate_t<scalar_t> scale = 0;
+  for (int64_t c = 0; c < p.C; ++c)
+    if (j < p.choices[c]) scale += p.gate[t * p.gate_stride + c];
+  return scale;
+}
+
+// Any GPU of sm_80 and up, any address and stride; bf16, fp16. Rows are sorted where each has its own extent;
+// tiles of h that no row needs are left as they are.
+template <class scalar_t>
+void elastic_mlp_hidden_cuda(const ElasticMlpHiddenParams<scalar_t>& p, CUstream_st* stream);
+
+// Up to kDecodeTokens tokens, in any order; bf16, fp16; any GPU of sm_80 and up. All of h is written.
+template <class scalar_t>
+void elastic_mlp_decode_cuda(const ElasticMlpHiddenParams<scalar_t>& p, CUstream_st* stream);
+
+// sm_90 alone; bf16, fp16. Whether its copy engine can take these addresses and strides, and the launch where
+// it can. Rows are sorted where each has its own extent; tiles of h that no row needs are left as they are.
+template <class scalar_t>
+bool elastic_mlp_hidden_fits_sm90(const ElasticMlpHiddenParams<scalar_t>& p);
+template <class scalar_t>
+void elastic_mlp_hidden_sm90(const ElasticMlpHiddenParams<scalar_t>& p, CUstream_st* stream);
+
+// What lies between GEMMs that are kernels of their own: the forward of float and double, the backward of
+// every dtype. Matrices are [T, width], contiguous; of each row what its extent reaches is read and written.
+template <class scalar_t>
+struct ElasticMlpRowsParams {
+  scalar_t* g;                         // before the activation; null in a plain MLP. Backward leaves dg here
+  scalar_t* u;                         // forward leaves s * h here, backward du
+  scalar_t* dh;                        // gradient of s * h, backward only. Leaves s * h here
+  const accumulate_t<scalar_t>* gate;  // as above
+  accumulate_t<scalar_t>* dgate;       // [T, C], backward only; null when not wanted
+  const int64_t* extent;               // as above
+  int64_t choices[kMaxChoices];        // as above; one, width, where there is no gate
+  int64_t T, width, C, gate_stride;
+  bool per_token;
+  Activation activation;
+};
+template <class scalar_t>
+void elastic_mlp_rows_cuda(const ElasticMlpRowsParams<scalar_t>& p, CUstream_st* stream);
+template <class scalar_t>
+void elastic_mlp_rows_backward_cuda(const ElasticMlpRowsParams<scalar_t>& p, CUstream_st* stream);
 
 // Rows [begin, end); the caller cuts R into ranges, one per thread.
 template <class scalar_t>

@@ -1,14 +1,13 @@
 // elastic_linear: checks, allocation and launch; the formula is in csrc/kernels/elastic_linear.h.
 //
 // On the CPU everything is the vendor's GEMM on views: no weight is copied, and an extent per token is one
-// GEMM per distinct extent on the sorted tokens. On a GPU it is one kernel, which reads the extents where
-// they are.
+// GEMM per distinct extent on the sorted tokens. On a GPU the kernels read the extents where they are.
 #include "kernels/elastic_linear.h"
 
 #include "core/staircase.h"
-#include "kernels/arch.h"
 #include "ops/device.h"
 #include "ops/dispatch.h"
+#include "ops/elastic_kernels.h"
 #include "ops/extents.h"
 #include "ops/gemm.h"
 #include "ops/ops.h"
@@ -168,19 +167,34 @@ void backward_bias(const Plan& plan, const Tensor& dy, const Tensor& dbias) {
     }
 }
 
-// One kernel on the sorted tokens, whatever the extents.
+// ---- on a GPU: one kernel for each result, whatever the extents
+// -------------------------------------------------
+
+BlockWidths check_gpu_arguments(const char* op, const Tensor& x, const Tensor& weight,
+                                const OptionalTensor& bias, int64_t in_features, int64_t out_features,
+                                const OptionalTensor& in_extent, const OptionalTensor& out_extent,
+                                int64_t in_blocks, int64_t out_blocks) {
+  const BlockWidths widths = check_arguments(op, x, weight, bias, in_features, out_features, in_extent,
+                                             out_extent, in_blocks, out_blocks);
+  check_features(op, "x.size(1)", x.size(1));
+  check_features(op, "weight.size(0)", weight.size(0));
+  check_features(op, "weight.size(1)", weight.size(1));
+  return widths;
+}
+
+DeviceExtents extents_of(const char* op, const Tensor& x, const OptionalTensor& in_extent,
+                         const OptionalTensor& out_extent, bool sorted) {
+  return in_extent ? device_extents(op, "in_extent", in_extent, x, sorted)
+                   : device_extents(op, "out_extent", out_extent, x, sorted);
+}
+
 Tensor forward_on_gpu(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                       int64_t in_features, int64_t out_features, const OptionalTensor& in_extent,
                       const OptionalTensor& out_extent, int64_t in_blocks, int64_t out_blocks) {
-  constexpr int64_t kMost = int64_t{1} << 30;  // features are counted in 32 bits
-  const auto [kx, kw, nw] = check_arguments(op, x, weight, bias, in_features, out_features, in_extent,
-                                            out_extent, in_blocks, out_blocks);
-  check_range(op, "x.size(1)", x.size(1), 0, kMost);
-  check_range(op, "weight.size(0)", weight.size(0), 0, kMost);
-  check_range(op, "weight.size(1)", weight.size(1), 0, kMost);
-
-  const DeviceExtents extents =
-      in_extent ? sort_extents(op, "in_extent", in_extent, x) : sort_extents(op, "out_extent", out_extent, x);
+  const auto [kx, kw, nw] = check_gpu_arguments(op, x, weight, bias, in_features, out_features, in_extent,
+                                                out_extent, in_blocks, out_blocks);
+  const bool decode = runs_decode(x);
+  const DeviceExtents extents = extents_of(op, x, in_extent, out_extent, !decode);
   const Tensor y = empty(x, {x.size(0), out_blocks * out_features});
   if (y.numel() == 0) return y;
   const Tensor x_ = adjacent(gather_rows(x, extents.order)), weight_ = adjacent(weight);
@@ -203,16 +217,63 @@ Tensor forward_on_gpu(const char* op, const Tensor& x, const Tensor& weight, con
                                           .nw = nw,
                                           .x_stride = x_.stride(0),
                                           .weight_stride = weight_.stride(0),
-                                          .per_token = extents.per_token()};
-    on_gpu_of(op, x, [&](auto stream) {
-#ifdef FLEXTRON_WITH_SM90
-      if constexpr (sizeof(scalar_t) == 2)
-        if (cuda_arch() >= 90 && elastic_linear_fits_sm90(p)) return elastic_linear_sm90(p, stream);
-#endif
-      elastic_linear_cuda(p, stream);
-    });
+                                          .per_token = extents.per_token};
+    on_gpu_of(op, x, [&](auto stream) { launch_elastic_linear(p, decode, stream); });
   });
   return scatter_rows(y, extents.order);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_on_gpu(const char* op, const Tensor& dy, const Tensor& x,
+                                                   const Tensor& weight, const OptionalTensor& bias,
+                                                   int64_t in_features, int64_t out_features,
+                                                   const OptionalTensor& in_extent,
+                                                   const OptionalTensor& out_extent, int64_t in_blocks,
+                                                   int64_t out_blocks, int64_t output_mask) {
+  const auto [kx, kw, nw] = check_gpu_arguments(op, x, weight, bias, in_features, out_features, in_extent,
+                                                out_extent, in_blocks, out_blocks);
+  const bool wants_x = output_mask & 1, wants_weight = output_mask & 2,
+             wants_bias = (output_mask & 4) && bias;
+  const DeviceExtents extents = extents_of(op, x, in_extent, out_extent, true);
+  const Tensor dy_ = adjacent(gather_rows(dy, extents.order)), weight_ = adjacent(weight);
+  const Tensor x_ = wants_weight ? adjacent(gather_rows(x, extents.order)) : x;
+  const auto room = [&](bool is_wanted, const std::vector<int64_t>& shape) {
+    return empty(x, is_wanted ? shape : std::vector<int64_t>{0});
+  };
+  const Tensor dx = room(wants_x, {x.size(0), x.size(1)});
+  const Tensor dweight = room(wants_weight, {weight.size(0), weight.size(1)});
+  const Tensor dbias = room(wants_bias, {weight.size(0)});
+
+  dispatch_dtype(FloatingTypes{}, op, x.scalar_type(), [&]<class scalar_t>() {
+    const ElasticLinearBackwardParams<scalar_t> p{.dy = data_of<scalar_t>(dy_),
+                                                  .dy2 = nullptr,
+                                                  .x = data_of<scalar_t>(x_),
+                                                  .weight = data_of<scalar_t>(weight_),
+                                                  .weight2 = nullptr,
+                                                  .dx = mutable_data_of<scalar_t>(dx),
+                                                  .dweight = mutable_data_of<scalar_t>(dweight),
+                                                  .dbias = mutable_data_of<scalar_t>(dbias),
+                                                  .in_extent = in_extent ? extents.data() : nullptr,
+                                                  .out_extent = out_extent ? extents.data() : nullptr,
+                                                  .T = x.size(0),
+                                                  .in_features = in_features,
+                                                  .out_features = out_features,
+                                                  .in_blocks = in_blocks,
+                                                  .out_blocks = out_blocks,
+                                                  .kx = kx,
+                                                  .kw = kw,
+                                                  .nw = nw,
+                                                  .dy_stride = dy_.stride(0),
+                                                  .x_stride = x_.stride(0),
+                                                  .weight_stride = weight_.stride(0),
+                                                  .weight2_stride = 0,
+                                                  .per_token = extents.per_token};
+    on_gpu_of(op, x, [&](auto stream) {
+      if (wants_x) elastic_linear_backward_input_cuda(p, stream);
+      if (wants_weight) elastic_linear_backward_weight_cuda(p, stream);
+      if (wants_bias) elastic_linear_backward_bias_cuda(p, stream);
+    });
+  });
+  return {wants_x ? scatter_rows(dx, extents.order) : dx, dweight, dbias};
 }
 
 }  // namespace
@@ -243,10 +304,14 @@ std::tuple<Tensor, Tensor, Tensor> elastic_linear_backward(
     int64_t in_blocks, int64_t out_blocks, int64_t output_mask) {
   constexpr auto op = "elastic_linear_backward";
   const NoGrad guard;
-  const Plan plan =
-      make_plan(op, x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, out_blocks);
+  check_dim(op, "x", x, 2);
   check_like(op, "dy", dy, {x.size(0), out_blocks * out_features}, x.scalar_type(), x.device());
   check_range(op, "output_mask", output_mask, 0, 7);
+  if (runs_on_gpu(x))
+    return backward_on_gpu(op, dy, x, weight, bias, in_features, out_features, in_extent, out_extent,
+                           in_blocks, out_blocks, output_mask);
+  const Plan plan =
+      make_plan(op, x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, out_blocks);
 
   const Tensor dy_sorted = gather_rows(dy, plan.extents.order);
   Tensor dx = empty(x, {0}), dweight = empty(x, {0}), dbias = empty(x, {0});

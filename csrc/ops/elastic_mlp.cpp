@@ -2,15 +2,17 @@
 //
 //   h = act(x w_gate[:d]^T + b_gate) * (x w_up[:d]^T + b_up)        y = (s * h) w_down[:, :d]^T + b_down
 //
-// The GEMMs are the vendor's, on views; what lies between them is csrc/kernels/elastic_mlp.h. An extent per
-// token is the staircase: sorted tokens, row steps for up, down and dx, column blocks for the weights'
-// gradients.
+// What lies between the GEMMs is csrc/kernels/elastic_mlp.h. On the CPU the GEMMs are the vendor's, on views,
+// and an extent per token is the staircase: sorted tokens, row steps for up, down and dx, column blocks for
+// the weights' gradients. On a GPU they are elastic_linear's kernels, and the hidden neurons one of their
+// own.
 #include "kernels/elastic_mlp.h"
 
 #include <array>
 
 #include "ops/device.h"
 #include "ops/dispatch.h"
+#include "ops/elastic_kernels.h"
 #include "ops/extents.h"
 #include "ops/ops.h"
 
@@ -26,8 +28,9 @@ struct Mlp {
   Tensor w_up, w_down;
   OptionalTensor w_gate, b_gate, b_up, b_down;
   Activation activation;
-  Extents extents;               // of the hidden neurons; flat with a soft gate, at its largest choice
-  OptionalTensor gate;           // [T, C] or [1, C], accumulation dtype, contiguous
+  int64_t width;        // of the hidden neurons, how many can be used: with a soft gate its largest choice
+  Extents extents;      // of the hidden neurons; on the CPU alone
+  OptionalTensor gate;  // [T, C] or [1, C], accumulation dtype, contiguous
   std::vector<int64_t> choices;  // [C]; empty without a gate
 };
 
@@ -47,10 +50,10 @@ void check_choices(const char* op, const std::vector<int64_t>& choices, int64_t 
   }
 }
 
-void read_gate(Mlp& mlp, const Tensor& x, int64_t width, const Tensor& gate,
+void read_gate(Mlp& mlp, const Tensor& x, const Tensor& gate,
                const std::optional<std::vector<int64_t>>& choices) {
   if (!choices) fail(mlp.op, ": choices must be given with gate, got None");
-  check_choices(mlp.op, *choices, width);
+  check_choices(mlp.op, *choices, mlp.width);
   check_floating(mlp.op, "gate", gate);
   check_device(mlp.op, "gate", gate, x.device());
   const int64_t T = x.size(0), C = static_cast<int64_t>(choices->size());
@@ -60,7 +63,7 @@ void read_gate(Mlp& mlp, const Tensor& x, int64_t width, const Tensor& gate,
   mlp.gate =
       torch::stable::contiguous(torch::stable::to(gate, wide ? ScalarType::Double : ScalarType::Float));
   mlp.choices = *choices;
-  mlp.extents.stairs = flat_staircase(T, choices->back());
+  mlp.width = choices->back();
 }
 
 Mlp read_arguments(const char* op, const Tensor& x, const OptionalTensor& w_gate, const Tensor& w_up,
@@ -94,15 +97,17 @@ Mlp read_arguments(const char* op, const Tensor& x, const OptionalTensor& w_gate
           .b_up = b_up,
           .b_down = b_down,
           .activation = activation_of(op, activation),
+          .width = width,
           .extents = {},
           .gate = {},
           .choices = {}};
-  if (gate)
-    read_gate(mlp, x, width, *gate, choices);
-  else
-    mlp.extents = read_extents(op, "extent", extent, x, width);
+  if (gate) read_gate(mlp, x, *gate, choices);
+  if (!runs_on_gpu(x)) mlp.extents = read_extents(op, "extent", extent, x, mlp.width);
   return mlp;
 }
+
+// ---- on the CPU
+// -------------------------------------------------------------------------------------------------
 
 OptionalTensor first(const OptionalTensor& bias, int64_t d) {
   return bias ? OptionalTensor(slice(*bias, 0, 0, d)) : std::nullopt;
@@ -222,6 +227,261 @@ Tensor backward_down_weight(const Mlp& mlp, const Tensor& scaled, const Tensor& 
   return dw;
 }
 
+// ---- on a GPU
+// ---------------------------------------------------------------------------------------------------
+
+// What its kernels take: rows of adjacent elements, and what travels by value within bounds.
+Mlp for_kernels(Mlp mlp) {
+  check_features(mlp.op, "w_up.size(0)", mlp.w_up.size(0));
+  check_features(mlp.op, "w_up.size(1)", mlp.w_up.size(1));
+  check_features(mlp.op, "w_down.size(0)", mlp.w_down.size(0));
+  if (mlp.choices.size() > kMaxChoices)
+    fail(mlp.op, ": choices must have at most ", kMaxChoices, " entries on a GPU, got ", mlp.choices.size());
+  mlp.w_up = adjacent(mlp.w_up);
+  mlp.w_down = adjacent(mlp.w_down);
+  if (mlp.w_gate) mlp.w_gate = adjacent(*mlp.w_gate);
+  for (OptionalTensor* const bias : {&mlp.b_gate, &mlp.b_up, &mlp.b_down})
+    if (*bias) *bias = torch::stable::contiguous(**bias);
+  return mlp;
+}
+
+template <class scalar_t>
+const scalar_t* data_or_null(const OptionalTensor& t) {
+  return t ? data_of<scalar_t>(*t) : nullptr;
+}
+
+// The soft gate, in either kernel's parameters; one choice, the width, where there is none.
+template <class Params>
+void set_gate(Params& p, const Mlp& mlp) {
+  using real = std::remove_const_t<std::remove_pointer_t<decltype(p.gate)>>;
+  p.gate = data_or_null<real>(mlp.gate);
+  p.C = mlp.gate ? mlp.gate->size(1) : 1;
+  p.gate_stride = mlp.gate && mlp.gate->size(0) > 1 ? p.C : 0;
+  p.choices[0] = mlp.width;
+  std::copy(mlp.choices.begin(), mlp.choices.end(), p.choices);
+}
+
+template <class scalar_t>
+ElasticMlpHiddenParams<scalar_t> hidden_params(const Mlp& mlp, const Tensor& x, const DeviceExtents& extents,
+                                               const Tensor& h) {
+  ElasticMlpHiddenParams<scalar_t> p{.x = data_of<scalar_t>(x),
+                                     .w_gate = data_or_null<scalar_t>(mlp.w_gate),
+                                     .w_up = data_of<scalar_t>(mlp.w_up),
+                                     .b_gate = data_or_null<scalar_t>(mlp.b_gate),
+                                     .b_up = data_or_null<scalar_t>(mlp.b_up),
+                                     .h = mutable_data_of<scalar_t>(h),
+                                     .extent = extents.data(),
+                                     .gate = nullptr,
+                                     .choices = {},
+                                     .T = x.size(0),
+                                     .K = x.size(1),
+                                     .width = mlp.width,
+                                     .C = 0,
+                                     .x_stride = x.stride(0),
+                                     .w_gate_stride = mlp.w_gate ? mlp.w_gate->stride(0) : 0,
+                                     .w_up_stride = mlp.w_up.stride(0),
+                                     .gate_stride = 0,
+                                     .per_token = extents.per_token,
+                                     .activation = mlp.activation};
+  set_gate(p, mlp);
+  return p;
+}
+
+template <class scalar_t>
+ElasticMlpRowsParams<scalar_t> rows_params(const Mlp& mlp, const DeviceExtents& extents,
+                                           const OptionalTensor& g, const Tensor& u, const OptionalTensor& dh,
+                                           const OptionalTensor& dgate) {
+  ElasticMlpRowsParams<scalar_t> p{.g = g ? mutable_data_of<scalar_t>(*g) : nullptr,
+                                   .u = mutable_data_of<scalar_t>(u),
+                                   .dh = dh ? mutable_data_of<scalar_t>(*dh) : nullptr,
+                                   .gate = nullptr,
+                                   .dgate = dgate ? mutable_data_of<accumulate_t<scalar_t>>(*dgate) : nullptr,
+                                   .extent = extents.data(),
+                                   .choices = {},
+                                   .T = u.size(0),
+                                   .width = mlp.width,
+                                   .C = 0,
+                                   .gate_stride = 0,
+                                   .per_token = extents.per_token,
+                                   .activation = mlp.activation};
+  set_gate(p, mlp);
+  return p;
+}
+
+// [T, width] before the activation: x w[:extent]^T + bias, zeros beyond.
+template <class scalar_t>
+ElasticLinearParams<scalar_t> up_params(const Mlp& mlp, const Tensor& x, const Tensor& weight,
+                                        const OptionalTensor& bias, const DeviceExtents& extents,
+                                        const Tensor& out) {
+  return {.x = data_of<scalar_t>(x),
+          .weight = data_of<scalar_t>(weight),
+          .bias = data_or_null<scalar_t>(bias),
+          .y = mutable_data_of<scalar_t>(out),
+          .in_extent = nullptr,
+          .out_extent = extents.data(),
+          .T = x.size(0),
+          .in_features = x.size(1),
+          .out_features = mlp.width,
+          .in_blocks = 1,
+          .out_blocks = 1,
+          .kx = x.size(1),
+          .kw = weight.size(1),
+          .nw = weight.size(0),
+          .x_stride = x.stride(0),
+          .weight_stride = weight.stride(0),
+          .per_token = extents.per_token};
+}
+
+// y = h w_down[:, :extent]^T + b_down
+template <class scalar_t>
+ElasticLinearParams<scalar_t> down_params(const Mlp& mlp, const Tensor& h, const DeviceExtents& extents,
+                                          const Tensor& y) {
+  return {.x = data_of<scalar_t>(h),
+          .weight = data_of<scalar_t>(mlp.w_down),
+          .bias = data_or_null<scalar_t>(mlp.b_down),
+          .y = mutable_data_of<scalar_t>(y),
+          .in_extent = extents.data(),
+          .out_extent = nullptr,
+          .T = h.size(0),
+          .in_features = mlp.width,
+          .out_features = mlp.w_down.size(0),
+          .in_blocks = 1,
+          .out_blocks = 1,
+          .kx = mlp.width,
+          .kw = mlp.w_down.size(1),
+          .nw = mlp.w_down.size(0),
+          .x_stride = mlp.width,
+          .weight_stride = mlp.w_down.stride(0),
+          .per_token = extents.per_token};
+}
+
+Tensor forward_on_gpu(const Mlp& given, const Tensor& x, const OptionalTensor& extent) {
+  const Mlp mlp = for_kernels(given);
+  const bool decode = runs_decode(x), fused = x.element_size() == 2;
+  const DeviceExtents extents = device_extents(mlp.op, "extent", extent, x, !decode);
+  const Tensor x_ = adjacent(gather_rows(x, extents.order)), y = empty(x, {x.size(0), mlp.w_down.size(0)});
+  if (y.numel() == 0) return y;
+  const Tensor h = empty(x, {x.size(0), mlp.width});
+  const OptionalTensor g =
+      mlp.w_gate && !fused ? OptionalTensor(empty(x, {x.size(0), mlp.width})) : std::nullopt;
+
+  dispatch_dtype(FloatingTypes{}, mlp.op, x.scalar_type(), [&]<class scalar_t>() {
+    on_gpu_of(mlp.op, x, [&](auto stream) {
+      bool dependent = false;
+      if constexpr (sizeof(scalar_t) == 2) {
+        dependent = launch_elastic_mlp_hidden(hidden_params<scalar_t>(mlp, x_, extents, h), decode, stream);
+      } else {
+        launch_elastic_linear(up_params<scalar_t>(mlp, x_, mlp.w_up, mlp.b_up, extents, h), false, stream);
+        if (g)
+          launch_elastic_linear(up_params<scalar_t>(mlp, x_, *mlp.w_gate, mlp.b_gate, extents, *g), false,
+                                stream);
+        elastic_mlp_rows_cuda(rows_params<scalar_t>(mlp, extents, g, h, {}, {}), stream);
+      }
+      launch_elastic_linear(down_params<scalar_t>(mlp, h, extents, y), decode, stream, dependent);
+    });
+  });
+  return scatter_rows(y, extents.order);
+}
+
+// The gradients wanted, in the order of elastic_mlp_backward's results.
+struct Wanted {
+  bool x, w_gate, w_up, w_down, b_gate, b_up, b_down, gate;
+};
+
+std::array<Tensor, 8> backward_on_gpu(const Mlp& given, const Tensor& dy, const Tensor& x,
+                                      const OptionalTensor& extent, const Wanted& wanted) {
+  const Mlp mlp = for_kernels(given);
+  const DeviceExtents extents = device_extents(mlp.op, "extent", extent, x, true);
+  const int64_t T = x.size(0), K = x.size(1), F = mlp.w_up.size(0), N = mlp.w_down.size(0);
+  const Tensor dy_ = adjacent(gather_rows(dy, extents.order)), x_ = adjacent(gather_rows(x, extents.order));
+  const Tensor u = empty(x, {T, mlp.width}), dh = empty(x, {T, mlp.width});
+  const OptionalTensor g = mlp.w_gate ? OptionalTensor(empty(x, {T, mlp.width})) : std::nullopt;
+  const auto room = [&](bool is_wanted, const std::vector<int64_t>& shape) {
+    return empty(x, is_wanted ? shape : std::vector<int64_t>{0});
+  };
+  std::array<Tensor, 8> d{room(wanted.x, {T, K}),    room(wanted.w_gate, {F, K}),
+                          room(wanted.w_up, {F, K}), room(wanted.w_down, {N, F}),
+                          room(wanted.b_gate, {F}),  room(wanted.b_up, {F}),
+                          room(wanted.b_down, {N}),  room(false, {})};
+  OptionalTensor dgate;
+  if (wanted.gate) dgate = empty(*mlp.gate, {T, mlp.gate->size(1)});
+
+  dispatch_dtype(FloatingTypes{}, mlp.op, x.scalar_type(), [&]<class scalar_t>() {
+    // dx, dweight and dbias of the layer before the activation and of the one after it.
+    ElasticLinearBackwardParams<scalar_t> up{.dy = data_of<scalar_t>(u),
+                                             .dy2 = data_or_null<scalar_t>(g),
+                                             .x = data_of<scalar_t>(x_),
+                                             .weight = data_of<scalar_t>(mlp.w_up),
+                                             .weight2 = data_or_null<scalar_t>(mlp.w_gate),
+                                             .dx = mutable_data_of<scalar_t>(d[0]),
+                                             .dweight = mutable_data_of<scalar_t>(d[2]),
+                                             .dbias = mutable_data_of<scalar_t>(d[5]),
+                                             .in_extent = nullptr,
+                                             .out_extent = extents.data(),
+                                             .T = T,
+                                             .in_features = K,
+                                             .out_features = mlp.width,
+                                             .in_blocks = 1,
+                                             .out_blocks = 1,
+                                             .kx = K,
+                                             .kw = K,
+                                             .nw = F,
+                                             .dy_stride = mlp.width,
+                                             .x_stride = x_.stride(0),
+                                             .weight_stride = mlp.w_up.stride(0),
+                                             .weight2_stride = mlp.w_gate ? mlp.w_gate->stride(0) : 0,
+                                             .per_token = extents.per_token};
+    ElasticLinearBackwardParams<scalar_t> gate = up;
+    gate.dy = up.dy2;
+    gate.dweight = mutable_data_of<scalar_t>(d[1]);
+    gate.dbias = mutable_data_of<scalar_t>(d[4]);
+    const ElasticLinearBackwardParams<scalar_t> down{.dy = data_of<scalar_t>(dy_),
+                                                     .dy2 = nullptr,
+                                                     .x = data_of<scalar_t>(dh),
+                                                     .weight = data_of<scalar_t>(mlp.w_down),
+                                                     .weight2 = nullptr,
+                                                     .dx = mutable_data_of<scalar_t>(dh),
+                                                     .dweight = mutable_data_of<scalar_t>(d[3]),
+                                                     .dbias = mutable_data_of<scalar_t>(d[6]),
+                                                     .in_extent = extents.data(),
+                                                     .out_extent = nullptr,
+                                                     .T = T,
+                                                     .in_features = mlp.width,
+                                                     .out_features = N,
+                                                     .in_blocks = 1,
+                                                     .out_blocks = 1,
+                                                     .kx = mlp.width,
+                                                     .kw = F,
+                                                     .nw = N,
+                                                     .dy_stride = dy_.stride(0),
+                                                     .x_stride = mlp.width,
+                                                     .weight_stride = mlp.w_down.stride(0),
+                                                     .weight2_stride = 0,
+                                                     .per_token = extents.per_token};
+    on_gpu_of(mlp.op, x, [&](auto stream) {
+      if (wanted.b_down) elastic_linear_backward_bias_cuda(down, stream);
+      if (!(wanted.x || wanted.w_gate || wanted.w_up || wanted.w_down || wanted.b_gate || wanted.b_up ||
+            wanted.gate))
+        return;
+      launch_elastic_linear(up_params<scalar_t>(mlp, x_, mlp.w_up, mlp.b_up, extents, u), false, stream);
+      if (g)
+        launch_elastic_linear(up_params<scalar_t>(mlp, x_, *mlp.w_gate, mlp.b_gate, extents, *g), false,
+                              stream);
+      elastic_linear_backward_input_cuda(down, stream);
+      elastic_mlp_rows_backward_cuda(rows_params<scalar_t>(mlp, extents, g, u, dh, dgate), stream);
+      if (wanted.x) elastic_linear_backward_input_cuda(up, stream);
+      if (wanted.w_gate) elastic_linear_backward_weight_cuda(gate, stream);
+      if (wanted.w_up) elastic_linear_backward_weight_cuda(up, stream);
+      if (wanted.w_down) elastic_linear_backward_weight_cuda(down, stream);
+      if (wanted.b_gate) elastic_linear_backward_bias_cuda(gate, stream);
+      if (wanted.b_up) elastic_linear_backward_bias_cuda(up, stream);
+    });
+  });
+  if (wanted.x) d[0] = scatter_rows(d[0], extents.order);
+  if (dgate) d[7] = *dgate;
+  return d;
+}
+
 }  // namespace
 
 Tensor elastic_mlp(const Tensor& x, const OptionalTensor& w_gate, const Tensor& w_up, const Tensor& w_down,
@@ -231,6 +491,7 @@ Tensor elastic_mlp(const Tensor& x, const OptionalTensor& w_gate, const Tensor& 
   const NoGrad guard;
   const Mlp mlp = read_arguments("elastic_mlp", x, w_gate, w_up, w_down, b_gate, b_up, b_down, width,
                                  activation.value, extent, gate, choices);
+  if (runs_on_gpu(x)) return forward_on_gpu(mlp, x, extent);
   const Tensor y = empty(x, {x.size(0), w_down.size(0)});
   const Tensor x_sorted = gather_rows(x, mlp.extents.order);
   for (const Step& step : mlp.extents.stairs.steps) forward_step(mlp, step, x_sorted, y);
@@ -249,7 +510,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> elast
   check_like(op, "dy", dy, {x.size(0), w_down.size(0)}, x.scalar_type(), x.device());
   check_range(op, "output_mask", output_mask, 0, 255);
   const auto wanted = [&](int64_t bit, bool exists) { return (output_mask >> bit & 1) && exists; };
+  // The gradient of a gate for all tokens is the sum of theirs.
+  const auto of_gate = [&](const Tensor& dgate) {
+    Tensor total = dgate;
+    if (gate->size(0) != x.size(0)) sum_rows_into(total = empty(dgate, {gate->size(1)}), dgate);
+    return torch::stable::to(torch::stable::view(total, gate->sizes()), gate->scalar_type());
+  };
   std::array<Tensor, 8> d;
+  if (runs_on_gpu(x)) {
+    const Wanted all{.x = wanted(0, true),
+                     .w_gate = wanted(1, w_gate.has_value()),
+                     .w_up = wanted(2, true),
+                     .w_down = wanted(3, true),
+                     .b_gate = wanted(4, b_gate.has_value()),
+                     .b_up = wanted(5, b_up.has_value()),
+                     .b_down = wanted(6, b_down.has_value()),
+                     .gate = wanted(7, gate.has_value())};
+    d = backward_on_gpu(mlp, dy, x, extent, all);
+    if (all.gate) d[7] = of_gate(d[7]);
+    return {d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]};
+  }
   for (Tensor& gradient : d) gradient = empty(x, {0});
 
   if (wanted(6, b_down.has_value())) sum_rows_into(d[6] = empty(x, {w_down.size(0)}), dy);
@@ -264,11 +544,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> elast
     if (wanted(3, true)) d[3] = backward_down_weight(mlp, hidden.scaled, dy_sorted);
     if (wanted(4, b_gate.has_value())) d[4] = backward_up_bias(mlp, *hidden.dg);
     if (wanted(5, b_up.has_value())) d[5] = backward_up_bias(mlp, hidden.du);
-    if (dgate) {
-      Tensor total = *dgate;
-      if (gate->size(0) != x.size(0)) sum_rows_into(total = empty(*dgate, {gate->size(1)}), *dgate);
-      d[7] = torch::stable::to(torch::stable::view(total, gate->sizes()), gate->scalar_type());
-    }
+    if (dgate) d[7] = of_gate(*dgate);
   }
   return {d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]};
 }

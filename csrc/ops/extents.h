@@ -60,25 +60,27 @@ inline Extents read_extents(const char* op, const char* name, const std::optiona
 }
 
 struct DeviceExtents {
-  std::optional<Tensor> values;  // int64, one for all rows or one for each sorted row, descending
+  std::optional<Tensor> values;  // int64, one for all rows or one for each
   std::optional<Tensor> order;   // [T] int64, sorted row -> token; absent where no row moves
+  bool per_token = false;
 
-  bool per_token() const { return order.has_value(); }
   const int64_t* data() const {
     return values ? static_cast<const int64_t*>(values->const_data_ptr()) : nullptr;
   }
 };
 
-// The host never waits: whatever the values are, the same operations are queued.
-inline DeviceExtents sort_extents(const char* op, const char* name, const std::optional<Tensor>& extent,
-                                  const Tensor& x) {
+// Rows in descending order where `sorted`, as they are else. The host never waits: whatever the values are,
+// the same operations are queued.
+inline DeviceExtents device_extents(const char* op, const char* name, const std::optional<Tensor>& extent,
+                                    const Tensor& x, bool sorted) {
   if (!extent) return {};
   check_extent(op, name, *extent, x);
   check_integers(op, name, *extent);
   const Tensor wide = torch::stable::contiguous(torch::stable::to(*extent, ScalarType::Long));
-  if (wide.size(0) == 1) return {wide, {}};
+  if (wide.size(0) == 1) return {wide, {}, false};
+  if (!sorted) return {wide, {}, true};
   const auto [values, order] = sort_descending(wide);
-  return {values, order};
+  return {values, order, true};
 }
 
 }  // namespace flextron

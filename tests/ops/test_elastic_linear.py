@@ -332,7 +332,12 @@ def test_a_sum_over_thousands_of_inputs(dtype, gpu):
     assert_no_worse(y, plain, reference.elastic_linear(x.double(), weight.double(), bias.double(), 2048, 16))
 
 
-def test_an_unknown_architecture_is_refused(gpu, monkeypatch):
+def test_an_unknown_path_is_refused(gpu, monkeypatch):
+    values = on(gpu, torch.bfloat16, *inputs())
+    monkeypatch.setenv("FLEXTRON_KERNEL", "fast")
+    with pytest.raises(RuntimeError, match="FLEXTRON_KERNEL must be decode or tile, got fast"):
+        elastic_linear(*values, K, N)
+    monkeypatch.setenv("FLEXTRON_KERNEL", "tile")
     monkeypatch.setenv("FLEXTRON_ARCH", "70")
     with pytest.raises(RuntimeError, match="FLEXTRON_ARCH must be 80 or 90, got 70"):
-        elastic_linear(*on(gpu, torch.bfloat16, *inputs()), K, N)
+        elastic_linear(*values, K, N)

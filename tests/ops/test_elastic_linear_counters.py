@@ -32,7 +32,10 @@ def read_of(launch, name) -> int:
     return read
 
 
-def test_cpu_tensors_reach_the_kernels():
+def test_cpu_tensors_reach_the_kernels(monkeypatch):
+    launch = launched(64, 128, 128, 128, 128)
+    assert launch["kernel"].startswith("elastic_linear_decode_kernel<") and launch["mma"] > 0
+    monkeypatch.setenv("FLEXTRON_KERNEL", "tile")
     for dtype in (torch.bfloat16, torch.float16):
         launch = launched(64, 128, 128, 128, 128, dtype)
         assert launch["kernel"].startswith("elastic_linear_kernel<")
@@ -41,7 +44,7 @@ def test_cpu_tensors_reach_the_kernels():
     assert launched(64, 128, 128, 128, 128, torch.float32)["flops"] == 0
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 48])
+@pytest.mark.parametrize("tokens", [1, 3, 48, 64])
 @pytest.mark.parametrize("inputs, outputs", [(512, 512), (256, 512), (512, 256), (256, 256)])
 @pytest.mark.parametrize("how", ["numbers", "in_extent", "out_extent"])
 def test_at_decode_each_weight_in_use_is_read_once_and_no_other(tokens, inputs, outputs, how):
@@ -61,13 +64,15 @@ def test_at_decode_each_weight_in_use_is_read_once_and_no_other(tokens, inputs, 
 
 
 @pytest.mark.parametrize("side", ["in", "out"])
-def test_cost_falls_with_the_extent(side):
+@pytest.mark.parametrize("path", ["decode", "tile"])
+def test_cost_falls_with_the_extent(path, side, monkeypatch):
     """Whole tiles at most beyond what is used, and nothing at all for an extent of zero."""
+    monkeypatch.setenv("FLEXTRON_KERNEL", path)
     previous = math.inf
     for extent in (512, 400, 256, 130, 65, 8, 0):
         launch = launched(48, 512, 512, 512, 512, **{f"{side}_extent": torch.tensor([extent])})
         used = read_of(launch, "weight")
-        tile = (64 if side == "in" else 256) if HOPPER else 1
+        tile = (64 if side == "in" else 256) if HOPPER and path == "tile" else 1
         assert extent * 512 * 2 <= used <= -(-extent // tile) * tile * 512 * 2
         assert read_of(launch, "x") <= previous
         previous = read_of(launch, "x")
@@ -92,8 +97,39 @@ def test_a_row_tile_reads_what_its_widest_row_needs(side):
 
 @pytest.mark.parametrize("T, K, N", [(40, 256, 256), (200, 640, 520), (260, 192, 136)])
 @pytest.mark.parametrize("side", [None, "in", "out"], ids=str)
-def test_no_bank_conflicts(T, K, N, side):
+@pytest.mark.parametrize("path", ["decode", "tile"])
+def test_no_bank_conflicts(T, K, N, side, path, monkeypatch):
+    monkeypatch.setenv("FLEXTRON_KERNEL", path)
     high = K if side == "in" else N
     extents = {f"{side}_extent": torch.randint(0, high + 1, (T,))} if side else {}
     launch = launched(T, K, N, K, N, **extents)
     assert launch["shared_accesses"] > 0 and launch["bank_conflicts"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_gradients_read_what_extents_allow(side, dtype):
+    """Of x, dy and the weight, tile by tile of 64 or 128; and in no kernel two threads of a warp meet at a bank."""
+    T, K, N, size = 256, 256, 256, dtype.itemsize
+    x, weight = torch.randn(T, K, dtype=dtype), torch.randn(N, K, dtype=dtype)
+    dy, bias = torch.randn(T, N, dtype=dtype), torch.randn(N, dtype=dtype)
+    previous = None
+    for extent in (256, 128, 0):
+        extents = {"in_extent": None, "out_extent": None, f"{side}_extent": torch.full((T,), extent)}
+        emulator.reset()
+        emulator.watch("weight", weight)
+        torch.ops.flextron.elastic_linear_backward(
+            dy, x, weight, bias, K, N, extents["in_extent"], extents["out_extent"], 1, 1, 7
+        )
+        of_x, of_weight, of_bias = emulator.counters()
+        assert "backward_input" in of_x["kernel"] and "backward_weight" in of_weight["kernel"]
+        assert all(launch["bank_conflicts"] == 0 for launch in (of_x, of_weight, of_bias))
+        if dtype == torch.bfloat16:
+            assert of_x["flops"] == of_weight["flops"] == 2 * T * extent * (N if side == "in" else K)
+        read = of_x["watched"].get("weight", (0, 0))[0]
+        assert read == extent * (N if side == "in" else K) * size * (T // 64)
+        assert of_x["bytes_written"] == T * K * size and of_weight["bytes_written"] == N * K * size
+        assert of_bias["bytes_written"] == N * size
+        if previous:
+            assert of_weight["bytes_read"] < previous
+        previous = of_weight["bytes_read"]

@@ -14,7 +14,7 @@ SHAPES = {
     "used in part": dict(T=70, kx=200, kw=216, nw=280, in_features=195, out_features=272),
     "blocks": dict(T=140, kx=104, kw=120, nw=152, in_features=100, out_features=144, ib=2, ob=3),
     "odd": dict(T=70, kx=101, kw=103, nw=137, in_features=99, out_features=133, ib=2, ob=2),
-    "decode": dict(T=3, kx=520, kw=520, nw=392, in_features=520, out_features=392),
+    "decode": dict(T=19, kx=520, kw=520, nw=136, in_features=520, out_features=133, ib=2),
 }
 EXTENTS = (None, "in", "out")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -24,9 +24,11 @@ each_side = pytest.mark.parametrize("side", EXTENTS, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def a_gpu_or_its_emulator(device):
+def a_gpu_or_its_emulator(device, request, monkeypatch):
     if device == "cpu" and not emulator.loaded():
         pytest.skip("needs a GPU, or FLEXTRON_EMULATE=1")
+    if request.node.funcargs.get("shape") != "decode":  # a few of many tokens take the kernel of the many
+        monkeypatch.setenv("FLEXTRON_KERNEL", "tile")
 
 
 def make(shape, side, device, dtype=torch.bfloat16):
