@@ -1,5 +1,6 @@
-# make demo, make test, make emulate, make bench, make lint: each sets up all it needs, once, in .venv.
+# make demo, make test, make emulate, make bench, make lint, make resources: each sets up all it needs, once, in .venv.
 #
+#   make resources                    registers, spills and build cost of every CUDA kernel against the kept table
 #   make demo ARGS="--parent tiny"    ARGS is handed to the command
 #   make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"    what pip installs as torch
 #   make test PYTHON=python3.12       the Python that .venv is made from (3.11 or newer)
@@ -12,7 +13,7 @@ ARGS ?=
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test emulate bench lint setup clean
+.PHONY: demo test emulate bench lint resources setup clean
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -30,6 +31,9 @@ emulate: setup
 bench: setup
 	$(BIN)/python python/benchmarks/bench_ops.py $(ARGS)
 	$(BIN)/python python/benchmarks/bench_model.py
+
+resources: setup
+	$(BIN)/python tests/kernel_resources.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

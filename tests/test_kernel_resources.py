@@ -1,0 +1,111 @@
+"""The gate of the CUDA build: what ptxas prints is read rightly, and what got worse is told in one line."""
+
+from dataclasses import replace
+
+import kernel_resources
+import pytest
+from kernel_resources import Kernel, compare, parse
+
+SCOPE = "flextron::(anonymous namespace)::"
+PTXAS = f"""\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'void {SCOPE}tile_kernel<flextron::bf16, 128, true>(flextron::P<float>)' for 'sm_80'
+ptxas info    : Function properties for void {SCOPE}tile_kernel<flextron::bf16, 128, true>(flextron::P<float>)
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 126 registers, used 1 barriers, 2048 bytes smem, 488 bytes cmem[0]
+ptxas info    : Compile time = 375.239 ms
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'void {SCOPE}tile_kernel<flextron::bf16, 128, true>(flextron::P<float>)' for 'sm_90a'
+ptxas info    : Function properties for void {SCOPE}tile_kernel<flextron::bf16, 128, true>(flextron::P<float>)
+    32 bytes stack frame, 24 bytes spill stores, 28 bytes spill loads
+ptxas info    : Function properties for flextron::helper(int)
+    8 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers, 32 bytes cumulative stack size
+ptxas info    : Compiling entry function 'void {SCOPE}wide_kernel<flextron::Shape<flextron::fp16, 64> >({SCOPE}Q)' for 'sm_90a'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers
+"""  # noqa: E501
+
+GOOD = Kernel("a.cu", "tile_kernel<bf16>", "sm_80", 100, 2048, 0, 0)
+
+
+def test_every_kernel_of_every_target_is_read():
+    assert parse("a.cu", PTXAS) == [
+        Kernel("a.cu", "tile_kernel<bf16, 128, true>", "sm_80", 126, 2048, 0, 0),
+        Kernel("a.cu", "tile_kernel<bf16, 128, true>", "sm_90a", 64, 0, 40, 52),
+        Kernel("a.cu", "wide_kernel<Shape<fp16, 64>>", "sm_90a", 168, 0, 0, 0),
+    ]
+
+
+def test_text_without_kernels_has_none():
+    assert (
+        parse("a.cu", "ptxas info    : 0 bytes gmem\n    8 bytes stack frame, 0 bytes spill stores\n") == []
+    )
+
+
+@pytest.mark.parametrize(
+    "name, short",
+    [
+        ("void flextron::kernel<double>(flextron::P<double>)", "kernel<double>"),
+        ("flextron::kernel(flextron::P<double>, long)", "kernel"),
+        ("void a::kernel<(int)64, (bool)0>(a::P)", "kernel<64, false>"),
+    ],
+)
+def test_a_name_is_short(name, short):
+    assert kernel_resources.readable(name) == short
+
+
+def test_overloads_keep_their_arguments():
+    text = "".join(
+        f"ptxas info : Compiling entry function 'void f::k({argument})' for 'sm_80'\n"
+        for argument in ("f::P", "f::Q")
+    )
+    assert [kernel.kernel for kernel in parse("a.cu", text)] == ["k(P)", "k(Q)"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"registers": 109}, "registers must be at most 100 + 8, got 109"),
+        ({"shared_bytes": 2049}, "shared_bytes must be at most 2048, got 2049"),
+        ({"stack_bytes": 8}, "stack_bytes must be 0, got 8"),
+        ({"spill_bytes": 4}, "spill_bytes must be 0, got 4"),
+    ],
+)
+def test_what_got_worse_is_one_line(change, message):
+    assert compare([GOOD], [replace(GOOD, **change)]) == [f"a.cu tile_kernel<bf16> sm_80: {message}"]
+
+
+def test_rows_and_kernels_must_match():
+    other = replace(GOOD, arch="sm_90a")
+    assert compare([GOOD], [GOOD, other]) == ["a.cu tile_kernel<bf16> sm_90a: must have a row, got none"]
+    assert compare([GOOD, other], [GOOD]) == [
+        "a.cu tile_kernel<bf16> sm_90a: must be compiled, got a row without a kernel"
+    ]
+
+
+def test_a_few_registers_more_or_fewer_pass():
+    assert compare([GOOD], [replace(GOOD, registers=108)]) == []
+    assert compare([GOOD], [replace(GOOD, registers=40, shared_bytes=0)]) == []
+
+
+def test_the_table_reads_back(tmp_path):
+    rows = parse("a.cu", PTXAS)
+    kernel_resources.write_table(rows, tmp_path / "table.csv")
+    assert kernel_resources.read_table(tmp_path / "table.csv") == rows
+
+
+def test_a_slow_or_large_build_is_told(capsys):
+    big = kernel_resources.Compile("a.cu", 0, "", 700.0, 3 << 30)
+    assert kernel_resources.report([GOOD], [big, big], 1.0) == [
+        "a clean build must take at most 600 s on 2 cores, got 700",
+        "a clean build must take at most 4 GiB, got 6.00",
+    ]
+    assert "tile_kernel<bf16>" in capsys.readouterr().out
+
+
+def test_without_nvcc_it_says_so_and_passes(monkeypatch, capsys):
+    monkeypatch.setattr(kernel_resources.shutil, "which", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["kernel_resources.py"])
+    assert kernel_resources.main() == 0
+    assert "nvcc is not here" in capsys.readouterr().out
