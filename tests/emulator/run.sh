@@ -10,7 +10,7 @@ cd "$(dirname "$0")/../.."
 
 seeds=20 adversarial=20 sanitized=yes
 if [[ "${1:-}" == --quick ]]; then
-  seeds=4 adversarial=1 sanitized=no
+  seeds=2 adversarial=1 sanitized=no
 elif (($# > 0)); then
   echo "run.sh: the argument must be --quick or nothing, got $*" >&2
   exit 2
