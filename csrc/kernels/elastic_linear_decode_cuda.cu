@@ -3,6 +3,7 @@
 #include "kernels/device/launch.cuh"
 #include "kernels/device/stream.cuh"
 #include "kernels/elastic_linear.h"
+#include "kernels/elastic_linear_views.cuh"
 
 namespace flextron {
 namespace {
@@ -60,15 +61,6 @@ __global__ __launch_bounds__(kThreads, kTokenTiles == 8 ? 1 : 2) void elastic_li
   }
 }
 
-template <class scalar_t>
-bool is_aligned(const ElasticLinearParams<scalar_t>& p) {
-  const auto starts = [&](const scalar_t* data, int64_t stride, int64_t block) {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0 &&
-           (p.in_blocks == 1 || block % 8 == 0);
-  };
-  return starts(p.x, p.x_stride, p.kx) && starts(p.weight, p.weight_stride, p.kw);
-}
-
 template <class scalar_t, int kTokenTiles, bool kAligned = true>
 void run(const ElasticLinearParams<scalar_t>& p, CUstream_st* stream) {
   const int64_t blocks = (p.out_features + kRows - 1) / kRows * p.out_blocks;
@@ -81,7 +73,9 @@ void run(const ElasticLinearParams<scalar_t>& p, CUstream_st* stream) {
 template <class scalar_t>
 void elastic_linear_decode_cuda(const ElasticLinearParams<scalar_t>& p, CUstream_st* stream) {
   if (p.T == 0 || p.out_features == 0) return;
-  if (!is_aligned(p)) return run<scalar_t, 8, false>(p, stream);
+  if (!blocks_aligned(p.x, p.x_stride, p.in_blocks, p.kx) ||
+      !blocks_aligned(p.weight, p.weight_stride, p.in_blocks, p.kw))
+    return run<scalar_t, 8, false>(p, stream);
   if (p.T <= 8) return run<scalar_t, 1>(p, stream);
   if (p.T <= 16) return run<scalar_t, 2>(p, stream);
   if (p.T <= 32) return run<scalar_t, 4>(p, stream);

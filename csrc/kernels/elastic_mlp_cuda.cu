@@ -5,12 +5,12 @@
 #include "kernels/elastic_linear_tiles.h"
 #include "kernels/elastic_linear_views.cuh"
 #include "kernels/elastic_mlp.h"
+#include "kernels/elastic_mlp_values.cuh"
 
 namespace flextron {
 namespace {
 
-// ---- the hidden neurons
-// -----------------------------------------------------------------------------------------
+// ---- the hidden neurons ----
 
 // A tile of h: 128 neurons, or 64 where there is a gate. Its B then is 16 rows of w_gate, the same 16 of
 // w_up, and so on: the part of a warp holds both sums of 16 neurons, a thread's both of each of its own.
@@ -87,26 +87,6 @@ __device__ __forceinline__ void scale(const ElasticMlpHiddenParams<scalar_t>& p,
   for (int v = 0; v < N; ++v) values[v] *= scales[v];
 }
 
-template <int N>
-__device__ __forceinline__ void activate_all(Activation activation, Registers<float, N>& values) {
-  const auto all = [&](auto one) {
-#pragma unroll
-    for (int v = 0; v < N; ++v) values[v] = one(values[v]);
-  };
-  switch (activation) {
-    case Activation::kRelu:
-      return all([](float x) { return activate<Activation::kRelu>(x); });
-    case Activation::kRelu2:
-      return all([](float x) { return activate<Activation::kRelu2>(x); });
-    case Activation::kGelu:
-      return all([](float x) { return activate<Activation::kGelu>(x); });
-    case Activation::kGeluTanh:
-      return all([](float x) { return activate<Activation::kGeluTanh>(x); });
-    default:
-      return all([](float x) { return activate<Activation::kSilu>(x); });
-  }
-}
-
 // kAligned: every row of x and of the weights starts at a multiple of 16 bytes.
 template <class scalar_t, bool kGated, int kRows, bool kAligned>
 __global__ __launch_bounds__(tiles::kThreads,
@@ -168,15 +148,12 @@ void run(const ElasticMlpHiddenParams<scalar_t>& p, CUstream_st* stream) {
 
 template <class scalar_t, bool kGated>
 void run(const ElasticMlpHiddenParams<scalar_t>& p, CUstream_st* stream) {
-  if (!whole_pieces(p.x, p.x_stride) || !whole_pieces(p.w_up, p.w_up_stride) ||
-      (kGated && !whole_pieces(p.w_gate, p.w_gate_stride)))
-    return run<scalar_t, kGated, 64, false>(p, stream);
+  if (!rows_aligned(p)) return run<scalar_t, kGated, 64, false>(p, stream);
   elastic_linear_tile_rows(p.T) == 64 ? run<scalar_t, kGated, 64, true>(p, stream)
                                       : run<scalar_t, kGated, 128, true>(p, stream);
 }
 
-// ---- between GEMMs
-// ----------------------------------------------------------------------------------------------
+// ---- between GEMMs ----
 
 constexpr int kRowThreads = 256;
 

@@ -2,8 +2,9 @@
 // needs them.
 #include "kernels/device/launch.cuh"
 #include "kernels/device/stream.cuh"
-#include "kernels/elastic_linear.h"
+#include "kernels/elastic_linear_views.cuh"
 #include "kernels/elastic_mlp.h"
+#include "kernels/elastic_mlp_values.cuh"
 
 namespace flextron {
 namespace {
@@ -68,15 +69,6 @@ __global__ __launch_bounds__(kThreads, kTokenTiles == 8 ? 1 : 2) void elastic_ml
   }
 }
 
-template <class scalar_t>
-bool is_aligned(const ElasticMlpHiddenParams<scalar_t>& p) {
-  const auto starts = [](const scalar_t* data, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
-  };
-  return starts(p.x, p.x_stride) && starts(p.w_up, p.w_up_stride) &&
-         (!p.w_gate || starts(p.w_gate, p.w_gate_stride));
-}
-
 template <class scalar_t, bool kGated, int kTokenTiles, bool kAligned = true>
 void run(const ElasticMlpHiddenParams<scalar_t>& p, CUstream_st* stream) {
   launch<elastic_mlp_decode_kernel<scalar_t, kGated, kTokenTiles, kAligned>>(
@@ -89,7 +81,7 @@ void run(const ElasticMlpHiddenParams<scalar_t>& p, CUstream_st* stream) {
 
 template <class scalar_t, bool kGated>
 void run(const ElasticMlpHiddenParams<scalar_t>& p, CUstream_st* stream) {
-  if (!is_aligned(p)) return run<scalar_t, kGated, 8, false>(p, stream);
+  if (!rows_aligned(p)) return run<scalar_t, kGated, 8, false>(p, stream);
   if (p.T <= 8) return run<scalar_t, kGated, 1>(p, stream);
   if (p.T <= 16) return run<scalar_t, kGated, 2>(p, stream);
   if (p.T <= 32) return run<scalar_t, kGated, 4>(p, stream);

@@ -9,6 +9,7 @@
 #include "kernels/elastic_linear.h"
 #include "kernels/elastic_linear_tiles.h"
 #include "kernels/elastic_mlp.h"
+#include "kernels/elastic_mlp_values.cuh"
 
 namespace flextron {
 namespace {
@@ -61,26 +62,6 @@ struct Loads {
     }
   }
 };
-
-template <class Values>
-__device__ __forceinline__ void activate_all(Activation activation, Values& values) {
-  const auto all = [&](auto one) {
-#pragma unroll
-    for (int v = 0; v < Values::kCount; ++v) values[v] = one(values[v]);
-  };
-  switch (activation) {
-    case Activation::kRelu:
-      return all([](float x) { return activate<Activation::kRelu>(x); });
-    case Activation::kRelu2:
-      return all([](float x) { return activate<Activation::kRelu2>(x); });
-    case Activation::kGelu:
-      return all([](float x) { return activate<Activation::kGelu>(x); });
-    case Activation::kGeluTanh:
-      return all([](float x) { return activate<Activation::kGeluTanh>(x); });
-    default:
-      return all([](float x) { return activate<Activation::kSilu>(x); });
-  }
-}
 
 // values *= s. What gate_scale adds for a neuron, in its order, but each entry of the gate is read once for
 // all the neurons of the part, which begins at neuron `first`.

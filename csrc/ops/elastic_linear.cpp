@@ -167,8 +167,7 @@ void backward_bias(const Plan& plan, const Tensor& dy, const Tensor& dbias) {
     }
 }
 
-// ---- on a GPU: one kernel for each result, whatever the extents
-// -------------------------------------------------
+// ---- on a GPU: one kernel for each result, whatever the extents ----
 
 BlockWidths check_gpu_arguments(const char* op, const Tensor& x, const Tensor& weight,
                                 const OptionalTensor& bias, int64_t in_features, int64_t out_features,

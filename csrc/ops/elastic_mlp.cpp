@@ -106,8 +106,7 @@ Mlp read_arguments(const char* op, const Tensor& x, const OptionalTensor& w_gate
   return mlp;
 }
 
-// ---- on the CPU
-// -------------------------------------------------------------------------------------------------
+// ---- on the CPU ----
 
 OptionalTensor first(const OptionalTensor& bias, int64_t d) {
   return bias ? OptionalTensor(slice(*bias, 0, 0, d)) : std::nullopt;
@@ -227,8 +226,7 @@ Tensor backward_down_weight(const Mlp& mlp, const Tensor& scaled, const Tensor& 
   return dw;
 }
 
-// ---- on a GPU
-// ---------------------------------------------------------------------------------------------------
+// ---- on a GPU ----
 
 // What its kernels take: rows of adjacent elements, and what travels by value within bounds.
 Mlp for_kernels(Mlp mlp) {

@@ -4,8 +4,7 @@
 
 namespace flextron::emulator {
 
-// ---- named barriers
-// ----------------------------------------------------------------------------------------
+// ---- named barriers ----
 
 void named_barrier(int id, int threads, bool waits, const Site& site) {
   Block& block = *current->block;
@@ -27,8 +26,7 @@ void named_barrier(int id, int threads, bool waits, const Site& site) {
   }
 }
 
-// ---- mbarriers
-// ---------------------------------------------------------------------------------------------
+// ---- mbarriers ----
 
 namespace {
 
@@ -127,8 +125,7 @@ void mbarrier_wait(void* address, unsigned parity, const Site& site) {
                     " before this thread, waiting for ", phase, ", could see it"));
 }
 
-// ---- clusters and dependent launches
-// ------------------------------------------------------------------------
+// ---- clusters and dependent launches ----
 
 unsigned cluster_rank(const Site&) { return current->block->rank; }
 
@@ -163,8 +160,7 @@ void set_registers(int count, const Site& site) {
   meet(~0u, "setmaxnreg", site, nullptr, [&](auto&) { warp().registers = count; });
 }
 
-// ---- cp.async
-// ----------------------------------------------------------------------------------------------
+// ---- cp.async ----
 
 // From the request until the wait the bytes are on their way: poison to whoever reads them, and read from
 // global memory only at the wait, as late as it can be.
@@ -202,8 +198,7 @@ void cp_async_wait(int pending, const Site&) {
   }
 }
 
-// ---- the copy engine
-// ---------------------------------------------------------------------------------------
+// ---- the copy engine ----
 
 namespace {
 

@@ -24,8 +24,7 @@ using Site = std::source_location;
 constexpr int kMultiprocessors = 3;
 constexpr int kComputeCapability = 90;
 
-// ---- tests
-// -------------------------------------------------------------------------------------------------
+// ---- tests ----
 
 // The order threads run in, and when asynchronous copies land:
 //   forward   in thread order; copies land at once
@@ -45,8 +44,7 @@ std::string fault_names();
 std::string word_names();
 void check_word(const std::string& name);
 
-// ---- launches
-// ----------------------------------------------------------------------------------------------
+// ---- launches ----
 
 struct Launch {
   dim3 grid, block;
@@ -60,8 +58,7 @@ void synchronize();
 // "route_order_kernel<float>" out of what the compiler calls launch<kernel>.
 std::string kernel_name(const char* pretty_function);
 
-// ---- words; one for each function of csrc/kernels/device
-// ----------------------------------------------------
+// ---- words; one for each function of csrc/kernels/device ----
 
 // An index, and where it was written.
 struct Index {

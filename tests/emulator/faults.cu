@@ -14,8 +14,7 @@
 namespace flextron {
 namespace {
 
-// ---- threads and barriers
-// ----------------------------------------------------------------------------------
+// ---- threads and barriers ----
 
 struct Floats {
   float value[256];
@@ -108,8 +107,7 @@ __global__ void register_count_kernel(float* y) {
   y[threadIdx.x % 256] = 1;
 }
 
-// ---- addresses
-// ---------------------------------------------------------------------------------------------
+// ---- addresses ----
 
 template <bool planted>
 __global__ void misaligned_load_kernel(const float* x, float* y) {
@@ -148,8 +146,7 @@ __global__ void outside_global_kernel(float* y) {
   y[threadIdx.x + (planted ? 256 : 0)] = 1;
 }
 
-// ---- cp.async
-// ----------------------------------------------------------------------------------------------
+// ---- cp.async ----
 
 template <bool planted>
 __global__ void missing_copy_wait_kernel(const float* x, float* y) {
@@ -191,8 +188,7 @@ __global__ void copy_in_flight_at_exit_kernel(const float* x, float* y) {
   if (!planted) cp_async_wait<0>();
 }
 
-// ---- mbarriers
-// ---------------------------------------------------------------------------------------------
+// ---- mbarriers ----
 
 struct Pipe {
   float value[2];
@@ -234,8 +230,7 @@ __global__ void pipe_kernel(float* y) {
   }
 }
 
-// ---- the copy engine
-// ---------------------------------------------------------------------------------------
+// ---- the copy engine ----
 
 struct alignas(1024) Tile {
   bf16 value[64 * 64];  // 64 rows of 128 bytes
@@ -293,8 +288,7 @@ __global__ void multicast_kernel(const __grid_constant__ TensorMap from, float* 
   cluster_wait();
 }
 
-// ---- wgmma
-// -------------------------------------------------------------------------------------------------
+// ---- wgmma ----
 
 struct WgmmaFault {
   bool no_fence = false, no_wait = false, overwrites = false, early = false, swizzle = false,
@@ -336,8 +330,7 @@ __global__ void wgmma_kernel(const __grid_constant__ TensorMap a, const __grid_c
   if (fault.early) mbarrier_wait(shared.landed, 0);
 }
 
-// ---- dependent launches
-// ------------------------------------------------------------------------------------
+// ---- dependent launches ----
 
 __global__ void first_kernel(float* x) {
   grid_launch_dependents();
@@ -354,8 +347,7 @@ __global__ void second_kernel(const float* x, float* y) {
   y[threadIdx.x] = shared.value[threadIdx.x] + (planted ? 5 : x[threadIdx.x]);
 }
 
-// ---- the table
-// ---------------------------------------------------------------------------------------------
+// ---- the table ----
 
 using Values = std::vector<float>;
 

@@ -20,8 +20,7 @@ Thread* current = nullptr;
 
 namespace {
 
-// ---- switching
-// ---------------------------------------------------------------------------------------------
+// ---- switching ----
 
 constexpr size_t kStack = 256 * 1024;
 
@@ -122,8 +121,7 @@ unsigned char* take_stack() {
   return stack;
 }
 
-// ---- what goes on
-// ------------------------------------------------------------------------------------------
+// ---- what goes on ----
 
 enum class Order { kForward, kRandom, kAhead, kBehind };
 
@@ -156,8 +154,7 @@ void run_thread() {
   leave(thread.fiber, true);
 }
 
-// ---- the choice of who runs next
-// ---------------------------------------------------------------------------
+// ---- the choice of who runs next ----
 
 size_t pick(Grid& grid) {
   const size_t count = grid.ready.size();
@@ -215,8 +212,7 @@ std::string deadlock(Grid& grid) {
   return report;
 }
 
-// ---- a grid
-// ------------------------------------------------------------------------------------------------
+// ---- a grid ----
 
 struct Free {
   void operator()(unsigned char* memory) const { std::free(memory); }
@@ -367,8 +363,7 @@ void run_grid(Grid& grid) {
 
 }  // namespace
 
-// ---- for the other parts
-// -----------------------------------------------------------------------------------
+// ---- for the other parts ----
 
 std::string at(const Site& site) {
   const std::string file = site.file_name();
@@ -444,8 +439,7 @@ void count_global(Grid& grid, const void* address, size_t bytes, bool writes) {
     }
 }
 
-// ---- the language
-// ------------------------------------------------------------------------------------------
+// ---- the language ----
 
 uint3 thread_index() { return current->index; }
 uint3 block_index() { return current->block->index; }
@@ -538,8 +532,7 @@ void* cluster_shared(void* shared, unsigned rank, const Site& site) {
   return cluster[rank]->shared + offset;
 }
 
-// ---- launches and tests
-// ------------------------------------------------------------------------------------
+// ---- launches and tests ----
 
 std::string kernel_name(const char* pretty_function) {
   const std::string pretty =

@@ -23,8 +23,7 @@ struct Grid;
 struct Thread;
 using Queue = std::vector<Thread*>;  // threads that wait for one thing
 
-// ---- shared memory
-// -----------------------------------------------------------------------------------------
+// ---- shared memory ----
 
 constexpr size_t kSharedLimit = 227 * 1024;  // bytes a block may have, sm_90
 constexpr uint32_t kSharedBase = 1024;   // the address of the first; the emulator's choice, like the driver's
@@ -49,8 +48,7 @@ struct SharedRange {
   uint32_t begin, end;  // offsets
 };
 
-// ---- waiting
-// -----------------------------------------------------------------------------------------------
+// ---- waiting ----
 
 // Lanes of one warp at one collective instruction.
 struct Meeting {
@@ -76,8 +74,7 @@ struct Mbarrier {
   Queue waiting;
 };
 
-// ---- matrix instructions under way
-// -------------------------------------------------------------------------
+// ---- matrix instructions under way ----
 
 struct Accumulators {        // of one warp, while wgmmas on them are under way
   int N = 0, users = 0;      // wgmmas not yet waited for
@@ -110,8 +107,7 @@ struct Warp {
   std::map<std::pair<uint64_t, uint32_t>, Access> accesses;  // by site and how often each lane has been there
 };
 
-// ---- threads
-// -----------------------------------------------------------------------------------------------
+// ---- threads ----
 
 struct Fiber {
   void* stack_pointer = nullptr;
@@ -197,8 +193,7 @@ struct Grid {
   bool released = true;  // what grid_dependency_wait waits for has ended
 };
 
-// ---- what the parts use of each other
-// ----------------------------------------------------------------------
+// ---- what the parts use of each other ----
 
 extern Thread* current;  // the running one; null on the host
 

@@ -122,8 +122,7 @@ void mma_m16n8k16(bool is_bf16, float* d, const uint32_t* a, uint32_t b0, uint32
   });
 }
 
-// ---- wgmma
-// -------------------------------------------------------------------------------------------------
+// ---- wgmma ----
 //
 // A warp's quarter of the product is worked out when it asks, into a hidden copy of the accumulators; the
 // registers hold poison until the wait, which also checks that the operands have stayed as they were.

@@ -84,8 +84,7 @@ void fence_proxy_async(const Site&) {
   current->dirty.clear();
 }
 
-// ---- banks
-// -------------------------------------------------------------------------------------------------
+// ---- banks ----
 
 // A warp's accesses of 4, 8, 16 bytes go 32, 16, 8 lanes at a time; each such group takes as many turns as
 // the busiest of the 32 banks has different words.

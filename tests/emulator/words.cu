@@ -41,8 +41,7 @@ LaunchConfig one_block(unsigned threads) {
   return {.grid = {1}, .block = {threads}, .stream = nullptr, .dynamic_shared = sizeof(Shared)};
 }
 
-// ---- a warp's matrices
-// ---------------------------------------------------------------------------------------
+// ---- a warp's matrices ----
 
 // y[16, 8] = a[16, 16] b^T, with b[8, 16], or b[16, 8] read transposed.
 template <class scalar_t, bool transposed>
@@ -125,8 +124,7 @@ void check_pack() {
     expect("pack", i, y[i], rounded(x[i]) | rounded(x[kCount - 1 - i]) << 16);
 }
 
-// ---- threads
-// -----------------------------------------------------------------------------------------------
+// ---- threads ----
 
 __global__ void lanes_kernel(int* y) {
   const int lane = static_cast<int>(threadIdx.x);
@@ -195,8 +193,7 @@ void check_reduce() {
   expect("atomicAdd", 0, count[0], 96);
 }
 
-// ---- copies
-// ------------------------------------------------------------------------------------------------
+// ---- copies ----
 
 __global__ void partial_copy_kernel(const uint8_t* x, uint8_t* y) {
   auto& shared = dynamic_shared<Shared>();
@@ -275,8 +272,7 @@ void check_boxes() {
       check_box(swizzle, width, x, y, z);
 }
 
-// ---- clusters
-// ----------------------------------------------------------------------------------------------
+// ---- clusters ----
 
 // Block r loads half r of the tile into both blocks, each waits for both halves, then reads the other's
 // memory.
@@ -320,8 +316,7 @@ void check_cluster() {
     expect("cluster", i, y[i], static_cast<float>(x[i % 32 * 65]) + static_cast<float>(x[i % 32]));
 }
 
-// ---- a warpgroup's matrices
-// ----------------------------------------------------------------------------------
+// ---- a warpgroup's matrices ----
 
 // How an operand of `rows` (M or N) x 64 (K) lies in shared memory.
 struct Layout {
@@ -437,8 +432,7 @@ void check_wgmma() {
 constexpr Major kK = Major::kK, kMN = Major::kMN;
 constexpr Swizzle k0 = Swizzle::kNone, k32 = Swizzle::k32, k64 = Swizzle::k64, k128 = Swizzle::k128;
 
-// ---- the table
-// ---------------------------------------------------------------------------------------------
+// ---- the table ----
 
 struct Word {
   const char* name;

@@ -25,6 +25,19 @@ __device__ __forceinline__ void store_shared(T* shared, T value FLEXTRON_AND_SIT
   FLEXTRON_INSTRUCTION(*shared = value, emulator::store_shared(shared, value, site));
 }
 
+// The first `count` 16-bit elements of 8 from there on, zeros behind them; at any address.
+template <class scalar_t>
+__device__ __forceinline__ uint4 gathered(const scalar_t* from, int count) {
+  Registers<uint32_t, 4> words;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t low = 2 * i < count ? load_global(from + 2 * i).bits : 0;
+    const uint32_t high = 2 * i + 1 < count ? load_global(from + 2 * i + 1).bits : 0;
+    words[i] = low | high << 16;
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 // 16 bytes of shared memory: the first `bytes` (0 .. 16) from global memory, zeros behind them. Both
 // addresses are multiples of 16. `bytes` = 0 reads nothing, and `global` may be anything.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes FLEXTRON_AND_SITE) {

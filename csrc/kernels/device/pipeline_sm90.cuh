@@ -250,8 +250,7 @@ __device__ __forceinline__ void store(Shared<S>& shared, const Consumer<S>& me, 
   }
 }
 
-// ---- on the host
-// ---------------------------------------------------------------------------------------------------
+// ---- on the host ----
 
 // Rows of `blocks` blocks of `features`; boxes of `box_features` of a block by `box_rows`.
 template <class scalar_t>

@@ -18,14 +18,7 @@ constexpr int kStreamWarps = 8;   // of a block; warp w takes steps w, w + 8, ..
 template <bool kAligned, class scalar_t>
 __device__ __forceinline__ uint4 eight_inputs(const scalar_t* from, int count) {
   if (kAligned && count >= 8) return load_global(reinterpret_cast<const uint4*>(from));
-  Registers<uint32_t, 4> words;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t low = 2 * i < count ? load_global(from + 2 * i).bits : 0;
-    const uint32_t high = 2 * i + 1 < count ? load_global(from + 2 * i + 1).bits : 0;
-    words[i] = low | high << 16;
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
+  return gathered(from, count);
 }
 
 // A warp's sums: kRowTiles x 16 rows of weights by kTokenTiles x 8 tokens.

@@ -57,19 +57,6 @@ struct Place {
   const int row = warp / 4 * (kRows / 2), column = warp % 4 * kWarpColumns;
 };
 
-// The first `count` elements from there on in 16 bytes, zeros behind them; at any address.
-template <class scalar_t>
-__device__ __forceinline__ uint4 gathered(const scalar_t* from, int count) {
-  Registers<uint32_t, 4> words;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t low = 2 * i < count ? load_global(from + 2 * i).bits : 0;
-    const uint32_t high = 2 * i + 1 < count ? load_global(from + 2 * i + 1).bits : 0;
-    words[i] = low | high << 16;
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 template <bool kAligned, class scalar_t>
 __device__ __forceinline__ void copy(uint4* to, const scalar_t* from, int count) {
   count = min(max(count, 0), 8);
