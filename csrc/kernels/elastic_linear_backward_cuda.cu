@@ -7,6 +7,7 @@
 #include "kernels/elastic_linear.h"
 #include "kernels/elastic_linear_tiles.h"
 #include "kernels/elastic_linear_views.cuh"
+#include "kernels/tuning.h"
 
 namespace flextron {
 namespace {

@@ -8,6 +8,7 @@
 #include "kernels/device/pipeline_sm90.cuh"
 #include "kernels/elastic_linear.h"
 #include "kernels/elastic_linear_tiles.h"
+#include "kernels/tuning.h"
 
 namespace flextron {
 namespace {

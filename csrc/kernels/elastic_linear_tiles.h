@@ -92,30 +92,4 @@ FLEXTRON_HD Tile tile_of(unsigned index, unsigned rows, unsigned blocks, unsigne
           static_cast<int>(place % columns), true};
 }
 
-// Rows of a tile of the portable kernel, 128 or 64. A mix of four extents wastes 6.8 % of 128-row tiles at
-// 1024 rows and 31 % at 256 (computed); with fewer rows large tiles leave multiprocessors idle besides.
-inline int elastic_linear_tile_rows(int64_t T) { return T <= 1024 ? 64 : 128; }
-
-// A tile of the Hopper kernels: 128 x 256, 128 x 128 or 64 x 128, whichever lets the slowest multiprocessor
-// pass over the smallest part of the result; the larger where equal, as it reads the fewest bytes for each
-// product. 64 rows only as above: beyond, what larger tiles save in reading is worth more than an even share.
-struct TileSides {
-  int rows, columns;
-};
-inline TileSides hopper_tile_sides(int64_t T, int64_t columns, int64_t blocks, int multiprocessors) {
-  constexpr TileSides kLargestFirst[] = {{128, 256}, {128, 128}, {64, 128}};
-  TileSides best{};
-  int64_t least = INT64_MAX;
-  for (const TileSides& sides : kLargestFirst) {
-    if (sides.rows < elastic_linear_tile_rows(T)) continue;
-    const int64_t tiles = blocks * tiles_over(T, sides.rows) * tiles_over(columns, sides.columns);
-    const int64_t passed = (tiles + multiprocessors - 1) / multiprocessors * sides.rows * sides.columns;
-    if (passed < least) {
-      least = passed;
-      best = sides;
-    }
-  }
-  return best;
-}
-
 }  // namespace flextron

@@ -91,8 +91,7 @@ FLEXTRON_HD real activate_derivative(Activation activation, real x) {
 }
 #undef FLEXTRON_ACTIVATE
 
-// ---- GPUs: the hidden neurons in one kernel, GEMMs included; y = h w_down^T is elastic_linear's
-// ------------------
+// ---- GPUs: the hidden neurons in one kernel, GEMMs included; y = h w_down^T is elastic_linear's ----
 
 constexpr int kMaxChoices = 32;  // of a soft gate: they travel by value
 
@@ -140,8 +139,9 @@ bool elastic_mlp_hidden_fits_sm90(const ElasticMlpHiddenParams<scalar_t>& p);
 template <class scalar_t>
 void elastic_mlp_hidden_sm90(const ElasticMlpHiddenParams<scalar_t>& p, CUstream_st* stream);
 
-// What lies between GEMMs that are kernels of their own: the forward of float and double, the backward of
-// every dtype. Matrices are [T, width], contiguous; of each row what its extent reaches is read and written.
+// What lies between GEMMs that are kernels of their own, or the vendor's: the backward of every dtype, the
+// forward of float and double or with the vendor's. Matrices are [T, width], contiguous; of each row what its
+// extent reaches is read and written.
 template <class scalar_t>
 struct ElasticMlpRowsParams {
   scalar_t* g;                         // before the activation; null in a plain MLP. Backward leaves dg here

@@ -6,6 +6,7 @@
 #include "kernels/elastic_linear_views.cuh"
 #include "kernels/elastic_mlp.h"
 #include "kernels/elastic_mlp_values.cuh"
+#include "kernels/tuning.h"
 
 namespace flextron {
 namespace {
@@ -265,6 +266,8 @@ template void elastic_mlp_hidden_cuda(const ElasticMlpHiddenParams<bf16>&, CUstr
 template void elastic_mlp_hidden_cuda(const ElasticMlpHiddenParams<fp16>&, CUstream_st*);
 template void elastic_mlp_rows_cuda(const ElasticMlpRowsParams<float>&, CUstream_st*);
 template void elastic_mlp_rows_cuda(const ElasticMlpRowsParams<double>&, CUstream_st*);
+template void elastic_mlp_rows_cuda(const ElasticMlpRowsParams<bf16>&, CUstream_st*);
+template void elastic_mlp_rows_cuda(const ElasticMlpRowsParams<fp16>&, CUstream_st*);
 template void elastic_mlp_rows_backward_cuda(const ElasticMlpRowsParams<float>&, CUstream_st*);
 template void elastic_mlp_rows_backward_cuda(const ElasticMlpRowsParams<double>&, CUstream_st*);
 template void elastic_mlp_rows_backward_cuda(const ElasticMlpRowsParams<bf16>&, CUstream_st*);

@@ -10,6 +10,7 @@
 #include "kernels/elastic_linear_tiles.h"
 #include "kernels/elastic_mlp.h"
 #include "kernels/elastic_mlp_values.cuh"
+#include "kernels/tuning.h"
 
 namespace flextron {
 namespace {

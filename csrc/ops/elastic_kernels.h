@@ -7,7 +7,8 @@
 #include "kernels/arch.h"
 #include "kernels/elastic_linear.h"
 #include "kernels/elastic_mlp.h"
-#include "ops/checks.h"
+#include "kernels/tuning.h"
+#include "ops/device.h"
 
 namespace flextron {
 
@@ -16,22 +17,25 @@ inline void check_features(const char* op, const char* name, int64_t features) {
   check_range(op, name, features, 0, int64_t{1} << 30);
 }
 
-// Few 16-bit tokens take the kernels that stream the weights past them, in which tokens need no order.
-// FLEXTRON_KERNEL: tile takes the others at any number of tokens, decode those wherever they can be.
-inline bool runs_decode(const Tensor& x) {
+// What computes the GEMMs of x. On a GPU it is tuning.h's choice, or FLEXTRON_KERNEL's: tile, or vendor
+// wherever the host knows the extents.
+inline Gemm gemm_of(const Tensor& x, bool extents_on_device) {
+  if (!runs_on_gpu(x)) return Gemm::kVendor;
   const char* const variable = std::getenv("FLEXTRON_KERNEL");
   const std::string asked = variable == nullptr ? "" : variable;
-  if (asked != "" && asked != "decode" && asked != "tile")
-    fail("FLEXTRON_KERNEL must be decode or tile, got ", asked);
-  return x.element_size() == 2 && x.size(0) <= kDecodeTokens && asked != "tile";
+  if (asked != "" && asked != "tile" && asked != "vendor")
+    fail("FLEXTRON_KERNEL must be tile or vendor, got ", asked);
+  if (asked == "tile") return Gemm::kTile;
+  if (asked == "vendor" && !extents_on_device) return Gemm::kVendor;
+  return preferred_gemm(x.size(0), x.element_size());
 }
 
-// `decode` is runs_decode(x). `dependent` is elastic_linear_sm90's.
+// `gemm` is not the vendor's. `dependent` is elastic_linear_sm90's.
 template <class scalar_t>
-void launch_elastic_linear(const ElasticLinearParams<scalar_t>& p, bool decode, CUstream_st* stream,
+void launch_elastic_linear(const ElasticLinearParams<scalar_t>& p, Gemm gemm, CUstream_st* stream,
                            [[maybe_unused]] bool dependent = false) {
   if constexpr (sizeof(scalar_t) == 2) {
-    if (decode) return elastic_linear_decode_cuda(p, stream);
+    if (gemm == Gemm::kDecode) return elastic_linear_decode_cuda(p, stream);
 #ifdef FLEXTRON_WITH_SM90
     if (cuda_arch() >= 90 && elastic_linear_fits_sm90(p)) return elastic_linear_sm90(p, stream, dependent);
 #endif
@@ -41,8 +45,8 @@ void launch_elastic_linear(const ElasticLinearParams<scalar_t>& p, bool decode, 
 
 // Whether what follows in the stream may be a dependent launch.
 template <class scalar_t>
-bool launch_elastic_mlp_hidden(const ElasticMlpHiddenParams<scalar_t>& p, bool decode, CUstream_st* stream) {
-  if (decode) {
+bool launch_elastic_mlp_hidden(const ElasticMlpHiddenParams<scalar_t>& p, Gemm gemm, CUstream_st* stream) {
+  if (gemm == Gemm::kDecode) {
     elastic_mlp_decode_cuda(p, stream);
     return false;
   }

@@ -1,7 +1,8 @@
 // elastic_linear: checks, allocation and launch; the formula is in csrc/kernels/elastic_linear.h.
 //
 // On the CPU everything is the vendor's GEMM on views: no weight is copied, and an extent per token is one
-// GEMM per distinct extent on the sorted tokens. On a GPU the kernels read the extents where they are.
+// GEMM per distinct extent on the sorted tokens. On a GPU the kernels read the extents where they are; where
+// the host knows them the vendor's GEMM can be asked for (elastic_kernels.h).
 #include "kernels/elastic_linear.h"
 
 #include "core/staircase.h"
@@ -189,11 +190,10 @@ DeviceExtents extents_of(const char* op, const Tensor& x, const OptionalTensor& 
 
 Tensor forward_on_gpu(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                       int64_t in_features, int64_t out_features, const OptionalTensor& in_extent,
-                      const OptionalTensor& out_extent, int64_t in_blocks, int64_t out_blocks) {
+                      const OptionalTensor& out_extent, int64_t in_blocks, int64_t out_blocks, Gemm gemm) {
   const auto [kx, kw, nw] = check_gpu_arguments(op, x, weight, bias, in_features, out_features, in_extent,
                                                 out_extent, in_blocks, out_blocks);
-  const bool decode = runs_decode(x);
-  const DeviceExtents extents = extents_of(op, x, in_extent, out_extent, !decode);
+  const DeviceExtents extents = extents_of(op, x, in_extent, out_extent, gemm == Gemm::kTile);
   const Tensor y = empty(x, {x.size(0), out_blocks * out_features});
   if (y.numel() == 0) return y;
   const Tensor x_ = adjacent(gather_rows(x, extents.order)), weight_ = adjacent(weight);
@@ -217,7 +217,7 @@ Tensor forward_on_gpu(const char* op, const Tensor& x, const Tensor& weight, con
                                           .x_stride = x_.stride(0),
                                           .weight_stride = weight_.stride(0),
                                           .per_token = extents.per_token};
-    on_gpu_of(op, x, [&](auto stream) { launch_elastic_linear(p, decode, stream); });
+    on_gpu_of(op, x, [&](auto stream) { launch_elastic_linear(p, gemm, stream); });
   });
   return scatter_rows(y, extents.order);
 }
@@ -282,9 +282,9 @@ Tensor elastic_linear(const Tensor& x, const Tensor& weight, const OptionalTenso
                       int64_t in_blocks, int64_t out_blocks) {
   constexpr auto op = "elastic_linear";
   const NoGrad guard;
-  if (runs_on_gpu(x))
+  if (const Gemm gemm = gemm_of(x, in_extent || out_extent); gemm != Gemm::kVendor)
     return forward_on_gpu(op, x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks,
-                          out_blocks);
+                          out_blocks, gemm);
   const Plan plan =
       make_plan(op, x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, out_blocks);
   const std::vector<int64_t> shape{x.size(0), out_blocks * out_features};
@@ -306,7 +306,7 @@ std::tuple<Tensor, Tensor, Tensor> elastic_linear_backward(
   check_dim(op, "x", x, 2);
   check_like(op, "dy", dy, {x.size(0), out_blocks * out_features}, x.scalar_type(), x.device());
   check_range(op, "output_mask", output_mask, 0, 7);
-  if (runs_on_gpu(x))
+  if (gemm_of(x, in_extent || out_extent) != Gemm::kVendor)
     return backward_on_gpu(op, dy, x, weight, bias, in_features, out_features, in_extent, out_extent,
                            in_blocks, out_blocks, output_mask);
   const Plan plan =

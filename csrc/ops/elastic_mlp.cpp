@@ -5,7 +5,7 @@
 // What lies between the GEMMs is csrc/kernels/elastic_mlp.h. On the CPU the GEMMs are the vendor's, on views,
 // and an extent per token is the staircase: sorted tokens, row steps for up, down and dx, column blocks for
 // the weights' gradients. On a GPU they are elastic_linear's kernels, and the hidden neurons one of their
-// own.
+// own; where the host knows the extents the vendor's can be asked for (elastic_kernels.h).
 #include "kernels/elastic_mlp.h"
 
 #include <array>
@@ -19,8 +19,8 @@
 namespace flextron {
 namespace {
 
-// Rows per pass of the forward: bounds the hidden activations, whatever T is (3 MiB a matrix at 1536 neurons
-// in float32).
+// Rows per pass of the forward on the CPU: bounds the hidden activations, whatever T is (3 MiB a matrix at
+// 1536 neurons in float32).
 constexpr int64_t kRowTile = 512;
 
 struct Mlp {
@@ -28,9 +28,10 @@ struct Mlp {
   Tensor w_up, w_down;
   OptionalTensor w_gate, b_gate, b_up, b_down;
   Activation activation;
-  int64_t width;        // of the hidden neurons, how many can be used: with a soft gate its largest choice
-  Extents extents;      // of the hidden neurons; on the CPU alone
-  OptionalTensor gate;  // [T, C] or [1, C], accumulation dtype, contiguous
+  int64_t width;  // of the hidden neurons, how many can be used: with a soft gate its largest choice
+  Gemm gemm;
+  Extents extents;               // of the hidden neurons; with the vendor's GEMM alone
+  OptionalTensor gate;           // [T, C] or [1, C], accumulation dtype, contiguous
   std::vector<int64_t> choices;  // [C]; empty without a gate
 };
 
@@ -98,15 +99,55 @@ Mlp read_arguments(const char* op, const Tensor& x, const OptionalTensor& w_gate
           .b_down = b_down,
           .activation = activation_of(op, activation),
           .width = width,
+          .gemm = gemm_of(x, extent.has_value()),
           .extents = {},
           .gate = {},
           .choices = {}};
   if (gate) read_gate(mlp, x, *gate, choices);
-  if (!runs_on_gpu(x)) mlp.extents = read_extents(op, "extent", extent, x, mlp.width);
+  if (runs_on_gpu(x) && mlp.choices.size() > kMaxChoices)
+    fail(op, ": choices must have at most ", kMaxChoices, " entries on a GPU, got ", mlp.choices.size());
+  if (mlp.gemm == Gemm::kVendor) mlp.extents = read_extents(op, "extent", extent, x, mlp.width);
   return mlp;
 }
 
-// ---- on the CPU ----
+template <class scalar_t>
+const scalar_t* data_or_null(const OptionalTensor& t) {
+  return t ? data_of<scalar_t>(*t) : nullptr;
+}
+
+// The soft gate, in either kernel's parameters; one choice, the width, where there is none.
+template <class Params>
+void set_gate(Params& p, const Mlp& mlp) {
+  using real = std::remove_const_t<std::remove_pointer_t<decltype(p.gate)>>;
+  p.gate = data_or_null<real>(mlp.gate);
+  p.C = mlp.gate ? mlp.gate->size(1) : 1;
+  p.gate_stride = mlp.gate && mlp.gate->size(0) > 1 ? p.C : 0;
+  p.choices[0] = mlp.width;
+  std::copy(mlp.choices.begin(), mlp.choices.end(), p.choices);
+}
+
+template <class scalar_t>
+ElasticMlpRowsParams<scalar_t> rows_params(const Mlp& mlp, const DeviceExtents& extents,
+                                           const OptionalTensor& g, const Tensor& u, const OptionalTensor& dh,
+                                           const OptionalTensor& dgate) {
+  ElasticMlpRowsParams<scalar_t> p{.g = g ? mutable_data_of<scalar_t>(*g) : nullptr,
+                                   .u = mutable_data_of<scalar_t>(u),
+                                   .dh = dh ? mutable_data_of<scalar_t>(*dh) : nullptr,
+                                   .gate = nullptr,
+                                   .dgate = dgate ? mutable_data_of<accumulate_t<scalar_t>>(*dgate) : nullptr,
+                                   .extent = extents.data(),
+                                   .choices = {},
+                                   .T = u.size(0),
+                                   .width = mlp.width,
+                                   .C = 0,
+                                   .gate_stride = 0,
+                                   .per_token = extents.per_token,
+                                   .activation = mlp.activation};
+  set_gate(p, mlp);
+  return p;
+}
+
+// ---- with the vendor's GEMMs: on the CPU, and where they are asked for on a GPU ----
 
 OptionalTensor first(const OptionalTensor& bias, int64_t d) {
   return bias ? OptionalTensor(slice(*bias, 0, 0, d)) : std::nullopt;
@@ -135,11 +176,21 @@ void elementwise(const Mlp& mlp, const OptionalTensor& g, const Tensor& u, const
         .gate_stride = gate_stride,
         .activation = mlp.activation};
     constexpr int64_t kCost = 16;  // operations per neuron
-    parallel_for(p.R, kCost * d, [&](int64_t begin, int64_t end) {
+    const auto on_cpu = [&] {
+      parallel_for(p.R, kCost * d, [&](int64_t begin, int64_t end) {
+        if constexpr (backward)
+          elastic_mlp_backward_cpu(p, begin, end);
+        else
+          elastic_mlp_cpu(p, begin, end);
+      });
+    };
+    // There the one step that there is has every row.
+    on_device_of(mlp.op, u, on_cpu, [&](auto stream) {
+      const auto all = rows_params<scalar_t>(mlp, {}, g, u, dh, dgate);
       if constexpr (backward)
-        elastic_mlp_backward_cpu(p, begin, end);
+        elastic_mlp_rows_backward_cuda(all, stream);
       else
-        elastic_mlp_cpu(p, begin, end);
+        elastic_mlp_rows_cuda(all, stream);
     });
   });
 }
@@ -149,8 +200,9 @@ void forward_step(const Mlp& mlp, const Step& step, const Tensor& x, const Tenso
   const Tensor w_up = rows(mlp.w_up, 0, d), w_down = columns(mlp.w_down, 0, d);
   const OptionalTensor w_gate = mlp.w_gate ? OptionalTensor(rows(*mlp.w_gate, 0, d)) : std::nullopt;
   const OptionalTensor b_up = first(mlp.b_up, d), b_gate = first(mlp.b_gate, d);
-  for (int64_t begin = step.begin; begin < step.end; begin += kRowTile) {
-    const int64_t end = std::min(begin + kRowTile, step.end);
+  const int64_t tile = runs_on_gpu(x) ? step.end - step.begin : kRowTile;
+  for (int64_t begin = step.begin; begin < step.end; begin += tile) {
+    const int64_t end = std::min(begin + tile, step.end);
     const Tensor x_tile = rows(x, begin, end), u = empty(x, {end - begin, d});
     linear_into(u, x_tile, w_up, b_up);
     OptionalTensor g;
@@ -228,35 +280,17 @@ Tensor backward_down_weight(const Mlp& mlp, const Tensor& scaled, const Tensor& 
 
 // ---- on a GPU ----
 
-// What its kernels take: rows of adjacent elements, and what travels by value within bounds.
+// What its kernels take: rows of adjacent elements, and numbers within bounds.
 Mlp for_kernels(Mlp mlp) {
   check_features(mlp.op, "w_up.size(0)", mlp.w_up.size(0));
   check_features(mlp.op, "w_up.size(1)", mlp.w_up.size(1));
   check_features(mlp.op, "w_down.size(0)", mlp.w_down.size(0));
-  if (mlp.choices.size() > kMaxChoices)
-    fail(mlp.op, ": choices must have at most ", kMaxChoices, " entries on a GPU, got ", mlp.choices.size());
   mlp.w_up = adjacent(mlp.w_up);
   mlp.w_down = adjacent(mlp.w_down);
   if (mlp.w_gate) mlp.w_gate = adjacent(*mlp.w_gate);
   for (OptionalTensor* const bias : {&mlp.b_gate, &mlp.b_up, &mlp.b_down})
     if (*bias) *bias = torch::stable::contiguous(**bias);
   return mlp;
-}
-
-template <class scalar_t>
-const scalar_t* data_or_null(const OptionalTensor& t) {
-  return t ? data_of<scalar_t>(*t) : nullptr;
-}
-
-// The soft gate, in either kernel's parameters; one choice, the width, where there is none.
-template <class Params>
-void set_gate(Params& p, const Mlp& mlp) {
-  using real = std::remove_const_t<std::remove_pointer_t<decltype(p.gate)>>;
-  p.gate = data_or_null<real>(mlp.gate);
-  p.C = mlp.gate ? mlp.gate->size(1) : 1;
-  p.gate_stride = mlp.gate && mlp.gate->size(0) > 1 ? p.C : 0;
-  p.choices[0] = mlp.width;
-  std::copy(mlp.choices.begin(), mlp.choices.end(), p.choices);
 }
 
 template <class scalar_t>
@@ -281,27 +315,6 @@ ElasticMlpHiddenParams<scalar_t> hidden_params(const Mlp& mlp, const Tensor& x, 
                                      .gate_stride = 0,
                                      .per_token = extents.per_token,
                                      .activation = mlp.activation};
-  set_gate(p, mlp);
-  return p;
-}
-
-template <class scalar_t>
-ElasticMlpRowsParams<scalar_t> rows_params(const Mlp& mlp, const DeviceExtents& extents,
-                                           const OptionalTensor& g, const Tensor& u, const OptionalTensor& dh,
-                                           const OptionalTensor& dgate) {
-  ElasticMlpRowsParams<scalar_t> p{.g = g ? mutable_data_of<scalar_t>(*g) : nullptr,
-                                   .u = mutable_data_of<scalar_t>(u),
-                                   .dh = dh ? mutable_data_of<scalar_t>(*dh) : nullptr,
-                                   .gate = nullptr,
-                                   .dgate = dgate ? mutable_data_of<accumulate_t<scalar_t>>(*dgate) : nullptr,
-                                   .extent = extents.data(),
-                                   .choices = {},
-                                   .T = u.size(0),
-                                   .width = mlp.width,
-                                   .C = 0,
-                                   .gate_stride = 0,
-                                   .per_token = extents.per_token,
-                                   .activation = mlp.activation};
   set_gate(p, mlp);
   return p;
 }
@@ -355,8 +368,8 @@ ElasticLinearParams<scalar_t> down_params(const Mlp& mlp, const Tensor& h, const
 
 Tensor forward_on_gpu(const Mlp& given, const Tensor& x, const OptionalTensor& extent) {
   const Mlp mlp = for_kernels(given);
-  const bool decode = runs_decode(x), fused = x.element_size() == 2;
-  const DeviceExtents extents = device_extents(mlp.op, "extent", extent, x, !decode);
+  const bool fused = x.element_size() == 2;
+  const DeviceExtents extents = device_extents(mlp.op, "extent", extent, x, mlp.gemm == Gemm::kTile);
   const Tensor x_ = adjacent(gather_rows(x, extents.order)), y = empty(x, {x.size(0), mlp.w_down.size(0)});
   if (y.numel() == 0) return y;
   const Tensor h = empty(x, {x.size(0), mlp.width});
@@ -367,15 +380,16 @@ Tensor forward_on_gpu(const Mlp& given, const Tensor& x, const OptionalTensor& e
     on_gpu_of(mlp.op, x, [&](auto stream) {
       bool dependent = false;
       if constexpr (sizeof(scalar_t) == 2) {
-        dependent = launch_elastic_mlp_hidden(hidden_params<scalar_t>(mlp, x_, extents, h), decode, stream);
+        dependent = launch_elastic_mlp_hidden(hidden_params<scalar_t>(mlp, x_, extents, h), mlp.gemm, stream);
       } else {
-        launch_elastic_linear(up_params<scalar_t>(mlp, x_, mlp.w_up, mlp.b_up, extents, h), false, stream);
+        launch_elastic_linear(up_params<scalar_t>(mlp, x_, mlp.w_up, mlp.b_up, extents, h), Gemm::kTile,
+                              stream);
         if (g)
-          launch_elastic_linear(up_params<scalar_t>(mlp, x_, *mlp.w_gate, mlp.b_gate, extents, *g), false,
-                                stream);
+          launch_elastic_linear(up_params<scalar_t>(mlp, x_, *mlp.w_gate, mlp.b_gate, extents, *g),
+                                Gemm::kTile, stream);
         elastic_mlp_rows_cuda(rows_params<scalar_t>(mlp, extents, g, h, {}, {}), stream);
       }
-      launch_elastic_linear(down_params<scalar_t>(mlp, h, extents, y), decode, stream, dependent);
+      launch_elastic_linear(down_params<scalar_t>(mlp, h, extents, y), mlp.gemm, stream, dependent);
     });
   });
   return scatter_rows(y, extents.order);
@@ -461,9 +475,10 @@ std::array<Tensor, 8> backward_on_gpu(const Mlp& given, const Tensor& dy, const 
       if (!(wanted.x || wanted.w_gate || wanted.w_up || wanted.w_down || wanted.b_gate || wanted.b_up ||
             wanted.gate))
         return;
-      launch_elastic_linear(up_params<scalar_t>(mlp, x_, mlp.w_up, mlp.b_up, extents, u), false, stream);
+      launch_elastic_linear(up_params<scalar_t>(mlp, x_, mlp.w_up, mlp.b_up, extents, u), Gemm::kTile,
+                            stream);
       if (g)
-        launch_elastic_linear(up_params<scalar_t>(mlp, x_, *mlp.w_gate, mlp.b_gate, extents, *g), false,
+        launch_elastic_linear(up_params<scalar_t>(mlp, x_, *mlp.w_gate, mlp.b_gate, extents, *g), Gemm::kTile,
                               stream);
       elastic_linear_backward_input_cuda(down, stream);
       elastic_mlp_rows_backward_cuda(rows_params<scalar_t>(mlp, extents, g, u, dh, dgate), stream);
@@ -489,7 +504,7 @@ Tensor elastic_mlp(const Tensor& x, const OptionalTensor& w_gate, const Tensor& 
   const NoGrad guard;
   const Mlp mlp = read_arguments("elastic_mlp", x, w_gate, w_up, w_down, b_gate, b_up, b_down, width,
                                  activation.value, extent, gate, choices);
-  if (runs_on_gpu(x)) return forward_on_gpu(mlp, x, extent);
+  if (mlp.gemm != Gemm::kVendor) return forward_on_gpu(mlp, x, extent);
   const Tensor y = empty(x, {x.size(0), w_down.size(0)});
   const Tensor x_sorted = gather_rows(x, mlp.extents.order);
   for (const Step& step : mlp.extents.stairs.steps) forward_step(mlp, step, x_sorted, y);
@@ -515,7 +530,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> elast
     return torch::stable::to(torch::stable::view(total, gate->sizes()), gate->scalar_type());
   };
   std::array<Tensor, 8> d;
-  if (runs_on_gpu(x)) {
+  if (mlp.gemm != Gemm::kVendor) {
     const Wanted all{.x = wanted(0, true),
                      .w_gate = wanted(1, w_gate.has_value()),
                      .w_up = wanted(2, true),

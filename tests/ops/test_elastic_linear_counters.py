@@ -32,6 +32,12 @@ def read_of(launch, name) -> int:
     return read
 
 
+def take(path, monkeypatch):
+    """Few 16-bit tokens take the decode kernel unless told otherwise."""
+    if path == "tile":
+        monkeypatch.setenv("FLEXTRON_KERNEL", path)
+
+
 def test_cpu_tensors_reach_the_kernels(monkeypatch):
     launch = launched(64, 128, 128, 128, 128)
     assert launch["kernel"].startswith("elastic_linear_decode_kernel<") and launch["mma"] > 0
@@ -42,6 +48,20 @@ def test_cpu_tensors_reach_the_kernels(monkeypatch):
         assert (launch["wgmma"] > 0, launch["mma"] > 0) == (HOPPER, not HOPPER)
         assert launch["flops"] > 0
     assert launched(64, 128, 128, 128, 128, torch.float32)["flops"] == 0
+
+
+def test_the_vendor_can_be_asked_for_where_the_host_knows_the_extents(monkeypatch):
+    monkeypatch.setenv("FLEXTRON_KERNEL", "vendor")
+    x, weight = torch.randn(40, 24).requires_grad_(), torch.randn(16, 24)
+    emulator.reset()
+    y = elastic_linear(x, weight, None, 20, 10)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert emulator.counters() == []
+    torch.testing.assert_close(y, x[:, :20] @ weight[:10, :20].T)
+    torch.testing.assert_close(dx[:, :20], weight[:10, :20].sum(0).expand(40, 20))
+    assert not dx[:, 20:].any()
+    launch = launched(40, 24, 16, 20, 10, in_extent=torch.tensor([7]))
+    assert launch["kernel"].startswith("elastic_linear_decode_kernel<")
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 48, 64])
@@ -67,7 +87,7 @@ def test_at_decode_each_weight_in_use_is_read_once_and_no_other(tokens, inputs, 
 @pytest.mark.parametrize("path", ["decode", "tile"])
 def test_cost_falls_with_the_extent(path, side, monkeypatch):
     """Whole tiles at most beyond what is used, and nothing at all for an extent of zero."""
-    monkeypatch.setenv("FLEXTRON_KERNEL", path)
+    take(path, monkeypatch)
     previous = math.inf
     for extent in (512, 400, 256, 130, 65, 8, 0):
         launch = launched(48, 512, 512, 512, 512, **{f"{side}_extent": torch.tensor([extent])})
@@ -99,7 +119,7 @@ def test_a_row_tile_reads_what_its_widest_row_needs(side):
 @pytest.mark.parametrize("side", [None, "in", "out"], ids=str)
 @pytest.mark.parametrize("path", ["decode", "tile"])
 def test_no_bank_conflicts(T, K, N, side, path, monkeypatch):
-    monkeypatch.setenv("FLEXTRON_KERNEL", path)
+    take(path, monkeypatch)
     high = K if side == "in" else N
     extents = {f"{side}_extent": torch.randint(0, high + 1, (T,))} if side else {}
     launch = launched(T, K, N, K, N, **extents)

@@ -1,0 +1,48 @@
+// Shape and dtype to kernel and tile: pure functions, host only. No number here has been measured on a GPU
+// yet: each says what it was reasoned from.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/elastic_linear.h"
+#include "kernels/elastic_linear_tiles.h"
+
+namespace flextron {
+
+// What computes a GEMM on a GPU: weights streamed past at most kDecodeTokens tokens, tiles, or the vendor's
+// GEMM on views, which extents that the host does not know rule out.
+enum class Gemm { kDecode, kTile, kVendor };
+
+// Ours for every shape: our results are equal bit for bit whatever the strides and the tokens beside them,
+// which a vendor's choice of kernel by shape and stride does not promise.
+inline Gemm preferred_gemm(int64_t T, int64_t element_size) {
+  return element_size == 2 && T <= kDecodeTokens ? Gemm::kDecode : Gemm::kTile;
+}
+
+// Rows of a tile of the portable kernel, 128 or 64. A mix of four extents wastes 6.8 % of 128-row tiles at
+// 1024 rows and 31 % at 256 (computed); with fewer rows large tiles leave multiprocessors idle besides.
+inline int elastic_linear_tile_rows(int64_t T) { return T <= 1024 ? 64 : 128; }
+
+// A tile of the Hopper kernels: 128 x 256, 128 x 128 or 64 x 128, whichever lets the slowest multiprocessor
+// pass over the smallest part of the result; the larger where equal, as it reads the fewest bytes for each
+// product. 64 rows only as above: beyond, what larger tiles save in reading is worth more than an even share.
+struct TileSides {
+  int rows, columns;
+};
+inline TileSides hopper_tile_sides(int64_t T, int64_t columns, int64_t blocks, int multiprocessors) {
+  constexpr TileSides kLargestFirst[] = {{128, 256}, {128, 128}, {64, 128}};
+  TileSides best{};
+  int64_t least = INT64_MAX;
+  for (const TileSides& sides : kLargestFirst) {
+    if (sides.rows < elastic_linear_tile_rows(T)) continue;
+    const int64_t tiles = blocks * tiles_over(T, sides.rows) * tiles_over(columns, sides.columns);
+    const int64_t passed = (tiles + multiprocessors - 1) / multiprocessors * sides.rows * sides.columns;
+    if (passed < least) {
+      least = passed;
+      best = sides;
+    }
+  }
+  return best;
+}
+
+}  // namespace flextron
