@@ -40,7 +40,7 @@ def test_every_command_of_the_benchmarks_is_one_they_take():
     lines = [
         line.split(" bench ")[1] for line in run("--dry-run").stdout.splitlines() if " s  bench " in line
     ]
-    assert len(lines) == 4
+    assert len(lines) == 6
     for line in lines:
         bench_ops.parse(line.split()[1:])  # without the architecture
 

@@ -296,48 +296,152 @@ def elastic_mlp(s: Shape, T: int, target: Target) -> Iterator[Case]:
 
 
 def head_attention(s: Shape, T: int, target: Target) -> Iterator[Case]:
-    def make() -> SimpleNamespace:
-        return SimpleNamespace(
-            q=target.randn(T, s.H, s.D), k=target.randn(T, s.G, s.D), v=target.randn(T, s.G, s.D)
+    """One sequence at every width; then a ragged batch whose sequences, and a sequence whose tokens, have their own."""
+    M = s.H // s.G
+
+    def make(**tensors: Tensor) -> Callable[[], SimpleNamespace]:
+        return lambda: SimpleNamespace(
+            q=target.randn(T, s.H, s.D),
+            k=target.randn(T, s.G, s.D),
+            v=target.randn(T, s.G, s.D),
+            **{name: tensor.clone() for name, tensor in tensors.items()},
+        )
+
+    def case(name: str, extent: str, share: float, pairs: float, **more) -> Case:
+        """`pairs`: of a query head and a key that it sees, in all."""
+        return Case(
+            f"{name} G={s.G} H={s.H} D={s.D}",
+            T,
+            extent,
+            share,
+            4 * s.D * pairs,
+            _size(target) * 2 * T * s.D * share * s.G * (M + 1),
+            leaves=("q", "k", "v"),
+            **more,
         )
 
     for g in _groups(s):
-        yield Case(
-            f"causal G={s.G} H={s.H} D={s.D}",
-            T,
+        yield case(
+            "causal",
             f"{g / s.G:.3g}",
             g / s.G,
-            2 * T * T * s.D * g * s.H // s.G,  # half of the pairs are seen
-            _size(target) * 2 * T * s.D * g * (s.H // s.G + 1),
-            make,
-            lambda i, g=g: ops.head_attention(i.q, i.k, i.v, g),
-            {"sdpa": lambda i, g=g: _sdpa(i.q, i.k, i.v, g, causal=True)},
-            ("q", "k", "v"),
+            T * T / 2 * g * M,
+            make=make(),
+            ours=lambda i, g=g: ops.head_attention(i.q, i.k, i.v, g),
+            rivals={"sdpa": lambda i, g=g: _sdpa(i.q, i.k, i.v, g, causal=True)},
         )
+    widths = _groups(s)
+    if len(widths) == 1 or len(widths) > T:
+        return
+    length = T // len(widths)
+    ends = torch.arange(len(widths) + 1) * length
+    ends[-1] = T
+    spans = [slice(*span) for span in itertools.pairwise(ends.tolist())]
+    share = sum(widths) / len(widths) / s.G
+    yield case(
+        f"causal B={len(widths)}",
+        "mix",
+        share,
+        sum((span.stop - span.start) ** 2 / 2 * g * M for span, g in zip(spans, widths, strict=True)),
+        make=make(ends=ends.to(target.device), extents=torch.tensor(widths, device=target.device)),
+        ours=lambda i: ops.head_attention(
+            i.q, i.k, i.v, s.G, extent=i.extents, cu_seqlens_q=i.ends, cu_seqlens_k=i.ends
+        ),
+        rivals={
+            "sdpa apart": lambda i: torch.cat(
+                [
+                    _sdpa(i.q[span], i.k[span], i.v[span], g, causal=True)
+                    for span, g in zip(spans, widths, strict=True)
+                ]
+            )
+        },
+    )
+    tokens = torch.tensor(widths)[(torch.arange(T) % len(widths))[torch.randperm(T)]].to(target.device)
+    yield case(
+        "causal, per token",
+        "mix",
+        share,
+        T * T / 2 * share * s.G * M,
+        make=make(extents=tokens),
+        ours=lambda i: ops.head_attention(i.q, i.k, i.v, s.G, extent=i.extents, extent_per="token"),
+        rivals={
+            "masked sdpa": lambda i: _sdpa(i.q, i.k, i.v, s.G, causal=True).masked_fill(
+                _beyond(i.extents, s.G).repeat_interleave(M, 1)[:, :, None], 0
+            )
+        },
+    )
 
 
 def head_attention_decode(s: Shape, T: int, target: Target) -> Iterator[Case]:
-    """T is the length of the cache here: one new token attends to all of it."""
+    """T is the length of the cache here: one new token of each sequence attends to all of its own."""
+    M = s.H // s.G
 
-    def make() -> SimpleNamespace:
-        return SimpleNamespace(
-            q=target.randn(1, 1, s.H, s.D),
-            k=target.randn(1, T, s.G, s.D),
-            v=target.randn(1, T, s.G, s.D),
-            seqlens=torch.tensor([T], device=target.device),
+    def case(B: int, extent: str, widths: list[int], page: int, ours: Run, rival: tuple[str, Run]) -> Case:
+        def make() -> SimpleNamespace:
+            i = SimpleNamespace(
+                q=target.randn(B, 1, s.H, s.D),
+                k=target.randn(B, T, s.G, s.D),
+                v=target.randn(B, T, s.G, s.D),
+                seqlens=torch.full((B,), T, device=target.device),
+                extents=torch.tensor(widths, device=target.device),
+            )
+            if page:
+                columns = T // page
+                i.table = torch.randperm(B * columns, device=target.device).view(B, columns)
+                i.k_pages, i.v_pages = (
+                    torch.empty(B * columns, page, s.G, s.D, dtype=target.dtype, device=target.device)
+                    for _ in range(2)
+                )
+                i.k_pages[i.table] = i.k.view(B, columns, page, s.G, s.D)
+                i.v_pages[i.table] = i.v.view(B, columns, page, s.G, s.D)
+            return i
+
+        share = sum(widths) / len(widths) / s.G
+        layout = f"pages of {page}" if page else "cache"
+        return Case(
+            f"{layout} B={B} G={s.G} H={s.H} D={s.D}",
+            T,
+            extent,
+            share,
+            4 * T * s.D * B * share * s.H,
+            _size(target) * 2 * s.D * B * share * s.G * (T + M),
+            make,
+            ours,
+            dict([rival]),
         )
 
-    for g in _groups(s):
-        yield Case(
-            f"one query G={s.G} H={s.H} D={s.D}",
-            T,
-            f"{g / s.G:.3g}",
-            g / s.G,
-            4 * T * s.D * g * s.H // s.G,
-            _size(target) * 2 * s.D * g * (T + s.H // s.G),
-            make,
-            lambda i, g=g: ops.head_attention_decode(i.q, i.k, i.v, i.seqlens, g),
-            {"sdpa": lambda i, g=g: _sdpa(i.q[0], i.k[0], i.v[0], g, causal=False)[None]},
+    def views(i: SimpleNamespace, g: int) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (i.q[:, :, : g * M], i.k[:, :, :g], i.v[:, :, :g]))
+        return F.pad(_attend(q, k, v, causal=False).transpose(1, 2), (0, 0, 0, s.H - g * M))
+
+    widths = _groups(s)
+    for B, page in ((1, 0), (16, 0), (16, 16), (16, 64)):
+        if page and T % page:
+            continue
+        for g in widths if not page else (s.G,):
+
+            def ours(i: SimpleNamespace, g: int = g, page: int = page) -> Tensor:
+                caches = (i.k_pages, i.v_pages) if page else (i.k, i.v)
+                table = {"block_table": i.table} if page else {}
+                return ops.head_attention_decode(i.q, *caches, i.seqlens, g, **table)
+
+            rival = "sdpa" if not page else "sdpa on a contiguous cache"
+            share = f"{g / s.G:.3g}"
+            yield case(B, share, [g], page, ours, (rival, lambda i, g=g: views(i, g)))
+    if len(widths) > 1:
+        mixed = [widths[b % len(widths)] for b in range(16)]
+        yield case(
+            16,
+            "mix",
+            mixed,
+            0,
+            lambda i: ops.head_attention_decode(i.q, i.k, i.v, i.seqlens, s.G, extent=i.extents),
+            (
+                "masked sdpa",
+                lambda i: views(i, s.G).masked_fill(
+                    _beyond(i.extents, s.G).repeat_interleave(M, 1)[:, None, :, None], 0
+                ),
+            ),
         )
 
 
@@ -425,11 +529,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, g: int, causal: bool) -> Tensor:
     H, G = q.shape[1], k.shape[1]
     heads = g * H // G
     q, k, v = (x.transpose(0, 1)[None] for x in (q[:, :heads], k[:, :g], v[:, :g]))
+    return F.pad(_attend(q, k, v, causal)[0].transpose(0, 1), (0, 0, 0, H - heads))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """[B, H, T, D] with [B, G, S, D]."""
     # Its own choice on a Hopper GPU may be a kernel at half cuDNN's speed; cuDNN has none for float64.
     cudnn = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION] if cudnn else list(_BACKENDS)):
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-    return F.pad(y[0].transpose(0, 1), (0, 0, 0, H - heads))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
 
 _BACKENDS = (
@@ -656,7 +764,7 @@ def header(machine: Machine, target: Target, top: Ceilings) -> str:
 
 def columns() -> str:
     return (
-        f"{'op':<26}{'shape':<24}{'tokens':>7}{'extent':>7}{'us':>10}{'of full':>8}{'rate':>10} {'unit':<8}"
+        f"{'op':<26}{'shape':<34}{'tokens':>7}{'extent':>7}{'us':>10}{'of full':>8}{'rate':>10} {'unit':<8}"
         f"{'of peak':>7}{'spread':>8}  rivals: us, ratio of theirs to ours"
     )
 
@@ -666,7 +774,7 @@ def line(rows: list[Row]) -> str:
     full = f"{r.of_full:>8.3f}" if r.of_full is not None else " " * 8
     rivals = "; ".join(f"{x.rival} {x.rival_time_us:.1f}, {x.ratio:.2f}" for x in rows)
     return (
-        f"{r.op:<26}{r.shape:<24}{r.tokens:>7}{r.extent:>7}{r.time_us:>10.1f}{full}{r.rate:>10.4g} {r.rate_unit:<8}"
+        f"{r.op:<26}{r.shape:<34}{r.tokens:>7}{r.extent:>7}{r.time_us:>10.1f}{full}{r.rate:>10.4g} {r.rate_unit:<8}"
         f"{r.rate / r.ceiling:>7.1%}{max(x.spread for x in rows):>8.1%}  {rivals}"
     )
 
@@ -795,7 +903,7 @@ def run(args: argparse.Namespace) -> list[Row]:
             try:
                 verify(case, target)
             except NotImplementedError as error:
-                print(f"{name:<26}{case.shape:<24}{case.tokens:>7}{case.extent:>7}  {error}")
+                print(f"{name:<26}{case.shape:<34}{case.tokens:>7}{case.extent:>7}  {error}")
                 continue
             found = measure(name, case, target, machine, top, args)
             key = (found[0].op, case.shape, case.tokens)

@@ -11,7 +11,7 @@
 # serves every torch; it is used where it loads and its sources are these, and built otherwise. _C is always built
 # there, for that Python: it takes seconds.
 #
-# Leaves in $OUT (gpu-out by default): summary.txt, log.txt (all that every step printed), *.csv and ops.png.
+# Leaves in $OUT (gpu-out by default): summary.txt, log.txt (all that every step printed), *.csv and *.png.
 # A step that fails or runs out of time does not stop the next one; the exit code says whether one did.
 # shellcheck disable=SC2329 # the steps are called by name
 set -uo pipefail
@@ -150,7 +150,7 @@ words() {
 suite() {
   local spread=()
   "$PYTHON" -c 'import xdist' 2>/dev/null && spread=(-n 4)
-  FLEXTRON_ARCH=$1 "$PYTHON" -m pytest -p no:cacheprovider "${spread[@]}" tests/test_ops.py tests/ops -k cuda
+  FLEXTRON_ARCH=$1 "$PYTHON" -m pytest -p no:cacheprovider "${spread[@]}" tests/test_ops.py tests/ops tests/test_streams.py -k cuda
 }
 
 # sanitize TOOL COMMAND...: torch's allocator hands out parts of large blocks, which would hide what is beyond a tensor.
@@ -161,7 +161,7 @@ sanitize() {
 
 sanitize_ops() {
   sanitize "$1" "$PYTHON" -m pytest -p no:cacheprovider -x tests/test_ops.py \
-    -k "cuda and bfloat16 and (test_values or test_gradients) and (elastic_linear or elastic_mlp or route)"
+    -k "cuda and bfloat16 and (test_values or test_gradients)"
 }
 
 # bench ARCH ARGUMENTS: with the kernels of one architecture.
@@ -171,7 +171,9 @@ bench() {
 
 draw() {
   "$PYTHON" -c 'import matplotlib' || { echo "matplotlib is not here: bench_ops.py --read ops.csv --plot ops.png"; return 3; }
-  "$PYTHON" python/benchmarks/bench_ops.py --read "$OUT/ops.csv" --plot "$OUT/ops.png"
+  for table in ops attention; do
+    "$PYTHON" python/benchmarks/bench_ops.py --read "$OUT/$table.csv" --plot "$OUT/$table.png" || return
+  done
 }
 
 visit() {
@@ -184,6 +186,8 @@ visit() {
   step "tests, sm_80" 120 suite 80
   step "bench" 120 bench 90 --op elastic_mlp,elastic_linear,route --shapes llama2-7b --csv "$OUT/ops.csv"
   step "bench, backward" 60 bench 90 --op elastic_mlp --shapes llama2-7b --tokens 4096 --backward --csv "$OUT/ops_backward.csv"
+  step "bench, attention" 60 bench 90 --op head_attention,head_attention_decode --shapes llama3-8b --tokens 4096,16384 --csv "$OUT/attention.csv"
+  step "bench, attention back" 40 bench 90 --op head_attention --shapes llama3-8b --tokens 4096 --backward --csv "$OUT/attention_backward.csv"
   step "bench, small model" 40 bench 90 --op elastic_mlp --shapes smollm2 --tokens 16,1024 --csv "$OUT/ops_small.csv"
   step "bench, portable" 40 bench 80 --op elastic_mlp --shapes llama2-7b --tokens 16,4096 --csv "$OUT/ops_sm80.csv"
   step "plot" 20 draw
@@ -205,7 +209,7 @@ esac
 command -v nvidia-smi >/dev/null || { echo "gpu_check: the machine must have a GPU, got no nvidia-smi" >&2; exit 2; }
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
-rm -f "$OUT"/{summary.txt,log.txt,ops.csv,ops_backward.csv,ops_small.csv,ops_sm80.csv,ops.png}
+rm -f "$OUT"/{summary.txt,log.txt,ops.csv,ops_backward.csv,ops_small.csv,ops_sm80.csv,attention.csv,attention_backward.csv,ops.png,attention.png}
 FLEXTRON_COMMIT=$(cat "$packed/commit" 2>/dev/null || git describe --always --dirty 2>/dev/null)
 export OUT PYTHON packed FLEXTRON_COMMIT PYTHONUNBUFFERED=1
 export PYTHONPATH=$PWD:$PWD/python:$PWD/$packed/site
