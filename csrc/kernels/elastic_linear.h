@@ -87,6 +87,14 @@ void elastic_linear_decode_cuda(const ElasticLinearParams<scalar_t>& p, CUstream
 // it can. `dependent`: it may start before the launch ahead of it in the stream has ended, of whose results
 // it then reads x alone.
 template <class scalar_t>
+bool elastic_linear_backward_input_fits_sm90(const ElasticLinearBackwardParams<scalar_t>& p);
+template <class scalar_t>
+void elastic_linear_backward_input_sm90(const ElasticLinearBackwardParams<scalar_t>& p, CUstream_st* stream);
+template <class scalar_t>
+bool elastic_linear_backward_weight_fits_sm90(const ElasticLinearBackwardParams<scalar_t>& p);
+template <class scalar_t>
+void elastic_linear_backward_weight_sm90(const ElasticLinearBackwardParams<scalar_t>& p, CUstream_st* stream);
+template <class scalar_t>
 bool elastic_linear_fits_sm90(const ElasticLinearParams<scalar_t>& p);
 template <class scalar_t>
 void elastic_linear_sm90(const ElasticLinearParams<scalar_t>& p, CUstream_st* stream, bool dependent = false);

@@ -43,6 +43,28 @@ void launch_elastic_linear(const ElasticLinearParams<scalar_t>& p, Gemm gemm, CU
   elastic_linear_cuda(p, stream);
 }
 
+template <class scalar_t>
+void launch_elastic_linear_backward_input(const ElasticLinearBackwardParams<scalar_t>& p,
+                                          CUstream_st* stream) {
+#ifdef FLEXTRON_WITH_SM90
+  if constexpr (sizeof(scalar_t) == 2)
+    if (cuda_arch() >= 90 && elastic_linear_backward_input_fits_sm90(p))
+      return elastic_linear_backward_input_sm90(p, stream);
+#endif
+  elastic_linear_backward_input_cuda(p, stream);
+}
+
+template <class scalar_t>
+void launch_elastic_linear_backward_weight(const ElasticLinearBackwardParams<scalar_t>& p,
+                                           CUstream_st* stream) {
+#ifdef FLEXTRON_WITH_SM90
+  if constexpr (sizeof(scalar_t) == 2)
+    if (cuda_arch() >= 90 && elastic_linear_backward_weight_fits_sm90(p))
+      return elastic_linear_backward_weight_sm90(p, stream);
+#endif
+  elastic_linear_backward_weight_cuda(p, stream);
+}
+
 // Whether what follows in the stream may be a dependent launch.
 template <class scalar_t>
 bool launch_elastic_mlp_hidden(const ElasticMlpHiddenParams<scalar_t>& p, Gemm gemm, CUstream_st* stream) {

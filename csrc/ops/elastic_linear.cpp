@@ -267,8 +267,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_on_gpu(const char* op, const Tensor&
                                                   .weight2_stride = 0,
                                                   .per_token = extents.per_token};
     on_gpu_of(op, x, [&](auto stream) {
-      if (wants_x) elastic_linear_backward_input_cuda(p, stream);
-      if (wants_weight) elastic_linear_backward_weight_cuda(p, stream);
+      if (wants_x) launch_elastic_linear_backward_input(p, stream);
+      if (wants_weight) launch_elastic_linear_backward_weight(p, stream);
       if (wants_bias) elastic_linear_backward_bias_cuda(p, stream);
     });
   });

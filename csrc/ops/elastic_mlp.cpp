@@ -480,12 +480,12 @@ std::array<Tensor, 8> backward_on_gpu(const Mlp& given, const Tensor& dy, const 
       if (g)
         launch_elastic_linear(up_params<scalar_t>(mlp, x_, *mlp.w_gate, mlp.b_gate, extents, *g), Gemm::kTile,
                               stream);
-      elastic_linear_backward_input_cuda(down, stream);
+      launch_elastic_linear_backward_input(down, stream);
       elastic_mlp_rows_backward_cuda(rows_params<scalar_t>(mlp, extents, g, u, dh, dgate), stream);
-      if (wanted.x) elastic_linear_backward_input_cuda(up, stream);
-      if (wanted.w_gate) elastic_linear_backward_weight_cuda(gate, stream);
-      if (wanted.w_up) elastic_linear_backward_weight_cuda(up, stream);
-      if (wanted.w_down) elastic_linear_backward_weight_cuda(down, stream);
+      if (wanted.x) launch_elastic_linear_backward_input(up, stream);
+      if (wanted.w_gate) launch_elastic_linear_backward_weight(gate, stream);
+      if (wanted.w_up) launch_elastic_linear_backward_weight(up, stream);
+      if (wanted.w_down) launch_elastic_linear_backward_weight(down, stream);
       if (wanted.b_gate) elastic_linear_backward_bias_cuda(gate, stream);
       if (wanted.b_up) elastic_linear_backward_bias_cuda(up, stream);
     });

@@ -146,6 +146,7 @@ def test_gradients_read_what_extents_allow(side, dtype):
         assert all(launch["bank_conflicts"] == 0 for launch in (of_x, of_weight, of_bias))
         if dtype == torch.bfloat16:
             assert of_x["flops"] == of_weight["flops"] == 2 * T * extent * (N if side == "in" else K)
+            assert (of_x["wgmma"] > 0) == (of_weight["wgmma"] > 0) == (HOPPER and extent > 0)
         read = of_x["watched"].get("weight", (0, 0))[0]
         assert read == extent * (N if side == "in" else K) * size * (T // 64)
         assert of_x["bytes_written"] == T * K * size and of_weight["bytes_written"] == N * K * size

@@ -6,7 +6,9 @@
 // what is in the ring into its registers and hands its part of the result to the copy engine through shared
 // memory. Stores, and the loads for the tile after, go on while the next tile is computed.
 //
-// A tile is 128 rows, 64 a consumer, or 64, which both consumers share with half of the columns each.
+// A tile is 128 rows, 64 a consumer, or 64, which both consumers share with half of the columns each. An
+// operand's lines run along the depth, or along its side (Major::kMN): then a stage holds boxes of 64 of the
+// side, one after the other, each kDepth lines deep.
 #pragma once
 
 #include <algorithm>
@@ -35,10 +37,12 @@ constexpr int kBarrierOfConsumer = 1, kBarrierOfConsumers = 3;
 
 // A tile's rows, the rows of B that it is multiplied with, and how many of these make one column of the
 // result.
-template <class scalar, int rows, int columns, int columns_of_output>
+template <class scalar, int rows, int columns, int columns_of_output, Major major_a = Major::kK,
+          Major major_b = Major::kK>
 struct Shape {
   static_assert((rows == 128 || rows == 64) && (columns_of_output == 1 || columns_of_output == 2));
   using scalar_t = scalar;
+  static constexpr Major kMajorA = major_a, kMajorB = major_b;
   static constexpr int kRows = rows, kColumns = columns, kOutputs = columns / columns_of_output;
   static constexpr int kAcross = 128 / rows;  // consumers side by side
   static constexpr int kOwnColumns = columns / kAcross, kOwnOutputs = kOutputs / kAcross;  // of a consumer
@@ -152,6 +156,28 @@ __device__ __forceinline__ void clear_behind(scalar_t (&tile)[rows][kDepth], int
   }
 }
 
+// The same of a tile whose lines run along the side: of line l, what is behind the first `kept(l)` elements.
+template <class scalar_t, int side, class Kept>
+__device__ __forceinline__ void clear_behind_of_side(scalar_t (&tile)[side][kDepth], int thread, Kept kept) {
+  clear_behind(tile, thread, [&](int row) { return kept(row % kDepth) - row / kDepth * kDepth; });
+}
+
+// A tile whose lines run along the side, from (side, block, depth) on: a box of 64 after the other.
+template <class scalar_t, int side>
+__device__ __forceinline__ void load_side(scalar_t (&to)[side][kDepth], const TensorMap& map, Mbarrier& full,
+                                          int first, int block, int depth) {
+#pragma unroll
+  for (int i = 0; i < side; i += kDepth) tma_load_3d(to[i], map, full, first + i, block, depth);
+}
+
+// A descriptor of the operand that begins there, and how far 16 of the depth lie from the next.
+template <Major major>
+__device__ __forceinline__ uint64_t operand(const void* tile) {
+  return wgmma_descriptor(tile, Swizzle::k128, major == Major::kK ? 16 : kDepth * kLine, kEightLines);
+}
+template <Major major>
+constexpr uint32_t kSixteenDeep = major == Major::kK ? 32 : 16 * kLine;
+
 // The consumers' meeting after clear_behind, before the tensor cores read.
 __device__ __forceinline__ void show_cleared() {
   fence_proxy_async();
@@ -172,12 +198,14 @@ __device__ __forceinline__ void multiply(Shared<S>& shared, const Consumer<S>& m
   for (int step = 0; step < steps; ++step) {
     mbarrier_wait(shared.full[ring.stage], ring.parity);
     prepare(ring.stage);
-    const uint64_t a = wgmma_descriptor(shared.a[ring.stage][me.row], Swizzle::k128, 16, kEightLines);
-    const uint64_t b = wgmma_descriptor(shared.b[ring.stage][me.column], Swizzle::k128, 16, kEightLines);
+    const uint64_t a = operand<S::kMajorA>(shared.a[ring.stage][me.row]);
+    const uint64_t b = operand<S::kMajorB>(shared.b[ring.stage][me.column]);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kDepth / 16; ++k)
-      wgmma<typename S::scalar_t, S::kOwnColumns>(sum, wgmma_advance(a, 32 * k), wgmma_advance(b, 32 * k), 1);
+      wgmma<typename S::scalar_t, S::kOwnColumns, S::kMajorA, S::kMajorB>(
+          sum, wgmma_advance(a, k * kSixteenDeep<S::kMajorA>), wgmma_advance(b, k * kSixteenDeep<S::kMajorB>),
+          1);
     wgmma_commit();
     wgmma_wait<1>();
     if (step > 0 && me.lane == 0) mbarrier_arrive(shared.empty[previous]);
@@ -266,11 +294,16 @@ TensorMap tensor_map(const scalar_t* data, int64_t features, int64_t blocks, int
        .swizzle = swizzle},
       std::is_same_v<scalar_t, bf16>);
 }
-// Of A or B, and of a result.
+// Of A or B, of one whose lines run along its side, and of a result.
 template <class scalar_t>
 TensorMap operand_map(const scalar_t* data, int64_t features, int64_t blocks, int64_t rows,
                       int64_t block_stride, int64_t row_stride, int box_rows) {
   return tensor_map(data, features, blocks, rows, block_stride, row_stride, kDepth, box_rows, Swizzle::k128);
+}
+template <class scalar_t>
+TensorMap side_map(const scalar_t* data, int64_t features, int64_t blocks, int64_t rows, int64_t block_stride,
+                   int64_t row_stride) {
+  return tensor_map(data, features, blocks, rows, block_stride, row_stride, kDepth, kDepth, Swizzle::k128);
 }
 template <class S>
 TensorMap result_map(const typename S::scalar_t* data, int64_t features, int64_t blocks, int64_t rows) {
