@@ -24,6 +24,18 @@ inline void check_cuda(cudaError_t error, const char* what) {
   cudaGetLastError();  // told here: the next caller's errors are his own
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
+
+// Whether the kernel's code has grid_dependency_wait: made from the PTX of an older architecture, for a GPU
+// newer than all it was built for, it has none.
+template <auto kernel>
+bool waits_for_the_launch_ahead() {
+  static const bool waits = [] {
+    cudaFuncAttributes attributes;
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel");
+    return attributes.ptxVersion >= 90;
+  }();
+  return waits;
+}
 #endif
 
 template <auto kernel, class... Args>
@@ -49,7 +61,7 @@ void launch(const LaunchConfig& config, const Args&... args) {
     attributes[launch.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attributes[launch.numAttrs++].val.clusterDim = {config.cluster, 1, 1};
   }
-  if (config.programmatic) {
+  if (config.programmatic && waits_for_the_launch_ahead<kernel>()) {
     attributes[launch.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[launch.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
