@@ -85,5 +85,9 @@ STABLE_TORCH_LIBRARY_IMPL(flextron, CUDA, m) {
   m.impl("elastic_mlp", TORCH_BOX(&flextron::elastic_mlp));
   m.impl("elastic_mlp_backward", TORCH_BOX(&flextron::elastic_mlp_backward));
   m.impl("route", TORCH_BOX(&flextron::route));
+  m.impl("head_attention", TORCH_BOX(&flextron::head_attention));
+  m.impl("head_attention_backward", TORCH_BOX(&flextron::head_attention_backward));
+  m.impl("head_attention_decode", TORCH_BOX(&flextron::head_attention_decode));
+  m.impl("head_attention_decode_backward", TORCH_BOX(&flextron::head_attention_decode_backward));
 }
 #endif

@@ -185,7 +185,7 @@ def route(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 CASES = [
     OpCase("elastic_linear", elastic_linear, devices=("cpu", "cuda")),
     OpCase("elastic_mlp", elastic_mlp, devices=("cpu", "cuda")),
-    OpCase("head_attention", head_attention),
-    OpCase("head_attention_decode", head_attention_decode),
+    OpCase("head_attention", head_attention, devices=("cpu", "cuda")),
+    OpCase("head_attention_decode", head_attention_decode, devices=("cpu", "cuda")),
     OpCase("route", route, differentiable=False, devices=("cpu", "cuda")),
 ]

@@ -18,6 +18,7 @@ ORDER = os.environ.get("FLEXTRON_EMULATE_ORDER", "random" if SEED else "forward"
 # What looks at how the CPU computes, not at what.
 HOST_ONLY = {
     "test_work_is_proportional_to_the_extents": "counts the host's GEMMs; test_emulator.py counts the kernels' bytes",
+    "test_threads_do_not_change_a_bit": "changes the host's threads",
 }
 
 

@@ -113,10 +113,10 @@ inline Tensor check_rows(const char* op, const char* name, const Tensor& t, cons
   return t.size(last) > 1 && t.stride(last) != 1 ? torch::stable::contiguous(t) : t;
 }
 
-// H, G, D, heads, unit and scale, which both ops have.
-inline AttentionPlan start_plan(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                                int64_t heads, const std::string& unit, const OptionalTensor& index,
-                                std::optional<double> scale) {
+// H, G, D, heads, unit and scale, which both ops have; no value of a tensor is read.
+inline AttentionPlan describe_heads(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                                    int64_t heads, const std::string& unit, const OptionalTensor& index,
+                                    std::optional<double> scale) {
   check_floating(op, "q", q);
   const int64_t last = q.dim() - 1;
   AttentionPlan plan{};
@@ -141,6 +141,14 @@ inline AttentionPlan start_plan(const char* op, const Tensor& q, const Tensor& k
   check_dim(op, "index", *index, 1);
   check_device(op, "index", *index, q.device());
   check_range(op, "heads", heads, index->size(0), index->size(0));
+  return plan;
+}
+
+inline AttentionPlan start_plan(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                                int64_t heads, const std::string& unit, const OptionalTensor& index,
+                                std::optional<double> scale) {
+  AttentionPlan plan = describe_heads(op, q, k, v, heads, unit, index, scale);
+  if (!index) return plan;
   plan.chosen.assign(plan.H, 0);
   for (const int64_t h : host_integers(op, "index", *index, plan.H - 1)) {
     if (plan.chosen[h]) fail(op, ": index must name each head once, got ", h, " twice");

@@ -134,14 +134,16 @@ inline Tensor scatter_rows(const Tensor& t, const std::optional<Tensor>& order) 
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// A list's values in descending order, and where each was; equals keep their order.
-inline std::pair<Tensor, Tensor> sort_descending(const Tensor& t) {
+// A list's values in order, and where each was; equals keep their order.
+inline std::pair<Tensor, Tensor> sort_list(const Tensor& t, bool descending) {
   std::array<StableIValue, 4> stack{
       torch::stable::detail::from(t), torch::stable::detail::from(std::optional<bool>(true)),
-      torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(true)};
+      torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(descending)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
+inline std::pair<Tensor, Tensor> sort_descending(const Tensor& t) { return sort_list(t, true); }
+inline std::pair<Tensor, Tensor> sort_ascending(const Tensor& t) { return sort_list(t, false); }
 
 }  // namespace flextron

@@ -1,9 +1,10 @@
 // head_attention: attention over a prefix or a list of heads, for one sequence or a ragged batch.
 //
 // Only active heads become work items, so the cost follows the extents and the keys of unused groups are
-// never read.
+// never read. On a GPU the kernels read lengths and extents where they are.
 #include "kernels/head_attention.h"
 
+#include "ops/attention_gpu.h"
 #include "ops/attention_plan.h"
 
 namespace flextron {
@@ -34,6 +35,23 @@ int64_t count_sequences(const char* op, const OptionalTensor& cu_seqlens_q,
   return given->size(0) - 1;
 }
 
+// How many extents there are, and which is that of row t of sequence b: b * stride_b + t * stride_t.
+struct ExtentShape {
+  int64_t count, stride_b, stride_t;
+};
+
+ExtentShape extent_shape(const char* op, const OptionalTensor& extent, const Text& extent_per,
+                         const OptionalTensor& index, int64_t B, int64_t T) {
+  const bool per_token = extent_per.value == "token";
+  if (!per_token && extent_per.value != "sequence")
+    fail(op, ": extent_per must be sequence or token, got ", extent_per.value);
+  if (!extent) return {};
+  if (index) fail(op, ": extent must be None when index is given, got both");
+  if (per_token) return {T, 0, 1};
+  const bool one = extent->dim() == 1 && extent->size(0) == 1;
+  return {one ? 1 : B, one ? 0 : 1, 0};
+}
+
 AttentionPlan make_plan(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads,
                         const Text& unit, const OptionalTensor& extent, const Text& extent_per,
                         const OptionalTensor& index, const OptionalTensor& cu_seqlens_q,
@@ -48,16 +66,9 @@ AttentionPlan make_plan(const char* op, const Tensor& q, const Tensor& k, const 
   const auto ends_k = read_ends(op, "cu_seqlens_k", cu_seqlens_k, B, S, q);
   const auto starts = k_start ? check_list(op, "k_start", *k_start, B, S, q) : std::vector<int64_t>(B, 0);
 
-  const bool per_token = extent_per.value == "token";
-  if (!per_token && extent_per.value != "sequence")
-    fail(op, ": extent_per must be sequence or token, got ", extent_per.value);
-  if (extent) {
-    if (index) fail(op, ": extent must be None when index is given, got both");
-    const bool one = !per_token && extent->dim() == 1 && extent->size(0) == 1;
-    plan.extent = check_list(op, "extent", *extent, one ? 1 : per_token ? T : B, heads, q);
-    plan.extent_stride_b = one || per_token ? 0 : 1;
-    plan.extent_stride_t = per_token ? 1 : 0;
-  }
+  const ExtentShape shape = extent_shape(op, extent, extent_per, index, B, T);
+  if (extent) plan.extent = check_list(op, "extent", *extent, shape.count, heads, q);
+  plan.extent_stride_b = shape.stride_b, plan.extent_stride_t = shape.stride_t;
 
   plan.pages = {0};
   for (int64_t b = 0; b < B; ++b) {
@@ -83,6 +94,119 @@ HeadAttentionParams<scalar_t> fill_params(const AttentionPlan& plan, const Tenso
   return p;
 }
 
+void check_gradients(const char* op, const Tensor& dout, const Tensor& q, const Tensor& out,
+                     const Tensor& lse, const AttentionPlan& plan, int64_t output_mask) {
+  const int64_t T = q.size(0);
+  check_like(op, "dout", dout, {T, plan.H, plan.D}, q.scalar_type(), q.device());
+  check_like(op, "out", out, {T, plan.H, plan.D}, q.scalar_type(), q.device());
+  check_like(op, "lse", lse, {T, plan.H}, wide_dtype(q), q.device());
+  check_range(op, "output_mask", output_mask, 0, 7);
+}
+
+// ---- on a GPU ----
+
+struct DevicePlan {
+  AttentionPlan plan;  // what is known without a value of a tensor
+  DeviceAttention on;
+  bool whole;  // every head of every row is active: then all of the results is written
+};
+
+DevicePlan make_device_plan(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads,
+                            const Text& unit, const OptionalTensor& extent, const Text& extent_per,
+                            const OptionalTensor& index, const OptionalTensor& cu_seqlens_q,
+                            const OptionalTensor& cu_seqlens_k, const OptionalTensor& k_start, bool causal,
+                            std::optional<double> scale) {
+  check_dim(op, "q", q, 3);
+  check_dim(op, "k", k, 3);
+  AttentionPlan plan = describe_heads(op, q, k, v, heads, unit.value, index, scale);
+  plan.causal = causal;
+  const int64_t T = q.size(0), S = k.size(0), B = count_sequences(op, cu_seqlens_q, cu_seqlens_k);
+  const ExtentShape shape = extent_shape(op, extent, extent_per, index, B, T);
+  const bool all_heads = heads == (plan.by_group ? plan.G : plan.M);
+  DevicePlan result{plan, DeviceAttention(plan), !extent && !index && !cu_seqlens_q && all_heads};
+  DeviceAttention& on = result.on;
+  AttentionCall& call = on.call;
+  call.B = B, call.T = T, call.S = S, call.queries_each = T;
+  const auto add_ends = [&](const char* name, const OptionalTensor& ends) -> const int64_t* {
+    if (ends) return on.add(op, name, *ends, {B + 1}, q);
+    if (B != 1) fail(op, ": ", name, " must have shape [", B + 1, "], got None");
+    return nullptr;
+  };
+  call.cu_seqlens_q = add_ends("cu_seqlens_q", cu_seqlens_q);
+  call.cu_seqlens_k = add_ends("cu_seqlens_k", cu_seqlens_k);
+  if (k_start) call.k_start = on.add(op, "k_start", *k_start, {B}, q);
+  if (extent) call.extent = on.add(op, "extent", *extent, {shape.count}, q);
+  call.extent_stride_b = shape.stride_b, call.extent_stride_t = shape.stride_t;
+  if (index) {
+    check_integers(op, "index", *index);
+    call.index = on.keep(sort_ascending(torch::stable::to(*index, ScalarType::Long)).first);
+  }
+  if (call.per_token() && T > 0) {
+    const Tensor keys = empty(q, {T}, ScalarType::Long);
+    on_gpu_of(op, q, [&](auto stream) {
+      head_attention_order_keys_cuda(call, mutable_data_of<int64_t>(keys), stream);
+    });
+    call.order = on.keep(sort_descending(keys).second);
+  }
+  return result;
+}
+
+template <class Call, class scalar_t>
+Call fill_call(const DevicePlan& device, const Tensor& q, const Tensor& k, const Tensor& v,
+               const scalar_t* out, const accumulate_t<scalar_t>* lse) {
+  auto call = attention_call<Call>(device.plan, device.on.call);
+  call.q = data_of<scalar_t>(q), call.q_stride_t = q.stride(0), call.q_stride_h = q.stride(1);
+  call.k = {data_of<scalar_t>(k), 0, k.stride(0), k.stride(1)};
+  call.v = {data_of<scalar_t>(v), 0, v.stride(0), v.stride(1)};
+  call.out = const_cast<scalar_t*>(out);  // the backward pass reads them only
+  call.lse = const_cast<accumulate_t<scalar_t>*>(lse);
+  return call;
+}
+
+std::tuple<Tensor, Tensor> forward_on_gpu(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                                          const DevicePlan& device) {
+  const Tensor q_ = check_rows(op, "q", q, q), k_ = check_rows(op, "k", k, q), v_ = check_rows(op, "v", v, q);
+  const std::vector<int64_t> shape{q.size(0), device.plan.H, device.plan.D};
+  const Tensor out = device.whole ? empty(q, shape) : zeros(q, shape);
+  Tensor lse = empty(q, {q.size(0), device.plan.H}, wide_dtype(q));
+  if (!device.whole) torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+  dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
+    const auto call = fill_call<HeadAttentionCall<scalar_t>>(device, q_, k_, v_, data_of<scalar_t>(out),
+                                                             data_of<accumulate_t<scalar_t>>(lse));
+    Workspace workspace(q);
+    on_gpu_of(op, q, [&](auto stream) { launch_head_attention(call, workspace, stream); });
+  });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_on_gpu(const char* op, const Tensor& dout, const Tensor& q,
+                                                   const Tensor& k, const Tensor& v, const Tensor& out,
+                                                   const Tensor& lse, const DevicePlan& device,
+                                                   int64_t output_mask) {
+  const AttentionPlan& plan = device.plan;
+  const int64_t T = q.size(0), S = k.size(0);
+  check_gradients(op, dout, q, out, lse, plan, output_mask);
+  const Tensor q_ = check_rows(op, "q", q, q), k_ = check_rows(op, "k", k, q), v_ = check_rows(op, "v", v, q);
+  const Tensor dout_ = torch::stable::contiguous(dout), lse_ = torch::stable::contiguous(lse);
+  const Tensor delta = empty(q, {T, plan.H}, wide_dtype(q));
+  const std::vector<int64_t> k_shape{S, plan.G, plan.D};
+  Tensor dq = wanted(q, output_mask, 0, {T, plan.H, plan.D}), dk = wanted(k, output_mask, 1, k_shape),
+         dv = wanted(v, output_mask, 2, k_shape);
+  dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
+    using acc_t = accumulate_t<scalar_t>;
+    auto call = fill_call<HeadAttentionBackwardCall<scalar_t>>(device, q_, k_, v_, data_of<scalar_t>(out),
+                                                               data_of<acc_t>(lse_));
+    call.dout = data_of<scalar_t>(dout_);
+    call.delta = mutable_data_of<acc_t>(delta);
+    if (output_mask & 1) call.dq = mutable_data_of<scalar_t>(dq);
+    if (output_mask & 2) call.dk = {mutable_data_of<scalar_t>(dk), 0, plan.G * plan.D, plan.D};
+    if (output_mask & 4) call.dv = {mutable_data_of<scalar_t>(dv), 0, plan.G * plan.D, plan.D};
+    Workspace workspace(q);
+    on_gpu_of(op, q, [&](auto stream) { launch_head_attention_backward(call, workspace, stream); });
+  });
+  return {dq, dk, dv};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> head_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads,
@@ -93,6 +217,10 @@ std::tuple<Tensor, Tensor> head_attention(const Tensor& q, const Tensor& k, cons
                                           bool causal, std::optional<double> scale) {
   constexpr auto op = "head_attention";
   const NoGrad no_grad;
+  if (runs_on_gpu(q))
+    return forward_on_gpu(op, q, k, v,
+                          make_device_plan(op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q,
+                                           cu_seqlens_k, k_start, causal, scale));
   const AttentionPlan plan = make_plan(op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q,
                                        cu_seqlens_k, k_start, causal, scale);
   const Tensor q_ = check_rows(op, "q", q, q), k_ = check_rows(op, "k", k, q), v_ = check_rows(op, "v", v, q);
@@ -115,18 +243,20 @@ std::tuple<Tensor, Tensor, Tensor> head_attention_backward(
     const OptionalTensor& k_start, bool causal, std::optional<double> scale, int64_t output_mask) {
   constexpr auto op = "head_attention_backward";
   const NoGrad no_grad;
+  if (runs_on_gpu(q))
+    return backward_on_gpu(op, dout, q, k, v, out, lse,
+                           make_device_plan(op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q,
+                                            cu_seqlens_k, k_start, causal, scale),
+                           output_mask);
   const AttentionPlan plan = make_plan(op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q,
                                        cu_seqlens_k, k_start, causal, scale);
   const int64_t T = q.size(0), S = k.size(0);
   const std::vector<int64_t> q_shape{T, plan.H, plan.D}, k_shape{S, plan.G, plan.D};
-  check_like(op, "dout", dout, {T, plan.H, plan.D}, q.scalar_type(), q.device());
-  check_like(op, "out", out, {T, plan.H, plan.D}, q.scalar_type(), q.device());
-  check_like(op, "lse", lse, {T, plan.H}, wide_dtype(q), q.device());
+  check_gradients(op, dout, q, out, lse, plan, output_mask);
   const Tensor q_ = check_rows(op, "q", q, q), k_ = check_rows(op, "k", k, q), v_ = check_rows(op, "v", v, q);
   const Tensor dout_ = torch::stable::contiguous(dout), out_ = torch::stable::contiguous(out);
   const Tensor lse_ = torch::stable::contiguous(lse);
   const Tensor delta = delta_for(q, plan);
-  check_range(op, "output_mask", output_mask, 0, 7);
   Tensor dq = wanted(q, output_mask, 0, q_shape), dk = wanted(k, output_mask, 1, k_shape),
          dv = wanted(v, output_mask, 2, k_shape);
   dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {

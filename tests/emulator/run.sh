@@ -8,9 +8,10 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 
-adversaries="ahead behind" seeds=20 sanitized=yes
+adversaries="ahead behind" seeds=20 sanitized=yes part=
 if [[ "${1:-}" == --quick ]]; then
   adversaries=ahead seeds=1 sanitized=no
+  part=" and (tiles or sm90)" # the files whose tests fill several tiles
 elif (($# > 0)); then
   echo "run.sh: the argument must be --quick or nothing, got $*" >&2
   exit 2
@@ -31,7 +32,7 @@ for kernel in csrc/kernels/*_cuda.cu; do
   fi
 done
 # Tracing, numeric derivatives and refusals launch the same kernels again or none at all: once is enough.
-ordered="($ops) and not (gradcheck or opcheck or compil or exports or autocast or bad_arguments)"
+ordered="($ops) and not (gradcheck or opcheck or compil or exports or autocast or bad_arguments)$part"
 
 # check NAME ARGUMENTS: one run of pytest, one line.
 check() {

@@ -458,6 +458,7 @@ const std::vector<Word>& words() {
       {"wgmma_n256", check_wgmma<bf16, 256, kK, k128, kK, k128>},
       {"wgmma_registers", check_wgmma<bf16, 128, kK, k128, kK, k128, true>},
       {"wgmma_registers_columns", check_wgmma<fp16, 64, kK, k128, kMN, k128, true>},
+      {"wgmma_registers_columns_n96", check_wgmma<bf16, 96, kK, k128, kMN, k64, true>},
       {"wgmma_columns_b", check_wgmma<bf16, 128, kK, k128, kMN, k128>},
       {"wgmma_columns_both", check_wgmma<bf16, 256, kMN, k128, kMN, k128>},
       {"wgmma_swizzle_64", check_wgmma<bf16, 64, kK, k64, kMN, k64>},

@@ -154,3 +154,14 @@ def test_gradients_read_what_extents_allow(side, dtype):
         if previous:
             assert of_weight["bytes_read"] < previous
         previous = of_weight["bytes_read"]
+
+
+@pytest.mark.parametrize("rows", [72, 192, 1088])
+def test_no_block_of_the_weights_gradient_is_written_from_another(rows):
+    T, K, blocks = 20, 72, 2
+    x, weight = (torch.randn(n, K, dtype=torch.bfloat16) for n in (T, blocks * rows))
+    dy = torch.randn(T, blocks * rows, dtype=torch.bfloat16)
+    emulator.reset()
+    torch.ops.flextron.elastic_linear_backward(dy, x, weight, None, K, rows, None, None, 1, blocks, 2)
+    (launch,) = emulator.counters()
+    assert launch["bytes_written"] == blocks * rows * K * 2

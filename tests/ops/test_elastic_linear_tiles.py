@@ -13,6 +13,7 @@ SHAPES = {
     "one block": dict(T=270, kx=328, kw=328, nw=392, in_features=328, out_features=392),
     "used in part": dict(T=70, kx=200, kw=216, nw=280, in_features=195, out_features=272),
     "blocks": dict(T=140, kx=104, kw=120, nw=152, in_features=100, out_features=144, ib=2, ob=3),
+    "tall blocks": dict(T=20, kx=72, kw=72, nw=1088, in_features=72, out_features=1080, ob=2),
     "odd": dict(T=70, kx=101, kw=103, nw=137, in_features=99, out_features=133, ib=2, ob=2),
     "decode": dict(T=19, kx=520, kw=520, nw=136, in_features=520, out_features=133, ib=2),
 }
@@ -62,26 +63,67 @@ def test_values(shape, side, dtype, device):
     assert_no_worse(ours, plain, exact, shape, dtype)
 
 
+def gradients(x, weight, bias, arguments, dy, run=elastic_linear):
+    leaves = [value.detach().requires_grad_() for value in (x, weight, bias)]
+    return torch.autograd.grad(run(*leaves, **arguments), leaves, dy.to(x.dtype))
+
+
+@each_shape
+@each_side
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_gradients(shape, side, dtype, device):
+    x, weight, bias, arguments = make(shape, side, device, dtype)
+    dy = torch.randn(len(x), arguments["out_blocks"] * arguments["out_features"], device=device)
+    dy = dy.to(dtype).double()
+    ours = gradients(x, weight, bias, arguments, dy)
+    plain = gradients(x, weight, bias, arguments, dy, reference.elastic_linear)
+    wide = [value.double() for value in (x, weight, bias)]
+    exact = gradients(*wide, arguments, dy, reference.elastic_linear)
+    for name, *values in zip(("x", "weight", "bias"), ours, plain, exact, strict=True):
+        assert_no_worse(*values, f"{shape}, gradient of {name}", dtype)
+
+
+def inside_of(x, weight, arguments):
+    """Which entries of x, of the weight and of the bias some extent reaches, and which of y."""
+    T, ib, ob = len(x), arguments["in_blocks"], arguments["out_blocks"]
+    inputs, outputs = (
+        arguments.get(name + "_extent", torch.full((T,), arguments[name + "_features"], device=x.device))
+        for name in ("in", "out")
+    )
+    columns = used(weight.shape[1], ib, inputs.amax(0, keepdim=True))
+    rows = used(weight.shape[0], ob, outputs.amax(0, keepdim=True))[0]
+    y = used(ob * arguments["out_features"], ob, outputs)
+    return (used(x.shape[1], ib, inputs), columns & rows[:, None], rows), y
+
+
+@each_shape
+@each_side
+def test_gradients_use_nothing_beyond_an_extent(shape, side, device):
+    """NaN in everything there, the gradient of y too, gives what zeros give, and zeros there."""
+    x, weight, bias, arguments = make(shape, side, device)
+    inside, inside_y = inside_of(x, weight, arguments)
+    dy = torch.where(inside_y, torch.randn(inside_y.shape, device=device), torch.nan)
+    poisoned = [
+        torch.where(keep, value, torch.nan) for value, keep in zip((x, weight, bias), inside, strict=True)
+    ]
+    ours = gradients(*poisoned, arguments, dy)
+    clean = gradients(*(value.nan_to_num(0.0) for value in poisoned), arguments, dy.nan_to_num(0.0))
+    for mine, expected, keep in zip(ours, clean, inside, strict=True):
+        assert torch.equal(mine, expected) and not mine[~keep].any()
+
+
 @each_shape
 @each_side
 def test_nothing_beyond_an_extent_is_used(shape, side, device):
     """NaN there, and what it gives equals what zeros give."""
     x, weight, bias, arguments = make(shape, side, device)
-    T, ib, ob = len(x), arguments["in_blocks"], arguments["out_blocks"]
-    inputs, outputs = (
-        arguments.get(name + "_extent", torch.full((T,), arguments[name + "_features"], device=device))
-        for name in ("in", "out")
-    )
-    inside_x = used(x.shape[1], ib, inputs)
-    columns = used(weight.shape[1], ib, inputs.amax(0, keepdim=True))
-    rows = used(weight.shape[0], ob, outputs.amax(0, keepdim=True))[0]
-    inside = (inside_x, columns & rows[:, None], rows)
+    inside, inside_y = inside_of(x, weight, arguments)
     poisoned = [
         torch.where(keep, value, torch.nan) for value, keep in zip((x, weight, bias), inside, strict=True)
     ]
     y = elastic_linear(*poisoned, **arguments)
     assert torch.equal(y, elastic_linear(*(value.nan_to_num(0.0) for value in poisoned), **arguments))
-    assert not y[~used(y.shape[1], ob, outputs)].any()
+    assert not y[~inside_y].any()
 
 
 @each_shape

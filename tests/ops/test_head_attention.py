@@ -9,12 +9,14 @@ import sys
 
 import pytest
 import torch
+from emulator import build as emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flextron.testing.numerics import assert_no_worse
 from flextron_ext import head_attention, reference
 
+KERNELS = emulator.loaded()  # our CUDA kernels for CPU tensors, not the host's loops
 UNITS = ["kv_group", "query"]
 RATIOS = [1, 3, 4, 7, 8]  # query heads per group
 
@@ -442,27 +444,56 @@ def ints(*values):
             r"extent must have shape \[6\], got \[2\]",
         ),
         ({"extent": torch.ones(1)}, TypeError, "extent must be int32, int64, got float32"),
-        ({"extent": ints(3)}, RuntimeError, r"extent must lie in \[0, 2\], got 3"),
-        ({"extent": ints(-1)}, RuntimeError, r"extent must lie in \[0, 2\], got -1"),
-        ({"index": ints(0, 4)}, RuntimeError, r"index must lie in \[0, 3\], got 4"),
-        ({"index": ints(1, 1)}, RuntimeError, "index must name each head once, got 1 twice"),
         ({"index": ints(1)}, ValueError, r"heads must lie in \[1, 1\], got 2"),
         ({"index": ints(0, 1), "extent": ints(1)}, ValueError, "extent must be None when index is given"),
         ({"k_start": ints(0, 0)}, ValueError, r"k_start must have shape \[1\], got \[2\]"),
-        ({"k_start": ints(7)}, RuntimeError, r"k_start must lie in \[0, 6\], got 7"),
         ({"cu_seqlens_q": ints(0, 3, 6)}, ValueError, r"cu_seqlens_k must have shape \[3\], got None"),
-        ({"cu_seqlens_q": ints(1, 6)}, RuntimeError, "cu_seqlens_q must start with 0, got 1"),
-        ({"cu_seqlens_q": ints(0, 7)}, RuntimeError, r"cu_seqlens_q must lie in \[0, 6\], got 7"),
-        (
-            {"cu_seqlens_q": ints(0, 5, 3), "cu_seqlens_k": ints(0, 3, 6)},
-            RuntimeError,
-            "cu_seqlens_q must not decrease, got 3 after 5",
-        ),
     ],
 )
 def test_bad_arguments_are_named(changes, error, message):
     with pytest.raises(error, match=f"head_attention: {message}"):
         head_attention(**bad(**changes))
+
+
+# A wrong value, the sentence about it, and what a kernel takes for it where anything is promised.
+WRONG_VALUES = [
+    ({"extent": ints(3)}, r"extent must lie in \[0, 2\], got 3", {"extent": ints(2)}),
+    ({"extent": ints(-1)}, r"extent must lie in \[0, 2\], got -1", {"extent": ints(0)}),
+    (
+        {"extent": ints(3, -1, 1, 9, 2, 0), "extent_per": "token"},
+        r"extent must lie in \[0, 2\], got 3",
+        {"extent": ints(2, 0, 1, 2, 2, 0), "extent_per": "token"},
+    ),
+    ({"index": ints(0, 4)}, r"index must lie in \[0, 3\], got 4", {"index": ints(0, 3)}),
+    ({"index": ints(1, 1)}, "index must name each head once, got 1 twice", None),
+    ({"k_start": ints(7)}, r"k_start must lie in \[0, 6\], got 7", {"k_start": ints(6)}),
+    ({"k_start": ints(-7)}, r"k_start must lie in \[0, 6\], got -7", {"k_start": ints(0)}),
+    ({"cu_seqlens_q": ints(1, 6)}, "cu_seqlens_q must start with 0, got 1", None),
+    ({"cu_seqlens_q": ints(0, 7)}, r"cu_seqlens_q must lie in \[0, 6\], got 7", {"cu_seqlens_q": ints(0, 6)}),
+    (
+        {"cu_seqlens_q": ints(0, 5, 3), "cu_seqlens_k": ints(0, 3, 6)},
+        "cu_seqlens_q must not decrease, got 3 after 5",
+        {"cu_seqlens_q": ints(0, 5, 5), "cu_seqlens_k": ints(0, 3, 6)},
+    ),
+    (
+        {"cu_seqlens_q": ints(0, 6, 0, 6, 0, 6, 0), "cu_seqlens_k": ints(0, 6, 0, 6, 0, 6, 0)},
+        "cu_seqlens_q must not decrease, got 0 after 6",
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize("changes, message, taken", WRONG_VALUES, ids=[row[1][:30] for row in WRONG_VALUES])
+def test_a_wrong_value_is_refused_where_the_host_reads_it(changes, message, taken):
+    """And moved into its range where it does not: a kernel never reads or writes beside its tensors."""
+    arguments = bad()
+    if not KERNELS:
+        with pytest.raises(RuntimeError, match=f"head_attention: {message}"):
+            head_attention(**arguments | changes)
+        return
+    ours = head_attention(**arguments | changes)
+    if taken is not None:
+        assert torch.equal(ours, head_attention(**arguments | taken))
 
 
 def test_the_op_itself_checks_shapes():

@@ -97,9 +97,12 @@ __device__ __forceinline__ void cluster_wait(FLEXTRON_SITE) {
 
 // A launch with `programmatic` set may start before the one ahead of it in the stream has ended: it reads
 // what that one wrote only after wait. launch_dependents lets the next one start.
+// Nothing on older GPUs, where no launch is programmatic.
 __device__ __forceinline__ void grid_dependency_wait(FLEXTRON_SITE) {
+#if defined(FLEXTRON_EMULATE) || __CUDA_ARCH__ >= 900
   FLEXTRON_INSTRUCTION(asm volatile("griddepcontrol.wait;" :: : "memory"),
                        emulator::grid_dependency_wait(site));
+#endif
 }
 __device__ __forceinline__ void grid_launch_dependents(FLEXTRON_SITE) {
   FLEXTRON_INSTRUCTION(asm volatile("griddepcontrol.launch_dependents;" :: : "memory"),

@@ -77,6 +77,8 @@ enum class Major : int { kK = 0, kMN = 1 };
       "+f"(d.data[i + 5]), "+f"(d.data[i + 6]), "+f"(d.data[i + 7])
 #define FLEXTRON_D_TEXT_64 FLEXTRON_TEXT_0 ", " FLEXTRON_TEXT_8 ", " FLEXTRON_TEXT_16 ", " FLEXTRON_TEXT_24
 #define FLEXTRON_D_64 FLEXTRON_OUT(0), FLEXTRON_OUT(8), FLEXTRON_OUT(16), FLEXTRON_OUT(24)
+#define FLEXTRON_D_TEXT_96 FLEXTRON_D_TEXT_64 ", " FLEXTRON_TEXT_32 ", " FLEXTRON_TEXT_40
+#define FLEXTRON_D_96 FLEXTRON_D_64, FLEXTRON_OUT(32), FLEXTRON_OUT(40)
 #define FLEXTRON_D_TEXT_128 \
   FLEXTRON_D_TEXT_64 ", " FLEXTRON_TEXT_32 ", " FLEXTRON_TEXT_40 ", " FLEXTRON_TEXT_48 ", " FLEXTRON_TEXT_56
 #define FLEXTRON_D_128 FLEXTRON_D_64, FLEXTRON_OUT(32), FLEXTRON_OUT(40), FLEXTRON_OUT(48), FLEXTRON_OUT(56)
@@ -110,6 +112,7 @@ enum class Major : int { kK = 0, kMN = 1 };
   if constexpr (N == 256) FLEXTRON_WGMMA_SS(type, 256, "%128", "%129", "%130", "%131", "%132");
 #define FLEXTRON_WGMMA_RS_OF(type)                                                                       \
   if constexpr (N == 64) FLEXTRON_WGMMA_RS(type, 64, "%32", "%33", "%34", "%35", "%36", "%37", "%38");   \
+  if constexpr (N == 96) FLEXTRON_WGMMA_RS(type, 96, "%48", "%49", "%50", "%51", "%52", "%53", "%54");   \
   if constexpr (N == 128) FLEXTRON_WGMMA_RS(type, 128, "%64", "%65", "%66", "%67", "%68", "%69", "%70"); \
   if constexpr (N == 256)                                                                                \
     FLEXTRON_WGMMA_RS(type, 256, "%128", "%129", "%130", "%131", "%132", "%133", "%134");
@@ -133,7 +136,7 @@ template <class scalar_t, int N, Major major_b = Major::kK>
 __device__ __forceinline__ void wgmma(Registers<float, N / 2>& d, const Registers<uint32_t, 4>& a_,
                                       uint64_t b_, int accumulate FLEXTRON_AND_SITE) {
   constexpr bool is_bf16 = std::is_same_v<scalar_t, bf16>;
-  static_assert((is_bf16 || std::is_same_v<scalar_t, fp16>) && (N == 64 || N == 128 || N == 256));
+  static_assert((is_bf16 || std::is_same_v<scalar_t, fp16>) && (N == 64 || N == 96 || N == 128 || N == 256));
   FLEXTRON_INSTRUCTION(
       if constexpr (is_bf16) { FLEXTRON_WGMMA_RS_OF("bf16") } else {FLEXTRON_WGMMA_RS_OF("f16")},
       emulator::wgmma(is_bf16, N, d.data, a_.data, 0, false, b_, major_b == Major::kMN, accumulate, site));
