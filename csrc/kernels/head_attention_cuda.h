@@ -76,7 +76,7 @@ void head_attention_sm90(const HeadAttentionCall<scalar_t>& call, const Attentio
                          CUstream_st* stream);
 
 // A few queries a sequence against a cache, split over its keys; any GPU of sm_80 and up. `partial` has room
-// for head_attention_decode_partial(call) elements of acc_t.
+// for head_attention_decode_partial(call) elements of acc_t. lse is not written.
 template <class scalar_t>
 int64_t head_attention_decode_partial(const HeadAttentionCall<scalar_t>& call);
 template <class scalar_t>

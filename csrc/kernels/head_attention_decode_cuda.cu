@@ -167,12 +167,6 @@ __device__ __forceinline__ acc_t base_of(acc_t maximum) {
   return maximum == lowest<acc_t>() ? acc_t(0) : maximum;
 }
 
-// Of scores in base 2 to the natural logarithm.
-template <class acc_t>
-__device__ __forceinline__ acc_t lse_of(acc_t maximum, acc_t sum) {
-  return sum == acc_t(0) ? lowest<acc_t>() : (maximum + std::log2(sum)) * acc_t(0.69314718055994530942);
-}
-
 template <class scalar_t>
 __device__ __forceinline__ accumulate_t<scalar_t> scale_of(const HeadAttentionCall<scalar_t>& call) {
   return call.scale * accumulate_t<scalar_t>(1.44269504088896340736);
@@ -479,7 +473,6 @@ __global__ __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2) void head_attention_
         const float divisor = sum == 0 ? 1 : sum;
         out = make_float4(out.x / divisor, out.y / divisor, out.z / divisor, out.w / divisor);
         if (count > 0) store_four(call.out + at * call.D + 4 * lane, out, count);
-        if (call.lse && lane == 0) store_global(call.lse + at, lse_of(maximum, sum));
       } else {
         float* const to = partial + partials.at(at, unit.chunk);
         if (count > 0) store_global(reinterpret_cast<float4*>(to + 4) + lane, out);
@@ -606,15 +599,10 @@ __global__ __launch_bounds__(kThreads) void head_attention_decode_plain_kernel(
       for (int distance = 1; distance < 32; distance *= 2) sum[r] += __shfl_xor_sync(~0u, sum[r], distance);
       if (lane > 0 || first + r >= unit.rows) continue;
       shared.factor[first + r] = only && sum[r] != acc_t(0) ? acc_t(1) / sum[r] : acc_t(1);
-      if (unit.part > 0) continue;
-      const int64_t at = shared.row_at[first + r];
-      if (!only) {
-        acc_t* const to = partial + partials.at(at, unit.chunk);
-        store_global(to, maximum[r]);
-        store_global(to + 1, sum[r]);
-      } else if (call.lse) {
-        store_global(call.lse + at, lse_of(maximum[r], sum[r]));
-      }
+      if (only || unit.part > 0) continue;
+      acc_t* const to = partial + partials.at(shared.row_at[first + r], unit.chunk);
+      store_global(to, maximum[r]);
+      store_global(to + 1, sum[r]);
     }
     __syncthreads();
     if (column >= call.D) return;
@@ -681,7 +669,6 @@ __global__ __launch_bounds__(kThreads) void head_attention_decode_combine_kernel
     }
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-    if (call.lse && lane == 0) store_global(call.lse + row, lse_of(maximum, sum));
     const acc_t divisor = sum == acc_t(0) ? acc_t(1) : sum;
 
     for (int64_t begin = 0; begin < call.D; begin += 32 * Sums::kCount) {

@@ -57,7 +57,8 @@ def head_attention(
         where a head is inactive or sees no key. lse has no gradient.
 
     Raises:
-        TypeError: a dtype is wrong. ValueError: a shape, unit or heads is. RuntimeError: a tensor's value is.
+        TypeError: a dtype is wrong. ValueError: a shape, unit or heads is. RuntimeError: a tensor's value is,
+            on the CPU; on a GPU, where the host reads none, a value out of range is moved into it.
     """
     _check(q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start)
     out, lse = torch.ops.flextron.head_attention(

@@ -48,7 +48,8 @@ def head_attention_decode(
         out: [B, T, H, D], the dtype of q.
 
     Raises:
-        TypeError: a dtype is wrong. ValueError: a shape, unit or heads is. RuntimeError: a tensor's value is.
+        TypeError: a dtype is wrong. ValueError: a shape, unit or heads is. RuntimeError: a tensor's value is,
+            on the CPU; on a GPU, where the host reads none, a value out of range is moved into it.
     """
     _check(q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start)
     return torch.ops.flextron.head_attention_decode(
