@@ -4,7 +4,7 @@
 #   --dry-run           prints the steps and their limits, and does nothing
 #   --pack [VERSION]    on the machine that has the build and a network: puts into build/gpu what a machine without
 #                       a network lacks: the op library, its sources' checksum, the commit, and wheels for that Python
-#                       (3.12 by default). About 10 MiB; copy it there with the repository.
+#                       (3.12 by default). About 35 MiB; copy it there with the repository.
 #
 # The machine needs nvcc, cmake, ninja, a C++ compiler and a python3 with a CUDA build of torch (PYTHON= names
 # another). Nothing is installed: wheels are unpacked in build/gpu/site. The packed op library has no Python in it and
