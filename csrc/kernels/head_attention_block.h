@@ -1,7 +1,5 @@
 // The loops of head_attention and head_attention_decode on a CPU. Included once by each file that is compiled
-// for one instruction set. All of it is in an anonymous namespace and calls no inline function of another
-// header: what is compiled for AVX2 here cannot be picked by the linker for the path that must run without
-// it.
+// for one instruction set, and all in an anonymous namespace: vector.h says why.
 //
 // Scores are kept transposed, [keys][rows]: a row is one active (query, head) pair of the item, so a vector
 // holds the same key for several rows, softmax needs no sum across a vector, and K and V are used as they lie
@@ -11,59 +9,10 @@
 #include <cstdint>
 
 #include "kernels/head_attention.h"
+#include "kernels/vector.h"
 
 namespace flextron {
 namespace {
-
-using i64 = int64_t;
-
-constexpr i64 kLine = 64;  // bytes
-#ifdef __AVX2__
-constexpr i64 kVectorBytes = 32;
-#else
-constexpr i64 kVectorBytes = 16;
-#endif
-
-template <class T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(kVectorBytes), may_alias));
-};
-template <class T>
-using Vec = typename VectorOf<T>::type;
-template <class T>
-constexpr i64 kLanes = kVectorBytes / i64(sizeof(T));
-
-template <class T>
-inline T smaller(T a, T b) {
-  return b < a ? b : a;
-}
-template <class T>
-inline T larger(T a, T b) {
-  return a < b ? b : a;
-}
-
-template <class A>
-inline Vec<A> load(const A* x) {
-  return *reinterpret_cast<const Vec<A>*>(x);
-}
-template <class A>
-inline void store(A* x, Vec<A> v) {
-  *reinterpret_cast<Vec<A>*>(x) = v;
-}
-
-// Length of a row of n elements in scratch: whole lines, and an odd number of them, so that a column of a
-// power of two does not fall into one set of the cache.
-template <class A>
-inline i64 padded(i64 n) {
-  const i64 line = kLine / i64(sizeof(A));
-  return ((n + line - 1) / line | 1) * line;
-}
-
-// The part of a padded row that holds n elements, in whole vectors: what the loops touch.
-template <class A>
-inline i64 in_vectors(i64 n) {
-  return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-}
 
 // Hands out pieces of the scratch; with a null base it only counts them.
 struct Arena {
@@ -77,70 +26,6 @@ struct Arena {
     return reinterpret_cast<T*>(at);
   }
 };
-
-// -- conversions: written out again, for those of core are inline functions that every file shares --
-
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
-inline float widen(fp16 x) {
-  const uint32_t w = uint32_t(x.bits) << 16, sign = w & 0x80000000u, twice = w + w;
-  const float normal = __builtin_bit_cast(float, (twice >> 4) + (0xE0u << 23)) * 0x1.0p-112f;
-  const float subnormal = __builtin_bit_cast(float, (twice >> 17) | (126u << 23)) - 0.5f;
-  const uint32_t magnitude = __builtin_bit_cast(uint32_t, twice < (1u << 27) ? subnormal : normal);
-  return __builtin_bit_cast(float, sign | magnitude);
-}
-
-inline void narrow(float x, float* y) { *y = x; }
-inline void narrow(double x, double* y) { *y = x; }
-inline void narrow(float x, bf16* y) {  // to nearest even
-  const uint32_t w = __builtin_bit_cast(uint32_t, x);
-  y->bits = x != x ? 0x7FC0 : uint16_t((w + 0x7FFFu + ((w >> 16) & 1u)) >> 16);
-}
-inline void narrow(float x, fp16* y) {  // to nearest even, by the rounding of a float sum
-  const uint32_t w = __builtin_bit_cast(uint32_t, x), twice = w + w, sign = w & 0x80000000u;
-  const float magnitude = __builtin_bit_cast(float, w & 0x7FFFFFFFu);
-  const uint32_t bias = larger(twice & 0xFF000000u, 0x71000000u);
-  const float sum =
-      __builtin_bit_cast(float, (bias >> 1) + 0x07800000u) + magnitude * 0x1.0p+112f * 0x1.0p-110f;
-  const uint32_t bits = __builtin_bit_cast(uint32_t, sum);
-  const uint32_t rest = ((bits >> 13) & 0x7C00u) + (bits & 0x0FFFu);
-  y->bits = uint16_t((sign >> 16) | (twice > 0xFF000000u ? 0x7E00u : rest));
-}
-
-template <class A, class scalar_t>
-inline void widen_row(A* __restrict to, const scalar_t* __restrict from, i64 n, i64 n_padded) {
-  for (i64 i = 0; i < n; ++i) to[i] = widen(from[i]);
-  for (i64 i = n; i < n_padded; ++i) to[i] = A(0);
-}
-
-// -- exp: 2^n times a polynomial (Cephes), 1 ulp; 0 below the smallest normal number; NaN stays NaN --
-
-inline Vec<float> vec_exp(Vec<float> x) {
-  typedef int32_t IntVec __attribute__((vector_size(kVectorBytes), may_alias));
-  const Vec<float> zero = {}, low = zero - 87.3f, high = zero + 88.3f, input = x;
-  x = x < low ? low : x;
-  x = x > high ? high : x;
-  const Vec<float> shift = zero + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec<float> shifted = x * 1.44269504088896341f + shift;
-  const Vec<float> n = shifted - shift;
-  const Vec<float> r = x - n * 0.693359375f - n * -2.12194440e-4f;
-  Vec<float> y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.0f;
-  const IntVec power = ((IntVec)shifted - (IntVec)shift + 127) << 23;
-  y = y * (Vec<float>)power;
-  return input < low ? zero : y;
-}
-inline Vec<double> vec_exp(Vec<double> x) {
-  for (i64 i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
-  return x;
-}
-inline float log_of(float x) { return __builtin_logf(x); }
-inline double log_of(double x) { return __builtin_log(x); }
 
 // -- products: C[i, n] (+)= sum_k A[i * a_row + k * a_col] B[k, n]. C and B are padded to whole lines in n.
 // --
