@@ -107,8 +107,8 @@ def test_cached_decoding(family: str, gqa: str, unit: str) -> None:
         plain = extract(model)
         ours, theirs, whole = ElasticCache(), DynamicCache(), plain(x).logits
         for start, end in ((0, 6), (6, 7), (7, 10)):
-            a = model(x[:, start:end], past_key_values=ours).logits
-            b = plain(x[:, start:end], past_key_values=theirs).logits
+            a = model(x[:, start:end], cache=ours).logits
+            b = plain(x[:, start:end], cache=theirs).logits
             assert close(b, whole[:, start:end]) and close(a, b)
 
 
@@ -226,7 +226,7 @@ def test_padded_widths_load_in_stock_transformers(tmp_path: Path, family: str, g
         assert sum(p.numel() for p in plain.parameters()) == c.params(widest) == report["params"]
     assert (plain.model.layers[0].mlp.up_proj.weight[widths.mlp[0] :] == 0).all()
     cache = DynamicCache()
-    steps = [plain(part, past_key_values=cache).logits for part in tokens().split(4, dim=1)]
+    steps = [plain(part, cache=cache).logits for part in tokens().split(4, dim=1)]
     assert close(torch.cat(steps, 1), model(tokens()).logits)
 
 

@@ -117,7 +117,7 @@ def test_cached_decode_equals_the_full_pass(gqa, kv, unit):
             (9, 19),
             (19, 20),
         ]:  # prompt, single tokens, a few, a chunk
-            steps.append(model(ids[:, a:b], past_key_values=cache).logits)
+            steps.append(model(ids[:, a:b], cache=cache).logits)
     assert relative(torch.cat(steps, 1), full) < 1e-5
     assert cache.get_seq_length() == 20
     stored = [layer.keys.shape[2] for layer in cache.layers]
@@ -129,9 +129,9 @@ def test_gradients_flow_through_cached_decode():
     model.set_widths(mixed(model.elastic))
     full = torch.autograd.grad(model(ids, use_cache=False).logits[:, -1].sum(), list(model.parameters()))
     cache = ElasticCache()
-    model(ids[:, :5], past_key_values=cache)
+    model(ids[:, :5], cache=cache)
     step = torch.autograd.grad(
-        model(ids[:, 5:], past_key_values=cache).logits[:, -1].sum(), list(model.parameters())
+        model(ids[:, 5:], cache=cache).logits[:, -1].sum(), list(model.parameters())
     )
     for a, b in zip(step, full, strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
@@ -184,16 +184,16 @@ def test_selected_cache_goes_down_but_not_up():
         cache = ElasticCache()
         with torch.no_grad():
             model.set_widths(c.uniform(1, 2), kv)
-            model(ids[:, :6], past_key_values=cache)
+            model(ids[:, :6], cache=cache)
             model.set_widths(c.uniform(1, 0), kv)
-            outputs[kv] = model(ids[:, 6:9], past_key_values=cache).logits
+            outputs[kv] = model(ids[:, 6:9], cache=cache).logits
             model.set_widths(c.uniform(1, 2), kv)
             if kv == "all":
-                model(ids[:, 9:], past_key_values=cache)
+                model(ids[:, 9:], cache=cache)
                 assert cache.get_seq_length() == 12
                 continue
             with pytest.raises(ValueError, match="more key/value groups than the cache holds, got 3 for 1"):
-                model(ids[:, 9:], past_key_values=cache)
+                model(ids[:, 9:], cache=cache)
             assert cache.get_seq_length() == 9  # refused before anything was appended
     assert relative(outputs["selected"], outputs["all"]) < 1e-6
 
@@ -207,11 +207,11 @@ def test_raising_a_budget_with_all_kv_equals_one_pass_with_mixed_tokens():
     with torch.no_grad():
         cache = ElasticCache()
         model.set_widths(small, "all")
-        model(ids[:, :6], past_key_values=cache)
+        model(ids[:, :6], cache=cache)
         stored = cache.layers[0].keys[:, :6].clone()
         model.set_widths(full, "all")
         whole = ElasticCache()
-        model(ids[:, :6], past_key_values=whole)
+        model(ids[:, :6], cache=whole)
     assert torch.equal(
         stored, whole.layers[0].keys[:, :6]
     )  # layer 0 reads the embeddings: its K/V know no width
@@ -279,10 +279,10 @@ def test_what_is_not_supported_is_refused():
         make_elastic(model)
     with pytest.raises(ValueError, match="config must describe the model, got num_heads=8"):
         make_elastic(small_model("llama", "1:1"), model.elastic)
-    with pytest.raises(TypeError, match="past_key_values must be an ElasticCache, got DynamicCache"):
+    with pytest.raises(TypeError, match="cache must be an ElasticCache, got DynamicCache"):
         from transformers import DynamicCache
 
-        model(tokens(), past_key_values=DynamicCache())
+        model(tokens(), cache=DynamicCache())
 
 
 def test_parameter_count_of_full_width_is_the_parents():
@@ -350,7 +350,7 @@ def test_estimated_bytes_are_those_that_are_held(unit, kv):
     model.set_widths(widths, kv)
     cache = ElasticCache()
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
     cached = sum(2 * x.keys[:, : x.length].numel() for x in cache.layers)
     weights = c.params(widths, kv)
     assert c.memory_bytes(widths, batch=2, context=12, bytes_per_value=2, kv=kv) == 2 * (weights + cached)

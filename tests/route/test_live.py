@@ -88,7 +88,7 @@ def test_decoding_leaves_the_cache_as_it_was(model):
     model.set_widths(config.full())
     seen = []
     handle = model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["past_key_values"].get_seq_length()), with_kwargs=True
+        lambda _, args, kwargs: seen.append(kwargs["cache"].get_seq_length()), with_kwargs=True
     )
     run = _whole_model(model, config.full(), WORKLOADS[1])
     for _ in range(3):

@@ -55,7 +55,7 @@ class ElasticAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states [B, T, K]; attention_mask None or [B], the first key each sequence may see."""
@@ -75,9 +75,9 @@ class ElasticAttention(nn.Module):
         q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
 
         cached = 0
-        if past_key_values is not None:
-            cached = past_key_values.get_seq_length(self.layer_idx)
-            keys, values = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+        if cache is not None:
+            cached = cache.get_seq_length(self.layer_idx)
+            keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             if cached:
                 k, v = keys.transpose(1, 2), values.transpose(1, 2)
         k, v = k[:, :, :used], v[:, :, :used]

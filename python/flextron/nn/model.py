@@ -18,7 +18,7 @@ from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.families import elastic_config, family_of
 
 KV_MODES = ("selected", "all")
-_PAST = 3  # place of past_key_values among the arguments of a causal LM's forward, in every family
+_CACHE = 3  # place of cache among the arguments of a causal LM's forward, in every family
 
 
 class ElasticLayer(NamedTuple):
@@ -164,9 +164,15 @@ class ElasticModel:
             )
         asked = (kwargs.get("use_cache"), settings.use_cache, self.config.use_cache, True)
         kwargs["use_cache"] = next(bool(wanted) for wanted in asked if wanted is not None)
-        if kwargs["use_cache"] and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = ElasticCache()
+        if kwargs["use_cache"] and _given_cache(kwargs) is None:
+            kwargs["cache"] = ElasticCache()
         return super().generate(*args, **kwargs)
+
+
+def _given_cache(kwargs: dict[str, Any]) -> Any:
+    """The cache among a call's arguments; transformers still takes its old name too, with a warning."""
+    past = kwargs.get("cache")
+    return kwargs.get("past_key_values") if past is None else past
 
 
 def _guard_cache(
@@ -177,14 +183,14 @@ def _guard_cache(
         raise NotImplementedError(
             "flextron: output_attentions must be False, the weights are never materialised"
         )
-    past = args[_PAST] if len(args) > _PAST else kwargs.get("past_key_values")
+    past = args[_CACHE] if len(args) > _CACHE else _given_cache(kwargs)
     wants = kwargs.get("use_cache")
     wants = model.config.use_cache if wants is None else wants
     if past is None and wants:
-        kwargs["past_key_values"] = ElasticCache()
+        kwargs["cache"] = ElasticCache()
     elif past is not None:
         if not isinstance(past, ElasticCache):
-            raise TypeError(f"flextron: past_key_values must be an ElasticCache, got {type(past).__name__}")
+            raise TypeError(f"flextron: cache must be an ElasticCache, got {type(past).__name__}")
         past.check([model.elastic.kv_heads(n, model.kv) for n in model.widths.heads])
     return args, kwargs
 

@@ -51,7 +51,7 @@ def probe(
 
     @torch.no_grad()
     def run() -> None:
-        module(x, embeddings, past_key_values=cache)
+        module(x, embeddings, cache=cache)
         if cache is not None:
             cache.layers[layer].crop(-1)
 

@@ -506,7 +506,7 @@ def _whole_model(model: Any, widths: Widths, workload: Workload) -> Callable[[],
 
     @torch.no_grad()
     def run() -> None:
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids, cache=cache, use_cache=True, logits_to_keep=1)
         for layer in cache.layers:
             layer.crop(-1)
 
