@@ -23,6 +23,11 @@ constexpr const char* kSchemas[] = {
     "Tensor? b_up, Tensor? b_down, SymInt width, str activation, Tensor? extent, Tensor? gate, int[]? "
     "choices, "
     "int output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "packed_linear(Tensor x, Tensor panels, Tensor? scales, Tensor? bias, SymInt in_features, "
+    "SymInt out_features, Tensor? in_extent=None, Tensor? out_extent=None, SymInt in_blocks=1) -> Tensor",
+    "packed_mlp(Tensor x, Tensor up_panels, Tensor down_panels, Tensor? up_scales, Tensor? down_scales, "
+    "Tensor? b_gate, Tensor? b_up, Tensor? b_down, SymInt width, SymInt out_features, bool gated=True, "
+    "str activation=\"silu\", Tensor? extent=None) -> Tensor",
     "route(Tensor logits, SymInt? seed=None) -> (Tensor, Tensor, Tensor)",
     "head_attention(Tensor q, Tensor k, Tensor v, SymInt heads, str unit=\"kv_group\", Tensor? extent=None, "
     "str extent_per=\"sequence\", Tensor? index=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
@@ -71,6 +76,8 @@ STABLE_TORCH_LIBRARY_IMPL(flextron, CPU, m) {
   m.impl("elastic_linear_backward", TORCH_BOX(&flextron::elastic_linear_backward));
   m.impl("elastic_mlp", TORCH_BOX(&flextron::elastic_mlp));
   m.impl("elastic_mlp_backward", TORCH_BOX(&flextron::elastic_mlp_backward));
+  m.impl("packed_linear", TORCH_BOX(&flextron::packed_linear));
+  m.impl("packed_mlp", TORCH_BOX(&flextron::packed_mlp));
   m.impl("route", TORCH_BOX(&flextron::route));
   m.impl("head_attention", TORCH_BOX(&flextron::head_attention));
   m.impl("head_attention_backward", TORCH_BOX(&flextron::head_attention_backward));

@@ -118,6 +118,59 @@ def _visible(T: int, S: int, first: int, causal: bool, device: torch.device) -> 
     return (key >= first) & ((key <= query + S - T) | (not causal))
 
 
+def _unpacked(panels: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[blocks, P, K, 16] -> [blocks * P * 16, K]."""
+    weight = panels.transpose(2, 3).to(dtype)  # [blocks, P, 16, K]
+    if scales is not None:
+        weight = (weight.double() * scales[..., None].double()).to(dtype)
+    return weight.flatten(0, 2)
+
+
+def packed_linear(
+    x: Tensor,
+    panels: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    in_extent: Tensor | None = None,
+    out_extent: Tensor | None = None,
+    in_blocks: int = 1,
+) -> Tensor:
+    blocks = panels.shape[0]
+    weight = (
+        _unpacked(panels, scales, x.dtype).view(blocks, -1, panels.shape[2])[:, :out_features].flatten(0, 1)
+    )
+    if bias is not None:
+        bias = bias.view(blocks, -1)[:, :out_features].flatten()
+    return elastic_linear(
+        x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, blocks
+    )
+
+
+def packed_mlp(
+    x: Tensor,
+    up_panels: Tensor,
+    down_panels: Tensor,
+    up_scales: Tensor | None,
+    down_scales: Tensor | None,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    width: int,
+    out_features: int,
+    gated: bool = True,
+    activation: str = "silu",
+    extent: Tensor | None = None,
+) -> Tensor:
+    F = down_panels.shape[2]
+    up, gate = _unpacked(up_panels, up_scales, x.dtype), None
+    if gated:
+        gate, up = (half.flatten(0, 1)[:F] for half in up.unflatten(0, (-1, 2, 16)).unbind(1))
+    down = _unpacked(down_panels, down_scales, x.dtype)[:out_features]
+    return elastic_mlp(x, gate, up[:F], down, b_gate, b_up, b_down, width, activation, extent)
+
+
 def head_attention(
     q: Tensor,
     k: Tensor,

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from flextron_ext import pack_linear, pack_mlp
+
 Inputs = Callable[[str, torch.dtype], Iterator[dict[str, Any]]]
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -92,6 +94,27 @@ def elastic_mlp(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     yield case(0, 16, 64, 64, gate=gate(0, 2), choices=[8, 32])
     yield case(0, 16, 64, 64, extent=per_token(0, 64))
     yield case(5, 16, 64, 0, bias=True)
+
+
+def packed_linear(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """The rows of elastic_linear, their weights packed in their dtype and as int8."""
+    for case in elastic_linear(device, dtype):
+        weight, blocks = case.pop("weight"), case.pop("out_blocks")
+        for packed in (None, torch.int8):
+            panels, scales = pack_linear(weight, blocks, packed)
+            yield dict(x=case["x"], panels=panels, scales=scales) | case
+
+
+def packed_mlp(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """The rows of elastic_mlp without a soft gate, packed likewise."""
+    for case in elastic_mlp(device, dtype):
+        if "gate" in case:
+            continue
+        w_gate, w_up, w_down = (case.pop(name) for name in ("w_gate", "w_up", "w_down"))
+        for packed in (None, torch.int8):
+            names = ("up_panels", "down_panels", "up_scales", "down_scales")
+            panels = dict(zip(names, pack_mlp(w_gate, w_up, w_down, packed), strict=True))
+            yield dict(x=case["x"], **panels, out_features=w_down.shape[0], gated=w_gate is not None) | case
 
 
 def head_attention(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -187,5 +210,7 @@ CASES = [
     OpCase("elastic_mlp", elastic_mlp, devices=("cpu", "cuda")),
     OpCase("head_attention", head_attention, devices=("cpu", "cuda")),
     OpCase("head_attention_decode", head_attention_decode, devices=("cpu", "cuda")),
+    OpCase("packed_linear", packed_linear, FLOATING[:3], differentiable=False),
+    OpCase("packed_mlp", packed_mlp, FLOATING[:3], differentiable=False),
     OpCase("route", route, differentiable=False, devices=("cpu", "cuda")),
 ]

@@ -33,11 +33,11 @@ template <class T>
 constexpr i64 kLanes = kVectorBytes / i64(sizeof(T));
 
 template <class T>
-inline T smaller(T a, T b) {
+constexpr T smaller(T a, T b) {
   return b < a ? b : a;
 }
 template <class T>
-inline T larger(T a, T b) {
+constexpr T larger(T a, T b) {
   return a < b ? b : a;
 }
 

@@ -10,6 +10,7 @@
 
 #include <array>
 
+#include "ops/activation.h"
 #include "ops/device.h"
 #include "ops/dispatch.h"
 #include "ops/elastic_kernels.h"
@@ -34,13 +35,6 @@ struct Mlp {
   OptionalTensor gate;           // [T, C] or [1, C], accumulation dtype, contiguous
   std::vector<int64_t> choices;  // [C]; empty without a gate
 };
-
-Activation activation_of(const char* op, const std::string& name) {
-  constexpr const char* kNames[] = {"relu", "relu2", "gelu", "gelu_tanh", "silu"};
-  for (int64_t i = 0; i < 5; ++i)
-    if (name == kNames[i]) return static_cast<Activation>(i);
-  fail(op, ": activation must be one of relu, relu2, gelu, gelu_tanh, silu, got ", name);
-}
 
 void check_choices(const char* op, const std::vector<int64_t>& choices, int64_t width) {
   if (choices.empty()) fail(op, ": choices must have at least 1 entry, got 0");

@@ -1,5 +1,5 @@
-// Which instruction set the CPU kernels use: the best this machine has, or what FLEXTRON_ISA (generic, avx2)
-// names.
+// Which instruction set the CPU kernels use: the best this machine has, or what FLEXTRON_ISA (generic, avx2,
+// avx512) names.
 #pragma once
 
 #include <cstdlib>
@@ -9,7 +9,7 @@
 
 namespace flextron {
 
-enum class Isa { kGeneric, kAvx2 };
+enum class Isa { kGeneric, kAvx2, kAvx512 };
 
 inline bool has_avx2() {
 #ifdef __x86_64__
@@ -19,25 +19,51 @@ inline bool has_avx2() {
 #endif
 }
 
+inline bool has_avx512() {
+#ifdef __x86_64__
+  return has_avx2() && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+#else
+  return false;
+#endif
+}
+
+// Whether the files for AVX-512 can run: in a build that has them lowered to what every machine runs, always.
+inline bool runs_avx512() {
+#ifdef FLEXTRON_LOWER_AVX512
+  return true;
+#else
+  return has_avx512();
+#endif
+}
+
 // The environment is read once.
 inline Isa isa() {
   static const Isa chosen = [] {
     const char* name = std::getenv("FLEXTRON_ISA");
     const std::string wanted = name ? name : "";
+    if (wanted != "" && wanted != "generic" && wanted != "avx2" && wanted != "avx512")
+      fail("FLEXTRON_ISA: value must be generic, avx2 or avx512, got ", wanted);
     if (wanted == "generic") return Isa::kGeneric;
-    if (wanted == "avx2" && !has_avx2()) fail("FLEXTRON_ISA: value must be one this machine has, got avx2");
-    if (wanted != "avx2" && wanted != "") fail("FLEXTRON_ISA: value must be generic or avx2, got ", wanted);
+    if ((wanted == "avx2" && !has_avx2()) || (wanted == "avx512" && !runs_avx512()))
+      fail("FLEXTRON_ISA: value must be one this machine has, got ", wanted);
+    if (wanted == "avx512" || (wanted == "" && has_avx512())) return Isa::kAvx512;
     return has_avx2() ? Isa::kAvx2 : Isa::kGeneric;
   }();
   return chosen;
 }
 
-// The launcher `name`_<isa> with the template arguments that follow.
+// The launcher `name`_<isa>: of a template with the arguments that follow, AVX-512 machines taking AVX2's;
+// and of a function that has all three.
 #ifdef __x86_64__
 #define FLEXTRON_FOR_ISA(name, ...) \
-  (isa() == Isa::kAvx2 ? &name##_avx2<__VA_ARGS__> : &name##_cpu<__VA_ARGS__>)
+  (isa() != Isa::kGeneric ? &name##_avx2<__VA_ARGS__> : &name##_cpu<__VA_ARGS__>)
+#define FLEXTRON_FOR_EACH_ISA(name) \
+  (isa() == Isa::kAvx512 ? &name##_avx512 : isa() == Isa::kAvx2 ? &name##_avx2 : &name##_cpu)
 #else
 #define FLEXTRON_FOR_ISA(name, ...) (&name##_cpu<__VA_ARGS__>)
+#define FLEXTRON_FOR_EACH_ISA(name) (&name##_cpu)
 #endif
 
 }  // namespace flextron

@@ -38,6 +38,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> elast
     const Text& activation, const OptionalTensor& extent, const OptionalTensor& gate,
     const std::optional<std::vector<int64_t>>& choices, int64_t output_mask);
 
+Tensor packed_linear(const Tensor& x, const Tensor& panels, const OptionalTensor& scales,
+                     const OptionalTensor& bias, int64_t in_features, int64_t out_features,
+                     const OptionalTensor& in_extent, const OptionalTensor& out_extent, int64_t in_blocks);
+Tensor packed_mlp(const Tensor& x, const Tensor& up_panels, const Tensor& down_panels,
+                  const OptionalTensor& up_scales, const OptionalTensor& down_scales,
+                  const OptionalTensor& b_gate, const OptionalTensor& b_up, const OptionalTensor& b_down,
+                  int64_t width, int64_t out_features, bool gated, const Text& activation,
+                  const OptionalTensor& extent);
+
 // choice, order, offsets
 std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, std::optional<int64_t> seed);
 

@@ -4,6 +4,19 @@ from .elastic_linear import elastic_linear
 from .elastic_mlp import elastic_mlp
 from .head_attention import head_attention
 from .head_attention_decode import head_attention_decode
+from .packed_linear import pack_linear, packed_linear
+from .packed_mlp import pack_mlp, packed_mlp
 from .route import Routing, route
 
-__all__ = ["Routing", "elastic_linear", "elastic_mlp", "head_attention", "head_attention_decode", "route"]
+__all__ = [
+    "Routing",
+    "elastic_linear",
+    "elastic_mlp",
+    "head_attention",
+    "head_attention_decode",
+    "pack_linear",
+    "pack_mlp",
+    "packed_linear",
+    "packed_mlp",
+    "route",
+]

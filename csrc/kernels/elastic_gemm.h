@@ -1,0 +1,108 @@
+// The GEMM of the ops on a CPU, float accumulation: what elastic_linear's and elastic_mlp's layers are made
+// of there.
+//
+//   y[m, ob, n] = bias[ob, n] + scale[ob, n] * sum_{ib, i < inputs_m} a[m, ib, i] * B[ob, n, ib, i]      n <
+//   features_m hidden:  y[m, n] = act(gate sum) * (up sum), both of this form; or act(sum) where there is no
+//   gate
+//
+// Features are made in panels of kPanel. A sum is made of chains of kChainInputs products, each chain added
+// from zero in order of i and the chains in order: neither the rows beside a row, nor how many, nor a prefix
+// that is cut off, nor the number of threads changes a bit of it. Weights lie in one of three layouts:
+//
+//   panels   [ob][panel][inputs of all blocks][kPanel], contiguous, the last panel filled up: prefixes of
+//   features
+//            and of inputs are both contiguous. The panels of a gate and an up projection alternate, the
+//            gate's first
+//   rows     [ob * out_stride + n][input], rows weight_stride apart: a plain weight. Few rows are dot
+//   products, whose
+//            chains run through the lanes of a vector instead: the same promise, but bits of their own
+//   columns  [input][ob * out_stride + n], rows weight_stride apart: a plain weight for its input's gradient
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/elastic_mlp.h"
+
+namespace flextron {
+
+constexpr int64_t kPanel = 16;
+// Shorter chains lose less to rounding; 256 inputs of a panel as floats are 16 KiB, half of a first cache.
+constexpr int64_t kChainInputs = 256;
+
+// Rows that share each load of a weight: as many as leave room for their sums in the registers.
+constexpr int64_t gemm_group_rows(int64_t vector_bytes) {
+  return vector_bytes == 64 ? 12 : vector_bytes == 32 ? 6 : 3;
+}
+
+// Up to here a plain weight's rows are read as they lie, by dot products; beyond, they are turned into panels
+// on the way to the first cache.
+constexpr int64_t kDotRows = 8;
+
+// Rows a pass over the panels takes: as many as keep their activations in the second cache (384 KiB of it),
+// but enough of them to be worth widening a panel for.
+constexpr int64_t kBlockRows = 256;
+inline int64_t gemm_block_rows(int64_t inputs) {
+  const int64_t rows = 98304 / (inputs > 0 ? inputs : 1);
+  return rows < 96 ? 96 : rows > kBlockRows ? kBlockRows : rows;
+}
+
+enum class GemmDtype : int64_t { kFloat, kBf16, kFp16, kInt8 };
+enum class GemmLayout : int64_t { kPanels, kRows, kColumns };
+
+// Rows [row, row + rows), at most gemm_group_rows: `inputs` of each input block, `features` of each output
+// block.
+struct GemmGroup {
+  int64_t row, rows, inputs, features;
+};
+
+struct ElasticGemmParams {
+  const float* a;  // [row][in block][input]: a[row * a_row + block * a_block + input * a_input]
+  int64_t a_row, a_block, a_input;
+  const GemmGroup* groups;    // in order of rows; inputs and features never rise
+  const int64_t* row_blocks;  // [row_block_count + 1]: the groups of a block of rows
+  int64_t row_block_count;
+
+  GemmLayout layout;
+  GemmDtype weight_dtype;  // int8: panels alone, with scales
+  const void* weight[2];   // panels: one. Otherwise the gate and the up projection where there is a gate
+  int64_t weight_stride;   // elements; panels: unused
+  int64_t in_blocks, in_stride;  // input blocks, and how far apart in the weight
+  int64_t out_blocks;
+  int64_t out_stride;   // of an output block: in panels (a gate's counted), or in features of a plain weight
+  int64_t features;     // of a block, the widest row's
+  const float* scales;  // as the panels, [..][kPanel]; null: 1
+
+  bool hidden, gated;
+  Activation activation;  // hidden
+  const void*
+      bias[2];  // [ob * bias_block + n], the dtype of `io`; null: 0. The gate's and the up projection's
+  int64_t bias_block;
+  GemmDtype io;  // of bias and y; hidden: y is float
+  void* y;       // [row][ob][n]: y[row * y_row + ob * y_block + n]
+  int64_t y_row, y_block;
+  const int64_t* order;  // row -> row of y; null: the same
+
+  int64_t units() const { return (features + kPanel - 1) / kPanel; }  // of a block: panels, or pairs of them
+  int64_t items() const { return row_block_count * out_blocks * units(); }
+};
+
+// Rows of x as floats.
+struct GemmRowsParams {
+  const void* x;  // rows x_stride apart, innermost contiguous
+  GemmDtype dtype;
+  const int64_t* order;  // row of `to` -> row of x; null: the same
+  float* to;
+  int64_t columns, x_stride, to_stride;
+};
+
+// Items [begin, end): an item is a panel (of a gated layer: both its panels) of one block of rows. What items
+// write does not overlap.
+#define FLEXTRON_DECLARE_ELASTIC_GEMM(isa)                                         \
+  void elastic_gemm_##isa(const ElasticGemmParams& p, int64_t begin, int64_t end); \
+  void elastic_gemm_rows_##isa(const GemmRowsParams& p, int64_t begin, int64_t end);
+FLEXTRON_DECLARE_ELASTIC_GEMM(cpu)
+FLEXTRON_DECLARE_ELASTIC_GEMM(avx2)
+FLEXTRON_DECLARE_ELASTIC_GEMM(avx512)
+#undef FLEXTRON_DECLARE_ELASTIC_GEMM
+
+}  // namespace flextron

@@ -1,0 +1,127 @@
+// The GEMMs of the ops on a CPU: from tensors and extents to csrc/kernels/elastic_gemm.h, on torch's threads.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "core/staircase.h"
+#include "kernels/elastic_gemm.h"
+#include "ops/device.h"
+#include "ops/gemm.h"
+#include "ops/isa.h"
+
+namespace flextron {
+
+inline GemmDtype gemm_dtype(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return GemmDtype::kFloat;
+    case ScalarType::BFloat16:
+      return GemmDtype::kBf16;
+    case ScalarType::Half:
+      return GemmDtype::kFp16;
+    default:
+      return GemmDtype::kInt8;
+  }
+}
+
+inline int64_t gemm_group_rows() {
+  return gemm_group_rows(isa() == Isa::kAvx512 ? 64 : isa() == Isa::kAvx2 ? 32 : 16);
+}
+
+// Elements between the rows of a matrix of floats that kernels walk down: whole lines, and an odd number of
+// them, so that a column does not fall into one set of a cache.
+inline int64_t padded_row(int64_t columns) { return ((columns + 15) / 16 | 1) * 16; }
+
+// Rows of x in some order, as floats; x itself where it is that already.
+struct FloatRows {
+  Tensor tensor;
+  const float* data;
+  int64_t stride;
+};
+inline FloatRows float_rows(const Tensor& x, const std::optional<Tensor>& order) {
+  const Tensor x_ = adjacent(x);
+  const int64_t T = x.size(0), columns = x.size(1), x_stride = x_.stride(0);
+  const bool clashes = T > kDotRows && x_stride % 512 == 0;  // rows of 2 KiB multiples share the cache's sets
+  if (x.scalar_type() == ScalarType::Float && !order && !clashes)
+    return {x_, static_cast<const float*>(x_.const_data_ptr()), x_stride};
+  const int64_t stride = padded_row(columns);
+  const Tensor wide = empty(x, {T, stride}, ScalarType::Float);
+  const GemmRowsParams p{.x = x_.const_data_ptr(),
+                         .dtype = gemm_dtype(x),
+                         .order = order ? static_cast<const int64_t*>(order->const_data_ptr()) : nullptr,
+                         .to = static_cast<float*>(wide.mutable_data_ptr()),
+                         .columns = columns,
+                         .x_stride = x_stride,
+                         .to_stride = stride};
+  parallel_for(T, columns,
+               [&](int64_t begin, int64_t end) { FLEXTRON_FOR_EACH_ISA(elastic_gemm_rows)(p, begin, end); });
+  return {wide, p.to, stride};
+}
+
+// Rows in groups that share an extent, and blocks of groups.
+struct GemmSchedule {
+  std::vector<GemmGroup> groups;
+  std::vector<int64_t> row_blocks{0};
+};
+
+// inputs_of and features_of a step; both descend with the steps.
+template <class Inputs, class Features>
+GemmSchedule gemm_schedule(const std::vector<Step>& steps, const Inputs& inputs_of,
+                           const Features& features_of) {
+  GemmSchedule schedule;
+  const int64_t most = gemm_group_rows();
+  int64_t block_begin = 0;
+  for (const Step& step : steps) {
+    const int64_t inputs = inputs_of(step), features = features_of(step), rows = step.end - step.begin;
+    const int64_t count = (rows + most - 1) / most, block_rows = gemm_block_rows(inputs);
+    for (int64_t i = 0; i < count; ++i) {  // as equal as can be: 8 rows are 4 and 4, not 6 and 2
+      const int64_t begin = step.begin + rows * i / count, end = step.begin + rows * (i + 1) / count;
+      if (end - block_begin > block_rows) {
+        schedule.row_blocks.push_back(static_cast<int64_t>(schedule.groups.size()));
+        block_begin = begin;
+      }
+      schedule.groups.push_back({begin, end - begin, inputs, features});
+    }
+  }
+  if (!schedule.groups.empty()) schedule.row_blocks.push_back(static_cast<int64_t>(schedule.groups.size()));
+  return schedule;
+}
+
+// Runs p, whose fields but groups and row blocks are set. A thread's items are adjacent and weigh what
+// another's do.
+inline void run_gemm(ElasticGemmParams p, const GemmSchedule& schedule) {
+  if (schedule.groups.empty()) return;
+  p.groups = schedule.groups.data();
+  p.row_blocks = schedule.row_blocks.data();
+  p.row_block_count = static_cast<int64_t>(schedule.row_blocks.size()) - 1;
+  const auto kernel = FLEXTRON_FOR_EACH_ISA(elastic_gemm);
+  const int64_t units = p.units(), panels = p.gated ? 2 : 1;
+  const auto weight_of = [&](int64_t row_block, int64_t unit) {
+    int64_t products = 0;
+    for (int64_t g = p.row_blocks[row_block]; g < p.row_blocks[row_block + 1]; ++g) {
+      if (p.groups[g].features <= unit * kPanel) break;
+      products += p.groups[g].rows * (p.groups[g].inputs + 1);
+    }
+    return products * panels * p.in_blocks;
+  };
+  const auto& narrowest = schedule.groups.back();
+  if (p.row_block_count == 1 && narrowest.features == p.features &&
+      narrowest.inputs == schedule.groups[0].inputs)
+    return parallel_for(p.items(), kPanel * weight_of(0, 0),
+                        [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+
+  std::vector<int64_t> before{0};  // of all items, the weight of those before
+  before.reserve(p.items() + 1);
+  for (int64_t row_block = 0; row_block < p.row_block_count; ++row_block)
+    for (int64_t out_block = 0; out_block < p.out_blocks; ++out_block)
+      for (int64_t unit = 0; unit < units; ++unit)
+        before.push_back(before.back() + weight_of(row_block, unit));
+  const auto item_at = [&](int64_t weight) {
+    return std::lower_bound(before.begin(), before.end() - 1, weight) - before.begin();
+  };
+  parallel_for(before.back(), kPanel,
+               [&](int64_t begin, int64_t end) { kernel(p, item_at(begin), item_at(end)); });
+}
+
+}  // namespace flextron

@@ -1,0 +1,137 @@
+"""packed_linear: elastic_linear on a weight in panels, for inference on a CPU; csrc/ops/packed_linear.cpp."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import _common as common
+
+OP = "packed_linear"
+PANEL = 16  # features of a panel: kPanel of csrc/kernels/elastic_gemm.h
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def pack_linear(
+    weight: Tensor, out_blocks: int = 1, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Copy a linear layer's weight into panels, in which a prefix of its features and of its inputs is contiguous.
+
+    Args:
+        weight: [out_blocks * nw, K], float32, bfloat16 or float16, on the CPU.
+        out_blocks: blocks the outputs are cut into; each has panels of its own.
+        dtype: of the panels: None for that of the weight, or torch.int8: each row divided by its scale, the largest of
+            its values over 127, and rounded.
+
+    Returns:
+        panels: [out_blocks, ceil(nw / 16), K, 16]; features that fill up the last panel are zeros.
+        scales: [out_blocks, ceil(nw / 16), 16] float32 with int8, None otherwise.
+    """
+    common.check_tensor("pack_linear", "weight", weight, DTYPES)
+    if weight.dim() != 2 or weight.device.type != "cpu":
+        shape = f"{weight.dim()} on {weight.device}"
+        raise ValueError(f"pack_linear: weight must have 2 dimensions and be on cpu, got {shape}")
+    common.check_range("pack_linear", "out_blocks", out_blocks, 1, max(1, weight.shape[0]))
+    if weight.shape[0] % out_blocks:
+        raise ValueError(
+            f"pack_linear: weight.shape[0] must be divisible by out_blocks ({out_blocks}), got {weight.shape[0]}"
+        )
+    if dtype not in (None, weight.dtype, torch.int8):
+        raise ValueError(f"pack_linear: dtype must be None or torch.int8, got {dtype}")
+    weight = weight.detach()
+    if dtype is not torch.int8:
+        return panels_of(weight, out_blocks), None
+    scales = weight.float().abs().amax(1, keepdim=True) / 127
+    rows = (weight.float() / scales.where(scales > 0, 1)).round().to(torch.int8)
+    return panels_of(rows, out_blocks), panels_of(scales, out_blocks).squeeze(2)
+
+
+def panels_of(weight: Tensor, out_blocks: int) -> Tensor:
+    rows, K = weight.shape[0] // out_blocks, weight.shape[1]
+    count = -(-rows // PANEL)
+    whole = weight.new_zeros(out_blocks, count * PANEL, K)
+    whole[:, :rows] = weight.view(out_blocks, rows, K)
+    return whole.view(out_blocks, count, PANEL, K).transpose(2, 3).contiguous()
+
+
+def packed_linear(
+    x: Tensor,
+    panels: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    in_extent: Tensor | None = None,
+    out_extent: Tensor | None = None,
+    in_blocks: int = 1,
+) -> Tensor:
+    """Apply the first features of a packed linear layer, inside each block of inputs and outputs; no gradient.
+
+    ``y[t, ob, n] = bias[ob, n] + sum_{ib, i < in_t} x[t, ib, i] * weight[ob, n, ib, i]`` where ``n < out_t``,
+    0 elsewhere. A row's result is the same, bit for bit, whatever other rows there are and wherever a prefix ends.
+
+    Args:
+        x: [..., in_blocks * kx], float32, bfloat16 or float16, on the CPU; kx >= in_features.
+        panels: [out_blocks, P, in_blocks * kw, 16], the dtype of x or int8; from `pack_linear`.
+        scales: [out_blocks, P, 16] float32 with int8 panels, None otherwise.
+        bias: [out_blocks * nw] or None.
+        in_features: inputs used per block; ``in_t`` where in_extent is None.
+        out_features: outputs made per block; ``out_t`` where out_extent is None.
+        in_extent: int32 or int64, [1] or one per token, each in [0, in_features]: ``in_t``.
+        out_extent: int32 or int64, [1] or one per token, each in [0, out_features]: ``out_t``. Not with in_extent.
+        in_blocks: blocks the inputs are cut into.
+
+    Returns:
+        y: [..., out_blocks * out_features], the dtype of x.
+    """
+    common.check_tensor(OP, "x", x, DTYPES)
+    if x.dim() < 1:
+        raise ValueError(f"{OP}: x must have at least 1 dimension, got 0")
+    check_panels(OP, "panels", panels, "scales", scales, x)
+    common.check_range(OP, "in_blocks", in_blocks, 1, max(1, x.shape[-1]))
+    for name, size in (("x.shape[-1]", x.shape[-1]), ("panels.shape[2]", panels.shape[2])):
+        if size % in_blocks:
+            raise ValueError(f"{OP}: {name} must be divisible by in_blocks ({in_blocks}), got {size}")
+    inputs = min(x.shape[-1], panels.shape[2]) // in_blocks
+    common.check_range(OP, "in_features", in_features, 0, inputs)
+    common.check_range(OP, "out_features", out_features, 0, panels.shape[1] * PANEL)
+    if in_extent is not None and out_extent is not None:
+        raise ValueError(f"{OP}: in_extent must be None when out_extent is given, got both")
+    rows = math.prod(x.shape[:-1])  # not numel(): it would fix a symbolic size
+    y = torch.ops.flextron.packed_linear(
+        x.reshape(rows, x.shape[-1]),
+        panels,
+        scales,
+        bias,
+        in_features,
+        out_features,
+        common.check_extent(OP, "in_extent", in_extent, rows),
+        common.check_extent(OP, "out_extent", out_extent, rows),
+        in_blocks,
+    )
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def check_panels(
+    op: str, name: str, panels: Tensor, scales_name: str, scales: Tensor | None, x: Tensor
+) -> None:
+    common.check_tensor(op, name, panels, (*DTYPES, torch.int8))
+    if panels.dim() != 4 or panels.shape[3] != PANEL:
+        raise ValueError(f"{op}: {name} must have shape [blocks, P, K, {PANEL}], got {list(panels.shape)}")
+    if panels.dtype == torch.int8:
+        common.check_tensor(op, scales_name, scales, (torch.float32,))
+        common.check_shape(op, scales_name, scales, (*panels.shape[:2], PANEL))
+    elif scales is not None:
+        raise ValueError(f"{op}: {scales_name} must be None unless {name} are int8, got a tensor")
+    elif panels.dtype != x.dtype:
+        raise TypeError(f"{op}: {name} must have the dtype of x, {x.dtype}, or be int8, got {panels.dtype}")
+
+
+@torch.library.register_fake("flextron::packed_linear")
+def _shape(x, panels, scales, bias, in_features, out_features, in_extent=None, out_extent=None, in_blocks=1):
+    return x.new_empty(x.shape[0], panels.shape[0] * out_features)
+
+
+common.refuse_gradient(OP)

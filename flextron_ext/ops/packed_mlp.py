@@ -1,0 +1,132 @@
+"""packed_mlp: elastic_mlp on weights in panels, for inference on a CPU. Loops: csrc/kernels/elastic_gemm_block.h."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import _common as common
+from .elastic_mlp import ACTIVATIONS
+from .packed_linear import DTYPES, PANEL, check_panels, pack_linear
+
+OP = "packed_mlp"
+
+
+def pack_mlp(
+    w_gate: Tensor | None, w_up: Tensor, w_down: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Copy an MLP's weights into panels, the gate's and the up projection's in turn.
+
+    Args:
+        w_gate: [F, K], or None for a plain MLP.
+        w_up: [F, K], float32, bfloat16 or float16, on the CPU.
+        w_down: [N, F].
+        dtype: as in `pack_linear`.
+
+    Returns:
+        up_panels: [1, 2 * ceil(F / 16), K, 16], half as many in a plain MLP.
+        down_panels: [1, ceil(N / 16), F, 16].
+        up_scales, down_scales: float32, as many values as the panels have features, with int8; None otherwise.
+    """
+    up, up_scales = pack_linear(w_up, dtype=dtype)
+    down, down_scales = pack_linear(w_down, dtype=dtype)
+    if w_gate is not None:
+        gate, gate_scales = pack_linear(w_gate, dtype=dtype)
+        up = torch.stack((gate, up), 2).flatten(1, 2)
+        if up_scales is not None:
+            up_scales = torch.stack((gate_scales, up_scales), 2).flatten(1, 2)
+    return up, down, up_scales, down_scales
+
+
+def packed_mlp(
+    x: Tensor,
+    up_panels: Tensor,
+    down_panels: Tensor,
+    up_scales: Tensor | None,
+    down_scales: Tensor | None,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    width: int,
+    out_features: int,
+    gated: bool = True,
+    activation: str = "silu",
+    extent: Tensor | None = None,
+) -> Tensor:
+    """Run a packed MLP on its first neurons: one width, or one per token; no gradient.
+
+    ``h = act(x w_gate[:d]^T + b_gate) * (x w_up[:d]^T + b_up)``, or ``act(x w_up[:d]^T + b_up)`` unless gated;
+    ``y = h w_down[:, :d]^T + b_down``. h stays float32. A row's result is the same, bit for bit, whatever other rows
+    there are and wherever the width ends.
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16, on the CPU.
+        up_panels: [1, P, K, 16], the dtype of x or int8, P panels of the gate and the up projection in turn.
+        down_panels: [1, ceil(N / 16), F, 16]; all four from `pack_mlp`.
+        up_scales: [1, P, 16] float32 with int8 panels, None otherwise.
+        down_scales: [1, ceil(N / 16), 16] likewise.
+        b_gate: [F] or None.
+        b_up: [F] or None.
+        b_down: [N] or None.
+        width: neurons used: ``d`` where extent is None.
+        out_features: N.
+        gated: whether there is a gate among up_panels.
+        activation: one of "relu", "relu2", "gelu", "gelu_tanh", "silu".
+        extent: int32 or int64, [1] or one per token, each in [0, width]: ``d`` per token.
+
+    Returns:
+        y: [..., N], the dtype of x.
+    """
+    common.check_tensor(OP, "x", x, DTYPES)
+    if x.dim() < 1:
+        raise ValueError(f"{OP}: x must have at least 1 dimension, got 0")
+    check_panels(OP, "up_panels", up_panels, "up_scales", up_scales, x)
+    check_panels(OP, "down_panels", down_panels, "down_scales", down_scales, x)
+    F = down_panels.shape[2]
+    count = -(-F // PANEL) * (2 if gated else 1)
+    common.check_shape(OP, "up_panels", up_panels, (1, count, x.shape[-1], PANEL))
+    common.check_range(OP, "width", width, 0, F)
+    common.check_range(OP, "out_features", out_features, 0, down_panels.shape[1] * PANEL)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{OP}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation}")
+    rows = math.prod(x.shape[:-1])  # not numel(): it would fix a symbolic size
+    y = torch.ops.flextron.packed_mlp(
+        x.reshape(rows, x.shape[-1]),
+        up_panels,
+        down_panels,
+        up_scales,
+        down_scales,
+        b_gate,
+        b_up,
+        b_down,
+        width,
+        out_features,
+        gated,
+        activation,
+        common.check_extent(OP, "extent", extent, rows),
+    )
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+@torch.library.register_fake("flextron::packed_mlp")
+def _shape(
+    x,
+    up_panels,
+    down_panels,
+    up_scales,
+    down_scales,
+    b_gate,
+    b_up,
+    b_down,
+    width,
+    out_features,
+    gated=True,
+    activation="silu",
+    extent=None,
+):
+    return x.new_empty(x.shape[0], out_features)
+
+
+common.refuse_gradient(OP)

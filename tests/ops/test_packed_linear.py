@@ -1,0 +1,205 @@
+"""packed_linear: one packed copy serves every prefix; a row's bits depend on that row and its prefix alone."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from flextron.testing.numerics import assert_no_worse
+from flextron_ext import pack_linear, packed_linear, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PACKED = [None, torch.int8]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_packing = pytest.mark.parametrize("packed", PACKED, ids=["same", "int8"])
+
+
+def draw(T, K, N, dtype, ib=1, ob=1):
+    return (
+        torch.randn(T, ib * K).to(dtype),
+        torch.randn(ob * N, ib * K).to(dtype),
+        torch.randn(ob * N).to(dtype),
+    )
+
+
+@each_dtype
+@each_packing
+def test_a_prefix_has_the_bits_of_the_sliced_weight(dtype, packed):
+    """Both prefixes, with blocks, across chains of 256 inputs and panels of 16 features."""
+    K, N, ib, ob, k, n = 600, 40, 2, 3, 530, 23
+    x, weight, bias = draw(9, K, N, dtype, ib, ob)
+    y = packed_linear(x, *pack_linear(weight, ob, packed), bias, k, n, in_blocks=ib)
+    sliced = weight.view(ob, N, ib, K)[:, :n, :, :k].reshape(ob * n, ib * k)
+    panels, scales = pack_linear(sliced, ob, packed)
+    if packed:  # the scales are those of the whole rows
+        whole, scales = pack_linear(weight, ob, packed)
+        scales = scales.flatten(1)[:, :32].reshape(ob, 2, 16).contiguous()
+        rows = whole.view(ob, -1, ib, K, 16)[:, :2, :, :k].reshape(ob, 2, ib * k, 16)
+        panels = rows.contiguous()
+    narrow = x.view(9, ib, K)[:, :, :k].reshape(9, ib * k)
+    bias = bias.view(ob, N)[:, :n].flatten()
+    assert torch.equal(y, packed_linear(narrow, panels, scales, bias, k, n, in_blocks=ib))
+
+
+@each_dtype
+@each_packing
+def test_a_row_has_the_same_bits_in_any_batch(dtype, packed):
+    """Alone, among few and among many, in any order, with any extents beside it."""
+    K, N = 530, 75
+    x, weight, bias = draw(300, K, N, dtype)
+    panels = pack_linear(weight, dtype=packed)
+    y = packed_linear(x, *panels, bias, K, N)
+    for T in (1, 2, 3, 5, 6, 7, 8, 12, 13, 64):
+        assert torch.equal(packed_linear(x[-T:], *panels, bias, K, N), y[-T:])
+    order = torch.randperm(300)
+    assert torch.equal(packed_linear(x[order], *panels, bias, K, N), y[order])
+    for name, high in (("in_extent", K), ("out_extent", N)):
+        extent = torch.randint(0, high + 1, (300,))
+        mixed = packed_linear(x, *panels, bias, K, N, **{name: extent})
+        shuffled = packed_linear(x[order], *panels, bias, K, N, **{name: extent[order]})
+        assert torch.equal(shuffled, mixed[order])
+        for t in (0, 7, 299):
+            one = packed_linear(x[t : t + 1], *panels, bias, K, N, **{name: extent[t : t + 1]})
+            assert torch.equal(one[0], mixed[t])
+
+
+@each_packing
+def test_threads_do_not_change_a_bit(packed):
+    x, weight, bias = draw(70, 300, 100, torch.bfloat16)
+    panels, extent = pack_linear(weight, dtype=packed), torch.randint(0, 101, (70,))
+    run = lambda: packed_linear(x, *panels, bias, 300, 100, out_extent=extent)  # noqa: E731
+    before, several = torch.get_num_threads(), run()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(run(), several)
+        torch.set_num_threads(5)
+        assert torch.equal(run(), several)
+    finally:
+        torch.set_num_threads(before)
+
+
+@each_dtype
+@pytest.mark.parametrize("T", [1, 8, 40])
+def test_nothing_beyond_an_extent_is_used(T, dtype):
+    """NaN beyond the widest token in the panels, beyond each token's own in x: none comes back."""
+    K, N = 48, 40
+    x, weight, bias = draw(T, K, N, dtype)
+    for name, high in (("in_extent", 30), ("out_extent", 20)):
+        extent = torch.randint(0, high + 1, (T,))
+        extent[0] = high
+        clean = packed_linear(x, *pack_linear(weight), bias, K, N, **{name: extent})
+        poisoned, used, b = weight.clone(), x.clone(), bias.clone()
+        if name == "in_extent":
+            poisoned[:, high:] = torch.nan
+            used[torch.arange(K) >= extent[:, None]] = torch.nan
+        else:
+            poisoned[high:], b[high:] = torch.nan, torch.nan
+        assert torch.equal(packed_linear(used, *pack_linear(poisoned), b, K, N, **{name: extent}), clean)
+        assert name == "in_extent" or not clean[torch.arange(N) >= extent[:, None]].any()
+
+
+@each_dtype
+@pytest.mark.parametrize("T", [1, 40])
+def test_a_sum_over_thousands_of_inputs(T, dtype):
+    x, weight, bias = draw(T, 4096, 64, dtype)
+    y = packed_linear(x, *pack_linear(weight), bias, 4096, 64)
+    plain, exact = (
+        reference.elastic_linear(*values, 4096, 64)
+        for values in ((x, weight, bias), (x.double(), weight.double(), bias.double()))
+    )
+    assert_no_worse(y, plain, exact, f"T={T}", dtype)
+
+
+def test_int8_is_as_near_as_its_step():
+    """Each weight is off by at most half a step of its row, 1/254 of the row's largest."""
+    x, weight, _ = draw(64, 256, 100, torch.float32)
+    weight[3] = 0
+    panels, scales = pack_linear(weight, dtype=torch.int8)
+    y = packed_linear(x, panels, scales, None, 256, 100)
+    step = weight.abs().amax(1) / 127
+    assert ((y - x @ weight.T).abs() <= x.abs().sum(1, keepdim=True) * step / 2 + 1e-3).all()
+    assert not y[:, 3].any()
+    assert panels.numel() < weight.numel() * 1.2 and panels.dtype == torch.int8
+
+
+def test_strides_and_leading_dimensions():
+    x, weight, bias = draw(12, 33, 20, torch.bfloat16)
+    panels = pack_linear(weight)
+    y = packed_linear(x, *panels, bias, 33, 20)
+    assert torch.equal(packed_linear(x.T.contiguous().T, *panels, bias, 33, 20), y)
+    assert torch.equal(packed_linear(x.view(3, 4, 33), *panels, bias, 33, 20), y.view(3, 4, 20))
+    assert torch.equal(packed_linear(x[::2], *panels, bias[:20], 33, 20), y[::2])
+    assert torch.equal(pack_linear(weight.T.contiguous().T)[0], panels[0])
+
+
+def test_it_has_no_gradient():
+    x, weight, bias = draw(3, 8, 8, torch.float32)
+    y = packed_linear(x.requires_grad_(), *pack_linear(weight), bias, 8, 8)
+    with pytest.raises(NotImplementedError, match="packed_linear: inputs must not need a gradient"):
+        y.sum().backward()
+
+
+BAD = [
+    (dict(in_features=13), ValueError, r"in_features must lie in \[0, 12\], got 13"),
+    (dict(out_features=17), ValueError, r"out_features must lie in \[0, 16\], got 17"),
+    (dict(panels=torch.randn(1, 1, 12, 8)), ValueError, r"panels must have shape \[blocks, P, K, 16\]"),
+    (dict(panels=torch.randn(1, 1, 12, 16).bfloat16()), TypeError, "panels must have the dtype of x"),
+    (dict(panels=torch.ones(1, 1, 12, 16, dtype=torch.int8)), TypeError, "scales must be a tensor"),
+    (dict(scales=torch.ones(1, 1, 16)), ValueError, "scales must be None unless panels are int8"),
+    (dict(in_blocks=5), ValueError, r"x.shape\[-1\] must be divisible by in_blocks \(5\), got 12"),
+    (dict(x=torch.randn(3, 12).double()), TypeError, "x must be float32, bfloat16, float16, got float64"),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BAD, ids=[message[:30] for _, _, message in BAD])
+def test_bad_arguments_get_one_sentence(change, error, message):
+    x, weight, bias = draw(11, 12, 10, torch.float32)
+    arguments = dict(
+        x=x, panels=pack_linear(weight)[0], scales=None, bias=bias, in_features=12, out_features=10
+    )
+    with pytest.raises(error, match=f"packed_linear: {message}"):
+        packed_linear(**arguments | change)
+    with pytest.raises(RuntimeError, match="packed_linear: "):  # the op itself checks too
+        torch.ops.flextron.packed_linear(**arguments | change)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((torch.ones(3),), "weight must have 2 dimensions"),
+        ((torch.ones(3, 4), 2), r"weight.shape\[0\] must be divisible by out_blocks \(2\), got 3"),
+        ((torch.ones(4, 4), 1, torch.float16), "dtype must be None or torch.int8, got torch.float16"),
+    ],
+)
+def test_packing_refuses_what_it_cannot_pack(arguments, message):
+    with pytest.raises(ValueError, match=f"pack_linear: {message}"):
+        pack_linear(*arguments)
+
+
+FILES = ["tests/test_ops.py", "tests/ops/test_packed_linear.py", "tests/ops/test_packed_mlp.py"]
+CALL = "from flextron_ext import *; packed_linear(t.ones(1, 2), *pack_linear(t.ones(2, 2)), None, 2, 2)"
+
+
+@pytest.mark.skipif("FLEXTRON_ISA" in os.environ, reason="runs in every instruction set's own process")
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_each_instruction_set(isa):
+    """Every case of the GEMM ops, on each set of loops that this build has and this machine runs."""
+    environment = {**os.environ, "FLEXTRON_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def run(*command):
+        return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+    if "must be one this machine has" in run("-c", f"import torch as t; {CALL}").stderr:
+        pytest.skip(f"this machine has no {isa}")
+    done = run(
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "packed and not (opcheck or compiles or exports)",
+        *FILES,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
