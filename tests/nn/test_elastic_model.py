@@ -130,9 +130,7 @@ def test_gradients_flow_through_cached_decode():
     full = torch.autograd.grad(model(ids, use_cache=False).logits[:, -1].sum(), list(model.parameters()))
     cache = ElasticCache()
     model(ids[:, :5], cache=cache)
-    step = torch.autograd.grad(
-        model(ids[:, 5:], cache=cache).logits[:, -1].sum(), list(model.parameters())
-    )
+    step = torch.autograd.grad(model(ids[:, 5:], cache=cache).logits[:, -1].sum(), list(model.parameters()))
     for a, b in zip(step, full, strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
 

@@ -5,10 +5,12 @@ from flextron.nn.elastic_attention import ElasticAttention
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.families import FAMILIES, elastic_config
 from flextron.nn.model import ElasticLayer, ElasticModel, make_elastic
+from flextron.nn.policy import Dial
 from flextron.nn.probe import probe
 
 __all__ = [
     "FAMILIES",
+    "Dial",
     "ElasticAttention",
     "ElasticCache",
     "ElasticLayer",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flextron.config import ElasticConfig
+from flextron.nn.policy import Kept, Policy
 from flextron_ext import elastic_linear, head_attention, head_attention_decode
 
 _DECODE_TOKENS = 8  # new tokens per sequence up to which the decode op, made for a few, is used
@@ -43,11 +44,17 @@ class ElasticAttention(nn.Module):
         self.elastic = config
         self.heads = config.max_heads
         self.kv = "selected"
+        self.policy: Policy | None = None
 
-    def _project(self, proj: nn.Linear, x: Tensor, heads: int, blocks: int = 1) -> Tensor:
-        """The first ``heads`` heads of each of ``blocks`` equal blocks: [B, T, blocks*heads, D]."""
+    def _project(
+        self, proj: nn.Linear, x: Tensor, heads: int, blocks: int = 1, extent: Tensor | None = None
+    ) -> Tensor:
+        """The first ``heads`` heads of each of ``blocks`` equal blocks, [B, T, blocks*heads, D]; of each token
+        only the first ``extent`` features of a block, the rest zeros."""
         D = self.elastic.head_dim
-        y = elastic_linear(x, proj.weight, proj.bias, proj.in_features, heads * D, out_blocks=blocks)
+        y = elastic_linear(
+            x, proj.weight, proj.bias, proj.in_features, heads * D, out_extent=extent, out_blocks=blocks
+        )
         return y.unflatten(-1, (blocks * heads, D))
 
     def forward(
@@ -67,7 +74,10 @@ class ElasticAttention(nn.Module):
         )
         stored, used = c.kv_heads(self.heads, self.kv), c.kv_heads(self.heads)
 
-        q = self._project(self.q_proj, hidden_states, per_block, blocks)
+        kept = Kept() if self.policy is None else self.policy(hidden_states).heads
+        features = None if kept.extent is None else kept.extent * (per_block // self.heads * D)
+
+        q = self._project(self.q_proj, hidden_states, per_block, blocks, features)
         k = self._project(self.k_proj, hidden_states, stored)
         v = self._project(self.v_proj, hidden_states, stored)
         if self.q_norm is not None:
@@ -82,9 +92,14 @@ class ElasticAttention(nn.Module):
                 k, v = keys.transpose(1, 2), values.transpose(1, 2)
         k, v = k[:, :, :used], v[:, :, :used]
 
-        if cached and T <= _DECODE_TOKENS:
+        # the number of a token's heads; without one, all that are here, in whatever unit
+        count = (used, "kv_group") if kept.extent is None else (self.heads, c.unit)
+        few = _DECODE_TOKENS if kept.extent is None else 1  # there the op's extents are per sequence
+        if cached and few >= T:
             lengths = torch.full((B,), k.shape[1], dtype=torch.int64, device=q.device)
-            out = head_attention_decode(q, k, v, lengths, used, k_start=attention_mask, scale=self.scaling)
+            out = head_attention_decode(
+                q, k, v, lengths, *count, kept.extent, k_start=attention_mask, scale=self.scaling
+            )
         else:
             S = k.shape[1]
             sequence = torch.arange(B + 1, device=q.device)
@@ -92,21 +107,38 @@ class ElasticAttention(nn.Module):
                 q.flatten(0, 1),
                 k.flatten(0, 1),
                 v.flatten(0, 1),
-                used,
+                *count,
+                kept.extent,
+                "token" if kept.extent is not None else "sequence",
                 cu_seqlens_q=sequence * T,
                 cu_seqlens_k=sequence * S,
                 k_start=attention_mask,
                 scale=self.scaling,
             )
+        if kept.gate is not None:
+            out = out.view(B * T, -1, D) * self._scale(kept.gate).to(out.dtype)[..., None]
         out = elastic_linear(
             out.reshape(B, T, -1),
             self.o_proj.weight,
             self.o_proj.bias,
             per_block * D,
             self.o_proj.out_features,
+            features,
             in_blocks=blocks,
         )
         return out, None
+
+    def _scale(self, gate: Tensor) -> Tensor:
+        """gate [N, C] -> [N, H]: each head's share, the sum of the choices that keep it.
+
+        ``y = sum_c gate_c MHA_c(x)`` is attention at all heads, each scaled by it before W_o, as elastic_mlp
+        scales neurons. With an extent the heads beyond are zeros, cost nothing and get no gradient.
+        """
+        c = self.elastic
+        rank = torch.arange(c.num_heads, device=gate.device)
+        rank = rank // c.heads_per_group if c.unit == "kv_group" else rank % c.heads_per_group
+        kept_by = torch.tensor(c.head_choices, device=gate.device)[:, None] > rank  # [C, H]
+        return gate @ kept_by.to(gate.dtype)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads} of {self.elastic.max_heads} ({self.elastic.unit}), kv={self.kv}"

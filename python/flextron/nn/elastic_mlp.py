@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from flextron.config import ElasticConfig
+from flextron.nn.policy import Kept, Policy
 from flextron_ext import elastic_mlp
 
 # transformers' names of activations -> the op's
@@ -21,10 +24,11 @@ ACTIVATIONS = {
 class ElasticMLP(nn.Module):
     """``W_down[:, :d] (act(W_gate[:d] x) * (W_up[:d] x))`` with d = ``width``.
 
+    With a policy, d is what it decided for each token in this layer's attention, and at most ``width``.
     Takes over the three projections of a transformers MLP; their names and tensors stay as they were.
     """
 
-    def __init__(self, mlp: nn.Module, activation: str) -> None:
+    def __init__(self, mlp: nn.Module, activation: str, config: ElasticConfig) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise NotImplementedError(
@@ -32,13 +36,41 @@ class ElasticMLP(nn.Module):
             )
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self.activation = ACTIVATIONS[activation]
+        self.choices = config.mlp_choices
         self.width = self.up_proj.out_features
+        self.policy: Policy | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.policy is None:
+            return self._run(x)
+        kept = self.policy.last.mlp
+        if kept.gate is None:
+            return self._run(x, kept.extent)
+        if kept.extent is None:
+            return self._run(x, gate=kept.gate, choices=self.choices)
+        return self._by_choice(x.flatten(0, -2), kept).view(x.shape)
+
+    def _run(self, x: Tensor, extent: Tensor | None = None, **soft: object) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        return elastic_mlp(
-            x, gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias, self.width, self.activation
-        )
+        weights = (gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
+        return elastic_mlp(x, *weights, self.width, self.activation, extent, **soft)
+
+    def _by_choice(self, x: Tensor, kept: Kept) -> Tensor:
+        """Straight-through: the tokens [N, K] of each choice together, at its width and through its gate.
+
+        The op runs a gate at the largest of its choices. Those above a token's own share its fate here: what
+        more they would add is not computed, so nothing is learnt of it from this token. The counts are read by
+        the host, once a layer.
+        """
+        order = kept.choice.argsort(stable=True)
+        counts = torch.bincount(kept.choice, minlength=len(self.choices)).tolist()
+        parts = []
+        for c, rows in enumerate(order.split(counts)):
+            if counts[c]:
+                gate = kept.gate[rows]
+                gate = torch.cat([gate[:, :c], gate[:, c:].sum(1, keepdim=True)], dim=1)
+                parts.append(self._run(x[rows], gate=gate, choices=self.choices[: c + 1]))
+        return torch.cat(parts)[order.argsort()]
 
     def extra_repr(self) -> str:
         return f"width={self.width} of {self.up_proj.out_features}, {self.activation}"

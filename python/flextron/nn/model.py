@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +16,8 @@ from flextron.nn.cache import ElasticCache
 from flextron.nn.elastic_attention import ElasticAttention
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.families import elastic_config, family_of
+from flextron.nn.policy import Dial, PerRequest, PerToken, Policy
+from flextron.nn.router import AdaptiveRouter, Choices
 
 KV_MODES = ("selected", "all")
 _CACHE = 3  # place of cache among the arguments of a causal LM's forward, in every family
@@ -27,9 +29,11 @@ class ElasticLayer(NamedTuple):
 
 
 class Planner(Protocol):
-    """What turns a budget in the user's units into widths."""
+    """What turns a budget in the user's units into widths, or into a fraction of the full latency."""
 
     def resolve(self, fraction: float | None = None, **budget: Any) -> Widths: ...
+
+    def target(self, fraction: float | None = None, **budget: Any) -> float: ...
 
 
 def _first_key(
@@ -64,44 +68,115 @@ class ElasticModel:
 
     Attributes:
         elastic: the menus of widths, and the shape of the full model.
-        widths: what the layers keep now.
+        dial: what it is set to.
+        widths: what the layers keep now; of several requests or tokens, at most.
         kv: ``"selected"`` or ``"all"``: which key/value groups are projected and cached.
         planner: turns budgets into widths; set by `flextron.from_pretrained`.
+        adaptive: the router that chooses for every token; see `attach_router`. It is no submodule: the names of
+            the ``state_dict`` stay the parent's.
     """
 
     elastic: ElasticConfig
+    dial: Dial
     widths: Widths
     kv: str
     planner: Planner | None
+    adaptive: AdaptiveRouter | None
 
     def layers_of(self) -> list[ElasticLayer]:
         """The elastic modules of every layer, in order."""
         return [ElasticLayer(layer.self_attn, layer.mlp) for layer in self.model.layers]
 
-    def set_widths(self, widths: Widths, kv: str = "selected") -> None:
-        """Let every layer keep what ``widths`` says. Nothing is copied; bad widths change nothing."""
-        self.elastic.check(widths)
-        if kv not in KV_MODES:
-            raise ValueError(f"set_widths: kv must be one of {', '.join(KV_MODES)}, got {kv!r}")
-        for layer, width, heads in zip(self.layers_of(), widths.mlp, widths.heads, strict=True):
+    def set_widths(self, widths: Widths | Sequence[Widths], kv: str = "selected") -> None:
+        """Let every layer keep what ``widths`` says, one for all or one for each request of a batch.
+
+        Nothing is copied; bad widths change nothing.
+        """
+        self.turn(Dial((widths,) if isinstance(widths, Widths) else tuple(widths), kv))
+
+    def turn(self, dial: Dial) -> None:
+        """Set the model to a dial, such as one it had before. A bad one changes nothing."""
+        if not dial.widths:
+            raise ValueError("set_widths: widths must be given for at least one request, got none")
+        for widths in dial.widths:
+            self.elastic.check(widths)
+        if dial.kv not in KV_MODES:
+            raise ValueError(f"set_widths: kv must be one of {', '.join(KV_MODES)}, got {dial.kv!r}")
+        bound = dial.bound()
+        policies: list[Policy | None] = [None] * self.elastic.num_layers
+        if dial.targets:
+            policies = self._per_token(dial.targets, dial.phase)
+        elif len(dial.widths) > 1:
+            policies = [PerRequest(dial.widths, i, self.device) for i in range(self.elastic.num_layers)]
+        self.set_policies(policies, bound, dial.kv)
+        self.dial = dial
+
+    def set_policies(self, policies: Sequence[Policy | None], bound: Widths, kv: str) -> None:
+        """Let a policy decide in each layer (None: the bound itself); what trains routers calls it."""
+        parts = zip(self.layers_of(), policies, bound.mlp, bound.heads, strict=True)
+        for layer, policy, width, heads in parts:
             layer.mlp.width, layer.attention.heads, layer.attention.kv = width, heads, kv
-        self.widths, self.kv = widths, kv
+            layer.mlp.policy = layer.attention.policy = policy
+        self.widths, self.kv = bound, kv
+
+    def attach_router(self, router: AdaptiveRouter | None) -> None:
+        """Let ``router`` be the one that adaptive budgets ask."""
+        object.__setattr__(self, "adaptive", router)  # a Module's own would make it a submodule
+
+    def _per_token(self, targets: tuple[float, ...], phase: str) -> list[Policy]:
+        if self.adaptive is None:
+            raise ValueError(
+                "set_budget: adaptive needs an adaptive router; run `flextron route DIR --adaptive` first"
+            )
+        self.adaptive.check(self.elastic, phase)
+        router = self.adaptive.to(self.device)
+        tau = torch.tensor(targets, device=self.device)
+        return [PerToken(router, i, tau, self.elastic, phase) for i in range(self.elastic.num_layers)]
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[list[Choices]]:
+        """Write down what the router chooses for every token of the forwards inside a ``with`` block.
+
+        Yields a list that gets one entry for each forward: the choices' places in the menus, ``mlp`` and
+        ``heads`` [B, T, L] int64.
+        """
+        policies = [layer.attention.policy for layer in self.layers_of()]
+        if not all(isinstance(policy, PerToken) for policy in policies):
+            raise ValueError("watched: the budget must be adaptive, got one that chooses for no token")
+        forwards: list[Choices] = []
+        seen: list[tuple[int, Choices]] = []
+
+        def gather(*_: Any) -> None:
+            layers = [choices for _, choices in seen]
+            forwards.append(Choices(*(torch.stack(axis, dim=-1) for axis in zip(*layers, strict=True))))
+            seen.clear()
+
+        for policy in policies:
+            policy.seen = seen
+        handle = self.register_forward_hook(gather)
+        try:
+            yield forwards
+        finally:
+            handle.remove()
+            for policy in policies:
+                policy.seen = None
 
     def set_budget(
         self,
-        fraction: float | None = None,
+        fraction: float | Sequence[float] | None = None,
         *,
-        latency_ms: float | None = None,
-        tokens_per_s: float | None = None,
-        params: float | None = None,
-        memory_gb: float | None = None,
-        widths: Widths | None = None,
+        latency_ms: float | Sequence[float] | None = None,
+        tokens_per_s: float | Sequence[float] | None = None,
+        params: float | Sequence[float] | None = None,
+        memory_gb: float | Sequence[float] | None = None,
+        widths: Widths | Sequence[Widths] | None = None,
+        adaptive: bool = False,
         phase: str = "prefill",
         batch: int | None = None,
         context: int | None = None,
-        kv: str = "selected",
-    ) -> Widths:
-        """Choose a sub-network by exactly one budget, and return its widths.
+        kv: str | None = None,
+    ) -> Widths | list[Widths] | float | list[float]:
+        """Choose sub-networks by exactly one budget, for the whole batch or, by a list, for each request of it.
 
         Args:
             fraction: of the full model's measured latency, in (0, 1].
@@ -110,10 +185,15 @@ class ElasticModel:
             params: parameters of the sub-network, as far as ``kv`` lets them rest unread.
             memory_gb: its weights and the key/value cache of ``batch`` sequences of ``context`` tokens, in 1e9 bytes.
             widths: the widths themselves.
+            adaptive: let the adaptive router choose for every token and layer, so that the mean over tokens meets
+                the budget, which must be one of latency.
             phase: ``"prefill"`` or ``"decode"``: which latency table.
             batch, context: of the cache that ``memory_gb`` counts; 1 and 0 unless given.
-            kv: ``"selected"``: only key/value groups in use are projected and cached. ``"all"``: all are, so that
-                the budget may rise during a generation.
+            kv: ``"selected"``: only key/value groups in use (of any request) are projected and cached; the default.
+                ``"all"``: all are, so that the budget may rise during a generation; always so when ``adaptive``.
+
+        Returns:
+            The widths, with ``adaptive`` the fraction of the full latency; a list of them where the budget was one.
 
         Raises:
             ValueError: none or several budgets, or an impossible one (the message names the best possible).
@@ -131,29 +211,54 @@ class ElasticModel:
             raise ValueError(
                 f"set_budget: exactly one budget must be given, got {', '.join(given) or 'none'}"
             )
-        if widths is not None:
-            resolved = widths
-        elif fraction is not None and fraction == 1:
-            resolved = self.elastic.full()
-        elif self.planner is None:
-            raise ValueError(
-                f"set_budget: {next(iter(given))} needs a planner; load the model with flextron.from_pretrained"
-            )
+        ((name, value),) = given.items()
+        if adaptive and kv not in (None, "all"):
+            raise ValueError(f"set_budget: kv must be 'all' when adaptive, got {kv!r}")
+        kv = kv or ("all" if adaptive else "selected")
+        listed = isinstance(value, Sequence) and not isinstance(value, str)
+        values = list(value) if listed else [value]
+        if not values:
+            raise ValueError(f"set_budget: {name} must be given for at least one request, got none")
+        options = {"phase": phase, "batch": batch, "context": context}
+        if adaptive:
+            found = [self._target(name, v, options) for v in values]
+            self.turn(Dial.adaptive(self.elastic, found, phase))
         else:
-            resolved = self.planner.resolve(
-                **given, phase=phase, batch=batch, context=context, kv=kv, bytes_per_value=self.dtype.itemsize
+            options |= {"kv": kv, "bytes_per_value": self.dtype.itemsize}
+            found = [self._resolved(name, v, options) for v in values]
+            self.turn(Dial(tuple(found), kv))
+        return found if listed else found[0]
+
+    def _resolved(self, name: str, value: Any, options: dict[str, Any]) -> Widths:
+        if name == "widths":
+            return value
+        if name == "fraction" and value == 1:
+            return self.elastic.full()
+        return self._planner(name).resolve(**{name: value}, **options)
+
+    def _target(self, name: str, value: Any, options: dict[str, Any]) -> float:
+        if name not in ("fraction", "latency_ms", "tokens_per_s"):
+            raise ValueError(
+                "set_budget: an adaptive budget must be one of latency (fraction, latency_ms, tokens_per_s), "
+                f"got {name}; some token may need any weight"
             )
-        self.set_widths(resolved, kv)
-        return resolved
+        return self._planner(name).target(**{name: value}, **options)
+
+    def _planner(self, name: str) -> Planner:
+        if self.planner is None:
+            raise ValueError(
+                f"set_budget: {name} needs a planner; load the model with flextron.from_pretrained"
+            )
+        return self.planner
 
     @contextlib.contextmanager
-    def budget(self, fraction: float | None = None, **kwargs: Any) -> Iterator[Widths]:
+    def budget(self, fraction: float | Sequence[float] | None = None, **kwargs: Any) -> Iterator[Any]:
         """`set_budget` for the length of a ``with`` block."""
-        before = self.widths, self.kv
+        before = self.dial
         try:
             yield self.set_budget(fraction, **kwargs)
         finally:
-            self.set_widths(*before)
+            self.turn(before)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``generate``, with a cache that keeps to the budget."""
@@ -238,13 +343,14 @@ def make_elastic(model: nn.Module, config: ElasticConfig | None = None) -> Any:
 
     for layer in model.model.layers:
         layer.self_attn = ElasticAttention(layer.self_attn, own)
-        layer.mlp = ElasticMLP(layer.mlp, hf.hidden_act)
+        layer.mlp = ElasticMLP(layer.mlp, hf.hidden_act, own)
     count = sum(isinstance(m, ElasticAttention | ElasticMLP) for m in model.modules())
     if count != 2 * own.num_layers:
         raise ValueError(f"make_elastic: model must have {2 * own.num_layers} elastic modules, got {count}")
     hf._attn_implementation = "flextron"
     model.__class__ = _elastic_class(type(model))
     model.elastic, model.planner = own, None
+    model.attach_router(None)
     model.set_widths(own.full())
     model.register_forward_pre_hook(_guard_cache, with_kwargs=True)
     return model

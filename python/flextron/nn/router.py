@@ -1,8 +1,9 @@
-"""The static router: a latency target in, one row of logits for every layer and axis out."""
+"""The routers: a latency target in, and for the adaptive one a token's state; logits for every layer and axis out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import skip_init
 
+from flextron.config import ElasticConfig
+
 LEAK = 0.1
+_EVERYTHING = 1e9  # an offset: times any two choices' difference in cost it outweighs their logits
 
 
 class Choices(NamedTuple):
@@ -18,6 +22,28 @@ class Choices(NamedTuple):
 
     mlp: Tensor
     heads: Tensor
+
+
+def check_targets(name: str, targets: Sequence[float]) -> tuple[float, ...]:
+    """Trained targets as a tuple; ValueError unless they ascend within (0, 1]."""
+    targets = tuple(float(t) for t in targets)
+    ascending = all(a < b for a, b in pairwise(targets))
+    if not targets or not ascending or not 0 < targets[0] <= targets[-1] <= 1:
+        raise ValueError(f"{name}: targets must ascend within (0, 1], got {list(targets)}")
+    return targets
+
+
+def encode(tau: Tensor | float, targets: Tensor) -> Tensor:
+    """tau [...] -> [..., number of targets]: one-hot at a target, between two the line that joins them."""
+    tau = torch.as_tensor(tau, dtype=targets.dtype, device=targets.device)
+    count = len(targets)
+    if count == 1:
+        return tau.new_ones(*tau.shape, 1)
+    tau = tau.clamp(targets[0], targets[-1])
+    right = torch.searchsorted(targets, tau.contiguous()).clamp(1, count - 1)
+    low, high = targets[right - 1], targets[right]
+    share = ((tau - low) / (high - low)).unsqueeze(-1)
+    return functional.one_hot(right - 1, count) * (1 - share) + functional.one_hot(right, count) * share
 
 
 class StaticRouter(nn.Module):
@@ -55,10 +81,7 @@ class StaticRouter(nn.Module):
         ):
             if value < 1:
                 raise ValueError(f"StaticRouter: {name} must be at least 1, got {value}")
-        self.targets = tuple(float(t) for t in targets)
-        ascending = all(a < b for a, b in zip(self.targets, self.targets[1:], strict=False))
-        if not self.targets or not ascending or not 0 < self.targets[0] <= self.targets[-1] <= 1:
-            raise ValueError(f"StaticRouter: targets must ascend within (0, 1], got {list(self.targets)}")
+        self.targets = check_targets("StaticRouter", targets)
         self.num_layers, self.mlp_choices, self.head_choices = num_layers, mlp_choices, head_choices
         self.hidden = hidden
         self.register_buffer("_targets", torch.tensor(self.targets), persistent=False)
@@ -71,15 +94,7 @@ class StaticRouter(nn.Module):
 
     def encode(self, tau: Tensor | float) -> Tensor:
         """tau [...] -> [..., number of targets]: weights of the neighbouring targets, which sum to 1."""
-        tau = torch.as_tensor(tau, dtype=self._targets.dtype, device=self._targets.device)
-        count = len(self.targets)
-        if count == 1:
-            return tau.new_ones(*tau.shape, 1)
-        tau = tau.clamp(self._targets[0], self._targets[-1])
-        right = torch.searchsorted(self._targets, tau.contiguous()).clamp(1, count - 1)
-        low, high = self._targets[right - 1], self._targets[right]
-        share = ((tau - low) / (high - low)).unsqueeze(-1)
-        return functional.one_hot(right - 1, count) * (1 - share) + functional.one_hot(right, count) * share
+        return encode(tau, self._targets)
 
     def forward(self, tau: Tensor | float) -> Choices:
         """Logits ``mlp [..., L, C_mlp]`` and ``heads [..., L, C_heads]`` at targets of shape [...]."""
@@ -120,3 +135,100 @@ def anneal(step: int, steps: int) -> tuple[float, float]:
     """(temperature, scale of the logits) at a step: 1 -> 0.05 exponentially, and 1 -> 10 linearly."""
     progress = min(1.0, max(0.0, step / max(1, steps - 1)))
     return 0.05**progress, 1.0 + 9.0 * progress
+
+
+class AdaptiveRouter(nn.Module):
+    """Choose widths for every token and layer from the layer's input and a latency target.
+
+    ``logits = base_l(tau) + W2_l LeakyReLU(W1_l rms_norm(x) + Wt_l encode(tau) + b_l) + ramp * offset(tau)``
+
+    x is the layer's incoming hidden state behind its norm. ``base`` has a row for each trained target, which
+    starts at what the static router found, and W2 starts at 0: an untrained router is the static one. ``ramp``
+    grows with the cost of a choice, so the offset moves the mean latency without asking for anything else: the
+    choice ``argmax(u_c + offset * cost_c)`` of a token never falls as the offset grows. It is calibrated on
+    text at a grid of fractions (`calibrate` in ``flextron.route.adaptive``), a line between them.
+
+    Args:
+        num_layers, hidden_size: L and K.
+        mlp_choices, head_choices: counts of choices.
+        targets: trained targets, ascending in (0, 1].
+        hidden: width of the hidden layer.
+        seed: of the initial weights.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        hidden_size: int,
+        mlp_choices: int,
+        head_choices: int,
+        targets: Sequence[float],
+        hidden: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.num_layers, self.hidden_size, self.hidden = num_layers, hidden_size, hidden
+        self.mlp_choices, self.head_choices = mlp_choices, head_choices
+        self.targets = check_targets("AdaptiveRouter", targets)
+        self.register_buffer("_targets", torch.tensor(self.targets), persistent=False)
+        L, C = num_layers, mlp_choices + head_choices
+        generator = torch.Generator().manual_seed(seed)
+        gain = nn.init.calculate_gain("leaky_relu", LEAK)
+        self.w1 = nn.Parameter(
+            torch.randn(L, hidden, hidden_size, generator=generator) * gain / hidden_size**0.5
+        )
+        self.wt = nn.Parameter(torch.zeros(L, len(self.targets), hidden))
+        self.b1 = nn.Parameter(torch.zeros(L, hidden))
+        self.w2 = nn.Parameter(torch.zeros(L, C, hidden))
+        self.base = nn.Parameter(torch.zeros(L, len(self.targets), C))
+        self.register_buffer("ramp", torch.zeros(C))
+        self.calibration: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {}
+
+    def check(self, config: ElasticConfig, phase: str | None = None) -> None:
+        """Raise ValueError unless the router is for this model's layers and menus, and calibrated for the phase."""
+        theirs = (config.num_layers, config.hidden_size, len(config.mlp_choices), len(config.head_choices))
+        mine = (self.num_layers, self.hidden_size, self.mlp_choices, self.head_choices)
+        if mine != theirs:
+            raise ValueError(
+                f"adaptive router: layers, width and menus must be those of the model {theirs}, got {mine}"
+            )
+        if phase is not None and phase not in self.calibration:
+            have = ", ".join(sorted(self.calibration)) or "none"
+            raise ValueError(
+                f"adaptive router: phase must be one it is calibrated for ({have}), got {phase!r}"
+            )
+
+    def offset(self, tau: Tensor, phase: str) -> Tensor:
+        """The calibrated offset at targets [R]: a line between the points of the phase's grid; at 1 one that
+        outweighs every logit, for that is the full model."""
+        grid, offsets = (torch.tensor(v, dtype=torch.float64) for v in self.calibration[phase])
+        tau = tau.to("cpu", torch.float64)
+        at = tau.clamp(grid[0], grid[-1])
+        right = torch.searchsorted(grid, at.contiguous()).clamp(1, len(grid) - 1)
+        share = (at - grid[right - 1]) / (grid[right] - grid[right - 1])
+        found = torch.lerp(offsets[right - 1], offsets[right], share)
+        return torch.where(tau >= 1, _EVERYTHING, found).to(self.ramp)
+
+    def context(self, tau: Tensor, layer: int, phase: str | None = None) -> tuple[Tensor, Tensor]:
+        """What a layer's logits owe to the targets [R] alone: ([R, hidden], [R, C]).
+
+        Without a phase the offset is 0: as it is trained.
+        """
+        code = encode(tau, self._targets)
+        logits = code @ self.base[layer]
+        if phase is not None:
+            logits = logits + self.offset(tau, phase)[:, None] * self.ramp
+        return code @ self.wt[layer] + self.b1[layer], logits
+
+    def logits(self, x: Tensor, layer: int, context: tuple[Tensor, Tensor]) -> Choices:
+        """x [B, T, K] -> logits of its B * T tokens, ``mlp [N, C_mlp]`` and ``heads [N, C_heads]``, float32.
+
+        ``context`` is of R requests, each of them B / R sequences in a row.
+        """
+        B, T, K = x.shape
+        state, base = context
+        R = base.shape[0]
+        x = functional.rms_norm(x.float(), (K,)).view(R, B // R * T, K)
+        h = functional.leaky_relu(x @ self.w1[layer].T + state[:, None], LEAK)
+        logits = (h @ self.w2[layer].T + base[:, None]).flatten(0, 1)
+        return Choices(logits[:, : self.mlp_choices], logits[:, self.mlp_choices :])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flextron.config import ElasticConfig, Widths
 from flextron.route.ladder import Ladder, uniform_ladder
@@ -109,33 +109,44 @@ class Planner:
             ValueError: none or several budgets, or an impossible one: the message names the best possible.
         """
         values = (fraction, latency_ms, tokens_per_s, params, memory_gb, widths)
-        given = {name: value for name, value in zip(BUDGETS, values, strict=True) if value is not None}
-        if len(given) != 1:
-            raise ValueError(
-                f"budget: exactly one of {', '.join(BUDGETS)} must be given, got {', '.join(given) or 'none'}"
-            )
+        name, value = _only(BUDGETS, values)
         if widths is not None:
             self.config.check(widths)
             return widths
-        (name, value), *_ = given.items()
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-            or value <= 0
-        ):
-            raise ValueError(f"budget: {name} must be a positive number, got {value!r}")
+        _check_number(name, value)
         if name in ("params", "memory_gb"):
             limit = self._size_limit(name, value, batch or 1, context or 0, kv, bytes_per_value)
         else:
             limit = self._time_limit(name, value, phase, batch, context)
         found = self.ladder.highest(limit.cost, limit.limit)
         if found is None:
-            possible = limit.show(limit.cost(self.ladder.rungs[0]))
-            raise ValueError(
-                f"budget: {name} must be {limit.bound} {possible} (the {limit.best} network), got {value:g}"
-            )
+            raise _impossible(name, value, limit, self.ladder.rungs[0])
         return found
+
+    def target(
+        self,
+        fraction: float | None = None,
+        *,
+        latency_ms: float | None = None,
+        tokens_per_s: float | None = None,
+        phase: str = "prefill",
+        batch: int | None = None,
+        context: int | None = None,
+    ) -> float:
+        """Exactly one budget of latency as a fraction of the full model's: what an adaptive router is asked for.
+
+        More than the full model needs is 1. The arguments are those of `resolve`.
+
+        Raises:
+            ValueError: none or several budgets, or an impossible one: the message names the best possible.
+        """
+        name, value = _only(BUDGETS[:3], (fraction, latency_ms, tokens_per_s))
+        _check_number(name, value)
+        limit = self._time_limit(name, value, phase, batch, context)
+        smallest, full = (limit.cost(widths) for widths in (self.config.smallest(), self.config.full()))
+        if smallest > limit.limit * (1 + 1e-9):
+            raise _impossible(name, value, limit, self.config.smallest())
+        return min(1.0, limit.limit / full)
 
     def _size_limit(
         self, name: str, value: float, batch: int, context: int, kv: str, bytes_per_value: int
@@ -178,6 +189,29 @@ class Planner:
         return _Limit(
             table.predict, thousands / value, lambda ms: _down(thousands / ms), "at most", "fastest"
         )
+
+
+def _only(names: Sequence[str], values: Sequence[Any]) -> tuple[str, Any]:
+    """The one budget that is given, by name."""
+    given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+    if len(given) != 1:
+        raise ValueError(
+            f"budget: exactly one of {', '.join(names)} must be given, got {', '.join(given) or 'none'}"
+        )
+    return next(iter(given.items()))
+
+
+def _check_number(name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"budget: {name} must be a positive number, got {value!r}")
+
+
+def _impossible(name: str, value: float, limit: _Limit, smallest: Widths) -> ValueError:
+    possible = limit.show(limit.cost(smallest))
+    return ValueError(
+        f"budget: {name} must be {limit.bound} {possible} (the {limit.best} network), got {value:g}"
+    )
 
 
 def _up(value: float) -> str:

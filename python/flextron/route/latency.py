@@ -24,8 +24,9 @@ from torch import Tensor
 from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
 from flextron.checkpoint.io import read_json, write_json
 from flextron.config import ElasticConfig, Widths
-from flextron.nn import ElasticCache, probe
+from flextron.nn import Dial, ElasticCache, probe
 from flextron.nn.cache import ElasticCacheLayer
+from flextron.nn.router import Choices
 from flextron.testing.timing import bench, compare
 
 FILE = "latency.json"
@@ -171,6 +172,27 @@ class LatencyTable:
     def predict(self, widths: Widths) -> float:
         """Milliseconds of a configuration."""
         return self.base + self.slope * _layer_sum(self, widths)
+
+    def of_choices(self, choices: Choices) -> Tensor:
+        """Milliseconds [...] of networks given by their places in the menus, ``mlp`` and ``heads`` [..., L]."""
+        layers = torch.arange(self.num_layers, device=choices.mlp.device)
+        total = self.slope * sum(
+            costs.to(rows.device)[layers, rows].sum(-1)
+            for costs, rows in zip(self._tensors, choices, strict=True)
+        )
+        return self.base + total
+
+    def of_tokens(self, choices: Choices) -> Tensor:
+        """Milliseconds of forwards in which every token has choices of its own, ``mlp``, ``heads`` [..., B, T, L].
+
+        A prefill is bound by arithmetic: it takes the mean over its B * T tokens. A decode step of ``batch``
+        sequences is bound by the weights that it reads, up to the widest of its tokens: the mean over the steps
+        of the maximum over the sequences, in each layer. (B is then a multiple of the workload's batch.)
+        """
+        if self.workload.phase == "decode" and self.workload.batch > 1:
+            batch = self.workload.batch
+            choices = Choices(*(axis.unflatten(-3, (-1, batch)).amax(-3) for axis in choices))
+        return self.of_choices(choices).mean((-2, -1))
 
     def fraction(self, widths: Widths) -> float:
         """The configuration's time over the full model's."""
@@ -423,34 +445,36 @@ def calibrate(
 
 def measure(
     model: Any,
-    widths: Sequence[Widths],
+    widths: Sequence[Widths | Dial],
     workload: Workload,
     *,
     rounds: int = 5,
     min_seconds: float = 0.02,
+    ids: Tensor | None = None,
     on_round: Callable[[int], object] | None = None,
 ) -> tuple[float, list[float]]:
-    """Milliseconds of the whole model: (full, one for each of ``widths``).
+    """Milliseconds of the whole model: (full, one for each of ``widths``, which may be dials).
 
     Each configuration is timed between two runs of the full model; what is returned is its median ratio to
-    them times the median of the full model, so the drift of a shared machine cancels.
+    them times the median of the full model, so the drift of a shared machine cancels. ``ids`` [batch, length] are
+    the tokens; random ones by default, which is all the same unless a router looks at them.
     """
-    before = model.widths, model.kv
-    choices = {str(i): w for i, w in enumerate(widths)}
-    choices["full"] = model.elastic.full()
+    before = model.dial
+    choices = {str(i): Dial.of(w) for i, w in enumerate(widths)}
+    choices["full"] = Dial.of(model.elastic.full())
     try:
-        runs = {name: _whole_model(model, w, workload) for name, w in choices.items()}
+        runs = {name: _whole_model(model, dial, workload, ids) for name, dial in choices.items()}
         full = ("full", runs.pop("full"))
         reference, others = compare(
             full,
             runs,
             rounds,
             min_seconds,
-            setup=lambda name: model.set_widths(choices[name]),
+            setup=lambda name: model.turn(choices[name]),
             on_round=on_round,
         )
     finally:
-        model.set_widths(*before)
+        model.turn(before)
     full_ms = 1e3 * reference.median
     return full_ms, [full_ms * others[str(i)].ratio for i in range(len(widths))]
 
@@ -459,7 +483,7 @@ def _sweeps(
     model: Any, workload: Workload, rounds: int, min_seconds: float, on_round: Callable[[int], object]
 ) -> dict[str, tuple[float, ...]]:
     """axis -> milliseconds of one layer at each choice."""
-    config, before = model.elastic, (model.widths, model.kv)
+    config, before = model.elastic, model.dial
     layers = config.num_layers
     choices = {f"mlp {i}": config.uniform(i, -1) for i in range(len(config.mlp_choices))}
     choices |= {f"heads {i}": config.uniform(-1, i) for i in range(len(config.head_choices))}
@@ -472,7 +496,7 @@ def _sweeps(
             sweeps, rounds, min_seconds, setup=lambda name: model.set_widths(choices[name]), on_round=on_round
         )
     finally:
-        model.set_widths(*before)
+        model.turn(before)
     per_layer = {name: 1e3 * timing.median / layers for name, timing in times.items()}
     return {axis: tuple(ms for name, ms in per_layer.items() if name.split()[0] == axis) for axis in AXES}
 
@@ -493,16 +517,20 @@ def _sweep(model: Any, axis: str, workload: Workload) -> Callable[[], None]:
     return run
 
 
-def _whole_model(model: Any, widths: Widths, workload: Workload) -> Callable[[], None]:
-    """The forward whose time is predicted, for a model that will be set to ``widths``."""
+def _whole_model(
+    model: Any, dial: Widths | Dial, workload: Workload, ids: Tensor | None = None
+) -> Callable[[], None]:
+    """The forward whose time is predicted, for a model that will be set to ``dial``."""
     weight = model.get_input_embeddings().weight
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.elastic.vocab_size, (workload.batch, workload.length), generator=generator).to(
-        weight.device
-    )
+    shape = (workload.batch, workload.length)
+    if ids is None:
+        ids = torch.randint(model.elastic.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    if ids.shape != shape:
+        raise ValueError(f"measure: ids must have shape {list(shape)} of the workload, got {list(ids.shape)}")
+    ids = ids.to(weight.device)
     if workload.phase == "prefill":
         return torch.no_grad()(lambda: model(ids, logits_to_keep=1, use_cache=False))
-    cache = _filled_cache(model, widths, workload)
+    cache = _filled_cache(model, dial, workload)
 
     @torch.no_grad()
     def run() -> None:
@@ -513,13 +541,14 @@ def _whole_model(model: Any, widths: Widths, workload: Workload) -> Callable[[],
     return run
 
 
-def _filled_cache(model: Any, widths: Widths, workload: Workload) -> ElasticCache:
-    """A cache of ``context`` random tokens with the groups that ``widths`` keeps."""
+def _filled_cache(model: Any, dial: Widths | Dial, workload: Workload) -> ElasticCache:
+    """A cache of ``context`` random tokens with the groups that ``dial`` keeps."""
     weight, config = model.get_input_embeddings().weight, model.elastic
     cache = ElasticCache()
     cache.layers.extend(ElasticCacheLayer() for _ in range(config.num_layers))
-    for layer, heads in enumerate(widths.heads):
-        shape = (workload.batch, config.kv_heads(heads), workload.context, config.head_dim)
+    dial = Dial.of(dial)
+    for layer, heads in enumerate(dial.bound().heads):
+        shape = (workload.batch, config.kv_heads(heads, dial.kv), workload.context, config.head_dim)
         states = torch.randn(shape, dtype=weight.dtype, device=weight.device)
         cache.update(states, states, layer)
     return cache

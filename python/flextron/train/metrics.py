@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flextron.config import Widths
+from flextron.nn import Dial
 from flextron.train.losses import cross_entropy
 
 
@@ -21,23 +22,23 @@ def perplexity(loss: float) -> float:
 
 @contextmanager
 def restored(model: Any) -> Iterator[None]:
-    """Give an elastic model its widths and its training mode back at the end of a ``with`` block."""
-    before, training = (model.widths, model.kv), model.training
+    """Give an elastic model its dial and its training mode back at the end of a ``with`` block."""
+    before, training = model.dial, model.training
     try:
         yield
     finally:
-        model.set_widths(*before)
+        model.turn(before)
         model.train(training)
 
 
 @torch.no_grad()
-def evaluate(model: Any, tokens: Tensor, widths: Sequence[Widths], batch_size: int = 8) -> list[float]:
+def evaluate(model: Any, tokens: Tensor, widths: Sequence[Widths | Dial], batch_size: int = 8) -> list[float]:
     """Mean loss of the next token at each sub-network, in nats, without noise.
 
     Args:
-        model: an elastic model. Its widths and mode are restored, whatever happens.
+        model: an elastic model. Its dial and mode are restored, whatever happens.
         tokens: [n, length] int64, every window a sequence of its own.
-        widths: the sub-networks.
+        widths: the sub-networks; or dials, such as one whose router chooses for every token.
         batch_size: windows in a forward pass; it does not change the result beyond rounding.
 
     Returns:
@@ -52,8 +53,8 @@ def evaluate(model: Any, tokens: Tensor, widths: Sequence[Widths], batch_size: i
         return [_loss_at(model, tokens, choice, batch_size) for choice in widths]
 
 
-def _loss_at(model: Any, tokens: Tensor, widths: Widths, batch_size: int) -> float:
-    model.set_widths(widths)
+def _loss_at(model: Any, tokens: Tensor, widths: Widths | Dial, batch_size: int) -> float:
+    model.turn(Dial.of(widths))
     device = next(model.parameters()).device
     total = 0.0
     for batch in tokens.split(batch_size):
