@@ -105,10 +105,32 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
         "--targets", "0.8,1",
     )  # fmt: skip
     assert routers["evaluations"] <= 24
+    own = answer(
+        capsys, "route", elastic, *common, "--adaptive", "--steps", 4, "--samples", 24, "--length", 32,
+        "--targets", "0.8,1", "--gates", "hard",
+    )  # fmt: skip
+    assert own["targets"][0]["target"] == 0.8 and set(own["calibration"]) == {"prefill", "decode"}
     assert main(["eval", str(elastic), "--data", str(text), "--budgets", "1", "--rounds", "2"]) == 0
     assert "measured ms" in capsys.readouterr().out
     rows = answer(capsys, "eval", elastic, *common, "--budgets", "0.8,1", "--rounds", 2, "--length", 32)
     assert [row["kind"] for row in rows] == ["full", "routed", "uniform"]
+    rows = answer(
+        capsys, "eval", elastic, *common, "--budgets", "0.8", "--rounds", 2, "--length", 32, "--adaptive"
+    )
+    assert [row["kind"] for row in rows] == ["full", "routed", "uniform", "adaptive"]
+    told = answer(
+        capsys,
+        "generate",
+        elastic,
+        "--budget",
+        0.8,
+        "--adaptive",
+        "--prompt",
+        "the cat",
+        "--max-new-tokens",
+        4,
+    )
+    assert told["text"].startswith("the cat") and told["fraction"] == 0.8
     said = answer(capsys, "generate", elastic, "--budget", 0.8, "--prompt", "the cat", "--max-new-tokens", 4)
     assert said["text"].startswith("the cat")
     made = answer(capsys, "export", elastic, tmp_path / "small", "--budget", 0.8)
@@ -116,7 +138,9 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
         p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "small").parameters()
     )
     facts = answer(capsys, "info", elastic)
-    assert facts["routers"] == "trained for prefill" and set(facts["latency tables"]) == {"prefill", "decode"}
+    assert facts["routers"] == facts["adaptive router"] == "trained for prefill" and set(
+        facts["latency tables"]
+    ) == {"prefill", "decode"}
 
 
 def test_what_was_measured_on_other_weights_does_not_survive(elastic, parent, text, capsys):
@@ -140,7 +164,8 @@ def test_what_was_measured_on_other_weights_does_not_survive(elastic, parent, te
     answer(capsys, *route)
     answer(capsys, "train", elastic, *common, "--steps", 1, "--batch-size", 2)
     facts = answer(capsys, "info", elastic)
-    assert facts["routers"] == "none" and set(facts["latency tables"]) == {"prefill"}
+    assert facts["routers"] == facts["adaptive router"] == "none"
+    assert set(facts["latency tables"]) == {"prefill"}
     answer(capsys, *route)
     answer(capsys, "convert", parent, elastic, *common, "--samples", 8, "--mlp-choices", "16,40")
     facts = answer(capsys, "info", elastic)
@@ -190,6 +215,10 @@ def test_bad_input_gives_one_sentence(elastic, parent, text, tmp_path, capsys):
         ("route", elastic, "--data", text): "flextron profile",
         ("generate", elastic, "--budget", 0.5, "--prompt", "x"): "flextron profile",
         ("generate", elastic, "--params", 10, "--prompt", "x"): "smallest",
+        ("generate", elastic, "--params", 10, "--adaptive", "--prompt", "x"): "one of latency",
+        ("eval", elastic, "--data", text, "--adaptive"): "flextron profile",
+        ("route", elastic, "--gates", "soft"): "with --adaptive only",
+        ("route", elastic, "--adaptive", "--evaluations", 5): "--evaluations must not be given",
         ("train", elastic, "--data", text, "--learning-rate", -1): "learning_rate",
         ("train", elastic, "--data", tmp_path / "no.txt"): "must exist",
         ("convert", parent, parent, "--data", text): "another directory",

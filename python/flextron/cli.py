@@ -128,13 +128,31 @@ def _parser() -> argparse.ArgumentParser:
         "--targets", type=_floats, metavar="T,T,..,1", help="fractions of the full latency to train at"
     )
     r.add_argument(
-        "--evaluations", type=_count, default=700, help="losses of the model that may be asked for"
+        "--evaluations",
+        type=_count,
+        help="losses of the model that may be asked for; 700, not with --adaptive",
     )
-    r.add_argument("--prefill", type=_count, default=500, help="of them, random configurations at the start")
-    r.add_argument("--steps", type=_count, default=1500, help="steps of the routers")
-    r.add_argument("--samples", type=_count, default=4, help="sequences behind one loss")
+    r.add_argument(
+        "--prefill", type=_count, help="of them, random configurations at the start; 500, not with --adaptive"
+    )
+    r.add_argument("--steps", type=_count, help="steps of the routers; 1500, with --adaptive 400")
+    r.add_argument(
+        "--samples",
+        type=_count,
+        help="sequences behind one loss; 4, with --adaptive 64 to train and judge on",
+    )
     r.add_argument("--length", type=_count, default=128, help="tokens of each")
     r.add_argument("--seed", type=int, default=0)
+    r.add_argument(
+        "--adaptive",
+        action="store_true",
+        help="train the router that chooses for every token, from where the static routers are",
+    )
+    r.add_argument(
+        "--gates",
+        choices=("soft", "hard"),
+        help="with --adaptive: how it learns, by mixtures of widths (the default) or by choices, straight-through",
+    )
 
     e = command(
         "eval",
@@ -151,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="B,B,..",
         help="fractions of full latency",
     )
+    e.add_argument("--adaptive", action="store_true", help="also at widths of every token's own")
     e.add_argument("--phase", choices=("prefill", "decode"), default="prefill")
     e.add_argument("--samples", type=_count, default=16, help="held-out sequences")
     e.add_argument("--length", type=_count, default=256, help="tokens of each")
@@ -164,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     g.add_argument("directory")
     _budget(g)
+    g.add_argument("--adaptive", action="store_true", help="let every token have widths of its own")
     g.add_argument("--prompt", required=True)
     g.add_argument("--max-new-tokens", type=_count, default=64)
 
@@ -222,6 +242,7 @@ def _budget(parser: argparse.ArgumentParser) -> None:
         "--phase", choices=("prefill", "decode"), default="prefill", help="whose latency is meant"
     )
     parser.add_argument("--context", type=_count, help="tokens of the cache that --memory-gb counts")
+    parser.add_argument("--batch", type=_count, help="sequences of that cache")
 
 
 def _count(value: str) -> int:
@@ -343,17 +364,15 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
 def _route(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import pipeline, ui
 
-    names = ("evaluations", "prefill", "steps", "seed") + (("targets",) if args.targets else ())
-    config = pipeline.RouteConfig(**{name: getattr(args, name) for name in names})
+    if args.adaptive:
+        return _route_adaptive(args)
+    if args.gates:
+        raise ValueError("route: --gates must be given with --adaptive only")
+    names = ("evaluations", "prefill", "steps", "targets", "seed")
+    config = pipeline.RouteConfig(**_set(args, names))
     with ui.reporter() as progress:
         result = pipeline.route(
-            args.directory,
-            config,
-            data=args.data,
-            phase=args.phase,
-            samples=args.samples,
-            length=args.length,
-            progress=progress,
+            args.directory, config, **_set(args, ("data", "phase", "samples", "length")), progress=progress
         )
     if not args.json:
         header = ["target", "routed", "uniform", "searched (surrogate)"]
@@ -378,6 +397,39 @@ def _route(args: argparse.Namespace) -> dict[str, Any]:
     return result.to_dict()
 
 
+def _route_adaptive(args: argparse.Namespace) -> dict[str, Any]:
+    from flextron import pipeline, ui
+
+    for name in _set(args, ("evaluations", "prefill")):
+        raise ValueError(
+            f"route: --{name} must not be given with --adaptive, which trains without a surrogate"
+        )
+    config = pipeline.AdaptiveConfig(**_set(args, ("steps", "targets", "gates", "seed")))
+    with ui.reporter() as progress:
+        result = pipeline.route_adaptive(
+            args.directory, config, **_set(args, ("data", "phase", "samples", "length")), progress=progress
+        )
+    if not args.json:
+        header = ["target", "of full (table)", "loss", "static of full", "static loss"]
+        rows = [
+            [
+                f"{t.target:.2f}",
+                f"{t.fraction:.3f}",
+                f"{t.loss:.3f}",
+                f"{t.static_fraction:.3f}",
+                f"{t.static_loss:.3f}",
+            ]
+            for t in result.targets
+        ]
+        ui.print_table(f"sequences not trained on; full model {result.full_loss:.3f} nats", header, rows)
+    return result.to_dict()
+
+
+def _set(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The options that were given, or have a default."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 def _eval(args: argparse.Namespace) -> list[dict[str, Any]]:
     from flextron import pipeline, ui
     from flextron.demo.report import HEADER, rows
@@ -389,7 +441,13 @@ def _eval(args: argparse.Namespace) -> list[dict[str, Any]]:
     below = [b for b in args.budgets if b != 1]
     with ui.reporter() as progress:
         found = pipeline.budgets(
-            model, tokens, below, phase=args.phase, rounds=args.rounds, progress=progress
+            model,
+            tokens,
+            below,
+            phase=args.phase,
+            adaptive=args.adaptive,
+            rounds=args.rounds,
+            progress=progress,
         )
     if not args.json:
         ui.print_table("held-out loss and measured latency", HEADER, rows(found))
@@ -406,10 +464,13 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import pipeline
 
     model = pipeline.from_pretrained(args.directory)
-    widths = model.set_budget(**_given(args), phase=args.phase, context=args.context)
+    where = {"phase": args.phase, "context": args.context, "batch": args.batch}
+    found = model.set_budget(**_given(args), **where, adaptive=args.adaptive)
     said = pipeline.generate(model, pipeline.tokenizer_of(args.directory), args.prompt, args.max_new_tokens)
     _say(args, said)
-    return {"text": said, "params": model.elastic.params(widths), "mlp": widths.mlp, "heads": widths.heads}
+    if args.adaptive:
+        return {"text": said, "fraction": found}
+    return {"text": said, "params": model.elastic.params(found), "mlp": found.mlp, "heads": found.heads}
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
@@ -417,7 +478,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     from flextron.export import export
 
     model = pipeline.from_pretrained(args.directory)
-    widths = model.set_budget(**_given(args), phase=args.phase, context=args.context)
+    widths = model.set_budget(**_given(args), phase=args.phase, context=args.context, batch=args.batch)
     tokenizer = pipeline.tokenizer_of(args.directory)
     report = export(model, args.out, widths, layout=args.layout, tokenizer=tokenizer)
     _say(args, f"{args.out}: {report['params']} parameters, {report['layout']}")
@@ -429,6 +490,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
 def _info(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import ui
     from flextron.convert import load_elastic
+    from flextron.route.adaptive import AdaptiveResult, stored
     from flextron.route.latency import load_tables
     from flextron.route.trainer import DESCRIPTION, RouterResult
 
@@ -437,6 +499,7 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
     tables = load_tables(args.directory)
     trained = (Path(args.directory) / DESCRIPTION).exists()
     routers = RouterResult.load(args.directory) if trained else None
+    adaptive = AdaptiveResult.load(args.directory) if stored(args.directory) else None
     facts = {
         "family": config.family,
         "layers": config.num_layers,
@@ -447,6 +510,7 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
         "parity": meta.get("parity", {}).get("max_rel"),
         "latency tables": {n: f"{t.smallest_ms:.1f} .. {t.full_ms:.1f} ms" for n, t in tables.items()},
         "routers": f"trained for {routers.phase}" if routers else "none",
+        "adaptive router": f"trained for {adaptive.phase}" if adaptive else "none",
     }
     if not args.json:
         ui.print_table(

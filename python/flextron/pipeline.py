@@ -16,7 +16,10 @@ from transformers import AutoTokenizer
 from flextron import data as text
 from flextron.convert import convert as convert_model
 from flextron.convert import load_elastic, save_elastic
+from flextron.nn import Dial
+from flextron.route import adaptive as adaptive_routing
 from flextron.route import latency, trainer
+from flextron.route.adaptive import AdaptiveConfig, AdaptiveResult, train_adaptive
 from flextron.route.budget import Planner
 from flextron.route.ladder import uniform_ladder
 from flextron.route.latency import LatencyTable, Workload, load_tables, machine_of, measure, save_tables
@@ -26,6 +29,7 @@ from flextron.train import TrainConfig, TrainReport, evaluate
 from flextron.train import train as train_model
 
 TRAINING_FOLDER = "training"
+_ROUTERS = (*trainer.FILES, *adaptive_routing.FILES)
 Progress = Callable[[str, int, int], Any]
 
 
@@ -76,6 +80,16 @@ def from_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -
     """
     model, _ = load_elastic(directory, dtype)
     model.planner = Planner.load(directory, model.elastic)
+    if adaptive_routing.stored(directory):
+        result = AdaptiveResult.load(directory)
+        result.router.check(model.elastic)
+        model.attach_router(result.router)
+        if result.costs != adaptive_routing.costs_of(model.planner.tables):
+            warnings.warn(
+                f"{directory}: the adaptive router is calibrated for other latency tables; run "
+                f"`flextron route {directory} --adaptive`",
+                stacklevel=2,
+            )
     for table in model.planner.tables.values():
         if changes := table.differs(machine_of(model)):
             warnings.warn(
@@ -120,7 +134,7 @@ def convert(
         **options,
     )
     # What an earlier model in this directory was measured and trained to is not about this one.
-    _discard(directory, latency.FILE, *trainer.FILES, TRAINING_FOLDER)
+    _discard(directory, latency.FILE, *_ROUTERS, TRAINING_FOLDER)
     return report
 
 
@@ -158,7 +172,7 @@ def train(
     )
     save_elastic(model, directory)
     if report.resumed_from < config.steps:
-        _discard(directory, *trainer.FILES)  # they were trained on the loss of other weights
+        _discard(directory, *_ROUTERS)  # they were trained on the loss of other weights
     return report
 
 
@@ -207,12 +221,43 @@ def route(
     return result
 
 
+def route_adaptive(
+    directory: str | Path,
+    config: AdaptiveConfig | None = None,
+    *,
+    data: Data = None,
+    phase: str = "prefill",
+    samples: int = 64,
+    length: int = 128,
+    progress: Progress = _silent,
+) -> AdaptiveResult:
+    """Train the router that chooses for every token, starting where the static routers are, and store it.
+
+    Args:
+        directory: of an elastic checkpoint, profiled; with routers, or the uniform ladder is where it starts.
+        config: how.
+        data: text; by default Python's own documentation. Of its training part.
+        phase: whose latency is trained for; the budgets of every profiled phase are calibrated.
+        samples: sequences to train, calibrate and judge on.
+        length: tokens of each.
+    """
+    model = from_pretrained(directory)
+    tokens = _judging(corpus(tokenizer_of(directory), data).train, samples, length)
+    model.planner.table(phase)
+    result = train_adaptive(
+        model, model.planner.tables, model.planner.ladder, tokens, config, phase, progress
+    )
+    result.save(directory)
+    return result
+
+
 def budgets(
     model: Any,
     tokens: Tensor,
     targets: Sequence[float],
     *,
     phase: str = "prefill",
+    adaptive: bool = False,
     rounds: int = 5,
     batch_size: int = 4,
     progress: Progress = _silent,
@@ -220,7 +265,8 @@ def budgets(
     """Loss, predicted and measured latency of the full model and of each target.
 
     A target is met once by the routers, if there are any (``"routed"``), and once by a ladder that treats all
-    layers alike (``"uniform"``).
+    layers alike (``"uniform"``); with ``adaptive`` also by the router that chooses for every token: what is
+    predicted then is the mean over ``tokens``, and what is measured has the routers' own time in it.
 
     Args:
         model: from `from_pretrained`, profiled.
@@ -235,21 +281,28 @@ def budgets(
         planners = {"routed": planner} | planners
     chosen = [("full", 1.0, model.elastic.full())]
     chosen += [(kind, t, p.resolve(t, phase=phase)) for kind, p in planners.items() for t in targets]
+    predicted = [table.predict(widths) for _, _, widths in chosen]
+    if adaptive:
+        chosen += [("adaptive", t, Dial.adaptive(model.elastic, [t], phase)) for t in targets]
+        found = adaptive_routing.fractions(model, table, tokens, targets, phase)
+        predicted += (found * table.full_ms).tolist()
     full_ms, others = measure(
         model,
-        [widths for _, _, widths in chosen[1:]] or [chosen[0][2]],
+        [dial for _, _, dial in chosen[1:]] or [chosen[0][2]],
         table.workload,
         rounds=rounds,
+        ids=_workload_tokens(tokens, table.workload),
         on_round=lambda done: progress("measuring budgets", done, rounds),
     )
     rows = []
-    for (kind, target, widths), ms in zip(chosen, [full_ms, *others], strict=False):
+    for (kind, target, dial), ms, expected in zip(chosen, [full_ms, *others], predicted, strict=False):
+        widths = dial.bound() if isinstance(dial, Dial) else dial
         rows.append(
             {
                 "kind": kind,
                 "target": target,
-                "loss": evaluate(model, tokens, [widths], batch_size)[0],
-                "predicted_ms": table.predict(widths),
+                "loss": evaluate(model, tokens, [dial], batch_size)[0],
+                "predicted_ms": expected,
                 "measured_ms": ms,
                 "measured_fraction": ms / full_ms,
                 "params": model.elastic.params(widths),
@@ -260,6 +313,13 @@ def budgets(
         )
         progress("held-out loss of budgets", len(rows), len(chosen))
     return rows
+
+
+def _workload_tokens(tokens: Tensor, workload: Workload) -> Tensor:
+    """Real text in the shape of a workload: what a router that looks at tokens is timed on."""
+    stream, wanted = tokens.flatten(), workload.tokens
+    stream = stream.repeat(-(-wanted // len(stream)))[:wanted]
+    return stream.view(workload.batch, workload.length)
 
 
 def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) -> str:

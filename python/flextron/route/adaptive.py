@@ -1,0 +1,500 @@
+"""The adaptive router: how it is trained, calibrated to budgets, stored and read back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
+from flextron.checkpoint.io import commit, load_tensors, read_json, recover, save_tensors, write_json
+from flextron.config import ElasticConfig, Widths
+from flextron.nn import Dial
+from flextron.nn.policy import Gated
+from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, anneal
+from flextron.route.ladder import Ladder
+from flextron.route.latency import LatencyTable
+from flextron.route.search import one_hot
+
+FILES = TENSORS, DESCRIPTION = "adaptive.safetensors", "adaptive.json"
+FORMS = ("surrogate", "gumbel")
+GATES = ("soft", "hard")
+_CONFIDENCE = 0.6  # probability of the static choice at the start: one to leave, but not at once
+_TOLERANCE = 0.02  # relative distance from a target that costs nothing
+_GRID = 0.05  # largest step between fractions at which the offset is calibrated
+_BISECTIONS = 16
+_REACH = 64.0  # offsets tried: in units of one step of a layer's choice, far beyond any difference of logits
+
+Progress = Callable[[str, int, int], object]
+
+
+@dataclass(frozen=True)
+class AdaptiveConfig:
+    """How an adaptive router is trained.
+
+    Attributes:
+        targets: trained latency targets, ascending, the last one 1; those below the fastest network's are left out.
+        gates: how a layer mixes its widths while the router learns: ``"soft"``, at the cost of the widest, or
+            ``"hard"``, straight-through, at the cost of each token's choice.
+        steps: router steps.
+        lr: of the router.
+        hidden: width of its hidden layer; None: a quarter of the model's width, at most 256, so that the router
+            stays below a twentieth of a layer.
+        batch: sequences in a step, each with a target of its own.
+        latency_weight: of relu(|T / (target T_full) - 1| - 0.02), T the mean over the tokens of a target.
+        calibration: sequences on which offsets are calibrated, of those that are trained on.
+        judged: sequences, of those given, that nothing is trained or calibrated on, and the report is about.
+        seed: of everything random.
+    """
+
+    targets: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    gates: str = "soft"
+    steps: int = 400
+    lr: float = 3e-3
+    hidden: int | None = None
+    batch: int = 8
+    latency_weight: float = 5.0
+    calibration: int = 8
+    judged: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(float(t) for t in self.targets))
+        ascending = all(a < b for a, b in pairwise(self.targets))
+        if len(self.targets) < 2 or not ascending or self.targets[0] <= 0 or self.targets[-1] != 1:
+            raise ValueError(
+                f"AdaptiveConfig: targets must ascend from above 0 to 1, got {list(self.targets)}"
+            )
+        if self.gates not in GATES:
+            raise ValueError(f"AdaptiveConfig: gates must be one of {', '.join(GATES)}, got {self.gates!r}")
+        for name in ("steps", "lr", "hidden", "batch", "calibration", "judged"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"AdaptiveConfig: {name} must be positive, got {getattr(self, name)}")
+        if self.latency_weight < 0:
+            raise ValueError(f"AdaptiveConfig: latency_weight must be at least 0, got {self.latency_weight}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AdaptiveConfig:
+        unknown = sorted(values.keys() - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"AdaptiveConfig: fields must be known ones, got {', '.join(unknown)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class AdaptiveReport:
+    """One trained target below 1, on sequences that nothing was trained on.
+
+    Attributes:
+        target: fraction of the full latency.
+        fraction: mean over the tokens, by the table, of what the router chose.
+        loss: in nats.
+        static_fraction, static_loss: of the static ladder's rung for the target.
+    """
+
+    target: float
+    fraction: float
+    loss: float
+    static_fraction: float
+    static_loss: float
+
+
+@dataclass(frozen=True)
+class AdaptiveResult:
+    """A trained adaptive router and how it did.
+
+    Attributes:
+        router: calibrated.
+        targets: comparison at every trained target below 1.
+        dropped_targets: asked for, but faster than the fastest network.
+        full_loss: of the full model on the same sequences, in nats.
+        history: one entry for about every fiftieth step.
+        config: what it was trained with.
+        phase: whose latency the training was about; the calibration covers every phase that was profiled.
+        costs: of the tables it is calibrated for, by phase: ``LatencyTable.mlp`` and ``heads`` of one layer.
+    """
+
+    router: AdaptiveRouter
+    targets: tuple[AdaptiveReport, ...]
+    dropped_targets: tuple[float, ...]
+    full_loss: float
+    history: tuple[dict[str, float], ...]
+    config: AdaptiveConfig
+    phase: str
+    costs: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the router's weights."""
+        r = self.router
+        sizes = ("num_layers", "hidden_size", "mlp_choices", "head_choices", "hidden")
+        return {
+            "format": FORMAT,
+            "router": {name: getattr(r, name) for name in sizes} | {"targets": list(r.targets)},
+            "calibration": {phase: [list(v) for v in grid] for phase, grid in r.calibration.items()},
+            "targets": [asdict(t) for t in self.targets],
+            "dropped_targets": list(self.dropped_targets),
+            "full_loss": self.full_loss,
+            "history": list(self.history),
+            "config": {**asdict(self.config), "targets": list(self.config.targets)},
+            "phase": self.phase,
+            "costs": self.costs,
+        }
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``adaptive.safetensors`` and ``adaptive.json`` into an elastic checkpoint, both or neither."""
+        with commit(directory) as stage:
+            checksum = save_tensors(stage / TENSORS, self.router.state_dict())
+            write_json(stage / DESCRIPTION, {**self.to_dict(), "checksum": checksum})
+
+    @classmethod
+    def load(cls, directory: str | Path) -> AdaptiveResult:
+        """Read a stored router; CheckpointError says in one sentence what is wrong with which file."""
+        recover(directory)
+        path = Path(directory) / DESCRIPTION
+        values = read_json(path)
+        check_format(values, path)
+        try:
+            router = AdaptiveRouter(**values["router"])
+            tensors = load_tensors(Path(directory) / TENSORS, router.state_dict(), values["checksum"])
+            router.load_state_dict(tensors)
+            router.calibration = {p: tuple(map(tuple, grid)) for p, grid in values["calibration"].items()}
+            return cls(
+                router=router.requires_grad_(False),
+                targets=tuple(AdaptiveReport(**t) for t in values["targets"]),
+                dropped_targets=tuple(values["dropped_targets"]),
+                full_loss=values["full_loss"],
+                history=tuple(values["history"]),
+                config=AdaptiveConfig.from_dict(values["config"]),
+                phase=values["phase"],
+                costs=values["costs"],
+            )
+        except CheckpointError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: must describe an adaptive router, got {error!r}") from None
+
+
+def stored(directory: str | Path) -> bool:
+    """Whether an elastic checkpoint has an adaptive router."""
+    recover(directory)
+    return (Path(directory) / DESCRIPTION).exists()
+
+
+def costs_of(tables: dict[str, LatencyTable]) -> dict[str, Any]:
+    """What a calibration rests on, of each phase, as it is stored."""
+    return {p: {"mlp": list(t.mlp[0]), "heads": list(t.heads[0]), "base": t.base} for p, t in tables.items()}
+
+
+def train_adaptive(
+    model: Any,
+    tables: dict[str, LatencyTable],
+    ladder: Ladder,
+    tokens: Tensor,
+    config: AdaptiveConfig | None = None,
+    phase: str = "prefill",
+    progress: Progress | None = None,
+) -> AdaptiveResult:
+    """Train the adaptive router of a frozen elastic model, end to end through its gates, and calibrate it.
+
+    Loss: cross-entropy of the model with relaxed choices (`flextron.nn.policy.Gated`) at a target drawn for each
+    sequence, and the latency term on the mean over the tokens of each target.
+
+    Args:
+        model: elastic; its dial and its parameters' ``requires_grad`` are restored.
+        tables: by phase; all are calibrated for.
+        ladder: the static routers' readout, where the router starts.
+        tokens: [n, length] int64, sequences to train, calibrate and judge on.
+        config: see `AdaptiveConfig`.
+        phase: whose latency is trained for.
+        progress: called with (what is being done, done, total).
+    """
+    options = config or AdaptiveConfig()
+    needed = options.judged + max(options.calibration, 1)
+    if tokens.dim() != 2 or len(tokens) < needed:
+        raise ValueError(
+            f"train_adaptive: tokens must be at least {needed} sequences (judged and calibration), "
+            f"got {list(tokens.shape)}"
+        )
+    quiet = progress or (lambda *_: None)
+    training = _Training(model, tables[phase], ladder, tokens[: -options.judged], options, quiet)
+    with _frozen(model):
+        training.run()
+        router = training.router.requires_grad_(False)
+        model.attach_router(router)
+        calibrate(router, model, tables, tokens[: options.calibration], quiet)
+        full, reports = report(model, tables[phase], ladder, tokens[-options.judged :], router.targets[:-1])
+    return AdaptiveResult(
+        router, reports, training.dropped, full, tuple(training.history), options, phase, costs_of(tables)
+    )
+
+
+@contextlib.contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """In eval mode, no parameter wants a gradient; what was set is set again at the end."""
+    dial, router, training = model.dial, model.adaptive, model.training
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in wanted:
+            p.requires_grad_(False)
+        model.eval()
+        yield
+    finally:
+        for p in wanted:
+            p.requires_grad_(True)
+        model.train(training)
+        model.attach_router(router)
+        model.turn(dial)
+
+
+def start_router(
+    config: ElasticConfig, table: LatencyTable, ladder: Ladder, options: AdaptiveConfig
+) -> tuple[AdaptiveRouter, tuple[float, ...]]:
+    """A router that does what the ladder does, and the targets that no network is fast enough for."""
+    fastest = table.smallest_ms / table.full_ms
+    targets = tuple(t for t in options.targets if t >= fastest)
+    if len(targets) < 2:
+        raise ValueError(
+            f"train_adaptive: some target below 1 must be at least {fastest:.3f}, the fastest network's "
+            f"fraction of the full latency, got {list(options.targets)}"
+        )
+    router = AdaptiveRouter(
+        config.num_layers,
+        config.hidden_size,
+        len(config.mlp_choices),
+        len(config.head_choices),
+        targets,
+        options.hidden or max(8, min(256, config.hidden_size // 4)),
+        options.seed,
+    )
+    rungs = [ladder.highest(table.predict, t * table.full_ms) for t in targets]
+    parts = []
+    for axis in one_hot(config, rungs):  # [targets, L, C]
+        count = axis.shape[-1]
+        rest = (1 - _CONFIDENCE) / max(1, count - 1)
+        parts.append((axis * (_CONFIDENCE - rest) + rest).log())
+    with torch.no_grad():
+        router.base.copy_(torch.cat(parts, dim=-1).transpose(0, 1))
+        router.ramp.copy_(torch.cat([_ramp(table.mlp[0]), _ramp(table.heads[0])]) / _mean_step(table))
+    return router, tuple(t for t in options.targets if t < fastest)
+
+
+def _ramp(costs: Sequence[float]) -> Tensor:
+    return torch.tensor(costs) - costs[0]
+
+
+def _mean_step(table: LatencyTable) -> float:
+    """Milliseconds that one step of a choice costs, on average: the unit of an offset."""
+    steps = len(table.mlp[0]) + len(table.heads[0]) - 2
+    return max(
+        (table.mlp[0][-1] - table.mlp[0][0] + table.heads[0][-1] - table.heads[0][0]) / max(1, steps), 1e-12
+    )
+
+
+def menus_of(config: ElasticConfig, device: torch.device) -> Choices:
+    """Widths of the choices of each axis, int64."""
+    return Choices(
+        torch.tensor(config.mlp_choices, device=device), torch.tensor(config.head_choices, device=device)
+    )
+
+
+def learning_policies(
+    model: Any,
+    router: AdaptiveRouter,
+    tau: Tensor,
+    noise: GumbelSampler | None,
+    step: int,
+    steps: int,
+    gates: str,
+) -> list[Gated]:
+    """The policies of one training step: each sequence of the batch at its own target tau [B]."""
+    menus = menus_of(model.elastic, tau.device)
+    temperature, scale = anneal(step, steps)
+
+    def of_layer(layer: int) -> Gated:
+        context = router.context(tau, layer)
+        return Gated(
+            lambda x: router.logits(x, layer, context), menus, noise, temperature, scale, gates == "hard"
+        )
+
+    return [of_layer(layer) for layer in range(router.num_layers)]
+
+
+def mean_choices(policies: Sequence[Gated], batch: int) -> Choices:
+    """Noiseless probabilities of the last forward, mean over each sequence's tokens: [B, L, C] of each axis."""
+    layers = [Choices(*(axis.unflatten(0, (batch, -1)).mean(1) for axis in p.soft)) for p in policies]
+    return Choices(*(torch.stack(axis, dim=1) for axis in zip(*layers, strict=True)))
+
+
+def latency_miss(table: LatencyTable, p: Choices, tau: Tensor) -> Tensor:
+    """relu(|T / (tau T_full) - 1| - 0.02), mean over the different targets; T is the mean of a target's sequences.
+
+    Args:
+        p: mean probabilities of each sequence, [B, L, C].
+        tau: [B], from a list of few targets.
+    """
+    ratio = table.expected(*p) / table.full_ms / tau
+    targets, which = tau.unique(return_inverse=True)
+    sums = torch.zeros_like(targets).index_add(0, which, ratio)
+    mean = sums / torch.bincount(which, minlength=len(targets))
+    return functional.relu((mean - 1).abs() - _TOLERANCE).mean()
+
+
+class _Training:
+    """The state of the training in one call of `train_adaptive`."""
+
+    def __init__(
+        self,
+        model: Any,
+        table: LatencyTable,
+        ladder: Ladder,
+        tokens: Tensor,
+        options: AdaptiveConfig,
+        progress: Progress,
+    ) -> None:
+        table.check(model.elastic)
+        self.model, self.table, self.tokens = model, table, tokens
+        self.options, self.progress = options, progress
+        self.device = next(model.parameters()).device
+        router, self.dropped = start_router(model.elastic, table, ladder, options)
+        self.router = router.to(self.device)
+        # one generator for each purpose: what one draws more or less moves none of the others
+        self.noise = GumbelSampler(options.seed * 4 + 1)
+        self.draws = torch.Generator().manual_seed(options.seed * 4 + 2)
+        self.optimiser = torch.optim.Adam(self.router.parameters(), lr=options.lr)
+        self.history: list[dict[str, float]] = []
+
+    def run(self) -> None:
+        steps = self.options.steps
+        for step in range(steps):
+            ids, tau = self._draw()
+            loss, miss = self._losses(step, ids, tau)
+            self.optimiser.zero_grad()
+            (loss + self.options.latency_weight * miss).backward()
+            self.optimiser.step()
+            if (step + 1) % max(1, steps // 50) == 0:
+                self.history.append({"step": step + 1, "loss": float(loss), "latency_miss": float(miss)})
+            self.progress("adaptive router steps", step + 1, steps)
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        """Sequences [B, T], and for each a trained target below 1."""
+        B, below = self.options.batch, self.router.targets[:-1]
+        picks = torch.randint(len(self.tokens), (B,), generator=self.draws)
+        which = torch.randint(len(below), (B,), generator=self.draws)
+        return self.tokens[picks].to(self.device), torch.tensor(below)[which].to(self.device)
+
+    def _losses(self, step: int, ids: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+        policies = learning_policies(
+            self.model, self.router, tau, self.noise, step, self.options.steps, self.options.gates
+        )
+        self.model.set_policies(policies, self.model.elastic.full(), "all")
+        logits = self.model(input_ids=ids, use_cache=False).logits
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        return loss, latency_miss(self.table, mean_choices(policies, len(ids)), tau)
+
+
+@torch.no_grad()
+def fractions(
+    model: Any,
+    table: LatencyTable,
+    tokens: Tensor,
+    targets: Sequence[float],
+    phase: str,
+    batch_size: int = 64,
+) -> Tensor:
+    """Fraction of the full latency, by the table, that the model's adaptive router takes at each target, [R].
+
+    Every target sees all sequences of ``tokens`` [n, T]: R * n sequences, at most ``batch_size`` at once.
+    """
+    group = table.workload.batch if phase == "decode" else 1
+    n = len(tokens) // group * group
+    if n == 0:
+        raise ValueError(
+            f"fractions: tokens must be at least {group} sequences, the decode batch, got {len(tokens)}"
+        )
+    device, dial = next(model.parameters()).device, model.dial
+    found = []
+    try:
+        for some in torch.tensor(targets, dtype=torch.float64).split(max(1, batch_size // n)):
+            model.turn(Dial.adaptive(model.elastic, some.tolist(), phase))
+            with model.watched() as forwards:
+                model(tokens[:n].to(device).repeat(len(some), 1), use_cache=False, logits_to_keep=1)
+            choices = Choices(*(axis.unflatten(0, (len(some), n)) for axis in forwards[0]))
+            found.append(table.of_tokens(choices) / table.full_ms)
+    finally:
+        model.turn(dial)
+    return torch.cat(found).cpu()
+
+
+def calibrate(
+    router: AdaptiveRouter,
+    model: Any,
+    tables: dict[str, LatencyTable],
+    tokens: Tensor,
+    progress: Progress = lambda *_: None,
+) -> None:
+    """Settle the router's offsets, for each phase, so that the mean over ``tokens`` meets every fraction.
+
+    At a grid of fractions from the fastest network's to 1, at most 0.05 apart and with the trained targets in
+    it, the offset is bisected: a larger one never narrows a token's choice in the first layer, and in the others
+    only by way of what wider layers below change in their input.
+    """
+    for phase, table in tables.items():
+        grid = calibration_grid(table.smallest_ms / table.full_ms, router.targets)
+        low, high = torch.full((len(grid),), -_REACH), torch.full((len(grid),), _REACH)
+        for done in range(_BISECTIONS):
+            middle = (low + high) / 2
+            router.calibration[phase] = (grid, tuple(middle.tolist()))
+            above = fractions(model, table, tokens, grid, phase) > torch.tensor(grid)
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+            progress(f"calibrating {phase}", done + 1, _BISECTIONS)
+        router.calibration[phase] = (grid, tuple(low.tolist()))
+
+
+def calibration_grid(fastest: float, targets: Sequence[float]) -> tuple[float, ...]:
+    """Fractions from the fastest network's up to just below 1, the trained targets among them."""
+    ends = sorted({fastest, *(t for t in targets if fastest < t < 1), 1.0})
+    grid: list[float] = []
+    for a, b in pairwise(ends):
+        pieces = max(1, -int(-(b - a) // _GRID))
+        grid += [a + (b - a) * i / pieces for i in range(pieces)]
+    return (*grid, 1 - _TOLERANCE / 4)
+
+
+def report(
+    model: Any, table: LatencyTable, ladder: Ladder, tokens: Tensor, targets: Sequence[float]
+) -> tuple[float, tuple[AdaptiveReport, ...]]:
+    """(the full model's loss, each target's comparison with the ladder) on sequences of their own."""
+    phase = table.workload.phase
+    found = fractions(model, table, tokens, targets, phase).tolist()
+    static = [ladder.highest(table.predict, t * table.full_ms) for t in targets]
+    dials = [Dial.adaptive(model.elastic, [t], phase) for t in targets]
+    full, *losses = losses_at(model, tokens, [model.elastic.full(), *dials, *static])
+    n = len(targets)
+    return full, tuple(
+        AdaptiveReport(targets[i], found[i], losses[i], table.fraction(static[i]), losses[n + i])
+        for i in range(n)
+    )
+
+
+@torch.no_grad()
+def losses_at(model: Any, tokens: Tensor, chosen: Sequence[Widths | Dial]) -> list[float]:
+    """Mean loss of the next token at each dial; all sequences at once."""
+    dial, ids = model.dial, tokens.to(next(model.parameters()).device)
+    found = []
+    try:
+        for one in chosen:
+            model.turn(Dial.of(one))
+            logits = model(ids, use_cache=False).logits
+            found.append(
+                float(functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()))
+            )
+    finally:
+        model.turn(dial)
+    return found

@@ -1,0 +1,264 @@
+"""The adaptive router: trained, calibrated to its budgets on text it sees and text it does not, stored, read back."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from synthetic import make_table
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flextron.convert import convert, load_elastic
+from flextron.demo import stories
+from flextron.nn import Dial, elastic_config, make_elastic
+from flextron.nn.router import Choices
+from flextron.route import adaptive
+from flextron.route.adaptive import AdaptiveConfig, AdaptiveResult, fractions, train_adaptive
+from flextron.route.budget import Planner
+from flextron.route.ladder import uniform_ladder
+from flextron.route.latency import Workload
+
+VOCAB = 32
+OPTIONS = AdaptiveConfig(targets=(0.3, 0.6, 0.8, 1.0), steps=60, batch=8, calibration=16, judged=16)
+
+
+def text(n: int, length: int = 48, seed: int = 0) -> torch.Tensor:
+    """Sequences of easy tokens (the next is one more) and hard ones (anything), in runs."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.zeros(n, length, dtype=torch.long)
+    for t in range(1, length):
+        easy = (ids[:, t - 1] + 1) % VOCAB
+        ids[:, t] = torch.where(
+            torch.rand(n, generator=g) < 0.7, easy, torch.randint(VOCAB, (n,), generator=g)
+        )
+    return ids
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small Llama that has learnt the text at all of its widths, well enough that width matters."""
+    torch.manual_seed(0)
+    hf = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    model = make_elastic(LlamaForCausalLM(hf), elastic_config(hf, mlp_choices=(16, 32, 48, 64)))
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(80):
+        model.set_widths(model.elastic.full() if step % 2 else model.elastic.uniform(1, 0))
+        ids = text(8, seed=step + 100)
+        logits = model(ids, use_cache=False).logits
+        functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    model.set_widths(model.elastic.full())
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tables(model):
+    decode = replace(make_table(model.elastic, "decode", base=0.5), workload=Workload.decode(64, batch=2))
+    return {"prefill": make_table(model.elastic, base=0.5), "decode": decode}
+
+
+def run(model, tables, **changes):
+    return train_adaptive(model, tables, uniform_ladder(model.elastic), text(64), replace(OPTIONS, **changes))
+
+
+@pytest.fixture(scope="module")
+def trained(model, tables):
+    return run(model, tables)
+
+
+@pytest.fixture
+def routed(model, trained):
+    model.attach_router(trained.router)
+    yield model
+    model.attach_router(None)
+    model.set_widths(model.elastic.full())
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_targets_are_met_on_text_not_seen(routed, tables, phase):
+    """Trained targets and between them, within 5 %: the mean over tokens, at decode the widest of a batch of two."""
+    wanted = [0.6, 0.65, 0.7, 0.75, 0.8, 0.9]
+    found = fractions(routed, tables[phase], text(64, seed=7), wanted, phase)
+    assert ((found / torch.tensor(wanted) - 1).abs() < 0.05).all(), found
+
+
+def test_a_larger_target_never_takes_less(routed, tables):
+    grid = [0.45 + 0.025 * i for i in range(23)]
+    found = fractions(routed, tables["prefill"], text(48, seed=8), grid, "prefill").tolist()
+    assert all(a <= b + 1e-3 for a, b in pairwise(found)), found
+    fastest = tables["prefill"].smallest_ms / tables["prefill"].full_ms
+    assert found[-1] == pytest.approx(1.0) and found[0] == pytest.approx(fastest, rel=0.02)
+
+
+def test_tokens_differ_and_the_report_is_what_happened(routed, trained, tables):
+    held_out = text(64)[-OPTIONS.judged :]
+    for t in trained.targets:
+        with torch.no_grad():
+            routed.turn(Dial.adaptive(routed.elastic, [t.target]))
+            with routed.watched() as forwards:
+                logits = routed(held_out, use_cache=False).logits
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), held_out[:, 1:].flatten())
+        assert float(loss) == pytest.approx(t.loss, abs=1e-5)
+        took = float(tables["prefill"].of_tokens(forwards[0])) / tables["prefill"].full_ms
+        assert took == pytest.approx(t.fraction, abs=1e-6)
+    assert any(len(axis[..., i].unique()) > 1 for axis in forwards[0] for i in range(2))
+
+
+def test_it_does_not_lose_to_where_it_started(trained):
+    for t in trained.targets:
+        assert t.loss < t.static_loss + 0.01
+
+
+@pytest.mark.skipif(stories.find() is None, reason="stories260K is not among the data")
+def test_training_pays_on_a_real_model(tmp_path):
+    """Importance order, no elastic training, 60 router steps: less loss than the uniform ladder at each target, which
+    is met within 5 % on sequences of their own."""
+    folder = stories.find()
+    parent = stories.read_model(folder / "stories260K.bin")
+    g = torch.Generator().manual_seed(0)
+    ids = torch.full((72, 1), 1)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ids = parent.generate(ids, max_new_tokens=63, do_sample=True, eos_token_id=None)
+    calibration = ids[torch.randperm(len(ids), generator=g)[:16]]
+    convert(parent, tmp_path, calibration=calibration)
+    model, _ = load_elastic(tmp_path)
+    table = make_table(model.elastic)
+    options = replace(OPTIONS, targets=(0.5, 0.7, 0.9, 1.0), steps=40, latency_weight=10.0)
+    result = train_adaptive(model, {"prefill": table}, uniform_ladder(model.elastic), ids, options)
+    for t in result.targets:
+        assert t.loss < t.static_loss and abs(t.fraction / t.target - 1) < 0.05, t
+    assert sum(t.static_loss - t.loss for t in result.targets) > 0.5
+
+
+def test_the_model_is_left_as_it_was(model, tables):
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    dial, state = model.dial, torch.get_rng_state()
+    run(model, tables, steps=2)
+    assert model.dial == dial and model.adaptive is None and not model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_same_seed_gives_the_same_router_and_every_option_changes_it(model, tables):
+    def weights(**changes):
+        result = run(model, tables, **{"steps": 4, **changes})
+        return json.dumps([result.router.w1.tolist(), result.router.base.tolist(), result.router.calibration])
+
+    first = weights()
+    assert weights() == first
+    changes = [
+        {"targets": (0.6, 1.0)}, {"gates": "hard"}, {"steps": 5}, {"lr": 1e-2}, {"hidden": 4}, {"batch": 4},
+        {"latency_weight": 0.0}, {"calibration": 8}, {"judged": 8}, {"seed": 1},
+    ]  # fmt: skip
+    assert {name for change in changes for name in change} == set(AdaptiveConfig.__dataclass_fields__)
+    for change in changes:
+        assert weights(**change) != first, change
+
+
+def test_targets_that_are_too_fast_are_named(trained):
+    assert trained.dropped_targets == (0.3,)
+    assert trained.router.targets == (0.6, 0.8, 1.0)
+
+
+def test_an_untrained_router_is_the_static_one(model, tables):
+    ladder, table = uniform_ladder(model.elastic), tables["prefill"]
+    router, _ = adaptive.start_router(model.elastic, table, ladder, OPTIONS)
+    x = torch.randn(2, 3, 32)
+    for i, target in enumerate(router.targets):
+        rung = ladder.highest(table.predict, target * table.full_ms)
+        for layer in range(2):
+            logits = router.logits(x, layer, router.context(torch.tensor([target]), layer))
+            widths = model.elastic.mlp_choices[int(logits.mlp.argmax(-1).unique())]
+            assert (widths, i) == (rung.mlp[layer], i)
+
+
+def test_a_router_survives_the_file(trained, tmp_path):
+    assert not adaptive.stored(tmp_path)
+    trained.save(tmp_path)
+    loaded = AdaptiveResult.load(tmp_path)
+    assert adaptive.stored(tmp_path) and loaded.to_dict() == trained.to_dict()
+    for a, b in zip(loaded.router.state_dict().values(), trained.router.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert loaded.config == OPTIONS
+
+
+def test_a_damaged_or_foreign_file_is_refused(trained, tmp_path):
+    trained.save(tmp_path)
+    described = json.loads((tmp_path / "adaptive.json").read_text())
+    for change, words in (
+        ({"format": 2}, "format must be 1, got 2"),
+        ({"router": {**described["router"], "hidden": 4}}, "wrong shape"),
+        ({"checksum": "0" * 64}, "sha256 must be"),
+        ({"calibration": None}, "must describe an adaptive router"),
+        ({"config": {"speed": 1}}, "must describe an adaptive router"),
+    ):
+        (tmp_path / "adaptive.json").write_text(json.dumps({**described, **change}))
+        with pytest.raises(ValueError, match=words):
+            AdaptiveResult.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"targets": (0.5, 0.8)}, "targets must ascend from above 0 to 1"),
+        ({"gates": "none"}, "gates must be one of soft, hard, got 'none'"),
+        ({"steps": 0}, "steps must be positive, got 0"),
+        ({"latency_weight": -1}, "latency_weight must be at least 0, got -1"),
+    ],
+)
+def test_bad_options_are_refused(change, sentence):
+    with pytest.raises(ValueError, match=f"AdaptiveConfig: {sentence}"):
+        replace(OPTIONS, **change)
+
+
+def test_too_little_text_is_refused(model, tables):
+    with pytest.raises(ValueError, match=r"tokens must be at least 32 sequences .* got \[31, 48\]"):
+        train_adaptive(model, tables, uniform_ladder(model.elastic), text(31), OPTIONS)
+
+
+def test_tokens_of_one_choice_cost_what_the_table_says(tables, model):
+    table, c = tables["prefill"], model.elastic
+    for i, n in ((0, 0), (2, 1), (3, 0)):
+        same = Choices(torch.full((2, 5, 2), i), torch.full((2, 5, 2), n))
+        assert float(table.of_tokens(same)) == pytest.approx(table.predict(c.uniform(i, n)))
+
+
+def test_prefill_takes_the_mean_and_decode_the_widest_of_the_batch(tables, model):
+    c = model.elastic
+    small, full = c.smallest(), c.full()
+    choices = Choices(torch.zeros(2, 3, 2, dtype=torch.long), torch.zeros(2, 3, 2, dtype=torch.long))
+    choices.mlp[1], choices.heads[1] = 3, 1  # the second sequence is full, at every token
+    prefill, decode = tables["prefill"], tables["decode"]
+    mean = (prefill.predict(small) + prefill.predict(full)) / 2
+    assert float(prefill.of_tokens(choices)) == pytest.approx(mean)
+    assert float(decode.of_tokens(choices)) == pytest.approx(decode.predict(full))
+    alone = replace(decode, workload=Workload.decode(64))
+    assert float(alone.of_tokens(choices)) == pytest.approx((alone.predict(small) + alone.predict(full)) / 2)
+
+
+def test_budgets_of_latency_become_fractions(model, tables):
+    planner, table = Planner(model.elastic, tables), tables["prefill"]
+    half = (table.smallest_ms + table.full_ms) / 2
+    assert planner.target(latency_ms=half) == pytest.approx(half / table.full_ms)
+    assert planner.target(tokens_per_s=128e3 / half) == pytest.approx(half / table.full_ms)
+    assert planner.target(0.7, phase="decode") == 0.7
+    assert planner.target(latency_ms=10 * half) == 1.0
+    for budget in ({"fraction": 0.01}, {"latency_ms": 1e-3}, {"tokens_per_s": 1e9}):
+        with pytest.raises(ValueError, match=r"must be at (least|most) .* \(the fastest network\)"):
+            planner.target(**budget)
+    with pytest.raises(ValueError, match="exactly one of fraction, latency_ms, tokens_per_s must be given"):
+        planner.target()
