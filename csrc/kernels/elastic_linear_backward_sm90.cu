@@ -86,7 +86,7 @@ __device__ __forceinline__ void store(const Operands<typename S::scalar_t>& p, p
   Registers<int, 2> columns;
 #pragma unroll
   for (int half = 0; half < 2; ++half) columns[half] = kept(me.upper_row + 8 * half) - me.output;
-  pipeline::store(shared, me, p.result_map, row, block, column, {},
+  pipeline::store(shared, me, p.result_map, row, block, column,
                   [&](int part, Registers<float, S::kPartValues>& values) {
 #pragma unroll
                     for (int v = 0; v < S::kPartValues; ++v) {

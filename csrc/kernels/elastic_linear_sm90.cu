@@ -100,7 +100,8 @@ __device__ __forceinline__ void consume(const Operands<typename S::scalar_t>& p,
       const int t = row + me.upper_row + 8 * half;
       kept[half] = t < p.T ? outputs(p, t) - column - me.output : 0;
     }
-    pipeline::store(shared, me, p.y_map, row, tile.block, column, biases,
+    pipeline::put_biases(shared, me, biases);
+    pipeline::store(shared, me, p.y_map, row, tile.block, column,
                     [&](int part, Registers<float, S::kPartValues>& values) {
 #pragma unroll
                       for (int v = 0; v < S::kPartValues; v += 4) {

@@ -112,7 +112,8 @@ __device__ __forceinline__ void consume(const Operands<typename S::scalar_t>& p,
       const int t = row + me.upper_row + 8 * half;
       kept[half] = t < p.T ? neurons(p, t) - column - me.output : 0;
     }
-    pipeline::store(shared, me, p.h_map, row, 0, column, biases,
+    pipeline::put_biases(shared, me, biases);
+    pipeline::store(shared, me, p.h_map, row, 0, column,
                     [&](int part, Registers<float, S::kPartValues>& values) {
                       const int first = part * S::kPartValues;
                       const auto with_bias = [&](int s, int v) {

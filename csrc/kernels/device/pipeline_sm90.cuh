@@ -230,7 +230,17 @@ __device__ __forceinline__ Registers<float, S::kBiases> biases_of(const Consumer
   return own;
 }
 
-// Of sum i, a multiple of 4, and of the next: the biases of both columns, once store() has shown them.
+// Puts them where bias_of finds them, before store(): its first barrier shows them.
+template <class S>
+__device__ __forceinline__ void put_biases(Shared<S>& shared, const Consumer<S>& me,
+                                           const Registers<float, S::kBiases>& biases) {
+#pragma unroll
+  for (int i = 0; i < S::kBiases; ++i)
+    if (const int c = i * kWarpgroup + me.member; c < S::kOwnColumns)
+      store_shared(&shared.bias[me.index][c], biases[i]);
+}
+
+// Of sum i, a multiple of 4, and of the next: the biases of both columns, while store() computes.
 template <class S>
 __device__ __forceinline__ float2 bias_of(const Shared<S>& shared, const Consumer<S>& me, int i) {
   return load_shared(reinterpret_cast<const float2*>(&shared.bias[me.index][me.column_of(i)]));
@@ -240,18 +250,13 @@ __device__ __forceinline__ float2 bias_of(const Shared<S>& shared, const Consume
 // compute(part, values) gives a thread's values of those, in the order of its sums.
 template <class S, class Compute>
 __device__ __forceinline__ void store(Shared<S>& shared, const Consumer<S>& me, const TensorMap& result,
-                                      int row, int block, int column,
-                                      const Registers<float, S::kBiases>& biases, Compute compute) {
+                                      int row, int block, int column, Compute compute) {
   using scalar_t = typename S::scalar_t;
   // Where this lane's row of an 8 x 8 block lies: blocks 0 and 1 are the upper and lower rows, 2 and 3 the
   // same of the next 8 columns.
   const int line = me.member / 32 * 16 + me.lane / 8 % 2 * 8 + me.lane % 8, piece = me.lane / 16;
   constexpr int kLineBytes = S::kPart * sizeof(scalar_t);
 
-#pragma unroll
-  for (int i = 0; i < S::kBiases; ++i)
-    if (const int c = i * kWarpgroup + me.member; c < S::kOwnColumns)
-      store_shared(&shared.bias[me.index][c], biases[i]);
 #pragma unroll
   for (int part = 0; part < S::kOwnOutputs / S::kPart; ++part) {
     auto& out = shared.out[me.index][part % S::kOutBuffers];
