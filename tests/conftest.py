@@ -51,6 +51,22 @@ def uninitialised_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def a_gpu_or_its_emulator(device):
+    """For tests of CUDA kernels: skipped where none runs."""
+    if device == "cpu" and not EMULATE:
+        pytest.skip("needs a GPU, or FLEXTRON_EMULATE=1")
+
+
+@pytest.fixture
+def hopper_or_its_emulator(device, a_gpu_or_its_emulator):
+    """The same of Hopper's."""
+    if os.environ.get("FLEXTRON_ARCH", "90") != "90":
+        pytest.skip("FLEXTRON_ARCH asks for the portable kernels")
+    if device != "cpu" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of sm_90, or FLEXTRON_EMULATE=1")
+
+
 def devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() and build_info()["cuda"] else ["cpu"]
 

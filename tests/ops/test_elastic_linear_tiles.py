@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from emulator import build as emulator
 
 from flextron.testing.numerics import assert_no_worse
 from flextron_ext import elastic_linear, reference
@@ -25,9 +24,7 @@ each_side = pytest.mark.parametrize("side", EXTENTS, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def a_gpu_or_its_emulator(device, request, monkeypatch):
-    if device == "cpu" and not emulator.loaded():
-        pytest.skip("needs a GPU, or FLEXTRON_EMULATE=1")
+def the_kernel_of_many_tokens(a_gpu_or_its_emulator, request, monkeypatch):
     if request.node.funcargs.get("shape") != "decode":  # a few of many tokens take the kernel of the many
         monkeypatch.setenv("FLEXTRON_KERNEL", "tile")
 

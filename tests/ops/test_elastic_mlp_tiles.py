@@ -21,9 +21,7 @@ gated_or_plain = pytest.mark.parametrize("gated", [True, False], ids=["gated", "
 
 
 @pytest.fixture(autouse=True)
-def a_gpu_or_its_emulator(device, request, monkeypatch):
-    if device == "cpu" and not emulator.loaded():
-        pytest.skip("needs a GPU, or FLEXTRON_EMULATE=1")
+def the_kernel_of_many_tokens(a_gpu_or_its_emulator, request, monkeypatch):
     if request.node.funcargs.get("shape") != "decode":  # a few of many tokens take the kernel of the many
         monkeypatch.setenv("FLEXTRON_KERNEL", "tile")
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from emulator import build as emulator
 
 from flextron.testing.numerics import assert_no_worse
 from flextron_ext import head_attention_decode, reference
+
+pytestmark = pytest.mark.usefixtures("a_gpu_or_its_emulator")
 
 NAN = float("nan")
 DTYPES = (torch.bfloat16, torch.float16)
@@ -14,12 +15,6 @@ LENGTHS = (150, 1, 0, 64, 65, 17)  # several chunks of 64; one; none; a full one
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 each_unit = pytest.mark.parametrize("unit", ["kv_group", "query"])
-
-
-@pytest.fixture(autouse=True)
-def a_gpu_or_its_emulator(device):
-    if device == "cpu" and not emulator.loaded():
-        pytest.skip("needs a GPU, or FLEXTRON_EMULATE=1")
 
 
 def make(device, M, T, D, dtype=torch.bfloat16, lengths=LENGTHS, G=GROUPS, poison=False):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from emulator import build as emulator
@@ -11,20 +9,14 @@ from emulator import build as emulator
 from flextron.testing.numerics import assert_no_worse
 from flextron_ext import head_attention, reference
 
+pytestmark = pytest.mark.usefixtures("hopper_or_its_emulator")
+
 HEAD_SIZES = [64, 80, 96, 128]
 BLOCK = 128  # queries of an item, and keys of a step
 UNITS = ["kv_group", "query"]
 
 each_size = pytest.mark.parametrize("D", HEAD_SIZES)
 each_unit = pytest.mark.parametrize("unit", UNITS)
-
-
-@pytest.fixture(autouse=True)
-def hopper_or_its_emulator(device):
-    if os.environ.get("FLEXTRON_ARCH", "90") != "90":
-        pytest.skip("FLEXTRON_ARCH asks for the portable kernels")
-    if not emulator.loaded() and (device == "cpu" or torch.cuda.get_device_capability() != (9, 0)):
-        pytest.skip("needs a GPU of sm_90, or FLEXTRON_EMULATE=1")
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
-from emulator import build as emulator
 
 from flextron.testing.numerics import assert_no_worse
 from flextron_ext import head_attention, reference
+
+pytestmark = pytest.mark.usefixtures("a_gpu_or_its_emulator")
 
 # Queries, keys, groups, query heads per group, head size: every tile of the tensor cores, smaller heads in them, rows
 # that are no whole pieces of 16 bytes, and a head too wide for tensor cores.
@@ -26,12 +27,6 @@ NAMES = ("out", "lse", "dq", "dk", "dv")
 
 each_shape = pytest.mark.parametrize("shape", SHAPES)
 each_unit = pytest.mark.parametrize("unit", UNITS)
-
-
-@pytest.fixture(autouse=True)
-def a_gpu_or_its_emulator(device):
-    if device == "cpu" and not emulator.loaded():
-        pytest.skip("needs a GPU, or FLEXTRON_EMULATE=1")
 
 
 def make(shape, device, dtype=torch.bfloat16):
