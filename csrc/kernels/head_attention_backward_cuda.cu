@@ -22,6 +22,7 @@
 #include "kernels/device/attention_tile.cuh"
 #include "kernels/device/launch.cuh"
 #include "kernels/head_attention_cuda.h"
+#include "kernels/head_attention_walk.cuh"
 
 namespace flextron {
 namespace {
@@ -87,119 +88,11 @@ struct OwnQueries {
   }
 };
 
-// A block's own keys: neighbours in memory, under one group.
-struct OwnKeys {
-  int64_t page, position, group;
-  int count;
-
-  template <class scalar_t>
-  __device__ __forceinline__ scalar_t* row(const KeyView<scalar_t>& view, int r) const {
-    if (r >= count) return nullptr;
-    return view.data + page * view.page_stride + (position + r) * view.key_stride + group * view.group_stride;
-  }
-  template <class scalar_t>
-  __device__ __forceinline__ Pair<scalar_t> pair(const HeadAttentionBackwardCall<scalar_t>& call,
-                                                 int r) const {
-    return {row(call.k, r), row(call.v, r)};
-  }
-};
-
-// The queries that see a block's keys: sequence after sequence (several may share a page), head after head,
-// tile after tile. All lanes of a warp together.
-template <int kRows>
-struct QueryWalk {
-  int b, block, head;              // of the tile
-  int first_query, T, S, k_start;  // of the sequence
-  int next_head, heads_end;  // the next head of the group and where they end; with an index, places in it
-  int first;                 // the block's first key, from k_start: those below it are not seen
-  int64_t entry;             // the next of block_table
-
-  // To the next tile with a row that sees one of the keys.
-  __device__ __forceinline__ bool next(const AttentionCall& call, const OwnKeys& keys) {
-    for (++block;; ++block) {
-      bool sees = false;
-      while (!any_row(call, sees))
-        if (!enter_head(call, keys)) return false;
-      if (sees) return true;
-    }
-  }
-
-  // Rows that see none of the keys are left out; what the others see begins at low() and ends with `keys`.
-  __device__ __forceinline__ Query query(const AttentionCall& call, int r) const {
-    const Query found = any_query(call, r);
-    return found.keys > max(first, 0) ? Query{found.t, min(found.keys - first, kRows)} : Query{-1, 0};
-  }
-  __device__ __forceinline__ int low() const { return max(-first, 0); }
-
-  // The keys are the sequence's from `first_key` on. If it has none of them, it has no heads here.
-  __device__ __forceinline__ void enter_sequence(const AttentionCall& call, const OwnKeys& keys,
-                                                 int64_t sequence, int64_t first_key) {
-    const CallSequence s = sequence_of(call, sequence);
-    b = static_cast<int>(sequence);
-    first_query = static_cast<int>(s.query), T = static_cast<int>(s.T), S = static_cast<int>(s.S);
-    k_start = static_cast<int>(s.k_start);
-    first = static_cast<int>(first_key - s.k_start);
-    const bool has = T > 0 && first_key < S && first + keys.count > 0;
-    const int64_t units = has ? units_of(call, b, call.order ? call.order[s.query] : s.query) : 0;
-    const int64_t end = heads_of(call, units);
-    const auto group_of = [&](int64_t n) { return head_at(call, units, n) / call.M; };
-    int64_t at = 0, last;
-    if (call.index) {
-      while (at < end && group_of(at) < keys.group) ++at;
-      for (last = at; last < end && group_of(last) == keys.group;) ++last;
-    } else {
-      at = keys.group * call.M;
-      last = at + (call.by_group ? (keys.group < units ? call.M : 0) : units);
-    }
-    next_head = static_cast<int>(at), heads_end = static_cast<int>(last);
-    block = T / kRows;  // the last: a head comes next
-  }
-
- private:
-  __device__ __forceinline__ Query any_query(const AttentionCall& call, int r) const {
-    CallSequence s{};
-    s.query = first_query, s.T = T, s.S = S, s.k_start = k_start;
-    return query_at(call, s, b, head, int64_t{block} * kRows + r);
-  }
-
-  // Whether the tile has rows, and one that sees a key.
-  __device__ __forceinline__ bool any_row(const AttentionCall& call, bool& sees) const {
-    bool there = false, sees_one = false;
-    for (int r = threadIdx.x % 32; r < kRows; r += 32) {
-      const Query found = any_query(call, r);
-      there |= found.t >= 0;
-      sees_one |= found.keys > max(first, 0);
-    }
-    sees = __any_sync(~0u, sees_one);
-    return __any_sync(~0u, there);
-  }
-
-  __device__ __forceinline__ bool enter_head(const AttentionCall& call, const OwnKeys& keys) {
-    while (next_head == heads_end)
-      if (!find_sequence(call, keys)) return false;
-    head = call.index ? static_cast<int>(head_at(call, call.heads, next_head)) : next_head;
-    ++next_head;
-    // Where rows are in ascending order, the first that sees a key is known.
-    block = call.causal && !call.order ? max(k_start + max(first, 0) + T - S, 0) / kRows : 0;
-    return true;
-  }
-
-  // The next entry of block_table that names this page; those behind a sequence's last key may be anything.
-  __device__ __forceinline__ bool find_sequence(const AttentionCall& call, const OwnKeys& keys) {
-    const int64_t entries = call.block_table ? call.B * call.columns : 0;
-    while (entry < entries) {
-      const int64_t mine = entry + threadIdx.x % 32;
-      const bool found = mine < entries && within(call.block_table[mine], 0, call.pages - 1) == keys.page;
-      const uint32_t lanes = __ballot_sync(~0u, found);
-      entry += lanes ? __ffs(static_cast<int>(lanes)) : 32;
-      if (lanes == 0) continue;
-      enter_sequence(call, keys, (entry - 1) / call.columns,
-                     (entry - 1) % call.columns * call.S + keys.position);
-      return true;
-    }
-    return false;
-  }
-};
+template <class scalar_t>
+__device__ __forceinline__ Pair<scalar_t> key_pair(const HeadAttentionBackwardCall<scalar_t>& call,
+                                                   const OwnKeys& keys, int r) {
+  return {keys.row(call.k, r), keys.row(call.v, r)};
+}
 
 // f(queries) for each of a block's items.
 template <int kRows, class scalar_t, class F>
@@ -503,7 +396,7 @@ __device__ __forceinline__ void pass_queries(TileShared<kHead>& shared,
   if (!more) return;
   PassingQuery query{};
   load_pair<kHead, scalar_t>(shared.stage[1], call.D, aligned,
-                             [&](int r) { return shared.keys.pair(call, r); });
+                             [&](int r) { return key_pair(call, shared.keys, r); });
   load(0);
   cp_async_commit();
   query.read(call, shared.next[0]);
@@ -626,7 +519,7 @@ struct PlainKeys {
   QueryWalk<kPlainRows> walk;
 
   __device__ __forceinline__ bool next() { return walk.next(call, keys); }
-  __device__ __forceinline__ Pair<scalar_t> own(int r) const { return keys.pair(call, r); }
+  __device__ __forceinline__ Pair<scalar_t> own(int r) const { return key_pair(call, keys, r); }
   __device__ __forceinline__ int passing_rows() const {
     return min(walk.T - walk.block * kPlainRows, kPlainRows);
   }

@@ -98,11 +98,21 @@ template <class scalar_t>
 void launch_head_attention_backward(const HeadAttentionBackwardCall<scalar_t>& call, Workspace& workspace,
                                     CUstream_st* stream) {
   if (call.T == 0 || call.heads == 0) return;
-  const auto queries = workspace.queries(call, call.T, head_attention_backward_rows(call), stream);
-  AttentionSchedule keys{};
-  if (!call.block_table && (call.dk.data || call.dv.data))
-    keys = workspace.keys(call, most_keys(call), head_attention_backward_keys(call), stream);
-  head_attention_backward_cuda(call, queries, keys, stream);
+  const auto schedules = [&](int64_t query_rows, int64_t key_rows, const auto& then) {
+    const auto queries = workspace.queries(call, call.T, query_rows, stream);
+    AttentionSchedule keys{};
+    if (!call.block_table && (call.dk.data || call.dv.data))
+      keys = workspace.keys(call, most_keys(call), key_rows, stream);
+    then(call, queries, keys, stream);
+  };
+#ifdef FLEXTRON_WITH_SM90
+  if constexpr (sizeof(scalar_t) == 2) {
+    if (cuda_arch() >= 90 && head_attention_backward_fits_sm90(call))
+      return schedules(kAttentionRowsSm90, kAttentionRowsSm90, head_attention_backward_sm90<scalar_t>);
+  }
+#endif
+  schedules(head_attention_backward_rows(call), head_attention_backward_keys(call),
+            head_attention_backward_cuda<scalar_t>);
 }
 
 }  // namespace flextron

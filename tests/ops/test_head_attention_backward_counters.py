@@ -1,4 +1,4 @@
-"""What head_attention's gradients read and multiply, counted by the emulator: that of active heads and of keys seen."""
+"""What head_attention's portable gradients read and multiply, counted by the emulator: active heads and keys seen."""
 
 import pytest
 import torch
@@ -12,6 +12,11 @@ if not emulator.loaded():
 UNITS = ("kv_group", "query")
 TILE = 64  # rows of a tile of the tensor cores' kernels
 PRODUCTS = {"Delta": 2, "Queries": 3, "Keys": 4}  # of each kernel, per pair of tiles
+
+
+@pytest.fixture(autouse=True)
+def portable(monkeypatch):
+    monkeypatch.setenv("FLEXTRON_ARCH", "80")
 
 
 def launched(T, S, G, M, D, heads, mask=7, dtype=torch.bfloat16, **options):

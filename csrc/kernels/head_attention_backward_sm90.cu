@@ -1,0 +1,641 @@
+// head_attention's gradients on Hopper, bf16 and fp16, head sizes 64, 80, 96 and 128: delta with dq, and dk
+// with dv, a kernel each; the formula is head_attention_backward_cuda.cu's. No sum is shared by blocks, and
+// each has its order.
+//
+//   kernel     own, kRows     what passes, kTileRows at a time     sums over what passes
+//   queries    q, dout        k, v                                 P dP, then dS times k
+//   keys       k, v           q, dout of the heads that see them   dS times q, P times dout
+//
+// A block walks over the items of a schedule. The first warp is the producer: it brings an item's own pair,
+// two slots in turn, and the pairs of tiles that pass, through a ring of stages. The other two warpgroups are
+// the consumers, each with 64 of the own rows: scores and dP of a tile are own rows times the tile's by
+// wgmma, P and dS stay in registers and are the A of the products that follow, whose B is the tile again,
+// along its side. The queries' kernel passes over the keys twice, as delta must be whole before the first dS.
+//
+// Tiles whose rows are neighbours, all there, come by the copy engine; the others (the last of a sequence,
+// rows in the order of their extents, rows that see no key at all) are gathered, with zeros where no row is:
+// 0 x NaN is NaN.
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/device/math.cuh"
+#include "kernels/head_attention_panels.cuh"
+#include "kernels/head_attention_walk.cuh"
+
+namespace flextron {
+namespace {
+
+using namespace panels;
+using attention::OwnKeys;
+using attention::Query;
+using attention::QueryWalk;
+using pipeline::kThreads;
+using pipeline::Ring;
+
+constexpr int kTileRows = 64;
+// Registers of a thread of the producer's warpgroup and of the consumers', 168 in all: the queries' producer
+// has a plan to make, the keys' consumers have sums of two results.
+struct QueriesRegisters {
+  static constexpr int kProducer = 56, kConsumer = 224;
+};
+struct KeysRegisters {
+  static constexpr int kProducer = 40, kConsumer = 232;
+};
+constexpr size_t kMostShared = 227 * 1024;  // what a block may have
+
+struct Slots {
+  static constexpr int kStages = 2;
+};
+
+// What the consumers are told of an item: its own rows are queries, or keys.
+struct alignas(16) QueriesItem {
+  int head, tiles;  // of keys that pass; head -1: no more items
+  int seen[2];      // keys that one of a consumer's rows sees
+};
+struct alignas(16) KeysItem {
+  int group, first, count, unused;  // the first's row of k, and how many there are; group -1: no more items
+};
+
+// Of a tile of queries that passes; keys are counted from the first of the own.
+struct alignas(16) Columns {
+  float lse[kTileRows], delta[kTileRows];  // lse in base 2
+  int seen[kTileRows];                     // own keys below are seen
+  int most, least, last, unused;           // of seen; whether it is the item's last tile
+};
+
+// Tiles come first: each is a multiple of 1024 bytes, and so is its address.
+template <class S, int stages>
+struct Tiles {
+  Tile<S, kRows> own_first[Slots::kStages], own_second[Slots::kStages];
+  Tile<S, kTileRows> first[stages], second[stages];
+  Mbarrier own_full[Slots::kStages], own_empty[Slots::kStages];
+  Mbarrier full[stages], empty[stages];
+};
+template <class S, int stages>
+struct SharedOfQueries : Tiles<S, stages> {
+  QueriesItem items[Slots::kStages];
+  Row rows[Slots::kStages][kRows];
+};
+template <class S, int stages>
+struct SharedOfKeys : Tiles<S, stages> {
+  KeysItem items[Slots::kStages];
+  Columns columns[stages];
+};
+
+// As many stages as fit, up to four.
+template <class scalar, int head>
+struct Shape : Panels<scalar, head> {
+  static constexpr int kScores = kTileRows * kConsumerRows / kWarpgroup;
+  static constexpr int kStages = sizeof(SharedOfKeys<Panels<scalar, head>, 4>) <= kMostShared ? 4 : 3;
+};
+template <class S>
+using QueriesShared = SharedOfQueries<S, S::kStages>;
+template <class S>
+using KeysShared = SharedOfKeys<S, S::kStages>;
+
+template <class scalar_t>
+struct Operands : HeadAttentionBackwardCall<scalar_t> {
+  AttentionSchedule schedule;
+  float factor;  // of scores, in base 2
+  TensorMap own_first_map, own_second_map, first_map, second_map;
+  TensorMap first_result_map, second_result_map;  // dq; dk and dv
+};
+
+// ---- the first warp ----
+
+template <class S, class Shared>
+__device__ __forceinline__ void load_own(const Operands<typename S::scalar_t>& p, Shared& shared, int slot,
+                                         int middle, int row) {
+  Mbarrier& full = shared.own_full[slot];
+  mbarrier_arrive_expect(full, 2 * kTileBytes<S, kRows>);
+  load<S, kRows>(shared.own_first[slot], p.own_first_map, full, middle, row);
+  load<S, kRows>(shared.own_second[slot], p.own_second_map, full, middle, row);
+}
+template <class S, class Shared>
+__device__ __forceinline__ void load_tiles(const Operands<typename S::scalar_t>& p, Shared& shared, int stage,
+                                           int middle, int row) {
+  Mbarrier& full = shared.full[stage];
+  mbarrier_arrive_expect(full, 2 * kTileBytes<S, kTileRows>);
+  load<S, kTileRows>(shared.first[stage], p.first_map, full, middle, row);
+  load<S, kTileRows>(shared.second[stage], p.second_map, full, middle, row);
+}
+
+// Tells the consumers that there are no more items.
+template <class Shared, class Item>
+__device__ __forceinline__ void end_items(Shared& shared, const Ring<Slots>& slot, const Item& none) {
+  mbarrier_wait(shared.own_empty[slot.stage], slot.parity ^ 1);
+  if (lane_of() != 0) return;
+  store_shared(&shared.items[slot.stage], none);
+  mbarrier_arrive(shared.own_full[slot.stage]);
+}
+
+// Queries and their dout; then the keys that one of them sees, twice where dq is wanted.
+template <class S>
+__device__ __forceinline__ void produce_for_queries(const Operands<typename S::scalar_t>& p,
+                                                    QueriesShared<S>& shared) {
+  Ring<Slots> slot;
+  Ring<S> ring;
+  const int64_t items = p.schedule.first[*p.schedule.count];
+  for (int64_t round = 0, item; (item = item_of(round)) < items; ++round) {
+    mbarrier_wait(shared.own_empty[slot.stage], slot.parity ^ 1);
+    const Plan plan = plan_of(p, p.schedule, item, [&](int row, int t, int end) {
+      store_shared(&shared.rows[slot.stage][row], Row{t, end});
+    });
+    const int tiles = plan.blocks(kTileRows);
+    Mbarrier& full = shared.own_full[slot.stage];
+    if (lane_of() == 0)
+      store_shared(&shared.items[slot.stage], QueriesItem{plan.head, tiles, {plan.seen[0], plan.seen[1]}});
+    __syncwarp();
+    if (p.order && tiles > 0) {
+      const auto row_of_q = [&](int row) { return load_shared(&shared.rows[slot.stage][row]).t; };
+      gather<S, kRows>(shared.own_first[slot.stage], [&](int row) {
+        const int64_t t = row_of_q(row);
+        return t < 0 ? nullptr : p.q + t * p.q_stride_t + plan.head * p.q_stride_h;
+      });
+      gather<S, kRows>(shared.own_second[slot.stage], [&](int row) {
+        const int64_t t = row_of_q(row);
+        return t < 0 ? nullptr : p.dout + (t * p.H + plan.head) * S::kHead;
+      });
+      gathered();
+      __syncwarp();
+      if (lane_of() == 0) mbarrier_arrive(full);
+    } else if (lane_of() == 0) {
+      if (tiles > 0)
+        load_own<S>(p, shared, slot.stage, plan.head, plan.query);
+      else
+        mbarrier_arrive(full);
+    }
+    slot.advance();
+
+#pragma unroll 1
+    for (int tile = 0, passes = p.dq ? 2 : 1; tile < passes * tiles; ++tile, ring.advance()) {
+      const int first = (tile < tiles ? tile : tile - tiles) * kTileRows, kept = plan.keys - first;
+      mbarrier_wait(shared.empty[ring.stage], ring.parity ^ 1);
+      __syncwarp();  // all lanes have seen it empty: once it is full, its next phase may pass a late one by
+      if (kept >= kTileRows) {
+        if (lane_of() == 0) load_tiles<S>(p, shared, ring.stage, plan.group, plan.first + first);
+        continue;
+      }
+      const auto row_in = [&](const KeyView<const typename S::scalar_t>& view) {
+        const auto* const from =
+            view.data + (plan.first + first) * view.key_stride + plan.group * view.group_stride;
+        return [from, kept, stride = view.key_stride](int row) {
+          return row < kept ? from + row * stride : nullptr;
+        };
+      };
+      gather<S, kTileRows>(shared.first[ring.stage], row_in(p.k));
+      gather<S, kTileRows>(shared.second[ring.stage], row_in(p.v));
+      gathered();
+      __syncwarp();
+      if (lane_of() == 0) mbarrier_arrive(shared.full[ring.stage]);
+    }
+  }
+  end_items(shared, slot, QueriesItem{-1, 0, {0, 0}});
+}
+
+// What the consumers need of each query of the tile that the walk has come to; both of a lane's two queries.
+template <class S>
+__device__ __forceinline__ void load_queries(const Operands<typename S::scalar_t>& p, KeysShared<S>& shared,
+                                             int stage, const QueryWalk<kTileRows>& walk, bool last) {
+  Columns& columns = shared.columns[stage];
+  Registers<int, 2> row;
+  bool whole = p.order == nullptr;
+  int most = 0, least = kRows;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const Query query = walk.any_query(p, lane_of() + 32 * half);
+    const int seen = query.keys - walk.first;
+    whole &= query.keys > 0;
+    row[half] = seen > 0 ? static_cast<int>(query.t) : -1;
+    most = max(most, seen);
+    least = min(least, max(seen, 0));
+    store_shared(&columns.seen[lane_of() + 32 * half], seen);
+  }
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) {
+    most = max(most, __shfl_xor_sync(~0u, most, other));
+    least = min(least, __shfl_xor_sync(~0u, least, other));
+  }
+  whole = __all_sync(~0u, whole);
+  if (whole && lane_of() == 0)
+    load_tiles<S>(p, shared, stage, walk.head, walk.first_query + walk.block * kTileRows);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t place = int64_t{row[half]} * p.H + walk.head;
+    store_shared(&columns.lse[lane_of() + 32 * half],
+                 row[half] < 0 ? 0 : load_global(p.lse + place) * kLog2E);
+    store_shared(&columns.delta[lane_of() + 32 * half], row[half] < 0 ? 0 : load_global(p.delta + place));
+  }
+  if (lane_of() == 0) store_shared(reinterpret_cast<int4*>(&columns.most), int4{most, least, last, 0});
+  if (!whole) {
+    __syncwarp();
+    const auto row_of_q = [&](int r) -> int64_t {  // -1 where it sees none of the keys
+      if (load_shared(&columns.seen[r]) <= 0) return -1;
+      const int at = walk.first_query + walk.block * kTileRows + r;
+      return p.order ? p.order[at] : at;
+    };
+    gather<S, kTileRows>(shared.first[stage], [&](int r) {
+      const int64_t t = row_of_q(r);
+      return t < 0 ? nullptr : p.q + t * p.q_stride_t + walk.head * p.q_stride_h;
+    });
+    gather<S, kTileRows>(shared.second[stage], [&](int r) {
+      const int64_t t = row_of_q(r);
+      return t < 0 ? nullptr : p.dout + (t * p.H + walk.head) * S::kHead;
+    });
+
+    gathered();
+  }
+  __syncwarp();
+  if (lane_of() == 0) {
+    if (!whole) mbarrier_arrive(shared.full[stage]);
+    mbarrier_arrive(shared.full[stage]);
+  }
+}
+
+// Keys and values of a block; then tile after tile of the queries that see them.
+template <class S>
+__device__ __forceinline__ void produce_for_keys(const Operands<typename S::scalar_t>& p,
+                                                 KeysShared<S>& shared) {
+  Ring<Slots> slot;
+  Ring<S> ring;
+  const int64_t items = p.schedule.first[*p.schedule.count];
+  for (int64_t round = 0, item; (item = item_of(round)) < items; ++round) {
+    const AttentionItemPlace place = item_at(p.schedule, item);
+    const AttentionBlock block = p.schedule.blocks[place.block];
+    const CallSequence s = sequence_of(p, block.sequence);
+    const int64_t begin = s.k_start + block.block * kRows;
+    const OwnKeys keys{0, s.position + begin, place.item, static_cast<int>(min(s.S - begin, int64_t{kRows}))};
+    QueryWalk<kTileRows> walk{};
+    walk.enter_sequence(p, keys, block.sequence, begin);
+    if (!walk.next(p, keys)) continue;
+
+    mbarrier_wait(shared.own_empty[slot.stage], slot.parity ^ 1);
+    if (lane_of() == 0) {
+      const int group = static_cast<int>(keys.group), first = static_cast<int>(keys.position);
+      store_shared(&shared.items[slot.stage], KeysItem{group, first, keys.count, 0});
+      load_own<S>(p, shared, slot.stage, group, first);
+    }
+    slot.advance();
+    for (bool more = true; more; ring.advance()) {
+      const QueryWalk<kTileRows> here = walk;
+      more = walk.next(p, keys);
+      mbarrier_wait(shared.empty[ring.stage], ring.parity ^ 1);
+      load_queries<S>(p, shared, ring.stage, here, !more);
+    }
+  }
+  end_items(shared, slot, KeysItem{-1, 0, 0, 0});
+}
+
+// ---- the consumers ----
+
+template <class S>
+using Scores = Registers<float, S::kScores>;
+template <class S>
+using Sums = Registers<float, S::kSums>;
+
+template <class S>
+__device__ __forceinline__ void clear(Sums<S>& sums) {
+#pragma unroll
+  for (int i = 0; i < S::kSums; ++i) sums[i] = 0;
+}
+
+// Every warp gives a stage back by itself, when all of its lanes have left it.
+template <class S, class Shared>
+__device__ __forceinline__ void give_back(const Place& me, Shared& shared, Ring<S>& ring) {
+  if (me.lane == 0) mbarrier_arrive(shared.empty[ring.stage]);
+  ring.advance();
+}
+
+// A consumer's sums, times a factor, to where the own rows of the same tile lay, and out.
+template <class S, class RowAt>
+__device__ __forceinline__ void store(Tile<S, kRows>& tile, const Place& me, const Sums<S>& sums,
+                                      float factor, bool neighbours, const TensorMap& map, int middle,
+                                      int first, const RowAt& row_at) {
+  put_rows<S>(tile, me, [&](int i) { return sums[i] * factor; });
+  send_rows<S>(tile, me, neighbours, map, middle, first, row_at);
+}
+
+// A warp is done with a slot: its stores have read it.
+template <class Shared>
+__device__ __forceinline__ void leave(const Place& me, Shared& shared, int slot) {
+  __syncwarp();
+  if (me.lane == 0) {
+    tma_store_wait_read<0>();
+    mbarrier_arrive(shared.own_empty[slot]);
+  }
+}
+
+template <class S>
+__device__ __forceinline__ void consume_for_queries(const Operands<typename S::scalar_t>& p,
+                                                    QueriesShared<S>& shared) {
+  using scalar_t = typename S::scalar_t;
+  const Place me;
+  Ring<Slots> slot;
+  Ring<S> ring;
+  for (;; slot.advance()) {
+    mbarrier_wait(shared.own_full[slot.stage], slot.parity);
+    const QueriesItem item = load_shared(&shared.items[slot.stage]);
+    const int head = item.head, tiles = item.tiles;
+    if (head < 0) break;
+    const int own_tiles = ((me.index == 0 ? item.seen[0] : item.seen[1]) + kTileRows - 1) / kTileRows;
+
+    const uint64_t q = own_rows<S>(shared.own_first[slot.stage], me.index * kConsumerRows);
+    const uint64_t dout = own_rows<S>(shared.own_second[slot.stage], me.index * kConsumerRows);
+    Registers<Row, 2> rows;
+    Registers<float, 2> lse, delta;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      rows[half] = load_shared(&shared.rows[slot.stage][me.row + 8 * half]);
+      const int64_t t = rows[half].t;
+      lse[half] = t < 0 ? 0 : load_global(p.lse + t * p.H + head) * kLog2E;
+      delta[half] = 0;
+    }
+
+    // ds = P (dP - delta) of the ring's next tile, zeros where a row sees no key; dP is `ds` before.
+    const auto compute = [&](Scores<S>& scores, Scores<S>& ds, int tile) {
+      wgmma_fence();
+      ask_scores<S, kTileRows>(scores, q, shared.first[ring.stage]);
+      ask_scores<S, kTileRows>(ds, dout, shared.second[ring.stage]);
+      wgmma_wait<1>();
+      hold(scores);
+#pragma unroll
+      for (int i = 0; i < S::kScores; ++i)
+        scores[i] = exp2_approx(fmaf(scores[i], p.factor, -lse[row_of(i)]));
+      wgmma_wait<0>();
+      hold(ds);
+#pragma unroll
+      for (int i = 0; i < S::kScores; ++i) ds[i] = scores[i] * (ds[i] - delta[row_of(i)]);
+      if (min(rows[0].seen, rows[1].seen) >= (tile + 1) * kTileRows) return;
+#pragma unroll
+      for (int i = 0; i < S::kScores; ++i)  // what is not seen may be NaN
+        if (tile * kTileRows + column_of(i, me.lane) >= rows[row_of(i)].seen) ds[i] = 0;
+    };
+    // f(tile) for every tile of which one of the consumer's rows sees a key; the others go by.
+    const auto for_each_tile = [&](const auto& f) {
+#pragma unroll 1
+      for (int tile = 0; tile < tiles; ++tile) {
+        mbarrier_wait(shared.full[ring.stage], ring.parity);
+        if (tile < own_tiles) f(tile);
+        __syncwarp();  // all lanes have seen it full
+        give_back(me, shared, ring);
+      }
+    };
+
+    Registers<float, 2> sum{{0, 0}};
+    for_each_tile([&](int tile) {
+      Scores<S> scores, products;
+      compute(scores, products, tile);
+#pragma unroll
+      for (int i = 0; i < S::kScores; ++i) sum[row_of(i)] += products[i];
+    });
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float total = sum[half];
+      total += __shfl_xor_sync(~0u, total, 1);
+      total += __shfl_xor_sync(~0u, total, 2);
+      delta[half] = total;
+      if (me.lane % 4 == 0 && rows[half].t >= 0)
+        store_global(p.delta + int64_t{rows[half].t} * p.H + head, total);
+    }
+    if (p.dq) {
+      Sums<S> dq;
+      clear<S>(dq);
+      hold(dq);
+      for_each_tile([&](int tile) {
+        Scores<S> scores, ds;
+        compute(scores, ds, tile);
+        Weights<kTileRows> weights;
+        round_weights<scalar_t, kTileRows>(weights, ds);
+        wgmma_fence();
+        ask_sums<S, kTileRows>(dq, weights, shared.first[ring.stage]);
+        wgmma_wait<0>();
+        hold(dq);
+      });
+      named_barrier_sync(pipeline::kBarrierOfConsumer + me.index, kWarpgroup);  // no product reads q any more
+      const int first = load_shared(&shared.rows[slot.stage][me.warp_row]).t;
+      const int last = load_shared(&shared.rows[slot.stage][me.warp_row + kWarpRows - 1]).t;
+      store<S>(shared.own_first[slot.stage], me, dq, p.scale, p.order == nullptr && last >= 0,
+               p.first_result_map, head, first, [&](int row) {
+                 const int64_t t = load_shared(&shared.rows[slot.stage][row]).t;
+                 return t < 0 ? nullptr : p.dq + (t * p.H + head) * S::kHead;
+               });
+    }
+    leave(me, shared, slot.stage);
+  }
+}
+
+template <class S>
+__device__ __forceinline__ void consume_for_keys(const Operands<typename S::scalar_t>& p,
+                                                 KeysShared<S>& shared) {
+  using scalar_t = typename S::scalar_t;
+  const Place me;
+  Ring<Slots> slot;
+  Ring<S> ring;
+  for (;; slot.advance()) {
+    mbarrier_wait(shared.own_full[slot.stage], slot.parity);
+    if (load_shared(&shared.items[slot.stage]).group < 0) break;
+    const uint64_t k = own_rows<S>(shared.own_first[slot.stage], me.index * kConsumerRows);
+    const uint64_t v = own_rows<S>(shared.own_second[slot.stage], me.index * kConsumerRows);
+    Sums<S> dk, dv;
+    clear<S>(dk);
+    clear<S>(dv);
+    hold(dk);
+    hold(dv);
+#pragma unroll 1
+    for (bool last = false; !last; give_back(me, shared, ring)) {
+      const int stage = ring.stage;
+      const Columns& columns = shared.columns[stage];
+      mbarrier_wait(shared.full[stage], ring.parity);
+      const int4 of_tile = load_shared(reinterpret_cast<const int4*>(&columns.most));
+      const int most = of_tile.x, least = of_tile.y;
+      last = of_tile.z;
+      __syncwarp();  // all lanes have seen it full
+      if (most <= me.index * kConsumerRows) continue;
+
+      const auto column_pair = [&](const auto* values, int i) {  // of value i, a multiple of 4
+        return load_shared(reinterpret_cast<const float2*>(values + column_of(i, me.lane)));
+      };
+      const bool all_seen = least >= (me.index + 1) * kConsumerRows;
+      // What is not seen may be NaN.
+      const auto mask = [&](Scores<S>& scores, Scores<S>& ds) {
+        if (all_seen) return;
+#pragma unroll
+        for (int i = 0; i < S::kScores; i += 4) {
+          const int2 seen = load_shared(reinterpret_cast<const int2*>(columns.seen + column_of(i, me.lane)));
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            if (me.row + 8 * row_of(j) >= (j % 2 ? seen.y : seen.x)) scores[i + j] = ds[i + j] = 0;
+        }
+      };
+
+      Scores<S> scores, ds;
+      wgmma_fence();
+      ask_scores<S, kTileRows>(scores, k, shared.first[stage]);
+      ask_scores<S, kTileRows>(ds, v, shared.second[stage]);
+      wgmma_wait<1>();
+      hold(scores);
+#pragma unroll
+      for (int i = 0; i < S::kScores; i += 4) {
+        const float2 lse = column_pair(columns.lse, i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          scores[i + j] = exp2_approx(fmaf(scores[i + j], p.factor, -(j % 2 ? lse.y : lse.x)));
+      }
+      wgmma_wait<0>();
+      hold(ds);
+#pragma unroll
+      for (int i = 0; i < S::kScores; i += 4) {
+        const float2 delta = column_pair(columns.delta, i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) ds[i + j] = scores[i + j] * (ds[i + j] - (j % 2 ? delta.y : delta.x));
+      }
+      mask(scores, ds);
+      Weights<kTileRows> weights, ds_weights;
+      round_weights<scalar_t, kTileRows>(weights, scores);
+      round_weights<scalar_t, kTileRows>(ds_weights, ds);
+      wgmma_fence();
+      ask_sums<S, kTileRows>(dv, weights, shared.second[stage]);
+      ask_sums<S, kTileRows>(dk, ds_weights, shared.first[stage]);
+      wgmma_wait<0>();
+      hold(dv);
+      hold(dk);
+    }
+
+    named_barrier_sync(pipeline::kBarrierOfConsumer + me.index,
+                       kWarpgroup);  // no product reads k and v any more
+    const KeysItem item = load_shared(&shared.items[slot.stage]);
+    const auto store_keys = [&](Tile<S, kRows>& tile, const Sums<S>& sums, float factor,
+                                const KeyView<scalar_t>& view, const TensorMap& map) {
+      if (view.data == nullptr) return;
+      scalar_t* const from = view.data + item.first * view.key_stride + item.group * view.group_stride;
+      store<S>(tile, me, sums, factor, me.warp_row + kWarpRows <= item.count, map, item.group,
+               item.first + me.warp_row,
+               [&](int row) { return row < item.count ? from + row * view.key_stride : nullptr; });
+    };
+    store_keys(shared.own_first[slot.stage], dk, p.scale, p.dk, p.first_result_map);
+    store_keys(shared.own_second[slot.stage], dv, 1, p.dv, p.second_result_map);
+    leave(me, shared, slot.stage);
+  }
+}
+
+// ---- the kernels ----
+
+// Barriers, by one thread; then all meet. `arrivals` of the producer make a stage full.
+template <class S, class Shared>
+__device__ __forceinline__ void start(Shared& shared, const Operands<typename S::scalar_t>& p, int arrivals) {
+  if (threadIdx.x == 0) {
+    for (int slot = 0; slot < Slots::kStages; ++slot) {
+      mbarrier_init(shared.own_full[slot], 1);
+      mbarrier_init(shared.own_empty[slot], kConsumers / 32);
+    }
+    for (int stage = 0; stage < S::kStages; ++stage) {
+      mbarrier_init(shared.full[stage], arrivals);
+      mbarrier_init(shared.empty[stage], kConsumers / 32);
+    }
+    fence_mbarrier_init();
+    prefetch_tensor_map(p.own_first_map);
+    prefetch_tensor_map(p.own_second_map);
+    prefetch_tensor_map(p.first_map);
+    prefetch_tensor_map(p.second_map);
+  }
+  __syncthreads();
+}
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, 1)
+    head_attention_backward_queries_kernel(const __grid_constant__ Operands<typename S::scalar_t> p) {
+  auto& shared = dynamic_shared<QueriesShared<S>>();
+  start<S>(shared, p, 1);
+  if (threadIdx.x < kWarpgroup) {
+    fewer_registers<QueriesRegisters::kProducer>();
+    if (threadIdx.x < 32) produce_for_queries<S>(p, shared);
+  } else {
+    more_registers<QueriesRegisters::kConsumer>();
+    consume_for_queries<S>(p, shared);
+  }
+}
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, 1)
+    head_attention_backward_keys_kernel(const __grid_constant__ Operands<typename S::scalar_t> p) {
+  auto& shared = dynamic_shared<KeysShared<S>>();
+  start<S>(shared, p, 2);
+  if (threadIdx.x < kWarpgroup) {
+    fewer_registers<KeysRegisters::kProducer>();
+    if (threadIdx.x < 32) produce_for_keys<S>(p, shared);
+  } else {
+    more_registers<KeysRegisters::kConsumer>();
+    consume_for_keys<S>(p, shared);
+  }
+}
+
+template <auto kernel, class Shared, class Params>
+void start_blocks(int64_t items, const Params& params, CUstream_st* stream) {
+  static_assert(sizeof(Shared) <= kMostShared);
+  launch<kernel>({.grid = dim3(static_cast<unsigned>(std::min<int64_t>(items, multiprocessors()))),
+                  .block = dim3(kThreads),
+                  .stream = stream,
+                  .dynamic_shared = sizeof(Shared)},
+                 params);
+}
+
+template <class S>
+void run(const HeadAttentionBackwardCall<typename S::scalar_t>& call, const AttentionSchedule& queries,
+         const AttentionSchedule& keys, CUstream_st* stream) {
+  const auto queries_map = [&](const auto* data, int64_t head_stride, int64_t row_stride, int box) {
+    return map_of<S>(data, call.H, call.T, head_stride, row_stride, box);
+  };
+  const auto keys_map = [&](const auto& view, int box) {
+    return map_of<S>(view.data, call.G, call.S, view.group_stride, view.key_stride, box);
+  };
+
+  const float factor = call.scale * kLog2E;
+
+  Operands<typename S::scalar_t> of_queries{call, queries, factor, {}, {}, {}, {}, {}, {}};
+  of_queries.own_first_map = queries_map(call.q, call.q_stride_h, call.q_stride_t, kRows);
+  of_queries.own_second_map = queries_map(call.dout, call.D, call.H * call.D, kRows);
+  of_queries.first_map = keys_map(call.k, kTileRows);
+  of_queries.second_map = keys_map(call.v, kTileRows);
+  if (call.dq) of_queries.first_result_map = queries_map(call.dq, call.D, call.H * call.D, kWarpRows);
+  start_blocks<head_attention_backward_queries_kernel<S>, QueriesShared<S>>(
+      most_blocks(call.B, call.T, kRows) * heads_of(call, call.heads), of_queries, stream);
+
+  if (!call.dk.data && !call.dv.data) return;
+  Operands<typename S::scalar_t> of_keys{call, keys, factor, {}, {}, {}, {}, {}, {}};
+  of_keys.own_first_map = keys_map(call.k, kRows);
+  of_keys.own_second_map = keys_map(call.v, kRows);
+  of_keys.first_map = queries_map(call.q, call.q_stride_h, call.q_stride_t, kTileRows);
+  of_keys.second_map = queries_map(call.dout, call.D, call.H * call.D, kTileRows);
+  if (call.dk.data) of_keys.first_result_map = keys_map(call.dk, kWarpRows);
+  if (call.dv.data) of_keys.second_result_map = keys_map(call.dv, kWarpRows);
+  start_blocks<head_attention_backward_keys_kernel<S>, KeysShared<S>>(
+      most_blocks(call.B, call.S, kRows) * groups_of(call, call.heads), of_keys, stream);
+}
+
+}  // namespace
+
+template <class scalar_t>
+bool head_attention_backward_fits_sm90(const HeadAttentionBackwardCall<scalar_t>& call) {
+  return head_attention_fits_sm90<scalar_t>(call) && pipeline::address_fits(call.dout);
+}
+
+template <class scalar_t>
+void head_attention_backward_sm90(const HeadAttentionBackwardCall<scalar_t>& call,
+                                  const AttentionSchedule& queries, const AttentionSchedule& keys,
+                                  CUstream_st* stream) {
+  if (heads_of(call, call.heads) == 0) return;
+  if (call.D == 64) return run<Shape<scalar_t, 64>>(call, queries, keys, stream);
+  if (call.D == 80) return run<Shape<scalar_t, 80>>(call, queries, keys, stream);
+  if (call.D == 96) return run<Shape<scalar_t, 96>>(call, queries, keys, stream);
+  run<Shape<scalar_t, 128>>(call, queries, keys, stream);
+}
+
+#define FLEXTRON_HEAD_ATTENTION_BACKWARD_SM90(scalar_t)                                          \
+  template bool head_attention_backward_fits_sm90(const HeadAttentionBackwardCall<scalar_t>&);   \
+  template void head_attention_backward_sm90(const HeadAttentionBackwardCall<scalar_t>&,         \
+                                             const AttentionSchedule&, const AttentionSchedule&, \
+                                             CUstream_st*);
+FLEXTRON_HEAD_ATTENTION_BACKWARD_SM90(bf16)
+FLEXTRON_HEAD_ATTENTION_BACKWARD_SM90(fp16)
+
+}  // namespace flextron
