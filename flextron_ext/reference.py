@@ -240,6 +240,112 @@ def head_attention_decode(
     return torch.stack(out) if out else torch.zeros_like(q)
 
 
+def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, T, H, D], cos and sin [B or 1, T, R]."""
+    R = cos.shape[-1]
+    cos, sin, a, b = cos[:, :, None], sin[:, :, None], x[..., : R // 2], x[..., R // 2 : R]
+    return torch.cat((x[..., :R] * cos + torch.cat((-b, a), -1) * sin, x[..., R:]), -1)
+
+
+def decode_step(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weights: list[Tensor],
+    parts: str,
+    keys: list[Tensor],
+    values: list[Tensor],
+    cached: int,
+    widths: list[int],
+    heads: list[int],
+    kv_heads: list[int],
+    neurons: int,
+    query_heads: int,
+    groups: int,
+    norm: Tensor,
+    head: Tensor,
+    head_scales: Tensor | None,
+    vocabulary: int,
+    eps: float,
+    keep: int = 1,
+    unit: str = "kv_group",
+    activation: str = "silu",
+    k_start: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    names = parts.split()
+    for i, (width, n, stored) in enumerate(zip(widths, heads, kv_heads, strict=True)):
+        w = dict(zip(names, weights[i * len(names) : (i + 1) * len(names)], strict=True))
+        blocks, used = (1, n) if unit == "kv_group" else (groups, groups)
+        per_block = n * (query_heads // groups) if unit == "kv_group" else n
+        y = _rms(x, w["in_norm"], eps)
+        q = _heads(y, w, "q", keys[i].shape[-1], query_heads, per_block, blocks)
+        k = _heads(y, w, "k", keys[i].shape[-1], groups, stored)
+        v = _heads(y, w, "v", keys[i].shape[-1], groups, stored)
+        if "q_norm" in w:
+            q, k = _rms(q, w["q_norm"], eps), _rms(k, w["k_norm"], eps)
+        new = slice(cached, cached + x.shape[1])
+        keys[i][:, new, :stored], values[i][:, new, :stored] = _turn(k, cos, sin), v
+        x = x + _attention_of_cache(
+            _turn(q, cos, sin), keys[i], values[i], new.stop, used, w, blocks, k_start, scale
+        )
+        x = x + _mlp_of(_rms(x, w["mlp_norm"], eps), w, neurons, width, activation)
+    if head.dim() == 4:
+        head = _unpacked(head, head_scales, x.dtype)[:vocabulary]
+    return F.linear(_rms(x, norm, eps)[:, x.shape[1] - keep :], head)
+
+
+def _plain(w: dict[str, Tensor], name: str, outputs: int, dtype: torch.dtype, blocks: int = 1) -> Tensor:
+    if w[name].dim() == 2:
+        return w[name]
+    weight = _unpacked(w[name], w.get(f"{name}_scales"), dtype)
+    return weight.view(blocks, -1, weight.shape[1])[:, : outputs // blocks].flatten(0, 1)
+
+
+def _heads(x: Tensor, w: dict[str, Tensor], name: str, D: int, of: int, kept: int, blocks: int = 1) -> Tensor:
+    """The first ``kept`` heads of each of ``blocks`` blocks of ``of`` heads in all: [B, T, blocks * kept, D]."""
+    weight, bias = _plain(w, name, of * D, x.dtype, blocks), w.get(f"{name}_bias")
+    y = elastic_linear(x.flatten(0, 1), weight, bias, x.shape[-1], kept * D, out_blocks=blocks)
+    return y.view(*x.shape[:2], blocks * kept, D)
+
+
+def _attention_of_cache(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: int,
+    used: int,
+    w: dict[str, Tensor],
+    blocks: int,
+    k_start: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    (B, T, kept, D), K = q.shape, w["in_norm"].shape[0]
+    if kept:
+        start = None if k_start is None else k_start.clamp(max=length)
+        cache = [t[:, :length, :used] for t in (keys, values)]
+        q = head_attention_decode(q, *cache, torch.full((B,), length), used, k_start=start, scale=scale)
+    weight = _plain(w, "o", K, q.dtype)
+    out = elastic_linear(
+        q.reshape(B * T, kept * D), weight, w.get("o_bias"), kept // blocks * D, K, in_blocks=blocks
+    )
+    return out.view(B, T, K)
+
+
+def _mlp_of(x: Tensor, w: dict[str, Tensor], neurons: int, width: int, activation: str) -> Tensor:
+    gate, up, down = w.get("gate"), w["up"], _plain(w, "down", x.shape[-1], x.dtype)
+    if gate is None:
+        both = _unpacked(up, w.get("up_scales"), x.dtype).unflatten(0, (-1, 2, 16))
+        gate, up = (half.flatten(0, 1)[:neurons] for half in both.unbind(1))
+    biases = [w.get(f"{name}_bias") for name in ("gate", "up", "down")]
+    return elastic_mlp(x.flatten(0, 1), gate, up, down, *biases, width, activation).view(x.shape)
+
+
 _PHILOX_KEY_STEP = (0x9E3779B9, 0xBB67AE85)
 _PHILOX_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 

@@ -192,6 +192,89 @@ def head_attention_decode(device: str, dtype: torch.dtype) -> Iterator[dict[str,
     }
 
 
+def decode_step(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    def case(
+        widths, heads, B=1, T=1, cached=5, H=4, G=2, D=8, K=24, F=40, R=None, unit="kv_group", kv=None, packed=False,
+        bias=False, head_norm=False, keep=1, room=0, eps=1e-6, tables=1, **options,
+    ):  # fmt: skip
+        def tensor(*shape, scale=1.0):
+            return torch.randn(*shape, device=device, dtype=dtype) * scale
+
+        weights, names, R = [], [], D if R is None else R
+        shapes = dict(
+            q=(H * D, K), k=(G * D, K), v=(G * D, K), o=(K, H * D), gate=(F, K), up=(F, K), down=(K, F)
+        )
+        for _ in widths:
+            w = {name: tensor(*shape, scale=shape[1] ** -0.5) for name, shape in shapes.items()}
+            if bias:
+                w |= {f"{name}_bias": tensor(shape[0], scale=0.25) for name, shape in shapes.items()}
+            if head_norm:
+                w |= {"q_norm": 1 + tensor(D, scale=0.1), "k_norm": 1 + tensor(D, scale=0.1)}
+            w |= {"in_norm": 1 + tensor(K, scale=0.1), "mlp_norm": 1 + tensor(K, scale=0.1)}
+            if packed is not False:
+                blocks = dict(q=G if unit == "query" else 1)
+                mlp = pack_mlp(w.pop("gate"), w["up"], w["down"], packed)
+                w["up"], w["down"], *scales = mlp
+                w |= {
+                    name: s
+                    for name, s in zip(("up_scales", "down_scales"), scales, strict=True)
+                    if s is not None
+                }
+                for name in "qkvo":
+                    w[name], s = pack_linear(w[name], blocks.get(name, 1), packed)
+                    w |= {} if s is None else {f"{name}_scales": s}
+            names, weights = list(w), weights + list(w.values())
+        head, scales = tensor(37, K, scale=K**-0.5), None
+        if packed is not False:
+            head, scales = pack_linear(head, 1, packed)
+        angle = torch.rand(tables, T, R // 2, device=device).repeat(1, 1, 2) * 6
+        kv_heads = kv or (heads if unit == "kv_group" else [G] * len(heads))
+        caches = [[tensor(B, cached + T + room, max(n, 1), D) for n in kv_heads] for _ in range(2)]
+        return dict(
+            x=tensor(B, T, K),
+            cos=angle.cos().to(dtype),
+            sin=angle.sin().to(dtype),
+            weights=weights,
+            parts=" ".join(names),
+            keys=caches[0],
+            values=caches[1],
+            cached=cached,
+            widths=widths,
+            heads=heads,
+            kv_heads=kv_heads,
+            neurons=F,
+            query_heads=H,
+            groups=G,
+            norm=1 + tensor(K, scale=0.1),
+            head=head,
+            head_scales=scales,
+            vocabulary=37,
+            eps=eps,
+            keep=keep,
+            unit=unit,
+            **options,
+        )
+
+    yield case([40], [2])  # the whole layer, one token
+    yield case([40, 16], [2, 1], room=3)
+    yield case(
+        [24, 7], [1, 2], B=3, T=2, kv=[2, 2], bias=True, k_start=torch.tensor([0, 4, 6], device=device)
+    )
+    yield case(
+        [40], [1], H=6, G=2, unit="query", B=2, T=4, keep=3, tables=2, activation="gelu_tanh", scale=0.3
+    )
+    yield case([40, 8], [2, 1], H=6, G=2, D=6, R=4, head_norm=True, T=8, keep=8, eps=1e-3)
+    yield case([40, 24], [2, 1], packed=None, bias=True, B=2)
+    yield case([40, 24], [3, 1], H=6, unit="query", packed=None, T=3)
+    yield case([24], [2], packed=torch.int8, B=9)
+    yield case([0], [0], B=2)
+    yield case([40], [2], cached=0)
+    yield case([40], [2], cached=600, k_start=torch.tensor([3], device=device, dtype=torch.int32))
+    yield case([40], [2], keep=0)
+    yield case([40], [2], B=0)
+    yield case([40], [2], T=0, keep=0)
+
+
 def route(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     for T, C in [(1, 1), (7, 3), (300, 5), (0, 4), (64, 1)]:
         yield dict(logits=torch.randn(C, T, device=device, dtype=dtype).T)
@@ -206,6 +289,7 @@ def route(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 
 
 CASES = [
+    OpCase("decode_step", decode_step, FLOATING[:3], differentiable=False),
     OpCase("elastic_linear", elastic_linear, devices=("cpu", "cuda")),
     OpCase("elastic_mlp", elastic_mlp, devices=("cpu", "cuda")),
     OpCase("head_attention", head_attention, devices=("cpu", "cuda")),

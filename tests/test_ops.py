@@ -29,6 +29,18 @@ def is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+def is_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor) or (
+        isinstance(value, list) and any(isinstance(v, Tensor) for v in value)
+    )
+
+
+def in_double(value: Any) -> Any:
+    if isinstance(value, list):
+        return [in_double(v) for v in value]
+    return value.double() if is_floating(value) else value
+
+
 def fresh(case: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
     """The same inputs, floating ones in dtype and asking for a gradient."""
     return {
@@ -106,7 +118,7 @@ def test_every_op_has_a_wrapper_and_a_reference_with_the_same_arguments(row):
 @each_dtype
 def test_values(row, dtype, device):
     for i, case in enumerate(row.inputs(device, dtype)):
-        wide = {name: value.double() if is_floating(value) else value for name, value in case.items()}
+        wide = {name: in_double(value) for name, value in case.items()}
         ours = as_tuple(overload(row.name)(**case))
         plain = as_tuple(getattr(reference, row.name)(**case))
         exact = as_tuple(getattr(reference, row.name)(**wide))
@@ -211,7 +223,7 @@ def test_compiles_with_its_gradient(row, device):
 def test_exports(row, device):
     wrapper = getattr(flextron_ext, row.name)
     case = compiled_inputs(row, device)[0]
-    tensors = {name: value for name, value in case.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in case.items() if is_tensors(value)}
     settings = {name: value for name, value in case.items() if name not in tensors}
 
     class Module(torch.nn.Module):

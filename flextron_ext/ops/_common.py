@@ -94,3 +94,16 @@ def refuse_gradient(op: str) -> None:
         raise NotImplementedError(f"{op}: inputs must not need a gradient through it: it has none")
 
     torch.library.register_autograd(f"flextron::{op}", refuse)
+
+
+def refuse_gradient_of_mutating(op: str) -> None:
+    """The same for an op that writes into its arguments, for which torch takes no formula: it never runs."""
+    overload = getattr(torch.ops.flextron, op).default
+
+    def kernel(*args: object, **named: object) -> object:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **named):
+            raise NotImplementedError(f"{op}: inputs must not need a gradient through it: it has none")
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args, **named)
+
+    _library.impl(op, kernel, "Autograd")

@@ -62,14 +62,35 @@ class ElasticCacheLayer(CacheLayerMixin):
             new.requires_grad or stored.requires_grad
         ):  # autograd keeps the old buffer: it must not be written again
             return torch.cat([stored[:, : self.length], new], dim=1)
-        if end > stored.shape[1]:
-            B, _, G, D = stored.shape
-            room = -(-max(end, 2 * self.length) // _BLOCK) * _BLOCK
-            grown = stored.new_empty(B, room, G, D)
-            grown[:, : self.length] = stored[:, : self.length]
-            stored = grown
+        stored = self._grown(stored, end)
         stored[:, self.length : end] = new
         return stored
+
+    def _grown(self, stored: Tensor, end: int) -> Tensor:
+        if end <= stored.shape[1]:
+            return stored
+        B, _, G, D = stored.shape
+        room = -(-max(end, 2 * self.length) // _BLOCK) * _BLOCK
+        grown = stored.new_empty(B, room, G, D)
+        grown[:, : self.length] = stored[:, : self.length]
+        return grown
+
+    def reserve(self, tokens: int, groups: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, ``[B, room, G, D]``, with room for ``tokens`` more of ``groups`` groups.
+
+        The caller writes them behind the ``length`` valid ones, and then calls `advance`.
+        """
+        if groups < self.keys.shape[2]:
+            self.keys, self.values = self.keys[:, :, :groups], self.values[:, :, :groups]
+        end = self.length + tokens
+        if end > self.keys.shape[1]:
+            self.keys, self.values = self._grown(self.keys, end), self._grown(self.values, end)
+        return self.keys, self.values
+
+    def advance(self, tokens: int, groups: int) -> None:
+        """Count ``tokens`` that were written into what `reserve` gave."""
+        self.length += tokens
+        self.groups = groups
 
     def _valid(self, stored: Tensor) -> Tensor:
         return stored[:, : self.length].transpose(1, 2)

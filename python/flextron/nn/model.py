@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, wraps
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 
 from flextron.config import ElasticConfig, Widths
 from flextron.nn.cache import ElasticCache
+from flextron.nn.decode import first_key, try_step
 from flextron.nn.elastic_attention import ElasticAttention
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.families import elastic_config, family_of
@@ -48,16 +50,7 @@ def _first_key(
             "flextron: attention must be plain causal; packed sequences by position_ids are not"
         )
     mask = kwargs.get("attention_mask")
-    if mask is None:
-        return None
-    mask = mask[:, :kv_length].long()
-    first = torch.where(mask.any(1), mask.argmax(1), kv_length)
-    # After the first valid key nothing may be hidden from a later valid one.
-    holes = (mask.diff(dim=1) == 1).sum(1) > (mask[:, 0] == 0)
-    torch._assert_async(
-        ~holes.any(), "flextron: attention_mask must be one run of ones per sequence, got a hole"
-    )
-    return first
+    return None if mask is None else first_key(mask[:, :kv_length])
 
 
 ALL_MASK_ATTENTION_FUNCTIONS.register("flextron", _first_key)
@@ -302,8 +295,15 @@ def _guard_cache(
 
 @cache
 def _elastic_class(cls: type) -> type:
+    names = tuple(inspect.signature(cls.forward).parameters)[1:]
+
+    @wraps(cls.forward)  # transformers reads the signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        taken = try_step(self, dict(zip(names, args, strict=False)) | kwargs)
+        return cls.forward(self, *args, **kwargs) if taken is None else taken
+
     # the parent's own name: save_pretrained writes it to the configuration, where stock transformers looks it up
-    return type(cls.__name__, (ElasticModel, cls), {"__module__": cls.__module__})
+    return type(cls.__name__, (ElasticModel, cls), {"__module__": cls.__module__, "forward": forward})
 
 
 def make_elastic(model: nn.Module, config: ElasticConfig | None = None) -> Any:

@@ -1,0 +1,63 @@
+// A few new tokens through every layer of a Llama-family model, and to their logits:
+//
+//   for each layer:  n = norm(x) * w_in;  q, k, v = n Wq^T + bq, n Wk^T + bk, n Wv^T + bv
+//                    q, k = turn(head_norm(q)), turn(head_norm(k));  k and v go to the cache
+//                    x += attention(q, cache) Wo^T + bo
+//                    n = norm(x) * w_mlp;  x += (act(n Wg^T + bg) * (n Wu^T + bu)) Wd^T + bd
+//   logits = (norm(x) * w) W_head^T
+//
+//   norm(x) = x / sqrt(mean(x^2) + eps)                                    over a row, or a head for
+//   head_norm turn(x)[i] = x[i] cos[i] - x[i + R/2] sin[i],  turn(x)[i + R/2] = x[i + R/2] cos[i + R/2] +
+//   x[i] sin[i + R/2]
+//                for i < R/2; the D - R elements that follow stay (rotary embedding, Su et al., arXiv
+//                2104.09864)
+//
+// Activations stay floats from the embedding to the logits; what attention reads, q and the cache, has the
+// dtype of the weights. The GEMMs are elastic_gemm.h's, attention is head_attention_decode.h's; here is what
+// lies between them. A row is one token of one sequence.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dispatch.h"
+#include "core/types.h"
+
+namespace flextron {
+
+using DecodeStepTypes = TypeList<float, bf16, fp16>;
+
+// x[r] += add[r], then to[r] = norm(x[r]) * weight.
+template <class scalar_t>
+struct DecodeStepNormParams {
+  float* x;                // [rows, K], rows x_stride apart
+  const float* add;        // [rows, K], contiguous; or null
+  const scalar_t* weight;  // [K]
+  float* to;               // [rows, K], rows x_stride apart
+  int64_t K, x_stride;
+  float eps;
+};
+
+// to[b, t, h] = turn(head_norm(from[b, t, h])).
+template <class scalar_t>
+struct DecodeStepHeadsParams {
+  const float* from;          // [B * T, heads, D], contiguous
+  const scalar_t* norm;       // [D]; null: no head_norm
+  const scalar_t *cos, *sin;  // [B or 1, T, R], contiguous; null: no turn
+  scalar_t* to;               // D adjacent
+  int64_t to_stride_b, to_stride_t, to_stride_h;
+  int64_t T, heads, D, R;
+  bool one_table;  // cos and sin are the same for all sequences
+  float eps;
+};
+
+// Rows [begin, end).
+#define FLEXTRON_DECLARE_DECODE_STEP(isa)                                                           \
+  template <class scalar_t>                                                                         \
+  void decode_step_norm_##isa(const DecodeStepNormParams<scalar_t>& p, int64_t begin, int64_t end); \
+  template <class scalar_t>                                                                         \
+  void decode_step_heads_##isa(const DecodeStepHeadsParams<scalar_t>& p, int64_t begin, int64_t end);
+FLEXTRON_DECLARE_DECODE_STEP(cpu)
+FLEXTRON_DECLARE_DECODE_STEP(avx2)
+#undef FLEXTRON_DECLARE_DECODE_STEP
+
+}  // namespace flextron

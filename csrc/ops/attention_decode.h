@@ -1,0 +1,48 @@
+// Attention of a few new tokens on a CPU, from a plan: what head_attention_decode and decode_step share.
+#pragma once
+
+#include "kernels/head_attention_decode.h"
+#include "ops/attention_plan.h"
+
+namespace flextron {
+
+// The work of one forward pass split over the keys: its items, and where the merge of each block of queries
+// begins.
+struct KeySplit {
+  std::vector<AttentionItem> items;
+  std::vector<int64_t> merge_at{0};
+};
+
+// More queries than a block are work enough without splitting.
+inline KeySplit split_keys(const AttentionPlan& plan) {
+  KeySplit split;
+  for (auto item : query_items(plan)) {
+    const auto& s = plan.sequences[item.sequence];
+    const int64_t chunks = s.T > kAttentionQueries ? 1 : blocks_of(s.S - s.k_start, kDecodeKeys);
+    for (item.chunk = 0; item.chunk < chunks; ++item.chunk) split.items.push_back(item);
+    if (chunks > 0) split.merge_at.push_back(split.items.size());
+  }
+  return split;
+}
+
+template <class scalar_t>
+void run_decode(const AttentionPlan& plan, HeadAttentionParams<scalar_t> p, const Tensor& q) {
+  const KeySplit split = split_keys(plan);
+  const int64_t items = split.items.size(), merges = split.merge_at.size() - 1;
+  if (items == merges) return run_forward(plan, p);
+  p.items = split.items.data();
+  const Tensor partial = empty(q, {items, plan.max_queries * plan.M, plan.D + 2}, wide_dtype(q));
+  const HeadAttentionDecodeParams<scalar_t> params{
+      .attention = p,
+      .partial = mutable_data_of<accumulate_t<scalar_t>>(partial),
+      .merge_at = split.merge_at.data()};
+  const int64_t bytes = head_attention_scratch(p);
+  const auto decode = FLEXTRON_FOR_ISA(head_attention_decode, scalar_t);
+  const auto merge = FLEXTRON_FOR_ISA(head_attention_decode_merge, scalar_t);
+  run_items(plan, items, bytes,
+            [&](int64_t first, int64_t last, char* scratch) { decode(params, first, last, scratch); });
+  run_items(plan, merges, bytes,
+            [&](int64_t first, int64_t last, char* scratch) { merge(params, first, last, scratch); });
+}
+
+}  // namespace flextron

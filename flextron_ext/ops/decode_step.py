@@ -1,0 +1,140 @@
+"""decode_step: a few new tokens through every layer of a Llama-family model. Formula: csrc/kernels/decode_step.h."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _common as common
+
+OP = "decode_step"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def decode_step(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weights: Sequence[Tensor],
+    parts: str,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    cached: int,
+    widths: Sequence[int],
+    heads: Sequence[int],
+    kv_heads: Sequence[int],
+    neurons: int,
+    query_heads: int,
+    groups: int,
+    norm: Tensor,
+    head: Tensor,
+    head_scales: Tensor | None,
+    vocabulary: int,
+    eps: float,
+    keep: int = 1,
+    unit: str = "kv_group",
+    activation: str = "silu",
+    k_start: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Take new tokens through all layers of a Llama-family model on a CPU, and return their logits; no gradient.
+
+    Each layer is ``x += o(attention(norm(x)))``, ``x += mlp(norm(x))`` with RMSNorms, rotary embedding, biases and
+    head norms where there are any, on the first heads and neurons only; then ``norm(x) head^T``. The new tokens'
+    keys and values are written into ``keys`` and ``values`` at ``cached``.
+
+    A projection's weight is plain, ``[outputs, inputs]``, or its panels (`pack_linear`; for query blocks of unit
+    "query" one block per group). An MLP has ``gate`` and ``up`` plain, or both in the panels of ``up`` (`pack_mlp`).
+
+    Args:
+        x: [B, T, K], float32, bfloat16 or float16, on the CPU: the tokens' embeddings.
+        cos: [B or 1, T, R], R even and at most D: of the rotary embedding, the dtype of x.
+        sin: the same.
+        weights: what ``parts`` names, for each layer in turn. The dtype of x; panels may be int8, scales float32.
+        parts: names of a layer's weights, in order, separated by spaces: in_norm q k v o mlp_norm up down, and where
+            the model has them gate, q_bias k_bias v_bias o_bias gate_bias up_bias down_bias, q_norm k_norm, and
+            q_scales k_scales v_scales o_scales up_scales down_scales of int8 panels.
+        keys: of each layer [B, room, G', D], room >= cached + T: the cache, the first `cached` tokens valid.
+        values: the same.
+        cached: tokens in the cache.
+        widths: neurons used in each layer.
+        heads: heads used in each layer: groups with all their query heads (unit "kv_group"), or query heads of every
+            group (unit "query").
+        kv_heads: groups projected and written in each layer, at least those used.
+        neurons: F, query_heads: H, groups: G of the full layer.
+        norm: [K], the last norm.
+        head: [vocabulary, K], or its panels.
+        head_scales: of int8 panels.
+        vocabulary: logits of a token.
+        eps: of the norms.
+        keep: how many of the last tokens of each sequence get logits.
+        unit: "kv_group" or "query".
+        activation: one of "relu", "relu2", "gelu", "gelu_tanh", "silu".
+        k_start: int32 or int64 [B], the first key seen in each sequence (left padding).
+        scale: of the scores; D ** -0.5 where None.
+
+    Returns:
+        logits: [B, keep, vocabulary], the dtype of x.
+    """
+    common.check_tensor(OP, "x", x, DTYPES)
+    for name, value in (("cos", cos), ("sin", sin), ("norm", norm), ("head", head)):
+        common.check_tensor(OP, name, value, (*DTYPES, torch.int8))
+    return torch.ops.flextron.decode_step(
+        x,
+        cos,
+        sin,
+        weights,
+        parts,
+        keys,
+        values,
+        cached,
+        widths,
+        heads,
+        kv_heads,
+        neurons,
+        query_heads,
+        groups,
+        norm,
+        head,
+        head_scales,
+        vocabulary,
+        eps,
+        keep,
+        unit,
+        activation,
+        k_start,
+        scale,
+    )
+
+
+@torch.library.register_fake("flextron::decode_step")
+def _shape(
+    x,
+    cos,
+    sin,
+    weights,
+    parts,
+    keys,
+    values,
+    cached,
+    widths,
+    heads,
+    kv_heads,
+    neurons,
+    query_heads,
+    groups,
+    norm,
+    head,
+    head_scales,
+    vocabulary,
+    eps,
+    keep=1,
+    *options,
+    **named,
+):
+    return x.new_empty(x.shape[0], keep, vocabulary)
+
+
+common.refuse_gradient_of_mutating(OP)

@@ -1,0 +1,172 @@
+"""A decode step in one op gives what the modules give, is taken where it applies, and keeps the cache's contract."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from nn.models import FAMILIES, GQA
+from nn.test_elastic_model import UNITS, elastic, mixed, relative, tokens
+from torch import nn
+
+import flextron.nn.decode as decode
+from flextron.nn import ElasticCache
+
+
+@contextmanager
+def counted(monkeypatch, on: bool = True):
+    """How many steps were taken; none may be with ``on=False``."""
+    steps: list[int] = []
+    taken = decode.DecodeStep.__call__
+
+    def call(self: Any, model: Any, ids: Any, *rest: Any) -> Any:
+        steps.append(ids.shape[1])
+        return taken(self, model, ids, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode.DecodeStep, "__call__", call)
+        patch.setattr(decode, "TOKENS", 8 if on else 0)
+        yield steps
+
+
+def logits_of(model: Any, ids: Any, cuts: list[int], cache: ElasticCache, **kwargs: Any) -> Any:
+    with torch.no_grad():
+        parts = [model(part, cache=cache, **kwargs).logits for part in ids.split(cuts, dim=1)]
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("kv", ["selected", "all"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_gives_the_logits_and_the_cache_of_the_modules(family, kv, unit, monkeypatch):
+    biases = dict(attention_bias=True, mlp_bias=True) if family == "llama" else {}
+    model, ids = elastic(family, "3:1", unit, **biases), tokens(T=20)
+    model.set_widths(mixed(model.elastic), kv)
+    found = {}
+    for on in (True, False):
+        with counted(monkeypatch, on) as steps:
+            cache = ElasticCache()
+            found[on] = logits_of(model, ids, [5, 1, 1, 8, 2, 3], cache), cache
+        assert steps == ([1, 1, 8, 2, 3] if on else [])
+    (ours, mine), (exact, theirs) = found[True], found[False]
+    assert relative(ours, exact) < 1e-5
+    for a, b in zip(mine.layers, theirs.layers, strict=True):
+        assert (a.length, a.groups) == (b.length, b.groups) == (20, b.groups)
+        torch.testing.assert_close(a.keys[:, :20], b.keys[:, :20], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a.values[:, :20], b.values[:, :20], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gqa", GQA)
+def test_a_step_is_no_less_exact_than_the_modules(gqa, dtype, monkeypatch):
+    model, ids = elastic("qwen3", gqa), tokens(T=12)
+    model.set_widths(mixed(model.elastic))
+    exact = logits_of(model.to(dtype).double(), ids, [6, 1, 5], ElasticCache())
+    model.to(dtype)
+    found = []
+    for on in (True, False):
+        with counted(monkeypatch, on):
+            found.append(relative(logits_of(model, ids, [6, 1, 5], ElasticCache()).double(), exact))
+    assert found[0] <= 1.5 * found[1]
+
+
+def test_generation_takes_the_same_tokens(monkeypatch):
+    model, ids = elastic("llama", "3:1"), tokens(T=9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    for widths in (model.elastic.full(), mixed(model.elastic)):
+        model.set_widths(widths)
+        for settings in (
+            dict(do_sample=False),
+            dict(do_sample=True, top_k=5),
+            dict(num_beams=3, do_sample=False),
+        ):
+            runs = []
+            for on in (True, False):
+                torch.manual_seed(3)
+                with counted(monkeypatch, on) as steps:
+                    runs.append(
+                        model.generate(
+                            ids, attention_mask=mask, max_new_tokens=10, pad_token_id=0, **settings
+                        )
+                    )
+                assert len(steps) == (9 if on else 0)
+            assert torch.equal(*runs)
+
+
+def test_the_cache_may_be_cropped_reordered_and_narrowed_between_steps(monkeypatch):
+    model, ids = elastic(gqa="1:1"), tokens(T=9)
+    wide, narrow = model.elastic.uniform(1, 2), model.elastic.uniform(0, 0)
+    runs = []
+    for on in (True, False):
+        with counted(monkeypatch, on):
+            cache, parts = ElasticCache(), []
+            model.set_widths(wide)
+            parts.append(logits_of(model, ids, [6, 3], cache))
+            cache.crop(-2)
+            cache.reorder_cache(torch.tensor([1, 1]))
+            parts.append(logits_of(model, ids[:, :3], [1, 2], cache))
+            cache.batch_repeat_interleave(2)
+            model.set_widths(narrow)
+            parts.append(logits_of(model, ids[:, :4].repeat(2, 1), [2, 2], cache))
+            runs.append(parts)
+        model.set_widths(wide)
+        with pytest.raises(ValueError, match="more key/value groups than the cache holds"):
+            model(ids[:1].repeat(4, 1)[:, :1], cache=cache)
+    for a, b in zip(*runs, strict=True):
+        assert relative(a, b) < 1e-5
+
+
+def test_weights_that_are_replaced_or_changed_are_seen(monkeypatch):
+    model, ids = elastic(), tokens(T=7)
+    with counted(monkeypatch) as steps:
+        before = logits_of(model, ids, [5, 1, 1], ElasticCache())
+        layer = model.model.layers[1]
+        with torch.no_grad():
+            layer.mlp.down_proj.weight.mul_(2)
+        layer.self_attn.q_proj.weight = nn.Parameter(layer.self_attn.q_proj.weight * 0.5)
+        after = logits_of(model, ids, [5, 1, 1], ElasticCache())
+    assert steps == [1] * 4
+    with counted(monkeypatch, on=False):
+        assert relative(after, logits_of(model, ids, [5, 1, 1], ElasticCache())) < 1e-5
+    assert relative(after, before) > 1e-2
+
+
+def hooked(model: Any, seen: list[Any]) -> Any:
+    return model.model.layers[2].mlp.register_forward_hook(lambda *_: seen.append(1))
+
+
+def test_the_modules_run_where_a_step_would_miss_something(monkeypatch):
+    model, ids = elastic(), tokens(T=6)
+
+    def run(ids: Any = ids[:, 5:], **kwargs: Any) -> list[int]:
+        cache = ElasticCache()
+        with torch.no_grad():
+            model(tokens(T=6)[:, :5], cache=cache)
+        with counted(monkeypatch) as steps, torch.set_grad_enabled(kwargs.pop("grad", False)):
+            model(ids, cache=cache, **kwargs)
+        return steps
+
+    assert run() == [1]
+    assert run(logits_to_keep=1) == [1]
+    assert run(grad=True) == []
+    assert run(tokens(T=9)) == []
+    assert run(labels=ids[:, 5:]) == []
+    assert run(output_hidden_states=True) == []
+    assert run(return_dict=False) == []
+    assert run(logits_to_keep=torch.tensor([0])) == []
+    seen: list[Any] = []
+    handle = hooked(model, seen)
+    assert run() == [] and len(seen) == 2  # the prompt's pass, and the step's
+    handle.remove()
+    assert run() == [1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert run() == []
+    model.set_widths([model.elastic.full(), model.elastic.smallest()])
+    assert run() == []
+    model.set_widths(model.elastic.full())
+    with counted(monkeypatch) as steps, torch.no_grad():
+        model(ids[:, :1], cache=ElasticCache())  # nothing is cached yet
+    assert steps == []
