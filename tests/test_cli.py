@@ -47,6 +47,9 @@ def parent(tmp_path_factory, text):
     return path
 
 
+COMMANDS = ("convert", "train", "profile", "route", "tune", "eval", "generate", "export", "info", "demo")
+
+
 def answer(capsys, *argv):
     """What a command that must succeed prints with --json."""
     assert main([*map(str, argv), "--json"]) == 0
@@ -114,6 +117,11 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
     assert "measured ms" in capsys.readouterr().out
     rows = answer(capsys, "eval", elastic, *common, "--budgets", "0.8,1", "--rounds", 2, "--length", 32)
     assert [row["kind"] for row in rows] == ["full", "routed", "uniform"]
+    joint = ("tune", elastic, *common, "--steps", 2, "--batch-size", 2, "--length", 32, "--eval-every", 0)
+    for which in ((), ("--adaptive", "--distillation", 1)):
+        tuned = answer(capsys, *joint, *which, "--restart")
+        again = answer(capsys, *joint, *which)
+        assert len(tuned["losses"]) == 2 and again["losses"] == tuned["losses"] and again["resumed_from"] == 2
     rows = answer(
         capsys, "eval", elastic, *common, "--budgets", "0.8", "--rounds", 2, "--length", 32, "--adaptive"
     )
@@ -253,10 +261,8 @@ def test_every_command_has_help_with_an_example(capsys):
     assert stop.value.code == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
     commands = [name for name in listed if name.isalpha()]
-    assert {"convert", "train", "profile", "route", "eval", "generate", "export", "info", "demo"} <= set(
-        commands
-    )
-    for name in ("convert", "train", "profile", "route", "eval", "generate", "export", "info", "demo"):
+    assert set(COMMANDS) <= set(commands)
+    for name in COMMANDS:
         with pytest.raises(SystemExit):
             main([name, "--help"])
         assert f"example: flextron {name}" in capsys.readouterr().out

@@ -8,9 +8,11 @@ from typing import Any
 # Public names and where they live. Loaded on first use: transformers alone takes seconds, and
 # `flextron --help` needs none of it.
 _HOME = {
+    "AdaptiveConfig": "flextron.route.adaptive",
     "ElasticConfig": "flextron.config",
     "RouteConfig": "flextron.route.trainer",
     "TrainConfig": "flextron.train",
+    "TuneConfig": "flextron.train",
     "Widths": "flextron.config",
     "Workload": "flextron.route.latency",
     "elastic_config": "flextron.nn",
@@ -19,6 +21,8 @@ _HOME = {
     "load_plain": "flextron.export",
     "make_elastic": "flextron.nn",
     "profile": "flextron.pipeline",
+    "route_adaptive": "flextron.pipeline",
+    "tune": "flextron.pipeline",
 }
 
 # Subpackages that are also the function of their name, and where that function is.

@@ -154,6 +154,46 @@ def _parser() -> argparse.ArgumentParser:
         help="with --adaptive: how it learns, by mixtures of widths (the default) or by choices, straight-through",
     )
 
+    u = command(
+        "tune",
+        _tune,
+        "train the model and a router jointly, in place; resumes a killed run",
+        "flextron tune elastic/ --adaptive --distillation 1",
+    )
+    u.add_argument("directory")
+    _data(u)
+    u.add_argument(
+        "--adaptive",
+        action="store_true",
+        help="with the router that chooses for every token, not the static one",
+    )
+    u.add_argument("--steps", type=_count, default=200)
+    u.add_argument(
+        "--batch-size", type=_count, default=8, help="sequences in a micro-batch, each at a target"
+    )
+    u.add_argument("--length", type=_count, default=512, help="tokens of each")
+    u.add_argument("--accumulation", type=_count, default=1, help="micro-batches in a step")
+    u.add_argument("--learning-rate", type=float, default=1e-4, help="of the model")
+    u.add_argument(
+        "--router-rate", type=float, default=30.0, help="the router's, as a multiple of the model's"
+    )
+    u.add_argument(
+        "--gates",
+        choices=("soft", "hard"),
+        default="hard",
+        help="mixtures of widths, or choices, straight-through",
+    )
+    u.add_argument("--latency-weight", type=float, default=5.0, help="of the distance from the target")
+    u.add_argument("--cross-entropy", type=float, default=1.0, help="weight of the next-token loss")
+    u.add_argument(
+        "--distillation", type=float, default=0.0, help="weight of the divergence from the checkpoint"
+    )
+    u.add_argument("--full-probability", type=float, default=0.3, help="share of micro-batches at full width")
+    u.add_argument("--eval-every", type=_number, default=100, help="steps between evaluations, 0 for none")
+    u.add_argument("--checkpoint-every", type=_number, default=100, help="steps between checkpoints")
+    u.add_argument("--restart", action="store_true", help="discard an unfinished run instead of resuming it")
+    u.add_argument("--seed", type=int, default=0)
+
     e = command(
         "eval",
         _eval,
@@ -321,6 +361,45 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         sizes = [f"size {row['size']:.2f}" for row in report.evaluations[0]["sub_networks"]]
         ui.print_table("held-out loss by share of the elastic size", ["step", *sizes], rows)
     _say(args, f"{args.directory}: trained on {report.tokens} tokens in {report.seconds:.0f} s")
+    return {
+        "tokens": report.tokens,
+        "seconds": report.seconds,
+        "resumed_from": report.resumed_from,
+        "losses": report.losses,
+        "evaluations": report.evaluations,
+    }
+
+
+def _tune(args: argparse.Namespace) -> dict[str, Any]:
+    from flextron import pipeline, ui
+
+    names = (
+        "steps",
+        "batch_size",
+        "length",
+        "accumulation",
+        "learning_rate",
+        "router_rate",
+        "gates",
+        "latency_weight",
+        "cross_entropy",
+        "distillation",
+        "full_probability",
+        "eval_every",
+        "checkpoint_every",
+        "seed",
+    )
+    config = pipeline.TuneConfig(**{name: getattr(args, name) for name in names})
+    with ui.reporter() as progress:
+        report = pipeline.tune(
+            args.directory,
+            config,
+            adaptive=args.adaptive,
+            data=args.data,
+            restart=args.restart,
+            progress=progress,
+        )
+    _say(args, f"{args.directory}: tuned on {report.tokens} tokens in {report.seconds:.0f} s")
     return {
         "tokens": report.tokens,
         "seconds": report.seconds,

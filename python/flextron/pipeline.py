@@ -25,10 +25,11 @@ from flextron.route.ladder import uniform_ladder
 from flextron.route.latency import LatencyTable, Workload, load_tables, machine_of, measure, save_tables
 from flextron.route.latency import profile as profile_model
 from flextron.route.trainer import RouteConfig, RouterResult, train_routers
-from flextron.train import TrainConfig, TrainReport, evaluate
+from flextron.train import TrainConfig, TrainReport, TuneConfig, evaluate
 from flextron.train import train as train_model
+from flextron.train import tune as tune_model
 
-TRAINING_FOLDER = "training"
+TRAINING_FOLDER, TUNING_FOLDER = "training", "tuning"
 _ROUTERS = (*trainer.FILES, *adaptive_routing.FILES)
 Progress = Callable[[str, int, int], Any]
 
@@ -134,7 +135,7 @@ def convert(
         **options,
     )
     # What an earlier model in this directory was measured and trained to is not about this one.
-    _discard(directory, latency.FILE, *_ROUTERS, TRAINING_FOLDER)
+    _discard(directory, latency.FILE, *_ROUTERS, TRAINING_FOLDER, TUNING_FOLDER)
     return report
 
 
@@ -172,7 +173,7 @@ def train(
     )
     save_elastic(model, directory)
     if report.resumed_from < config.steps:
-        _discard(directory, *_ROUTERS)  # they were trained on the loss of other weights
+        _discard(directory, *_ROUTERS, TUNING_FOLDER)  # they were trained on the loss of other weights
     return report
 
 
@@ -249,6 +250,61 @@ def route_adaptive(
     )
     result.save(directory)
     return result
+
+
+def tune(
+    directory: str | Path,
+    config: TuneConfig | None = None,
+    *,
+    adaptive: bool = False,
+    data: Data = None,
+    restart: bool = False,
+    validation_windows: int = 8,
+    samples: int = 16,
+    progress: Progress = _silent,
+) -> TrainReport:
+    """Train the model and one of its routers jointly, in place. A killed run goes on when it is called again.
+
+    The tuned router is stored with what is read off it: the static one with a new ladder, the adaptive one with a
+    new calibration. Losses in their reports are measured again; what the surrogate said stays as `route` wrote it,
+    for the surrogate itself is not kept. The other router stays too, at weights that have moved under it.
+
+    Args:
+        directory: of a checkpoint with the router.
+        config: how; ``distillation`` above 0 has the checkpoint as it was for its teacher.
+        adaptive: tune the router that chooses for every token, not the static one.
+        data: text; by default Python's own documentation.
+        restart: discard an unfinished run instead of resuming it.
+        validation_windows: sequences behind the evaluations in ``metrics.jsonl``.
+        samples: sequences for the new calibration and reports; for the adaptive router, half for each.
+    """
+    config = config or TuneConfig()
+    model = from_pretrained(directory)
+    found = (AdaptiveResult if adaptive else RouterResult).load(directory)
+    table = model.planner.table(found.phase)
+    teacher = load_elastic(directory)[0] if config.distillation else None
+    tokens = corpus(tokenizer_of(directory), data)
+    report = tune_model(
+        model,
+        found.router,
+        lambda p: table.expected(*p) / table.full_ms,
+        tokens.train,
+        config,
+        Path(directory) / TUNING_FOLDER,
+        teacher=teacher,
+        resume=not restart,
+        validation=_judging(tokens.held_out, validation_windows, config.length),
+        progress=lambda step, steps, _: progress("joint tuning", step, steps),
+    )
+    windows = _judging(tokens.train, samples, config.length)
+    ladder = model.planner.ladder
+    if adaptive:
+        result = adaptive_routing.refreshed(found, model, model.planner.tables, ladder, windows, progress)
+    else:
+        result = trainer.refreshed(found, model.elastic, table, lambda w: evaluate(model, windows, [w])[0])
+    save_elastic(model, directory)
+    result.save(directory)
+    return report
 
 
 def budgets(

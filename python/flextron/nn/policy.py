@@ -168,7 +168,8 @@ class Gated(Policy):
     (straight-through, Bengio et al., arXiv 1308.3432).
 
     Args:
-        logits: of the tokens of x, each [N, C], with a gradient.
+        logits: of the tokens of x, each [N, C], with a gradient; or of its sequences, [B, C], whose tokens then share
+            what is drawn.
         menus: widths of the choices, int64.
         noise: None: no noise.
         temperature, scale: of the relaxation.
@@ -195,9 +196,11 @@ class Gated(Policy):
             drawn = Choices(*(torch.softmax(self.scale * axis / self.temperature, -1) for axis in logits))
         else:
             drawn = self.noise(logits, self.temperature, self.scale)
-        return Decision(*(self._kept(p, menu) for p, menu in zip(drawn, self.menus, strict=True)))
+        return Decision(*(self._kept(p, menu, x) for p, menu in zip(drawn, self.menus, strict=True)))
 
-    def _kept(self, p: Tensor, menu: Tensor) -> Kept:
+    def _kept(self, p: Tensor, menu: Tensor, x: Tensor) -> Kept:
+        if len(p) != x.shape[:2].numel():
+            p = per_token(p, x)
         if not self.hard:
             return Kept(gate=p)
         choice = p.detach().argmax(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,14 @@ from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
 from flextron.checkpoint.io import commit, load_tensors, read_json, recover, save_tensors, write_json
 from flextron.config import ElasticConfig, Widths
 from flextron.nn import Dial
-from flextron.nn.policy import Gated
+from flextron.nn.learning import GATES, TOLERANCE, latency_miss, learning_policies, mean_choices
 from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, anneal
 from flextron.route.ladder import Ladder
 from flextron.route.latency import LatencyTable
 from flextron.route.search import one_hot
 
 FILES = TENSORS, DESCRIPTION = "adaptive.safetensors", "adaptive.json"
-FORMS = ("surrogate", "gumbel")
-GATES = ("soft", "hard")
 _CONFIDENCE = 0.6  # probability of the static choice at the start: one to leave, but not at once
-_TOLERANCE = 0.02  # relative distance from a target that costs nothing
 _GRID = 0.05  # largest step between fractions at which the offset is calibrated
 _BISECTIONS = 16
 _REACH = 64.0  # offsets tried: in units of one step of a layer's choice, far beyond any difference of logits
@@ -235,6 +232,24 @@ def train_adaptive(
     )
 
 
+def refreshed(
+    result: AdaptiveResult,
+    model: Any,
+    tables: dict[str, LatencyTable],
+    ladder: Ladder,
+    tokens: Tensor,
+    progress: Progress = lambda *_: None,
+) -> AdaptiveResult:
+    """The result after router and model have moved: calibrated on one half of ``tokens``, judged on the other."""
+    half = len(tokens) // 2
+    with _frozen(model):
+        model.attach_router(result.router)
+        calibrate(result.router, model, tables, tokens[:half], progress)
+        table = tables[result.phase]
+        full, reports = report(model, table, ladder, tokens[half:], result.router.targets[:-1])
+    return replace(result, targets=reports, full_loss=full, costs=costs_of(tables))
+
+
 @contextlib.contextmanager
 def _frozen(model: Any) -> Iterator[None]:
     """In eval mode, no parameter wants a gradient; what was set is set again at the end."""
@@ -297,55 +312,6 @@ def _mean_step(table: LatencyTable) -> float:
     )
 
 
-def menus_of(config: ElasticConfig, device: torch.device) -> Choices:
-    """Widths of the choices of each axis, int64."""
-    return Choices(
-        torch.tensor(config.mlp_choices, device=device), torch.tensor(config.head_choices, device=device)
-    )
-
-
-def learning_policies(
-    model: Any,
-    router: AdaptiveRouter,
-    tau: Tensor,
-    noise: GumbelSampler | None,
-    step: int,
-    steps: int,
-    gates: str,
-) -> list[Gated]:
-    """The policies of one training step: each sequence of the batch at its own target tau [B]."""
-    menus = menus_of(model.elastic, tau.device)
-    temperature, scale = anneal(step, steps)
-
-    def of_layer(layer: int) -> Gated:
-        context = router.context(tau, layer)
-        return Gated(
-            lambda x: router.logits(x, layer, context), menus, noise, temperature, scale, gates == "hard"
-        )
-
-    return [of_layer(layer) for layer in range(router.num_layers)]
-
-
-def mean_choices(policies: Sequence[Gated], batch: int) -> Choices:
-    """Noiseless probabilities of the last forward, mean over each sequence's tokens: [B, L, C] of each axis."""
-    layers = [Choices(*(axis.unflatten(0, (batch, -1)).mean(1) for axis in p.soft)) for p in policies]
-    return Choices(*(torch.stack(axis, dim=1) for axis in zip(*layers, strict=True)))
-
-
-def latency_miss(table: LatencyTable, p: Choices, tau: Tensor) -> Tensor:
-    """relu(|T / (tau T_full) - 1| - 0.02), mean over the different targets; T is the mean of a target's sequences.
-
-    Args:
-        p: mean probabilities of each sequence, [B, L, C].
-        tau: [B], from a list of few targets.
-    """
-    ratio = table.expected(*p) / table.full_ms / tau
-    targets, which = tau.unique(return_inverse=True)
-    sums = torch.zeros_like(targets).index_add(0, which, ratio)
-    mean = sums / torch.bincount(which, minlength=len(targets))
-    return functional.relu((mean - 1).abs() - _TOLERANCE).mean()
-
-
 class _Training:
     """The state of the training in one call of `train_adaptive`."""
 
@@ -389,14 +355,16 @@ class _Training:
         which = torch.randint(len(below), (B,), generator=self.draws)
         return self.tokens[picks].to(self.device), torch.tensor(below)[which].to(self.device)
 
+    def _fraction(self, p: Choices) -> Tensor:
+        return self.table.expected(*p) / self.table.full_ms
+
     def _losses(self, step: int, ids: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-        policies = learning_policies(
-            self.model, self.router, tau, self.noise, step, self.options.steps, self.options.gates
-        )
+        annealed = anneal(step, self.options.steps)
+        policies = learning_policies(self.model, self.router, tau, self.noise, *annealed, self.options.gates)
         self.model.set_policies(policies, self.model.elastic.full(), "all")
         logits = self.model(input_ids=ids, use_cache=False).logits
         loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-        return loss, latency_miss(self.table, mean_choices(policies, len(ids)), tau)
+        return loss, latency_miss(self._fraction, mean_choices(policies, len(ids)), tau)
 
 
 @torch.no_grad()
@@ -464,7 +432,7 @@ def calibration_grid(fastest: float, targets: Sequence[float]) -> tuple[float, .
     for a, b in pairwise(ends):
         pieces = max(1, -int(-(b - a) // _GRID))
         grid += [a + (b - a) * i / pieces for i in range(pieces)]
-    return (*grid, 1 - _TOLERANCE / 4)
+    return (*grid, 1 - TOLERANCE / 4)
 
 
 def report(

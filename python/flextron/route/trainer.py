@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +229,26 @@ class RouterResult:
                 config=RouteConfig.from_dict(values["config"]),
                 phase=values["phase"],
             )
+
+
+def refreshed(
+    result: RouterResult, config: ElasticConfig, table: LatencyTable, loss_fn: LossFn
+) -> RouterResult:
+    """The result after its router and the model have moved: a new ladder, and losses observed again."""
+    ladder, full = router_ladder(config, result.router), loss_fn(config.full())
+    targets = []
+    for t in result.targets:
+        limit = t.target * table.full_ms
+        routed, uniform = (r.highest(table.predict, limit) for r in (ladder, uniform_ladder(config)))
+        targets.append(
+            replace(
+                t,
+                rung_fraction=table.fraction(routed),
+                routed_observed=loss_fn(routed) - full,
+                uniform_observed=loss_fn(uniform) - full,
+            )
+        )
+    return replace(result, ladder=ladder, targets=tuple(targets))
 
 
 def load_ladder(directory: str | Path) -> Ladder | None:

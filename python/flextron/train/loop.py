@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -184,16 +184,20 @@ def train(
         CheckpointError: no checkpoint in ``directory`` is intact.
         FloatingPointError: loss or gradient became infinite or NaN; the weights are those before that step.
     """
-    _check_model(model)
-    _check_teacher(model, teacher, config)
-    run = _Run(model, tokens, config, Path(directory), teacher, validation)
+    check_model(model)
+    check_teacher(model, teacher, config)
+    return run_to_the_end(Run(model, tokens, config, Path(directory), teacher, validation), resume, progress)
+
+
+def run_to_the_end(run: Run, resume: bool, progress: Progress | None) -> TrainReport:
+    """Run, and leave the model's dial and mode, and torch's global generator, as they were."""
     devices = [run.device] if run.device.type == "cuda" else []
-    with restored(model), torch.random.fork_rng(devices=devices):
+    with restored(run.model), torch.random.fork_rng(devices=devices):
         return run.to_the_end(resume, progress)
 
 
-class _Run:
-    """The moving parts of one call of :func:`train`."""
+class Run:
+    """The moving parts of one call of :func:`train`; ``tune.py`` has a router among them."""
 
     def __init__(
         self,
@@ -249,7 +253,7 @@ class _Run:
         began = time.perf_counter()
         rate = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate", 1.0)  # of the model's
         self.model.train()
         terms, size = self._accumulate()
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -277,16 +281,20 @@ class _Run:
         sums: dict[str, Tensor] = {}
         size = 0.0
         for _ in range(count):
-            widths = self.sampler.draw()
-            self.model.set_widths(widths)
             batch = next(self.batches).to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                terms = self._losses(batch)
+            terms, share = self._micro_batch(batch)
             (terms["loss"] / count).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / count
-            size += self._size(widths) / count
+            size += share / count
         return sums, size
+
+    def _micro_batch(self, batch: Tensor) -> tuple[dict[str, Tensor], float]:
+        """The loss terms of a batch at another sub-network, and its size."""
+        widths = self.sampler.draw()
+        self.model.set_widths(widths)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self._losses(batch), self._size(widths)
 
     def _losses(self, batch: Tensor) -> dict[str, Tensor]:
         c = self.config
@@ -320,6 +328,7 @@ class _Run:
             torch.manual_seed(self.config.seed)
             return 0
         load_training_tensors(saved.tensors, self.model, self.optimizer, self.names)
+        self._load_more(saved.tensors)
         self.sampler.load_state_dict({"generator": saved.tensors["sampler"]})
         self.batches.load_state_dict(saved.position)
         torch.set_rng_state(saved.tensors["rng.cpu"])
@@ -330,9 +339,17 @@ class _Run:
     def _save(self, step: int) -> None:
         tensors = training_tensors(self.model, self.optimizer, self.names)
         tensors |= {"sampler": self.sampler.state_dict()["generator"], "rng.cpu": torch.get_rng_state()}
+        tensors |= self._more_tensors()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         self.checkpoints.save(step, tensors, self.batches.state_dict())
+
+    def _more_tensors(self) -> dict[str, Tensor]:
+        """What else a checkpoint holds: nothing here, a router in ``tune.py``."""
+        return {}
+
+    def _load_more(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `_more_tensors` returned."""
 
     def _identity(self, tokens: Tensor) -> dict[str, Any]:
         """What must be the same for a run to be the same."""
@@ -378,7 +395,7 @@ def _default_eval_widths(model: Any) -> tuple[Widths, ...]:
     return tuple(dict.fromkeys((alike[0], alike[(len(alike) - 1) // 2], alike[-1])))
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
     if not hasattr(model, "elastic"):
         raise ValueError(
             f"train: model must be elastic (flextron.nn.make_elastic), got {type(model).__name__}"
@@ -393,7 +410,7 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _check_teacher(model: nn.Module, teacher: nn.Module | None, config: TrainConfig) -> None:
+def check_teacher(model: nn.Module, teacher: nn.Module | None, config: TrainConfig) -> None:
     if (teacher is not None) != (config.distillation > 0):
         given = "none" if teacher is None else type(teacher).__name__
         raise ValueError(
