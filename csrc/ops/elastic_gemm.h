@@ -2,11 +2,15 @@
 #pragma once
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
 #include "core/staircase.h"
 #include "kernels/elastic_gemm.h"
+#include "kernels/tuning.h"
+#include "ops/asked_kernel.h"
 #include "ops/device.h"
+#include "ops/extents.h"
 #include "ops/gemm.h"
 #include "ops/isa.h"
 
@@ -122,6 +126,114 @@ inline void run_gemm(ElasticGemmParams p, const GemmSchedule& schedule) {
   };
   parallel_for(before.back(), kPanel,
                [&](int64_t begin, int64_t end) { kernel(p, item_at(begin), item_at(end)); });
+}
+
+// Whether our own kernels compute a forward with plain weights on a CPU, or the vendor's GEMM on views:
+// tuning.h's choice, or FLEXTRON_KERNEL's (tile, vendor). float64, which is there for gradcheck, and rows
+// that are not adjacent are the vendor's.
+inline bool is_ours_on_cpu(const Tensor& x, std::initializer_list<const Tensor*> weights) {
+  if (x.dim() != 2 || x.scalar_type() == ScalarType::Double || runs_on_gpu(x)) return false;
+  for (const Tensor* const weight : weights)
+    if (weight && (weight->dim() != 2 || (weight->size(1) > 1 && weight->stride(1) != 1))) return false;
+  const std::string asked = asked_kernel();
+  return asked == "" ? cpu_prefers_own_gemm(x.size(0), x.element_size()) : asked == "tile";
+}
+
+// Parameters of nothing yet.
+inline ElasticGemmParams no_gemm() {
+  ElasticGemmParams p{};
+  p.a_input = 1;
+  p.in_blocks = p.out_blocks = 1;
+  return p;
+}
+
+// The fields that follow from a plain weight [out_blocks * nw, in_blocks * kw] whose rows' elements are
+// adjacent.
+inline ElasticGemmParams on_rows(const Tensor& weight, int64_t in_blocks = 1, int64_t out_blocks = 1) {
+  ElasticGemmParams p = no_gemm();
+  p.layout = GemmLayout::kRows;
+  p.weight_dtype = gemm_dtype(weight);
+  p.weight[0] = weight.const_data_ptr();
+  p.weight_stride = weight.stride(0);
+  p.in_blocks = in_blocks;
+  p.in_stride = weight.size(1) / in_blocks;
+  p.out_blocks = out_blocks;
+  p.out_stride = weight.size(0) / out_blocks;
+  return p;
+}
+
+inline const void* data_or_null(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+
+// One vector's elements in a row.
+inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
+// y of elastic_linear and packed_linear; p has the weight. Extents are those of the side that is per token.
+inline Tensor linear_on_cpu(ElasticGemmParams p, const Tensor& x, const std::optional<Tensor>& bias,
+                            int64_t in_features, int64_t out_features, bool in_extent, bool out_extent,
+                            const Extents& extents) {
+  const std::vector<int64_t> shape{x.size(0), p.out_blocks * out_features};
+  const Tensor y = out_extent ? zeros(x, shape) : empty(x, shape);
+  if (y.numel() == 0) return y;
+  const FloatRows rows = float_rows(x, extents.order);
+  const std::optional<Tensor> bias_ = dense(bias);
+  p.a = rows.data;
+  p.a_row = rows.stride;
+  p.a_block = x.size(1) / p.in_blocks;
+  p.features = out_extent ? extents.widest() : out_features;
+  p.bias[0] = data_or_null(bias_);
+  p.bias_block = bias ? bias->size(0) / p.out_blocks : 0;
+  p.io = gemm_dtype(x);
+  p.y = y.mutable_data_ptr();
+  p.y_row = shape[1];
+  p.y_block = out_features;
+  p.order = static_cast<const int64_t*>(data_or_null(extents.order));
+  run_gemm(p,
+           gemm_schedule(
+               extents.stairs.steps, [&](const Step& step) { return in_extent ? step.extent : in_features; },
+               [&](const Step& step) { return out_extent ? step.extent : out_features; }));
+  return y;
+}
+
+// y of elastic_mlp and packed_mlp; up, which may be gated, and down have the weights.
+inline Tensor mlp_on_cpu(ElasticGemmParams up, ElasticGemmParams down, const Tensor& x,
+                         const std::optional<Tensor>& b_gate, const std::optional<Tensor>& b_up,
+                         const std::optional<Tensor>& b_down, int64_t out_features, Activation activation,
+                         const Extents& extents) {
+  const int64_t T = x.size(0), K = x.size(1), widest = extents.widest(), h_stride = padded_row(widest);
+  const Tensor y = empty(x, {T, out_features});
+  if (y.numel() == 0) return y;
+  const std::vector<Step>& steps = extents.stairs.steps;
+  const FloatRows rows = float_rows(x, extents.order);
+  const Tensor h = empty(x, {T, h_stride}, ScalarType::Float);
+  const std::optional<Tensor> biases[] = {dense(b_gate), dense(b_up), dense(b_down)};
+
+  up.a = rows.data;
+  up.a_row = rows.stride;
+  up.features = widest;
+  up.hidden = true;
+  up.activation = activation;
+  up.bias[0] = data_or_null(biases[up.gated ? 0 : 1]);
+  up.bias[1] = up.gated ? data_or_null(biases[1]) : nullptr;
+  up.io = gemm_dtype(x);
+  up.y = h.mutable_data_ptr();
+  up.y_row = h_stride;
+  run_gemm(up, gemm_schedule(
+                   steps, [&](const Step&) { return K; }, [&](const Step& step) { return step.extent; }));
+
+  down.a = static_cast<const float*>(h.const_data_ptr());
+  down.a_row = h_stride;
+  down.features = out_features;
+  down.bias[0] = data_or_null(biases[2]);
+  down.io = gemm_dtype(x);
+  down.y = y.mutable_data_ptr();
+  down.y_row = out_features;
+  down.order = static_cast<const int64_t*>(data_or_null(extents.order));
+  run_gemm(down, gemm_schedule(
+                     steps, [&](const Step& step) { return step.extent; },
+                     [&](const Step&) { return out_features; }));
+  return y;
 }
 
 }  // namespace flextron

@@ -1,13 +1,13 @@
 // Which CUDA kernels compute elastic_linear and elastic_mlp.
 #pragma once
 
-#include <cstdlib>
 #include <string>
 
 #include "kernels/arch.h"
 #include "kernels/elastic_linear.h"
 #include "kernels/elastic_mlp.h"
 #include "kernels/tuning.h"
+#include "ops/asked_kernel.h"
 #include "ops/device.h"
 
 namespace flextron {
@@ -21,10 +21,7 @@ inline void check_features(const char* op, const char* name, int64_t features) {
 // wherever the host knows the extents.
 inline Gemm gemm_of(const Tensor& x, bool extents_on_device) {
   if (!runs_on_gpu(x)) return Gemm::kVendor;
-  const char* const variable = std::getenv("FLEXTRON_KERNEL");
-  const std::string asked = variable == nullptr ? "" : variable;
-  if (asked != "" && asked != "tile" && asked != "vendor")
-    fail("FLEXTRON_KERNEL must be tile or vendor, got ", asked);
+  const std::string asked = asked_kernel();
   if (asked == "tile") return Gemm::kTile;
   if (asked == "vendor" && !extents_on_device) return Gemm::kVendor;
   return preferred_gemm(x.size(0), x.element_size());

@@ -1,13 +1,15 @@
 // elastic_linear: checks, allocation and launch; the formula is in csrc/kernels/elastic_linear.h.
 //
-// On the CPU everything is the vendor's GEMM on views: no weight is copied, and an extent per token is one
-// GEMM per distinct extent on the sorted tokens. On a GPU the kernels read the extents where they are; where
-// the host knows them the vendor's GEMM can be asked for (elastic_kernels.h).
+// On the CPU the forward is our own GEMM (elastic_gemm.h) where it is faster, the vendor's on views
+// elsewhere: no weight is copied, and there an extent per token is one GEMM per distinct extent on the sorted
+// tokens. On a GPU the kernels read the extents where they are; where the host knows them the vendor's GEMM
+// can be asked for (elastic_kernels.h).
 #include "kernels/elastic_linear.h"
 
 #include "core/staircase.h"
 #include "ops/device.h"
 #include "ops/dispatch.h"
+#include "ops/elastic_gemm.h"
 #include "ops/elastic_kernels.h"
 #include "ops/extents.h"
 #include "ops/gemm.h"
@@ -285,6 +287,14 @@ Tensor elastic_linear(const Tensor& x, const Tensor& weight, const OptionalTenso
   if (const Gemm gemm = gemm_of(x, in_extent || out_extent); gemm != Gemm::kVendor)
     return forward_on_gpu(op, x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks,
                           out_blocks, gemm);
+  if (is_ours_on_cpu(x, {&weight})) {
+    check_arguments(op, x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks,
+                    out_blocks);
+    const Extents extents = in_extent ? read_extents(op, "in_extent", in_extent, x, in_features)
+                                      : read_extents(op, "out_extent", out_extent, x, out_features);
+    return linear_on_cpu(on_rows(weight, in_blocks, out_blocks), x, bias, in_features, out_features,
+                         in_extent.has_value(), out_extent.has_value(), extents);
+  }
   const Plan plan =
       make_plan(op, x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, out_blocks);
   const std::vector<int64_t> shape{x.size(0), out_blocks * out_features};

@@ -2,10 +2,11 @@
 //
 //   h = act(x w_gate[:d]^T + b_gate) * (x w_up[:d]^T + b_up)        y = (s * h) w_down[:, :d]^T + b_down
 //
-// What lies between the GEMMs is csrc/kernels/elastic_mlp.h. On the CPU the GEMMs are the vendor's, on views,
-// and an extent per token is the staircase: sorted tokens, row steps for up, down and dx, column blocks for
-// the weights' gradients. On a GPU they are elastic_linear's kernels, and the hidden neurons one of their
-// own; where the host knows the extents the vendor's can be asked for (elastic_kernels.h).
+// What lies between the GEMMs is csrc/kernels/elastic_mlp.h. On the CPU a forward without a soft gate is our
+// own GEMM (elastic_gemm.h) where it is faster; all else is the vendor's, on views, and an extent per token
+// is the staircase: sorted tokens, row steps for up, down and dx, column blocks for the weights' gradients.
+// On a GPU they are elastic_linear's kernels, and the hidden neurons one of their own; where the host knows
+// the extents the vendor's can be asked for (elastic_kernels.h).
 #include "kernels/elastic_mlp.h"
 
 #include <array>
@@ -13,6 +14,7 @@
 #include "ops/activation.h"
 #include "ops/device.h"
 #include "ops/dispatch.h"
+#include "ops/elastic_gemm.h"
 #include "ops/elastic_kernels.h"
 #include "ops/extents.h"
 #include "ops/ops.h"
@@ -499,6 +501,14 @@ Tensor elastic_mlp(const Tensor& x, const OptionalTensor& w_gate, const Tensor& 
   const Mlp mlp = read_arguments("elastic_mlp", x, w_gate, w_up, w_down, b_gate, b_up, b_down, width,
                                  activation.value, extent, gate, choices);
   if (mlp.gemm != Gemm::kVendor) return forward_on_gpu(mlp, x, extent);
+  if (!mlp.gate && is_ours_on_cpu(x, {&w_up, &w_down, w_gate ? &*w_gate : nullptr}) &&
+      (!w_gate || w_gate->stride(0) == w_up.stride(0))) {
+    ElasticGemmParams up = on_rows(w_gate ? *w_gate : w_up);
+    up.gated = w_gate.has_value();
+    up.weight[1] = w_up.const_data_ptr();
+    return mlp_on_cpu(up, on_rows(w_down), x, b_gate, b_up, b_down, w_down.size(0), mlp.activation,
+                      mlp.extents);
+  }
   const Tensor y = empty(x, {x.size(0), w_down.size(0)});
   const Tensor x_sorted = gather_rows(x, mlp.extents.order);
   for (const Step& step : mlp.extents.stairs.steps) forward_step(mlp, step, x_sorted, y);

@@ -32,50 +32,32 @@ inline void check_panels(const char* op, const char* name, const Tensor& panels,
   if (!scales->is_contiguous()) fail(op, ": ", scales_name, " must be contiguous, got strides");
 }
 
-// The features of a block that a bias for all blocks says there are.
-inline int64_t check_packed_bias(const char* op, const std::optional<Tensor>& bias, int64_t blocks,
-                                 int64_t features, const Tensor& x) {
-  if (!bias) return 0;
+// A bias has the features of all blocks, of each at least those used.
+inline void check_packed_bias(const char* op, const std::optional<Tensor>& bias, int64_t blocks,
+                              int64_t features, const Tensor& x) {
+  if (!bias) return;
   check_dim(op, "bias", *bias, 1);
   check_dtype(op, "bias", *bias, x.scalar_type());
   check_device(op, "bias", *bias, x.device());
   const int64_t size = bias->size(0);
-  if (size % blocks != 0 || size / blocks < features)
+  if (blocks == 0 || size % blocks != 0 || size / blocks < features)
     fail(op, ": bias.size(0) must be a multiple of ", blocks, " blocks and at least ", blocks * features,
          ", got ", size);
-  return size / blocks;
 }
 
-// The fields that follow from the panels of a layer; the caller sets the others.
+// The fields that follow from the panels of a layer.
 inline ElasticGemmParams on_panels(const Tensor& panels, const std::optional<Tensor>& scales,
                                    int64_t in_blocks) {
-  return {.a = nullptr,
-          .a_row = 0,
-          .a_block = 0,
-          .a_input = 1,
-          .groups = nullptr,
-          .row_blocks = nullptr,
-          .row_block_count = 0,
-          .layout = GemmLayout::kPanels,
-          .weight_dtype = gemm_dtype(panels),
-          .weight = {panels.const_data_ptr(), nullptr},
-          .weight_stride = 0,
-          .in_blocks = in_blocks,
-          .in_stride = panels.size(2) / in_blocks,
-          .out_blocks = panels.size(0),
-          .out_stride = panels.size(1),
-          .features = 0,
-          .scales = scales ? static_cast<const float*>(scales->const_data_ptr()) : nullptr,
-          .hidden = false,
-          .gated = false,
-          .activation = Activation::kSilu,
-          .bias = {nullptr, nullptr},
-          .bias_block = 0,
-          .io = GemmDtype::kFloat,
-          .y = nullptr,
-          .y_row = 0,
-          .y_block = 0,
-          .order = nullptr};
+  ElasticGemmParams p = no_gemm();
+  p.layout = GemmLayout::kPanels;
+  p.weight_dtype = gemm_dtype(panels);
+  p.weight[0] = panels.const_data_ptr();
+  p.in_blocks = in_blocks;
+  p.in_stride = panels.size(2) / in_blocks;
+  p.out_blocks = panels.size(0);
+  p.out_stride = panels.size(1);
+  p.scales = scales ? static_cast<const float*>(scales->const_data_ptr()) : nullptr;
+  return p;
 }
 
 }  // namespace flextron
