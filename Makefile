@@ -31,6 +31,7 @@ emulate: setup
 bench: setup
 	$(BIN)/python python/benchmarks/bench_ops.py $(ARGS)
 	$(BIN)/python python/benchmarks/bench_model.py
+	$(BIN)/python python/benchmarks/bench_training.py
 
 resources: setup
 	$(BIN)/python tests/kernel_resources.py $(ARGS)

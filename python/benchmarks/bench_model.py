@@ -1,73 +1,311 @@
-"""A training step of an elastic model at several widths, as a share of the full step: python bench_model.py"""
+"""Tokens per second of generate() beside stock transformers and llama.cpp: python bench_model.py --dtype bfloat16
+
+One sequence, greedy. Rivals hold the same weights: stock transformers the full model and, at smaller widths, the plain
+model that `flextron.extract` takes out; llama.cpp the same plain models, where llama-cpp-python is installed. All take
+turns, in the opposite order in every round; figures are medians over rounds. The bytes of the weights that a token
+needs, over the read bandwidth measured in the same run, bound decode: "ideal".
+"""
 
 from __future__ import annotations
 
 import argparse
+import copy
+import csv
+import importlib.util
+import os
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from statistics import median
+from time import perf_counter
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from bench_training import smollm2_shape
+from llama_cpp_rival import LlamaCpp, write_gguf
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
+import flextron
 from flextron.config import Widths
 from flextron.nn import elastic_config, make_elastic
-from flextron.route.latency import machine_of
-from flextron.testing.timing import compare
-from flextron.train import cross_entropy
+
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.bfloat16,
+}  # int8: the weights alone
 
 
-def smollm2_shape() -> LlamaConfig:
-    """The shape of SmolLM2-135M; the weights are random, which costs the same time."""
+def llama1b_shape(layers: int) -> LlamaConfig:
+    """Llama-3.2-1B with fewer layers."""
     return LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
         tie_word_embeddings=True,
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+MODELS = {"smollm2": lambda args: smollm2_shape(), "llama1b": lambda args: llama1b_shape(args.layers)}
 
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the CSV file: rates are tokens per second; spreads are (largest - smallest) / median over rounds."""
+
+    model: str
+    dtype: str
+    width: float
+    who: str
+    prefill: float
+    prefill_spread: float
+    decode: float
+    decode_spread: float
+    ideal_decode: float
+    read_gb_s: float
+    threads: int
+    rounds: int
+    cpu: str
+    commit: str
+
+
+Times = tuple[float, float]  # seconds of the prompt, and of each token after it
+Run = Callable[[], Times]
+
+
+class _Clock(StoppingCriteria):
+    def __init__(self) -> None:
+        self.times = [perf_counter()]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        self.times.append(perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+def generation(model: object, ids: Tensor, new: int) -> Run:
+    """Greedy generate() of a transformers model; the prompt's time includes the first token."""
+    mask = torch.ones_like(ids)
+
+    def run() -> Times:
+        clock = _Clock()
+        model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new + 1,
+            eos_token_id=None,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )
+        return clock.times[1] - clock.times[0], (clock.times[-1] - clock.times[1]) / new
+
+    return run
+
+
+def of_llama_cpp(rival: LlamaCpp, ids: Tensor, new: int) -> Run:
+    prompt = ids.flatten().tolist()
+
+    def run() -> Times:
+        rival.reset()
+        begin = perf_counter()
+        token = int(rival.step(prompt).argmax())
+        first = perf_counter()
+        for _ in range(new):
+            token = int(rival.step([token]).argmax())
+        return first - begin, (perf_counter() - first) / new
+
+    return run
+
+
+def at_width(run: Run, model: object, widths: Widths) -> Run:
+    def at() -> Times:
+        model.set_widths(widths)
+        return run()
+
+    return at
+
+
+def widths_of(model: object, share: float) -> Widths:
+    c = model.elastic
+    neurons = c.mlp_choices[round(len(c.mlp_choices) * share) - 1]
+    groups = min(c.head_choices, key=lambda n: (abs(n / c.max_heads - share), n))
+    return Widths((neurons,) * c.num_layers, (groups,) * c.num_layers)
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of the fastest of some reductions over 256 MB, on torch's threads."""
+    values = torch.ones(64 * 2**20)
+    best = 0.0
+    for reduce in (values.sum, values.amax, values.view(torch.int64).sum):
+        for _ in range(5):
+            begin = perf_counter()
+            reduce()
+            best = max(best, values.numel() * 4 / (perf_counter() - begin))
+    return best
+
+
+def wait_until_idle(most: float = 60.0) -> None:
+    """Until other programs leave the cores alone, for a minute at most; says so where they do not."""
+
+    def busy() -> float:
+        def ticks() -> list[int]:
+            return [int(t) for t in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+
+        before = ticks()
+        time.sleep(0.5)
+        spent = [b - a for a, b in zip(before, ticks(), strict=True)]
+        return 1 - (spent[3] + spent[4]) / max(sum(spent), 1)
+
+    if not Path("/proc/stat").exists():
+        return
+    end = perf_counter() + most
+    while busy() > 0.1:
+        if perf_counter() > end:
+            print(f"bench_model: the machine must be idle, got {busy():.0%} busy after {most:.0f} s")
+            return
+
+
+def contestants(
+    args: argparse.Namespace, folder: Path
+) -> tuple[dict[tuple[float, str], Run], dict[float, int]]:
+    """(width, who) -> a run, and the bytes of weights that a token of each width reads."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(smollm2_shape())
-    make_elastic(model, elastic_config(model))
-    c, layers = model.elastic, model.elastic.num_layers
-    ids = torch.randint(c.vocab_size, (args.batch_size, args.length))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    half = c.intermediate_size // 2
-    widths = {
-        "full": c.full(),
-        "half the neurons, 2 of 3 groups": Widths((half,) * layers, (2,) * layers),
-        "half the neurons, half the groups": Widths((half,) * layers, (1, 2) * (layers // 2)),
-        "half the neurons, 1 of 3 groups": Widths((half,) * layers, (1,) * layers),
+    dtype = DTYPES[args.dtype]
+    full = LlamaForCausalLM(MODELS[args.model](args)).to(dtype).eval()
+    ids = torch.randint(0, full.config.vocab_size, (1, args.prompt))
+    with torch.device("meta"):
+        elastic = LlamaForCausalLM(copy.deepcopy(full.config)).eval()
+    elastic.load_state_dict(full.state_dict(), assign=True)
+    elastic.tie_weights()
+    elastic.model.rotary_emb = full.model.rotary_emb
+    make_elastic(elastic, elastic_config(elastic))
+    runs: dict[tuple[float, str], Run] = {}
+    size, sizes = (1 if args.dtype == "int8" else dtype.itemsize), {}
+    ours = generation(elastic, ids, args.new)
+    has_llama_cpp = importlib.util.find_spec("llama_cpp") is not None
+    if not has_llama_cpp:
+        print("bench_model: llama-cpp-python is not installed, so there is no llama.cpp beside the others")
+    plain = {
+        share: flextron.extract(elastic, widths_of(elastic, share)) for share in args.widths if share != 1
     }
+    for share in args.widths:
+        widths = widths_of(elastic, share)
+        sizes[share] = elastic.elastic.params(widths) * size
+        same = plain.get(share, full)
+        if args.dtype != "int8":
+            runs[share, "flextron"] = at_width(ours, elastic, widths)
+            runs[share, "transformers"] = generation(same, ids, args.new)
+        if has_llama_cpp:
+            path = folder / f"{share}.gguf"
+            write_gguf(same, path, args.dtype)
+            rival = LlamaCpp(path, torch.get_num_threads(), args.prompt + args.new + 64)
+            runs[share, "llama.cpp"] = of_llama_cpp(rival, ids, args.new)
+    return runs, sizes
 
-    def step() -> None:
-        cross_entropy(model(input_ids=ids, use_cache=False).logits, ids).backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
-    full, others = compare(
-        ("full", step),
-        {name: step for name in list(widths)[1:]},
-        args.rounds,
-        setup=lambda name: model.set_widths(widths[name]),
+def measure(args: argparse.Namespace) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        runs, sizes = contestants(args, Path(folder))
+        wait_until_idle()
+        bandwidth = read_bandwidth()
+        samples: dict[tuple[float, str], list[Times]] = {key: [] for key in runs}
+        for done in range(args.rounds + 1):
+            for key in list(runs)[:: -1 if done % 2 else 1]:
+                times = runs[key]()
+                if done:  # the first warms up
+                    samples[key].append(times)
+        bandwidth = max(bandwidth, read_bandwidth())
+
+    def rate(values: list[float], tokens: int) -> tuple[float, float]:
+        return tokens / median(values), (max(values) - min(values)) / median(values)
+
+    rows = []
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    for (share, who), times in samples.items():
+        prompt, each = zip(*times, strict=True)
+        row = (
+            *rate(list(prompt), args.prompt),
+            *rate(list(each), 1),
+            bandwidth / sizes[share],
+            bandwidth / 1e9,
+        )
+        tail = (torch.get_num_threads(), args.rounds, _cpu(), commit)
+        rows.append(Row(args.model, args.dtype, share, who, *row, *tail))
+    return rows
+
+
+def _cpu() -> str:
+    path = Path("/proc/cpuinfo")
+    names = [line for line in path.read_text().splitlines() if "model name" in line] if path.exists() else []
+    return names[0].split(":")[1].strip() if names else os.uname().machine
+
+
+def show(rows: list[Row]) -> None:
+    print(
+        f"\n{rows[0].model}, {rows[0].dtype}, {rows[0].threads} threads, reads {rows[0].read_gb_s:.1f} GB/s"
     )
-    print(", ".join(f"{key} {value}" for key, value in machine_of(model).items()))
-    print(f"forward, backward and AdamW on {args.batch_size} x {args.length} tokens")
-    print(f"{'full':36} {1e3 * full.median:8.0f} ms   ratio 1.000")
-    for name, found in others.items():
-        low, high = min(found.ratios), max(found.ratios)
-        ms = 1e3 * full.median * found.ratio
-        print(f"{name:36} {ms:8.0f} ms   ratio {found.ratio:.3f}   {low:.3f} .. {high:.3f}")
+    print(
+        f"{'width':>5}  {'':18} {'prefill/s':>9} {'spread':>6} {'decode/s':>9} {'spread':>6} {'of ideal':>8}"
+    )
+    for r in sorted(rows, key=lambda r: (-r.width, r.who)):
+        print(
+            f"{r.width:5.2f}  {r.who:18} {r.prefill:9.1f} {r.prefill_spread:6.0%} {r.decode:9.1f} "
+            f"{r.decode_spread:6.0%} {r.decode / r.ideal_decode:8.2f}"
+        )
+    full = {r.who: r for r in rows if r.width == 1}
+    for r in sorted(rows, key=lambda r: (r.who, -r.width)):
+        if r.width < 1 and r.who.startswith("flextron") and r.who in full:
+            gain, ideal = r.decode / full[r.who].decode, r.ideal_decode / full[r.who].ideal_decode
+            print(
+                f"{r.who} at {r.width:.2f}: {gain:.2f} x its full width, {gain / ideal:.2f} of what the bytes allow"
+            )
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=MODELS, default="smollm2", help="shapes, with random weights")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--layers", type=int, default=4, help="of llama1b, which has 16")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--new", type=int, default=24, help="tokens that are decoded after the first")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--widths", type=lambda text: [float(w) for w in text.split(",")], default=list(WIDTHS)
+    )
+    parser.add_argument("--csv", type=Path, help="where the figures go; lines are added")
+    return parser.parse_args(arguments)
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow([f.name for f in fields(Row)])
+        for row in rows:
+            writer.writerow([f"{v:.4g}" if isinstance(v, float) else v for v in astuple(row)])
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    args = parse()
+    rows = measure(args)
+    print(f"{_cpu()}, torch {torch.__version__}")
+    show(rows)
+    if args.csv:
+        write_csv(args.csv, rows)
 
 
 if __name__ == "__main__":

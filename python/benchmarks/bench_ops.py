@@ -445,6 +445,67 @@ def head_attention_decode(s: Shape, T: int, target: Target) -> Iterator[Case]:
         )
 
 
+def decode_step(s: Shape, T: int, target: Target) -> Iterator[Case]:
+    """T is the length of the cache here: one new token through one layer, and to 4 K logits."""
+    if target.device != "cpu":
+        return
+    M, logits, eps = s.H // s.G, 4 * s.K, 1e-5
+    parts = ("in_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down")
+
+    def make() -> SimpleNamespace:
+        weights = dict(
+            q=(s.H * s.D, s.K), k=(s.G * s.D, s.K), v=(s.G * s.D, s.K), o=(s.K, s.H * s.D),
+            gate=(s.neurons, s.K), up=(s.neurons, s.K), down=(s.K, s.neurons), head=(logits, s.K),
+        )  # fmt: skip
+        angle = torch.rand(1, 1, s.D // 2).repeat(1, 1, 2)
+        return SimpleNamespace(
+            **{name: target.randn(*shape, scale=shape[1] ** -0.5) for name, shape in weights.items()},
+            **{name: 1 + target.randn(s.K, scale=0.1) for name in ("in_norm", "mlp_norm", "norm")},
+            x=target.randn(1, 1, s.K),
+            cos=angle.cos().to(target.dtype),
+            sin=angle.sin().to(target.dtype),
+            keys=target.randn(1, T + 1, s.G, s.D),
+            values=target.randn(1, T + 1, s.G, s.D),
+        )
+
+    def ours(i: SimpleNamespace, width: int, g: int) -> Tensor:
+        return ops.decode_step(
+            i.x, i.cos, i.sin, [getattr(i, part) for part in parts], " ".join(parts), [i.keys], [i.values], T,
+            [width], [g], [g], s.neurons, s.H, s.G, i.norm, i.head, None, logits, eps,
+        )  # fmt: skip
+
+    def views(i: SimpleNamespace, width: int, g: int) -> Tensor:
+        def heads(weight: Tensor, n: int) -> Tensor:
+            return F.linear(h, weight[: n * s.D]).view(1, 1, n, s.D)
+
+        def turn(x: Tensor) -> Tensor:
+            a, b = x.chunk(2, -1)
+            return x * i.cos[:, :, None] + torch.cat((-b, a), -1) * i.sin[:, :, None]
+
+        x, h = i.x, F.rms_norm(i.x, (s.K,), i.in_norm, eps)
+        i.keys[:, T:, :g], i.values[:, T:, :g] = turn(heads(i.k, g)), heads(i.v, g)
+        q, k, v = (t.transpose(1, 2) for t in (turn(heads(i.q, g * M)), i.keys[:, :, :g], i.values[:, :, :g]))
+        x = x + F.linear(_attend(q, k, v, causal=False).transpose(1, 2).flatten(2), i.o[:, : g * M * s.D])
+        h = F.rms_norm(x, (s.K,), i.mlp_norm, eps)
+        x = x + F.linear(_swiglu(F.linear(h, i.gate[:width]), F.linear(h, i.up[:width])), i.down[:, :width])
+        return F.linear(F.rms_norm(x, (s.K,), i.norm, eps), i.head)
+
+    for share in WIDTHS:
+        width, g = _width(s.neurons, share), max(1, round(s.G * share))
+        weights = s.K * (3 * width + 2 * g * s.D * (M + 1) + logits)
+        yield Case(
+            f"layer K={s.K} F={s.neurons} G={s.G} H={s.H} D={s.D}",
+            T,
+            f"{share:.3g}",
+            share,
+            2 * weights,
+            _size(target) * (weights + 2 * T * g * s.D),
+            make,
+            lambda i, width=width, g=g: ours(i, width, g),
+            {"torch on views": lambda i, width=width, g=g: views(i, width, g)},
+        )
+
+
 def route(s: Shape, T: int, target: Target) -> Iterator[Case]:
     C = len(WIDTHS)
     yield Case(
@@ -460,7 +521,10 @@ def route(s: Shape, T: int, target: Target) -> Iterator[Case]:
     )
 
 
-BENCHES = {f.__name__: f for f in (elastic_linear, elastic_mlp, head_attention, head_attention_decode, route)}
+BENCHES = {
+    f.__name__: f
+    for f in (elastic_linear, elastic_mlp, head_attention, head_attention_decode, decode_step, route)
+}
 DIFFERENTIABLE = ("elastic_linear", "elastic_mlp", "head_attention")
 
 
