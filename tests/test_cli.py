@@ -108,6 +108,12 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
         "--targets", "0.8,1",
     )  # fmt: skip
     assert routers["evaluations"] <= 24
+    for form in ("search", "gumbel"):
+        other = answer(
+            capsys, "route", elastic, *common, "--evaluations", 24, "--prefill", 16, "--steps", 20, "--length", 32,
+            "--targets", "0.8,1", "--form", form,
+        )  # fmt: skip
+        assert other["config"]["form"] == form
     own = answer(
         capsys, "route", elastic, *common, "--adaptive", "--steps", 4, "--samples", 24, "--length", 32,
         "--targets", "0.8,1", "--gates", "hard",

@@ -128,6 +128,12 @@ def _parser() -> argparse.ArgumentParser:
         "--targets", type=_floats, metavar="T,T,..,1", help="fractions of the full latency to train at"
     )
     r.add_argument(
+        "--form",
+        choices=("surrogate", "gumbel", "search"),
+        help="the routers' loss: the surrogate's (the default), the model's own end to end, or none but what search "
+        "finds; the adaptive router is trained end to end",
+    )
+    r.add_argument(
         "--evaluations",
         type=_count,
         help="losses of the model that may be asked for; 700, not with --adaptive",
@@ -447,7 +453,7 @@ def _route(args: argparse.Namespace) -> dict[str, Any]:
         return _route_adaptive(args)
     if args.gates:
         raise ValueError("route: --gates must be given with --adaptive only")
-    names = ("evaluations", "prefill", "steps", "targets", "seed")
+    names = ("form", "evaluations", "prefill", "steps", "targets", "seed")
     config = pipeline.RouteConfig(**_set(args, names))
     with ui.reporter() as progress:
         result = pipeline.route(
@@ -479,10 +485,8 @@ def _route(args: argparse.Namespace) -> dict[str, Any]:
 def _route_adaptive(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import pipeline, ui
 
-    for name in _set(args, ("evaluations", "prefill")):
-        raise ValueError(
-            f"route: --{name} must not be given with --adaptive, which trains without a surrogate"
-        )
+    for name in _set(args, ("form", "evaluations", "prefill")):
+        raise ValueError(f"route: --{name} must not be given with --adaptive, which trains end to end")
     config = pipeline.AdaptiveConfig(**_set(args, ("steps", "targets", "gates", "seed")))
     with ui.reporter() as progress:
         result = pipeline.route_adaptive(

@@ -17,6 +17,7 @@ from flextron import data as text
 from flextron.convert import convert as convert_model
 from flextron.convert import load_elastic, save_elastic
 from flextron.nn import Dial
+from flextron.nn.learning import relaxed_loss
 from flextron.route import adaptive as adaptive_routing
 from flextron.route import latency, trainer
 from flextron.route.adaptive import AdaptiveConfig, AdaptiveResult, train_adaptive
@@ -211,12 +212,14 @@ def route(
         )
     # Of the training text: what the routers are judged by must not have chosen them.
     tokens = _judging(corpus(tokenizer_of(directory), data).train, samples, length)
+    model.requires_grad_(False)
     result = train_routers(
         model.elastic,
         tables[phase],
         lambda widths: evaluate(model, tokens, [widths], batch_size=samples)[0],
         config,
         progress,
+        relaxed_loss(model, tokens) if config.form == "gumbel" else None,
     )
     result.save(directory)
     return result

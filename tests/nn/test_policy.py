@@ -11,8 +11,10 @@ from torch import Tensor
 
 from flextron.config import Widths
 from flextron.nn import Dial, ElasticCache, elastic_mlp
+from flextron.nn.learning import relaxed_loss
 from flextron.nn.policy import Gated, PerToken
 from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler
+from flextron.route.search import one_hot
 
 UNITS = ("kv_group", "query")
 GREEDY = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -376,6 +378,30 @@ def test_the_weights_learn_through_the_gates(hard):
         m(ids, labels=ids, use_cache=False).loss.backward()
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-6), name
+
+
+def test_relaxed_loss_is_the_models_at_certain_choices_and_has_the_gates_gradient():
+    model, ids = elastic(), tokens(3)
+    c = model.elastic
+    widths = three(c)
+    certain = one_hot(c, widths)
+    loss, dial = relaxed_loss(model, ids), model.dial
+    with torch.no_grad():
+        found = loss(certain)
+        assert model.dial == dial and model.layers_of()[0].mlp.policy is None
+        for i, w in enumerate(widths):
+            model.set_widths(w, "all")
+            row = ids[i : i + 1]
+            assert float(found[i]) == pytest.approx(
+                float(model(row, labels=row, use_cache=False).loss), rel=1e-4
+            )
+    p = Choices(*(axis.clone().requires_grad_() for axis in certain))
+    loss(p).sum().backward()
+    with torch.no_grad():
+        moved = Choices(certain.mlp.clone(), certain.heads)
+        moved.mlp[1, 2, 0] += 1e-2  # one row's one layer's one choice
+        step = float((loss(moved) - found)[1])
+    assert step == pytest.approx(1e-2 * float(p.mlp.grad[1, 2, 0]), rel=0.1, abs=1e-5)
 
 
 def test_noise_and_temperature_change_what_is_drawn():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from synthetic import SyntheticLoss, make_config, make_table
 
+from flextron.nn.router import Choices
 from flextron.route.budget import Planner
 from flextron.route.ladder import Ladder, router_ladder
 from flextron.route.trainer import RouteConfig, RouterResult, load_ladder, train_routers
@@ -199,9 +200,56 @@ def test_a_table_of_another_model_is_refused():
         train_routers(make_config(layers=3), TABLE, SyntheticLoss(CONFIG), QUICK)
 
 
+def test_search_form_is_what_search_finds():
+    """The router's own choices are those that search finds on the same surrogate; no step is taken."""
+    result = train_routers(CONFIG, TABLE, SyntheticLoss(CONFIG), replace(OPTIONS, form="search"))
+    assert result.gate.steps_below == result.gate.steps_above == 0 and result.history == ()
+    for t in result.targets:
+        assert t.choice_loss <= 1.05 * t.search_loss and t.choice_fraction <= t.target * (1 + 1e-6)
+
+
+class RelaxedLoss:
+    """`SyntheticLoss` without its interactions, of choice probabilities: expectations of each layer's damage."""
+
+    def __init__(self, loss: SyntheticLoss) -> None:
+        self.loss, self.rows = loss, 0
+
+    def __call__(self, p: Choices) -> torch.Tensor:
+        self.rows += len(p.mlp)
+        damage = torch.zeros(len(p.mlp))
+        menus = {"mlp": CONFIG.mlp_choices, "heads": CONFIG.head_choices}
+        for axis, menu in menus.items():
+            lost = torch.tensor([(1 - w / menu[-1]) ** 1.5 for w in menu])
+            damage = damage + ((getattr(p, axis) @ lost) * torch.tensor(self.loss.sensitivity[axis])).sum(-1)
+        return 3.0 + damage + 0.5 * damage**2
+
+
+def test_end_to_end_form_learns_from_the_models_own_loss():
+    loss = SyntheticLoss(CONFIG, interaction=0.0)
+    relaxed = RelaxedLoss(loss)
+    options = replace(
+        OPTIONS, form="gumbel", evaluations=60, prefill=24, surrogate_steps=20, surrogate_hidden=8
+    )
+    result = train_routers(CONFIG, TABLE, loss, options, relaxed=relaxed)
+    assert relaxed.rows == options.steps * options.batch
+    assert result.gate.passed and result.gate.waited == 0
+    for t in result.targets:  # a surrogate of 24 configurations and 20 steps would not have told
+        assert t.routed_observed < t.uniform_observed, t
+
+
+def test_the_models_own_loss_is_given_for_the_end_to_end_form_alone():
+    with pytest.raises(
+        ValueError, match="relaxed must be given exactly for the form gumbel, got none for gumbel"
+    ):
+        train_routers(CONFIG, TABLE, SyntheticLoss(CONFIG), replace(QUICK, form="gumbel"))
+    with pytest.raises(ValueError, match="got one for surrogate"):
+        train_routers(CONFIG, TABLE, SyntheticLoss(CONFIG), QUICK, relaxed=lambda p: p.mlp.sum())
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
+        ({"form": "magic"}, "form must be one of surrogate, gumbel, search, got 'magic'"),
         ({"targets": (0.5, 0.8)}, "targets must ascend from above 0 to 1"),
         ({"targets": (1.0,)}, "targets must ascend"),
         ({"prefill": 4}, "prefill must be at least 8, got 4"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flextron.nn.policy import Gated
+from flextron.nn.policy import Gated, Mixed
 from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, StaticRouter
 
 GATES = ("soft", "hard")
@@ -47,6 +47,30 @@ def learning_policies(
 
     layers = range(model.elastic.num_layers)
     return [Gated(logits_of(i), menus, noise, temperature, scale, gates == "hard") for i in layers]
+
+
+def relaxed_loss(model: Any, tokens: Tensor) -> Callable[[Choices], Tensor]:
+    """The model's loss at relaxed choices, one sub-network [L, C] for each of n sequences: a function with a gradient.
+
+    It takes ``mlp`` and ``heads`` [n, L, C] and returns [n] nats: row i on the sequence i of ``tokens`` [N, T], from
+    the beginning again after N. The model's dial is restored after each call; its parameters get no gradient when
+    they ask for none.
+    """
+
+    def loss(p: Choices) -> Tensor:
+        count, layers = p.mlp.shape[:2]
+        ids = tokens[torch.arange(count) % len(tokens)].to(p.mlp.device)
+        dial = model.dial
+        try:
+            mixed = [Mixed(Choices(p.mlp[:, i], p.heads[:, i])) for i in range(layers)]
+            model.set_policies(mixed, model.elastic.full(), "all")
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        finally:
+            model.turn(dial)
+        each = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        return each.view(count, -1).mean(1)
+
+    return loss
 
 
 def mean_choices(policies: Sequence[Gated], batch: int) -> Choices:

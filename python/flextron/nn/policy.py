@@ -159,6 +159,16 @@ class PerToken(Policy):
         return Decision(*kept)
 
 
+class Mixed(Policy):
+    """Soft gates that somebody else drew: p of each sequence, [B, C] of each axis, shared by its tokens."""
+
+    def __init__(self, p: Choices) -> None:
+        self.p = p
+
+    def decide(self, x: Tensor) -> Decision:
+        return Decision(*(Kept(gate=per_token(axis, x)) for axis in self.p))
+
+
 class Gated(Policy):
     """A choice that a router learns by: noisy, with a gradient to the router's logits.
 

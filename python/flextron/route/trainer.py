@@ -22,10 +22,12 @@ from flextron.route.latency import LatencyTable, random_widths
 from flextron.route.search import one_hot, predicted_losses, search
 from flextron.route.surrogate import FitReport, ReplayBuffer, Surrogate, SurrogateFitter, judge
 
+FORMS = ("surrogate", "gumbel", "search")
 FILES = TENSORS, DESCRIPTION = "routers.safetensors", "routers.json"
 _TOLERANCE = 0.02  # relative distance from the aim that costs nothing
 _WARM_STEPS = 200  # of imitation of the uniform ladder, before anything else is learnt
 _WARM_CONFIDENCE = 0.5  # probability it should give to the uniform choice: a start, not a decision
+_SURE = 0.95  # probability of a choice that nothing will improve on
 _EMA = 0.9
 _LEAST_STAKE = 0.02  # nats: differences below this are noise, and get no more weight for being small
 _REFIT = 20  # a new observation is worth one twentieth of the first fit's steps
@@ -39,6 +41,9 @@ class RouteConfig:
     """How routers are trained.
 
     Attributes:
+        form: ``"surrogate"``: the routers' loss is what the surrogate predicts. ``"gumbel"``: it is the LLM's own, end
+            to end through its soft gates; the surrogate only judges and is judged. ``"search"``: the routers take no
+            step, but imitate what search over table and surrogate finds at each target.
         targets: trained latency targets, ascending, the last one 1. Those that no network is fast enough
             for are left out, and the result says so.
         evaluations: calls of the LLM's loss in all.
@@ -59,6 +64,7 @@ class RouteConfig:
         seed: of everything random.
     """
 
+    form: str = "surrogate"
     targets: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     evaluations: int = 700
     prefill: int = 500
@@ -80,6 +86,8 @@ class RouteConfig:
         ascending = all(a < b for a, b in zip(self.targets, self.targets[1:], strict=False))
         if len(self.targets) < 2 or not ascending or self.targets[0] <= 0 or self.targets[-1] != 1:
             raise ValueError(f"RouteConfig: targets must ascend from above 0 to 1, got {list(self.targets)}")
+        if self.form not in FORMS:
+            raise ValueError(f"RouteConfig: form must be one of {', '.join(FORMS)}, got {self.form!r}")
         if self.prefill < 8:
             raise ValueError(f"RouteConfig: prefill must be at least 8, got {self.prefill}")
         needed = self.prefill + 1 + 2 * (len(self.targets) - 1)
@@ -115,7 +123,7 @@ class GateReport:
     Attributes:
         threshold: nats.
         error: the moving average at the end.
-        steps_below: router steps taken while the error was below the threshold.
+        steps_below: router steps taken while the error was below the threshold; without a surrogate in the way, all.
         steps_above: router steps taken above it, when the evaluations for waiting had been spent.
         waited: evaluations spent waiting.
     """
@@ -279,6 +287,7 @@ def train_routers(
     loss_fn: LossFn,
     route_config: RouteConfig | None = None,
     progress: Progress | None = None,
+    relaxed: Callable[[Choices], Tensor] | None = None,
 ) -> RouterResult:
     """Train the static routers of a frozen elastic model.
 
@@ -293,14 +302,20 @@ def train_routers(
             subtracted).
         route_config: see `RouteConfig`.
         progress: called with (what is being done, done, total).
+        relaxed: for the form ``"gumbel"``: the LLM's loss, [n] nats with a gradient, of n rows of choice probabilities
+            [n, L, C], on any tokens (`flextron.nn.learning.relaxed_loss`).
 
     Raises:
-        ValueError: no target below 1 can be met by any network.
+        ValueError: no target below 1 can be met by any network, or ``relaxed`` is given for another form.
     """
     table.check(config)
-    return _Training(
-        config, table, loss_fn, route_config or RouteConfig(), progress or (lambda *_: None)
-    ).run()
+    options = route_config or RouteConfig()
+    if (relaxed is not None) != (options.form == "gumbel"):
+        given = "none" if relaxed is None else "one"
+        raise ValueError(
+            f"train_routers: relaxed must be given exactly for the form gumbel, got {given} for {options.form}"
+        )
+    return _Training(config, table, loss_fn, options, progress or (lambda *_: None), relaxed).run()
 
 
 class _Training:
@@ -313,7 +328,9 @@ class _Training:
         loss_fn: LossFn,
         options: RouteConfig,
         progress: Progress,
+        relaxed: Callable[[Choices], Tensor] | None,
     ) -> None:
+        self.relaxed = relaxed
         fastest = table.smallest_ms / table.full_ms
         targets = tuple(t for t in options.targets if t >= fastest)
         if len(targets) < 2:
@@ -346,7 +363,10 @@ class _Training:
     def run(self) -> RouterResult:
         self._fill()
         self._imitate_uniform()
-        self._train()
+        if self.options.form == "search":
+            self._imitate([self._search(t) for t in self.router.targets], _SURE)
+        else:
+            self._train()
         ladder = router_ladder(self.config, self.router)
         return RouterResult(
             router=self.router,
@@ -402,16 +422,23 @@ class _Training:
         """Start the routers near the uniform ladder: what they must beat, and where the targets are met."""
         limits = [t * self.table.full_ms for t in self.router.targets]
         rungs = [self.uniform.highest(self.table.predict, limit) for limit in limits]
-        wanted = one_hot(self.config, rungs)
         self.urgency = 1 / (1 - self.targets).clamp_min(0.05)
         self.stakes = predicted_losses(self.config, self.table, self.surrogate, rungs).clamp_min(_LEAST_STAKE)
+        self._imitate(rungs, _WARM_CONFIDENCE)
+
+    def _search(self, target: float) -> Widths:
+        return search(self.config, self.table, self.surrogate, target)
+
+    def _imitate(self, found: list[Widths], confidence: float) -> None:
+        """Let the router choose ``found`` at its targets, with this probability."""
+        wanted = one_hot(self.config, found)
         for _ in range(_WARM_STEPS):
             loss = torch.zeros(())
             for logits, choice in zip(self.router(self.targets), wanted, strict=True):
                 count = choice.shape[-1]
                 if count > 1:
-                    soft = (1 - _WARM_CONFIDENCE) / (count - 1)
-                    p = choice * (_WARM_CONFIDENCE - soft) + soft
+                    soft = (1 - confidence) / (count - 1)
+                    p = choice * (confidence - soft) + soft
                     loss = loss - (p * logits.log_softmax(-1)).sum(-1).mean()
             self._step(loss)
         self.optimiser = torch.optim.Adam(self.router.parameters(), lr=self.options.lr)
@@ -423,7 +450,7 @@ class _Training:
         patience = int(active * self.options.patience)
         step = observed = 0
         while step < steps:
-            below = self.error < self.options.threshold
+            below = self.relaxed is not None or self.error < self.options.threshold
             if not below and self.waited < patience and self._observe(step):
                 self.waited += 1
                 self.progress("waiting for the surrogate", self.waited, patience)
@@ -432,7 +459,7 @@ class _Training:
             self.steps_below += below
             self.steps_above += not below
             step += 1
-            if observed < (active - self.waited) * step / steps:
+            if self.relaxed is None and observed < (active - self.waited) * step / steps:
                 observed += self._observe(step)
             if step % max(1, steps // 50) == 0:
                 self.history.append({"step": step, **logged, "surrogate_error": self.error})
@@ -480,7 +507,8 @@ class _Training:
         pick = torch.randint(len(self.targets), (self.options.batch,), generator=self.draws)
         p = self.noise(Choices(*(axis[pick] for axis in logits)), temperature, scale)
         fraction = self.table.expected(*p) / self.table.full_ms
-        quality = (self.surrogate.loss(p, fraction) / self.stakes[pick]).mean()
+        loss = self.surrogate.loss(p, fraction) if self.relaxed is None else self.relaxed(p) - self.full_loss
+        quality = (loss / self.stakes[pick]).mean()
         miss = self._latency_miss(logits, scale)
         self._step(
             quality
