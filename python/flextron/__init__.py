@@ -20,6 +20,7 @@ _HOME = {
     "from_pretrained": "flextron.pipeline",
     "load_plain": "flextron.export",
     "make_elastic": "flextron.nn",
+    "pack": "flextron.nn",
     "profile": "flextron.pipeline",
     "route_adaptive": "flextron.pipeline",
     "tune": "flextron.pipeline",

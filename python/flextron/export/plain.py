@@ -37,6 +37,7 @@ from flextron.checkpoint import (
     write_json,
 )
 from flextron.config import ElasticConfig, Widths
+from flextron.nn.packed import check_plain
 from flextron.nn.skeleton import fill, parameter_shapes, skeleton
 
 LAYOUTS = ("auto", "uniform", "padded", "ragged")
@@ -208,6 +209,7 @@ def _illegal_heads(config: ElasticConfig, heads: int) -> str | None:
 
 
 def _build(model: Any, widths: Widths, layout: str) -> Any:
+    check_plain("extract", model)
     elastic: ElasticConfig = model.elastic
     kept = [_kept(elastic, d, n) for d, n in zip(widths.mlp, widths.heads, strict=True)]
     held = [_padded(elastic, widths)] * elastic.num_layers if layout == "padded" else kept

@@ -5,6 +5,7 @@ from flextron.nn.elastic_attention import ElasticAttention
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.families import FAMILIES, elastic_config
 from flextron.nn.model import ElasticLayer, ElasticModel, make_elastic
+from flextron.nn.packed import PackedLinear, Packing, check_plain, pack
 from flextron.nn.policy import Dial
 from flextron.nn.probe import probe
 
@@ -16,7 +17,11 @@ __all__ = [
     "ElasticLayer",
     "ElasticMLP",
     "ElasticModel",
+    "PackedLinear",
+    "Packing",
+    "check_plain",
     "elastic_config",
     "make_elastic",
+    "pack",
     "probe",
 ]

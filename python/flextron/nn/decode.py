@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flextron.nn.cache import ElasticCache
+from flextron.nn.packed import PackedLinear
 from flextron_ext import decode_step
 
 TOKENS = 8  # new tokens per sequence up to which a step is taken; the modules take what is longer
+_PACKED = ("panels", "scales")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # transformers' own hooks, which stay once hidden states were asked for; they act when asked again
 _RECORDER = "transformers.utils.output_capturing"
@@ -63,27 +65,38 @@ class DecodeStep:
         for module in (model.model, model.model.norm, model.lm_head):
             self._watch(module)
         self.norm = self._find(model.model.norm, "weight")
-        self.head = self._find(model.lm_head, "weight")
+        self.head, self.head_scales = self._weight(model.lm_head)
         self.eps = model.model.norm.variance_epsilon
         self.modules = [(layer.self_attn, layer.mlp) for layer in model.model.layers]
-        tensors = [*self.weights, self.norm, self.head]
+        self.dtype = self.norm.dtype
+        tensors = [tensor for owner, name, tensor in self.found if name not in _PACKED]
         self.serves = (
-            self.head.dtype in _DTYPES
-            and all(t.dtype == self.head.dtype and t.device.type == "cpu" for t in tensors)
+            self.dtype in _DTYPES
+            and all(t.dtype == self.dtype and t.device.type == "cpu" for t in tensors)
             and getattr(model.lm_head, "bias", None) is None
         )
 
     def _find(self, module: nn.Module, name: str) -> Tensor:
-        tensor = module._parameters[name]
-        self.found.append((module._parameters, name, tensor))
-        return tensor
+        owner = module._buffers if name in _PACKED else module._parameters
+        self.found.append((owner, name, owner[name]))
+        return owner[name]
+
+    def _weight(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """A weight, or its panels and their scales."""
+        if not isinstance(module, PackedLinear):
+            return self._find(module, "weight"), None
+        return self._find(module, "panels"), None if module.scales is None else self._find(module, "scales")
 
     def _add(self, part: str, module: nn.Module) -> None:
-        self.weights.append(self._find(module, "weight"))
-        self.parts.append(part)
-        if module._parameters.get("bias") is not None:
-            self.weights.append(self._find(module, "bias"))
-            self.parts.append(f"{part}_bias")
+        weight, scales = self._weight(module)
+        given = {part: weight, f"{part}_scales": scales}
+        for name, bias in ((part, "bias"), ("gate", "gate_bias")):
+            if module._parameters.get(bias) is not None:
+                given[f"{name}_bias"] = self._find(module, bias)
+        for name, tensor in given.items():
+            if tensor is not None:
+                self.weights.append(tensor)
+                self.parts.append(name)
 
     def _watch(self, module: nn.Module) -> None:
         self.hooks += [module._forward_hooks, module._forward_pre_hooks]
@@ -133,7 +146,7 @@ class DecodeStep:
             config.num_kv_heads,
             self.norm,
             self.head,
-            None,
+            self.head_scales,
             config.vocab_size,
             self.eps,
             keep,
@@ -178,7 +191,7 @@ def try_step(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast | 
     positions = arguments.get("position_ids")
     if positions is None:
         positions = torch.arange(past, past + T)[None]
-    cos, sin = model.model.rotary_emb(step.head, positions)
+    cos, sin = model.model.rotary_emb(step.norm, positions)
     keep = T if keep == 0 else min(keep, T)
     logits = step(model, ids, cos, sin, cache, k_start, keep)
     return CausalLMOutputWithPast(logits=logits, cache=cache)
@@ -201,7 +214,7 @@ def _ready(cache: ElasticCache, ids: Tensor, step: DecodeStep) -> bool:
     layers = cache.layers
     if len(layers) != len(step.modules) or not layers[0].is_initialized or layers[0].length == 0:
         return False
-    length, B, dtype = layers[0].length, ids.shape[0], step.head.dtype
+    length, B, dtype = layers[0].length, ids.shape[0], step.dtype
     return all(
         layer.is_initialized
         and layer.length == length

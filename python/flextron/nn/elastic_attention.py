@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from flextron.config import ElasticConfig
+from flextron.nn.packed import linear
 from flextron.nn.policy import Kept, Policy
-from flextron_ext import elastic_linear, head_attention, head_attention_decode
+from flextron_ext import head_attention, head_attention_decode
 
 _DECODE_TOKENS = 8  # new tokens per sequence up to which the decode op, made for a few, is used
 
@@ -52,9 +53,7 @@ class ElasticAttention(nn.Module):
         """The first ``heads`` heads of each of ``blocks`` equal blocks, [B, T, blocks*heads, D]; of each token
         only the first ``extent`` features of a block, the rest zeros."""
         D = self.elastic.head_dim
-        y = elastic_linear(
-            x, proj.weight, proj.bias, proj.in_features, heads * D, out_extent=extent, out_blocks=blocks
-        )
+        y = linear(proj, x, proj.in_features, heads * D, out_extent=extent, out_blocks=blocks)
         return y.unflatten(-1, (blocks * heads, D))
 
     def forward(
@@ -117,10 +116,9 @@ class ElasticAttention(nn.Module):
             )
         if kept.gate is not None:
             out = out.view(B * T, -1, D) * self._scale(kept.gate).to(out.dtype)[..., None]
-        out = elastic_linear(
+        out = linear(
+            self.o_proj,
             out.reshape(B, T, -1),
-            self.o_proj.weight,
-            self.o_proj.bias,
             per_block * D,
             self.o_proj.out_features,
             features,

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from flextron.config import ElasticConfig
+from flextron.nn.packed import PackedLinear
 from flextron.nn.policy import Kept, Policy
-from flextron_ext import elastic_mlp
+from flextron_ext import elastic_mlp, packed_mlp
 
 # transformers' names of activations -> the op's
 ACTIVATIONS = {
@@ -52,6 +53,11 @@ class ElasticMLP(nn.Module):
 
     def _run(self, x: Tensor, extent: Tensor | None = None, **soft: object) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if isinstance(up, PackedLinear):
+            if soft:
+                raise NotImplementedError("ElasticMLP: gate must be None with packed weights, got a soft one")
+            weights = (up.panels, down.panels, up.scales, down.scales, up.gate_bias, up.bias, down.bias)
+            return packed_mlp(x, *weights, self.width, down.out_features, True, self.activation, extent)
         weights = (gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
         return elastic_mlp(x, *weights, self.width, self.activation, extent, **soft)
 

@@ -1,0 +1,138 @@
+"""Pack an elastic model for inference on a CPU: one copy of its weights, in panels, serves every width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from flextron_ext import elastic_linear, pack_linear, pack_mlp, packed_linear
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What `pack` did to the bytes of the layers that it packed; a tied head counts as new."""
+
+    bytes_before: int
+    bytes_after: int
+
+
+class PackedLinear(nn.Module):
+    """A linear layer in panels; with ``gate`` both halves of a gated one, panel by panel.
+
+    Attributes:
+        panels, scales: as `flextron_ext.pack_linear` returns them.
+        gate_bias: of ``gate``.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        out_blocks: int = 1,
+        dtype: torch.dtype | None = None,
+        gate: nn.Linear | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        if gate is None:
+            panels, scales = pack_linear(linear.weight, out_blocks, dtype)
+        else:
+            panels, _, scales, _ = pack_mlp(gate.weight, linear.weight, linear.weight[:0], dtype)
+        self.register_buffer("panels", panels, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+        self.bias, self.gate_bias = linear.bias, None if gate is None else gate.bias
+
+    @property
+    def weight(self) -> NoReturn:
+        raise NotImplementedError(
+            "flextron: weights must be plain, got packed ones; do this before flextron.pack, or load the model again"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return packed_linear(x, self.panels, self.scales, self.bias, self.in_features, self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {str(self.panels.dtype).removeprefix('torch.')}"
+
+
+def linear(
+    proj: nn.Module,
+    x: Tensor,
+    in_features: int,
+    out_features: int,
+    in_extent: Tensor | None = None,
+    out_extent: Tensor | None = None,
+    in_blocks: int = 1,
+    out_blocks: int = 1,
+) -> Tensor:
+    """`flextron_ext.elastic_linear` with the weight and bias of a layer, plain or packed."""
+    sizes = (in_features, out_features, in_extent, out_extent, in_blocks)
+    if isinstance(proj, PackedLinear):
+        return packed_linear(x, proj.panels, proj.scales, proj.bias, *sizes)
+    return elastic_linear(x, proj.weight, proj.bias, *sizes, out_blocks)
+
+
+def pack(model: Any, dtype: torch.dtype | str | None = None) -> Packing:
+    """Put the weights of an elastic model's layers and head in panels, in place, for fast inference on a CPU.
+
+    Budgets, ``generate()`` and per-token widths work as before; the packed copy takes the place of the plain weights,
+    so what reads those (training, saving, extraction) refuses from then on.
+
+    Args:
+        model: elastic, on the CPU, float32, bfloat16 or float16.
+        dtype: None keeps the model's; ``torch.int8`` or ``"int8"`` stores each row as integers and one scale.
+
+    Returns:
+        The bytes of the weights before and after.
+    """
+    if dtype not in (None, torch.int8, "int8"):
+        raise ValueError(f"pack: dtype must be None or int8, got {dtype}")
+    if not hasattr(model, "layers_of"):
+        raise TypeError(f"pack: model must be elastic, got {type(model).__name__}")
+    if isinstance(model.lm_head, PackedLinear):
+        raise ValueError("pack: model must have plain weights, got packed ones")
+    weight = model.lm_head.weight
+    if weight.device.type != "cpu" or weight.dtype not in DTYPES:
+        raise ValueError(
+            f"pack: model must be float32, bfloat16 or float16 on cpu, got {weight.dtype} on {weight.device}"
+        )
+    packed = torch.int8 if dtype is not None else None
+    tied = weight is model.get_input_embeddings().weight
+    before = 0 if tied else weight.nbytes
+    after = 0
+
+    def replaced(old: nn.Linear, out_blocks: int = 1, gate: nn.Linear | None = None) -> PackedLinear:
+        nonlocal before, after
+        before += sum(
+            part.weight.nbytes for part in (old, gate) if part is not None and part is not model.lm_head
+        )
+        new = PackedLinear(old, out_blocks, packed, gate)
+        after += new.panels.nbytes + (0 if new.scales is None else new.scales.nbytes)
+        return new
+
+    blocks = model.elastic.num_kv_heads if model.elastic.unit == "query" else 1
+    for attention, mlp in model.layers_of():
+        attention.q_proj = replaced(attention.q_proj, blocks)
+        for name in ("k_proj", "v_proj", "o_proj"):
+            setattr(attention, name, replaced(getattr(attention, name)))
+        mlp.up_proj, mlp.gate_proj = replaced(mlp.up_proj, gate=mlp.gate_proj), None
+        mlp.down_proj = replaced(mlp.down_proj)
+    model.lm_head = replaced(model.lm_head)
+    model.register_state_dict_pre_hook(_refuse_state)
+    return Packing(before, after)
+
+
+def check_plain(op: str, model: Any) -> None:
+    """Raise where the model is packed."""
+    if isinstance(model.lm_head, PackedLinear):
+        raise NotImplementedError(
+            f"{op}: weights must be plain, got packed ones; do this before flextron.pack"
+        )
+
+
+def _refuse_state(*_: Any) -> NoReturn:
+    raise NotImplementedError("state_dict: weights must be plain, got packed ones; save before flextron.pack")

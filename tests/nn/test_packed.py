@@ -1,0 +1,108 @@
+"""A packed model computes what the plain one does, at every width; what needs plain weights says so."""
+
+import copy
+
+import pytest
+import torch
+from models import small_model
+
+import flextron
+from flextron.config import Widths
+from flextron.nn.packed import PackedLinear
+
+UNITS = ["kv_group", "query"]
+
+
+def models(family="llama", unit="kv_group", dtype=torch.float32, packed=None, **overrides):
+    """The plain model, the packed one, and what packing said."""
+    hf = small_model(family, **overrides).to(dtype)
+    plain = flextron.make_elastic(hf, flextron.elastic_config(hf.config, unit))
+    ours = flextron.make_elastic(copy.deepcopy(small_model(family, **overrides)).to(dtype), plain.elastic)
+    return plain, ours, flextron.pack(ours, packed)
+
+
+def every_width(config):
+    for mlp, heads in zip(config.mlp_choices[::-1], [*config.head_choices[::-1]] * 9, strict=False):
+        yield Widths(mlp=(mlp,) * config.num_layers, heads=(heads,) * config.num_layers)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_logits_at_every_width(family, unit):
+    plain, ours, _ = models(family, unit)
+    ids = torch.randint(0, 61, (2, 12))
+    for widths in every_width(plain.elastic):
+        plain.set_widths(widths), ours.set_widths(widths)
+        torch.testing.assert_close(ours(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("packed", [None, "int8"])
+def test_generate_takes_the_decode_step_and_agrees_with_the_modules(unit, packed, monkeypatch):
+    _, ours, _ = models("llama", unit, packed=packed, attention_bias=True, mlp_bias=True)
+    ids = torch.randint(0, 61, (2, 5))
+    settings = dict(max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    taken, step = [], flextron.nn.decode.DecodeStep.__call__
+    counted = lambda *arguments: taken.append(1) or step(*arguments)  # noqa: E731
+    for widths in every_width(ours.elastic):
+        ours.set_widths(widths)
+        taken.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(flextron.nn.decode.DecodeStep, "__call__", counted)
+            by_step = ours.generate(ids, **settings)
+        assert len(taken) == 7
+        with monkeypatch.context() as patch:
+            patch.setattr(flextron.nn.model, "try_step", lambda *_: None)
+            by_modules = ours.generate(ids, **settings)
+        torch.testing.assert_close(by_step.logits[-1], by_modules.logits[-1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_is_near_and_a_quarter_of_the_bytes(dtype):
+    plain, ours, packing = models(dtype=dtype, packed=torch.int8, tie_word_embeddings=False)
+    ids = torch.randint(0, 61, (2, 12))
+    exact, near = plain(ids).logits.float(), ours(ids).logits.float()
+    assert (near - exact).norm() < 0.05 * exact.norm()
+    # rows that fill up the last panel, and scales, come on top
+    assert packing.bytes_after < packing.bytes_before / dtype.itemsize * 1.5
+
+
+def test_memory_is_that_of_the_tensors():
+    plain, ours, packing = models(tie_word_embeddings=False)
+    linears = [m for m in plain.modules() if isinstance(m, torch.nn.Linear)]
+    packed = [m for m in ours.modules() if isinstance(m, PackedLinear)]
+    assert packing.bytes_before == sum(m.weight.nbytes for m in linears)
+    assert packing.bytes_after == sum(m.panels.nbytes for m in packed)
+    assert not any(isinstance(m, torch.nn.Linear) for m in ours.modules())
+    assert len(packed) == 6 * plain.elastic.num_layers + 1
+
+
+def test_what_needs_plain_weights_says_so(tmp_path):
+    _, ours, _ = models()
+    for needs in (
+        ours.state_dict,
+        lambda: ours.save_pretrained(tmp_path / "saved"),
+        lambda: flextron.extract(ours),
+        lambda: flextron.export(ours, tmp_path / "exported"),
+    ):
+        with pytest.raises(NotImplementedError, match="weights must be plain, got packed ones"):
+            needs()
+    assert not list(tmp_path.rglob("*.safetensors"))
+    with pytest.raises(NotImplementedError, match="packed_linear: inputs must not need a gradient"):
+        ours(torch.randint(0, 61, (1, 4))).logits.sum().backward()
+
+
+def test_what_cannot_be_packed_is_left_as_it_is():
+    plain, ours, _ = models()
+    with pytest.raises(ValueError, match="pack: model must have plain weights, got packed ones"):
+        flextron.pack(ours)
+    with pytest.raises(ValueError, match="pack: dtype must be None or int8, got int4"):
+        flextron.pack(plain, "int4")
+    with pytest.raises(TypeError, match="pack: model must be elastic, got LlamaForCausalLM"):
+        flextron.pack(small_model())
+    with pytest.raises(ValueError, match="pack: model must be float32, bfloat16 or float16"):
+        flextron.pack(plain.double())
+    assert not any(isinstance(m, PackedLinear) for m in plain.modules())
