@@ -1,10 +1,10 @@
 """Each op beside the fastest that plain PyTorch does on the same tensors: python bench_ops.py --op elastic_mlp
 
 Every result is verified before it is timed. Inputs are random. Candidates take turns, in the opposite order in every
-round. On a GPU each is a CUDA graph that runs over several sets of tensors, larger together than its L2 cache, and
-events time its replays; what cannot be captured, because it waits for the device, runs without a graph. Times are
-medians; useful operations and bytes that must be moved alone count, against a large matmul and a large copy
-that are measured in the same run.
+round, over several sets of tensors that are larger together than the caches. On a GPU they are CUDA graphs, and events
+time their replays; what cannot be captured, because it waits for the device, runs without a graph. Times are medians;
+useful operations and bytes that must be moved alone count, against a large matmul and a large copy (on a CPU a large
+sum, which only reads) that are measured in the same run.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from flextron.testing.numerics import assert_no_worse
 from flextron.testing.timing import bench, device_clock, wall_clock
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
-TOKENS = {"cpu": (1, 128), "cuda": (1, 16, 64, 1024, 2048, 4096, 8192)}
+TOKENS = {"cpu": (1, 8, 64, 256), "cuda": (1, 16, 64, 1024, 2048, 4096, 8192)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_SETS = 100e6  # bytes of all sets together: more than a large third cache
 MAX_SETS = 64  # of small tensors: they stay in the cache, as they would in a model
 RIVAL_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative Frobenius
 
@@ -54,6 +55,7 @@ SHAPES = {
     "smollm2": Shape(576, 1536, 9, 3, 64),  # SmolLM2-135M
     "llama2-7b": Shape(4096, 11008, 32, 32, 128),
     "llama3-8b": Shape(4096, 14336, 32, 8, 128),
+    "llama3-1b": Shape(2048, 8192, 32, 8, 64),
     "tiny": Shape(64, 96, 4, 2, 16),  # to try this program, not a model
 }
 
@@ -506,6 +508,113 @@ def decode_step(s: Shape, T: int, target: Target) -> Iterator[Case]:
         )
 
 
+def packed_linear(s: Shape, T: int, target: Target) -> Iterator[Case]:
+    """The widths of elastic_linear, panels in the dtype and as int8; there the rivals have the same rounded weights."""
+    for packed, share in itertools.product((None, torch.int8), WIDTHS):
+        n = _width(s.K, share)
+
+        def make(packed: torch.dtype | None = packed) -> SimpleNamespace:
+            w = _as_packed(target.randn(s.K, s.K, scale=s.K**-0.5), packed)
+            panels, scales = ops.pack_linear(w, dtype=packed)
+            return SimpleNamespace(x=target.randn(T, s.K), w=w, w32=w.float(), panels=panels, scales=scales)
+
+        yield Case(
+            f"out {s.K}x{s.K}{', int8' if packed else ''}",
+            T,
+            f"{share:g}",
+            n / s.K,
+            2 * T * s.K * n,
+            (packed or target.dtype).itemsize * n * s.K + _size(target) * T * (s.K + n),
+            make,
+            lambda i, n=n: ops.packed_linear(i.x, i.panels, i.scales, None, s.K, n),
+            {
+                "views": lambda i, n=n: F.linear(i.x, i.w[:n]),
+                "views, float32": lambda i, n=n: F.linear(i.x.to(i.w32.dtype), i.w32[:n]),
+            },
+        )
+
+
+def packed_mlp(s: Shape, T: int, target: Target) -> Iterator[Case]:
+    """The widths of elastic_mlp, packed likewise, and a width for each token."""
+
+    def views(x: Tensor, weights: tuple[Tensor, ...], d: int) -> Tensor:
+        gate, up, down = weights
+        return F.linear(_swiglu(F.linear(x, gate[:d]), F.linear(x, up[:d])), down[:, :d])
+
+    def plain(i: SimpleNamespace) -> tuple[Tensor, ...]:
+        return i.gate, i.up, i.down
+
+    def wide(i: SimpleNamespace) -> tuple[Tensor, ...]:
+        return i.gate32, i.up32, i.down32
+
+    def make(packed: torch.dtype | None, extents: Tensor | None = None) -> SimpleNamespace:
+        gate, up, down = (
+            _as_packed(target.randn(*shape, scale=shape[1] ** -0.5), packed)
+            for shape in ((s.neurons, s.K), (s.neurons, s.K), (s.K, s.neurons))
+        )
+        i = SimpleNamespace(x=target.randn(T, s.K), gate=gate, up=up, down=down, extents=_copy(extents))
+        i.gate32, i.up32, i.down32 = gate.float(), up.float(), down.float()
+        i.panels = ops.pack_mlp(gate, up, down, packed)
+        return i
+
+    def ours(i: SimpleNamespace, d: int) -> Tensor:
+        return ops.packed_mlp(i.x, *i.panels, None, None, None, d, s.K, extent=i.extents)
+
+    for packed, share in itertools.product((None, torch.int8), WIDTHS):
+        d = _width(s.neurons, share)
+        yield Case(
+            f"swiglu {s.K}x{s.neurons}{', int8' if packed else ''}",
+            T,
+            f"{share:g}",
+            d / s.neurons,
+            6 * T * s.K * d,
+            (packed or target.dtype).itemsize * 3 * s.K * d + _size(target) * 2 * T * s.K,
+            lambda packed=packed: make(packed),
+            lambda i, d=d: ours(i, d),
+            {
+                "views": lambda i, d=d: views(i.x, plain(i), d),
+                "views, float32": lambda i, d=d: views(i.x.to(i.gate32.dtype), wide(i), d),
+            },
+        )
+    if len(WIDTHS) > T:
+        return
+    widths, extents = _mix(s.neurons, T, target)
+    counts = _counts(widths, extents)
+
+    def masked(i: SimpleNamespace) -> Tensor:
+        h = _swiglu(F.linear(i.x, i.gate), F.linear(i.x, i.up))
+        return F.linear(h.masked_fill(_beyond(i.extents, s.neurons), 0), i.down)
+
+    def buckets(i: SimpleNamespace, weights: tuple[Tensor, ...]) -> Tensor:
+        x = i.x.to(weights[0].dtype)
+        return _in_buckets(x, i.extents, lambda rows, d: views(rows, weights, d), widths, counts)
+
+    yield Case(
+        f"swiglu {s.K}x{s.neurons}",
+        T,
+        "mix",
+        int(extents.sum()) / (T * s.neurons),
+        6 * s.K * int(extents.sum()),
+        _size(target) * (3 * s.K * int(extents.max()) + 2 * T * s.K),
+        lambda: make(None, extents),
+        lambda i: ours(i, s.neurons),
+        {
+            "masked dense": masked,
+            "buckets": lambda i: buckets(i, plain(i)),
+            "buckets, float32": lambda i: buckets(i, wide(i)),
+        },
+    )
+
+
+def _as_packed(w: Tensor, packed: torch.dtype | None) -> Tensor:
+    """The weight that panels of this dtype stand for, in its own dtype."""
+    if packed is None:
+        return w
+    panels, scales = ops.pack_linear(w, dtype=packed)
+    values = panels.transpose(2, 3).float() * scales[..., None]  # [1, P, 16, K]
+    return values.flatten(0, 2)[: len(w)].to(w.dtype)
+
+
 def route(s: Shape, T: int, target: Target) -> Iterator[Case]:
     C = len(WIDTHS)
     yield Case(
@@ -523,8 +632,19 @@ def route(s: Shape, T: int, target: Target) -> Iterator[Case]:
 
 BENCHES = {
     f.__name__: f
-    for f in (elastic_linear, elastic_mlp, head_attention, head_attention_decode, decode_step, route)
+    for f in (
+        elastic_linear,
+        elastic_mlp,
+        packed_linear,
+        packed_mlp,
+        head_attention,
+        head_attention_decode,
+        decode_step,
+        route,
+    )
 }
+CPU_ALONE = ("packed_linear", "packed_mlp")
+
 DIFFERENTIABLE = ("elastic_linear", "elastic_mlp", "head_attention")
 
 
@@ -669,8 +789,8 @@ def prepare(case: Case, target: Target, use_graphs: bool) -> tuple[dict[str, Cal
     """name -> a callable to time, how many calls of the op it makes, and "graph" or "eager"."""
     runs = candidates(case, target)
     if target.device == "cpu":
-        i = draw(case, target)
-        return {name: lambda run=run: run(i) for name, run in runs.items()}, 1, "eager"
+        sets = [draw(case, target) for _ in range(max(1, min(MAX_SETS, int(CPU_SETS // max(1, case.bytes)))))]
+        return {name: _each(run, sets) for name, run in runs.items()}, len(sets), "eager"
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     sets = [draw(case, target) for _ in range(max(2, min(MAX_SETS, -int(-5 * cache // max(1, case.bytes)))))]
     prepared: dict[str, Callable[[], object]] = {}
@@ -710,15 +830,22 @@ class Ceilings:
 
 
 def ceilings(target: Target, rounds: int, seconds: float) -> Ceilings:
-    """A large square matmul in the dtype, and a copy, whose bytes count read and written."""
+    """A large square matmul, and the bytes of a large copy, read and written, or on a CPU those of a sum, read.
+
+    The matmul is in the dtype, on a CPU in float32: its 16-bit one is far from what the processor can do.
+    """
     on_gpu = target.device == "cuda"
     n = 8192 if on_gpu else 1024
-    a, b = target.randn(n, n), target.randn(n, n)
+    matmul = target if on_gpu else replace(target, dtype=torch.float32)
+    a, b = matmul.randn(n, n), matmul.randn(n, n)
     source = torch.empty(n * n * (16 if on_gpu else 32), device=target.device).normal_()
-    copy = torch.empty_like(source)
+    copy = torch.empty_like(source) if on_gpu else source
     clock = device_clock if on_gpu else wall_clock
-    time = bench({"matmul": lambda: a @ b, "copy": lambda: copy.copy_(source)}, rounds, seconds, clock=clock)
-    return Ceilings(2 * n**3 / time["matmul"].median, 2 * source.nbytes / time["copy"].median)
+    move = (lambda: copy.copy_(source)) if on_gpu else source.sum
+    time = bench({"matmul": lambda: a @ b, "move": move}, rounds, seconds, clock=clock)
+    return Ceilings(
+        2 * n**3 / time["matmul"].median, (2 if on_gpu else 1) * source.nbytes / time["move"].median
+    )
 
 
 def _of_full(row: Row, full_us: float) -> Row:
@@ -817,7 +944,8 @@ def header(machine: Machine, target: Target, top: Ceilings) -> str:
     lines = [
         f"{machine.device}, {where}, {str(target.dtype).removeprefix('torch.')}, torch {torch.__version__}, "
         f"commit {machine.commit}, build {ops.build_info()}",
-        f"ceilings in this run: {top.flops / 1e12:.3g} TFLOP/s in a matmul, {top.bytes / 1e9:.4g} GB/s in a copy",
+        f"ceilings in this run: {top.flops / 1e12:.3g} TFLOP/s in a matmul, {top.bytes / 1e9:.4g} GB/s in a "
+        f"{'copy' if target.device == 'cuda' else 'sum'}",
     ]
     if machine.clocks:
         lines.append(
@@ -945,7 +1073,12 @@ def _chosen(parser: argparse.ArgumentParser, names: dict[str, object], text: str
 
 
 def cases(args: argparse.Namespace, target: Target) -> Iterator[tuple[str, Case]]:
-    names = [name for name in args.op if not target.backward or name in DIFFERENTIABLE]
+    names = [
+        name
+        for name in args.op
+        if (not target.backward or name in DIFFERENTIABLE)
+        and (target.device == "cpu" or name not in CPU_ALONE)
+    ]
     for shape, name in itertools.product(args.shapes, names):
         for tokens in args.tokens or TOKENS[target.device]:
             for case in BENCHES[name](SHAPES[shape], tokens, target):
