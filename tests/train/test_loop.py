@@ -53,6 +53,7 @@ FLIPPED = {
     "eval_widths": (Widths((8, 24), (2, 1)),),
     "checkpoint_every": 1,
     "full_probability": 1.0,
+    "only": Widths((8, 8), (1, 1)),
     "seed": 1,
 }
 # these change what is reported and saved; the weights must not notice

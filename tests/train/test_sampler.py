@@ -9,7 +9,7 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from flextron.config import ElasticConfig
+from flextron.config import ElasticConfig, Widths
 from flextron.train import WidthSampler, homogeneous
 
 DRAWS = 4000
@@ -161,3 +161,12 @@ def test_seeds_differ_and_the_global_generator_is_left_alone():
 def test_impossible_probability_is_refused(probability):
     with pytest.raises(ValueError, match=r"full_probability must lie in \[0, 1\]"):
         WidthSampler(menus(), probability)
+
+
+def test_only_one_is_drawn_and_it_must_be_in_the_menus():
+    config = menus()
+    only = config.uniform(1, 0)
+    sampler = WidthSampler(config, full_probability=0.5, only=only)
+    assert {sampler.draw() for _ in range(20)} == {only}
+    with pytest.raises(ValueError, match=r"mlp\[0\] must be one of \[1, 2, 3, 4\], got 9"):
+        WidthSampler(config, only=Widths((9, 1, 1), (1, 1, 1)))

@@ -59,6 +59,7 @@ class TrainConfig:
         eval_widths: sub-networks to evaluate; none: the smallest, the middle and the full homogeneous one.
         checkpoint_every: steps between checkpoints, with one after the last; 0: none at all.
         full_probability: of the full model in a micro-batch.
+        only: one sub-network to train alone, in every micro-batch: no weight beyond it gets a gradient.
         seed: of data order, sub-networks and torch.
     """
 
@@ -80,6 +81,7 @@ class TrainConfig:
     eval_widths: tuple[Widths, ...] = ()
     checkpoint_every: int = 100
     full_probability: float = 0.3
+    only: Widths | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -214,7 +216,7 @@ class Run:
         self.optimizer, self.names = _optimizer(model, config)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.batches = Batches(tokens, config.batch_size, config.length, config.seed)
-        self.sampler = WidthSampler(model.elastic, config.full_probability, config.seed)
+        self.sampler = WidthSampler(model.elastic, config.full_probability, config.seed, config.only)
         self.eval_widths = config.eval_widths or _default_eval_widths(model)
         for widths in self.eval_widths:
             model.elastic.check(widths)

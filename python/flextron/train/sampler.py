@@ -31,17 +31,29 @@ class WidthSampler:
         config: the menus.
         full_probability: of the full model, in [0, 1].
         seed: of the generator. Equal seeds draw equal sequences, on every device.
+        only: the one sub-network to draw, always; what a model of this shape learns alone.
     """
 
-    def __init__(self, config: ElasticConfig, full_probability: float = 0.3, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: ElasticConfig,
+        full_probability: float = 0.3,
+        seed: int = 0,
+        only: Widths | None = None,
+    ) -> None:
         if not 0 <= full_probability <= 1:
             raise ValueError(f"WidthSampler: full_probability must lie in [0, 1], got {full_probability}")
+        if only is not None:
+            config.check(only)
         self.config = config
         self.full_probability = full_probability
+        self.only = only
         self._homogeneous = homogeneous(config)
         self._generator = seeded(f"widths/{seed}")
 
     def draw(self) -> Widths:
+        if self.only is not None:
+            return self.only
         kind = float(torch.rand((), dtype=torch.float64, generator=self._generator))
         if kind < self.full_probability:
             return self.config.full()
