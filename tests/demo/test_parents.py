@@ -222,6 +222,7 @@ def test_pickled_weights_are_refused(tmp_path):
 @pytest.mark.parametrize("name", ["", "smollm", "./nowhere", "/no/such/folder", "a/b/c"])
 def test_a_name_of_nothing_lists_what_there_is(name):
     with pytest.raises(
-        FileNotFoundError, match=r"^load_parent: parent must be smollm2, tiny, stories260k, a directory"
+        FileNotFoundError,
+        match=r"^load_parent: parent must be smollm2, tiny, stories260k, stories15m, a directory",
     ):
         load_parent(name)

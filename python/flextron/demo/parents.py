@@ -47,7 +47,7 @@ def load_parent(
     """Load, fetch or train the parent called ``name``.
 
     Args:
-        name: ``smollm2``, ``tiny``, ``stories260k``, a model directory, or the id of a model on the hub.
+        name: ``smollm2``, ``tiny``, ``stories260k``, ``stories15m``, a model directory, or a hub id.
         out_dir: where to keep a copy of the parent as an ordinary Hugging Face directory; None keeps none.
         progress: called with what is being done, the steps done and the steps in all.
         documents: what ``tiny`` is trained on; the standard library's documentation, less what
@@ -66,6 +66,8 @@ def load_parent(
             parent = _tiny(report, documents)
         case "stories260k":
             parent = _stories260k(report)
+        case "stories15m":
+            parent = _stories15m(report)
         case _:
             parent = _checkpoint(name)
     parent.model.float().eval().requires_grad_(True)
@@ -115,13 +117,33 @@ def _tiny(progress: Progress, documents: Sequence[str] | None) -> Parent:
     )
 
 
-def _stories260k(progress: Progress) -> Parent:
-    folder = stories.find()
+def _stories_folder(name: str, files: tuple[str, ...]) -> Path:
+    folder = stories.find(name, files)
     if folder is None:
         raise FileNotFoundError(
-            f"load_parent: stories260k must have its files {' and '.join(stories.FILES)} in "
-            f"$FLEXTRON_DATA/stories260k, got no such folder"
+            f"load_parent: {name} must have its files {' and '.join(files)} in "
+            f"$FLEXTRON_DATA/{name}, got no such folder"
         )
+    return folder
+
+
+def _stories15m(progress: Progress) -> Parent:
+    folder = _stories_folder("stories15m", stories.FILES_15M)
+    progress("reading stories15M", 0, 1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    tokenizer = stories.read_tokenizer(folder / stories.FILES_15M[2])
+    progress("reading stories15M", 1, 1)
+    return Parent(
+        model,
+        tokenizer,
+        "stories15m",
+        "stories15M, a Llama of 15,191,712 parameters trained on TinyStories",
+        "Its published weights were rounded to float16.",
+    )
+
+
+def _stories260k(progress: Progress) -> Parent:
+    folder = _stories_folder("stories260k", stories.FILES)
     progress("reading stories260K", 0, 1)
     model = stories.read_model(folder / stories.FILES[0])
     tokenizer = stories.read_tokenizer(folder / stories.FILES[1])
@@ -136,7 +158,7 @@ def _checkpoint(name: str) -> Parent:
     source = str(Path(name).expanduser()) if is_path else name
     if is_path and not (Path(source) / "config.json").is_file():
         raise FileNotFoundError(
-            "load_parent: parent must be smollm2, tiny, stories260k, a directory with a config.json "
+            "load_parent: parent must be smollm2, tiny, stories260k, stories15m, a directory with a config.json "
             f"or a hub id such as HuggingFaceTB/SmolLM2-135M, got {name!r}"
         )
     try:

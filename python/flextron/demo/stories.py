@@ -1,4 +1,4 @@
-"""Models in the llama2.c format (stories260K): weights and tokenizer into their transformers counterparts."""
+"""Models in the llama2.c format (stories260K, stories15M): weights and tokenizers for transformers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 FILES = ("stories260K.bin", "tok512.bin")
+FILES_15M = ("config.json", "model.safetensors", "tokenizer.bin")
 HEADER = 28  # bytes: seven int32
 
 
-def find() -> Path | None:
-    """The folder with the files: under ``$FLEXTRON_DATA``, else in ``shared/data`` beside the repository."""
+def data_folder() -> Path:
+    """Where data that is not part of the repository lies: ``$FLEXTRON_DATA``, else ``shared/data`` beside it."""
     repository = Path(__file__).resolve().parents[3]
-    data = Path(os.environ.get("FLEXTRON_DATA") or repository.parent / "shared" / "data")
-    folder = data / "stories260k"
-    return folder if all((folder / name).is_file() for name in FILES) else None
+    return Path(os.environ.get("FLEXTRON_DATA") or repository.parent / "shared" / "data")
+
+
+def find(name: str = "stories260k", files: tuple[str, ...] = FILES) -> Path | None:
+    """The folder of a model's files, all of them; None where they are not."""
+    folder = data_folder() / name
+    return folder if all((folder / file).is_file() for file in files) else None
 
 
 def read_model(file: Path) -> LlamaForCausalLM:
