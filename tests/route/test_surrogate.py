@@ -1,11 +1,13 @@
 """The surrogate: its inputs, its fit to a function it has not seen, and its own yardsticks."""
 
 import random
+from itertools import product
 
 import pytest
 import torch
 from synthetic import SyntheticLoss, make_config, make_table
 
+from flextron.config import Widths
 from flextron.nn.router import Choices
 from flextron.route.latency import random_widths
 from flextron.route.search import one_hot, predicted_losses, search
@@ -29,7 +31,7 @@ def filled(n: int, seed: int) -> ReplayBuffer:
 def fitted() -> Surrogate:
     surrogate = Surrogate(8, 4, 3, hidden=64)
     data = filled(250, seed=0).tensors()
-    surrogate.standardise(data[2])
+    surrogate.start(*data)
     SurrogateFitter(surrogate, seed=0).fit(*data, steps=600)
     return surrogate
 
@@ -106,6 +108,91 @@ def test_search_meets_the_target_and_beats_random(fitted):
         others = [w for w in (random_widths(CONFIG, rng) for _ in range(500)) if TABLE.fraction(w) <= target]
         best = min(predicted_losses(CONFIG, TABLE, fitted, others).tolist())
         assert float(predicted_losses(CONFIG, TABLE, fitted, [found])[0]) < best
+
+
+def test_search_is_no_worse_than_what_it_begins_with_and_repeats(fitted):
+    """Even without a generation or a swap; and what is too slow to begin with is no answer."""
+    start = [
+        CONFIG.full(),
+        *(
+            w
+            for w in (random_widths(CONFIG, random.Random(i)) for i in range(40))
+            if TABLE.fraction(w) <= 0.6
+        ),
+    ]
+    best = min(predicted_losses(CONFIG, TABLE, fitted, start[1:]).tolist())
+    bare = search(CONFIG, TABLE, fitted, 0.6, start, generations=0, swaps=0)
+    assert TABLE.fraction(bare) <= 0.6 * (1 + 1e-5)
+    assert float(predicted_losses(CONFIG, TABLE, fitted, [bare])[0]) <= best + 1e-6
+    assert search(CONFIG, TABLE, fitted, 0.6, start) == search(CONFIG, TABLE, fitted, 0.6, start)
+
+
+def test_search_finds_the_best_there_is():
+    """Where all configurations can be looked at."""
+    config = make_config(layers=3, mlp_choices=(16, 32, 64), head_choices=(1, 3))
+    table, loss = make_table(config), SyntheticLoss(config)
+    every = [
+        Widths(mlp, heads)
+        for mlp in product(config.mlp_choices, repeat=3)
+        for heads in product(config.head_choices, repeat=3)
+    ]
+    buffer = ReplayBuffer(config)
+    for widths in every:
+        buffer.add(widths, table.fraction(widths), loss(widths) - loss(config.full()))
+    surrogate = Surrogate(3, 3, 2, hidden=16)
+    surrogate.start(*buffer.tensors())
+    predicted = predicted_losses(config, table, surrogate, every).tolist()
+    for target in (0.6, 0.75, 0.9):
+        found = search(config, table, surrogate, target)
+        best = min(p for w, p in zip(every, predicted, strict=True) if table.fraction(w) <= target)
+        assert float(predicted_losses(config, table, surrogate, [found])[0]) == pytest.approx(best, abs=1e-5)
+
+
+def test_the_linear_start_is_worth_many_steps():
+    """What `start` solves already ranks; the same surrogate without it knows nothing yet."""
+    data, others = filled(120, seed=0).tensors(), filled(80, seed=1).tensors()
+    surrogate = Surrogate(8, 4, 3, hidden=16)
+    surrogate.start(*data)
+    assert judge(surrogate, *others).r2 > 0.9
+    nothing = Surrogate(8, 4, 3, hidden=16)
+    nothing.scale.copy_(surrogate.scale)
+    assert judge(nothing, *others).r2 < 0.1
+
+
+def test_tokens_that_disagree_are_told_from_tokens_that_agree():
+    """Mean widths alone cannot: half the tokens at 1 and half at 3 heads are on average as wide as all at 2.
+
+    Its loss is that of the mean width and a price for every layer whose tokens differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(n: int) -> ReplayBuffer:
+        buffer = ReplayBuffer(CONFIG)
+        for _ in range(n):
+            logits = [torch.randn(8, c, generator=generator) for c in (4, 3)]
+            sharp = 10 ** torch.rand(8, 1, generator=generator)
+            shares = Choices(*((sharp * axis).softmax(-1) for axis in logits))
+            price = sum(-(p * p.log()).sum() for p in shares).item()
+            width = sum((p * torch.arange(p.shape[-1])).sum() for p in shares).item()
+            buffer.add_shares(
+                shares, TABLE.expected(*shares).item() / TABLE.full_ms, 0.02 * (40 - width) + 0.05 * price
+            )
+        return buffer
+
+    data, others = batch(200).tensors(), batch(60).tensors()
+    errors = {}
+    for mixed in (False, True):
+        surrogate = Surrogate(8, 4, 3, hidden=32, mixed=mixed)
+        surrogate.start(*data)
+        errors[mixed] = judge(surrogate, *others).mean_error
+    assert errors[True] < 0.5 * errors[False]
+
+
+def test_shares_must_be_about_the_menus():
+    buffer = ReplayBuffer(CONFIG)
+    with pytest.raises(ValueError, match=r"add_shares: heads must have shape \[8, 3\], got \[8, 2\]"):
+        buffer.add_shares(Choices(torch.ones(8, 4), torch.ones(8, 2)), 0.5, 1.0)
+    assert len(buffer) == 0
 
 
 def test_search_names_the_fastest_when_there_is_none(fitted):

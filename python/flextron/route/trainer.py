@@ -25,11 +25,12 @@ from flextron.route.surrogate import FitReport, ReplayBuffer, Surrogate, Surroga
 FORMS = ("surrogate", "gumbel", "search")
 FILES = TENSORS, DESCRIPTION = "routers.safetensors", "routers.json"
 _TOLERANCE = 0.02  # relative distance from the aim that costs nothing
-_WARM_STEPS = 200  # of imitation of the uniform ladder, before anything else is learnt
-_WARM_CONFIDENCE = 0.5  # probability it should give to the uniform choice: a start, not a decision
+_WARM_STEPS = 200  # of imitation, before anything else is learnt
+_WARM_CONFIDENCE = 0.5  # probability it should give to the imitated choice: a start, not a decision
 _SURE = 0.95  # probability of a choice that nothing will improve on
 _EMA = 0.9
 _LEAST_STAKE = 0.02  # nats: differences below this are noise, and get no more weight for being small
+_REPORTED = 3  # evaluations that the report takes at each target below 1: routed, uniform, searched
 _REFIT = 20  # a new observation is worth one twentieth of the first fit's steps
 
 LossFn = Callable[[Widths], float]
@@ -90,11 +91,11 @@ class RouteConfig:
             raise ValueError(f"RouteConfig: form must be one of {', '.join(FORMS)}, got {self.form!r}")
         if self.prefill < 8:
             raise ValueError(f"RouteConfig: prefill must be at least 8, got {self.prefill}")
-        needed = self.prefill + 1 + 2 * (len(self.targets) - 1)
+        needed = self.prefill + 1 + _REPORTED * (len(self.targets) - 1)
         if self.evaluations < needed:
             raise ValueError(
-                f"RouteConfig: evaluations must be at least {needed} (the prefill, the full model, two "
-                f"for each target at the end), got {self.evaluations}"
+                f"RouteConfig: evaluations must be at least {needed} (the prefill, the full model, "
+                f"{_REPORTED} for each target at the end), got {self.evaluations}"
             )
         for name, low, high in (("held_out", 1 / self.prefill, 0.5), ("patience", 0.0, 1.0)):
             if not low <= getattr(self, name) <= high:
@@ -151,7 +152,8 @@ class TargetReport:
         distance: steps (choices of layers) by which the two differ.
         choice_loss, routed_loss, uniform_loss, search_loss: predicted for the router's choice, the routed
             ladder, the uniform ladder and plain search.
-        routed_observed, uniform_observed: what the LLM says of the two ladders.
+        routed_observed, uniform_observed, search_observed: what the LLM says of them.
+        search_widths: what search found.
     """
 
     target: float
@@ -164,6 +166,12 @@ class TargetReport:
     search_loss: float
     routed_observed: float
     uniform_observed: float
+    search_observed: float
+    search_widths: Widths
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TargetReport:
+        return cls(**{**values, "search_widths": Widths(**values["search_widths"])})
 
 
 @dataclass(frozen=True)
@@ -230,7 +238,7 @@ class RouterResult:
                 ladder=ladder,
                 surrogate=FitReport(**values["surrogate"]),
                 gate=GateReport(**values["gate"]),
-                targets=tuple(TargetReport(**t) for t in values["targets"]),
+                targets=tuple(TargetReport.from_dict(t) for t in values["targets"]),
                 dropped_targets=tuple(values["dropped_targets"]),
                 evaluations=values["evaluations"],
                 history=tuple(values["history"]),
@@ -362,10 +370,8 @@ class _Training:
 
     def run(self) -> RouterResult:
         self._fill()
-        self._imitate_uniform()
-        if self.options.form == "search":
-            self._imitate([self._search(t) for t in self.router.targets], _SURE)
-        else:
+        self._imitate_first()
+        if self.options.form != "search":
             self._train()
         ladder = router_ladder(self.config, self.router)
         return RouterResult(
@@ -402,8 +408,7 @@ class _Training:
                 widths, self.table.fraction(widths), self._loss(widths)
             )
             self.progress("random configurations", done + 1, total)
-        _, _, losses = self.train.tensors()
-        self.surrogate.standardise(losses)
+        self.surrogate.start(*self.train.tensors())
         self._fit(self.options.surrogate_steps)
         self.error = judge(self.surrogate, *self.held_out.tensors()).mean_error
 
@@ -418,16 +423,22 @@ class _Training:
     def _fit(self, steps: int) -> None:
         self.fitter.fit(*self.train.tensors(), steps)
 
-    def _imitate_uniform(self) -> None:
-        """Start the routers near the uniform ladder: what they must beat, and where the targets are met."""
+    def _imitate_first(self) -> None:
+        """Start the routers near what search finds on the surrogate as it is now, where the targets are met.
+
+        Started near the uniform ladder they ended 1 to 2 % of the loss above what search finds, at the small
+        targets most: few steps are left there, and a better network differs from theirs by several at once.
+        End to end, where no surrogate is used, they do start there; and search alone ends where it starts.
+        """
         limits = [t * self.table.full_ms for t in self.router.targets]
         rungs = [self.uniform.highest(self.table.predict, limit) for limit in limits]
         self.urgency = 1 / (1 - self.targets).clamp_min(0.05)
         self.stakes = predicted_losses(self.config, self.table, self.surrogate, rungs).clamp_min(_LEAST_STAKE)
-        self._imitate(rungs, _WARM_CONFIDENCE)
-
-    def _search(self, target: float) -> Widths:
-        return search(self.config, self.table, self.surrogate, target)
+        if self.options.form == "gumbel":
+            self._imitate(rungs, _WARM_CONFIDENCE)
+            return
+        found = [self._search(t, [rung]) for t, rung in zip(self.router.targets, rungs, strict=True)]
+        self._imitate(found, _SURE if self.options.form == "search" else _WARM_CONFIDENCE)
 
     def _imitate(self, found: list[Widths], confidence: float) -> None:
         """Let the router choose ``found`` at its targets, with this probability."""
@@ -446,7 +457,7 @@ class _Training:
     def _train(self) -> None:
         """Take the router's steps; evaluate its proposals on the way, and wait where the gate says so."""
         steps = self.options.steps
-        active = self.options.evaluations - self.evaluations - 2 * (len(self.targets) - 1)
+        active = self.options.evaluations - self.evaluations - _REPORTED * (len(self.targets) - 1)
         patience = int(active * self.options.patience)
         step = observed = 0
         while step < steps:
@@ -541,7 +552,7 @@ class _Training:
         limit = target * self.table.full_ms
         choice = self._widths(self.router.choose(target))
         routed, uniform = (rungs.highest(self.table.predict, limit) for rungs in (ladder, self.uniform))
-        found = search(self.config, self.table, self.surrogate, target, start=[uniform])
+        found = self._search(target, [uniform, routed])
         losses = predicted_losses(
             self.config, self.table, self.surrogate, [choice, routed, uniform, found]
         ).tolist()
@@ -556,7 +567,12 @@ class _Training:
             search_loss=losses[3],
             routed_observed=self._loss(routed),
             uniform_observed=self._loss(uniform),
+            search_observed=self._loss(found),
+            search_widths=found,
         )
+
+    def _search(self, target: float, start: list[Widths]) -> Widths:
+        return search(self.config, self.table, self.surrogate, target, start, seed=self.options.seed)
 
 
 def _anchor(logits: Choices) -> Tensor:
