@@ -95,6 +95,20 @@ def test_stories_tells_its_story():
     assert "stories260k" in tiny_parents()
 
 
+@pytest.mark.skipif(
+    stories.find("stories15m", stories.FILES_15M) is None, reason="stories15M is not here; set FLEXTRON_DATA"
+)
+def test_stories15m_reads_stories():
+    """1.185 nats a token on real stories, by the README of its files."""
+    parent = load_parent("stories15m")
+    assert sum(p.numel() for p in parent.model.parameters()) == 15_191_712
+    ids = parent.tokenizer(STORY, return_tensors="pt")["input_ids"]
+    assert ids[0, 0] == 1
+    with torch.no_grad():
+        assert parent.model(ids, labels=ids).loss < 1.2
+    assert parent.tokenizer.decode(ids[0], skip_special_tokens=True) == STORY
+
+
 @needs_stories
 @pytest.mark.parametrize("text", [STORY, "", "Zoë: “€5”\t🙂 <x> {}", "aaaaaaaaa  bb   the the\n\nThe"])
 def test_stories_tokenizer_merges_as_llama2_c_does(text):
