@@ -175,6 +175,20 @@ def test_budgets_are_those_of_the_dial() -> None:
         extract(model, Widths((7, 10, 10), (1, 1, 1)))
 
 
+def test_widths_of_several_requests_are_no_network() -> None:
+    model = elastic()
+    model.set_widths([model.elastic.smallest(), model.elastic.full()])
+    with pytest.raises(
+        ValueError, match="budget must be given where requests or tokens have widths of their own"
+    ):
+        extract(model)
+    with pytest.raises(
+        ValueError, match="budget must be one static network, got one for each request or token"
+    ):
+        extract(model, [1.0, 1.0])
+    assert extract(model, 1.0).num_parameters() == model.elastic.params(model.elastic.full())
+
+
 def test_low_precision_stays() -> None:
     model = small_model().bfloat16()
     make_elastic(model)

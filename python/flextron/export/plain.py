@@ -173,8 +173,14 @@ def _widths_of(model: Any, budget: Widths | float | None, units: dict[str, Any])
         model.elastic.check(budget)
         return budget
     if budget is None and not units:
+        if model.dial.targets or len(model.dial.widths) > 1:
+            raise ValueError(
+                "extract: budget must be given where requests or tokens have widths of their own, got none"
+            )
         return model.widths
     with model.budget(budget, **units) as widths:
+        if not isinstance(widths, Widths):
+            raise ValueError("extract: budget must be one static network, got one for each request or token")
         return widths
 
 
