@@ -40,7 +40,7 @@ def seeded():
     torch.manual_seed(0)
     if EMULATE:
         emulator.set_order(SEED, ORDER)
-        emulator.reset()
+        emulator.reset(banks=False)
 
 
 @pytest.fixture(autouse=True)

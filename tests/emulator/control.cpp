@@ -1,6 +1,6 @@
 // The emulator's face for Python, which calls it through ctypes: texts in, texts out, no exception across.
 #include "core/macros.h"
-#include "emulator/emulator.h"
+#include "emulator/machine.h"
 
 namespace flextron::emulator {
 namespace {
@@ -31,6 +31,10 @@ FLEXTRON_API const char* flextron_emulator_watch(const char* name, const void* d
 
 FLEXTRON_API const char* flextron_emulator_clear_watches() {
   return answer([] { return clear_watches(), std::string(); });
+}
+
+FLEXTRON_API const char* flextron_emulator_count_banks(int on) {
+  return answer([&] { return counts_banks = on != 0, std::string(); });
 }
 
 FLEXTRON_API const char* flextron_emulator_take_counters() {

@@ -91,16 +91,28 @@ struct WarpMatrix {             // one warp's part of a wgmma
   Site site;
 };
 
+struct Issue {  // one wgmma: its place, shape and operands
+  Site site;
+  int N;
+  uint64_t a, b;
+  int accumulate;
+
+  bool operator==(const Issue& other) const {
+    return site.line() == other.site.line() && N == other.N && a == other.a && b == other.b &&
+           accumulate == other.accumulate;
+  }
+  std::string text() const;
+};
+
 struct Warp {
   std::vector<Meeting> meetings;
   std::vector<WarpMatrix> open;                // wgmmas since the last commit
   std::deque<std::vector<WarpMatrix>> groups;  // committed, oldest first
   std::map<float*, Accumulators> accumulators;
-  bool fenced = false;  // wgmma_fence since registers were last the thread's own
-  std::vector<std::string>
-      issued;         // shapes and operands of every wgmma, to compare with the warpgroup's other warps
-  int registers = 0;  // set_registers; 0: as launched
-  struct Access {     // one execution of a word by the warp
+  bool fenced = false;        // wgmma_fence since registers were last the thread's own
+  std::vector<Issue> issued;  // to compare with the warpgroup's other warps
+  int registers = 0;          // set_registers; 0: as launched
+  struct Access {             // one execution of a word by the warp
     size_t bytes = 0;
     std::vector<std::pair<int, uint32_t>> lanes;  // lane, offset
   };
@@ -237,6 +249,7 @@ inline std::mt19937_64& draw() {
 uint32_t shared_offset(const void* address, size_t bytes, const Site& site);
 void count_global(Grid& grid, const void* address, size_t bytes, bool writes);
 void count_shared(uint32_t offset, size_t bytes, const Site& site);  // for the bank conflicts
+extern bool counts_banks;                                            // whether it does
 void count_banks(Counters& counters, const Warp::Access& access);
 void finish_accesses(Block& block);
 void mark(Block& block, uint32_t offset, size_t bytes, Cell cell);

@@ -258,8 +258,7 @@ void wgmma(bool is_bf16, int N, float* d, const uint32_t* a_registers, uint64_t 
     const auto lane = [&](int l) { return static_cast<Lane*>(lanes[l]); };
     Warp& w = warp();
     if (!w.fenced) fail(site, "wgmma: wgmma_fence must come first, after the registers were last touched");
-    w.issued.push_back(text("m64n", N, "k16 of ", at(site), ", operands ", static_cast<int64_t>(a), " ",
-                            static_cast<int64_t>(b), ", accumulate ", accumulate));
+    w.issued.push_back({site, N, a, b, accumulate});
 
     WarpMatrix part;
     part.site = site;
@@ -315,6 +314,11 @@ void wgmma(bool is_bf16, int N, float* d, const uint32_t* a_registers, uint64_t 
   });
 }
 
+std::string Issue::text() const {
+  return emulator::text("m64n", N, "k16 of ", at(site), ", operands ", static_cast<int64_t>(a), " ",
+                        static_cast<int64_t>(b), ", accumulate ", accumulate);
+}
+
 void check_matrices(Block& block) {
   for (size_t w = 0; w < block.warps.size(); ++w) {
     const Warp& warp = block.warps[w];
@@ -325,12 +329,13 @@ void check_matrices(Block& block) {
                at(warp.open.empty() ? warp.groups.front().front().site : warp.open.front().site)));
     const auto& first = block.warps[w / 4 * 4].issued;
     for (size_t i = 0; i < std::max(warp.issued.size(), first.size()); ++i) {
-      const std::string mine = i < warp.issued.size() ? warp.issued[i] : "nothing";
-      const std::string theirs = i < first.size() ? first[i] : "nothing";
-      if (mine != theirs)
-        throw std::runtime_error(text("emulator: ", block.grid->name, ": divergent wgmma ", i, ": warp ",
-                                      w / 4 * 4, " issues ", theirs, ", warp ", w, " of its warpgroup ",
-                                      mine));
+      const auto of = [i](const std::vector<Issue>& issued) {
+        return i < issued.size() ? issued[i].text() : std::string("nothing");
+      };
+      if (i < warp.issued.size() && i < first.size() && warp.issued[i] == first[i]) continue;
+      const std::string mine = of(warp.issued), theirs = of(first);
+      throw std::runtime_error(text("emulator: ", block.grid->name, ": divergent wgmma ", i, ": warp ",
+                                    w / 4 * 4, " issues ", theirs, ", warp ", w, " of its warpgroup ", mine));
     }
   }
 }

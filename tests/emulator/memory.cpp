@@ -103,8 +103,11 @@ void count_banks(Counters& counters, const Warp::Access& access) {
   }
 }
 
+bool counts_banks = false;
+
 // Lanes run apart here; what they do at one site the n-th time is one instruction of the warp.
 void count_shared(uint32_t offset, size_t bytes, const Site& site) {
+  if (!counts_banks) return;
   const uint64_t key = reinterpret_cast<uint64_t>(site.file_name()) * 0x9e3779b97f4a7c15u +
                        (uint64_t{site.line()} << 16 | site.column());
   const uint32_t visit = current->visits[key]++;
