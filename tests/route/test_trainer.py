@@ -10,7 +10,7 @@ from synthetic import SyntheticLoss, make_config, make_table
 from flextron.nn.router import Choices
 from flextron.route.budget import Planner
 from flextron.route.ladder import Ladder, router_ladder
-from flextron.route.trainer import RouteConfig, RouterResult, load_ladder, train_routers
+from flextron.route.trainer import RouteConfig, RouterResult, load_ladder, refreshed, train_routers
 
 CONFIG = make_config(layers=8)
 TABLE = make_table(CONFIG)
@@ -165,6 +165,14 @@ def test_routers_survive_the_file(trained, tmp_path):
         assert torch.equal(a, b)
     assert load_ladder(tmp_path) == trained.ladder
     assert Planner.load(tmp_path, CONFIG).ladder == trained.ladder
+
+
+def test_a_refreshed_result_has_the_losses_of_the_model_as_it_is_now(trained, loss):
+    moved = refreshed(trained, CONFIG, TABLE, lambda widths: 2 * loss(widths))
+    assert moved.ladder == trained.ladder
+    for now, before in zip(moved.targets, trained.targets, strict=True):
+        for name in ("routed_observed", "uniform_observed", "search_observed"):
+            assert getattr(now, name) == pytest.approx(2 * getattr(before, name))
 
 
 def test_no_routers_no_ladder(tmp_path):

@@ -262,6 +262,7 @@ def refreshed(
                 rung_fraction=table.fraction(routed),
                 routed_observed=loss_fn(routed) - full,
                 uniform_observed=loss_fn(uniform) - full,
+                search_observed=loss_fn(t.search_widths) - full,
             )
         )
     return replace(result, ladder=ladder, targets=tuple(targets))
