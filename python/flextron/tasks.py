@@ -1,0 +1,200 @@
+"""Benchmarks through lm-evaluation-harness: its own tasks and scoring, on local files, at any budgets."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Progress = Callable[[str, int, int], object]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's rows are, and how one becomes the row that the harness knows.
+
+    Attributes:
+        config: of the harness, below its folder of tasks.
+        splits: the harness's split -> file.
+        convert: a row of the file -> a row of the data set that the harness was written for.
+        shots: examples before each question; the harness's own number where None.
+    """
+
+    config: str
+    splits: dict[str, str]
+    convert: Callable[[Row], Row] = dict
+    shots: int | None = None
+
+
+def _arc(row: Row) -> Row:
+    labels = [chr(ord("A") + i) for i in range(len(row["choices"]))]
+    return {
+        "question": row["question"],
+        "choices": {"text": row["choices"], "label": labels},
+        "answerKey": labels[row["answer"]],
+    }
+
+
+TASKS = {
+    "arc_easy": Source("arc/arc_easy.yaml", {"test": "arc_easy_test.jsonl.gz"}, _arc),
+    "hellaswag": Source("hellaswag/hellaswag.yaml", {"validation": "hellaswag_val.jsonl.gz"}),
+    "lambada_openai": Source("lambada/lambada_openai.yaml", {"test": "lambada_openai_test.jsonl.gz"}),
+    "mmlu": Source(
+        "mmlu/default/mmlu_{subject}.yaml",
+        {"test": "mmlu_test.jsonl.gz", "dev": "mmlu_dev.jsonl.gz"},
+        shots=5,
+    ),
+    "piqa": Source("piqa/piqa.yaml", {"validation": "piqa_val.jsonl.gz"}),
+    "winogrande": Source(
+        "winogrande/default.yaml",
+        {"validation": "winogrande_xl_dev.jsonl.gz"},
+        lambda row: row | {"answer": str(row["answer"])},
+    ),
+}
+
+
+def check(tasks: Sequence[str], data_dir: str | Path) -> None:
+    """Raise, before any work, for a task that there is not and a file that is not there."""
+    if unknown := [name for name in tasks if name not in TASKS]:
+        raise ValueError(f"eval: tasks must be among {', '.join(TASKS)}, got {', '.join(unknown)}")
+    if not tasks:
+        raise ValueError(f"eval: tasks must be among {', '.join(TASKS)}, got none")
+    for name in tasks:
+        for file in TASKS[name].splits.values():
+            if not (Path(data_dir) / file).is_file():
+                raise FileNotFoundError(f"eval: data-dir must hold {file} for {name}, got {data_dir}")
+
+
+def load(name: str, data_dir: str | Path) -> list[Any]:
+    """The harness's task of a benchmark, on local rows; MMLU is one for every subject."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the rows are here: nothing is to be fetched
+    source = TASKS[name]
+    rows = {split: _read(Path(data_dir) / file) for split, file in source.splits.items()}
+    if "{subject}" not in source.config:
+        return [_task(source, source.config, rows)]
+    (first, *_) = rows.values()
+    subjects = sorted({row["subject"] for row in first})
+    return [
+        _task(
+            source,
+            source.config.format(subject=subject),
+            {split: [r for r in all_rows if r["subject"] == subject] for split, all_rows in rows.items()},
+        )
+        for subject in subjects
+    ]
+
+
+def score(
+    model: Any, tokenizer: Any, tasks: Sequence[Any], *, limit: int | None = None, batch_size: int = 8
+) -> dict[str, dict[str, float]]:
+    """What the harness measures: task -> metric -> value, and ``n``, how many questions.
+
+    Args:
+        model: a transformers causal LM, elastic or not; an elastic one at its present budget.
+        tokenizer: its own.
+        tasks: from `load`.
+        limit: questions of each task; all by default.
+        batch_size: sequences in a forward pass.
+    """
+    with _quietly():
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+        found = simple_evaluate(
+            judged, tasks=list(tasks), limit=limit, bootstrap_iters=0, log_samples=False, verbosity="ERROR"
+        )
+    scores = {}
+    for name, values in found["results"].items():
+        metrics = {
+            key.partition(",")[0]: float(value)
+            for key, value in values.items()
+            if key.partition(",")[0] in ("acc", "acc_norm", "perplexity")
+        }
+        scores[name] = metrics | {"n": found["n-samples"][name]["effective"]}
+    return scores
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    names: Sequence[str],
+    budgets: Sequence[float],
+    data_dir: str | Path,
+    *,
+    adaptive: bool = False,
+    limit: int | None = None,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Benchmarks of an elastic model at each budget: one row for every budget and benchmark.
+
+    With ``adaptive`` the router chooses for every token below full width.
+
+    MMLU is the mean over its questions, not over its subjects, as the harness weights its group; ``limit``
+    is questions of each subject.
+    """
+    check(names, data_dir)
+    loaded = {name: load(name, data_dir) for name in names}
+    rows: list[Row] = []
+    for budget in budgets:
+        with model.budget(budget, adaptive=adaptive and budget < 1):
+            for name, tasks in loaded.items():
+                scores = score(model, tokenizer, tasks, limit=limit, batch_size=batch_size)
+                mean = _weighted(list(scores.values()))
+                rows.append(
+                    {"budget": budget, "task": name, "params": model.elastic.params(model.widths), **mean}
+                )
+                if progress is not None:
+                    progress("benchmarks", len(rows), len(budgets) * len(loaded))
+    return rows
+
+
+def _weighted(scores: Sequence[dict[str, float]]) -> dict[str, float]:
+    total = sum(s["n"] for s in scores)
+    names = [name for name in scores[0] if name != "n"]
+    return {name: sum(s[name] * s["n"] for s in scores) / total for name in names} | {"n": total}
+
+
+def _read(path: Path) -> list[Row]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _task(source: Source, config: str, rows: dict[str, list[Row]]) -> Any:
+    import lm_eval
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    splits = {split: Dataset.from_list([source.convert(row) for row in some]) for split, some in rows.items()}
+    values = load_yaml(Path(lm_eval.__file__).parent / "tasks" / config)
+    for key in ("tag", "group", "dataset_path", "dataset_name"):
+        values.pop(key, None)
+    for role in ("training", "validation", "test", "fewshot"):
+        if values.get(f"{role}_split") not in splits:
+            values[f"{role}_split"] = None
+    values["custom_dataset"] = lambda **_: splits
+    if source.shots is not None:
+        values["num_fewshot"] = source.shots
+    with _quietly():
+        return ConfigurableTask(config=values)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """The harness warns about what is meant to be so: data of our own, a model that is loaded already."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
