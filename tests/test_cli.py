@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -48,6 +49,7 @@ def parent(tmp_path_factory, text):
 
 
 COMMANDS = ("convert", "train", "profile", "route", "tune", "eval", "generate", "export", "info", "demo")
+COMMANDS += ("report", "reproduce")
 
 
 def answer(capsys, *argv):
@@ -155,6 +157,16 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
     assert facts["routers"] == facts["adaptive router"] == "trained for prefill" and set(
         facts["latency tables"]
     ) == {"prefill", "decode"}
+    made = answer(capsys, "report", elastic, *common, "--budgets", "0.8", "--rounds", 2, "--length", 32)
+    page = (elastic / "report.html").read_text(encoding="utf-8")
+    assert made == {"page": str(elastic / "report.html")}
+    headings = ("Loss against latency", "Router map", "Width of every token", "Surrogate", "Elastic training")
+    assert all(f"<h2>{heading}</h2>" in page for heading in headings)
+    assert page.count("<svg") == 7
+    # Nothing is asked of anybody: what stands in quotes there are names of dialects and ids of the page's own.
+    assert not re.findall(r"<(?:script|link|img|iframe)|@import|url\((?!#)|(?:src|href)=\"(?!#)", page)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) and set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
 
 
 def test_what_was_measured_on_other_weights_does_not_survive(elastic, parent, text, capsys):
@@ -233,6 +245,12 @@ def test_bad_input_gives_one_sentence(elastic, parent, text, tmp_path, capsys):
         ("eval", elastic, "--data", text, "--adaptive"): "flextron profile",
         ("route", elastic, "--gates", "soft"): "with --adaptive only",
         ("route", elastic, "--adaptive", "--evaluations", 5): "--evaluations must not be given",
+        ("eval", elastic, "--limit", 3): "--limit must be given with --tasks only",
+        ("eval", elastic, "--tasks", "boolq"): "tasks must be among arc_easy",
+        ("eval", elastic, "--tasks", "piqa", "--data-dir", tmp_path): "must hold piqa_val.jsonl.gz",
+        ("report", elastic, "--data", text): "flextron profile",
+        ("reproduce", "--out", tmp_path / "s", "--parents", "gpt9"): "parents must be among stories260k",
+        ("reproduce", "--out", tmp_path / "s", "--stages", "dance"): "stages must be among prepare",
         ("train", elastic, "--data", text, "--learning-rate", -1): "learning_rate",
         ("train", elastic, "--data", tmp_path / "no.txt"): "must exist",
         ("convert", parent, parent, "--data", text): "another directory",

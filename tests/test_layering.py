@@ -54,6 +54,9 @@ PYTHON = {
     "flextron.export": {"flextron.export", *STAGES},
     "flextron.pipeline": EVERYTHING,  # the stages in a row
     "flextron.demo": EVERYTHING,
+    "flextron.report": EVERYTHING,
+    "flextron.study": EVERYTHING,
+    "flextron.tasks": set(),  # a model and a tokenizer are all it is given
     "flextron.cli": EVERYTHING,
     "flextron.__main__": EVERYTHING,
     "flextron": EVERYTHING,  # the public names, listed

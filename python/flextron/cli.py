@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     e = command(
         "eval",
         _eval,
-        "loss and measured latency at a list of budgets",
+        "loss and measured latency, or benchmarks, at a list of budgets",
         "flextron eval elastic/ --budgets 0.5,0.75,1",
     )
     e.add_argument("directory")
@@ -220,6 +221,18 @@ def _parser() -> argparse.ArgumentParser:
     e.add_argument("--samples", type=_count, default=16, help="held-out sequences")
     e.add_argument("--length", type=_count, default=256, help="tokens of each")
     e.add_argument("--rounds", type=_count, default=7, help="samples of each measurement")
+    e.add_argument(
+        "--tasks",
+        type=_names,
+        metavar="T,T,..",
+        help="benchmarks (lm-evaluation-harness): arc_easy, hellaswag, lambada_openai, mmlu, piqa, winogrande",
+    )
+    e.add_argument("--limit", type=_count, help="with --tasks: questions of each; all by default")
+    e.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="with --tasks: folder of their files; default $FLEXTRON_DATA/benchmarks",
+    )
 
     g = command(
         "generate",
@@ -251,6 +264,45 @@ def _parser() -> argparse.ArgumentParser:
 
     i = command("info", _info, "what an elastic checkpoint holds", "flextron info elastic/")
     i.add_argument("directory")
+
+    p = command(
+        "report",
+        _report,
+        "measure the budgets and write one HTML page of figures into the checkpoint",
+        "flextron report elastic/",
+    )
+    p.add_argument("directory")
+    _data(p)
+    p.add_argument(
+        "--budgets",
+        type=_floats,
+        default=(0.5, 0.6, 0.7, 0.8, 0.9),
+        metavar="B,B,..",
+        help="fractions of full latency",
+    )
+    p.add_argument("--samples", type=_count, default=16, help="held-out sequences")
+    p.add_argument("--length", type=_count, default=256, help="tokens of each")
+    p.add_argument("--rounds", type=_count, default=5, help="samples of each measurement")
+
+    s = command(
+        "reproduce",
+        _reproduce,
+        "run the study of python/studies, or go on with it",
+        "flextron reproduce --out study/",
+    )
+    s.add_argument("--out", default="study", help="folder; what is there already is not done again")
+    s.add_argument("--parents", type=_names, default=("stories260k",), metavar="P,P", help="also stories15m")
+    s.add_argument("--seeds", type=_ints, default=(0, 1, 2), metavar="N,N,..")
+    s.add_argument(
+        "--stages",
+        type=_names,
+        metavar="S,S,..",
+        help="prepare, profile, train, route, adaptive, latency; all by default. profile and latency want a quiet "
+        "machine",
+    )
+    s.add_argument(
+        "--minutes", type=float, help="stop after the run during which they pass; call again to go on"
+    )
 
     d = command(
         "demo",
@@ -303,6 +355,10 @@ def _number(value: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
     return number
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(","))
 
 
 def _ints(value: str) -> tuple[int, ...]:
@@ -517,6 +573,11 @@ def _eval(args: argparse.Namespace) -> list[dict[str, Any]]:
     from flextron import pipeline, ui
     from flextron.demo.report import HEADER, rows
 
+    if args.tasks:
+        return _eval_tasks(args)
+    for name in ("limit", "data_dir"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"eval: --{name.replace('_', '-')} must be given with --tasks only")
     model = pipeline.from_pretrained(args.directory)
     tokens = pipeline.held_out_windows(
         pipeline.tokenizer_of(args.directory), args.data, args.samples, args.length
@@ -535,6 +596,74 @@ def _eval(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not args.json:
         ui.print_table("held-out loss and measured latency", HEADER, rows(found))
     return found
+
+
+def _eval_tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from flextron import pipeline, tasks, ui
+    from flextron.demo import stories
+
+    folder = Path(args.data_dir) if args.data_dir else stories.data_folder() / "benchmarks"
+    tasks.check(args.tasks, folder)
+    model = pipeline.from_pretrained(args.directory)
+    with ui.reporter() as progress:
+        found = tasks.evaluate(
+            model,
+            pipeline.tokenizer_of(args.directory),
+            args.tasks,
+            args.budgets,
+            folder,
+            adaptive=args.adaptive,
+            limit=args.limit,
+            progress=progress,
+        )
+    if not args.json:
+        metrics = [m for m in ("acc", "acc_norm", "perplexity") if any(m in row for row in found)]
+        rows = [
+            [
+                row["task"],
+                f"{row['budget']:.2f}",
+                *(f"{row[m]:.3f}" if m in row else "" for m in metrics),
+                str(row["n"]),
+            ]
+            for row in found
+        ]
+        ui.print_table("benchmarks by budget", ["task", "budget", *metrics, "questions"], rows)
+    return found
+
+
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    from flextron import ui
+    from flextron.report import report
+
+    with ui.reporter() as progress:
+        path = report(
+            args.directory,
+            data=args.data,
+            budgets=args.budgets,
+            samples=args.samples,
+            length=args.length,
+            rounds=args.rounds,
+            progress=progress,
+        )
+    _say(args, str(path))
+    return {"page": str(path)}
+
+
+def _reproduce(args: argparse.Namespace) -> dict[str, Any]:
+    from flextron import ui
+    from flextron.study.results import write
+    from flextron.study.run import STAGES, Study
+
+    deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    with ui.reporter() as progress:
+        studies = [Study(parent, Path(args.out) / parent, args.seeds, progress) for parent in args.parents]
+        finished = [study.run(args.stages or STAGES, deadline) for study in studies]
+    written = write(studies, args.out)
+    if not all(finished):
+        _say(args, "not finished: call again to go on")
+    for path in written:
+        _say(args, str(path))
+    return {"finished": all(finished), "files": [str(path) for path in written]}
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class FitReport:
         rank: Spearman's rank correlation.
         mean_error, worst_error: of |predicted - observed|.
         worst_fraction: latency fraction of the configuration with the worst error.
+        predicted, observed, fractions: of each configuration.
     """
 
     n: int
@@ -37,8 +39,15 @@ class FitReport:
     mean_error: float
     worst_error: float
     worst_fraction: float
+    predicted: tuple[float, ...]
+    observed: tuple[float, ...]
+    fractions: tuple[float, ...]
 
-    def to_dict(self) -> dict[str, float]:
+    def __post_init__(self) -> None:
+        for name in ("predicted", "observed", "fractions"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -233,6 +242,9 @@ def judge(surrogate: Surrogate, choices: Choices, fractions: Tensor, losses: Ten
         mean_error=float(error.mean()),
         worst_error=float(error[worst]),
         worst_fraction=float(fractions[worst]),
+        predicted=predicted.tolist(),
+        observed=losses.tolist(),
+        fractions=fractions.tolist(),
     )
 
 

@@ -1,0 +1,215 @@
+"""The page of one elastic checkpoint: what its stages stored, and its budgets measured anew."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flextron import pipeline
+from flextron.report import figures
+from flextron.report.page import Section, render
+from flextron.route import trainer
+from flextron.route.adaptive import AdaptiveResult, stored
+from flextron.route.trainer import RouterResult
+from flextron.train.resume import METRICS_FILE
+
+PAGE = "report.html"
+Progress = Callable[[str, int, int], Any]
+
+
+def report(
+    directory: str | Path,
+    *,
+    data: pipeline.Data = None,
+    budgets: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9),
+    samples: int = 16,
+    length: int = 256,
+    rounds: int = 5,
+    progress: Progress | None = None,
+) -> Path:
+    """Measure the budgets of a profiled checkpoint and write ``report.html`` into it.
+
+    Args:
+        directory: of an elastic checkpoint with a latency table of prefill; what else its stages stored is shown.
+        data: text; the budgets are judged on its held-out part.
+        budgets: fractions of the full model's latency; those below the fastest network's are left out.
+        samples, length: held-out sequences, and tokens of each.
+        rounds: samples of each measurement.
+        progress: called with (what, done, total).
+    """
+    model = pipeline.from_pretrained(directory)
+    tokenizer = pipeline.tokenizer_of(directory)
+    table = model.planner.table("prefill")
+    fastest = table.smallest_ms / table.full_ms
+    targets = [b for b in sorted(budgets) if fastest <= b < 1]
+    if not targets:
+        raise ValueError(f"report: budgets must have one from {fastest:.3f} to below 1, got {list(budgets)}")
+    tokens = pipeline.held_out_windows(tokenizer, data, samples, length)
+    options = {"progress": progress} if progress is not None else {}
+    rows = pipeline.budgets(
+        model, tokens, targets, adaptive=model.adaptive is not None, rounds=rounds, **options
+    )
+    sections = [_losses(rows, table), _router_map(model, rows)]
+    if model.adaptive is not None:
+        sections.append(_token_map(model, tokenizer, tokens, targets))
+    if (Path(directory) / trainer.DESCRIPTION).exists():
+        sections += _routers(RouterResult.load(directory))
+    if stored(directory):
+        sections.append(_adaptive(AdaptiveResult.load(directory)))
+    sections += _training(Path(directory) / pipeline.TRAINING_FOLDER)
+    lead = (
+        f"{model.elastic.family}, {model.elastic.num_layers} layers, "
+        f"{model.elastic.params(model.elastic.full()) / 1e6:.2f} M parameters at full width; "
+        f"{table.workload.tokens} tokens of prefill on {table.machine['device']}, {table.machine['threads']} threads"
+    )
+    path = Path(directory) / PAGE
+    path.write_text(render(Path(directory).resolve().name, lead, sections), encoding="utf-8")
+    return path
+
+
+def _losses(rows: Sequence[dict[str, Any]], table: Any) -> Section:
+    cells = [
+        [
+            r["kind"],
+            f"{r['target']:.2f}",
+            f"{r['loss']:.3f}",
+            f"{r['predicted_ms']:.1f}",
+            f"{r['measured_ms']:.1f}",
+            f"{r['measured_fraction']:.3f}",
+        ]
+        for r in rows
+    ]
+    judged = ""
+    if table.held_out:
+        judged = (
+            f" The latency table is off by {100 * table.residual_median:.1f} % (median) and "
+            f"{100 * table.residual_worst:.1f} % (worst) on networks it was not fitted on."
+        )
+    return Section(
+        "Loss against latency",
+        "One checkpoint, set to several budgets; every point is measured, none is predicted." + judged,
+        [figures.losses(rows)],
+        ["budget", "target", "loss", "predicted ms", "measured ms", "of full"],
+        cells,
+    )
+
+
+def _router_map(model: Any, rows: Sequence[dict[str, Any]]) -> Section:
+    kind = "routed" if any(r["kind"] == "routed" for r in rows) else "uniform"
+    shown = [r for r in rows if r["kind"] == kind]
+    config = model.elastic
+    who = "the routers keep" if kind == "routed" else "the uniform ladder keeps: no routers were trained"
+    return Section(
+        "Router map",
+        f"What share of each layer {who}, by budget.",
+        [
+            figures.router_map(
+                [r["target"] for r in shown],
+                [[d / config.intermediate_size for d in r["mlp_widths"]] for r in shown],
+                [[n / config.num_heads for n in r["query_heads"]] for r in shown],
+            )
+        ],
+    )
+
+
+@torch.no_grad()
+def _token_map(model: Any, tokenizer: Any, tokens: torch.Tensor, targets: Sequence[float]) -> Section:
+    """A text in which every token's shade is the share of the elastic width it was given."""
+    target = targets[len(targets) // 2]
+    ids = tokens[:1]
+    with model.budget(target, adaptive=True), model.watched() as forwards:
+        model(ids.to(model.device), use_cache=False, logits_to_keep=1)
+    config = model.elastic
+    mlp, heads = (axis[0].float() for axis in forwards[0])  # [T, L], places in the menus
+    share = (mlp / max(1, len(config.mlp_choices) - 1) + heads / max(1, len(config.head_choices) - 1)).mean(
+        1
+    ) / 2
+    low, high = share.min(), share.max()
+    shade = ((share - low) / (high - low).clamp_min(1e-6)).tolist()
+    spans = [
+        f'<span style="background:rgba(31,111,180,{0.75 * s:.2f})" title="{value:.2f} of the steps">'
+        f"{html.escape(tokenizer.decode([token]))}</span>"
+        for token, s, value in zip(ids[0].tolist(), shade, share.tolist(), strict=True)
+    ]
+    return Section(
+        "Width of every token",
+        f"At a budget of {target:g} the router chooses for each token: the darker, the wider, from "
+        f"{float(low):.2f} to {float(high):.2f} of the steps of the menus, mean over layers and both axes.",
+        markup=f'<div class="text">{" ".join(spans)}</div>',
+    )
+
+
+def _routers(result: RouterResult) -> list[Section]:
+    fit, gate = result.surrogate, result.gate
+    found = [
+        Section(
+            "Surrogate",
+            f"On {fit.n} configurations it was not trained on: R² {fit.r2:.3f}, rank correlation {fit.rank:.3f}, "
+            f"mean error {fit.mean_error:.3f} nats; the worst, {fit.worst_error:.3f}, at {fit.worst_fraction:.2f} of "
+            f"the full latency. {gate.steps_below} of {gate.steps_below + gate.steps_above} router steps were taken "
+            f"with its error below {gate.threshold:g} nats.",
+            [figures.scatter(fit.predicted, fit.observed, fit.fractions)],
+        )
+    ]
+    if result.history:
+        steps = [entry["step"] for entry in result.history]
+        names = {
+            "quality": "predicted loss / uniform's",
+            "latency_miss": "miss of the target",
+            "surrogate_error": "surrogate's error, nats",
+        }
+        panels = {title: (steps, [entry[key] for entry in result.history]) for key, title in names.items()}
+        found.append(Section("Training of the routers", figures=[figures.curves(panels)]))
+    header = ["target", "routed", "uniform", "searched"]
+    cells = [
+        [f"{t.target:g}", *(f"{x:+.3f}" for x in (t.routed_observed, t.uniform_observed, t.search_observed))]
+        for t in result.targets
+    ]
+    text = "Nats above the full model's loss, on the text that the routers were trained on."
+    found.append(Section("Routers, uniform widths and search", text, (), header, cells))
+    return found
+
+
+def _adaptive(result: AdaptiveResult) -> Section:
+    steps = [entry["step"] for entry in result.history]
+    panels = {
+        "loss, nats a token": (steps, [entry["loss"] for entry in result.history]),
+        "miss of the target": (steps, [entry["latency_miss"] for entry in result.history]),
+    }
+    return Section(
+        "Training of the router that chooses for every token",
+        "Its loss and latency on sequences it was not trained on, by the table, beside the static budget's.",
+        [figures.curves(panels)],
+        ["target", "mean fraction", "loss", "static fraction", "static loss"],
+        [
+            [
+                f"{t.target:g}",
+                f"{t.fraction:.3f}",
+                f"{t.loss:.3f}",
+                f"{t.static_fraction:.3f}",
+                f"{t.static_loss:.3f}",
+            ]
+            for t in result.targets
+        ],
+    )
+
+
+def _training(folder: Path) -> list[Section]:
+    path = folder / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    # a line that a killed run left half written has no end
+    records = [r for r in (json.loads(line) for line in lines if line.endswith("\n")) if "loss" in r]
+    if not records:
+        return []
+    steps = [r["step"] for r in records]
+    panels = {
+        "training loss": (steps, [r["loss"] for r in records]),
+        "size of the sub-network": (steps, [r["size"] for r in records]),
+    }
+    tokens = records[-1]["tokens"]
+    return [Section("Elastic training", f"{tokens:,} tokens.", [figures.curves(panels)])]

@@ -1,0 +1,129 @@
+"""What the study trains, on how much, and which arms are compared with which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from flextron.config import Widths
+from flextron.pipeline import AdaptiveConfig, RouteConfig, TrainConfig, Workload
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to make a sub-network.
+
+    Attributes:
+        order: of neurons and heads when the parent is converted.
+        options: of `TrainConfig`, where they are not those of the plan.
+        start: ``"parent"``: continues from its weights; ``"scratch"``: from random ones.
+        alone: budget whose uniform sub-network is trained alone; None: elastic training.
+    """
+
+    order: str = "importance"
+    options: dict[str, Any] = field(default_factory=dict)
+    start: str = "parent"
+    alone: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything for one parent: what a CPU of two cores does in an hour.
+
+    Attributes:
+        parent: a name for `flextron.demo.parents.load_parent`.
+        pretraining_tokens: that the parent has seen; None where nobody says.
+        workload: whose latency budgets are fractions of.
+        budgets: fractions of the full model's latency.
+        alone: of them, those at which models are trained alone.
+        train: the main arm's training; its seed is replaced.
+        route: of the routers; its seed is replaced.
+        adaptive: of the routers that choose for every token; its seed is replaced.
+        adaptive_length: tokens of each of their sequences.
+        route_samples: sequences behind one loss that the surrogate learns from.
+        length: tokens of every sequence that is judged, routed or scored on.
+        judged: held-out sequences.
+        calibration: sequences that score importance.
+    """
+
+    parent: str
+    pretraining_tokens: float | None
+    workload: Workload
+    budgets: tuple[float, ...]
+    alone: tuple[float, ...]
+    train: TrainConfig
+    route: RouteConfig
+    adaptive: AdaptiveConfig
+    adaptive_length: int
+    route_samples: int
+    length: int
+    judged: int
+    calibration: int
+
+    def arms(self) -> dict[str, Arm]:
+        """Every training run of one seed, by name."""
+        cross_entropy = {"cross_entropy": 1.0, "distillation": 0.0}
+        arms = {
+            "importance order": Arm(),
+            "no order": Arm(order="none"),
+            "random order": Arm(order="random"),
+            "cross-entropy": Arm(options=cross_entropy),
+            # Not by distillation: at full width the teacher is what it teaches, and nothing would be learnt.
+            "full width only": Arm(options=cross_entropy | {"full_probability": 1.0}),
+        }
+        for budget in self.alone:
+            arms[f"alone from slice at {budget:g}"] = Arm(alone=budget)
+            arms[f"alone from scratch at {budget:g}"] = Arm(start="scratch", alone=budget)
+        return arms
+
+    def training(self, arm: Arm, seed: int, widths: Widths | None) -> TrainConfig:
+        """The configuration of an arm's run; ``widths``: of a model that is trained alone."""
+        return replace(self.train, seed=seed, only=widths, **arm.options)
+
+
+_TRAIN = TrainConfig(
+    steps=100,
+    batch_size=8,
+    length=256,
+    learning_rate=1e-3,
+    cross_entropy=0.0,
+    distillation=1.0,
+    weight_decay=0.0,
+    eval_every=0,
+    checkpoint_every=0,
+)
+_BUDGETS = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+PLANS = {
+    # 100,000 steps of 128 sequences of 512 tokens: doc/stories260K.md of karpathy/llama2.c.
+    "stories260k": Plan(
+        parent="stories260k",
+        pretraining_tokens=100_000 * 128 * 512,
+        workload=Workload.prefill(256, batch=16),
+        budgets=_BUDGETS,
+        alone=(0.5, 0.7),
+        train=_TRAIN,
+        route=RouteConfig(targets=(*_BUDGETS, 1.0), evaluations=300, prefill=200, steps=1000),
+        adaptive=AdaptiveConfig(targets=(*_BUDGETS, 1.0)),
+        adaptive_length=128,
+        route_samples=4,
+        length=256,
+        judged=32,
+        calibration=64,
+    ),
+    "stories15m": Plan(
+        parent="stories15m",
+        pretraining_tokens=None,
+        workload=Workload.prefill(256),
+        budgets=_BUDGETS,
+        alone=(0.5,),
+        train=replace(_TRAIN, steps=30, batch_size=4, length=256, learning_rate=3e-4),
+        route=RouteConfig(targets=(*_BUDGETS, 1.0), evaluations=260, prefill=180),
+        adaptive=AdaptiveConfig(targets=(*_BUDGETS, 1.0), steps=100, batch=4),
+        adaptive_length=128,
+        route_samples=2,
+        length=256,
+        judged=8,
+        calibration=16,
+    ),
+}

@@ -1,0 +1,340 @@
+"""Runs the study, one job at a time: each appends its rows to ``runs.jsonl`` and is never run again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from flextron import data as text
+from flextron import pipeline
+from flextron.config import Widths
+from flextron.convert import load_elastic, save_elastic
+from flextron.demo import stories
+from flextron.demo.parents import load_parent
+from flextron.nn import Dial, make_elastic
+from flextron.pipeline import Progress
+from flextron.route import adaptive as adaptive_routing
+from flextron.route.ladder import uniform_ladder
+from flextron.route.latency import LatencyTable, load_tables, measure
+from flextron.study.plan import PLANS, Arm, Plan
+from flextron.train import evaluate
+from flextron.train import train as train_model
+
+RUNS = "runs.jsonl"
+TEXT = "tinystories_sample.txt.xz"
+STAGES = ("prepare", "profile", "train", "route", "adaptive", "latency")
+_HELD_OUT = 0.15  # share of the text that judges; every stage works on the rest
+_ROUNDS = 5  # samples of each measured latency
+
+Row = dict[str, Any]
+Job = tuple[str, Callable[[], list[Row]]]
+
+
+class Study:
+    """One parent's study in a folder of its own.
+
+    Args:
+        parent: a key of `PLANS`.
+        out: its folder; what is there already is not done again.
+        seeds: of every run.
+        progress: called with (what, done, total).
+    """
+
+    def __init__(self, parent: str, out: str | Path, seeds: Sequence[int], progress: Progress) -> None:
+        if parent not in PLANS:
+            raise ValueError(f"reproduce: parents must be among {', '.join(PLANS)}, got {parent}")
+        if not seeds:
+            raise ValueError("reproduce: seeds must not be empty, got none")
+        self.plan: Plan = PLANS[parent]
+        self.out, self.seeds, self.progress = Path(out), tuple(seeds), progress
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._corpus: pipeline.Corpus | None = None
+
+    def run(self, stages: Sequence[str] = STAGES, deadline: float | None = None) -> bool:
+        """Do what is left of ``stages``; stop after the job during which ``deadline`` passes.
+
+        Args:
+            stages: of `STAGES`, in their order.
+            deadline: in seconds of `time.monotonic`; None: none.
+
+        Returns:
+            Whether all of it is done.
+        """
+        if unknown := [stage for stage in stages if stage not in STAGES]:
+            raise ValueError(f"reproduce: stages must be among {', '.join(STAGES)}, got {', '.join(unknown)}")
+        for stage in STAGES:
+            if stage not in stages:
+                continue
+            for name, job in getattr(self, f"_{stage}")():
+                if name in self.done():
+                    continue
+                if deadline is not None and time.monotonic() >= deadline:
+                    return False
+                self.progress(name, 0, 1)
+                began = time.perf_counter()
+                rows = job()
+                self._record(name, rows, time.perf_counter() - began)
+                self.progress(name, 1, 1)
+        return True
+
+    def done(self) -> dict[str, Row]:
+        """What is recorded: job -> {"rows", "seconds"}."""
+        path = self.out / RUNS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return {record["job"]: record for record in map(json.loads, lines)}
+
+    def _record(self, job: str, rows: list[Row], seconds: float) -> None:
+        line = json.dumps({"job": job, "seconds": round(seconds, 2), "rows": rows})
+        with (self.out / RUNS).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    # ---- the stages: each yields its jobs
+
+    def _prepare(self) -> Iterator[Job]:
+        yield "convert", self._convert
+
+    def _profile(self) -> Iterator[Job]:
+        yield "profile", self._measure_table
+
+    def _train(self) -> Iterator[Job]:
+        for order in ("importance", "none"):  # these do not depend on the seed
+            yield f"untrained/{order}", lambda o=order: self._judge_untrained(o, 0)
+        for seed in self.seeds:  # seed by seed: what is cut off lacks seeds, not arms
+            yield f"untrained/random/{seed}", lambda s=seed: self._judge_untrained("random", s)
+            for name, arm in self.plan.arms().items():
+                yield f"train/{name}/{seed}", lambda n=name, a=arm, s=seed: self._train_arm(n, a, s)
+
+    def _route(self) -> Iterator[Job]:
+        for seed in self.seeds:
+            yield f"route/{seed}", lambda s=seed: self._route_static(s)
+
+    def _adaptive(self) -> Iterator[Job]:
+        for seed in self.seeds:
+            yield f"adaptive/{seed}", lambda s=seed: self._route_adaptive(s)
+
+    def _latency(self) -> Iterator[Job]:
+        # As many sub-networks as there are: when rows were added, all are timed again, side by side.
+        adaptive = sum(job.startswith("adaptive/") for job in self.done())
+        yield f"latency of {len(self._sub_networks())} and {adaptive}", self._measure_all
+
+    # ---- the jobs
+
+    def _convert(self) -> list[Row]:
+        parent = load_parent(self.plan.parent)
+        corpus = self.corpus(parent.tokenizer)
+        for order in ("importance", "none", "random"):
+            # One random order for each seed: the draw is what that arm is about.
+            for seed in self.seeds if order == "random" else (0,):
+                pipeline.convert(
+                    parent.model,
+                    self._converted(order, seed),
+                    data=corpus,
+                    tokenizer=parent.tokenizer,
+                    samples=self.plan.calibration,
+                    length=self.plan.length,
+                    order=order,
+                    seed=seed,
+                    progress=self.progress,
+                )
+        return []
+
+    def _measure_table(self) -> list[Row]:
+        directory = self._converted("importance", 0)
+        pipeline.profile(directory, [self.plan.workload], rounds=_ROUNDS, progress=self.progress)
+        return []
+
+    def _judge_untrained(self, order: str, seed: int) -> list[Row]:
+        model, _ = load_elastic(self._converted(order, seed))
+        arm = next(name for name, arm in self.plan.arms().items() if arm == Arm(order=order))
+        return self._judge(model, arm, seed, 0, self.uniform())
+
+    def _train_arm(self, name: str, arm: Arm, seed: int) -> list[Row]:
+        model, _ = load_elastic(self._converted(arm.order, seed))
+        corpus, rungs = self.corpus(), self.uniform()
+        teacher = None
+        config = self.plan.training(arm, seed, None if arm.alone is None else rungs[arm.alone])
+        if config.distillation:
+            teacher, _ = load_elastic(self._converted("importance", 0))
+        if arm.start == "scratch":
+            model = self._from_scratch(model, seed)
+        with tempfile.TemporaryDirectory() as scratch:
+            report = train_model(
+                model,
+                corpus.train,
+                config,
+                Path(scratch) / "run",
+                teacher=teacher,
+                progress=lambda step, steps, _: self.progress(f"{name}, seed {seed}", step, steps),
+            )
+        judged = rungs if arm.alone is None else {arm.alone: rungs[arm.alone]}
+        rows = self._judge(model, name, seed, report.tokens, judged)
+        if arm == Arm():
+            directory = self._trained(seed)
+            shutil.copytree(self._converted("importance", 0), directory, dirs_exist_ok=True)
+            save_elastic(model, directory)
+        return rows
+
+    def _route_static(self, seed: int) -> list[Row]:
+        directory = self._trained(seed)
+        began = time.perf_counter()
+        result = pipeline.route(
+            directory,
+            replace(self.plan.route, seed=seed),
+            data=self.corpus(),
+            samples=self.plan.route_samples,
+            length=self.plan.length,
+            progress=self.progress,
+        )
+        seconds = time.perf_counter() - began
+        model = pipeline.from_pretrained(directory)
+        tokens = self._trained_tokens(seed)
+        routed = {b: model.planner.resolve(b) for b in self.plan.budgets}
+        searched = {t.target: t.search_widths for t in result.targets if t.target in self.plan.budgets}
+        rows = self._judge(model, "static routers", seed, tokens, routed)
+        rows += self._judge(model, "searched", seed, tokens, searched)
+        fit = {"surrogate": result.surrogate.to_dict(), "route_seconds": round(seconds, 1)}
+        return [row | fit for row in rows]
+
+    def _route_adaptive(self, seed: int) -> list[Row]:
+        directory = self._trained(seed)
+        pipeline.route_adaptive(
+            directory,
+            replace(self.plan.adaptive, seed=seed),
+            data=self.corpus(),
+            length=self.plan.adaptive_length,
+            progress=self.progress,
+        )
+        model = pipeline.from_pretrained(directory)
+        tokens, table, budgets = self._judging(), self.table(), list(self.plan.budgets)
+        dials = [Dial.adaptive(model.elastic, [b]) for b in budgets]
+        fractions = adaptive_routing.fractions(model, table, tokens, budgets, "prefill").tolist()
+        losses = evaluate(model, tokens, dials, batch_size=4)
+        trained = self._trained_tokens(seed)
+        return [
+            {"arm": "adaptive routers", "seed": seed, "budget": budget, "tokens": trained, "loss": loss,
+             "predicted_ms": fraction * table.full_ms}
+            for budget, loss, fraction in zip(budgets, losses, fractions, strict=True)
+        ]  # fmt: skip
+
+    def _measure_all(self) -> list[Row]:
+        """Every sub-network that any row is about, timed in one run: their milliseconds compare."""
+        model, _ = load_elastic(self._converted("importance", 0))
+        others = [widths for widths in self._sub_networks() if widths != model.elastic.full()]
+        full_ms, times = measure(
+            model,
+            others,
+            self.plan.workload,
+            rounds=_ROUNDS,
+            on_round=lambda done: self.progress("measuring every sub-network", done, _ROUNDS),
+        )
+        found = [(model.elastic.full(), full_ms), *zip(others, times, strict=True)]
+        rows = [
+            {"timed": {"mlp": w.mlp, "heads": w.heads}, "measured_ms": ms, "full_ms": full_ms}
+            for w, ms in found
+        ]
+        seeds = [s for s in self.seeds if f"adaptive/{s}" in self.done()]
+        return rows + [row for seed in seeds for row in self._measure_adaptive(seed)]
+
+    def _measure_adaptive(self, seed: int) -> list[Row]:
+        """On real text: how many tokens take which width decides the time, and the routers' own is in it."""
+        model = pipeline.from_pretrained(self._trained(seed))
+        workload = self.plan.workload
+        ids = text.windows(self.corpus().held_out, workload.batch, workload.length)
+        dials = [Dial.adaptive(model.elastic, [b]) for b in self.plan.budgets]
+        full_ms, times = measure(model, dials, workload, rounds=_ROUNDS, ids=ids)
+        return [
+            {"timed_adaptive": [seed, budget], "measured_ms": ms, "full_ms": full_ms}
+            for budget, ms in zip(self.plan.budgets, times, strict=True)
+        ]
+
+    # ---- what they share
+
+    def _sub_networks(self) -> list[Widths]:
+        """All that rows are about, each once, in their order."""
+        rows = [row for record in self.done().values() for row in record["rows"] if "mlp" in row]
+        return list(dict.fromkeys(Widths(row["mlp"], row["heads"]) for row in rows))
+
+    def corpus(self, tokenizer: Any = None) -> pipeline.Corpus:
+        """The real stories: (to work on, to judge by)."""
+        if self._corpus is None:
+            tokenizer = tokenizer or pipeline.tokenizer_of(self._converted("importance", 0))
+            self._corpus = pipeline.encode(_documents(), tokenizer)
+        return self._corpus
+
+    def table(self) -> LatencyTable:
+        tables = load_tables(self._converted("importance", 0))
+        if self.plan.workload.phase not in tables:
+            raise ValueError(
+                "reproduce: stages must include prepare and profile before this one, got neither"
+            )
+        return tables[self.plan.workload.phase]
+
+    def uniform(self) -> dict[float, Widths]:
+        """Budget -> the uniform ladder's widths for it, the full model at 1."""
+        model, _ = load_elastic(self._converted("importance", 0))
+        table, ladder = self.table(), uniform_ladder(model.elastic)
+        found = {b: ladder.highest(table.predict, b * table.full_ms) for b in (*self.plan.budgets, 1.0)}
+        if None in found.values():
+            raise ValueError(
+                f"reproduce: budgets must be at least {table.smallest_ms / table.full_ms:.3f}, what the fastest "
+                f"network takes on this machine, got {min(found):g}"
+            )
+        return found
+
+    def _judge(self, model: Any, arm: str, seed: int, tokens: int, widths: dict[float, Widths]) -> list[Row]:
+        table = self.table()
+        losses = evaluate(model, self._judging(), list(widths.values()), batch_size=4)
+        return [
+            {
+                "arm": arm,
+                "seed": seed,
+                "budget": budget,
+                "tokens": tokens,
+                "loss": loss,
+                "predicted_ms": table.predict(w),
+                "params": model.elastic.params(w),
+                "mlp": w.mlp,
+                "heads": w.heads,
+            }
+            for (budget, w), loss in zip(widths.items(), losses, strict=True)
+        ]
+
+    def _judging(self) -> Tensor:
+        return text.windows(self.corpus().held_out, self.plan.judged, self.plan.length)
+
+    def _from_scratch(self, model: Any, seed: int) -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            config = copy.deepcopy(model.config)
+            fresh = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        return make_elastic(fresh.float(), model.elastic)
+
+    def _trained_tokens(self, seed: int) -> int:
+        rows = self.done()[f"train/importance order/{seed}"]["rows"]
+        return max(row["tokens"] for row in rows)
+
+    def _converted(self, order: str, seed: int) -> Path:
+        return self.out / (f"converted-{order}-{seed}" if order == "random" else f"converted-{order}")
+
+    def _trained(self, seed: int) -> Path:
+        return self.out / f"trained-{seed}"
+
+
+def _documents() -> tuple[list[str], list[str]]:
+    folder = stories.data_folder() / "text"
+    if not (folder / TEXT).is_file():
+        raise FileNotFoundError(
+            f"reproduce: the stories must be in $FLEXTRON_DATA/text/{TEXT}, got no such file"
+        )
+    return text.split_documents(text.read_documents(folder / TEXT), held_out=_HELD_OUT)
