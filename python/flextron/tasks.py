@@ -190,11 +190,16 @@ def _task(source: Source, config: str, rows: dict[str, list[Row]]) -> Any:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """The harness warns about what is meant to be so: data of our own, a model that is loaded already."""
-    logger = logging.getLogger("lm_eval")
+    """The harness warns about what is meant to be so (data of our own, a loaded model), and shows bars for copies."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    logger, shown = logging.getLogger("lm_eval"), not are_progress_bars_disabled()
     before = logger.level
     logger.setLevel(logging.ERROR)
+    disable_progress_bars()
     try:
         yield
     finally:
         logger.setLevel(before)
+        if shown:
+            enable_progress_bars()

@@ -133,15 +133,22 @@ def _token_map(model: Any, tokenizer: Any, tokens: torch.Tensor, targets: Sequen
     shade = ((share - low) / (high - low).clamp_min(1e-6)).tolist()
     spans = [
         f'<span style="background:rgba(31,111,180,{0.75 * s:.2f})" title="{value:.2f} of the steps">'
-        f"{html.escape(tokenizer.decode([token]))}</span>"
-        for token, s, value in zip(ids[0].tolist(), shade, share.tolist(), strict=True)
+        f"{html.escape(_shown(piece))}</span>"
+        for piece, s, value in zip(
+            tokenizer.convert_ids_to_tokens(ids[0].tolist()), shade, share.tolist(), strict=True
+        )
     ]
     return Section(
         "Width of every token",
         f"At a budget of {target:g} the router chooses for each token: the darker, the wider, from "
         f"{float(low):.2f} to {float(high):.2f} of the steps of the menus, mean over layers and both axes.",
-        markup=f'<div class="text">{" ".join(spans)}</div>',
+        markup=f'<div class="text">{"".join(spans)}</div>',
     )
+
+
+def _shown(piece: str) -> str:
+    """A token as it stands in the text: vocabularies write a space as one of two other characters."""
+    return piece.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n").replace("<0x0A>", "\n")
 
 
 def _routers(result: RouterResult) -> list[Section]:

@@ -111,7 +111,7 @@ def _write_csv(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
 
 def write(studies: Sequence[Study], out: str | Path) -> list[Path]:
     """``results.csv``, ``summary.csv`` and ``study.html`` of what has been run so far."""
-    rows = [row for study in studies for row in rows_of(study)]
+    rows = _compared([row for study in studies for row in rows_of(study)])
     if not rows:
         return []
     paths = [Path(out) / name for name in ("results.csv", "summary.csv", "study.html")]
@@ -194,6 +194,14 @@ def _section(parent: str, comparison: str, question: str, some: Sequence[Row]) -
         ["arm", "budget", "loss", "spread", "latency, of full", "seeds"],
         table,
     )
+
+
+def _compared(rows: Sequence[Row]) -> list[Row]:
+    """Without the comparisons of which only one arm has been run."""
+    arms: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        arms.setdefault((row["parent"], row["comparison"]), set()).add(row["arm"])
+    return [row for row in rows if len(arms[row["parent"], row["comparison"]]) > 1]
 
 
 def _times(done: dict[str, Row]) -> dict[tuple[Any, ...], Row]:
