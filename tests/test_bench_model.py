@@ -34,7 +34,7 @@ def test_everyone_is_timed_at_every_width(bench_model, tmp_path):
     )
     rows = bench_model.measure(args)
     assert {(r.width, r.who) for r in rows} >= {
-        (w, who) for w in bench_model.WIDTHS for who in ("flextron", "transformers")
+        (w, who) for w in bench_model.WIDTHS for who in ("flextron", "flextron, packed", "transformers")
     }
     assert all(r.prefill > 0 and r.decode > 0 and r.ideal_decode > 0 for r in rows)
     ideal = {r.width: r.ideal_decode for r in rows}

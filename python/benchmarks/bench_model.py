@@ -173,6 +173,16 @@ def wait_until_idle(most: float = 60.0) -> None:
             return
 
 
+def elastic_of(full: LlamaForCausalLM) -> object:
+    """An elastic model on the weights of ``full``, at no cost of memory."""
+    with torch.device("meta"):
+        elastic = LlamaForCausalLM(copy.deepcopy(full.config)).eval()
+    elastic.load_state_dict(full.state_dict(), assign=True)
+    elastic.tie_weights()
+    elastic.model.rotary_emb = full.model.rotary_emb
+    return make_elastic(elastic, elastic_config(elastic))
+
+
 def contestants(
     args: argparse.Namespace, folder: Path
 ) -> tuple[dict[tuple[float, str], Run], dict[float, int]]:
@@ -181,12 +191,8 @@ def contestants(
     dtype = DTYPES[args.dtype]
     full = LlamaForCausalLM(MODELS[args.model](args)).to(dtype).eval()
     ids = torch.randint(0, full.config.vocab_size, (1, args.prompt))
-    with torch.device("meta"):
-        elastic = LlamaForCausalLM(copy.deepcopy(full.config)).eval()
-    elastic.load_state_dict(full.state_dict(), assign=True)
-    elastic.tie_weights()
-    elastic.model.rotary_emb = full.model.rotary_emb
-    make_elastic(elastic, elastic_config(elastic))
+    elastic, packed = elastic_of(full), elastic_of(full)
+    flextron.pack(packed, dtype="int8" if args.dtype == "int8" else None)
     runs: dict[tuple[float, str], Run] = {}
     size, sizes = (1 if args.dtype == "int8" else dtype.itemsize), {}
     ours = generation(elastic, ids, args.new)
@@ -200,6 +206,7 @@ def contestants(
         widths = widths_of(elastic, share)
         sizes[share] = elastic.elastic.params(widths) * size
         same = plain.get(share, full)
+        runs[share, "flextron, packed"] = at_width(generation(packed, ids, args.new), packed, widths)
         if args.dtype != "int8":
             runs[share, "flextron"] = at_width(ours, elastic, widths)
             runs[share, "transformers"] = generation(same, ids, args.new)
