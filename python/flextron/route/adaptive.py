@@ -345,7 +345,7 @@ class _Training:
             (loss + self.options.latency_weight * miss).backward()
             self.optimiser.step()
             if (step + 1) % max(1, steps // 50) == 0:
-                self.history.append({"step": step + 1, "loss": float(loss), "latency_miss": float(miss)})
+                self.history.append({"step": step + 1, "loss": loss.item(), "latency_miss": miss.item()})
             self.progress("adaptive router steps", step + 1, steps)
 
     def _draw(self) -> tuple[Tensor, Tensor]:
