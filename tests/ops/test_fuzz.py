@@ -1,4 +1,7 @@
-"""Drawn calls of the CPU GEMM ops, good and bad: right values or one sentence, no crash (make sanitize: 10,000)."""
+"""Drawn calls of the CPU GEMM ops, good and bad: right values or one sentence, no crash.
+
+FLEXTRON_FUZZ_CALLS=10000 draws that many.
+"""
 
 import os
 import random
