@@ -1,21 +1,19 @@
 // The GEMM of the ops on a CPU, float accumulation: what elastic_linear's and elastic_mlp's layers are made
 // of there.
 //
-//   y[m, ob, n] = bias[ob, n] + scale[ob, n] * sum_{ib, i < inputs_m} a[m, ib, i] * B[ob, n, ib, i]      n <
-//   features_m hidden:  y[m, n] = act(gate sum) * (up sum), both of this form; or act(sum) where there is no
-//   gate
+//   y[m, ob, n] = bias[ob, n] + scale[ob, n] * sum_{ib, i < inputs_m} a[m, ib, i] * B[ob, n, ib, i]
+//   n < features_m. Hidden: y[m, n] = act(gate sum) * (up sum), both of this form; act(sum) without a gate.
 //
 // Features are made in panels of kPanel. A sum is made of chains of kChainInputs products, each chain added
 // from zero in order of i and the chains in order: neither the rows beside a row, nor how many, nor a prefix
 // that is cut off, nor the number of threads changes a bit of it. Weights lie in one of three layouts:
 //
 //   panels   [ob][panel][inputs of all blocks][kPanel], contiguous, the last panel filled up: prefixes of
-//   features
-//            and of inputs are both contiguous. The panels of a gate and an up projection alternate, the
-//            gate's first
+//            features and of inputs are both contiguous. The panels of a gate and an up projection alternate,
+//            the gate's first
 //   rows     [ob * out_stride + n][input], rows weight_stride apart: a plain weight. Few rows are dot
-//   products, whose
-//            chains run through the lanes of a vector instead: the same promise, but bits of their own
+//            products, whose chains run through the lanes of a vector: the same promise, but bits of their
+//            own
 //   columns  [input][ob * out_stride + n], rows weight_stride apart: a plain weight for its input's gradient
 #pragma once
 
