@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flextron.nn.policy import Gated, Mixed
+from flextron.nn.policy import Gated, Mixed, menus_of
 from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, StaticRouter
 
 GATES = ("soft", "hard")
@@ -31,11 +31,7 @@ def learning_policies(
 
     The adaptive router draws for every token, the static one once for each sequence.
     """
-    device = tau.device
-    menus = Choices(
-        torch.tensor(model.elastic.mlp_choices, device=device),
-        torch.tensor(model.elastic.head_choices, device=device),
-    )
+    menus = menus_of(model.elastic, tau.device)
     rows = router(tau) if isinstance(router, StaticRouter) else None
 
     def logits_of(layer: int) -> Callable[[Tensor], Choices]:

@@ -118,6 +118,13 @@ class PerRequest(Policy):
         return Decision(Kept(per_token(self.mlp, x)), Kept(per_token(self.heads, x)))
 
 
+def menus_of(config: ElasticConfig, device: torch.device) -> Choices:
+    """Widths of the choices of each axis, int64."""
+    return Choices(
+        torch.tensor(config.mlp_choices, device=device), torch.tensor(config.head_choices, device=device)
+    )
+
+
 class PerToken(Policy):
     """The adaptive router's choice for every token: arg-max without noise, by the op ``route``.
 
@@ -142,10 +149,7 @@ class PerToken(Policy):
         self.router, self.layer, self.seen = router, layer, seen
         with torch.no_grad():
             self.context = router.context(targets, layer, phase)
-        device = targets.device
-        self.menus = Choices(
-            torch.tensor(config.mlp_choices, device=device), torch.tensor(config.head_choices, device=device)
-        )
+        self.menus = menus_of(config, targets.device)
 
     def decide(self, x: Tensor) -> Decision:
         logits = self.router.logits(x, self.layer, self.context)
