@@ -22,7 +22,7 @@ void named_barrier(int id, int threads, bool waits, const Site& site) {
     ++grid().counters.barriers;
     wake(barrier.waiting);
   } else if (waits) {
-    wait_in(barrier.waiting, id == 0 ? "__syncthreads" : "named barrier", site, text(", id ", id));
+    wait_in(barrier.waiting, id == 0 ? "__syncthreads" : "named barrier", site, {"id ", id});
   }
 }
 
@@ -119,7 +119,7 @@ void mbarrier_wait(void* address, unsigned parity, const Site& site) {
               " before, parity ", parity, " names it again; the barrier is in phase ", barrier.completed));
   seen->second = phase;
   if (passes) return;
-  wait_in(barrier.waiting, "mbarrier_wait", site, text(", mbarrier at ", offset, ", parity ", parity));
+  wait_in(barrier.waiting, "mbarrier_wait", site, {"mbarrier at ", offset, parity});
   if (barrier.completed > phase + 1)
     fail(site, text("wrong phase: the mbarrier at ", offset, " has completed phase ", barrier.completed - 1,
                     " before this thread, waiting for ", phase, ", could see it"));

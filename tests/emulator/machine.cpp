@@ -177,6 +177,15 @@ bool land_some(Grid& grid, bool idle) {
   return true;
 }
 
+}  // namespace
+
+std::string Detail::text() const {
+  if (!name) return "";
+  return emulator::text(", ", name, number, parity < 0 ? "" : emulator::text(", parity ", parity));
+}
+
+namespace {
+
 std::string deadlock(Grid& grid) {
   std::string report = "every thread waits";
   for (const auto& block : grid.cluster) {
@@ -187,7 +196,7 @@ std::string deadlock(Grid& grid) {
     std::map<std::string, Group> groups;
     for (const auto& thread : block->threads) {
       if (thread->state == Thread::kDone) continue;
-      Group& group = groups[text(thread->what, " at ", at(thread->site), thread->detail)];
+      Group& group = groups[text(thread->what, " at ", at(thread->site), thread->detail.text())];
       if (group.count++ < 4) group.who += text(group.who.empty() ? "" : ", ", thread->number);
     }
     report += text("\n  block ", triple(block->index), ", ", block->running, " of ", block->threads.size(),
@@ -378,7 +387,7 @@ void fail(const Site& site, const std::string& message) {
   __builtin_unreachable();
 }
 
-void wait_in(Queue& queue, const char* what, const Site& site, const std::string& detail) {
+void wait_in(Queue& queue, const char* what, const Site& site, const Detail& detail) {
   Thread& thread = *current;
   queue.push_back(&thread);
   thread.state = Thread::kWaiting;
@@ -411,9 +420,9 @@ bool arrive(uint32_t mask, const char* what, const Site& site, void* argument, M
     w.meetings.push_back({.mask = mask, .what = what, .site = site, .arguments = {}, .waiting = {}});
   }
   Meeting& meeting = w.meetings[i];
-  const bool same = meeting.mask == mask && std::strcmp(meeting.what, what) == 0 &&
-                    meeting.site.line() == site.line() &&
-                    std::strcmp(meeting.site.file_name(), site.file_name()) == 0;
+  const auto equal = [](const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; };
+  const bool same = meeting.mask == mask && equal(meeting.what, what) && meeting.site.line() == site.line() &&
+                    equal(meeting.site.file_name(), site.file_name());
   if (!same)
     fail(site, text("divergent ", what, ": the warp's other lanes are in ", meeting.what, " at ",
                     at(meeting.site)));

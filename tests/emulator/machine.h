@@ -142,6 +142,13 @@ struct Flight {  // a bulk copy that the engine has been asked for
   Site site;
 };
 
+struct Detail {  // of what a thread waits for, in words only where a report asks: threads wait often
+  const char* name = nullptr;
+  int64_t number = 0, parity = -1;
+
+  std::string text() const;
+};
+
 struct Thread {
   enum State { kReady, kWaiting, kDone };
   Fiber fiber;
@@ -150,7 +157,7 @@ struct Thread {
   int number = 0, lane = 0, warp = 0;
   State state = kReady;
   const char* what = "";  // it waits for
-  std::string detail;
+  Detail detail;
   Site site;
   std::deque<std::vector<Copy>> copies;  // cp.async groups, oldest first
   std::vector<Copy> open_copies;
@@ -224,7 +231,7 @@ std::string text(const Parts&... parts) {
   return result;
 }
 
-void wait_in(Queue& queue, const char* what, const Site& site, const std::string& detail = "");
+void wait_in(Queue& queue, const char* what, const Site& site, const Detail& detail = {});
 void wake(Queue& queue);
 // Lanes of `mask` meet: true for the last to come, who gets the meeting and must wake the others.
 bool arrive(uint32_t mask, const char* what, const Site& site, void* argument, Meeting& whole);

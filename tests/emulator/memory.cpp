@@ -33,15 +33,15 @@ void poison(Block& block, uint32_t offset, size_t bytes) {
 void check_async_read(Block& block, uint32_t offset, size_t bytes, const Site& site, int swizzle) {
   for (size_t i = offset / 4; i < (offset + bytes + 3) / 4; ++i) {
     const Cell& cell = block.cells[i];
-    const std::string where = text("shared memory at offset ", 4 * i);
+    const auto where = [&] { return text("shared memory at offset ", 4 * i); };
     if (cell.kind == Cell::kUnknown)
-      fail(site, where +
+      fail(site, where() +
                      " is read asynchronously, and was written neither by the copy engine nor through "
                      "store_shared, stmatrix or cp.async");
     if (cell.kind == Cell::kFlying)
-      fail(site, text(where, " is read while the copy of line ", cell.line, " is still on its way"));
+      fail(site, text(where(), " is read while the copy of line ", cell.line, " is still on its way"));
     if (cell.kind == Cell::kDirty)
-      fail(site, text(where, " was written at line ", cell.line, " by thread ", cell.writer,
+      fail(site, text(where(), " was written at line ", cell.line, " by thread ", cell.writer,
                       ", which has not called fence_proxy_async since"));
     if (cell.kind == Cell::kLanded && swizzle >= 0 && cell.swizzle != swizzle)
       fail(site, text("swizzle: the copy engine wrote offset ", 4 * i, " with mode ", cell.swizzle,
