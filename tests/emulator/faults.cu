@@ -292,7 +292,8 @@ __global__ void multicast_kernel(const __grid_constant__ TensorMap from, float* 
 
 struct WgmmaFault {
   bool no_fence = false, no_wait = false, overwrites = false, early = false, swizzle = false,
-       unaligned = false, unequal = false, writes_accumulator = false, holds_early = false;
+       unaligned = false, unequal = false, writes_accumulator = false, holds_early = false,
+       no_barrier = false;
 };
 
 // y[64, 64] = a b^T of two tiles.
@@ -323,6 +324,9 @@ __global__ void wgmma_kernel(const __grid_constant__ TensorMap a, const __grid_c
   if (fault.overwrites && threadIdx.x == 0) shared.a.value[100] = bf16(5.0f);
   if (!fault.no_wait) wgmma_wait<0>();
   if (fault.holds_early || !fault.no_wait) hold(d);
+  if (!fault.no_barrier) __syncthreads();  // a warp's rows of A are free when the others' wgmma has read them
+  if (!fault.no_wait && threadIdx.x % 32 == 0)
+    store_shared(&shared.a.value[threadIdx.x / 32 * 16 * 64], bf16(5.0f));
   const int row = static_cast<int>(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4),
             column = threadIdx.x % 4 * 2;
   for (int i = 0; i < 32; ++i) y[(row + i / 2 % 2 * 8) * 64 + i / 4 * 8 + column + i % 2] = d[i];
@@ -527,6 +531,7 @@ const std::vector<Case>& cases() {
       {"unequal_wgmma", "error", "divergent wgmma", run_wgmma<WgmmaFault{.unequal = true}>},
       {"missing_wgmma_wait_seen", "error", "hold|under way",
        run_wgmma<WgmmaFault{.no_wait = true, .holds_early = true}>},
+      {"reused_operand", "error", "shared memory at offset", run_wgmma<WgmmaFault{.no_barrier = true}>},
       {"written_accumulator", "error", "accumulator 3", run_wgmma<WgmmaFault{.writes_accumulator = true}>},
       {"missing_grid_wait", "stale", "", run_dependent},
       {"refused_tensor_map", "error", "strides must be multiples of 16 bytes", run_refused_map},

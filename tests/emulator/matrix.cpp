@@ -125,7 +125,8 @@ void mma_m16n8k16(bool is_bf16, float* d, const uint32_t* a, uint32_t b0, uint32
 // ---- wgmma ----
 //
 // A warp's quarter of the product is worked out when it asks, into a hidden copy of the accumulators; the
-// registers hold poison until the wait, which also checks that the operands have stayed as they were.
+// registers hold poison until the wait, which also checks that the operands have stayed as they were: all of
+// them, as nothing says that a warp's part of the hardware reads its own rows of A alone.
 
 namespace {
 
@@ -166,14 +167,14 @@ Operand operand(uint64_t descriptor, bool mn_major, const char* name, const Site
   return o;
 }
 
-// The operand's values, rows [first, first + count) of M or N; notes the 16-byte pieces in `part`.
-void read_operand(const Operand& o, uint32_t first, uint32_t count, bool is_bf16, std::vector<double>& values,
+// The operand's values, [16][count] of its rows of M or N; notes the 16-byte pieces in `part`.
+void read_operand(const Operand& o, uint32_t count, bool is_bf16, std::vector<double>& values,
                   WarpMatrix& part, const Site& site) {
   Block& block = *current->block;
-  values.resize(size_t{count} * 16);  // [16][count]
+  values.resize(size_t{count} * 16);
   uint32_t last = ~0u;
   const auto element = [&](uint32_t mn, uint32_t k) {
-    const uint32_t address = o.address(first + mn, k);
+    const uint32_t address = o.address(mn, k);
     if (address < kSharedBase) fail(site, text("wgmma: address ", address, " is not in shared memory"));
     const uint32_t offset = address - kSharedBase, piece = offset / 16 * 16;
     if (piece != last) {
@@ -264,8 +265,10 @@ void wgmma(bool is_bf16, int N, float* d, const uint32_t* a_registers, uint64_t 
     part.site = site;
     part.accumulators = lane(0)->d;
     const auto count = static_cast<uint32_t>(N);
-    std::vector<double> left(256), right;
+    std::vector<double> left, right;  // [16][rows of left], [16][N]
+    uint32_t rows = 16, first = 0;    // of left, and where the warp's begin
     if (a_registers) {
+      left.resize(256);
       double fragment[16][16];
       gather_a(fragment, is_bf16, [&](int l, int r) { return lane(l)->a[r]; });
       for (int row = 0; row < 16; ++row)
@@ -275,10 +278,10 @@ void wgmma(bool is_bf16, int N, float* d, const uint32_t* a_registers, uint64_t 
         part.a_values.insert(part.a_values.end(), lane(l)->a, lane(l)->a + 4);
       }
     } else {
-      read_operand(operand(a, a_mn_major, "A", site), 16 * static_cast<uint32_t>(current->warp % 4), 16,
-                   is_bf16, left, part, site);
+      rows = 64, first = 16 * static_cast<uint32_t>(current->warp % 4);
+      read_operand(operand(a, a_mn_major, "A", site), rows, is_bf16, left, part, site);
     }
-    read_operand(operand(b, b_mn_major, "B", site), 0, count, is_bf16, right, part, site);
+    read_operand(operand(b, b_mn_major, "B", site), count, is_bf16, right, part, site);
 
     auto [entry, is_new] = w.accumulators.try_emplace(part.accumulators);
     Accumulators& acc = entry->second;
@@ -300,7 +303,7 @@ void wgmma(bool is_bf16, int N, float* d, const uint32_t* a_registers, uint64_t 
     for (uint32_t row = 0; row < 16; ++row) {
       std::fill(sum.begin(), sum.end(), 0.0);
       for (uint32_t k = 0; k < 16; ++k) {
-        const double factor = left[k * 16 + row], *column = &right[size_t{k} * count];
+        const double factor = left[k * rows + first + row], *column = &right[size_t{k} * count];
         for (uint32_t n = 0; n < count; ++n) sum[n] += factor * column[n];
       }
       for (uint32_t n = 0; n < count; ++n) {
