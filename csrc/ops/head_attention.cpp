@@ -52,11 +52,22 @@ ExtentShape extent_shape(const char* op, const OptionalTensor& extent, const Tex
   return {one ? 1 : B, one ? 0 : 1, 0};
 }
 
-AttentionPlan make_plan(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads,
-                        const Text& unit, const OptionalTensor& extent, const Text& extent_per,
-                        const OptionalTensor& index, const OptionalTensor& cu_seqlens_q,
-                        const OptionalTensor& cu_seqlens_k, const OptionalTensor& k_start, bool causal,
-                        std::optional<double> scale) {
+// What both ops are given to attend by.
+struct Arguments {
+  const char* op;
+  const Tensor &q, &k, &v;
+  int64_t heads;
+  const Text& unit;
+  const OptionalTensor& extent;
+  const Text& extent_per;
+  const OptionalTensor &index, &cu_seqlens_q, &cu_seqlens_k, &k_start;
+  bool causal;
+  std::optional<double> scale;
+};
+
+AttentionPlan make_plan(const Arguments& given) {
+  const auto& [op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start,
+               causal, scale] = given;
   check_dim(op, "q", q, 3);
   check_dim(op, "k", k, 3);
   AttentionPlan plan = start_plan(op, q, k, v, heads, unit.value, index, scale);
@@ -111,11 +122,9 @@ struct DevicePlan {
   bool whole;  // every head of every row is active: then all of the results is written
 };
 
-DevicePlan make_device_plan(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads,
-                            const Text& unit, const OptionalTensor& extent, const Text& extent_per,
-                            const OptionalTensor& index, const OptionalTensor& cu_seqlens_q,
-                            const OptionalTensor& cu_seqlens_k, const OptionalTensor& k_start, bool causal,
-                            std::optional<double> scale) {
+DevicePlan make_device_plan(const Arguments& given) {
+  const auto& [op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start,
+               causal, scale] = given;
   check_dim(op, "q", q, 3);
   check_dim(op, "k", k, 3);
   AttentionPlan plan = describe_heads(op, q, k, v, heads, unit.value, index, scale);
@@ -217,12 +226,11 @@ std::tuple<Tensor, Tensor> head_attention(const Tensor& q, const Tensor& k, cons
                                           bool causal, std::optional<double> scale) {
   constexpr auto op = "head_attention";
   const NoGrad no_grad;
-  if (runs_on_gpu(q))
-    return forward_on_gpu(op, q, k, v,
-                          make_device_plan(op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q,
-                                           cu_seqlens_k, k_start, causal, scale));
-  const AttentionPlan plan = make_plan(op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q,
-                                       cu_seqlens_k, k_start, causal, scale);
+  const Arguments given{op,           q,       k,          v,     heads,
+                        unit,         extent,  extent_per, index, cu_seqlens_q,
+                        cu_seqlens_k, k_start, causal,     scale};
+  if (runs_on_gpu(q)) return forward_on_gpu(op, q, k, v, make_device_plan(given));
+  const AttentionPlan plan = make_plan(given);
   const Tensor q_ = check_rows(op, "q", q, q), k_ = check_rows(op, "k", k, q), v_ = check_rows(op, "v", v, q);
   const int64_t T = q.size(0);
   Tensor out = zeros(q, {T, plan.H, plan.D}), lse = empty(q, {T, plan.H}, wide_dtype(q));
@@ -243,13 +251,12 @@ std::tuple<Tensor, Tensor, Tensor> head_attention_backward(
     const OptionalTensor& k_start, bool causal, std::optional<double> scale, int64_t output_mask) {
   constexpr auto op = "head_attention_backward";
   const NoGrad no_grad;
+  const Arguments given{op,           q,       k,          v,     heads,
+                        unit,         extent,  extent_per, index, cu_seqlens_q,
+                        cu_seqlens_k, k_start, causal,     scale};
   if (runs_on_gpu(q))
-    return backward_on_gpu(op, dout, q, k, v, out, lse,
-                           make_device_plan(op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q,
-                                            cu_seqlens_k, k_start, causal, scale),
-                           output_mask);
-  const AttentionPlan plan = make_plan(op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q,
-                                       cu_seqlens_k, k_start, causal, scale);
+    return backward_on_gpu(op, dout, q, k, v, out, lse, make_device_plan(given), output_mask);
+  const AttentionPlan plan = make_plan(given);
   const int64_t T = q.size(0), S = k.size(0);
   const std::vector<int64_t> q_shape{T, plan.H, plan.D}, k_shape{S, plan.G, plan.D};
   check_gradients(op, dout, q, out, lse, plan, output_mask);
