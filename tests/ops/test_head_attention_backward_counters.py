@@ -108,7 +108,7 @@ def test_only_what_is_asked_for_is_computed(mask):
     assert written == TILE * 64 * 2 * (2 if mask == 6 else 1)
 
 
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 80, 96, 128])
 @pytest.mark.parametrize("causal", [False, True])
 def test_no_bank_conflicts(D, causal):
     found = launched(100, 150, 2, 2, D, 2, causal=causal)

@@ -37,16 +37,20 @@ struct Tile {
 // of 16 bytes, and the copies are this thread's cp.async; else they are made when this returns.
 template <bool kAligned, int kThreads, class Rows, class Tile>
 __device__ __forceinline__ void load_rows(Tile& tile, int D, const Rows& row) {
-  constexpr int kLines = kThreads / 8, kPieces = Tile::kHead / 8;
+  constexpr int kLines = kThreads / 8, kPieces = Tile::kHead / 8, kRest = kPieces % 8;
   static_assert(Tile::kRows % kLines == 0);
 #pragma unroll
   for (int r = threadIdx.x / 8; r < Tile::kRows; r += kLines) {
     const auto* const from = row(r);
-#pragma unroll
-    for (int first = 0; first < kPieces; first += 8) {
-      const int piece = first + threadIdx.x % 8;
-      if (kPieces % 8 != 0 && piece >= kPieces) continue;
+    const auto copy = [&](int piece) __attribute__((always_inline)) {
       tiles::copy<kAligned>(tile.at(r, piece), from ? from + 8 * piece : from, from ? D - 8 * piece : 0);
+    };
+#pragma unroll
+    for (int first = 0; first < kPieces - kRest; first += 8) copy(first + threadIdx.x % 8);
+    if constexpr (kRest > 0) {
+      const int piece = kPieces - kRest + threadIdx.x % 8;
+      if (piece >= kPieces) continue;
+      copy(piece);
     }
   }
 }
