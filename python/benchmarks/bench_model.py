@@ -15,7 +15,6 @@ import importlib.util
 import os
 import subprocess
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
@@ -32,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, Stoppi
 import flextron
 from flextron.config import Widths
 from flextron.nn import elastic_config, make_elastic
+from flextron.testing.timing import wait_until_idle
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 DTYPES = {
@@ -152,27 +152,6 @@ def read_bandwidth() -> float:
     return best
 
 
-def wait_until_idle(most: float = 60.0) -> None:
-    """Until other programs leave the cores alone, for a minute at most; says so where they do not."""
-
-    def busy() -> float:
-        def ticks() -> list[int]:
-            return [int(t) for t in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-
-        before = ticks()
-        time.sleep(0.5)
-        spent = [b - a for a, b in zip(before, ticks(), strict=True)]
-        return 1 - (spent[3] + spent[4]) / max(sum(spent), 1)
-
-    if not Path("/proc/stat").exists():
-        return
-    end = perf_counter() + most
-    while busy() > 0.1:
-        if perf_counter() > end:
-            print(f"bench_model: the machine must be idle, got {busy():.0%} busy after {most:.0f} s")
-            return
-
-
 def elastic_of(full: LlamaForCausalLM) -> object:
     """An elastic model on the weights of ``full``, at no cost of memory."""
     with torch.device("meta"):
@@ -221,7 +200,8 @@ def contestants(
 def measure(args: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         runs, sizes = contestants(args, Path(folder))
-        wait_until_idle()
+        if not args.no_wait:
+            wait_until_idle()
         bandwidth = read_bandwidth()
         samples: dict[tuple[float, str], list[Times]] = {key: [] for key in runs}
         for done in range(args.rounds + 1):
@@ -291,6 +271,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--widths", type=lambda text: [float(w) for w in text.split(",")], default=list(WIDTHS)
     )
+    parser.add_argument("--no-wait", action="store_true", help="time at once, whatever else runs")
     parser.add_argument("--csv", type=Path, help="where the figures go; lines are added")
     return parser.parse_args(arguments)
 

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flextron_ext as ops
 from flextron.testing.numerics import assert_no_worse
-from flextron.testing.timing import bench, device_clock, wall_clock
+from flextron.testing.timing import bench, device_clock, wait_until_idle, wall_clock
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 TOKENS = {"cpu": (1, 8, 64, 256), "cuda": (1, 16, 64, 1024, 2048, 4096, 8192)}
@@ -1052,6 +1052,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="on a GPU too: no graphs")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.02, help="least length of a sample")
+    parser.add_argument("--no-wait", action="store_true", help="time at once, whatever else runs")
     parser.add_argument("--csv", type=Path, help="where the figures go")
     parser.add_argument("--plot", type=Path, help="where a drawing of time against width goes")
     parser.add_argument("--read", type=Path, help="measure nothing: plot this CSV file")
@@ -1089,6 +1090,8 @@ def run(args: argparse.Namespace) -> list[Row]:
     torch.manual_seed(0)
     dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     target = Target(args.device, DTYPES[dtype], args.backward)
+    if not args.no_wait:
+        wait_until_idle()
     top = ceilings(target, args.rounds, args.seconds)
     machine = Machine.here(target)
     print(header(machine, target, top))

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flextron.config import Widths
 from flextron.nn import elastic_config, make_elastic
 from flextron.route.latency import machine_of
-from flextron.testing.timing import compare
+from flextron.testing.timing import compare, wait_until_idle
 from flextron.train import cross_entropy
 
 
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-wait", action="store_true", help="time at once, whatever else runs")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -55,6 +56,8 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
+    if not args.no_wait:
+        wait_until_idle()
     full, others = compare(
         ("full", step),
         {name: step for name in list(widths)[1:]},

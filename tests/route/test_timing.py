@@ -3,7 +3,7 @@
 import pytest
 
 from flextron.testing import timing
-from flextron.testing.timing import Timing, bench, compare
+from flextron.testing.timing import Timing, bench, compare, wait_until_idle
 
 
 @pytest.fixture
@@ -98,3 +98,26 @@ def test_the_ratio_is_to_the_neighbours(clock):
 def test_bad_input_is_one_sentence(candidates, rounds, seconds, word):
     with pytest.raises(ValueError, match=f"bench: {word} must"):
         bench(candidates, rounds, seconds)
+
+
+@pytest.mark.parametrize("busy", [1, 30, 200], ids=["idle", "for a while", "always"])
+def test_the_wait_ends_when_others_do_or_time_is_up(clock, tmp_path, monkeypatch, capsys, busy):
+    """The first looks see processors at work, those after them ones that are idle or wait for a disk."""
+    ticks, looks = [0] * 8, 0
+
+    def sleep(pause: float) -> None:
+        nonlocal looks
+        clock.now += pause
+        looks += 1
+        used = 100 if looks < busy else 5
+        for field, more in ((0, used), (3, 60 - used * 0.6), (4, 40 - used * 0.4)):
+            ticks[field] += int(more)
+        stat.write_text(f"cpu  {' '.join(map(str, ticks))} 0 0\ncpu0 1 2 3\n")
+
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  0 0 0 0 0 0 0 0 0 0\n")
+    monkeypatch.setattr(timing, "_PROCESSORS", stat)
+    monkeypatch.setattr(timing, "sleep", sleep)
+    wait_until_idle(60.0)
+    assert clock.now == min(busy * 0.5, 60.5)
+    assert ("got 100% busy after 60 s" in capsys.readouterr().out) == (busy > 120)

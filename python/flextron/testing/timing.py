@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median, quantiles
-from time import perf_counter
+from time import perf_counter, sleep
 
 import torch
 
@@ -14,6 +15,7 @@ Setup = Callable[[str], object]
 # A callable, and how often -> seconds for all of its calls.
 Clock = Callable[[Callable[[], object], int], float]
 _MAX_REPEATS = 10_000
+_PROCESSORS = Path("/proc/stat")  # Linux: what they have done, in ticks
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,22 @@ class Comparison:
 
     ratio: float
     ratios: tuple[float, ...]
+
+
+def wait_until_idle(seconds: float = 60.0, share: float = 0.1) -> None:
+    """Wait until other programs use at most ``share`` of the processors; after ``seconds`` say that they do not.
+
+    Nothing is known, and nothing waited for, where there is no /proc/stat.
+    """
+    if not _PROCESSORS.exists():
+        return
+    end = perf_counter() + seconds
+    while (busy := _busy()) > share:
+        if perf_counter() > end:
+            print(
+                f"timing: the processors must be idle, got {busy:.0%} busy after {seconds:.0f} s of waiting"
+            )
+            return
 
 
 def wall_clock(run: Callable[[], object], repeats: int) -> float:
@@ -156,6 +174,20 @@ def _check(candidates: Mapping[str, object], rounds: int, min_seconds: float) ->
         raise ValueError(f"bench: rounds must be at least 1, got {rounds}")
     if min_seconds < 0:
         raise ValueError(f"bench: min_seconds must not be negative, got {min_seconds}")
+
+
+def _busy() -> float:
+    """The share of the processors' time that is used while this program sleeps."""
+    before = _ticks()
+    sleep(0.5)
+    spent = [after - ticks for ticks, after in zip(before, _ticks(), strict=True)]
+    idle = spent[3] + spent[4]  # and waiting for a disk
+    return 1 - idle / max(sum(spent), 1)
+
+
+def _ticks() -> list[int]:
+    """Of all processors together: user, nice, system, idle, iowait, irq, softirq, steal."""
+    return [int(ticks) for ticks in _PROCESSORS.read_text().split("\n", 1)[0].split()[1:9]]
 
 
 def _alternate(names: list[str], done: int) -> list[str]:
