@@ -62,8 +62,10 @@ struct ElasticGemmParams {
 
   GemmLayout layout;
   GemmDtype weight_dtype;  // int8: panels alone, with scales
-  const void* weight[2];   // panels: one. Otherwise the gate and the up projection where there is a gate
-  int64_t weight_stride;   // elements; panels: unused
+  // Panels: one. Rows: the gate and the up projection where there is a gate. Columns: those of the two input
+  // blocks where each has its own, in_stride 0.
+  const void* weight[2];
+  int64_t weight_stride;         // elements; panels: unused
   int64_t in_blocks, in_stride;  // input blocks, and how far apart in the weight
   int64_t out_blocks;
   int64_t out_stride;   // of an output block: in panels (a gate's counted), or in features of a plain weight

@@ -59,7 +59,7 @@ inline Vec<float> widened(const float* x) { return load_loose<float>(x); }
 inline Words extended(const uint16_t* x) {
 #if defined(__AVX512F__) && FLEXTRON_VECTOR_BYTES == 64
   return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(FLEXTRON_VECTOR_BYTES)
   return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 #else
   return __builtin_convertvector(load_loose<uint16_t>(x), Words);
@@ -68,7 +68,7 @@ inline Words extended(const uint16_t* x) {
 inline Integers extended(const int8_t* x) {
 #if defined(__AVX512F__) && FLEXTRON_VECTOR_BYTES == 64
   return (Integers)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(FLEXTRON_VECTOR_BYTES)
   return (Integers)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
 #else
   return __builtin_convertvector(load_loose<int8_t>(x), Integers);
@@ -377,7 +377,7 @@ struct Batch {
 
   i64 feature_of(i64 slot) const { return (unit + slot / panels) * kPanel; }
   i64 features_of(i64 slot) const { return smaller(kPanel, p.features - feature_of(slot)); }
-  const W* plain(i64 slot) const { return static_cast<const W*>(p.weight[slot % panels]); }
+  const W* plain(i64 which) const { return static_cast<const W*>(p.weight[which]); }
 
   // Few rows, panels as they are stored.
   void stream() const {
@@ -392,7 +392,8 @@ struct Batch {
   // Few rows, a plain weight.
   void dot() const {
     for (i64 slot = 0; slot < units * panels; ++slot) {
-      const W* const weight = plain(slot) + (out_block * p.out_stride + feature_of(slot)) * p.weight_stride;
+      const W* const weight =
+          plain(slot % panels) + (out_block * p.out_stride + feature_of(slot)) * p.weight_stride;
       for (const GemmGroup* g = first; g < last && uses(*g, 0); ++g)
         for (i64 block = 0; block < p.in_blocks; ++block)
           dots(g->rows, smaller(features_of(slot), g->features - feature_of(slot)), g->inputs,
@@ -406,10 +407,11 @@ struct Batch {
     const i64 feature = out_block * p.out_stride + feature_of(slot), input = block * p.in_stride + k;
     if constexpr (kPlain) {
       if (p.layout == GemmLayout::kRows)
-        fill_rows(to, plain(slot) + feature * p.weight_stride + input, p.weight_stride, features_of(slot), K);
+        fill_rows(to, plain(slot % panels) + feature * p.weight_stride + input, p.weight_stride,
+                  features_of(slot), K);
       else
-        fill_columns(to, plain(slot) + input * p.weight_stride + feature, p.weight_stride, features_of(slot),
-                     K);
+        fill_columns(to, plain(p.weight[1] ? block : 0) + input * p.weight_stride + feature, p.weight_stride,
+                     features_of(slot), K);
     }
   }
 

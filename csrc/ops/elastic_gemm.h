@@ -162,6 +162,29 @@ inline ElasticGemmParams on_rows(const Tensor& weight, int64_t in_blocks = 1, in
   return p;
 }
 
+// Those of y = a b, b a plain matrix [in_blocks * in_stride, out_blocks * out_stride] whose rows' elements
+// are adjacent: a gradient. y is [.., out_blocks * y_block] of the dtype of b's result.
+inline ElasticGemmParams on_columns(const void* b, GemmDtype dtype, int64_t b_stride, const Tensor& y,
+                                    int64_t y_block) {
+  ElasticGemmParams p = no_gemm();
+  p.layout = GemmLayout::kColumns;
+  p.weight_dtype = dtype;
+  p.weight[0] = b;
+  p.weight_stride = b_stride;
+  p.io = gemm_dtype(y);
+  p.y = y.mutable_data_ptr();
+  p.y_row = y.stride(0);
+  p.y_block = y_block;
+  return p;
+}
+
+// Rows [begin, end) of a weight's gradient are sums over the first `extent` rows of the activations.
+inline std::vector<Step> steps_of(const std::vector<ColumnBlock>& blocks) {
+  std::vector<Step> steps;
+  for (const ColumnBlock& b : blocks) steps.push_back({b.rows, b.begin, b.end});
+  return steps;
+}
+
 inline const void* data_or_null(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 
 // One vector's elements in a row.

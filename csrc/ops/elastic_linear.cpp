@@ -1,9 +1,9 @@
 // elastic_linear: checks, allocation and launch; the formula is in csrc/kernels/elastic_linear.h.
 //
-// On the CPU the forward is our own GEMM (elastic_gemm.h) where it is faster, the vendor's on views
-// elsewhere: no weight is copied, and there an extent per token is one GEMM per distinct extent on the sorted
-// tokens. On a GPU the kernels read the extents where they are; where the host knows them the vendor's GEMM
-// can be asked for (elastic_kernels.h).
+// On the CPU all is our own GEMM (elastic_gemm.h) where it is faster, the vendor's on views elsewhere: no
+// weight is copied, and there an extent per token is one GEMM per distinct extent on the sorted tokens. On a
+// GPU the kernels read the extents where they are; where the host knows them the vendor's GEMM can be asked
+// for (elastic_kernels.h).
 #include "kernels/elastic_linear.h"
 
 #include "core/staircase.h"
@@ -34,6 +34,12 @@ struct Plan {
   Side in, out;
   Extents extents;
   bool per_token_in, per_token_out;  // at most one of them
+
+  // For the vendor's GEMM, which has the fewer calls to do. Our own makes the chains of a sum block by block.
+  void join() {
+    if (!per_token_in) in.join();
+    if (!per_token_out) out.join();
+  }
 
   // Whether every feature of the side is used by every row: then all of its gradient is written.
   bool whole_in() const { return !per_token_in && in.used == in.features && in.used == in.stride; }
@@ -91,8 +97,6 @@ Plan make_plan(const char* op, const Tensor& x, const Tensor& weight, const Opti
     plan.per_token_in = in_extent.has_value();
     plan.per_token_out = out_extent.has_value();
   }
-  if (!plan.per_token_in) plan.in.join();
-  if (!plan.per_token_out) plan.out.join();
   return plan;
 }
 
@@ -167,6 +171,45 @@ void backward_bias(const Plan& plan, const Tensor& dy, const Tensor& dbias) {
       const int64_t n0 = ob * plan.out.stride, y0 = ob * plan.out.features;
       sum_rows_into(slice(dbias, 0, n0 + n.begin, n0 + n.end),
                     rows(columns(dy, y0 + n.begin, y0 + n.end), 0, n.rows));
+    }
+}
+
+// ---- the same with our own GEMM ----
+
+void backward_input(const Plan& plan, const FloatRows& dy, const Tensor& weight, const Tensor& dx) {
+  ElasticGemmParams p =
+      on_columns(weight.const_data_ptr(), gemm_dtype(weight), weight.stride(0), dx, plan.in.features);
+  p.a = dy.data;
+  p.a_row = dy.stride;
+  p.a_block = plan.out.features;
+  p.in_blocks = plan.out.blocks;
+  p.in_stride = plan.out.stride;
+  p.out_blocks = plan.in.blocks;
+  p.out_stride = plan.in.stride;
+  p.features = plan.per_token_in ? plan.extents.widest() : plan.in.used;
+  p.order = static_cast<const int64_t*>(data_or_null(plan.extents.order));
+  run_gemm(p, gemm_schedule(
+                  plan.extents.stairs.steps, [&](const Step& step) { return plan.out_used(step); },
+                  [&](const Step& step) { return plan.in_used(step); }));
+}
+
+void backward_weight(const Plan& plan, int64_t T, const FloatRows& dy, const FloatRows& x,
+                     const Tensor& dweight) {
+  const std::vector<Step> steps = steps_of(blocks_of(plan, plan.per_token_out, plan.out.used, T));
+  for (int64_t ob = 0; ob < plan.out.blocks; ++ob)
+    for (const auto& k : blocks_of(plan, plan.per_token_in, plan.in.used, T)) {
+      const int64_t n0 = ob * plan.out.stride;
+      const Tensor part = columns(rows(dweight, n0, n0 + plan.out.stride), k.begin, dweight.size(1));
+      ElasticGemmParams p = on_columns(x.data + k.begin, GemmDtype::kFloat, x.stride, part, plan.in.stride);
+      p.a = dy.data + ob * plan.out.features;
+      p.a_row = 1;
+      p.a_input = dy.stride;
+      p.out_blocks = plan.in.blocks;
+      p.out_stride = plan.in.features;
+      p.features = k.end - k.begin;
+      run_gemm(p, gemm_schedule(
+                      steps, [&](const Step& step) { return std::min(step.extent, k.rows); },
+                      [&](const Step&) { return k.end - k.begin; }));
     }
 }
 
@@ -295,8 +338,9 @@ Tensor elastic_linear(const Tensor& x, const Tensor& weight, const OptionalTenso
     return linear_on_cpu(on_rows(weight, in_blocks, out_blocks), x, bias, in_features, out_features,
                          in_extent.has_value(), out_extent.has_value(), extents);
   }
-  const Plan plan =
+  Plan plan =
       make_plan(op, x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, out_blocks);
+  plan.join();
   const std::vector<int64_t> shape{x.size(0), out_blocks * out_features};
   const bool whole = !plan.per_token_out && plan.out.used == plan.out.features;
   const Tensor y = whole ? empty(x, shape) : zeros(x, shape);
@@ -319,28 +363,35 @@ std::tuple<Tensor, Tensor, Tensor> elastic_linear_backward(
   if (gemm_of(x, in_extent || out_extent) != Gemm::kVendor)
     return backward_on_gpu(op, dy, x, weight, bias, in_features, out_features, in_extent, out_extent,
                            in_blocks, out_blocks, output_mask);
-  const Plan plan =
+  Plan plan =
       make_plan(op, x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, out_blocks);
+  const bool ours = is_ours_on_cpu(x, {&weight});
+  if (!ours) plan.join();
 
-  const Tensor dy_sorted = gather_rows(dy, plan.extents.order);
+  const OptionalTensor& order = plan.extents.order;
+  const std::vector<int64_t> x_shape{x.size(0), x.size(1)}, weight_shape{weight.size(0), weight.size(1)};
   Tensor dx = empty(x, {0}), dweight = empty(x, {0}), dbias = empty(x, {0});
-  if (output_mask & 1) {
-    const std::vector<int64_t> shape{x.size(0), x.size(1)};
-    const Tensor sorted = plan.whole_in() ? empty(x, shape) : zeros(x, shape);
-    for (const Step& step : plan.extents.stairs.steps)
-      backward_input_step(plan, step, rows(dy_sorted, step.begin, step.end), weight,
-                          rows(sorted, step.begin, step.end));
-    dx = gather_rows(sorted, plan.extents.inverse);
-  }
-  if (output_mask & 2) {
-    const std::vector<int64_t> shape{weight.size(0), weight.size(1)};
-    dweight = plan.whole_in() && plan.whole_out() ? empty(x, shape) : zeros(x, shape);
-    backward_weight(plan, dy_sorted, gather_rows(x, plan.extents.order), dweight);
-  }
+  if (output_mask & 1) dx = plan.whole_in() ? empty(x, x_shape) : zeros(x, x_shape);
+  if (output_mask & 2)
+    dweight = plan.whole_in() && plan.whole_out() ? empty(x, weight_shape) : zeros(x, weight_shape);
   if ((output_mask & 4) && bias) {
     dbias = zeros(x, {weight.size(0)});
-    backward_bias(plan, dy_sorted, dbias);
+    backward_bias(plan, gather_rows(dy, order), dbias);
   }
+  if (ours) {
+    const FloatRows dy_rows = float_rows(dy, order);
+    if (dx.numel() != 0) backward_input(plan, dy_rows, weight, dx);
+    if (dweight.numel() != 0) backward_weight(plan, x.size(0), dy_rows, float_rows(x, order), dweight);
+    return {dx, dweight, dbias};
+  }
+  const Tensor dy_sorted = gather_rows(dy, order);
+  if (output_mask & 1) {
+    for (const Step& step : plan.extents.stairs.steps)
+      backward_input_step(plan, step, rows(dy_sorted, step.begin, step.end), weight,
+                          rows(dx, step.begin, step.end));
+    dx = gather_rows(dx, plan.extents.inverse);
+  }
+  if (output_mask & 2) backward_weight(plan, dy_sorted, gather_rows(x, order), dweight);
   return {dx, dweight, dbias};
 }
 

@@ -2,9 +2,10 @@
 //
 //   h = act(x w_gate[:d]^T + b_gate) * (x w_up[:d]^T + b_up)        y = (s * h) w_down[:, :d]^T + b_down
 //
-// What lies between the GEMMs is csrc/kernels/elastic_mlp.h. On the CPU a forward without a soft gate is our
-// own GEMM (elastic_gemm.h) where it is faster; all else is the vendor's, on views, and an extent per token
-// is the staircase: sorted tokens, row steps for up, down and dx, column blocks for the weights' gradients.
+// What lies between the GEMMs is csrc/kernels/elastic_mlp.h. On the CPU a backward, and a forward without a
+// soft gate, is our own GEMM (elastic_gemm.h) where it is faster; all else is the vendor's, on views, and an
+// extent per token is the staircase: sorted tokens, row steps for up, down and dx, column blocks for the
+// weights' gradients.
 // On a GPU they are elastic_linear's kernels, and the hidden neurons one of their own; where the host knows
 // the extents the vendor's can be asked for (elastic_kernels.h).
 #include "kernels/elastic_mlp.h"
@@ -214,10 +215,16 @@ struct Hidden {
   OptionalTensor dg;
 };
 
+// du and dg are one behind the other.
+Hidden room_for_hidden(const Mlp& mlp, const Tensor& x, ScalarType dtype, int64_t columns) {
+  const int64_t T = x.size(0);
+  const Tensor both = empty(x, {mlp.w_gate ? 2 * T : T, columns}, dtype);
+  return {rows(both, 0, T), empty(x, {T, columns}, dtype),
+          mlp.w_gate ? OptionalTensor(rows(both, T, 2 * T)) : std::nullopt};
+}
+
 Hidden backward_hidden(const Mlp& mlp, const Tensor& dy, const Tensor& x, const OptionalTensor& dgate) {
-  const std::vector<int64_t> shape{x.size(0), mlp.extents.widest()};
-  Hidden hidden{empty(x, shape), empty(x, shape), {}};
-  if (mlp.w_gate) hidden.dg = empty(x, shape);
+  const Hidden hidden = room_for_hidden(mlp, x, x.scalar_type(), mlp.extents.widest());
   for (const Step& step : mlp.extents.stairs.steps) {
     const int64_t d = step.extent;
     const auto part = [&](const Tensor& t) { return columns(rows(t, step.begin, step.end), 0, d); };
@@ -271,6 +278,102 @@ Tensor backward_down_weight(const Mlp& mlp, const Tensor& scaled, const Tensor& 
   for (const auto& b : column_blocks(mlp.extents.stairs))
     matmul_into(columns(dw, b.begin, b.end), transposed(rows(dy, 0, b.rows)),
                 columns(rows(scaled, 0, b.rows), b.begin, b.end));
+  return dw;
+}
+
+// ---- the same with our own GEMM, whose hidden layer is floats ----
+
+bool is_ours(const Mlp& mlp, const Tensor& x) {
+  return is_ours_on_cpu(x, {&mlp.w_up, &mlp.w_down, mlp.w_gate ? &*mlp.w_gate : nullptr}) &&
+         (!mlp.w_gate || mlp.w_gate->stride(0) == mlp.w_up.stride(0));
+}
+
+Hidden own_backward_hidden(const Mlp& mlp, const FloatRows& dy, const FloatRows& x_rows, const Tensor& x,
+                           const OptionalTensor& dgate) {
+  const int64_t K = x.size(1), N = mlp.w_down.size(0), widest = mlp.extents.widest();
+  const std::vector<Step>& steps = mlp.extents.stairs.steps;
+  const Hidden hidden = room_for_hidden(mlp, x, ScalarType::Float, padded_row(widest));
+  const auto extent_of = [](const Step& step) { return step.extent; };
+  const auto up = [&](const Tensor& weight, const OptionalTensor& bias, const Tensor& to) {
+    const OptionalTensor bias_ =
+        bias ? OptionalTensor(torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float)))
+             : std::nullopt;
+    ElasticGemmParams p = on_rows(weight);
+    p.a = x_rows.data;
+    p.a_row = x_rows.stride;
+    p.features = widest;
+    p.bias[0] = data_or_null<float>(bias_);
+    p.io = GemmDtype::kFloat;
+    p.y = to.mutable_data_ptr();
+    p.y_row = to.stride(0);
+    run_gemm(p, gemm_schedule(steps, [&](const Step&) { return K; }, extent_of));
+  };
+  up(mlp.w_up, mlp.b_up, hidden.du);
+  if (mlp.w_gate) up(*mlp.w_gate, mlp.b_gate, *hidden.dg);
+
+  const Tensor& w_down = mlp.w_down;
+  ElasticGemmParams p =
+      on_columns(w_down.const_data_ptr(), gemm_dtype(w_down), w_down.stride(0), hidden.scaled, 0);
+  p.a = dy.data;
+  p.a_row = dy.stride;
+  p.features = widest;
+  run_gemm(p, gemm_schedule(steps, [&](const Step&) { return N; }, extent_of));
+  for (const Step& step : steps) {
+    const auto part = [&](const Tensor& t) { return rows(t, step.begin, step.end); };
+    elementwise<true>(mlp, hidden.dg ? OptionalTensor(part(*hidden.dg)) : std::nullopt, part(hidden.du),
+                      part(hidden.scaled), dgate, step.begin, step.extent);
+  }
+  return hidden;
+}
+
+const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+
+Tensor own_backward_input(const Mlp& mlp, const Hidden& hidden, const Tensor& x) {
+  const Tensor dx = empty(x, {x.size(0), x.size(1)}), w_up = mlp.w_up;
+  ElasticGemmParams p = on_columns(w_up.const_data_ptr(), gemm_dtype(w_up), w_up.stride(0), dx, 0);
+  p.a = floats(hidden.du);
+  p.a_row = hidden.du.stride(0);
+  if (mlp.w_gate) {
+    p.weight[1] = mlp.w_gate->const_data_ptr();
+    p.in_blocks = 2;
+    p.a_block = hidden.du.size(0) * p.a_row;
+  }
+  p.features = dx.size(1);
+  p.order = data_or_null<int64_t>(mlp.extents.order);
+  run_gemm(p, gemm_schedule(
+                  mlp.extents.stairs.steps, [](const Step& step) { return step.extent; },
+                  [&](const Step&) { return dx.size(1); }));
+  return dx;
+}
+
+Tensor own_backward_up_weight(const Mlp& mlp, const Tensor& dhidden, const FloatRows& x_rows,
+                              const Tensor& x) {
+  const Tensor dw = zeros_from(0, mlp.extents.widest(), x, {mlp.w_up.size(0), x.size(1)});
+  ElasticGemmParams p = on_columns(x_rows.data, GemmDtype::kFloat, x_rows.stride, dw, 0);
+  p.a = floats(dhidden);
+  p.a_row = 1;
+  p.a_input = dhidden.stride(0);
+  p.features = dw.size(1);
+  run_gemm(p, gemm_schedule(
+                  steps_of(column_blocks(mlp.extents.stairs)), [](const Step& step) { return step.extent; },
+                  [&](const Step&) { return dw.size(1); }));
+  return dw;
+}
+
+Tensor own_backward_down_weight(const Mlp& mlp, const Tensor& scaled, const FloatRows& dy_rows,
+                                const Tensor& dy) {
+  const Tensor dw = zeros_from(1, mlp.extents.widest(), dy, {mlp.w_down.size(0), mlp.w_down.size(1)});
+  for (const ColumnBlock& b : column_blocks(mlp.extents.stairs)) {
+    const Tensor part = columns(dw, b.begin, b.end);
+    ElasticGemmParams p = on_columns(floats(scaled) + b.begin, GemmDtype::kFloat, scaled.stride(0), part, 0);
+    p.a = dy_rows.data;
+    p.a_row = 1;
+    p.a_input = dy_rows.stride;
+    p.features = b.end - b.begin;
+    run_gemm(p, gemm_schedule(
+                    {{b.rows, 0, dw.size(0)}}, [](const Step& step) { return step.extent; },
+                    [&](const Step&) { return b.end - b.begin; }));
+  }
   return dw;
 }
 
@@ -501,8 +604,7 @@ Tensor elastic_mlp(const Tensor& x, const OptionalTensor& w_gate, const Tensor& 
   const Mlp mlp = read_arguments("elastic_mlp", x, w_gate, w_up, w_down, b_gate, b_up, b_down, width,
                                  activation.value, extent, gate, choices);
   if (mlp.gemm != Gemm::kVendor) return forward_on_gpu(mlp, x, extent);
-  if (!mlp.gate && is_ours_on_cpu(x, {&w_up, &w_down, w_gate ? &*w_gate : nullptr}) &&
-      (!w_gate || w_gate->stride(0) == w_up.stride(0))) {
+  if (!mlp.gate && is_ours(mlp, x)) {
     ElasticGemmParams up = on_rows(w_gate ? *w_gate : w_up);
     up.gated = w_gate.has_value();
     up.weight[1] = w_up.const_data_ptr();
@@ -551,16 +653,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> elast
 
   if (wanted(6, b_down.has_value())) sum_rows_into(d[6] = empty(x, {w_down.size(0)}), dy);
   if (output_mask & ~int64_t{64}) {
-    const Tensor dy_sorted = gather_rows(dy, mlp.extents.order), x_sorted = gather_rows(x, mlp.extents.order);
+    const OptionalTensor& order = mlp.extents.order;
     OptionalTensor dgate;
     if (wanted(7, gate.has_value())) dgate = zeros(*mlp.gate, {x.size(0), gate->size(1)});
-    const Hidden hidden = backward_hidden(mlp, dy_sorted, x_sorted, dgate);
-    if (wanted(0, true)) d[0] = backward_input(mlp, hidden, x_sorted);
-    if (wanted(1, w_gate.has_value())) d[1] = backward_up_weight(mlp, *hidden.dg, x_sorted);
-    if (wanted(2, true)) d[2] = backward_up_weight(mlp, hidden.du, x_sorted);
-    if (wanted(3, true)) d[3] = backward_down_weight(mlp, hidden.scaled, dy_sorted);
-    if (wanted(4, b_gate.has_value())) d[4] = backward_up_bias(mlp, *hidden.dg);
-    if (wanted(5, b_up.has_value())) d[5] = backward_up_bias(mlp, hidden.du);
+    std::optional<Hidden> hidden;
+    if (is_ours(mlp, x)) {
+      const FloatRows dy_rows = float_rows(dy, order), x_rows = float_rows(x, order);
+      hidden = own_backward_hidden(mlp, dy_rows, x_rows, x, dgate);
+      if (wanted(0, true)) d[0] = own_backward_input(mlp, *hidden, x);
+      if (wanted(1, w_gate.has_value())) d[1] = own_backward_up_weight(mlp, *hidden->dg, x_rows, x);
+      if (wanted(2, true)) d[2] = own_backward_up_weight(mlp, hidden->du, x_rows, x);
+      if (wanted(3, true)) d[3] = own_backward_down_weight(mlp, hidden->scaled, dy_rows, dy);
+    } else {
+      const Tensor dy_sorted = gather_rows(dy, order), x_sorted = gather_rows(x, order);
+      hidden = backward_hidden(mlp, dy_sorted, x_sorted, dgate);
+      if (wanted(0, true)) d[0] = backward_input(mlp, *hidden, x_sorted);
+      if (wanted(1, w_gate.has_value())) d[1] = backward_up_weight(mlp, *hidden->dg, x_sorted);
+      if (wanted(2, true)) d[2] = backward_up_weight(mlp, hidden->du, x_sorted);
+      if (wanted(3, true)) d[3] = backward_down_weight(mlp, hidden->scaled, dy_sorted);
+    }
+    const auto bias_gradient = [&](const Tensor& dhidden) {
+      return torch::stable::to(backward_up_bias(mlp, dhidden), x.scalar_type());
+    };
+    if (wanted(4, b_gate.has_value())) d[4] = bias_gradient(*hidden->dg);
+    if (wanted(5, b_up.has_value())) d[5] = bias_gradient(hidden->du);
     if (dgate) d[7] = of_gate(*dgate);
   }
   return {d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]};

@@ -166,6 +166,78 @@ def test_our_own_gemm_gives_a_prefix_the_bits_of_the_sliced_weight(T, blocks, dt
     assert torch.equal(some, y[order])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("T", [1, 9, 300])
+def test_our_own_gradients_have_the_bits_of_the_sliced_weight(T, blocks, dtype, monkeypatch):
+    """Across chains of 256 tokens and features, panels of 16, blocks of 256 rows; and nothing beyond a prefix."""
+    monkeypatch.setenv("FLEXTRON_KERNEL", "tile")
+    K, N, k, n = 90, 300, 75, 283
+    x, weight = torch.randn(T, blocks * K).to(dtype), torch.randn(blocks * N, blocks * K).to(dtype)
+    dy = torch.randn(T, blocks * n).to(dtype)
+    sliced = weight.view(blocks, N, blocks, K)[:, :n, :, :k].reshape(blocks * n, blocks * k)
+    narrow = x.view(T, blocks, K)[:, :, :k].reshape(T, blocks * k)
+
+    def gradients(x, weight):
+        leaves = x.requires_grad_(), weight.requires_grad_()
+        return torch.autograd.grad(
+            elastic_linear(*leaves, None, k, n, None, None, blocks, blocks), leaves, dy
+        )
+
+    (dx, dweight), (dx_part, dweight_part) = gradients(x, weight), gradients(narrow, sliced)
+    dx, dweight = dx.view(T, blocks, K), dweight.view(blocks, N, blocks, K)
+    assert torch.equal(dx[:, :, :k].flatten(1), dx_part) and not dx[:, :, k:].any()
+    assert torch.equal(dweight[:, :n, :, :k].reshape(dweight_part.shape), dweight_part)
+    assert not dweight[:, n:].any() and not dweight[:, :, :, k:].any()
+    wide = [t.detach().double() for t in (dy, narrow, sliced)]
+    for ours, plain, exact in (
+        (dx_part, dy @ sliced, wide[0] @ wide[2]),
+        (dweight_part, dy.T @ narrow, wide[0].T @ wide[1]),
+    ):
+        assert_no_worse(ours, plain.detach(), exact, f"T={T}", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side", ["in_extent", "out_extent"])
+def test_our_own_gradients_with_an_extent_for_each_token(side, dtype, monkeypatch):
+    """NaN beyond each token's own in x and dy, beyond the widest in the weight: none comes back."""
+    monkeypatch.setenv("FLEXTRON_KERNEL", "tile")
+    T, K, N, blocks = 300, 90, 70, 2
+    size = K if side == "in_extent" else N
+    extent = torch.randint(0, size - 4, (T,))
+    live = torch.arange(size) < extent[:, None]
+    x, dy = torch.randn(T, blocks, K), torch.randn(T, blocks, N)
+    weight = torch.randn(blocks, N, blocks, K)
+    if side == "in_extent":
+        x, weight[..., size - 5 :] = torch.where(live[:, None], x, torch.nan), torch.nan
+    else:
+        dy, weight[:, size - 5 :] = torch.where(live[:, None], dy, torch.nan), torch.nan
+    values = x.flatten(1).to(dtype), weight.flatten(2).flatten(0, 1).to(dtype)
+    dy = dy.flatten(1).to(dtype)
+
+    def gradients(leaves, dy):
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        y = elastic_linear(*leaves, None, K, N, in_blocks=blocks, out_blocks=blocks, **{side: extent})
+        return torch.autograd.grad(y, leaves, dy)
+
+    clean = [torch.nan_to_num(t) for t in (*values, dy)]
+    for ours, plain, exact in zip(
+        gradients(values, dy),
+        *(
+            reference_gradients(side, extent, K, N, blocks, *(t.to(d) for t in clean))
+            for d in (dtype, torch.float64)
+        ),
+        strict=True,
+    ):
+        assert_no_worse(ours, plain, exact, side, dtype)
+
+
+def reference_gradients(side, extent, K, N, blocks, x, weight, dy):
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    y = reference.elastic_linear(*leaves, None, K, N, in_blocks=blocks, out_blocks=blocks, **{side: extent})
+    return torch.autograd.grad(y, leaves, dy)
+
+
 def test_work_is_proportional_to_the_extents(monkeypatch):
     """Of the vendor's GEMMs, which a profiler sees."""
     monkeypatch.setenv("FLEXTRON_KERNEL", "vendor")

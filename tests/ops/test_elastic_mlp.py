@@ -9,6 +9,7 @@ from emulator import build as emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flextron.testing.numerics import assert_no_worse
 from flextron_ext import elastic_mlp, reference
 
 T, K, NEURONS, N = 11, 8, 24, 6
@@ -64,6 +65,46 @@ def test_nothing_beyond_a_width_is_used(gated, per_token):
         if name in keep:
             dead = ~keep[name].expand(gradient.shape)
             assert not gradient[dead].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("mode", ["width", "extent", "gate"])
+def test_our_own_gradients(mode, gated, dtype, monkeypatch):
+    """Across chains of 256 tokens and neurons, panels of 16, blocks of 256 rows; NaN beyond the widest stays there."""
+    monkeypatch.setenv("FLEXTRON_KERNEL", "tile")
+    T, K, F, N, widest = 300, 20, 310, 24, 283
+    shapes = ((T, K), (F, K), (F, K), (N, F), (F,), (F,), (N,))
+    values = [(torch.randn(*shape) * 0.3).to(dtype) for shape in shapes]
+    for value in values[1:6]:
+        (value if value.shape[0] == F else value.T)[widest:] = torch.nan
+    if not gated:
+        values[1] = values[4] = None
+    dy = torch.randn(T, N).to(dtype)
+    extent = torch.randint(0, widest + 1, (T,))
+    extent[7] = widest
+    gate = torch.rand(T, 2) if mode == "gate" else None
+    arguments = dict(
+        width=dict(width=widest),
+        extent=dict(width=widest, extent=extent),
+        gate=dict(width=F, choices=[100, widest]),
+    )[mode]
+
+    def gradients(run, values, gate, dy):
+        leaves = grown([*values, gate])
+        return grads(run(*leaves[:-1], gate=leaves[-1], **arguments), leaves, dy)
+
+    clean = [None if v is None else torch.nan_to_num(v) for v in values]
+    wide = [None if v is None else v.double() for v in (*clean, gate, dy)]
+    for i, (ours, plain, exact) in enumerate(
+        zip(
+            gradients(elastic_mlp, values, gate, dy),
+            gradients(reference.elastic_mlp, clean, gate, dy),
+            gradients(reference.elastic_mlp, wide[:7], *wide[7:]),
+            strict=True,
+        )
+    ):
+        assert_no_worse(ours, plain, exact, f"gradient {i}", dtype)
 
 
 def test_neurons_beyond_the_largest_choice_are_not_used():
