@@ -2,8 +2,9 @@
 
     T(config) = base + slope * sum over layers ( heads[layer, n_c] + mlp[layer, d_c] )
 
-The entries are measured through the modules that run (`flextron.nn.probe`); base and slope are fitted on
-whole models, and the residual is taken on other whole models. All times are milliseconds.
+The entries are measured through what runs: in the prefill phase the layers' modules (`flextron.nn.probe`), in the
+decode phase whole steps, which on a CPU are one op. Base and slope are fitted on whole models, and the residual is
+taken on other whole models. All times are milliseconds.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ class LatencyTable:
     Attributes:
         workload, machine: what was timed, and where: the key of the table.
         mlp_choices, head_choices: the menus it is about.
-        mlp, heads: [L, C], cost of a choice in a layer, never falling with the width.
+        mlp, heads: [L, C], cost of a choice in a layer, never falling with the width; in the decode phase what it
+            costs above the narrowest.
         raw_mlp, raw_heads: the same before the repair of `isotonic`.
         base, slope: the end-to-end fit.
         fitted, held_out: the configurations used for the fit, and those that judge it.
@@ -363,11 +365,11 @@ def profile(
 ) -> LatencyTable:
     """Measure the table of one phase on the device that the model is on.
 
-    For each axis and choice all layers are set to the choice and one sweep over their modules is timed, so
-    the
-    weights stream from memory as they do in the model. A layer's entry is the sweep over the number of
-    layers: all layers have the same shapes, and what differs between them would be noise that a planner takes
-    for gain. Choices are timed in interleaved rounds; whole models between two runs of the full one.
+    For each axis and choice all layers are set to the choice and one sweep over their modules is timed, so the
+    weights stream from memory as they do in the model; in the decode phase it is a whole step, the other axis at its
+    full width. A layer's entry is the time over the number of layers: all layers have the same shapes, and what differs
+    between them would be noise that a planner takes for gain. Choices are timed in interleaved rounds; whole models
+    between two runs of the full one.
 
     Args:
         model: an elastic model; its widths are restored.
@@ -383,8 +385,10 @@ def profile(
         raise ValueError(f"profile: fit must be at least 2 and held_out at least 1, got {fit} and {held_out}")
     config = model.elastic
     report = (lambda done: None) if progress is None else (lambda done: progress(done, 2 * rounds))
-    raw = _sweeps(model, workload, rounds, min_seconds, report)
+    raw = (_steps if workload.phase == "decode" else _sweeps)(model, workload, rounds, min_seconds, report)
     costs = {axis: isotonic(values) for axis, values in raw.items()}
+    if workload.phase == "decode":
+        costs = {axis: tuple(ms - values[0] for ms in values) for axis, values in costs.items()}
     to_fit, to_judge = calibration_widths(config, fit, held_out, seed)
     full_ms, others = measure(
         model,
@@ -479,36 +483,47 @@ def measure(
     return full_ms, [full_ms * others[str(i)].ratio for i in range(len(widths))]
 
 
+def _choices(config: ElasticConfig) -> dict[tuple[str, int], Widths]:
+    """(axis, choice) -> all layers at it, the other axis full."""
+    found = {("mlp", i): config.uniform(i, -1) for i in range(len(config.mlp_choices))}
+    return found | {("heads", i): config.uniform(-1, i) for i in range(len(config.head_choices))}
+
+
+def _by_axis(times: dict[tuple[str, int], float], layers: int) -> dict[str, tuple[float, ...]]:
+    return {axis: tuple(ms / layers for (a, _), ms in times.items() if a == axis) for axis in AXES}
+
+
+def _steps(
+    model: Any, workload: Workload, rounds: int, min_seconds: float, on_round: Callable[[int], object]
+) -> dict[str, tuple[float, ...]]:
+    """axis -> milliseconds of a whole step at each choice, over the layers."""
+    choices = _choices(model.elastic)
+    _, times = measure(
+        model, list(choices.values()), workload, rounds=rounds, min_seconds=min_seconds, on_round=on_round
+    )
+    return _by_axis(dict(zip(choices, times, strict=True)), model.elastic.num_layers)
+
+
 def _sweeps(
     model: Any, workload: Workload, rounds: int, min_seconds: float, on_round: Callable[[int], object]
 ) -> dict[str, tuple[float, ...]]:
-    """axis -> milliseconds of one layer at each choice."""
+    """axis -> milliseconds of one layer's module at each choice."""
     config, before = model.elastic, model.dial
-    layers = config.num_layers
-    choices = {f"mlp {i}": config.uniform(i, -1) for i in range(len(config.mlp_choices))}
-    choices |= {f"heads {i}": config.uniform(-1, i) for i in range(len(config.head_choices))}
-    sweeps: dict[str, Callable[[], None]] = {}
+    choices = {f"{axis} {i}": widths for (axis, i), widths in _choices(config).items()}
+    sweeps = {f"{axis} {i}": _sweep(model, axis, workload) for axis, i in _choices(config)}
     try:
-        for name, widths in choices.items():
-            model.set_widths(widths)  # a decode probe fills its cache for the groups of these widths
-            sweeps[name] = _sweep(model, name.split()[0], workload)
         times = bench(
             sweeps, rounds, min_seconds, setup=lambda name: model.set_widths(choices[name]), on_round=on_round
         )
     finally:
         model.turn(before)
-    per_layer = {name: 1e3 * timing.median / layers for name, timing in times.items()}
-    return {axis: tuple(ms for name, ms in per_layer.items() if name.split()[0] == axis) for axis in AXES}
+    found = {key: 1e3 * times[name].median for key, name in zip(_choices(config), choices, strict=True)}
+    return _by_axis(found, config.num_layers)
 
 
 def _sweep(model: Any, axis: str, workload: Workload) -> Callable[[], None]:
-    where = {
-        "batch": workload.batch,
-        "length": workload.length,
-        "phase": workload.phase,
-        "context": workload.context,
-    }
-    probes = [probe(model, layer, axis, **where) for layer in range(model.elastic.num_layers)]
+    layers = range(model.elastic.num_layers)
+    probes = [probe(model, layer, axis, batch=workload.batch, length=workload.length) for layer in layers]
 
     def run() -> None:
         for one in probes:
