@@ -126,7 +126,7 @@ class _Tuning(Run):
         p = mean_choices(policies, len(batch))
         miss = latency_miss(self.fraction, p, tau)
         terms |= {"loss": terms["loss"] + c.latency_weight * miss, "latency_miss": miss}
-        return terms, float(self.fraction(p).mean())
+        return terms, float(self.fraction(p).detach().mean())
 
     def _more_tensors(self) -> dict[str, Tensor]:
         state = {f"router.{name}": value for name, value in self.router.state_dict().items()}
