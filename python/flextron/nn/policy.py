@@ -15,7 +15,6 @@ from torch import Tensor
 
 from flextron.config import ElasticConfig, Widths
 from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler
-from flextron_ext import route
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,10 @@ def menus_of(config: ElasticConfig, device: torch.device) -> Choices:
 
 
 class PerToken(Policy):
-    """The adaptive router's choice for every token: arg-max without noise, by the op ``route``.
+    """The adaptive router's choice for every token: arg-max without noise.
+
+    (The op ``route`` sorts the tokens too, which the ops that take extents do anyway: of its 43 us for 1024 tokens
+    on an AVX2 CPU, arg-max takes 10.)
 
     Args:
         router: adaptive router.
@@ -155,8 +157,8 @@ class PerToken(Policy):
         logits = self.router.logits(x, self.layer, self.context)
         kept = []
         for rows, menu in zip(logits, self.menus, strict=True):
-            choice = route(rows).choice
-            kept.append(Kept(menu[choice], choice))
+            choice = rows.argmax(-1)
+            kept.append(Kept(menu.index_select(0, choice), choice))
         if self.seen is not None:
             shape = x.shape[:2]
             self.seen.append((self.layer, Choices(*(k.choice.view(shape) for k in kept))))

@@ -14,6 +14,7 @@ from torch.nn.utils import skip_init
 from flextron.config import ElasticConfig
 
 LEAK = 0.1
+_EPS = torch.finfo(torch.float32).eps  # of the norm: that of torch's rms_norm
 _EVERYTHING = 1e9  # an offset: times any two choices' difference in cost it outweighs their logits
 
 
@@ -228,7 +229,9 @@ class AdaptiveRouter(nn.Module):
         B, T, K = x.shape
         state, base = context
         R = base.shape[0]
-        x = functional.rms_norm(x.float(), (K,)).view(R, B // R * T, K)
-        h = functional.leaky_relu(x @ self.w1[layer].T + state[:, None], LEAK)
+        x = x.float().reshape(R, B // R * T, K)
+        # W1 rms_norm(x) = (W1 x) / rms(x): on a CPU, where torch has no fused norm, half its passes over x
+        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / K + _EPS).rsqrt()
+        h = functional.leaky_relu(torch.addcmul(state[:, None], x @ self.w1[layer].T, scale), LEAK)
         logits = (h @ self.w2[layer].T + base[:, None]).flatten(0, 1)
         return Choices(logits[:, : self.mlp_choices], logits[:, self.mlp_choices :])
