@@ -247,6 +247,8 @@ def test_bad_input_gives_one_sentence(elastic, parent, text, tmp_path, capsys):
         ("eval", elastic, "--data", text, "--adaptive"): "flextron profile",
         ("route", elastic, "--gates", "soft"): "with --adaptive only",
         ("route", elastic, "--adaptive", "--evaluations", 5): "--evaluations must not be given",
+        ("route", elastic, "--adaptive", "--prefill", 20): "--prefill must be given",
+        ("route", elastic, "--adaptive", "--form", "search"): "form must be one of gumbel, surrogate",
         ("eval", elastic, "--limit", 3): "--limit must be given with --tasks only",
         ("eval", elastic, "--tasks", "boolq"): "tasks must be among arc_easy",
         ("eval", elastic, "--tasks", "piqa", "--data-dir", tmp_path): "must hold piqa_val.jsonl.gz",

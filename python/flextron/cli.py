@@ -131,8 +131,8 @@ def _parser() -> argparse.ArgumentParser:
     r.add_argument(
         "--form",
         choices=("surrogate", "gumbel", "search"),
-        help="the routers' loss: the surrogate's (the default), the model's own end to end, or none but what search "
-        "finds; the adaptive router is trained end to end",
+        help="the routers' loss: the surrogate's (the default), the model's own end to end (gumbel; the default with "
+        "--adaptive), or none but what search finds (not with --adaptive)",
     )
     r.add_argument(
         "--evaluations",
@@ -140,7 +140,9 @@ def _parser() -> argparse.ArgumentParser:
         help="losses of the model that may be asked for; 700, not with --adaptive",
     )
     r.add_argument(
-        "--prefill", type=_count, help="of them, random configurations at the start; 500, not with --adaptive"
+        "--prefill",
+        type=_count,
+        help="of them, random configurations at the start; 500, with --adaptive --form surrogate 200",
     )
     r.add_argument("--steps", type=_count, help="steps of the routers; 1500, with --adaptive 400")
     r.add_argument(
@@ -527,23 +529,36 @@ def _route(args: argparse.Namespace) -> dict[str, Any]:
             for t in result.targets
         ]
         ui.print_table("loss above the full model's, nats", header, rows)
-        fit = result.surrogate
-        print(f"surrogate on {fit.n} held-out configurations: R² {fit.r2:.3f}, rank {fit.rank:.3f}")
-        if not result.gate.passed:
-            print(
-                f"warning: {result.gate.steps_above} router steps were taken with the surrogate's error at or above "
-                f"{result.gate.threshold} nats",
-                file=sys.stderr,
-            )
+        _say_fit(result.surrogate, result.gate)
     return result.to_dict()
+
+
+def _say_fit(fit: Any, gate: Any) -> None:
+    """How far to trust a surrogate, where one was there."""
+    if fit is None:
+        return
+    print(
+        f"surrogate on {fit.n} held-out configurations: R² {fit.r2:.3f}, rank {fit.rank:.3f}, worst error "
+        f"{fit.worst_error:.3f} nats at {fit.worst_fraction:.2f}"
+    )
+    if not gate.passed:
+        print(
+            f"warning: {gate.steps_above} router steps were taken with the surrogate's error at or above "
+            f"{gate.threshold} nats",
+            file=sys.stderr,
+        )
 
 
 def _route_adaptive(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import pipeline, ui
 
-    for name in _set(args, ("form", "evaluations", "prefill")):
-        raise ValueError(f"route: --{name} must not be given with --adaptive, which trains end to end")
-    config = pipeline.AdaptiveConfig(**_set(args, ("steps", "targets", "gates", "seed")))
+    if args.evaluations is not None:
+        raise ValueError(
+            "route: --evaluations must not be given with --adaptive, which asks for one in each step"
+        )
+    if args.prefill is not None and args.form != "surrogate":
+        raise ValueError("route: --prefill must be given with --adaptive only for --form surrogate")
+    config = pipeline.AdaptiveConfig(**_set(args, ("form", "prefill", "steps", "targets", "gates", "seed")))
     with ui.reporter() as progress:
         result = pipeline.route_adaptive(
             args.directory, config, **_set(args, ("data", "phase", "samples", "length")), progress=progress
@@ -561,6 +576,7 @@ def _route_adaptive(args: argparse.Namespace) -> dict[str, Any]:
             for t in result.targets
         ]
         ui.print_table(f"sequences not trained on; full model {result.full_loss:.3f} nats", header, rows)
+        _say_fit(result.surrogate, result.gate)
     return result.to_dict()
 
 

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flextron.nn.policy import Gated, Mixed, menus_of
+from flextron.nn.policy import Gated, Mixed, Sampled, menus_of
 from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, StaticRouter
 
-GATES = ("soft", "hard")
+GATES = (
+    "soft",
+    "hard",
+)  # and "sampled": choices that nothing is learnt by but the router's own probabilities
 TOLERANCE = 0.02  # relative distance from a target that costs nothing
 
 Fraction = Callable[[Choices], Tensor]  # choice probabilities [..., L, C] -> share of the full latency [...]
@@ -41,8 +44,9 @@ def learning_policies(
         context = router.context(tau, layer)
         return lambda x: router.logits(x, layer, context)
 
+    kind = Sampled if gates == "sampled" else Gated
     layers = range(model.elastic.num_layers)
-    return [Gated(logits_of(i), menus, noise, temperature, scale, gates == "hard") for i in layers]
+    return [kind(logits_of(i), menus, noise, temperature, scale, gates == "hard") for i in layers]
 
 
 def relaxed_loss(model: Any, tokens: Tensor) -> Callable[[Choices], Tensor]:

@@ -206,13 +206,14 @@ class Gated(Policy):
         self.soft: Choices | None = None  # probabilities without noise of the last forward, [N, C] each
 
     def decide(self, x: Tensor) -> Decision:
-        logits = self.logits(x)
+        drawn = self._drawn(self.logits(x))
+        return Decision(*(self._kept(p, menu, x) for p, menu in zip(drawn, self.menus, strict=True)))
+
+    def _drawn(self, logits: Choices) -> Choices:
         self.soft = Choices(*(torch.softmax(self.scale * axis, -1) for axis in logits))
         if self.noise is None:
-            drawn = Choices(*(torch.softmax(self.scale * axis / self.temperature, -1) for axis in logits))
-        else:
-            drawn = self.noise(logits, self.temperature, self.scale)
-        return Decision(*(self._kept(p, menu, x) for p, menu in zip(drawn, self.menus, strict=True)))
+            return Choices(*(torch.softmax(self.scale * axis / self.temperature, -1) for axis in logits))
+        return self.noise(logits, self.temperature, self.scale)
 
     def _kept(self, p: Tensor, menu: Tensor, x: Tensor) -> Kept:
         if len(p) != x.shape[:2].numel():
@@ -223,3 +224,26 @@ class Gated(Policy):
         # p - p is an exact zero: the values are one-hot to the bit
         gate = torch.nn.functional.one_hot(choice, p.shape[-1]).to(p.dtype) + (p - p.detach())
         return Kept(menu[choice], choice, gate)
+
+
+class Sampled(Gated):
+    """A noisy choice of each token that the layer pays for and learns nothing by: only ``soft`` has a gradient.
+
+    It has one also inside ``torch.no_grad()``, to the router alone: what the model says of the choices is observed.
+    """
+
+    def decide(self, x: Tensor) -> Decision:
+        with torch.enable_grad():
+            drawn = self._drawn(self.logits(x.detach()))
+        choices = (p.detach().argmax(-1) for p in drawn)
+        return Decision(*(Kept(menu[c], c) for menu, c in zip(self.menus, choices, strict=True)))
+
+
+class Given(Policy):
+    """Choices that somebody else made for every token: places in the menus, [N] of each axis."""
+
+    def __init__(self, choices: Choices, menus: Choices) -> None:
+        self.kept = Decision(*(Kept(menu[c], c) for menu, c in zip(menus, choices, strict=True)))
+
+    def decide(self, x: Tensor) -> Decision:
+        return self.kept

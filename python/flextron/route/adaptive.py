@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
@@ -18,15 +19,22 @@ from flextron.checkpoint.io import commit, load_tensors, read_json, recover, sav
 from flextron.config import ElasticConfig, Widths
 from flextron.nn import Dial
 from flextron.nn.learning import GATES, TOLERANCE, latency_miss, learning_policies, mean_choices
+from flextron.nn.policy import Given, menus_of
 from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, anneal
 from flextron.route.ladder import Ladder
-from flextron.route.latency import LatencyTable
+from flextron.route.latency import LatencyTable, random_widths
 from flextron.route.search import one_hot
+from flextron.route.surrogate import FitReport, ReplayBuffer, Surrogate, SurrogateFitter, judge
+from flextron.route.trainer import GateReport
 
+FORMS = ("gumbel", "surrogate")
 FILES = TENSORS, DESCRIPTION = "adaptive.safetensors", "adaptive.json"
 _CONFIDENCE = 0.6  # probability of the static choice at the start: one to leave, but not at once
 _GRID = 0.05  # largest step between fractions at which the offset is calibrated
 _BISECTIONS = 16
+_SURROGATE_STEPS, _REFIT_STEPS = 600, 30  # of its first fit, and after each observation
+_HELD_OUT = 6  # every sixth observation judges the surrogate, which is not trained on it
+_EMA = 0.9
 _REACH = 64.0  # offsets tried: in units of one step of a layer's choice, far beyond any difference of logits
 
 Progress = Callable[[str, int, int], object]
@@ -37,6 +45,9 @@ class AdaptiveConfig:
     """How an adaptive router is trained.
 
     Attributes:
+        form: ``"gumbel"``: the router's loss is the model's own, end to end through its gates. ``"surrogate"``: it is
+            what a surrogate predicts of the shares of tokens that make each choice. That takes no backward pass, but
+            shares do not say which tokens: they teach how much of each layer a target is best spent on.
         targets: trained latency targets, ascending, the last one 1; those below the fastest network's are left out.
         gates: how a layer mixes its widths while the router learns: ``"soft"``, at the cost of the widest, or
             ``"hard"``, straight-through, at the cost of each token's choice.
@@ -46,11 +57,16 @@ class AdaptiveConfig:
             stays below a twentieth of a layer.
         batch: sequences in a step, each with a target of its own.
         latency_weight: of relu(|T / (target T_full) - 1| - 0.02), T the mean over the tokens of a target.
+        prefill: random choices whose loss the surrogate learns before the router moves.
+        threshold: nats; the router moves while the moving average of the surrogate's |error| is below it.
+        patience: observations that may be spent waiting for the threshold, as a share of the steps. When they are
+            spent the router moves all the same, and the result says how many steps it moved so.
         calibration: sequences on which offsets are calibrated, of those that are trained on.
         judged: sequences, of those given, that nothing is trained or calibrated on, and the report is about.
         seed: of everything random.
     """
 
+    form: str = "gumbel"
     targets: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     gates: str = "soft"
     steps: int = 400
@@ -58,6 +74,9 @@ class AdaptiveConfig:
     hidden: int | None = None
     batch: int = 8
     latency_weight: float = 5.0
+    prefill: int = 200
+    threshold: float = 0.02
+    patience: float = 0.5
     calibration: int = 8
     judged: int = 8
     seed: int = 0
@@ -71,11 +90,20 @@ class AdaptiveConfig:
             )
         if self.gates not in GATES:
             raise ValueError(f"AdaptiveConfig: gates must be one of {', '.join(GATES)}, got {self.gates!r}")
-        for name in ("steps", "lr", "hidden", "batch", "calibration", "judged"):
+        if self.form not in FORMS:
+            raise ValueError(f"AdaptiveConfig: form must be one of {', '.join(FORMS)}, got {self.form!r}")
+        if self.form == "surrogate" and self.gates != "soft":
+            raise ValueError(
+                f"AdaptiveConfig: gates must be soft with the form surrogate, got {self.gates!r}"
+            )
+        if self.prefill < 2 * _HELD_OUT:
+            raise ValueError(f"AdaptiveConfig: prefill must be at least {2 * _HELD_OUT}, got {self.prefill}")
+        for name in ("steps", "lr", "hidden", "batch", "threshold", "calibration", "judged"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"AdaptiveConfig: {name} must be positive, got {getattr(self, name)}")
-        if self.latency_weight < 0:
-            raise ValueError(f"AdaptiveConfig: latency_weight must be at least 0, got {self.latency_weight}")
+        for name in ("latency_weight", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"AdaptiveConfig: {name} must be at least 0, got {getattr(self, name)}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AdaptiveConfig:
@@ -116,6 +144,8 @@ class AdaptiveResult:
         config: what it was trained with.
         phase: whose latency the training was about; the calibration covers every phase that was profiled.
         costs: of the tables it is calibrated for, by phase: ``LatencyTable.mlp`` and ``heads`` of one layer.
+        surrogate: fit on observations that it was never trained on; None where there was none.
+        gate: when the router moved; None where there was no surrogate.
     """
 
     router: AdaptiveRouter
@@ -126,6 +156,8 @@ class AdaptiveResult:
     config: AdaptiveConfig
     phase: str
     costs: dict[str, Any]
+    surrogate: FitReport | None = None
+    gate: GateReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All but the router's weights."""
@@ -142,6 +174,8 @@ class AdaptiveResult:
             "config": {**asdict(self.config), "targets": list(self.config.targets)},
             "phase": self.phase,
             "costs": self.costs,
+            "surrogate": None if self.surrogate is None else self.surrogate.to_dict(),
+            "gate": None if self.gate is None else asdict(self.gate),
         }
 
     def save(self, directory: str | Path) -> None:
@@ -171,6 +205,9 @@ class AdaptiveResult:
                 config=AdaptiveConfig.from_dict(values["config"]),
                 phase=values["phase"],
                 costs=values["costs"],
+                # checkpoints from before there was a choice have neither
+                surrogate=FitReport(**values["surrogate"]) if values.get("surrogate") else None,
+                gate=GateReport(**values["gate"]) if values.get("gate") else None,
             )
         except CheckpointError:
             raise
@@ -198,10 +235,10 @@ def train_adaptive(
     phase: str = "prefill",
     progress: Progress | None = None,
 ) -> AdaptiveResult:
-    """Train the adaptive router of a frozen elastic model, end to end through its gates, and calibrate it.
+    """Train the adaptive router of a frozen elastic model, and calibrate it.
 
     Loss: cross-entropy of the model with relaxed choices (`flextron.nn.policy.Gated`) at a target drawn for each
-    sequence, and the latency term on the mean over the tokens of each target.
+    sequence, or what the surrogate predicts of it, and the latency term on the mean over the tokens of each target.
 
     Args:
         model: elastic; its dial and its parameters' ``requires_grad`` are restored.
@@ -220,7 +257,8 @@ def train_adaptive(
             f"got {list(tokens.shape)}"
         )
     quiet = progress or (lambda *_: None)
-    training = _Training(model, tables[phase], ladder, tokens[: -options.judged], options, quiet)
+    kind = _SurrogateTraining if options.form == "surrogate" else _Training
+    training = kind(model, tables[phase], ladder, tokens[: -options.judged], options, quiet)
     with _frozen(model):
         training.run()
         router = training.router.requires_grad_(False)
@@ -228,7 +266,15 @@ def train_adaptive(
         calibrate(router, model, tables, tokens[: options.calibration], quiet)
         full, reports = report(model, tables[phase], ladder, tokens[-options.judged :], router.targets[:-1])
     return AdaptiveResult(
-        router, reports, training.dropped, full, tuple(training.history), options, phase, costs_of(tables)
+        router,
+        reports,
+        training.dropped,
+        full,
+        tuple(training.history),
+        options,
+        phase,
+        costs_of(tables),
+        *training.surrogate_reports(),
     )
 
 
@@ -337,16 +383,21 @@ class _Training:
         self.history: list[dict[str, float]] = []
 
     def run(self) -> None:
-        steps = self.options.steps
-        for step in range(steps):
+        for step in range(self.options.steps):
             ids, tau = self._draw()
-            loss, miss = self._losses(step, ids, tau)
-            self.optimiser.zero_grad()
-            (loss + self.options.latency_weight * miss).backward()
-            self.optimiser.step()
-            if (step + 1) % max(1, steps // 50) == 0:
-                self.history.append({"step": step + 1, "loss": loss.item(), "latency_miss": miss.item()})
-            self.progress("adaptive router steps", step + 1, steps)
+            self._step(step, *self._losses(step, ids, tau))
+
+    def surrogate_reports(self) -> tuple[FitReport | None, GateReport | None]:
+        return None, None
+
+    def _step(self, step: int, loss: Tensor, miss: Tensor) -> None:
+        steps = self.options.steps
+        self.optimiser.zero_grad()
+        (loss + self.options.latency_weight * miss).backward()
+        self.optimiser.step()
+        if (step + 1) % max(1, steps // 50) == 0:
+            self.history.append({"step": step + 1, "loss": loss.item(), "latency_miss": miss.item()})
+        self.progress("adaptive router steps", step + 1, steps)
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         """Sequences [B, T], and for each a trained target below 1."""
@@ -365,6 +416,135 @@ class _Training:
         logits = self.model(input_ids=ids, use_cache=False).logits
         loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         return loss, latency_miss(self._fraction, mean_choices(policies, len(ids)), tau)
+
+
+class _SurrogateTraining(_Training):
+    """The same on what a surrogate predicts: from the model come losses alone, at the cost of the choices.
+
+    A step runs ``batch`` sequences at one target without a gradient, at the router's noisy choices. Their loss above
+    the full model's, and the shares of tokens that made each choice, judge the surrogate, which then learns them; the
+    router learns from what it predicts at the probabilities of the choices, mean over the tokens.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        config, seed = self.model.elastic, self.options.seed * 4 + 3
+        counts = len(config.mlp_choices), len(config.head_choices)
+        self.surrogate = Surrogate(config.num_layers, *counts, seed=seed, mixed=True)
+        self.fitter = SurrogateFitter(self.surrogate, seed)
+        self.train, self.held_out = ReplayBuffer(config), ReplayBuffer(config)
+        self.rng, self.menus = random.Random(seed), menus_of(config, self.device)
+        self.error = 0.0
+        self.observed = self.waited = self.steps_below = self.steps_above = 0
+
+    def run(self) -> None:
+        options = self.options
+        self.full = self._full_losses()
+        for done in range(options.prefill):
+            ids, full, _ = self._one_target()
+            choices = self._random_choices(ids.numel())
+            layers = range(self.model.elastic.num_layers)
+            given = [Given(Choices(choices.mlp[:, i], choices.heads[:, i]), self.menus) for i in layers]
+            self._remember(self._shares(choices), float((self._losses_of(ids, given) - full).mean()))
+            self.progress("random choices", done + 1, options.prefill)
+        self.surrogate.start(*self.train.tensors())
+        self.fitter.fit(*self.train.tensors(), _SURROGATE_STEPS)
+        self.error = judge(self.surrogate, *self.held_out.tensors()).mean_error
+        step = 0
+        while step < options.steps:
+            p, tau = self._observe(step)
+            below = self.error < options.threshold
+            if not below and self.waited < options.patience * options.steps:
+                self.waited += 1
+                continue
+            fraction = self._fraction(p)
+            self._step(step, self.surrogate.loss(p, fraction).mean(), latency_miss(self._fraction, p, tau))
+            self.steps_below += below
+            self.steps_above += not below
+            step += 1
+
+    def surrogate_reports(self) -> tuple[FitReport | None, GateReport | None]:
+        gate = GateReport(self.options.threshold, self.error, self.steps_below, self.steps_above, self.waited)
+        return judge(self.surrogate, *self.held_out.tensors()), gate
+
+    def _observe(self, step: int) -> tuple[Choices, Tensor]:
+        """Run the router's own choices, judge the surrogate by them, and let it learn them.
+
+        Returns the probabilities of the choices, mean over all tokens, [1, L, C] with a gradient, and the target [1].
+        """
+        ids, full, tau = self._one_target()
+        annealed = anneal(step, self.options.steps)
+        policies = learning_policies(
+            self.model, self.router, tau.expand(len(ids)), self.noise, *annealed, "sampled"
+        )
+        loss = float((self._losses_of(ids, policies) - full).mean())
+        shares = self._shares(
+            Choices(*(torch.stack(axis, 1) for axis in zip(*(_places(p) for p in policies), strict=True)))
+        )
+        with torch.no_grad():
+            predicted = float(self.surrogate.loss(shares, self._fraction(shares)))
+        self.error = _EMA * self.error + (1 - _EMA) * abs(predicted - loss)
+        self._remember(shares, loss)
+        self.fitter.fit(*self.train.tensors(), _REFIT_STEPS)
+        return mean_choices(policies, 1), tau
+
+    def _one_target(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sequences [B, T], the full model's loss of each [B], and one trained target below 1 [1]."""
+        below = self.router.targets[:-1]
+        picks = torch.randint(len(self.tokens), (self.options.batch,), generator=self.draws)
+        which = torch.randint(len(below), (1,), generator=self.draws)
+        return (
+            self.tokens[picks].to(self.device),
+            self.full[picks],
+            torch.tensor(below)[which].to(self.device),
+        )
+
+    def _random_choices(self, count: int) -> Choices:
+        """Two random networks, one of them for each token by a probability of each layer's own: [N, L]."""
+        config = self.model.elastic
+        found = []
+        for axis, menu in (("mlp", config.mlp_choices), ("heads", config.head_choices)):
+            a, b = (
+                torch.tensor([menu.index(n) for n in getattr(random_widths(config, self.rng), axis)])
+                for _ in range(2)
+            )
+            share = torch.rand(config.num_layers, generator=self.draws)
+            found.append(
+                torch.where(torch.rand(count, config.num_layers, generator=self.draws) < share, a, b)
+            )
+        return Choices(*(axis.to(self.device) for axis in found))
+
+    def _shares(self, choices: Choices) -> Choices:
+        """Places in the menus [N, L] -> shares of the tokens, [L, C]."""
+        return Choices(
+            *(
+                functional.one_hot(axis, len(menu)).float().mean(0)
+                for axis, menu in zip(choices, self.menus, strict=True)
+            )
+        )
+
+    def _remember(self, shares: Choices, loss: float) -> None:
+        self.observed += 1
+        buffer = self.train if self.observed % _HELD_OUT else self.held_out
+        buffer.add_shares(shares, float(self._fraction(shares)), loss)
+
+    def _full_losses(self) -> Tensor:
+        nobody = [None] * self.model.elastic.num_layers
+        return torch.cat([self._losses_of(ids, nobody) for ids in self.tokens.split(self.options.batch)])
+
+    @torch.no_grad()
+    def _losses_of(self, ids: Tensor, policies: Sequence[Any]) -> Tensor:
+        """Each sequence's mean loss, [B]."""
+        ids = ids.to(self.device)
+        self.model.set_policies(policies, self.model.elastic.full(), "all")
+        logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        each = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        return each.view(len(ids), -1).mean(1)
+
+
+def _places(policy: Any) -> tuple[Tensor, Tensor]:
+    """What a policy chose last, as places in the menus."""
+    return policy.last.mlp.choice, policy.last.heads.choice
 
 
 @torch.no_grad()
