@@ -274,6 +274,20 @@ def test_a_layer_compiles_as_one_graph(dial):
     assert relative(compiled, plain) < 1e-6 and longer.isfinite().all()
 
 
+@pytest.mark.parametrize("dial", ["full", "requests", "tokens"])
+def test_a_model_compiles_as_one_graph(dial):
+    model, ids = routed(elastic()), tokens()
+    if dial == "requests":
+        model.set_widths(three(model.elastic)[:2])
+    elif dial == "tokens":
+        turned(model, 0.6)
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, use_cache=False).logits
+        torch._dynamo.reset()
+    assert relative(compiled, plain) < 1e-6
+
+
 # ---- how routers learn ----
 
 

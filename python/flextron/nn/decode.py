@@ -165,7 +165,7 @@ def try_step(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast | 
     ids, cache = arguments.get("input_ids"), arguments.get("cache")
     if ids is None or not isinstance(cache, ElasticCache) or ids.shape[1] > TOKENS or ids.numel() == 0:
         return None
-    if torch.is_grad_enabled() or ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or ids.device.type != "cpu":
         return None
     if any(value is not None for name, value in arguments.items() if name not in _TAKEN):
         return None

@@ -293,14 +293,32 @@ def _guard_cache(
     return args, kwargs
 
 
+def _with_mask(given: dict[str, Any]) -> dict[str, Any]:
+    """A forward's arguments, with a mask that hides nothing where none is given.
+
+    Without one transformers looks for packed sequences in the positions, even those that it counted itself; that needs
+    their values, so under a compiler it takes all for packed.
+    """
+    if any(given.get(name) is not None for name in ("attention_mask", "position_ids")):
+        return given
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None or _given_cache(given) is not None:
+        return given
+    return given | {"attention_mask": torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)}
+
+
 @cache
 def _elastic_class(cls: type) -> type:
     names = tuple(inspect.signature(cls.forward).parameters)[1:]
 
     @wraps(cls.forward)  # transformers reads the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        taken = try_step(self, dict(zip(names, args, strict=False)) | kwargs)
-        return cls.forward(self, *args, **kwargs) if taken is None else taken
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if torch.compiler.is_compiling():
+            return cls.forward(self, **_with_mask(given))
+        taken = try_step(self, given)
+        return cls.forward(self, **given) if taken is None else taken
 
     # the parent's own name: save_pretrained writes it to the configuration, where stock transformers looks it up
     return type(cls.__name__, (ElasticModel, cls), {"__module__": cls.__module__, "forward": forward})
