@@ -1,6 +1,7 @@
 """The study: a tiny one runs, stops, goes on, and says in its files what it ran."""
 
 import csv
+import json
 import time
 from dataclasses import replace
 
@@ -19,7 +20,8 @@ TINY = replace(
     alone=(0.9,),
     train=replace(PLANS["stories260k"].train, steps=1, batch_size=2, length=16),
     route=RouteConfig(targets=(0.9, 1.0), evaluations=16, prefill=12, steps=4),
-    adaptive=AdaptiveConfig(targets=(0.9, 1.0), steps=2, batch=2, calibration=2, judged=2),
+    end_to_end={"form": "gumbel", "steps": 2, "batch": 2},
+    adaptive=AdaptiveConfig(targets=(0.9, 1.0), steps=2, batch=2, calibration=2, judged=2, prefill=12),
     adaptive_length=16,
     route_samples=1,
     length=16,
@@ -58,7 +60,8 @@ def test_every_arm_differs_from_the_main_one_in_one_thing():
         changed = [f for f in ("order", "options", "alone") if getattr(arm, f) != getattr(Arm(), f)]
         assert len(changed) == 1, name
     names = {arm for _, shown in results.COMPARISONS.values() for arm, _ in shown.values()}
-    assert names <= {*PLANS["stories260k"].arms(), "static routers", "searched", "adaptive routers"}
+    routed = {"static routers", "end to end", "searched", *run.ADAPTIVE.values()}
+    assert names <= {*PLANS["stories260k"].arms(), *routed}
 
 
 def test_a_run_is_in_each_comparison_that_it_is_an_arm_of():
@@ -117,4 +120,11 @@ def test_a_study_stops_goes_on_and_is_written_down(tmp_path, monkeypatch):
     assert all(float(r["measured_ms"]) > 0 and float(r["loss"]) > 0 for r in rows)
     trained = [r for r in rows if r["arm"] not in ("none", "none, untrained", "random, untrained")]
     assert {r["tokens"] for r in trained if "untrained" not in r["arm"] and r["comparison"] != "b"} == {"32"}
+    routers = [r for r in rows if r["comparison"] in "ef"]
+    assert {r["arm"] for r in routers} == {
+        "static", "input-adaptive", "input-adaptive by surrogate", "surrogate", "end to end",
+    }  # fmt: skip
+    assert all(float(r["router_seconds"]) > 0 for r in routers)
+    kept = json.loads((tmp_path / "stories260k" / "trained-0" / "routers.json").read_text())
+    assert kept["config"]["form"] == "surrogate"  # what is timed and served is not the other arm's
     assert "<svg" in written[2].read_text(encoding="utf-8")

@@ -38,6 +38,7 @@ class Plan:
         alone: of them, those at which models are trained alone.
         train: the main arm's training; its seed is replaced.
         route: of the routers; its seed is replaced.
+        end_to_end: of the routers that learn through the model, not its surrogate, where it is not that of ``route``.
         adaptive: of the routers that choose for every token; its seed is replaced.
         adaptive_length: tokens of each of their sequences.
         route_samples: sequences behind one loss that the surrogate learns from.
@@ -53,6 +54,7 @@ class Plan:
     alone: tuple[float, ...]
     train: TrainConfig
     route: RouteConfig
+    end_to_end: dict[str, Any]
     adaptive: AdaptiveConfig
     adaptive_length: int
     route_samples: int
@@ -92,6 +94,7 @@ _TRAIN = TrainConfig(
     eval_every=0,
     checkpoint_every=0,
 )
+_END_TO_END = {"form": "gumbel", "steps": 300, "batch": 8}  # a step costs a training step of the model
 _BUDGETS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 PLANS = {
@@ -104,7 +107,8 @@ PLANS = {
         alone=(0.5, 0.7),
         train=_TRAIN,
         route=RouteConfig(targets=(*_BUDGETS, 1.0), evaluations=300, prefill=200, steps=1000),
-        adaptive=AdaptiveConfig(targets=(*_BUDGETS, 1.0)),
+        end_to_end=_END_TO_END,
+        adaptive=AdaptiveConfig(targets=(*_BUDGETS, 1.0), steps=150),
         adaptive_length=128,
         route_samples=4,
         length=256,
@@ -119,6 +123,7 @@ PLANS = {
         alone=(0.5,),
         train=replace(_TRAIN, steps=30, batch_size=4, length=256, learning_rate=3e-4),
         route=RouteConfig(targets=(*_BUDGETS, 1.0), evaluations=260, prefill=180),
+        end_to_end=_END_TO_END | {"steps": 100, "batch": 4},
         adaptive=AdaptiveConfig(targets=(*_BUDGETS, 1.0), steps=100, batch=4),
         adaptive_length=128,
         route_samples=2,

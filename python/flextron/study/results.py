@@ -14,7 +14,7 @@ from flextron.study.run import Row, Study
 
 COLUMNS = (
     "parent", "comparison", "arm", "seed", "budget", "tokens", "loss", "measured_ms", "full_ms", "predicted_ms",
-    "params", "mlp", "heads",
+    "params", "router_seconds", "mlp", "heads",
 )  # fmt: skip
 
 # comparison -> (question, {arm as the page calls it: (arm of the rows, whether it is trained)})
@@ -53,7 +53,15 @@ COMPARISONS = {
     ),
     "e": (
         "Static against input-adaptive routers at equal mean latency",
-        {"static": ("static routers", True), "input-adaptive": ("adaptive routers", True)},
+        {
+            "static": ("static routers", True),
+            "input-adaptive": ("adaptive routers", True),
+            "input-adaptive by surrogate": ("adaptive routers by surrogate", True),
+        },
+    ),
+    "f": (
+        "Static routers that learn from the surrogate against end to end, through the model",
+        {"surrogate": ("static routers", True), "end to end": ("end to end", True)},
     ),
     "g": (
         "Distillation against cross-entropy",
@@ -79,14 +87,24 @@ def rows_of(study: Study) -> list[Row]:
                 if comparison == "c" and run["budget"] not in study.plan.alone:
                     continue
                 key = (
-                    (tuple(run["mlp"]), tuple(run["heads"])) if "mlp" in run else (run["seed"], run["budget"])
+                    (tuple(run["mlp"]), tuple(run["heads"]))
+                    if "mlp" in run
+                    else (run["arm"], run["seed"], run["budget"])
                 )
                 timed = times.get(key, {})
                 found.append(
                     {
                         **{
                             name: run.get(name)
-                            for name in ("seed", "budget", "tokens", "loss", "predicted_ms", "params")
+                            for name in (
+                                "seed",
+                                "budget",
+                                "tokens",
+                                "loss",
+                                "predicted_ms",
+                                "params",
+                                "router_seconds",
+                            )
                         },
                         "parent": study.plan.parent,
                         "comparison": comparison,
@@ -205,7 +223,7 @@ def _compared(rows: Sequence[Row]) -> list[Row]:
 
 
 def _times(done: dict[str, Row]) -> dict[tuple[Any, ...], Row]:
-    """(widths of MLPs, of attentions), or (seed, budget) of an adaptive router -> its row of the last measurement.
+    """(widths of MLPs, of attentions), or (arm, seed, budget) of an adaptive router -> its row of the last measurement.
 
     Everything was timed in it, side by side.
     """

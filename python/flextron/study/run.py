@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from flextron.convert import load_elastic, save_elastic
 from flextron.demo import stories
 from flextron.demo.parents import load_parent
 from flextron.nn import Dial, make_elastic
-from flextron.pipeline import Progress
+from flextron.pipeline import Progress, RouteConfig, RouterResult
 from flextron.route import adaptive as adaptive_routing
 from flextron.route.ladder import uniform_ladder
 from flextron.route.latency import LatencyTable, load_tables, measure
@@ -34,6 +34,8 @@ from flextron.train import train as train_model
 RUNS = "runs.jsonl"
 TEXT = "tinystories_sample.txt.xz"
 STAGES = ("prepare", "profile", "train", "route", "adaptive", "latency")
+# how an adaptive router learns -> its arm
+ADAPTIVE = {"gumbel": "adaptive routers", "surrogate": "adaptive routers by surrogate"}
 _HELD_OUT = 0.15  # share of the text that judges; every stage works on the rest
 _ROUNDS = 5  # samples of each measured latency
 
@@ -118,14 +120,16 @@ class Study:
     def _route(self) -> Iterator[Job]:
         for seed in self.seeds:
             yield f"route/{seed}", lambda s=seed: self._route_static(s)
+            yield f"route end to end/{seed}", lambda s=seed: self._route_end_to_end(s)
 
     def _adaptive(self) -> Iterator[Job]:
         for seed in self.seeds:
-            yield f"adaptive/{seed}", lambda s=seed: self._route_adaptive(s)
+            for form, arm in ADAPTIVE.items():
+                yield f"{arm}/{seed}", lambda f=form, s=seed: self._route_adaptive(f, s)
 
     def _latency(self) -> Iterator[Job]:
         # As many sub-networks as there are: when rows were added, all are timed again, side by side.
-        adaptive = sum(job.startswith("adaptive/") for job in self.done())
+        adaptive = sum(job.startswith("adaptive ") for job in self.done())
         yield f"latency of {len(self._sub_networks())} and {adaptive}", self._measure_all
 
     # ---- the jobs
@@ -186,35 +190,54 @@ class Study:
         return rows
 
     def _route_static(self, seed: int) -> list[Row]:
-        directory = self._trained(seed)
-        began = time.perf_counter()
+        result, model, cost = self._routed(self._trained(seed), replace(self.plan.route, seed=seed))
+        tokens = self._trained_tokens(seed)
+        searched = {t.target: t.search_widths for t in result.targets if t.target in self.plan.budgets}
+        rows = self._judge(model, "static routers", seed, tokens, self._rungs(model))
+        rows += self._judge(model, "searched", seed, tokens, searched)
+        return [row | cost | {"surrogate": result.surrogate.to_dict()} for row in rows]
+
+    def _route_end_to_end(self, seed: int) -> list[Row]:
+        """The same routers by the model's own loss; the folder of the others keeps theirs."""
+        config = replace(self.plan.route, seed=seed, **self.plan.end_to_end)
+        with tempfile.TemporaryDirectory() as scratch:
+            directory = shutil.copytree(self._trained(seed), Path(scratch) / "model")
+            _, model, cost = self._routed(directory, config)
+        rows = self._judge(model, "end to end", seed, self._trained_tokens(seed), self._rungs(model))
+        return [row | cost for row in rows]
+
+    def _routed(self, directory: Path, config: RouteConfig) -> tuple[RouterResult, Any, Row]:
+        """(what routing says, the model with it, the processor's seconds that it took, of all threads)."""
+        began = time.process_time()
         result = pipeline.route(
             directory,
-            replace(self.plan.route, seed=seed),
+            config,
             data=self.corpus(),
             samples=self.plan.route_samples,
             length=self.plan.length,
             progress=self.progress,
         )
-        seconds = time.perf_counter() - began
-        model = pipeline.from_pretrained(directory)
-        tokens = self._trained_tokens(seed)
-        routed = {b: model.planner.resolve(b) for b in self.plan.budgets}
-        searched = {t.target: t.search_widths for t in result.targets if t.target in self.plan.budgets}
-        rows = self._judge(model, "static routers", seed, tokens, routed)
-        rows += self._judge(model, "searched", seed, tokens, searched)
-        fit = {"surrogate": result.surrogate.to_dict(), "route_seconds": round(seconds, 1)}
-        return [row | fit for row in rows]
+        cost = {"router_seconds": round(time.process_time() - began, 1)}
+        return result, pipeline.from_pretrained(directory), cost
 
-    def _route_adaptive(self, seed: int) -> list[Row]:
-        directory = self._trained(seed)
-        pipeline.route_adaptive(
+    def _rungs(self, model: Any) -> dict[float, Widths]:
+        return {b: model.planner.resolve(b) for b in self.plan.budgets}
+
+    def _route_adaptive(self, form: str, seed: int) -> list[Row]:
+        directory = self._adaptive_folder(form, seed)
+        if directory != self._trained(seed):
+            shutil.copytree(self._trained(seed), directory, dirs_exist_ok=True)
+        began = time.process_time()
+        result = pipeline.route_adaptive(
             directory,
-            replace(self.plan.adaptive, seed=seed),
+            replace(self.plan.adaptive, seed=seed, form=form),
             data=self.corpus(),
             length=self.plan.adaptive_length,
             progress=self.progress,
         )
+        cost = {"router_seconds": round(time.process_time() - began, 1)}
+        if result.surrogate is not None:
+            cost |= {"surrogate": result.surrogate.to_dict(), "gate": asdict(result.gate)}
         model = pipeline.from_pretrained(directory)
         tokens, table, budgets = self._judging(), self.table(), list(self.plan.budgets)
         dials = [Dial.adaptive(model.elastic, [b]) for b in budgets]
@@ -222,8 +245,8 @@ class Study:
         losses = evaluate(model, tokens, dials, batch_size=4)
         trained = self._trained_tokens(seed)
         return [
-            {"arm": "adaptive routers", "seed": seed, "budget": budget, "tokens": trained, "loss": loss,
-             "predicted_ms": fraction * table.full_ms}
+            {"arm": ADAPTIVE[form], "seed": seed, "budget": budget, "tokens": trained, "loss": loss,
+             "predicted_ms": fraction * table.full_ms, **cost}
             for budget, loss, fraction in zip(budgets, losses, fractions, strict=True)
         ]  # fmt: skip
 
@@ -243,18 +266,18 @@ class Study:
             {"timed": {"mlp": w.mlp, "heads": w.heads}, "measured_ms": ms, "full_ms": full_ms}
             for w, ms in found
         ]
-        seeds = [s for s in self.seeds if f"adaptive/{s}" in self.done()]
-        return rows + [row for seed in seeds for row in self._measure_adaptive(seed)]
+        done = [(f, s) for s in self.seeds for f, arm in ADAPTIVE.items() if f"{arm}/{s}" in self.done()]
+        return rows + [row for form, seed in done for row in self._measure_adaptive(form, seed)]
 
-    def _measure_adaptive(self, seed: int) -> list[Row]:
+    def _measure_adaptive(self, form: str, seed: int) -> list[Row]:
         """On real text: how many tokens take which width decides the time, and the routers' own is in it."""
-        model = pipeline.from_pretrained(self._trained(seed))
+        model = pipeline.from_pretrained(self._adaptive_folder(form, seed))
         workload = self.plan.workload
         ids = text.windows(self.corpus().held_out, workload.batch, workload.length)
         dials = [Dial.adaptive(model.elastic, [b]) for b in self.plan.budgets]
         full_ms, times = measure(model, dials, workload, rounds=_ROUNDS, ids=ids)
         return [
-            {"timed_adaptive": [seed, budget], "measured_ms": ms, "full_ms": full_ms}
+            {"timed_adaptive": [ADAPTIVE[form], seed, budget], "measured_ms": ms, "full_ms": full_ms}
             for budget, ms in zip(self.plan.budgets, times, strict=True)
         ]
 
@@ -329,6 +352,10 @@ class Study:
 
     def _trained(self, seed: int) -> Path:
         return self.out / f"trained-{seed}"
+
+    def _adaptive_folder(self, form: str, seed: int) -> Path:
+        trained = self._trained(seed)
+        return trained if form == "gumbel" else trained.with_name(f"{trained.name}-{form}")
 
 
 def _documents() -> tuple[list[str], list[str]]:
