@@ -12,10 +12,6 @@
 #include "kernels/elastic_gemm.h"
 #include "kernels/vector.h"
 
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
 namespace flextron {
 namespace {
 
@@ -38,33 +34,12 @@ constexpr i64 tile_panels(i64 rows) {
   return fit >= 8 && kBatch >= 8 ? 8 : fit >= 4 && kBatch >= 4 ? 4 : fit >= 2 && kBatch >= 2 ? 2 : 1;
 }
 
-// -- vectors at any address --
+// -- what vector.h's vectors at any address lack --
 
-template <class T>
-struct Loose {
-  typedef T type __attribute__((vector_size(kWide * sizeof(T)), aligned(alignof(T)), may_alias));
-};
-template <class T>
-inline typename Loose<T>::type load_loose(const void* x) {
-  return *static_cast<const typename Loose<T>::type*>(x);
-}
 inline void store_loose(float* x, Vec<float> v) { *reinterpret_cast<Loose<float>::type*>(x) = v; }
 
-using Words = Loose<uint32_t>::type;
 using Integers = Loose<int32_t>::type;
 
-inline Vec<float> widened(const float* x) { return load_loose<float>(x); }
-// Integers of fewer bits in the low bits of a vector: one instruction, which compilers do not find by
-// themselves.
-inline Words extended(const uint16_t* x) {
-#if defined(__AVX512F__) && FLEXTRON_VECTOR_BYTES == 64
-  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-#elif defined(__AVX2__) && !defined(FLEXTRON_VECTOR_BYTES)
-  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-#else
-  return __builtin_convertvector(load_loose<uint16_t>(x), Words);
-#endif
-}
 inline Integers extended(const int8_t* x) {
 #if defined(__AVX512F__) && FLEXTRON_VECTOR_BYTES == 64
   return (Integers)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
@@ -73,16 +48,6 @@ inline Integers extended(const int8_t* x) {
 #else
   return __builtin_convertvector(load_loose<int8_t>(x), Integers);
 #endif
-}
-
-inline Vec<float> widened(const bf16* x) { return (Vec<float>)(extended(&x->bits) << 16); }
-inline Vec<float> widened(const fp16* x) {  // widen() of vector.h, in lanes
-  const Words w = extended(&x->bits) << 16;
-  const Words sign = w & 0x80000000u, twice = w + w;
-  const Vec<float> normal = (Vec<float>)((twice >> 4) + (0xE0u << 23)) * 0x1.0p-112f;
-  const Vec<float> subnormal = (Vec<float>)((twice >> 17) | (126u << 23)) - 0.5f;
-  const Words magnitude = twice < (1u << 27) ? (Words)subnormal : (Words)normal;
-  return (Vec<float>)(sign | magnitude);
 }
 inline Vec<float> widened(const int8* x) { return __builtin_convertvector(extended(&x->bits), Vec<float>); }
 

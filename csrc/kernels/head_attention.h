@@ -68,6 +68,7 @@ struct HeadAttentionParams {
   int64_t heads;
   bool by_group;  // the unit is a group, not a query head of every group
 
+  bool few_rows;  // items of few rows, (query, head) pairs, take loops of their own, which round otherwise
   bool causal;
   acc_t scale;
   int64_t H, G, M, D;

@@ -9,6 +9,10 @@
 
 #include "core/types.h"
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 namespace flextron {
 namespace {
 
@@ -98,6 +102,46 @@ template <class A, class scalar_t>
 inline void widen_row(A* __restrict to, const scalar_t* __restrict from, i64 n, i64 n_padded) {
   for (i64 i = 0; i < n; ++i) to[i] = widen(from[i]);
   for (i64 i = n; i < n_padded; ++i) to[i] = A(0);
+}
+
+// -- vectors at any address, as long as a vector of floats --
+
+template <class T>
+struct Loose {
+  typedef T type __attribute__((vector_size(kLanes<float> * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+template <class T>
+inline typename Loose<T>::type load_loose(const void* x) {
+  return *static_cast<const typename Loose<T>::type*>(x);
+}
+
+using Words = Loose<uint32_t>::type;
+
+// Integers of fewer bits in the low bits of a vector: one instruction, which compilers do not find by
+// themselves.
+inline Words extended(const uint16_t* x) {
+#if defined(__AVX512F__) && FLEXTRON_VECTOR_BYTES == 64
+  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+#elif defined(__AVX2__) && !defined(FLEXTRON_VECTOR_BYTES)
+  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+#else
+  return __builtin_convertvector(load_loose<uint16_t>(x), Words);
+#endif
+}
+
+inline Vec<float> widened(const float* x) { return load_loose<float>(x); }
+inline Vec<double> widened(const double* x) {
+  typedef double Any __attribute__((vector_size(kVectorBytes), aligned(alignof(double)), may_alias));
+  return *reinterpret_cast<const Any*>(x);
+}
+inline Vec<float> widened(const bf16* x) { return (Vec<float>)(extended(&x->bits) << 16); }
+inline Vec<float> widened(const fp16* x) {  // widen() in lanes
+  const Words w = extended(&x->bits) << 16;
+  const Words sign = w & 0x80000000u, twice = w + w;
+  const Vec<float> normal = (Vec<float>)((twice >> 4) + (0xE0u << 23)) * 0x1.0p-112f;
+  const Vec<float> subnormal = (Vec<float>)((twice >> 17) | (126u << 23)) - 0.5f;
+  const Words magnitude = twice < (1u << 27) ? (Words)subnormal : (Words)normal;
+  return (Vec<float>)(sign | magnitude);
 }
 
 // -- exp: 2^n times a polynomial (Cephes), 1 ulp; 0 below the smallest normal number; NaN stays NaN --

@@ -28,6 +28,7 @@ inline KeySplit split_keys(const AttentionPlan& plan) {
 template <class scalar_t>
 void run_decode(const AttentionPlan& plan, HeadAttentionParams<scalar_t> p, const Tensor& q) {
   const KeySplit split = split_keys(plan);
+  p.few_rows = p.lse == nullptr;  // of use to a backward pass are scores as it makes them itself
   const int64_t items = split.items.size(), merges = split.merge_at.size() - 1;
   if (items == merges) return run_forward(plan, p);
   p.items = split.items.data();

@@ -70,6 +70,55 @@ def test_group_ratios(M, unit):
         assert_no_worse(ours, plain, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("M, T", [(1, 1), (2, 1), (3, 1), (2, 2), (5, 1), (3, 2), (7, 1), (4, 2), (3, 3)])
+@pytest.mark.parametrize("page", [0, 3])
+def test_few_rows(page, M, T, dtype):
+    """One to nine rows, keys and head sizes on both sides of a vector; what lies beside them is NaN.
+
+    All sizes of D and S are compared as one result: a single one may have 12 elements, and plain PyTorch's error of so
+    few is as much luck as measure.
+    """
+    found = []
+    for D, S in itertools.product([12, 64, 72, 88], [1, 7, 8, 65, 130]):
+        q, k, v = draw(1, T, S, 2 * M, 2, D, dtype)
+        seqlens = torch.tensor([S])
+        plain = reference.head_attention_decode(q, k, v, seqlens, 1)
+        exact = reference.head_attention_decode(q.double(), k.double(), v.double(), seqlens, 1)
+        caches = [torch.full((1, S + 9, 2, D), NAN, dtype=dtype) for _ in range(2)]
+        for cache, kept in zip(caches, (k, v), strict=True):
+            cache[:, 4 : S + 4, 0] = kept[:, :, 0]
+        table = {}
+        if page:
+            *caches, table["block_table"] = paged(*caches, page)
+        # The first T - S queries see no key.
+        ours = head_attention_decode(q, *caches, seqlens + 4, 1, k_start=torch.tensor([4]), **table)
+        found.append((ours, plain, exact))
+    assert_no_worse(*(torch.cat([t.flatten() for t in results]) for results in zip(*found, strict=True)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("D", [40, 44, 64])
+def test_a_row_is_the_same_beside_others(D, dtype):
+    """A query head of one of up to eight rows, whatever their number."""
+    q, k, v = draw(1, 1, LONG, 16, 2, D, dtype)
+    seqlens = torch.tensor([LONG])
+    all_heads = head_attention_decode(q, k, v, seqlens, 8, "query").view(2, 8, D)
+    for heads in range(1, 8):
+        some = head_attention_decode(q, k, v, seqlens, heads, "query").view(2, 8, D)
+        assert torch.equal(some[:, :heads], all_heads[:, :heads])
+
+
+@pytest.mark.parametrize("M", [1, 3, 9])
+def test_the_largest_score_may_lie_at_any_key(M):
+    """So far above the others that their share is zero: an exponential of it alone would overflow."""
+    S = 70
+    q, k, v = torch.ones(1, 1, M, 16), torch.zeros(S, S, 1, 16), torch.randn(1, S, 1, 16)
+    k[range(S), range(S)] = 100.0  # sequence j has its largest score at key j
+    out = head_attention_decode(q.expand(S, -1, -1, -1), k, v.expand(S, -1, -1, -1), torch.full((S,), S), 1)
+    assert torch.equal(out, v[0, :, None].expand_as(out))
+
+
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize("page", [0, 4, 16])
