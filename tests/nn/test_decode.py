@@ -119,6 +119,15 @@ def test_the_cache_may_be_cropped_reordered_and_narrowed_between_steps(monkeypat
         assert relative(a, b) < 1e-5
 
 
+def test_the_first_token_after_a_prompt_copies_no_cache():
+    """Growing SmolLM2's cache of 512 tokens takes 5 ms, half a step."""
+    model, ids, cache = elastic(), tokens(T=65), ElasticCache()
+    logits_of(model, ids[:, :64], [64], cache)
+    before = [layer.keys.data_ptr() for layer in cache.layers]
+    logits_of(model, ids[:, 64:], [1], cache)
+    assert [layer.keys.data_ptr() for layer in cache.layers] == before
+
+
 def test_weights_that_are_replaced_or_changed_are_seen(monkeypatch):
     model, ids = elastic(), tokens(T=7)
     with counted(monkeypatch) as steps:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-_BLOCK = (
-    64  # tokens; room is added in multiples of this, at least doubling, so that appending is amortised O(1)
-)
+# Tokens. Room is made in multiples of this, for at least as many more than are stored, so that the first token after a
+# prompt copies nothing, and at least doubling, so that appending is amortised O(1).
+_BLOCK = 64
 
 
 class ElasticCacheLayer(CacheLayerMixin):
@@ -70,7 +70,7 @@ class ElasticCacheLayer(CacheLayerMixin):
         if end <= stored.shape[1]:
             return stored
         B, _, G, D = stored.shape
-        room = -(-max(end, 2 * self.length) // _BLOCK) * _BLOCK
+        room = -(-max(end + _BLOCK, 2 * self.length) // _BLOCK) * _BLOCK
         grown = stored.new_empty(B, room, G, D)
         grown[:, : self.length] = stored[:, : self.length]
         return grown
