@@ -26,10 +26,11 @@ def draw(T, K, N, dtype, ib=1, ob=1):
 
 @each_dtype
 @each_packing
-def test_a_prefix_has_the_bits_of_the_sliced_weight(dtype, packed):
+@pytest.mark.parametrize("T", [1, 5, 9])
+def test_a_prefix_has_the_bits_of_the_sliced_weight(T, dtype, packed):
     """Both prefixes, with blocks, across chains of 256 inputs and panels of 16 features."""
     K, N, ib, ob, k, n = 600, 40, 2, 3, 530, 23
-    x, weight, bias = draw(9, K, N, dtype, ib, ob)
+    x, weight, bias = draw(T, K, N, dtype, ib, ob)
     y = packed_linear(x, *pack_linear(weight, ob, packed), bias, k, n, in_blocks=ib)
     sliced = weight.view(ob, N, ib, K)[:, :n, :, :k].reshape(ob * n, ib * k)
     panels, scales = pack_linear(sliced, ob, packed)
@@ -38,7 +39,7 @@ def test_a_prefix_has_the_bits_of_the_sliced_weight(dtype, packed):
         scales = scales.flatten(1)[:, :32].reshape(ob, 2, 16).contiguous()
         rows = whole.view(ob, -1, ib, K, 16)[:, :2, :, :k].reshape(ob, 2, ib * k, 16)
         panels = rows.contiguous()
-    narrow = x.view(9, ib, K)[:, :, :k].reshape(9, ib * k)
+    narrow = x.view(T, ib, K)[:, :, :k].reshape(T, ib * k)
     bias = bias.view(ob, N)[:, :n].flatten()
     assert torch.equal(y, packed_linear(narrow, panels, scales, bias, k, n, in_blocks=ib))
 
