@@ -1,5 +1,6 @@
-# make demo, make test, make emulate, make bench, make lint, make resources: each sets up all it needs, once, in .venv.
+# make demo, test, emulate, sanitize, bench, lint, resources: each sets up all it needs, once, in .venv.
 #
+#   make sanitize                     the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make resources                    registers, spills and build cost of every CUDA kernel against the kept table
 #   make demo ARGS="--parent tiny"    ARGS is handed to the command
 #   make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"    what pip installs as torch
@@ -13,7 +14,7 @@ ARGS ?=
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test emulate bench lint resources setup clean
+.PHONY: demo test emulate sanitize bench lint resources setup clean
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -27,6 +28,9 @@ test: setup
 
 emulate: setup
 	PYTHON=$(BIN)/python bash tests/emulator/run.sh $(ARGS)
+
+sanitize: setup
+	PYTHON=$(BIN)/python bash tests/emulator/run.sh --cpu
 
 bench: setup
 	$(BIN)/python python/benchmarks/bench_ops.py $(ARGS)

@@ -1,4 +1,4 @@
-"""Every test starts from one seed, and memory that nothing wrote reads NaN. FLEXTRON_EMULATE=1: on emulated kernels."""
+"""Every test starts from one seed, and memory that nothing wrote reads NaN. FLEXTRON_EMULATE: on emulated kernels."""
 
 import os
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from emulator import build as emulator
 
-EMULATE = os.environ.get("FLEXTRON_EMULATE") == "1"
-if EMULATE:
-    emulator.load(sanitize=os.environ.get("FLEXTRON_EMULATE_SANITIZE") == "1")
+if kind := os.environ.get("FLEXTRON_EMULATE"):
+    emulator.load(kind, os.environ.get("FLEXTRON_EMULATE_SANITIZE") == "1")
+EMULATE = emulator.loaded()
 
 from flextron_ext import build_info  # noqa: E402
 

@@ -29,10 +29,10 @@ inline bool has_avx512() {
 #endif
 }
 
-// Whether the files for AVX-512 can run: in a build that has them lowered to what every machine runs, always.
+// Whether the files for AVX-512 can run: a build may have their loops compiled for AVX2.
 inline bool runs_avx512() {
 #ifdef FLEXTRON_LOWER_AVX512
-  return true;
+  return has_avx2();
 #else
   return has_avx512();
 #endif

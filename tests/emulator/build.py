@@ -1,4 +1,4 @@
-"""Builds the op library with its CUDA kernels emulated, loads it in the product's place, and is its face for tests."""
+"""Builds the op library for kernels this machine lacks, loads it in the product's place, and is its face for tests."""
 
 from __future__ import annotations
 
@@ -24,18 +24,22 @@ _library: ctypes.CDLL | None = None
 _order = (0, "forward")
 
 
-def build(sanitize: bool = False) -> Path:
-    """The library in build/emulator (build/emulator-asan), compiled again where a source has changed."""
+KINDS = {"1": "emulator", "avx512": "emulator-avx512"}  # of FLEXTRON_EMULATE: CUDA kernels; AVX-512's loops
+
+
+def build(kind: str = "1", sanitize: bool = False) -> Path:
+    """The library in build/emulator (-avx512, -asan), compiled again where a source has changed."""
     import cmake
     import ninja
 
-    folder = ROOT / "build" / ("emulator-asan" if sanitize else "emulator")
+    folder = ROOT / "build" / (KINDS[kind] + ("-asan" if sanitize else ""))
     folder.mkdir(parents=True, exist_ok=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     options = {
         "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR) / "ninja",
         "FLEXTRON_VERSION": project["version"],
         "FLEXTRON_TORCH_DIR": Path(torch.__file__).parent,
+        "FLEXTRON_EMULATE_CUDA": "ON" if kind == "1" else "OFF",
         "FLEXTRON_SANITIZE": "ON" if sanitize else "OFF",
     }
     program = Path(cmake.CMAKE_BIN_DIR) / "cmake"
@@ -56,8 +60,8 @@ def _run(command: list[Any]) -> None:
         raise SystemExit(f"{done.stdout}\nemulator: the build must succeed, got exit code {done.returncode}")
 
 
-def load(sanitize: bool = False) -> None:
-    """Makes ``torch.ops.flextron.*`` the emulated library's; to be called before flextron_ext is imported.
+def load(kind: str = "1", sanitize: bool = False) -> None:
+    """Makes ``torch.ops.flextron.*`` the built library's; to be called before flextron_ext is imported.
 
     flextron_ext's ``_C`` asks for libflextron.so, and the loader gives it the library of that name that is there.
     """
@@ -66,12 +70,16 @@ def load(sanitize: bool = False) -> None:
         return
     if "flextron_ext" in sys.modules:
         raise RuntimeError("emulator: the library must be loaded before flextron_ext, got flextron_ext first")
-    path = str(build(sanitize))
+    if kind not in KINDS:
+        raise ValueError(f"emulator: FLEXTRON_EMULATE must be one of {', '.join(KINDS)}, got {kind}")
+    path = str(build(kind, sanitize))
     torch.ops.load_library(path)
-    _library = ctypes.CDLL(path)
+    if kind == "1":
+        _library = ctypes.CDLL(path)
 
 
 def loaded() -> bool:
+    """Whether CUDA kernels are emulated."""
     return _library is not None
 
 
@@ -149,4 +157,5 @@ def check_word(name: str) -> None:
 
 
 if __name__ == "__main__":
-    print(build(sanitize="--sanitize" in sys.argv[1:]))
+    asked = sys.argv[1:]
+    print(build("avx512" if "avx512" in asked else "1", "--sanitize" in asked))

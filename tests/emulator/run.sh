@@ -1,29 +1,32 @@
 #!/usr/bin/env bash
 # The kernels' proof where there is no GPU: bash tests/emulator/run.sh     (make emulate sets up what it needs)
 # A part of it, for CI:             bash tests/emulator/run.sh --quick
+# The CPU's own kernels, sanitized: bash tests/emulator/run.sh --cpu          (make sanitize)
 #
 # The emulator's own tests; then for every op that has a csrc/kernels/<op>_cuda.cu, on the Hopper path (90) and the
 # portable one (80) side by side: its suite in thread order, and what depends on order under drawn and adversarial ones.
 # In thread order, what both paths launch alike goes over one of them. Unless quick, what depends on order runs once more
-# under AddressSanitizer and UndefinedBehaviorSanitizer.
+# under AddressSanitizer and UndefinedBehaviorSanitizer. The CPU's: the ops' tests under both, on each instruction set's
+# loops; AVX-512's are compiled for AVX2.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 
-adversaries="ahead behind" seeds=20 sanitized=yes part= rest=
+adversaries="ahead behind" seeds=20 sanitized=yes part= rest= out=build/emulate
+export FLEXTRON_EMULATE=1 OMP_NUM_THREADS=1
 if [[ "${1:-}" == --quick ]]; then
   adversaries=ahead seeds=1 sanitized=no
   part=" and (tiles or sm90)" # the files whose tests fill several tiles: these orders ask more of them than thread order
   rest=" and not (tiles or sm90)"
+elif [[ "${1:-}" == --cpu ]]; then
+  out=build/sanitize FLEXTRON_EMULATE=avx512
 elif (($# > 0)); then
-  echo "run.sh: the argument must be --quick or nothing, got $*" >&2
+  echo "run.sh: the argument must be --quick, --cpu or nothing, got $*" >&2
   exit 2
 fi
 
 python=${PYTHON:-python3}
-out=build/emulate
 rm -rf "$out"
 mkdir -p "$out"
-export FLEXTRON_EMULATE=1 OMP_NUM_THREADS=1
 
 ops="" files=(tests/test_ops.py)
 for kernel in csrc/kernels/*_cuda.cu; do
@@ -73,38 +76,60 @@ in_every_order() {
   return $wrong
 }
 
+# Python was not linked with sanitizers, nor with the C++ library whose exceptions they watch. What it leaks is its own.
+with_sanitizers() {
+  preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so.6)"
+  export FLEXTRON_EMULATE_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0
+}
+
 # sanitized ARCH: once, under the sanitizers.
 sanitized() {
-  # Python was not linked with them, nor with the C++ library whose exceptions they watch. What it leaks is its own.
   local wrong=0 preload
-  preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so.6)"
-  export FLEXTRON_ARCH=$1 FLEXTRON_EMULATE_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0
+  with_sanitizers
+  export FLEXTRON_ARCH=$1
   [[ $1 == 90 ]] && check "sanitized emulator" tests/test_emulator.py
   FLEXTRON_EMULATE_ORDER=random FLEXTRON_EMULATE_SEED=1 \
     check "sanitized sm_$1 random, seed 1" "${files[@]}" -k "$ordered"
   return $wrong
 }
 
-# both FUNCTION: on both paths at once.
-both() {
-  local failed=0 paths=()
-  for arch in 90 80; do
-    "$1" $arch &
-    paths+=($!)
+# sanitized_cpu ISA: the same of the loops of an instruction set; AVX-512 has its own for the GEMMs alone.
+sanitized_cpu() {
+  local wrong=0 preload some=
+  with_sanitizers
+  export FLEXTRON_ISA=$1
+  [[ $1 == avx512 ]] && some="(linear or mlp or gemm) and "
+  check "sanitized $1" tests/test_ops.py tests/ops -k "${some}not ($once or each_instruction_set)"
+  return $wrong
+}
+
+# at_once FUNCTION ARGUMENTS: the function of each argument, side by side.
+at_once() {
+  local failed=0 argument runs=()
+  for argument in "${@:2}"; do
+    "$1" "$argument" &
+    runs+=($!)
   done
-  for path in "${paths[@]}"; do wait "$path" || failed=1; done
+  for argument in "${runs[@]}"; do wait "$argument" || failed=1; done
   return $failed
 }
 
 failed=0
+if [[ $FLEXTRON_EMULATE == avx512 ]]; then
+  echo "== building the ops with sanitizers"
+  "$python" tests/emulator/build.py avx512 --sanitize || exit 1
+  at_once sanitized_cpu generic avx2 avx512 || { echo "== FAILED after $SECONDS s"; exit 1; }
+  echo "== every CPU kernel passed, in $SECONDS s"
+  exit
+fi
 echo "== building the ops with emulated kernels"
 "$python" tests/emulator/build.py || exit 1
 echo "== emulated: ${ops// or /, }"
-both in_every_order || failed=1
+at_once in_every_order 90 80 || failed=1
 if [[ $sanitized == yes ]]; then
   echo "== building them with sanitizers"
   "$python" tests/emulator/build.py --sanitize || exit 1
-  both sanitized || failed=1
+  at_once sanitized 90 80 || failed=1
 fi
 ((failed)) && { echo "== FAILED after $SECONDS s"; exit 1; }
 echo "== every kernel passed, in $SECONDS s"
