@@ -45,8 +45,8 @@ def test_routed_beats_uniform_at_every_target(trained):
 
 
 def test_routed_beats_random_ladders(trained, loss):
-    """At every target more than half of twenty, and 50 of 60 in all. At 0.5, where few steps are left, it was 16 to 19
-    of 20 over three seeds and two kinds of processor, at the others 20: training differs in the last bits there."""
+    """All of twenty at each target, over the seeds 0 to 4, since routers start where search stands; two are left to
+    other processors, where training differs in the last bits."""
     rng = random.Random(0)
     beaten = []
     for t in trained.targets:
@@ -59,7 +59,7 @@ def test_routed_beats_random_ladders(trained, loss):
             shuffled = Ladder(CONFIG.mlp_choices, CONFIG.head_choices, 8, tuple(upgrades), "random")
             others.append(loss(shuffled.highest(TABLE.predict, limit)))
         beaten.append(sum(routed < other for other in others))
-    assert min(beaten) > 10 and sum(beaten) >= 50, beaten
+    assert min(beaten) >= 18, beaten
 
 
 def test_routers_do_not_lose_to_search(trained, loss):
