@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flextron.testing.numerics import assert_no_worse
-from flextron_ext import elastic_mlp, pack_mlp, packed_mlp, reference
+from flextron_ext import elastic_mlp, pack_linear, pack_mlp, packed_mlp, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,6 +77,21 @@ def test_it_is_elastic_mlp(dtype):
     exact = reference.elastic_mlp(x.double(), gate.double(), up.double(), down.double(), *arguments)
     ours = run(x, pack_mlp(gate, up, down), 61)
     assert_no_worse(ours, elastic_mlp(x, gate, up, down, *arguments), exact, "packed", dtype)
+
+
+@pytest.mark.parametrize("T", [1, 33])
+def test_int8_is_the_mlp_of_the_rounded_weights(T):
+    x, *weights = draw(T, torch.float32)
+    weights[1] *= 7  # no two weights have the same scales
+    packed, rounded = pack_mlp(*weights, torch.int8), []
+    for weight in weights:
+        panels, scales = pack_linear(weight, dtype=torch.int8)
+        rounded.append((panels.transpose(2, 3).float() * scales[..., None]).flatten(0, 2)[: len(weight)])
+    plain, exact = (
+        reference.elastic_mlp(*(t.to(dtype) for t in (x, *rounded)), None, None, None, 61)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_no_worse(run(x, packed, 61), plain, exact, "int8")
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
