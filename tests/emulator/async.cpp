@@ -175,7 +175,7 @@ void cp_async_16(void* shared, const void* global, int bytes, const Site& site) 
   if (block.cells[to / 4].kind == Cell::kFlying)
     fail(site, text("cp.async: the copy of line ", block.cells[to / 4].line,
                     " to the same place is still on its way"));
-  count_shared(to, 16, __builtin_return_address(0));
+  count_shared(to, 16, site, __builtin_return_address(0));
   if (bytes > 0) count_global(grid(), global, static_cast<size_t>(bytes), false);
   ++grid().counters.cp_async;
   poison(block, to, 16);

@@ -116,7 +116,7 @@ struct Warp {
     size_t bytes = 0;
     std::vector<std::pair<int, uint32_t>> lanes;  // lane, offset
   };
-  std::map<std::pair<const void*, uint32_t>, Access> accesses;  // by code, how often a lane has been there
+  std::map<std::pair<uint64_t, uint32_t>, Access> accesses;  // by site and how often each lane has been there
 };
 
 // ---- threads ----
@@ -165,7 +165,7 @@ struct Thread {
   std::vector<int64_t> open_stores;
   std::vector<SharedRange> dirty;                        // what fence_proxy_async will order
   std::unordered_map<const Mbarrier*, int64_t> awaited;  // phases
-  std::unordered_map<const void*, uint32_t> visits;      // of code that touches shared memory
+  std::unordered_map<uint64_t, uint32_t> visits;         // of sites that touch shared memory
   int64_t cluster_phase = -1;                            // that it has arrived for
   bool waited_for_grid = false;
 };
@@ -255,8 +255,9 @@ inline std::mt19937_64& draw() {
 // inside.
 uint32_t shared_offset(const void* address, size_t bytes, const Site& site);
 void count_global(Grid& grid, const void* address, size_t bytes, bool writes);
-// For the bank conflicts; `code`: where the kernel's code goes on, which tells its inlined copies apart.
-void count_shared(uint32_t offset, size_t bytes, const void* code);
+// For the bank conflicts. `code`: where the kernel's code goes on, which tells inlined copies of a site
+// apart.
+void count_shared(uint32_t offset, size_t bytes, const Site& site, const void* code = nullptr);
 extern bool counts_banks;  // whether it does
 void count_banks(Counters& counters, const Warp::Access& access);
 void finish_accesses(Block& block);

@@ -47,7 +47,7 @@ void ldmatrix_x4(uint32_t* registers, const void* row, bool transposed, const Si
     if (block.cells[i].kind == Cell::kFlying)
       fail(site, text("ldmatrix: offset ", 4 * i, " is read while the copy of line ", block.cells[i].line,
                       " is still on its way"));
-  count_shared(mine.offset, 16, __builtin_return_address(0));
+  count_shared(mine.offset, 16, site);
   meet(~0u, transposed ? "ldmatrix.trans" : "ldmatrix", site, &mine, [&](std::array<void*, 32>& lanes) {
     each_element(transposed, [&](int b, int row_lane, int j, int lane, int half) {
       uint16_t bits;

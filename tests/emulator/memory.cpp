@@ -58,7 +58,7 @@ void touch_shared(const void* address, size_t bytes, bool writes, const Site& si
     if (block.cells[i].kind == Cell::kFlying)
       fail(site, text("shared memory at offset ", offset, " is ", writes ? "written" : "read",
                       " while the copy of line ", block.cells[i].line, " is still on its way"));
-  count_shared(offset, bytes, __builtin_return_address(0));
+  count_shared(offset, bytes, site);
   if (!writes) return;
   mark(block, offset, bytes, {Cell::kDirty, 0, static_cast<uint16_t>(current->number), site.line()});
   current->dirty.push_back({offset, offset + static_cast<uint32_t>(bytes)});
@@ -105,12 +105,15 @@ void count_banks(Counters& counters, const Warp::Access& access) {
 
 bool counts_banks = false;
 
-// Lanes run apart here; what they do at one place of the code the n-th time is one instruction of the warp.
-void count_shared(uint32_t offset, size_t bytes, const void* code) {
+// Lanes run apart here; what they do at one site the n-th time is one instruction of the warp.
+void count_shared(uint32_t offset, size_t bytes, const Site& site, const void* code) {
   if (!counts_banks) return;
-  const uint32_t visit = current->visits[code]++;
+  const uint64_t key = (reinterpret_cast<uint64_t>(site.file_name()) ^ reinterpret_cast<uint64_t>(code)) *
+                           0x9e3779b97f4a7c15u +
+                       (uint64_t{site.line()} << 16 | site.column());
+  const uint32_t visit = current->visits[key]++;
   auto& accesses = warp().accesses;
-  const auto entry = accesses.try_emplace({code, visit}).first;
+  const auto entry = accesses.try_emplace({key, visit}).first;
   entry->second.bytes = bytes;
   entry->second.lanes.emplace_back(current->lane, offset);
   if (entry->second.lanes.size() < 32) return;
