@@ -303,6 +303,12 @@ def test_probe_runs_the_layers_own_module(axis):
     assert seen == [torch.Size([2, 5, 72])] * 2
 
 
+def test_a_forward_refuses_more_arguments_than_it_has():
+    model, ids = elastic(), torch.tensor([[1, 2, 3]])
+    with pytest.raises(TypeError, match="positional"):
+        model.forward(ids, *[None] * 40)
+
+
 def test_beam_search_reorders_the_cache():
     parent, model, ids = small_model(), elastic(), tokens()
     settings = dict(max_new_tokens=5, num_beams=3, do_sample=False, pad_token_id=0)

@@ -318,7 +318,7 @@ def _elastic_class(cls: type) -> type:
         if torch.compiler.is_compiling():
             return cls.forward(self, **_with_mask(given))
         taken = try_step(self, given)
-        return cls.forward(self, **given) if taken is None else taken
+        return cls.forward(self, *args, **kwargs) if taken is None else taken
 
     # the parent's own name: save_pretrained writes it to the configuration, where stock transformers looks it up
     return type(cls.__name__, (ElasticModel, cls), {"__module__": cls.__module__, "forward": forward})
