@@ -12,10 +12,8 @@ from torch.nn import functional
 from flextron.nn.policy import Gated, Mixed, Sampled, menus_of
 from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, StaticRouter
 
-GATES = (
-    "soft",
-    "hard",
-)  # and "sampled": choices that nothing is learnt by but the router's own probabilities
+# And "sampled": choices that nothing is learnt by but the router's own probabilities.
+GATES = ("soft", "hard")
 TOLERANCE = 0.02  # relative distance from a target that costs nothing
 
 Fraction = Callable[[Choices], Tensor]  # choice probabilities [..., L, C] -> share of the full latency [...]
@@ -49,6 +47,13 @@ def learning_policies(
     return [kind(logits_of(i), menus, noise, temperature, scale, gates == "hard") for i in layers]
 
 
+def sequence_losses(model: Any, ids: Tensor) -> Tensor:
+    """The model's mean loss of each sequence [B, T] as it is dialled, [B] nats."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    each = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return each.view(len(ids), -1).mean(1)
+
+
 def relaxed_loss(model: Any, tokens: Tensor) -> Callable[[Choices], Tensor]:
     """The model's loss at relaxed choices, one sub-network [L, C] for each of n sequences: a function with a gradient.
 
@@ -64,11 +69,9 @@ def relaxed_loss(model: Any, tokens: Tensor) -> Callable[[Choices], Tensor]:
         try:
             mixed = [Mixed(Choices(p.mlp[:, i], p.heads[:, i])) for i in range(layers)]
             model.set_policies(mixed, model.elastic.full(), "all")
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            return sequence_losses(model, ids)
         finally:
             model.turn(dial)
-        each = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        return each.view(count, -1).mean(1)
 
     return loss
 

@@ -18,7 +18,14 @@ from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
 from flextron.checkpoint.io import commit, load_tensors, read_json, recover, save_tensors, write_json
 from flextron.config import ElasticConfig, Widths
 from flextron.nn import Dial
-from flextron.nn.learning import GATES, TOLERANCE, latency_miss, learning_policies, mean_choices
+from flextron.nn.learning import (
+    GATES,
+    TOLERANCE,
+    latency_miss,
+    learning_policies,
+    mean_choices,
+    sequence_losses,
+)
 from flextron.nn.policy import Given, menus_of
 from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, anneal
 from flextron.route.ladder import Ladder
@@ -478,9 +485,8 @@ class _SurrogateTraining(_Training):
             self.model, self.router, tau.expand(len(ids)), self.noise, *annealed, "sampled"
         )
         loss = float((self._losses_of(ids, policies) - full).mean())
-        shares = self._shares(
-            Choices(*(torch.stack(axis, 1) for axis in zip(*(_places(p) for p in policies), strict=True)))
-        )
+        by_axis = zip(*(p.last for p in policies), strict=True)
+        shares = self._shares(Choices(*(torch.stack([kept.choice for kept in axis], 1) for axis in by_axis)))
         with torch.no_grad():
             predicted = float(self.surrogate.loss(shares, self._fraction(shares)))
         self.error = _EMA * self.error + (1 - _EMA) * abs(predicted - loss)
@@ -537,14 +543,7 @@ class _SurrogateTraining(_Training):
         """Each sequence's mean loss, [B]."""
         ids = ids.to(self.device)
         self.model.set_policies(policies, self.model.elastic.full(), "all")
-        logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        each = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        return each.view(len(ids), -1).mean(1)
-
-
-def _places(policy: Any) -> tuple[Tensor, Tensor]:
-    """What a policy chose last, as places in the menus."""
-    return policy.last.mlp.choice, policy.last.heads.choice
+        return sequence_losses(self.model, ids)
 
 
 @torch.no_grad()
