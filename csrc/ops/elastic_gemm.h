@@ -128,9 +128,9 @@ inline void run_gemm(ElasticGemmParams p, const GemmSchedule& schedule) {
                [&](int64_t begin, int64_t end) { kernel(p, item_at(begin), item_at(end)); });
 }
 
-// Whether our own kernels compute a forward with plain weights on a CPU, or the vendor's GEMM on views:
-// tuning.h's choice, or FLEXTRON_KERNEL's (tile, vendor). float64, which is there for gradcheck, and rows
-// that are not adjacent are the vendor's.
+// Whether our own kernels compute a forward or a backward with plain weights on a CPU, or the vendor's GEMM
+// on views: tuning.h's choice, or FLEXTRON_KERNEL's (tile, vendor). float64, which is there for gradcheck,
+// and rows that are not adjacent are the vendor's.
 inline bool is_ours_on_cpu(const Tensor& x, std::initializer_list<const Tensor*> weights) {
   if (x.dim() != 2 || x.scalar_type() == ScalarType::Double || runs_on_gpu(x)) return false;
   for (const Tensor* const weight : weights)

@@ -326,12 +326,10 @@ Hidden own_backward_hidden(const Mlp& mlp, const FloatRows& dy, const FloatRows&
   return hidden;
 }
 
-const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
-
 Tensor own_backward_input(const Mlp& mlp, const Hidden& hidden, const Tensor& x) {
   const Tensor dx = empty(x, {x.size(0), x.size(1)}), w_up = mlp.w_up;
   ElasticGemmParams p = on_columns(w_up.const_data_ptr(), gemm_dtype(w_up), w_up.stride(0), dx, 0);
-  p.a = floats(hidden.du);
+  p.a = data_of<float>(hidden.du);
   p.a_row = hidden.du.stride(0);
   if (mlp.w_gate) {
     p.weight[1] = mlp.w_gate->const_data_ptr();
@@ -350,7 +348,7 @@ Tensor own_backward_up_weight(const Mlp& mlp, const Tensor& dhidden, const Float
                               const Tensor& x) {
   const Tensor dw = zeros_from(0, mlp.extents.widest(), x, {mlp.w_up.size(0), x.size(1)});
   ElasticGemmParams p = on_columns(x_rows.data, GemmDtype::kFloat, x_rows.stride, dw, 0);
-  p.a = floats(dhidden);
+  p.a = data_of<float>(dhidden);
   p.a_row = 1;
   p.a_input = dhidden.stride(0);
   p.features = dw.size(1);
@@ -365,7 +363,8 @@ Tensor own_backward_down_weight(const Mlp& mlp, const Tensor& scaled, const Floa
   const Tensor dw = zeros_from(1, mlp.extents.widest(), dy, {mlp.w_down.size(0), mlp.w_down.size(1)});
   for (const ColumnBlock& b : column_blocks(mlp.extents.stairs)) {
     const Tensor part = columns(dw, b.begin, b.end);
-    ElasticGemmParams p = on_columns(floats(scaled) + b.begin, GemmDtype::kFloat, scaled.stride(0), part, 0);
+    ElasticGemmParams p =
+        on_columns(data_of<float>(scaled) + b.begin, GemmDtype::kFloat, scaled.stride(0), part, 0);
     p.a = dy_rows.data;
     p.a_row = 1;
     p.a_input = dy_rows.stride;

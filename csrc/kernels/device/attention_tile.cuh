@@ -34,7 +34,8 @@ struct Tile {
 };
 
 // Row r of the tile is the D elements at row(r), zeros where that is null. kAligned: rows begin at multiples
-// of 16 bytes, and the copies are this thread's cp.async; else they are made when this returns.
+// of 16 bytes, and the copies are this thread's cp.async; else they are made when this returns. What is
+// left of a row has a copy of its own: the emulator counts the banks of each place in the code.
 template <bool kAligned, int kThreads, class Rows, class Tile>
 __device__ __forceinline__ void load_rows(Tile& tile, int D, const Rows& row) {
   constexpr int kLines = kThreads / 8, kPieces = Tile::kHead / 8, kRest = kPieces % 8;
