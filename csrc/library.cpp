@@ -32,7 +32,8 @@ constexpr const char* kSchemas[] = {
     "Tensor(b!)[] values, SymInt cached, int[] widths, int[] heads, int[] kv_heads, SymInt neurons, "
     "SymInt query_heads, SymInt groups, Tensor norm, Tensor head, Tensor? head_scales, SymInt vocabulary, "
     "float eps, SymInt keep=1, str unit=\"kv_group\", str activation=\"silu\", Tensor? k_start=None, "
-    "float? scale=None) -> Tensor",
+    "float? scale=None, Tensor[]? router=None, int[]? mlp_choices=None, int[]? head_choices=None) "
+    "-> Tensor",
     "route(Tensor logits, SymInt? seed=None) -> (Tensor, Tensor, Tensor)",
     "head_attention(Tensor q, Tensor k, Tensor v, SymInt heads, str unit=\"kv_group\", Tensor? extent=None, "
     "str extent_per=\"sequence\", Tensor? index=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "

@@ -277,13 +277,22 @@ def decode_step(
     activation: str = "silu",
     k_start: Tensor | None = None,
     scale: float | None = None,
+    router: list[Tensor] | None = None,
+    mlp_choices: list[int] | None = None,
+    head_choices: list[int] | None = None,
 ) -> Tensor:
-    names = parts.split()
-    for i, (width, n, stored) in enumerate(zip(widths, heads, kv_heads, strict=True)):
+    names, (B, T) = parts.split(), x.shape[:2]
+    for i, stored in enumerate(kv_heads):
         w = dict(zip(names, weights[i * len(names) : (i + 1) * len(names)], strict=True))
-        blocks, used = (1, n) if unit == "kv_group" else (groups, groups)
-        per_block = n * (query_heads // groups) if unit == "kv_group" else n
         y = _rms(x, w["in_norm"], eps)
+        if router is not None:
+            width, n = _chosen(y, *(t[i] for t in router), mlp_choices, head_choices)
+        else:
+            width, n = (torch.tensor(u).view(len(kv_heads), -1)[i] for u in (widths, heads))
+            width, n = (u[:, None].expand(B if len(u) == 1 else -1, T) for u in (width, n))
+        most = int(n.max()) if n.numel() else 0
+        blocks, used = (1, most) if unit == "kv_group" else (groups, groups)
+        per_block = most * (query_heads // groups) if unit == "kv_group" else most
         q = _heads(y, w, "q", keys[i].shape[-1], query_heads, per_block, blocks)
         k = _heads(y, w, "k", keys[i].shape[-1], groups, stored)
         v = _heads(y, w, "v", keys[i].shape[-1], groups, stored)
@@ -291,10 +300,22 @@ def decode_step(
             q, k = _rms(q, w["q_norm"], eps), _rms(k, w["k_norm"], eps)
         new = slice(cached, cached + x.shape[1])
         keys[i][:, new, :stored], values[i][:, new, :stored] = _turn(k, cos, sin), v
-        x = x + _attention_of_cache(
-            _turn(q, cos, sin), keys[i], values[i], new.stop, used, w, blocks, k_start, scale
+        if most:
+            cache = [t[i][:, : new.stop, :used] for t in (keys, values)]
+            q = _attention_of_cache(_turn(q, cos, sin), *cache, most, unit, n, k_start, scale)
+        weight, block = _plain(w, "o", x.shape[-1], x.dtype), per_block * keys[i].shape[-1]
+        inputs = n.flatten() * (block // max(most, 1))
+        out = elastic_linear(
+            q.reshape(B * T, blocks * block),
+            weight,
+            w.get("o_bias"),
+            block,
+            x.shape[-1],
+            inputs,
+            in_blocks=blocks,
         )
-        x = x + _mlp_of(_rms(x, w["mlp_norm"], eps), w, neurons, width, activation)
+        x = x + out.view(x.shape)
+        x = x + _mlp_of(_rms(x, w["mlp_norm"], eps), w, neurons, width.flatten(), activation)
     if head.dim() == 4:
         head = _unpacked(head, head_scales, x.dtype)[:vocabulary]
     return F.linear(_rms(x, norm, eps)[:, x.shape[1] - keep :], head)
@@ -314,36 +335,56 @@ def _heads(x: Tensor, w: dict[str, Tensor], name: str, D: int, of: int, kept: in
     return y.view(*x.shape[:2], blocks * kept, D)
 
 
+def _chosen(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    state: Tensor,
+    base: Tensor,
+    mlp_choices: list[int],
+    head_choices: list[int],
+) -> tuple[Tensor, Tensor]:
+    """What the router of a layer chooses for the tokens of x [B, T, K]: neurons and heads, [B, T] each."""
+    B, R = x.shape[0], state.shape[0]
+    state, base = (t.repeat_interleave(B // R, 0)[:, None] for t in (state, base))
+    h = state + F.rms_norm(x.to(w1.dtype), x.shape[-1:], eps=2**-23) @ w1.T
+    logits = F.leaky_relu(h, 0.1) @ w2.T + base
+    axes = logits.split((len(mlp_choices), len(head_choices)), -1)
+    menus = (mlp_choices, head_choices)
+    return tuple(torch.tensor(m)[axis.argmax(-1)] for m, axis in zip(menus, axes, strict=True))
+
+
 def _attention_of_cache(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    length: int,
-    used: int,
-    w: dict[str, Tensor],
-    blocks: int,
+    heads: int,
+    unit: str,
+    extent: Tensor,
     k_start: Tensor | None,
     scale: float | None,
 ) -> Tensor:
-    (B, T, kept, D), K = q.shape, w["in_norm"].shape[0]
-    if kept:
+    """A token after another: each has an extent of its own, [B, T]."""
+    (B, T), out = q.shape[:2], []
+    for t in range(T):
+        length = keys.shape[1] - T + t + 1
         start = None if k_start is None else k_start.clamp(max=length)
-        cache = [t[:, :length, :used] for t in (keys, values)]
-        q = head_attention_decode(q, *cache, torch.full((B,), length), used, k_start=start, scale=scale)
-    weight = _plain(w, "o", K, q.dtype)
-    out = elastic_linear(
-        q.reshape(B * T, kept * D), weight, w.get("o_bias"), kept // blocks * D, K, in_blocks=blocks
-    )
-    return out.view(B, T, K)
+        cache = (keys[:, :length], values[:, :length], torch.full((B,), length))
+        out.append(
+            head_attention_decode(
+                q[:, t : t + 1], *cache, heads, unit, extent[:, t], k_start=start, scale=scale
+            )
+        )
+    return torch.cat(out, 1) if out else torch.zeros_like(q)
 
 
-def _mlp_of(x: Tensor, w: dict[str, Tensor], neurons: int, width: int, activation: str) -> Tensor:
+def _mlp_of(x: Tensor, w: dict[str, Tensor], neurons: int, extent: Tensor, activation: str) -> Tensor:
     gate, up, down = w.get("gate"), w["up"], _plain(w, "down", x.shape[-1], x.dtype)
     if gate is None:
         both = _unpacked(up, w.get("up_scales"), x.dtype).unflatten(0, (-1, 2, 16))
         gate, up = (half.flatten(0, 1)[:neurons] for half in both.unbind(1))
     biases = [w.get(f"{name}_bias") for name in ("gate", "up", "down")]
-    return elastic_mlp(x.flatten(0, 1), gate, up, down, *biases, width, activation).view(x.shape)
+    return elastic_mlp(x.flatten(0, 1), gate, up, down, *biases, neurons, activation, extent).view(x.shape)
 
 
 _PHILOX_KEY_STEP = (0x9E3779B9, 0xBB67AE85)

@@ -195,16 +195,17 @@ def head_attention_decode(device: str, dtype: torch.dtype) -> Iterator[dict[str,
 def decode_step(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     def case(
         widths, heads, B=1, T=1, cached=5, H=4, G=2, D=8, K=24, F=40, R=None, unit="kv_group", kv=None, packed=False,
-        bias=False, head_norm=False, keep=1, room=0, eps=1e-6, tables=1, **options,
+        bias=False, head_norm=False, keep=1, room=0, eps=1e-6, tables=1, requests=0, **options,
     ):  # fmt: skip
         def tensor(*shape, scale=1.0):
             return torch.randn(*shape, device=device, dtype=dtype) * scale
 
         weights, names, R = [], [], D if R is None else R
+        kv_heads = kv or (heads if unit == "kv_group" else [G] * len(heads))
         shapes = dict(
             q=(H * D, K), k=(G * D, K), v=(G * D, K), o=(K, H * D), gate=(F, K), up=(F, K), down=(K, F)
         )
-        for _ in widths:
+        for _ in kv_heads:
             w = {name: tensor(*shape, scale=shape[1] ** -0.5) for name, shape in shapes.items()}
             if bias:
                 w |= {f"{name}_bias": tensor(shape[0], scale=0.25) for name, shape in shapes.items()}
@@ -228,7 +229,12 @@ def decode_step(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         if packed is not False:
             head, scales = pack_linear(head, 1, packed)
         angle = torch.rand(tables, T, R // 2, device=device).repeat(1, 1, 2) * 6
-        kv_heads = kv or (heads if unit == "kv_group" else [G] * len(heads))
+        if requests:  # a router chooses among the widths and heads
+            L, hidden, C = len(kv_heads), 5, len(widths) + len(heads)
+            shapes = [(L, hidden, K), (L, C, hidden), (L, requests, hidden), (L, requests, C)]
+            options["router"] = [torch.randn(*shape, device=device) for shape in shapes]
+            options |= dict(mlp_choices=widths, head_choices=heads)
+            widths, heads = [], []
         caches = [[tensor(B, cached + T + room, max(n, 1), D) for n in kv_heads] for _ in range(2)]
         return dict(
             x=tensor(B, T, K),
@@ -273,6 +279,16 @@ def decode_step(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     yield case([40], [2], keep=0)
     yield case([40], [2], B=0)
     yield case([40], [2], T=0, keep=0)
+    start = torch.tensor([0, 4, 6], device=device)
+    both = dict(kv=[2, 2], B=3, T=2)  # widths and heads of each sequence, in each layer
+    yield case([40, 7, 0, 16, 16, 24], [2, 0, 1, 1, 2, 1], bias=True, k_start=start, **both)
+    yield case([8, 40, 40, 24, 24, 24], [1, 3, 0, 2, 2, 2], H=6, unit="query", packed=None, keep=2, **both)
+    yield case([24, 8, 40, 16], [1, 2, 2, 1], kv=[2, 2], B=2, cached=600, room=5)
+    both["B"] = 4
+    yield case([8, 24, 40], [1, 2], requests=1, kv=[2, 2])
+    yield case([40, 0, 16], [0, 1, 2], requests=4, head_norm=True, bias=True, **both)
+    yield case([8, 24, 40], [1, 2, 3], requests=2, H=6, unit="query", packed=torch.int8, keep=2, **both)
+    yield case([8, 24], [2], requests=1, kv=[2], B=0)
 
 
 def route(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,14 @@
 //                for i < R/2; the D - R elements that follow stay (rotary embedding, Su et al., arXiv
 //                2104.09864)
 //
+// Of attention's heads and the MLP's neurons a row uses the first ones, as many as its layer says, its
+// sequence's budget, or the router. That one chooses, of every axis' menu, the entry with the largest logit
+// (the first of equal ones), in each layer from the n of attention:
+//
+//   logits = leaky_relu(state + (W1 n) / sqrt(mean(n^2) + 2^-23), slope 0.1) W2^T + base
+//
+// with state and base of the row's request (flextron.nn.router.AdaptiveRouter).
+//
 // Activations stay floats from the embedding to the logits; what attention reads, q and the cache, has the
 // dtype of the weights. The GEMMs are elastic_gemm.h's, attention is head_attention_decode.h's; here is what
 // lies between them. A row is one token of one sequence.

@@ -1,10 +1,12 @@
 // decode_step: a few new tokens through every layer of a Llama-family model on a CPU, in one call.
 //
 // Formula in csrc/kernels/decode_step.h. The weights come as one list, `parts` naming what each layer has, in
-// order. The new keys and values are written into the caches; nothing else that is given is changed.
+// order. Every layer has one width for all, one for each sequence, or one that the router chooses for each
+// token. The new keys and values are written into the caches; nothing else that is given is changed.
 #include "kernels/decode_step.h"
 
 #include <array>
+#include <cfloat>
 #include <cmath>
 
 #include "ops/activation.h"
@@ -17,6 +19,7 @@ namespace {
 
 constexpr auto kOp = "decode_step";
 constexpr int64_t kLongestHead = 1024;  // of csrc/kernels/decode_step_block.h
+constexpr float kRouterEps = FLT_EPSILON, kRouterLeak = 0.1F;
 
 enum Part {
   kInNorm,
@@ -162,6 +165,113 @@ Prepared prepare(const Layer& layer, const Shape& s, int64_t neurons, Activation
   return p;
 }
 
+// The adaptive router of all layers: formula in csrc/kernels/decode_step.h.
+struct Router {
+  Tensor w1, w2, state, base;
+  std::vector<int64_t> neurons, heads;  // the choices
+  int64_t hidden = 0, choices = 0;
+  int64_t rows_each = 0;  // of a request
+
+  explicit operator bool() const { return hidden > 0; }
+  ElasticGemmParams first(int64_t l) const { return layer(w1, l); }
+  ElasticGemmParams second(int64_t l) const { return layer(w2, l); }
+  // A row's part of state or base.
+  const float* of_row(const Tensor& t, int64_t l, int64_t row) const {
+    return data_of<float>(t) + l * t.stride(0) + row / rows_each * t.stride(1);
+  }
+  int64_t most_neurons() const { return *std::max_element(neurons.begin(), neurons.end()); }
+  int64_t most_heads() const { return *std::max_element(heads.begin(), heads.end()); }
+
+ private:
+  static ElasticGemmParams layer(const Tensor& t, int64_t l) {
+    ElasticGemmParams p = no_gemm();
+    p.layout = GemmLayout::kRows;
+    p.weight_dtype = p.io = GemmDtype::kFloat;
+    p.weight[0] = data_of<float>(t) + l * t.stride(0);
+    p.weight_stride = p.in_stride = t.size(2);
+    p.out_stride = t.size(1);
+    return p;
+  }
+};
+
+Router check_router(const std::optional<std::vector<Tensor>>& given,
+                    const std::optional<std::vector<int64_t>>& mlp_choices,
+                    const std::optional<std::vector<int64_t>>& head_choices, int64_t layers, const Shape& s,
+                    int64_t neurons, const Tensor& x) {
+  Router r;
+  const auto menu = [&](const char* name, const std::optional<std::vector<int64_t>>& choices, int64_t most) {
+    if (choices.has_value() != given.has_value())
+      fail(kOp, ": ", name, " must be given with a router and with none else, got ",
+           given ? "a router alone" : "no router");
+    if (!given) return std::vector<int64_t>{};
+    if (choices->empty()) fail(kOp, ": ", name, " must have an entry, got none");
+    for (const int64_t choice : *choices) check_range(kOp, name, choice, 0, most);
+    return *choices;
+  };
+  r.neurons = menu("mlp_choices", mlp_choices, neurons);
+  r.heads = menu("head_choices", head_choices, s.by_group ? s.G : s.M);
+  if (!given) return r;
+  if (given->size() != 4) fail(kOp, ": router must have 4 tensors, got ", given->size());
+  r.choices = static_cast<int64_t>(r.neurons.size() + r.heads.size());
+  check_dim(kOp, "router[0]", (*given)[0], 3);
+  check_dim(kOp, "router[3]", (*given)[3], 3);
+  r.hidden = (*given)[0].size(1);
+  const int64_t requests = (*given)[3].size(1);
+  check_positive(kOp, "router[0].size(1)", r.hidden);
+  if (requests < 1 || s.B % requests != 0)
+    fail(kOp, ": x.size(0) must be a multiple of the ", requests, " requests of the router, got ", s.B);
+  r.rows_each = s.B / requests * s.T;
+  check_like(kOp, "router[0]", (*given)[0], {layers, r.hidden, s.K}, ScalarType::Float, x.device());
+  check_like(kOp, "router[1]", (*given)[1], {layers, r.choices, r.hidden}, ScalarType::Float, x.device());
+  check_like(kOp, "router[2]", (*given)[2], {layers, requests, r.hidden}, ScalarType::Float, x.device());
+  check_like(kOp, "router[3]", (*given)[3], {layers, requests, r.choices}, ScalarType::Float, x.device());
+  r.w1 = torch::stable::contiguous((*given)[0]), r.w2 = torch::stable::contiguous((*given)[1]);
+  r.state = torch::stable::contiguous((*given)[2]), r.base = torch::stable::contiguous((*given)[3]);
+  return r;
+}
+
+// What each row keeps of one axis of a layer, in its unit; sorted rows where they differ.
+struct Used {
+  Staircase stairs;
+  std::vector<int64_t> extents;  // of each row
+
+  Used() = default;
+  Used(std::vector<int64_t> of_rows, int64_t most)
+      : stairs(make_staircase(of_rows.data(), of_rows.size(), most)), extents(std::move(of_rows)) {}
+
+  int64_t widest() const { return stairs.steps.front().extent; }
+  bool flat() const { return stairs.steps.size() == 1; }
+  const int64_t* order() const { return flat() ? nullptr : stairs.order.data(); }
+};
+
+// The extents of an axis in each layer, one for all sequences or one for each; what a router will choose is
+// empty.
+std::vector<Used> check_used(const char* name, const std::vector<int64_t>& given, int64_t layers,
+                             const Router& router, const Shape& s, int64_t most) {
+  const int64_t each = layers == 0 ? 0 : static_cast<int64_t>(given.size()) / layers;
+  if (router && !given.empty())
+    fail(kOp, ": ", name, " must have no entries with a router, got ", given.size());
+  if (!router && static_cast<int64_t>(given.size()) != layers * (each == s.B ? s.B : 1))
+    fail(kOp, ": ", name, " must have ", layers, " entries", s.B > 1 ? ", or as many for each sequence" : "",
+         ", got ", given.size());
+  for (const int64_t extent : given) check_range(kOp, name, extent, 0, most);
+  std::vector<Used> used(layers);
+  if (router) return used;
+  for (int64_t l = 0; l < layers; ++l) {
+    std::vector<int64_t> rows(s.R);
+    for (int64_t r = 0; r < s.R; ++r) rows[r] = given[l * each + (each > 1 ? r / s.T : 0)];
+    used[l] = Used(std::move(rows), most);
+  }
+  return used;
+}
+
+// Inputs or features of a row.
+struct Count {
+  int64_t all, each;  // `each` for every unit of its extent
+
+  int64_t of(const Step& step) const { return all + each * step.extent; }
+};
+
 struct Job {
   ElasticGemmParams p;
   GemmSchedule schedule;
@@ -205,7 +315,7 @@ struct Buffers {
 template <class scalar_t>
 class Pass {
  public:
-  Pass(const Shape& shape, const Tensor& x, int64_t neurons, int64_t logits, int64_t keep)
+  Pass(const Shape& shape, const Tensor& x, int64_t neurons, const Router& router, int64_t keep)
       : s(shape),
         x_(x),
         row_(padded_row(shape.K)),
@@ -213,9 +323,14 @@ class Pass {
         heads_(shape.H * shape.D),
         out_(zeros(x, {shape.R, heads_})),
         q_(empty(x, {shape.R, heads_})),
-        buffers_(x, shape.R * (2 * row_ + shape.K + hidden_row_ + 2 * heads_ + 2 * shape.G * shape.D) +
-                        shape.B * keep * (logits + row_) + 4 * std::max({neurons, heads_, shape.K}) + 64) {
+        every_(flat_staircase(shape.R, 0)),
+        router_(router),
+        buffers_(x, shape.R * (3 * row_ + shape.K + hidden_row_ + 2 * heads_ + 2 * shape.G * shape.D +
+                               router.hidden + router.choices) +
+                        shape.B * keep * row_ + 4 * std::max({neurons, heads_, shape.K})) {
     residual = buffers_.take(s.R * row_), normed = buffers_.take(s.R * row_);
+    sorted_ = buffers_.take(s.R * row_);
+    routed_ = buffers_.take(s.R * router.hidden), choices_ = buffers_.take(s.R * router.choices);
     added = buffers_.take(s.R * s.K), hidden = buffers_.take(s.R * hidden_row_);
     q = buffers_.take(s.R * heads_), attended = buffers_.take(s.R * heads_);
     k = buffers_.take(s.R * s.G * s.D), v = buffers_.take(s.R * s.G * s.D);
@@ -226,9 +341,9 @@ class Pass {
   void widen(const Tensor& from, int64_t rows, int64_t columns, float* to, int64_t to_stride) const {
     widen(from.const_data_ptr(), rows, columns, columns, to, to_stride);
   }
-  void widen(const void* from, int64_t rows, int64_t columns, int64_t stride, float* to,
-             int64_t to_stride) const {
-    const GemmRowsParams p{from, gemm_dtype(x_), nullptr, to, columns, stride, to_stride};
+  void widen(const void* from, int64_t rows, int64_t columns, int64_t stride, float* to, int64_t to_stride,
+             const int64_t* order = nullptr) const {
+    const GemmRowsParams p{from, gemm_dtype(x_), order, to, columns, stride, to_stride};
     FLEXTRON_FOR_EACH_ISA(elastic_gemm_rows)(p, 0, rows);
   }
 
@@ -245,33 +360,54 @@ class Pass {
     parallel_for(s.R, s.K, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
 
-  Job job(ElasticGemmParams p, const float* a, int64_t a_row, int64_t a_block, int64_t inputs,
-          int64_t features, float* y, int64_t y_row) const {
-    p.a = a, p.a_row = a_row, p.a_block = a_block;
-    p.features = features, p.y = y, p.y_row = y_row, p.y_block = features;
-    return {p,
-            gemm_schedule(
-                {{0, 0, s.R}}, [&](const Step&) { return inputs; }, [&](const Step&) { return features; })};
+  // The normed rows in the order of an axis.
+  const float* sorted(const Used& used) const {
+    if (used.flat()) return normed;
+    const GemmRowsParams p{normed, GemmDtype::kFloat, used.order(), sorted_, s.K, row_, row_};
+    FLEXTRON_FOR_EACH_ISA(elastic_gemm_rows)(p, 0, s.R);
+    return sorted_;
   }
 
-  // The projections, and the new keys and values into the cache.
-  void project(const Layer& layer, const Prepared& of, int64_t heads, int64_t stored, const Tensor& cos,
-               const Tensor& sin, const Tensor& keys, const Tensor& values, int64_t cached, float eps) {
-    const int64_t blocks = s.by_group ? 1 : s.G, per_block = s.by_group ? heads * s.M : heads;
+  // y's rows are a's, or where `order` sends them.
+  static Job job(ElasticGemmParams p, const float* a, int64_t a_row, int64_t a_block, const Staircase& stairs,
+                 Count inputs, Count features, float* y, int64_t y_row, const int64_t* order = nullptr) {
+    p.a = a, p.a_row = a_row, p.a_block = a_block;
+    p.features = features.of(stairs.steps.front());
+    p.y = y, p.y_row = y_row, p.y_block = p.features, p.order = order;
+    return {p, gemm_schedule(
+                   stairs.steps, [&](const Step& step) { return inputs.of(step); },
+                   [&](const Step& step) { return features.of(step); })};
+  }
+
+  // The projections, and the new keys and values into the cache. The router reads what they read: it chooses
+  // `heads` and `neurons` beside the keys and values, of which every token stores the same.
+  void project(int64_t l, const Layer& layer, const Prepared& of, Used& heads, Used& neurons, int64_t stored,
+               const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values, int64_t cached,
+               float eps) {
     std::vector<Job> jobs;
-    const auto add = [&](ElasticGemmParams p, Part bias_part, int place, int64_t outputs, int64_t features,
-                         float* y) {
-      p.bias[0] = bias(layer.find(bias_part), outputs, place);
-      p.bias_block = outputs / p.out_blocks;
-      if (features > 0) jobs.push_back(job(p, normed, row_, 0, s.K, features, y, p.out_blocks * features));
+    const auto add = [&](const ElasticGemmParams& p, const float* a, const Staircase& stairs, Count features,
+                         float* y, const int64_t* order = nullptr) {
+      const int64_t most = features.of(stairs.steps.front());
+      if (most > 0)
+        jobs.push_back(job(p, a, row_, 0, stairs, {s.K, 0}, features, y, p.out_blocks * most, order));
     };
-    add(of.q, kQBias, 0, s.H * s.D, per_block * s.D, q);
-    add(of.k, kKBias, 1, s.G * s.D, stored * s.D, k);
-    add(of.v, kVBias, 2, s.G * s.D, stored * s.D, v);
+    ElasticGemmParams q_weight = of.q, k_weight = of.k, v_weight = of.v;
+    set_bias(q_weight, layer.find(kQBias), s.H * s.D, 0);
+    set_bias(k_weight, layer.find(kKBias), s.G * s.D, 1);
+    set_bias(v_weight, layer.find(kVBias), s.G * s.D, 2);
+    add(k_weight, normed, every_, {stored * s.D, 0}, k);
+    add(v_weight, normed, every_, {stored * s.D, 0}, v);
+    if (router_) {
+      add(router_.first(l), normed, every_, {router_.hidden, 0}, routed_);
+      run_jobs(jobs);
+      jobs.clear();
+      choose(l, heads, neurons);
+    }
+    add(q_weight, sorted(heads), heads.stairs, {0, each_head() * s.D}, q, heads.order());
     if (!jobs.empty()) run_jobs(jobs);
-    const int64_t q_row = blocks * per_block * s.D;
-    turn(q, layer.find(kQNorm), &cos, &sin, mutable_data_of<scalar_t>(q_), blocks * per_block, s.T * q_row,
-         q_row, s.D, eps);
+    const int64_t q_heads = blocks() * each_head() * heads.widest(), q_row = q_heads * s.D;
+    turn(q, layer.find(kQNorm), &cos, &sin, mutable_data_of<scalar_t>(q_), q_heads, s.T * q_row, q_row, s.D,
+         eps);
     const auto row_of = [&](const Tensor& cache) {
       return mutable_data_of<scalar_t>(cache) + cached * cache.stride(1);
     };
@@ -281,13 +417,15 @@ class Pass {
          values.stride(2), eps);
   }
 
-  void attend(int64_t heads, const Tensor& keys, const Tensor& values, int64_t cached,
+  void attend(const Used& heads, const Tensor& keys, const Tensor& values, int64_t cached,
               const std::vector<int64_t>& starts, double scale) {
+    const int64_t most = heads.widest();
     AttentionPlan plan{};
-    plan.G = s.by_group ? heads : s.G, plan.M = s.by_group ? s.M : heads;
+    plan.G = s.by_group ? most : s.G, plan.M = s.by_group ? s.M : most;
     plan.H = plan.G * plan.M, plan.D = s.D;
     if (plan.H == 0) return;
-    plan.heads = plan.G, plan.by_group = true, plan.causal = true, plan.scale = scale;
+    plan.heads = most, plan.by_group = s.by_group, plan.causal = true, plan.scale = scale;
+    if (!heads.flat()) plan.extent = heads.extents, plan.extent_stride_t = 1;
     plan.page = keys.size(1);
     for (int64_t b = 0; b < s.B; ++b) plan.pages.push_back(b);
     for (int64_t b = 0; b < s.B; ++b)
@@ -305,28 +443,31 @@ class Pass {
     p.out = mutable_data_of<scalar_t>(out_);
     run_decode(plan, p, q_);
     const int64_t row = plan.H * s.D;
-    widen(out_.const_data_ptr(), s.R, row, row, attended, row);
+    widen(out_.const_data_ptr(), s.R, row, row, attended, row, heads.order());
   }
 
-  void project_out(const Layer& layer, const Prepared& of, int64_t heads) {
-    const int64_t blocks = s.by_group ? 1 : s.G, inputs = (s.by_group ? heads * s.M : heads) * s.D;
+  void project_out(const Layer& layer, const Prepared& of, const Used& heads) {
+    const int64_t block = each_head() * heads.widest() * s.D;
     ElasticGemmParams p = of.o;
     p.bias[0] = bias(layer.find(kOBias), s.K, 3);
-    std::vector<Job> jobs{job(p, attended, blocks * inputs, inputs, inputs, s.K, added, s.K)};
+    std::vector<Job> jobs{job(p, attended, blocks() * block, block, heads.stairs, {0, each_head() * s.D},
+                              {s.K, 0}, added, s.K, heads.order())};
     run_jobs(jobs);
   }
 
-  void mlp(const Layer& layer, const Prepared& of, int64_t width, int64_t neurons) {
-    if (width > 0) {
+  void mlp(const Layer& layer, const Prepared& of, const Used& width, int64_t neurons) {
+    if (width.widest() > 0) {
       ElasticGemmParams up = of.up;
       up.bias[0] = bias(layer.find(kGateBias), neurons, 0);
       up.bias[1] = bias(layer.find(kUpBias), neurons, 1);
-      std::vector<Job> jobs{job(up, normed, row_, 0, s.K, width, hidden, hidden_row_)};
+      std::vector<Job> jobs{
+          job(up, sorted(width), row_, 0, width.stairs, {s.K, 0}, {0, 1}, hidden, hidden_row_)};
       run_jobs(jobs);
     }
     ElasticGemmParams down = of.down;
     down.bias[0] = bias(layer.find(kDownBias), s.K, 2);
-    std::vector<Job> jobs{job(down, hidden, hidden_row_, 0, width, s.K, added, s.K)};
+    std::vector<Job> jobs{
+        job(down, hidden, hidden_row_, 0, width.stairs, {0, 1}, {s.K, 0}, added, s.K, width.order())};
     run_jobs(jobs);
   }
 
@@ -339,9 +480,8 @@ class Pass {
       const float* const from = normed + (i / keep * s.T + s.T - keep + i % keep) * row_;
       std::copy(from, from + s.K, rows + i * row_);
     }
-    std::vector<Job> jobs{job(head, rows, row_, 0, s.K, vocabulary, nullptr, vocabulary)};
-    jobs[0].schedule = gemm_schedule(
-        {{0, 0, s.B * keep}}, [&](const Step&) { return s.K; }, [&](const Step&) { return vocabulary; });
+    std::vector<Job> jobs{job(head, rows, row_, 0, flat_staircase(s.B * keep, 0), {s.K, 0}, {vocabulary, 0},
+                              nullptr, vocabulary)};
     jobs[0].p.io = gemm_dtype(x_);
     jobs[0].p.y = y.mutable_data_ptr();
     run_jobs(jobs);
@@ -351,6 +491,43 @@ class Pass {
   const float* sums() const { return added; }
 
  private:
+  // A row's query heads are `blocks` times `each_head` for every unit of its extent.
+  int64_t blocks() const { return s.by_group ? 1 : s.G; }
+  int64_t each_head() const { return s.by_group ? s.M : 1; }
+
+  void set_bias(ElasticGemmParams& p, const Tensor* t, int64_t outputs, int place) const {
+    p.bias[0] = bias(t, outputs, place);
+    p.bias_block = outputs / p.out_blocks;
+  }
+
+  // Every row's choices in layer l, of the sums W1 n that are in routed_.
+  void choose(int64_t l, Used& heads, Used& neurons) const {
+    for (int64_t r = 0; r < s.R; ++r) {
+      const float* const n = normed + r * row_;
+      const float scale = 1 / std::sqrt(std::inner_product(n, n + s.K, n, 0.0F) / s.K + kRouterEps);
+      const float* const state = router_.of_row(router_.state, l, r);
+      float* const h = routed_ + r * router_.hidden;
+      for (int64_t i = 0; i < router_.hidden; ++i) {
+        const float sum = state[i] + scale * h[i];
+        h[i] = sum < 0 ? kRouterLeak * sum : sum;
+      }
+    }
+    std::vector<Job> jobs{job(router_.second(l), routed_, router_.hidden, 0, every_, {router_.hidden, 0},
+                              {router_.choices, 0}, choices_, router_.choices)};
+    run_jobs(jobs);
+    std::vector<int64_t> chosen_neurons(s.R), chosen_heads(s.R);
+    for (int64_t r = 0; r < s.R; ++r) {
+      const float* const base = router_.of_row(router_.base, l, r);
+      float* const logits = choices_ + r * router_.choices;
+      for (int64_t i = 0; i < router_.choices; ++i) logits[i] += base[i];
+      float *const middle = logits + router_.neurons.size(), *const end = logits + router_.choices;
+      chosen_neurons[r] = router_.neurons[std::max_element(logits, middle) - logits];
+      chosen_heads[r] = router_.heads[std::max_element(middle, end) - middle];
+    }
+    neurons = Used(std::move(chosen_neurons), router_.most_neurons());
+    heads = Used(std::move(chosen_heads), router_.most_heads());
+  }
+
   void turn(const float* from, const Tensor* norm, const Tensor* cos, const Tensor* sin, scalar_t* to,
             int64_t heads, int64_t stride_b, int64_t stride_t, int64_t stride_h, float eps) const {
     const DecodeStepHeadsParams<scalar_t> p{.from = from,
@@ -375,8 +552,10 @@ class Pass {
   const Tensor& x_;
   int64_t row_, hidden_row_, heads_;
   Tensor out_, q_;
+  Staircase every_;  // all rows, as they are
+  const Router& router_;
   Buffers buffers_;
-  float *residual, *normed, *added, *hidden, *q, *attended, *k, *v;
+  float *residual, *normed, *added, *hidden, *q, *attended, *k, *v, *sorted_, *routed_, *choices_;
   float* bias_[4];
 };
 
@@ -400,16 +579,16 @@ Tensor decode_step(const Tensor& x, const Tensor& cos, const Tensor& sin, const 
                    const std::vector<int64_t>& kv_heads, int64_t neurons, int64_t query_heads, int64_t groups,
                    const Tensor& norm, const Tensor& head, const OptionalTensor& head_scales,
                    int64_t vocabulary, double eps, int64_t keep, const Text& unit, const Text& activation,
-                   const OptionalTensor& k_start, std::optional<double> scale) {
+                   const OptionalTensor& k_start, std::optional<double> scale,
+                   const std::optional<std::vector<Tensor>>& router,
+                   const std::optional<std::vector<int64_t>>& mlp_choices,
+                   const std::optional<std::vector<int64_t>>& head_choices) {
   const NoGrad no_grad;
   check_dim(kOp, "x", x, 3);
   if (!x.is_cpu()) fail(kOp, ": x must be on cpu, got ", device_text(x.device()));
   const Layout layout(parts.value);
-  const int64_t layers = widths.size();
-  const std::pair<const char*, size_t> lists[] = {{"heads", heads.size()},
-                                                  {"kv_heads", kv_heads.size()},
-                                                  {"keys", keys.size()},
-                                                  {"values", values.size()}};
+  const int64_t layers = kv_heads.size();
+  const std::pair<const char*, size_t> lists[] = {{"keys", keys.size()}, {"values", values.size()}};
   for (const auto& [name, size] : lists)
     if (static_cast<int64_t>(size) != layers)
       fail(kOp, ": ", name, " must have ", layers, " entries, got ", size);
@@ -433,10 +612,12 @@ Tensor decode_step(const Tensor& x, const Tensor& cos, const Tensor& sin, const 
     fail(kOp, ": cos.size(2) must be even and at most ", D, ", got ", turned);
   check_like(kOp, "cos", cos, {tables, T, turned}, x.scalar_type(), x.device());
   check_like(kOp, "sin", sin, {tables, T, turned}, x.scalar_type(), x.device());
+  const Router routing = check_router(router, mlp_choices, head_choices, layers, s, neurons, x);
+  std::vector<Used> width = check_used("widths", widths, layers, routing, s, neurons);
+  std::vector<Used> head_count = check_used("heads", heads, layers, routing, s, s.by_group ? groups : s.M);
   for (int64_t l = 0; l < layers; ++l) {
-    check_range(kOp, "widths", widths[l], 0, neurons);
-    check_range(kOp, "heads", heads[l], 0, s.by_group ? groups : s.M);
-    check_range(kOp, "kv_heads", kv_heads[l], s.by_group ? heads[l] : groups, groups);
+    const int64_t most = routing ? routing.most_heads() : s.R > 0 ? head_count[l].widest() : 0;
+    check_range(kOp, "kv_heads", kv_heads[l], s.by_group ? most : groups, groups);
     check_cache("keys", keys[l], s, kv_heads[l], cached + T, x);
     check_cache("values", values[l], s, kv_heads[l], cached + T, x);
   }
@@ -458,16 +639,17 @@ Tensor decode_step(const Tensor& x, const Tensor& cos, const Tensor& sin, const 
                sin_ = torch::stable::contiguous(sin);
   const double by = scale.value_or(1 / std::sqrt(static_cast<double>(D)));
   dispatch_dtype(DecodeStepTypes{}, kOp, x.scalar_type(), [&]<class scalar_t>() {
-    Pass<scalar_t> pass(s, x_, neurons, 0, keep);
+    Pass<scalar_t> pass(s, x_, neurons, routing, keep);
     const float* add = nullptr;  // what the residual stream still lacks
     for (int64_t l = 0; l < layers; ++l) {
       const Layer layer{weights.data() + l * layout.count, layout};
       pass.norm(layer.get(kInNorm), add, eps);
-      pass.project(layer, prepared[l], heads[l], kv_heads[l], cos_, sin_, keys[l], values[l], cached, eps);
-      pass.attend(heads[l], keys[l], values[l], cached, starts, by);
-      pass.project_out(layer, prepared[l], heads[l]);
+      pass.project(l, layer, prepared[l], head_count[l], width[l], kv_heads[l], cos_, sin_, keys[l],
+                   values[l], cached, eps);
+      pass.attend(head_count[l], keys[l], values[l], cached, starts, by);
+      pass.project_out(layer, prepared[l], head_count[l]);
       pass.norm(layer.get(kMlpNorm), pass.sums(), eps);
-      pass.mlp(layer, prepared[l], widths[l], neurons);
+      pass.mlp(layer, prepared[l], width[l], neurons);
       add = pass.sums();
     }
     pass.norm(norm, add, eps);

@@ -54,7 +54,10 @@ Tensor decode_step(const Tensor& x, const Tensor& cos, const Tensor& sin, const 
                    const std::vector<int64_t>& kv_heads, int64_t neurons, int64_t query_heads, int64_t groups,
                    const Tensor& norm, const Tensor& head, const OptionalTensor& head_scales,
                    int64_t vocabulary, double eps, int64_t keep, const Text& unit, const Text& activation,
-                   const OptionalTensor& k_start, std::optional<double> scale);
+                   const OptionalTensor& k_start, std::optional<double> scale,
+                   const std::optional<std::vector<Tensor>>& router,
+                   const std::optional<std::vector<int64_t>>& mlp_choices,
+                   const std::optional<std::vector<int64_t>>& head_choices);
 
 // choice, order, offsets
 std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, std::optional<int64_t> seed);

@@ -38,6 +38,9 @@ def decode_step(
     activation: str = "silu",
     k_start: Tensor | None = None,
     scale: float | None = None,
+    router: Sequence[Tensor] | None = None,
+    mlp_choices: Sequence[int] | None = None,
+    head_choices: Sequence[int] | None = None,
 ) -> Tensor:
     """Take new tokens through all layers of a Llama-family model on a CPU, and return their logits; no gradient.
 
@@ -59,10 +62,10 @@ def decode_step(
         keys: of each layer [B, room, G', D], room >= cached + T: the cache, the first `cached` tokens valid.
         values: the same.
         cached: tokens in the cache.
-        widths: neurons used in each layer.
-        heads: heads used in each layer: groups with all their query heads (unit "kv_group"), or query heads of every
-            group (unit "query").
-        kv_heads: groups projected and written in each layer, at least those used.
+        widths: neurons used in each layer: L of them, or for each layer in turn one for each sequence, L * B.
+        heads: the same of heads: groups with all their query heads (unit "kv_group"), or query heads of every group
+            (unit "query").
+        kv_heads: groups projected and written in each layer, at least those that any sequence or token may use.
         neurons: F, query_heads: H, groups: G of the full layer.
         norm: [K], the last norm.
         head: [vocabulary, K], or its panels.
@@ -74,6 +77,12 @@ def decode_step(
         activation: one of "relu", "relu2", "gelu", "gelu_tanh", "silu".
         k_start: int32 or int64 [B], the first key seen in each sequence (left padding).
         scale: of the scores; D ** -0.5 where None.
+        router: what chooses widths and heads for every token (they are then empty), float32: W1 [L, hidden, K],
+            W2 [L, C, hidden], and of R requests, each of B / R sequences in a row, state [L, R, hidden] and
+            base [L, R, C]. C counts the choices of the MLP, then those of the heads. Formula in
+            csrc/kernels/decode_step.h.
+        mlp_choices: neurons of each choice.
+        head_choices: heads of each choice.
 
     Returns:
         logits: [B, keep, vocabulary], the dtype of x.
@@ -106,6 +115,9 @@ def decode_step(
         activation,
         k_start,
         scale,
+        router,
+        mlp_choices,
+        head_choices,
     )
 
 

@@ -9,10 +9,14 @@ import pytest
 import torch
 from nn.models import FAMILIES, GQA
 from nn.test_elastic_model import UNITS, elastic, mixed, relative, tokens
+from nn.test_policy import routed, three, turned
 from torch import nn
 
+import flextron
 import flextron.nn.decode as decode
 from flextron.nn import ElasticCache
+from flextron.nn.policy import Mixed
+from flextron.nn.router import Choices
 
 
 @contextmanager
@@ -56,6 +60,27 @@ def test_a_step_gives_the_logits_and_the_cache_of_the_modules(family, kv, unit, 
         assert (a.length, a.groups) == (b.length, b.groups) == (20, b.groups)
         torch.testing.assert_close(a.keys[:, :20], b.keys[:, :20], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(a.values[:, :20], b.values[:, :20], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dial", ["requests", "tokens"])
+def test_a_step_gives_each_request_or_token_its_own_widths(dial, unit, packed, monkeypatch):
+    model, ids = routed(elastic("qwen3", "3:1", unit)), tokens(6, 20)
+    if dial == "requests":
+        model.set_widths(three(model.elastic))
+    else:
+        turned(model, 0.4, 0.6, 0.8)
+    if packed:
+        flextron.pack(model)
+    found = {}
+    for on in (True, False):
+        with counted(monkeypatch, on) as steps:
+            cache = ElasticCache()
+            found[on] = logits_of(model, ids, [5, 1, 1, 8, 2, 3], cache), cache.layers[2].keys[:, :20]
+        assert steps == ([1, 1, 8, 2, 3] if on else [])
+    for a, b in zip(found[True], found[False], strict=True):
+        assert relative(a, b) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -174,6 +199,14 @@ def test_the_modules_run_where_a_step_would_miss_something(monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert run() == []
     model.set_widths([model.elastic.full(), model.elastic.smallest()])
+    assert run() == [1]
+    turned(routed(model), 0.6)
+    assert run() == [1]
+    with model.watched() as forwards:
+        assert run() == [] and forwards[1].mlp.shape[:2] == (2, 1)
+    c = model.elastic
+    gates = Choices(torch.ones(2, len(c.mlp_choices)), torch.ones(2, len(c.head_choices)))
+    model.set_policies([Mixed(gates)] * c.num_layers, c.full(), "all")
     assert run() == []
     model.set_widths(model.elastic.full())
     with counted(monkeypatch) as steps, torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import cases
 import pytest
@@ -63,6 +64,44 @@ def test_nothing_beyond_an_extent_is_used():
     assert torch.equal(decode_step(**case), expected)
 
 
+@pytest.mark.parametrize("by_router", [False, True])
+def test_nothing_beyond_a_rows_own_extent_reaches_it(by_router):
+    """Neurons, heads and cached groups beyond the first row's hold NaN: its logits are finite, the second row's not."""
+    torch.manual_seed(0)
+    case = row(ROWS - 4 if by_router else ROWS - 5)
+    case["x"] = torch.randn(2, 1, 24)
+    for name in ("keys", "values"):
+        case[name] = [t[:1].repeat(2, 1, 1, 1) for t in case[name]]
+    case |= {"k_start": None, "keep": 1, "cos": case["cos"][:, :1], "sin": case["sin"][:, :1]}
+    if by_router:  # a base beyond any token's say chooses
+        base = torch.zeros(2, 2, 5)
+        base[:, 0, 0] = base[:, 0, 3] = base[:, 1, 2] = base[:, 1, 4] = 1e6
+        case["router"] = [*case["router"][:2], torch.zeros(2, 2, 5), base]
+    else:
+        case |= {"widths": [8, 40] * 2, "heads": [1, 2] * 2}
+    expected = decode_step(**copied(case))
+    names = case["parts"].split()
+    for i in range(2):
+        w = dict(zip(names, case["weights"][i * len(names) : (i + 1) * len(names)], strict=True))
+        poison(w["gate"], slice(0, 8), 0), poison(w["up"], slice(0, 8), 0), poison(w["down"], slice(0, 8), 1)
+        poison(w["q"], slice(0, 16), 0), poison(w["o"], slice(0, 16), 1)
+        poison(case["keys"][i], slice(0, 1), 2), poison(case["values"][i], slice(0, 1), 2)
+    got = decode_step(**case)
+    assert torch.equal(got[0], expected[0]) and not got[1].isfinite().any()
+
+
+def test_the_router_chooses_as_the_reference_for_every_token():
+    """128 tokens whose norm is not 1: enough that some choice would turn if a term of the logits were wrong."""
+    case = row(ROWS - 4)
+    case["x"] = torch.randn(16, 8, 24)
+    case |= {name: [torch.randn(16, 13, 2, 8) for _ in range(2)] for name in ("keys", "values")}
+    angle = torch.rand(1, 8, 4).repeat(1, 1, 2) * 6
+    case |= {"cos": angle.cos(), "sin": angle.sin(), "keep": 8}
+    case["weights"] = [w * 3 if w.dim() == 1 else w for w in case["weights"]]
+    exact = reference.decode_step(**copied(case))
+    torch.testing.assert_close(decode_step(**case), exact, rtol=1e-3, atol=1e-3)
+
+
 def test_a_sequence_is_the_same_alone_and_in_a_batch():
     case = row(2)  # three sequences, padded on the left
     together = decode_step(**copied(case))
@@ -119,6 +158,7 @@ BAD = {
     "widths must lie in .0, 40., got 41": lambda c: {"widths": [41, 16]},
     "heads must lie in .0, 2., got 3": lambda c: {"heads": [3, 1]},
     "kv_heads must lie in .2, 2., got 1": lambda c: {"kv_heads": [1, 1]},
+    "kv_heads must lie in .2, 2., got 0": lambda c: with_router(c, kv_heads=[2, 0]),
     "keys must have shape .1, at least 8, at least 2, 8.": lambda c: {
         "cached": 7,
         "keys": [t[:, :7] for t in c["keys"]],
@@ -131,7 +171,31 @@ BAD = {
     "query_heads must be a multiple of the 2 groups, got 3": lambda c: {"query_heads": 3},
     "q must have shape .48, 24.": lambda c: {"query_heads": 6},
     "gate must be given with a plain up": lambda c: without_gate(c),
+    "widths must have 2 entries, got 3": lambda c: {"widths": [40, 16, 16]},
+    "mlp_choices must be given with a router and with none else": lambda c: {"mlp_choices": [8]},
+    "head_choices must be given with a router and with none": lambda c: with_router(c, head_choices=None),
+    "router must have 4 tensors, got 3": lambda c: with_router(c, router=with_router(c)["router"][:3]),
+    "widths must have no entries with a router, got 2": lambda c: with_router(c, widths=[40, 16]),
+    "mlp_choices must lie in .0, 40., got 41": lambda c: with_router(c, mlp_choices=[8, 41]),
+    "head_choices must have an entry, got none": lambda c: with_router(c, head_choices=[]),
+    "router.1. must have shape .2, 3, 5., got .2, 4, 5.": lambda c: with_router(c, mlp_choices=[8]),
+    "router.2. must have dtype Float, got Double": lambda c: with_router(
+        c, router=[t.double() if i == 2 else t for i, t in enumerate(with_router(c)["router"])]
+    ),
+    "x.size.0. must be a multiple of the 2 requests of the router, got 1": lambda c: with_router(
+        c, router=[t.repeat(1, 1 + (i > 1), 1) for i, t in enumerate(with_router(c)["router"])]
+    ),
 }
+
+
+def with_router(case: dict, **changes: Any) -> dict:
+    shapes = (2, 5, 24), (2, 4, 5), (2, 1, 5), (2, 1, 4)
+    router = [torch.randn(*shape) for shape in shapes]
+    given = dict(
+        router=router, mlp_choices=[8, 40], head_choices=[1, 2], widths=[], heads=[], kv_heads=[2, 2]
+    )
+    caches = {name: [torch.zeros(1, 9, 2, 8) for _ in range(2)] for name in ("keys", "values")}
+    return given | caches | changes
 
 
 def without_gate(case: dict) -> dict:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flextron.nn.cache import ElasticCache
 from flextron.nn.packed import PackedLinear
+from flextron.nn.policy import PerRequest, PerToken
 from flextron_ext import decode_step
 
 TOKENS = 8  # new tokens per sequence up to which a step is taken; the modules take what is longer
@@ -26,6 +28,16 @@ _TAKEN = (
     "use_cache",
     "return_dict",
 )
+
+
+class Used(NamedTuple):
+    """What each layer keeps, in the op's order: of all, of each sequence, or as a router chooses for each token."""
+
+    widths: Sequence[int]
+    heads: Sequence[int]
+    router: tuple[Tensor, ...] | None = None
+    mlp_choices: Sequence[int] | None = None
+    head_choices: Sequence[int] | None = None
 
 
 class DecodeStep:
@@ -105,9 +117,30 @@ class DecodeStep:
         """Whether somebody's hook waits for a module that a step does not call."""
         return any(hook.__module__ != _RECORDER for hooks in self.hooks if hooks for hook in hooks.values())
 
-    def is_decided(self) -> bool:
-        """Whether a policy chooses widths for every request or token."""
-        return any(attention.policy is not None for attention, _ in self.modules)
+    def used(self, model: Any, B: int) -> Used | None:
+        """What the layers keep of B sequences; None where their policies are of no kind that the op knows."""
+        policies = [attention.policy for attention, _ in self.modules]
+        if all(policy is None for policy in policies):
+            return Used(
+                [mlp.width for _, mlp in self.modules], [attention.heads for attention, _ in self.modules]
+            )
+        if all(isinstance(policy, PerRequest) for policy in policies):
+            each, rest = divmod(B, len(policies[0].widths))
+            if rest:
+                return None
+            return Used(
+                *(
+                    [n for policy in policies for n in getattr(policy, rows) for _ in range(each)]
+                    for rows in ("widths", "counts")
+                )
+            )
+        if all(isinstance(policy, PerToken) and policy.seen is None for policy in policies):
+            router, (state, base) = policies[0].router, policies[0].contexts
+            if B % base.shape[1]:
+                return None
+            menus = model.elastic.mlp_choices, model.elastic.head_choices
+            return Used((), (), (router.w1, router.w2, state, base), *menus)
+        return None
 
     def holds(self) -> bool:
         return all(owner.get(name) is tensor for owner, name, tensor in self.found)
@@ -121,13 +154,11 @@ class DecodeStep:
         cache: ElasticCache,
         k_start: Tensor | None,
         keep: int,
+        used: Used,
     ) -> Tensor:
         config = model.elastic
         cached, T = cache.layers[0].length, ids.shape[1]
-        heads = [attention.heads for attention, _ in self.modules]
-        kv_heads = [
-            config.kv_heads(n, attention.kv) for n, (attention, _) in zip(heads, self.modules, strict=True)
-        ]
+        kv_heads = [config.kv_heads(attention.heads, attention.kv) for attention, _ in self.modules]
         rooms = [layer.reserve(T, groups) for layer, groups in zip(cache.layers, kv_heads, strict=True)]
         logits = decode_step(
             model.model.embed_tokens(ids),
@@ -138,8 +169,8 @@ class DecodeStep:
             [keys for keys, _ in rooms],
             [values for _, values in rooms],
             cached,
-            [mlp.width for _, mlp in self.modules],
-            heads,
+            used.widths,
+            used.heads,
             kv_heads,
             config.intermediate_size,
             config.num_heads,
@@ -154,6 +185,9 @@ class DecodeStep:
             self.modules[0][1].activation,
             k_start,
             self.modules[0][0].scaling,
+            used.router,
+            used.mlp_choices,
+            used.head_choices,
         )
         for layer, groups in zip(cache.layers, kv_heads, strict=True):
             layer.advance(T, groups)
@@ -178,7 +212,10 @@ def try_step(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast | 
     step = model.__dict__.get("_decode_step")
     if step is None or not step.holds():
         step = model.__dict__["_decode_step"] = DecodeStep(model)
-    if not step.serves or step.is_watched() or step.is_decided() or not _ready(cache, ids, step):
+    if not step.serves or step.is_watched() or not _ready(cache, ids, step):
+        return None
+    used = step.used(model, ids.shape[0])
+    if used is None:
         return None
 
     past, T = cache.layers[0].length, ids.shape[1]
@@ -193,7 +230,7 @@ def try_step(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast | 
         positions = torch.arange(past, past + T)[None]
     cos, sin = model.model.rotary_emb(step.norm, positions)
     keep = T if keep == 0 else min(keep, T)
-    logits = step(model, ids, cos, sin, cache, k_start, keep)
+    logits = step(model, ids, cos, sin, cache, k_start, keep, used)
     return CausalLMOutputWithPast(logits=logits, cache=cache)
 
 

@@ -123,8 +123,9 @@ class ElasticModel:
             )
         self.adaptive.check(self.elastic, phase)
         router = self.adaptive.to(self.device)
-        tau = torch.tensor(targets, device=self.device)
-        return [PerToken(router, i, tau, self.elastic, phase) for i in range(self.elastic.num_layers)]
+        with torch.no_grad():
+            contexts = router.context(torch.tensor(targets, device=self.device), phase=phase)
+        return [PerToken(router, i, contexts, self.elastic) for i in range(self.elastic.num_layers)]
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[list[Choices]]:

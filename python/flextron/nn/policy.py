@@ -110,8 +110,9 @@ class PerRequest(Policy):
     """
 
     def __init__(self, widths: tuple[Widths, ...], layer: int, device: torch.device) -> None:
-        self.mlp = torch.tensor([w.mlp[layer] for w in widths], device=device)
-        self.heads = torch.tensor([w.heads[layer] for w in widths], device=device)
+        self.widths = [w.mlp[layer] for w in widths]
+        self.counts = [w.heads[layer] for w in widths]
+        self.mlp, self.heads = (torch.tensor(rows, device=device) for rows in (self.widths, self.counts))
 
     def decide(self, x: Tensor) -> Decision:
         return Decision(Kept(per_token(self.mlp, x)), Kept(per_token(self.heads, x)))
@@ -133,9 +134,8 @@ class PerToken(Policy):
     Args:
         router: adaptive router.
         layer: index of the layer.
-        targets: [R], of each request.
+        contexts: `AdaptiveRouter.context` of the targets [R], one of each request, for all layers.
         config: the menus.
-        phase: whose calibration.
         seen: None, or where each decision is written down.
     """
 
@@ -143,15 +143,14 @@ class PerToken(Policy):
         self,
         router: AdaptiveRouter,
         layer: int,
-        targets: Tensor,
+        contexts: tuple[Tensor, Tensor],
         config: ElasticConfig,
-        phase: str,
         seen: list[tuple[int, Choices]] | None = None,
     ) -> None:
-        self.router, self.layer, self.seen = router, layer, seen
-        with torch.no_grad():
-            self.context = router.context(targets, layer, phase)
-        self.menus = menus_of(config, targets.device)
+        self.router, self.layer, self.contexts, self.seen = router, layer, contexts, seen
+        state, base = contexts
+        self.context = state[layer], base[layer]
+        self.menus = menus_of(config, base.device)
 
     def decide(self, x: Tensor) -> Decision:
         logits = self.router.logits(x, self.layer, self.context)

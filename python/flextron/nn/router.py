@@ -210,8 +210,10 @@ class AdaptiveRouter(nn.Module):
         found = torch.lerp(offsets[right - 1], offsets[right], share)
         return torch.where(tau >= 1, _EVERYTHING, found).to(self.ramp)
 
-    def context(self, tau: Tensor, layer: int, phase: str | None = None) -> tuple[Tensor, Tensor]:
-        """What a layer's logits owe to the targets [R] alone: ([R, hidden], [R, C]).
+    def context(
+        self, tau: Tensor, layer: int | slice = slice(None), phase: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What a layer's logits owe to the targets [R] alone: ([R, hidden], [R, C]); of several layers [L, R, ..].
 
         Without a phase the offset is 0: as it is trained.
         """
@@ -219,7 +221,7 @@ class AdaptiveRouter(nn.Module):
         logits = code @ self.base[layer]
         if phase is not None:
             logits = logits + self.offset(tau, phase)[:, None] * self.ramp
-        return code @ self.wt[layer] + self.b1[layer], logits
+        return code @ self.wt[layer] + self.b1[layer].unsqueeze(-2), logits
 
     def logits(self, x: Tensor, layer: int, context: tuple[Tensor, Tensor]) -> Choices:
         """x [B, T, K] -> logits of its B * T tokens, ``mlp [N, C_mlp]`` and ``heads [N, C_heads]``, float32.
