@@ -88,6 +88,14 @@ class DecodeStep:
             and getattr(model.lm_head, "bias", None) is None
         )
 
+    @classmethod
+    def of(cls, model: Any) -> DecodeStep:
+        """The model's own, made anew where its weights are others."""
+        step = model.__dict__.get("_decode_step")
+        if step is None or not step.holds():
+            step = model.__dict__["_decode_step"] = cls(model)
+        return step
+
     def _find(self, module: nn.Module, name: str) -> Tensor:
         owner = module._buffers if name in _PACKED else module._parameters
         self.found.append((owner, name, owner[name]))
@@ -209,9 +217,7 @@ def try_step(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast | 
     )
     if not plain or not isinstance(keep, int) or torch.is_autocast_enabled("cpu"):
         return None
-    step = model.__dict__.get("_decode_step")
-    if step is None or not step.holds():
-        step = model.__dict__["_decode_step"] = DecodeStep(model)
+    step = DecodeStep.of(model)
     if not step.serves or step.is_watched() or not _ready(cache, ids, step):
         return None
     used = step.used(model, ids.shape[0])

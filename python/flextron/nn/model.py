@@ -18,6 +18,7 @@ from flextron.nn.decode import first_key, try_step
 from flextron.nn.elastic_attention import ElasticAttention
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.families import elastic_config, family_of
+from flextron.nn.generation import is_plain, sample
 from flextron.nn.policy import Dial, PerRequest, PerToken, Policy
 from flextron.nn.router import AdaptiveRouter, Choices
 
@@ -266,6 +267,22 @@ class ElasticModel:
         if kwargs["use_cache"] and _given_cache(kwargs) is None:
             kwargs["cache"] = ElasticCache()
         return super().generate(*args, **kwargs)
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **inputs: Any,
+    ) -> Any:
+        """transformers' loop of greedy and sampled generation, or where it gives the same our own, which is faster."""
+        options = (logits_processor, stopping_criteria, generation_config)
+        if not synced_gpus and is_plain(self, input_ids, generation_config, inputs):
+            return sample(self, input_ids, *options, streamer, inputs)
+        return super()._sample(input_ids, *options, synced_gpus, streamer, **inputs)
 
 
 def _given_cache(kwargs: dict[str, Any]) -> Any:
