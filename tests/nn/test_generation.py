@@ -73,8 +73,12 @@ def test_the_tokens_are_those_of_transformers(settings, dial, monkeypatch):
         assert (mine[:, 9:] == 0).any() and len(mine[0]) > 9
 
 
-def test_past_the_tables_made_ahead(monkeypatch):
-    model = elastic(max_position_embeddings=256)
+@pytest.mark.parametrize("rope", [None, {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}])
+def test_past_the_tables_made_ahead(rope, monkeypatch):
+    given = {} if rope is None else dict(rope_parameters=rope, max_position_embeddings=16)
+    model = elastic(**given)
+    assert model.model.rotary_emb.rope_type == ("dynamic" if rope else "default")
+    model.generation_config.max_length = None
     assert torch.equal(*both(model, monkeypatch, tokens(T=7), max_new_tokens=140))
 
 
