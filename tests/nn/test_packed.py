@@ -55,6 +55,7 @@ def test_generate_takes_the_decode_step_and_agrees_with_the_modules(unit, packed
         assert len(taken) == 7
         with monkeypatch.context() as patch:
             patch.setattr(flextron.nn.model, "try_step", lambda *_: None)
+            patch.setattr(flextron.nn.model, "is_plain", lambda *_: False)
             by_modules = ours.generate(ids, **settings)
         torch.testing.assert_close(by_step.logits[-1], by_modules.logits[-1], rtol=1e-4, atol=1e-4)
 

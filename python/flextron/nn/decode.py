@@ -35,6 +35,7 @@ class Used(NamedTuple):
 
     widths: Sequence[int]
     heads: Sequence[int]
+    kv_heads: Sequence[int]
     router: tuple[Tensor, ...] | None = None
     mlp_choices: Sequence[int] | None = None
     head_choices: Sequence[int] | None = None
@@ -127,27 +128,29 @@ class DecodeStep:
 
     def used(self, model: Any, B: int) -> Used | None:
         """What the layers keep of B sequences; None where their policies are of no kind that the op knows."""
+        config = model.elastic
         policies = [attention.policy for attention, _ in self.modules]
+        heads = [attention.heads for attention, _ in self.modules]
+        kv_heads = [
+            config.kv_heads(n, attention.kv) for n, (attention, _) in zip(heads, self.modules, strict=True)
+        ]
         if all(policy is None for policy in policies):
-            return Used(
-                [mlp.width for _, mlp in self.modules], [attention.heads for attention, _ in self.modules]
-            )
+            return Used([mlp.width for _, mlp in self.modules], heads, kv_heads)
         if all(isinstance(policy, PerRequest) for policy in policies):
             each, rest = divmod(B, len(policies[0].widths))
             if rest:
                 return None
             return Used(
-                *(
-                    [n for policy in policies for n in getattr(policy, rows) for _ in range(each)]
-                    for rows in ("widths", "counts")
-                )
+                [n for policy in policies for n in policy.widths for _ in range(each)],
+                [n for policy in policies for n in policy.counts for _ in range(each)],
+                kv_heads,
             )
         if all(isinstance(policy, PerToken) and policy.seen is None for policy in policies):
             router, (state, base) = policies[0].router, policies[0].contexts
             if B % base.shape[1]:
                 return None
-            menus = model.elastic.mlp_choices, model.elastic.head_choices
-            return Used((), (), (router.w1, router.w2, state, base), *menus)
+            menus = config.mlp_choices, config.head_choices
+            return Used((), (), kv_heads, (router.w1, router.w2, state, base), *menus)
         return None
 
     def holds(self) -> bool:
@@ -166,8 +169,7 @@ class DecodeStep:
     ) -> Tensor:
         config = model.elastic
         cached, T = cache.layers[0].length, ids.shape[1]
-        kv_heads = [config.kv_heads(attention.heads, attention.kv) for attention, _ in self.modules]
-        rooms = [layer.reserve(T, groups) for layer, groups in zip(cache.layers, kv_heads, strict=True)]
+        rooms = [layer.reserve(T, groups) for layer, groups in zip(cache.layers, used.kv_heads, strict=True)]
         logits = decode_step(
             model.model.embed_tokens(ids),
             cos,
@@ -179,7 +181,7 @@ class DecodeStep:
             cached,
             used.widths,
             used.heads,
-            kv_heads,
+            used.kv_heads,
             config.intermediate_size,
             config.num_heads,
             config.num_kv_heads,
@@ -197,7 +199,7 @@ class DecodeStep:
             used.mlp_choices,
             used.head_choices,
         )
-        for layer, groups in zip(cache.layers, kv_heads, strict=True):
+        for layer, groups in zip(cache.layers, used.kv_heads, strict=True):
             layer.advance(T, groups)
         return logits
 

@@ -14,7 +14,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from flextron.config import Widths
 from flextron.nn.cache import ElasticCache
-from flextron.nn.decode import DecodeStep, first_key
+from flextron.nn.decode import DecodeStep, Used, first_key
 
 _TAKEN = ("cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep")
 _AHEAD = 64  # positions whose rotary tables are made at once
@@ -56,7 +56,7 @@ def sample(
     scores = () if asked and config.output_scores else None
     raw = () if asked and config.output_logits else None
     while True:
-        last = logits[:, -1].to(torch.float32, copy=True)
+        last = logits[:, -1].float()
         ranked = logits_processor(input_ids, last)
         if scores is not None:
             scores += (ranked,)
@@ -81,11 +81,16 @@ def sample(
 
 
 class _Steps:
-    """The logits of one token after another."""
+    """The logits of one token after another.
+
+    Of what may change between tokens a budget and the model's hooks are seen at once, hooks of its modules with the
+    next budget.
+    """
 
     def __init__(self, model: Any, prompt: torch.Size, inputs: dict[str, Any]) -> None:
         self.model, self.cache, self.step = model, inputs["cache"], DecodeStep.of(model)
         self.widths: Widths | None = None
+        self.used: Used | None = None
         self.mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         self.k_start = None if self.mask is None else first_key(self.mask)
         self.position = torch.arange(prompt[1])[None, -1:] if positions is None else positions[:, -1:]
@@ -99,18 +104,20 @@ class _Steps:
         """Logits [B, 1, V] after the tokens [B, 1]."""
         model, step = self.model, self.step
         self.position = self.position + 1
-        seen = model._forward_hooks or len(model._forward_pre_hooks) > 1  # one guards the cache
-        used = None if seen or not step.serves or step.is_watched() else step.used(model, len(tokens))
-        if used is None:
-            return self._by_forward(tokens)
         if model.widths is not self.widths:  # set anew, which a criterion or streamer may do between tokens
             self.widths = model.widths
-            self.cache.check([model.elastic.kv_heads(n, model.kv) for n in self.widths.heads])
+            watched = not step.serves or step.is_watched()
+            self.used = None if watched else step.used(model, len(tokens))
+            self.cache.check(self.used.kv_heads if self.used else ())
+        if (
+            self.used is None or model._forward_hooks or len(model._forward_pre_hooks) > 1
+        ):  # one guards the cache
+            return self._by_forward(tokens)
         if self.at == len(self.ahead):
             self.at, self.tables = 0, model.model.rotary_emb(step.norm, self.position + self.ahead)
         cos, sin = (table[:, self.at : self.at + 1] for table in self.tables)
         self.at += 1
-        return step(model, tokens, cos, sin, self.cache, self.k_start, 1, used)
+        return step(model, tokens, cos, sin, self.cache, self.k_start, 1, self.used)
 
     def _by_forward(self, tokens: Tensor) -> Tensor:
         self.at = len(self.ahead)
