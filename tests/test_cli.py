@@ -134,6 +134,14 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
         capsys, "eval", elastic, *common, "--budgets", "0.8", "--rounds", 2, "--length", 32, "--adaptive"
     )
     assert [row["kind"] for row in rows] == ["full", "routed", "uniform", "adaptive"]
+    exact = [row["loss"] for row in rows]
+    for dtype, rtol in (("same", 1e-5), ("int8", 1e-2)):
+        packed = answer(
+            capsys, "eval", elastic, *common, "--budgets", "0.8", "--rounds", 2, "--length", 32, "--adaptive",
+            "--pack", dtype,
+        )  # fmt: skip
+        losses = [row["loss"] for row in packed]
+        assert losses == pytest.approx(exact, rel=rtol) and (losses != exact or dtype == "same")
     told = answer(
         capsys,
         "generate",
@@ -147,8 +155,10 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
         4,
     )
     assert told["text"].startswith("the cat") and told["fraction"] == 0.8
-    said = answer(capsys, "generate", elastic, "--budget", 0.8, "--prompt", "the cat", "--max-new-tokens", 4)
+    asked = ("generate", elastic, "--budget", 0.8, "--prompt", "the cat", "--max-new-tokens", 4)
+    said = answer(capsys, *asked)
     assert said["text"].startswith("the cat")
+    assert answer(capsys, *asked, "--pack", "same") == said
     made = answer(capsys, "export", elastic, tmp_path / "small", "--budget", 0.8)
     assert made["params"] == sum(
         p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "small").parameters()

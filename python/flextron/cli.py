@@ -235,6 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="with --tasks: folder of their files; default $FLEXTRON_DATA/benchmarks",
     )
+    _pack(e)
 
     g = command(
         "generate",
@@ -247,6 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--adaptive", action="store_true", help="let every token have widths of its own")
     g.add_argument("--prompt", required=True)
     g.add_argument("--max-new-tokens", type=_count, default=64)
+    _pack(g)
 
     x = command(
         "export",
@@ -326,6 +328,14 @@ def _data(parser: argparse.ArgumentParser) -> None:
         "--data",
         metavar="FILE",
         help="text (.txt, .md, .jsonl, .xz, .gz, or a folder); default: Python's documentation",
+    )
+
+
+def _pack(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pack",
+        choices=("same", "int8"),
+        help="lay the weights out for a CPU first, as they are or as 8-bit integers",
     )
 
 
@@ -585,6 +595,16 @@ def _set(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
+def _loaded(args: argparse.Namespace) -> Any:
+    from flextron import pipeline
+    from flextron.nn.packed import pack
+
+    model = pipeline.from_pretrained(args.directory)
+    if args.pack:
+        pack(model, None if args.pack == "same" else args.pack)
+    return model
+
+
 def _eval(args: argparse.Namespace) -> list[dict[str, Any]]:
     from flextron import pipeline, ui
     from flextron.demo.report import HEADER, rows
@@ -594,7 +614,7 @@ def _eval(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name in ("limit", "data_dir"):
         if getattr(args, name) is not None:
             raise ValueError(f"eval: --{name.replace('_', '-')} must be given with --tasks only")
-    model = pipeline.from_pretrained(args.directory)
+    model = _loaded(args)
     tokens = pipeline.held_out_windows(
         pipeline.tokenizer_of(args.directory), args.data, args.samples, args.length
     )
@@ -620,7 +640,7 @@ def _eval_tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     folder = Path(args.data_dir) if args.data_dir else stories.data_folder() / "benchmarks"
     tasks.check(args.tasks, folder)
-    model = pipeline.from_pretrained(args.directory)
+    model = _loaded(args)
     with ui.reporter() as progress:
         found = tasks.evaluate(
             model,
@@ -691,7 +711,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import pipeline
 
-    model = pipeline.from_pretrained(args.directory)
+    model = _loaded(args)
     where = {"phase": args.phase, "context": args.context, "batch": args.batch}
     found = model.set_budget(**_given(args), **where, adaptive=args.adaptive)
     said = pipeline.generate(model, pipeline.tokenizer_of(args.directory), args.prompt, args.max_new_tokens)
