@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -307,6 +308,17 @@ def test_a_forward_refuses_more_arguments_than_it_has():
     model, ids = elastic(), torch.tensor([[1, 2, 3]])
     with pytest.raises(TypeError, match="positional"):
         model.forward(ids, *[None] * 40)
+    with torch.no_grad():
+        model(ids, cache=(cache := ElasticCache()))
+        with pytest.raises(TypeError, match="positional"):
+            given = dict(input_ids=ids[:, :1], cache=cache, logits_to_keep=0)
+            names = [
+                p.name
+                for p in inspect.signature(model.forward).parameters.values()
+                if p.kind != p.VAR_KEYWORD
+            ]
+            model.forward(*(given.get(name) for name in names), None)
+    assert cache.get_seq_length() == 3
 
 
 def test_beam_search_reorders_the_cache():

@@ -328,10 +328,13 @@ def _with_mask(given: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def _elastic_class(cls: type) -> type:
-    names = tuple(inspect.signature(cls.forward).parameters)[1:]
+    own = inspect.signature(cls.forward).parameters.values()
+    names = [p.name for p in own if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
 
     @wraps(cls.forward)  # transformers reads the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) > len(names):
+            return cls.forward(self, *args, **kwargs)  # which refuses them
         given = dict(zip(names, args, strict=False)) | kwargs
         if torch.compiler.is_compiling():
             return cls.forward(self, **_with_mask(given))
