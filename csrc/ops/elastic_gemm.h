@@ -185,7 +185,10 @@ inline std::vector<Step> steps_of(const std::vector<ColumnBlock>& blocks) {
   return steps;
 }
 
-inline const void* data_or_null(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+template <class T = void>
+const T* data_or_null(const std::optional<Tensor>& t) {
+  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
 
 // One vector's elements in a row.
 inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
@@ -211,7 +214,7 @@ inline Tensor linear_on_cpu(ElasticGemmParams p, const Tensor& x, const std::opt
   p.y = y.mutable_data_ptr();
   p.y_row = shape[1];
   p.y_block = out_features;
-  p.order = static_cast<const int64_t*>(data_or_null(extents.order));
+  p.order = data_or_null<int64_t>(extents.order);
   run_gemm(p,
            gemm_schedule(
                extents.stairs.steps, [&](const Step& step) { return in_extent ? step.extent : in_features; },
@@ -252,7 +255,7 @@ inline Tensor mlp_on_cpu(ElasticGemmParams up, ElasticGemmParams down, const Ten
   down.io = gemm_dtype(x);
   down.y = y.mutable_data_ptr();
   down.y_row = out_features;
-  down.order = static_cast<const int64_t*>(data_or_null(extents.order));
+  down.order = data_or_null<int64_t>(extents.order);
   run_gemm(down, gemm_schedule(
                      steps, [&](const Step& step) { return step.extent; },
                      [&](const Step&) { return out_features; }));

@@ -187,7 +187,7 @@ void backward_input(const Plan& plan, const FloatRows& dy, const Tensor& weight,
   p.out_blocks = plan.in.blocks;
   p.out_stride = plan.in.stride;
   p.features = plan.per_token_in ? plan.extents.widest() : plan.in.used;
-  p.order = static_cast<const int64_t*>(data_or_null(plan.extents.order));
+  p.order = data_or_null<int64_t>(plan.extents.order);
   run_gemm(p, gemm_schedule(
                   plan.extents.stairs.steps, [&](const Step& step) { return plan.out_used(step); },
                   [&](const Step& step) { return plan.in_used(step); }));

@@ -107,11 +107,6 @@ Mlp read_arguments(const char* op, const Tensor& x, const OptionalTensor& w_gate
   return mlp;
 }
 
-template <class scalar_t>
-const scalar_t* data_or_null(const OptionalTensor& t) {
-  return t ? data_of<scalar_t>(*t) : nullptr;
-}
-
 // The soft gate, in either kernel's parameters; one choice, the width, where there is none.
 template <class Params>
 void set_gate(Params& p, const Mlp& mlp) {
