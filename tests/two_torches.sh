@@ -97,6 +97,42 @@ with torch.no_grad():
     grads = torch.autograd.grad(y, (q, k, v), dy[:, :, :4])
     check("head_attention_decode_backward", ops.head_attention_decode_backward(dy, *arguments, 7), grads)
 
+
+
+def panels(w):  # [N, K] -> [1, N / 16, K, 16], the last panel filled up
+    return F.pad(w, (0, 0, 0, -w.shape[0] % 16)).view(1, -1, 16, w.shape[1]).transpose(2, 3).contiguous()
+
+
+def norm(x):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+x, w, gate, up, down = (torch.randn(*s) for s in ((5, 8), (20, 8), (16, 8), (16, 8), (8, 16)))
+check("packed_linear", [ops.packed_linear(x, panels(w), None, None, 6, 18)], [x[:, :6] @ w[:18, :6].T])
+both = torch.stack((panels(gate), panels(up)), 2).flatten(1, 2)
+y = (F.silu(x @ gate[:9].T) * (x @ up[:9].T)) @ down[:, :9].T
+check("packed_mlp", [ops.packed_mlp(x, both, panels(down), *[None] * 5, 9, 8)], [y])
+
+# A token behind three, through one layer of two heads of four, and 9 of 16 neurons; by numbers, then by a router.
+q, k, v, o, head = (torch.randn(*s) for s in ((8, 8), (8, 8), (8, 8), (8, 8), (5, 8)))
+x, ones, keys, values = torch.randn(1, 1, 8), torch.ones(8), torch.randn(1, 4, 2, 4), torch.randn(1, 4, 2, 4)
+n = norm(x[0])
+keys_then, values_then = keys.clone(), values.clone()
+keys_then[0, 3], values_then[0, 3] = (n @ k.T).view(2, 4), (n @ v.T).view(2, 4)
+seen = attention((n @ q[:4].T).view(1, 1, 4), keys_then[0, :, :1], values_then[0, :, :1], 3)[0]
+y = x[0] + seen.view(1, 4) @ o[:, :4].T
+y = y + (F.silu(norm(y) @ gate[:9].T) * (norm(y) @ up[:9].T)) @ down[:, :9].T
+weights, parts = [ones, q, k, v, o, ones, gate, up, down], "in_norm q k v o mlp_norm gate up down"
+base = torch.tensor([[[0.0, 1e6, 1e6, 0.0]]])
+router = [torch.randn(1, 3, 8), torch.randn(1, 4, 3), torch.zeros(1, 1, 3), base]
+for widths, heads, routed in (([9], [1], ()), ([], [], (router, [4, 9], [1, 2]))):
+    cache = [keys.clone()], [values.clone()]
+    turn = torch.ones(1, 1, 4), torch.zeros(1, 1, 4)
+    sizes = (3, widths, heads, [2], 16, 2, 2, ones, head, None, 5, 1e-6)
+    options = (1, "kv_group", "silu", None, None)
+    got = ops.decode_step(x, *turn, weights, parts, *cache, *sizes, *options, *routed)
+    check("decode_step", [got[0], cache[0][0], cache[1][0]], [norm(y) @ head.T, keys_then, values_then])
+
 logits = torch.randn(9, 4)
 choice = logits.argmax(1)
 order = torch.argsort(choice, descending=True, stable=True)
