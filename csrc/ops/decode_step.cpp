@@ -103,15 +103,7 @@ ElasticGemmParams linear(const char* name, const Tensor& weight, const Tensor* s
   check_like(kOp, name, weight, {out_blocks * nw, in_blocks * kw}, x.scalar_type(), x.device());
   if (weight.size(1) > 1 && weight.stride(1) != 1)
     fail(kOp, ": ", name, " must have contiguous rows, got strides");
-  ElasticGemmParams p{};
-  p.a_input = 1;
-  p.layout = GemmLayout::kRows;
-  p.weight_dtype = gemm_dtype(weight);
-  p.weight[0] = weight.const_data_ptr();
-  p.weight_stride = weight.stride(0);
-  p.in_blocks = in_blocks, p.in_stride = kw;
-  p.out_blocks = out_blocks, p.out_stride = nw;
-  p.activation = Activation::kSilu;
+  ElasticGemmParams p = on_rows(weight, in_blocks, out_blocks);
   p.io = GemmDtype::kFloat;
   return p;
 }
@@ -233,16 +225,17 @@ Router check_router(const std::optional<std::vector<Tensor>>& given,
 // What each row keeps of one axis of a layer, in its unit; sorted rows where they differ.
 struct Used {
   Staircase stairs;
-  std::vector<int64_t> extents;  // of each row
-
-  Used() = default;
-  Used(std::vector<int64_t> of_rows, int64_t most)
-      : stairs(make_staircase(of_rows.data(), of_rows.size(), most)), extents(std::move(of_rows)) {}
+  std::vector<int64_t> extents;  // of each row; not where all have one
 
   int64_t widest() const { return stairs.steps.front().extent; }
   bool flat() const { return stairs.steps.size() == 1; }
   const int64_t* order() const { return flat() ? nullptr : stairs.order.data(); }
 };
+
+Used used_by_rows(std::vector<int64_t> extents, int64_t most) {
+  Staircase stairs = make_staircase(extents.data(), extents.size(), most);
+  return {std::move(stairs), std::move(extents)};
+}
 
 // The extents of an axis in each layer, one for all sequences or one for each; what a router will choose is
 // empty.
@@ -258,9 +251,13 @@ std::vector<Used> check_used(const char* name, const std::vector<int64_t>& given
   std::vector<Used> used(layers);
   if (router) return used;
   for (int64_t l = 0; l < layers; ++l) {
+    if (each == 1) {
+      used[l].stairs = flat_staircase(s.R, given[l]);
+      continue;
+    }
     std::vector<int64_t> rows(s.R);
-    for (int64_t r = 0; r < s.R; ++r) rows[r] = given[l * each + (each > 1 ? r / s.T : 0)];
-    used[l] = Used(std::move(rows), most);
+    for (int64_t r = 0; r < s.R; ++r) rows[r] = given[l * each + r / s.T];
+    used[l] = used_by_rows(std::move(rows), most);
   }
   return used;
 }
@@ -524,8 +521,8 @@ class Pass {
       chosen_neurons[r] = router_.neurons[std::max_element(logits, middle) - logits];
       chosen_heads[r] = router_.heads[std::max_element(middle, end) - middle];
     }
-    neurons = Used(std::move(chosen_neurons), router_.most_neurons());
-    heads = Used(std::move(chosen_heads), router_.most_heads());
+    neurons = used_by_rows(std::move(chosen_neurons), router_.most_neurons());
+    heads = used_by_rows(std::move(chosen_heads), router_.most_heads());
   }
 
   void turn(const float* from, const Tensor* norm, const Tensor* cos, const Tensor* sin, scalar_t* to,
