@@ -127,7 +127,9 @@ class DecodeStep:
         return any(hook.__module__ != _RECORDER for hooks in self.hooks if hooks for hook in hooks.values())
 
     def used(self, model: Any, B: int) -> Used | None:
-        """What the layers keep of B sequences; None where their policies are of no kind that the op knows."""
+        """What the layers keep of B sequences; None where the modules must run."""
+        if not self.serves or self.is_watched():
+            return None
         config = model.elastic
         policies = [attention.policy for attention, _ in self.modules]
         heads = [attention.heads for attention, _ in self.modules]
@@ -137,12 +139,12 @@ class DecodeStep:
         if all(policy is None for policy in policies):
             return Used([mlp.width for _, mlp in self.modules], heads, kv_heads)
         if all(isinstance(policy, PerRequest) for policy in policies):
-            each, rest = divmod(B, len(policies[0].widths))
+            each, rest = divmod(B, len(policies[0].mlp))
             if rest:
                 return None
             return Used(
-                [n for policy in policies for n in policy.widths for _ in range(each)],
-                [n for policy in policies for n in policy.counts for _ in range(each)],
+                [n for policy in policies for n in policy.mlp.tolist() for _ in range(each)],
+                [n for policy in policies for n in policy.heads.tolist() for _ in range(each)],
                 kv_heads,
             )
         if all(isinstance(policy, PerToken) and policy.seen is None for policy in policies):
@@ -220,10 +222,8 @@ def try_step(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast | 
     if not plain or not isinstance(keep, int) or torch.is_autocast_enabled("cpu"):
         return None
     step = DecodeStep.of(model)
-    if not step.serves or step.is_watched() or not _ready(cache, ids, step):
-        return None
     used = step.used(model, ids.shape[0])
-    if used is None:
+    if used is None or not _ready(cache, ids, step):
         return None
 
     past, T = cache.layers[0].length, ids.shape[1]

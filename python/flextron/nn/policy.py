@@ -110,9 +110,8 @@ class PerRequest(Policy):
     """
 
     def __init__(self, widths: tuple[Widths, ...], layer: int, device: torch.device) -> None:
-        self.widths = [w.mlp[layer] for w in widths]
-        self.counts = [w.heads[layer] for w in widths]
-        self.mlp, self.heads = (torch.tensor(rows, device=device) for rows in (self.widths, self.counts))
+        self.mlp = torch.tensor([w.mlp[layer] for w in widths], device=device)
+        self.heads = torch.tensor([w.heads[layer] for w in widths], device=device)
 
     def decide(self, x: Tensor) -> Decision:
         return Decision(Kept(per_token(self.mlp, x)), Kept(per_token(self.heads, x)))
