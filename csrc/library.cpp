@@ -28,7 +28,7 @@ constexpr const char* kSchemas[] = {
     "packed_mlp(Tensor x, Tensor up_panels, Tensor down_panels, Tensor? up_scales, Tensor? down_scales, "
     "Tensor? b_gate, Tensor? b_up, Tensor? b_down, SymInt width, SymInt out_features, bool gated=True, "
     "str activation=\"silu\", Tensor? extent=None) -> Tensor",
-    "decode_step(Tensor x, Tensor cos, Tensor sin, Tensor[] weights, str parts, Tensor(a!)[] keys, "
+    "elastic_forward(Tensor x, Tensor cos, Tensor sin, Tensor[] weights, str parts, Tensor(a!)[] keys, "
     "Tensor(b!)[] values, SymInt cached, int[] widths, int[] heads, int[] kv_heads, SymInt neurons, "
     "SymInt query_heads, SymInt groups, Tensor norm, Tensor head, Tensor? head_scales, SymInt vocabulary, "
     "float eps, SymInt keep=1, str unit=\"kv_group\", str activation=\"silu\", Tensor? k_start=None, "
@@ -84,7 +84,7 @@ STABLE_TORCH_LIBRARY_IMPL(flextron, CPU, m) {
   m.impl("elastic_mlp_backward", TORCH_BOX(&flextron::elastic_mlp_backward));
   m.impl("packed_linear", TORCH_BOX(&flextron::packed_linear));
   m.impl("packed_mlp", TORCH_BOX(&flextron::packed_mlp));
-  m.impl("decode_step", TORCH_BOX(&flextron::decode_step));
+  m.impl("elastic_forward", TORCH_BOX(&flextron::elastic_forward));
   m.impl("route", TORCH_BOX(&flextron::route));
   m.impl("head_attention", TORCH_BOX(&flextron::head_attention));
   m.impl("head_attention_backward", TORCH_BOX(&flextron::head_attention_backward));

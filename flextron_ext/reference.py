@@ -252,7 +252,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x[..., :R] * cos + torch.cat((-b, a), -1) * sin, x[..., R:]), -1)
 
 
-def decode_step(
+def elastic_forward(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,

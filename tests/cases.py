@@ -192,7 +192,7 @@ def head_attention_decode(device: str, dtype: torch.dtype) -> Iterator[dict[str,
     }
 
 
-def decode_step(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+def elastic_forward(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     def case(
         widths, heads, B=1, T=1, cached=5, H=4, G=2, D=8, K=24, F=40, R=None, unit="kv_group", kv=None, packed=False,
         bias=False, head_norm=False, keep=1, room=0, eps=1e-6, tables=1, requests=0, **options,
@@ -266,6 +266,9 @@ def decode_step(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     yield case(
         [24, 7], [1, 2], B=3, T=2, kv=[2, 2], bias=True, k_start=torch.tensor([0, 4, 6], device=device)
     )
+    # prompts: more rows than the kernels' blocks of rows and of queries hold, with and without tokens before them
+    yield case([40, 16], [2, 1], B=2, T=150, cached=0, keep=2, k_start=torch.tensor([0, 21], device=device))
+    yield case([40, 8, 16], [1, 2], T=300, cached=7, keep=300, requests=1, kv=[2, 2])
     yield case(
         [40], [1], H=6, G=2, unit="query", B=2, T=4, keep=3, tables=2, activation="gelu_tanh", scale=0.3
     )
@@ -305,7 +308,7 @@ def route(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 
 
 CASES = [
-    OpCase("decode_step", decode_step, FLOATING[:3], differentiable=False),
+    OpCase("elastic_forward", elastic_forward, FLOATING[:3], differentiable=False),
     OpCase("elastic_linear", elastic_linear, devices=("cpu", "cuda")),
     OpCase("elastic_mlp", elastic_mlp, devices=("cpu", "cuda")),
     OpCase("head_attention", head_attention, devices=("cpu", "cuda")),

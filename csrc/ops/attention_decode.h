@@ -1,4 +1,4 @@
-// Attention of a few new tokens on a CPU, from a plan: what head_attention_decode and decode_step share.
+// Attention of a few new tokens on a CPU, from a plan: what head_attention_decode and elastic_forward share.
 #pragma once
 
 #include "kernels/head_attention_decode.h"

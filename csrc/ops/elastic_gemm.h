@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/staircase.h"
@@ -69,6 +70,12 @@ struct GemmSchedule {
   std::vector<int64_t> row_blocks{0};
 };
 
+// Rows of a step's blocks: more than fit one are shared out evenly, since a panel is widened for every block.
+inline int64_t block_rows_of(int64_t rows, int64_t inputs) {
+  const int64_t most = gemm_block_rows(inputs), blocks = (rows + most - 1) / most;
+  return blocks > 1 ? (rows + blocks - 1) / blocks : most;
+}
+
 // inputs_of and features_of a step; both descend with the steps.
 template <class Inputs, class Features>
 GemmSchedule gemm_schedule(const std::vector<Step>& steps, const Inputs& inputs_of,
@@ -78,7 +85,7 @@ GemmSchedule gemm_schedule(const std::vector<Step>& steps, const Inputs& inputs_
   int64_t block_begin = 0;
   for (const Step& step : steps) {
     const int64_t inputs = inputs_of(step), features = features_of(step), rows = step.end - step.begin;
-    const int64_t count = (rows + most - 1) / most, block_rows = gemm_block_rows(inputs);
+    const int64_t count = (rows + most - 1) / most, block_rows = block_rows_of(rows, inputs);
     for (int64_t i = 0; i < count; ++i) {  // as equal as can be: 8 rows are 4 and 4, not 6 and 2
       const int64_t begin = step.begin + rows * i / count, end = step.begin + rows * (i + 1) / count;
       if (end - block_begin > block_rows) {
@@ -92,40 +99,66 @@ GemmSchedule gemm_schedule(const std::vector<Step>& steps, const Inputs& inputs_
   return schedule;
 }
 
-// Runs p, whose fields but groups and row blocks are set. A thread's items are adjacent and weigh what
-// another's do.
-inline void run_gemm(ElasticGemmParams p, const GemmSchedule& schedule) {
-  if (schedule.groups.empty()) return;
-  p.groups = schedule.groups.data();
-  p.row_blocks = schedule.row_blocks.data();
-  p.row_block_count = static_cast<int64_t>(schedule.row_blocks.size()) - 1;
+// A GEMM whose parameters but groups and row blocks are set.
+struct GemmJob {
+  ElasticGemmParams p;
+  GemmSchedule schedule;
+};
+
+// Multiplications of an item, of each of the panel's features.
+inline int64_t item_weight(const ElasticGemmParams& p, int64_t row_block, int64_t unit) {
+  int64_t products = 0;
+  for (int64_t g = p.row_blocks[row_block]; g < p.row_blocks[row_block + 1]; ++g) {
+    if (p.groups[g].features <= unit * kPanel) break;
+    products += p.groups[g].rows * (p.groups[g].inputs + 1);
+  }
+  return products * (p.gated ? 2 : 1) * p.in_blocks;
+}
+
+// Runs GEMMs that do not read one another's results side by side: one call of the threads instead of one
+// each. A thread's items are adjacent and weigh what another's do.
+inline void run_gemms(std::vector<GemmJob> jobs) {
+  std::erase_if(jobs, [](const GemmJob& job) { return job.schedule.groups.empty(); });
+  std::vector<int64_t> first{0};  // item of each job
+  int64_t weight = 0;             // of every item; 0 where they differ
+  for (GemmJob& job : jobs) {
+    ElasticGemmParams& p = job.p;
+    p.groups = job.schedule.groups.data();
+    p.row_blocks = job.schedule.row_blocks.data();
+    p.row_block_count = static_cast<int64_t>(job.schedule.row_blocks.size()) - 1;
+    const GemmGroup &widest = job.schedule.groups.front(), &narrowest = job.schedule.groups.back();
+    const bool even =
+        p.row_block_count == 1 && narrowest.features == p.features && narrowest.inputs == widest.inputs;
+    const int64_t each = even ? item_weight(p, 0, 0) : 0;
+    weight = &job == &jobs.front() || each == weight ? each : 0;
+    first.push_back(first.back() + p.items());
+  }
   const auto kernel = FLEXTRON_FOR_EACH_ISA(elastic_gemm);
-  const int64_t units = p.units(), panels = p.gated ? 2 : 1;
-  const auto weight_of = [&](int64_t row_block, int64_t unit) {
-    int64_t products = 0;
-    for (int64_t g = p.row_blocks[row_block]; g < p.row_blocks[row_block + 1]; ++g) {
-      if (p.groups[g].features <= unit * kPanel) break;
-      products += p.groups[g].rows * (p.groups[g].inputs + 1);
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (size_t j = 0; j < jobs.size(); ++j) {
+      const int64_t from = std::max(begin, first[j]), to = std::min(end, first[j + 1]);
+      if (from < to) kernel(jobs[j].p, from - first[j], to - first[j]);
     }
-    return products * panels * p.in_blocks;
   };
-  const auto& narrowest = schedule.groups.back();
-  if (p.row_block_count == 1 && narrowest.features == p.features &&
-      narrowest.inputs == schedule.groups[0].inputs)
-    return parallel_for(p.items(), kPanel * weight_of(0, 0),
-                        [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  if (weight > 0) return parallel_for(first.back(), kPanel * weight, run);
 
   std::vector<int64_t> before{0};  // of all items, the weight of those before
-  before.reserve(p.items() + 1);
-  for (int64_t row_block = 0; row_block < p.row_block_count; ++row_block)
-    for (int64_t out_block = 0; out_block < p.out_blocks; ++out_block)
-      for (int64_t unit = 0; unit < units; ++unit)
-        before.push_back(before.back() + weight_of(row_block, unit));
-  const auto item_at = [&](int64_t weight) {
-    return std::lower_bound(before.begin(), before.end() - 1, weight) - before.begin();
+  before.reserve(first.back() + 1);
+  for (const GemmJob& job : jobs)
+    for (int64_t row_block = 0; row_block < job.p.row_block_count; ++row_block)
+      for (int64_t out_block = 0; out_block < job.p.out_blocks; ++out_block)
+        for (int64_t unit = 0; unit < job.p.units(); ++unit)
+          before.push_back(before.back() + item_weight(job.p, row_block, unit));
+  const auto item_at = [&](int64_t weight_before) {
+    return std::lower_bound(before.begin(), before.end() - 1, weight_before) - before.begin();
   };
-  parallel_for(before.back(), kPanel,
-               [&](int64_t begin, int64_t end) { kernel(p, item_at(begin), item_at(end)); });
+  parallel_for(before.back(), kPanel, [&](int64_t begin, int64_t end) { run(item_at(begin), item_at(end)); });
+}
+
+inline void run_gemm(GemmJob job) {
+  std::vector<GemmJob> jobs;
+  jobs.push_back(std::move(job));
+  run_gemms(std::move(jobs));
 }
 
 // Whether our own kernels compute a forward or a backward with plain weights on a CPU, or the vendor's GEMM
@@ -215,10 +248,10 @@ inline Tensor linear_on_cpu(ElasticGemmParams p, const Tensor& x, const std::opt
   p.y_row = shape[1];
   p.y_block = out_features;
   p.order = data_or_null<int64_t>(extents.order);
-  run_gemm(p,
-           gemm_schedule(
-               extents.stairs.steps, [&](const Step& step) { return in_extent ? step.extent : in_features; },
-               [&](const Step& step) { return out_extent ? step.extent : out_features; }));
+  run_gemm(
+      {p, gemm_schedule(
+              extents.stairs.steps, [&](const Step& step) { return in_extent ? step.extent : in_features; },
+              [&](const Step& step) { return out_extent ? step.extent : out_features; })});
   return y;
 }
 
@@ -245,8 +278,8 @@ inline Tensor mlp_on_cpu(ElasticGemmParams up, ElasticGemmParams down, const Ten
   up.io = gemm_dtype(x);
   up.y = h.mutable_data_ptr();
   up.y_row = h_stride;
-  run_gemm(up, gemm_schedule(
-                   steps, [&](const Step&) { return K; }, [&](const Step& step) { return step.extent; }));
+  run_gemm({up, gemm_schedule(
+                    steps, [&](const Step&) { return K; }, [&](const Step& step) { return step.extent; })});
 
   down.a = static_cast<const float*>(h.const_data_ptr());
   down.a_row = h_stride;
@@ -256,9 +289,9 @@ inline Tensor mlp_on_cpu(ElasticGemmParams up, ElasticGemmParams down, const Ten
   down.y = y.mutable_data_ptr();
   down.y_row = out_features;
   down.order = data_or_null<int64_t>(extents.order);
-  run_gemm(down, gemm_schedule(
-                     steps, [&](const Step& step) { return step.extent; },
-                     [&](const Step&) { return out_features; }));
+  run_gemm({down, gemm_schedule(
+                      steps, [&](const Step& step) { return step.extent; },
+                      [&](const Step&) { return out_features; })});
   return y;
 }
 

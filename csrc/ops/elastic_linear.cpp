@@ -188,9 +188,9 @@ void backward_input(const Plan& plan, const FloatRows& dy, const Tensor& weight,
   p.out_stride = plan.in.stride;
   p.features = plan.per_token_in ? plan.extents.widest() : plan.in.used;
   p.order = data_or_null<int64_t>(plan.extents.order);
-  run_gemm(p, gemm_schedule(
-                  plan.extents.stairs.steps, [&](const Step& step) { return plan.out_used(step); },
-                  [&](const Step& step) { return plan.in_used(step); }));
+  run_gemm({p, gemm_schedule(
+                   plan.extents.stairs.steps, [&](const Step& step) { return plan.out_used(step); },
+                   [&](const Step& step) { return plan.in_used(step); })});
 }
 
 void backward_weight(const Plan& plan, int64_t T, const FloatRows& dy, const FloatRows& x,
@@ -207,9 +207,9 @@ void backward_weight(const Plan& plan, int64_t T, const FloatRows& dy, const Flo
       p.out_blocks = plan.in.blocks;
       p.out_stride = plan.in.features;
       p.features = k.end - k.begin;
-      run_gemm(p, gemm_schedule(
-                      steps, [&](const Step& step) { return std::min(step.extent, k.rows); },
-                      [&](const Step&) { return k.end - k.begin; }));
+      run_gemm({p, gemm_schedule(
+                       steps, [&](const Step& step) { return std::min(step.extent, k.rows); },
+                       [&](const Step&) { return k.end - k.begin; })});
     }
 }
 

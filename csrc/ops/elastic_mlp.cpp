@@ -301,7 +301,7 @@ Hidden own_backward_hidden(const Mlp& mlp, const FloatRows& dy, const FloatRows&
     p.io = GemmDtype::kFloat;
     p.y = to.mutable_data_ptr();
     p.y_row = to.stride(0);
-    run_gemm(p, gemm_schedule(steps, [&](const Step&) { return K; }, extent_of));
+    run_gemm({p, gemm_schedule(steps, [&](const Step&) { return K; }, extent_of)});
   };
   up(mlp.w_up, mlp.b_up, hidden.du);
   if (mlp.w_gate) up(*mlp.w_gate, mlp.b_gate, *hidden.dg);
@@ -312,7 +312,7 @@ Hidden own_backward_hidden(const Mlp& mlp, const FloatRows& dy, const FloatRows&
   p.a = dy.data;
   p.a_row = dy.stride;
   p.features = widest;
-  run_gemm(p, gemm_schedule(steps, [&](const Step&) { return N; }, extent_of));
+  run_gemm({p, gemm_schedule(steps, [&](const Step&) { return N; }, extent_of)});
   for (const Step& step : steps) {
     const auto part = [&](const Tensor& t) { return rows(t, step.begin, step.end); };
     elementwise<true>(mlp, hidden.dg ? OptionalTensor(part(*hidden.dg)) : std::nullopt, part(hidden.du),
@@ -333,9 +333,9 @@ Tensor own_backward_input(const Mlp& mlp, const Hidden& hidden, const Tensor& x)
   }
   p.features = dx.size(1);
   p.order = data_or_null<int64_t>(mlp.extents.order);
-  run_gemm(p, gemm_schedule(
-                  mlp.extents.stairs.steps, [](const Step& step) { return step.extent; },
-                  [&](const Step&) { return dx.size(1); }));
+  run_gemm({p, gemm_schedule(
+                   mlp.extents.stairs.steps, [](const Step& step) { return step.extent; },
+                   [&](const Step&) { return dx.size(1); })});
   return dx;
 }
 
@@ -347,9 +347,9 @@ Tensor own_backward_up_weight(const Mlp& mlp, const Tensor& dhidden, const Float
   p.a_row = 1;
   p.a_input = dhidden.stride(0);
   p.features = dw.size(1);
-  run_gemm(p, gemm_schedule(
-                  steps_of(column_blocks(mlp.extents.stairs)), [](const Step& step) { return step.extent; },
-                  [&](const Step&) { return dw.size(1); }));
+  run_gemm({p, gemm_schedule(
+                   steps_of(column_blocks(mlp.extents.stairs)), [](const Step& step) { return step.extent; },
+                   [&](const Step&) { return dw.size(1); })});
   return dw;
 }
 
@@ -364,9 +364,9 @@ Tensor own_backward_down_weight(const Mlp& mlp, const Tensor& scaled, const Floa
     p.a_row = 1;
     p.a_input = dy_rows.stride;
     p.features = b.end - b.begin;
-    run_gemm(p, gemm_schedule(
-                    {{b.rows, 0, dw.size(0)}}, [](const Step& step) { return step.extent; },
-                    [&](const Step&) { return b.end - b.begin; }));
+    run_gemm({p, gemm_schedule(
+                     {{b.rows, 0, dw.size(0)}}, [](const Step& step) { return step.extent; },
+                     [&](const Step&) { return b.end - b.begin; })});
   }
   return dw;
 }

@@ -59,10 +59,12 @@ inline Isa isa() {
 #ifdef __x86_64__
 #define FLEXTRON_FOR_ISA(name, ...) \
   (isa() != Isa::kGeneric ? &name##_avx2<__VA_ARGS__> : &name##_cpu<__VA_ARGS__>)
+#define FLEXTRON_FOR_PLAIN_ISA(name) (isa() != Isa::kGeneric ? &name##_avx2 : &name##_cpu)
 #define FLEXTRON_FOR_EACH_ISA(name) \
   (isa() == Isa::kAvx512 ? &name##_avx512 : isa() == Isa::kAvx2 ? &name##_avx2 : &name##_cpu)
 #else
 #define FLEXTRON_FOR_ISA(name, ...) (&name##_cpu<__VA_ARGS__>)
+#define FLEXTRON_FOR_PLAIN_ISA(name) (&name##_cpu)
 #define FLEXTRON_FOR_EACH_ISA(name) (&name##_cpu)
 #endif
 

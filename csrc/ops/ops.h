@@ -48,16 +48,16 @@ Tensor packed_mlp(const Tensor& x, const Tensor& up_panels, const Tensor& down_p
                   const OptionalTensor& extent);
 
 // Writes into keys and values.
-Tensor decode_step(const Tensor& x, const Tensor& cos, const Tensor& sin, const std::vector<Tensor>& weights,
-                   const Text& parts, const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
-                   int64_t cached, const std::vector<int64_t>& widths, const std::vector<int64_t>& heads,
-                   const std::vector<int64_t>& kv_heads, int64_t neurons, int64_t query_heads, int64_t groups,
-                   const Tensor& norm, const Tensor& head, const OptionalTensor& head_scales,
-                   int64_t vocabulary, double eps, int64_t keep, const Text& unit, const Text& activation,
-                   const OptionalTensor& k_start, std::optional<double> scale,
-                   const std::optional<std::vector<Tensor>>& router,
-                   const std::optional<std::vector<int64_t>>& mlp_choices,
-                   const std::optional<std::vector<int64_t>>& head_choices);
+Tensor elastic_forward(const Tensor& x, const Tensor& cos, const Tensor& sin,
+                       const std::vector<Tensor>& weights, const Text& parts, const std::vector<Tensor>& keys,
+                       const std::vector<Tensor>& values, int64_t cached, const std::vector<int64_t>& widths,
+                       const std::vector<int64_t>& heads, const std::vector<int64_t>& kv_heads,
+                       int64_t neurons, int64_t query_heads, int64_t groups, const Tensor& norm,
+                       const Tensor& head, const OptionalTensor& head_scales, int64_t vocabulary, double eps,
+                       int64_t keep, const Text& unit, const Text& activation, const OptionalTensor& k_start,
+                       std::optional<double> scale, const std::optional<std::vector<Tensor>>& router,
+                       const std::optional<std::vector<int64_t>>& mlp_choices,
+                       const std::optional<std::vector<int64_t>>& head_choices);
 
 // choice, order, offsets
 std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, std::optional<int64_t> seed);

@@ -1,6 +1,6 @@
 """One file per op: typed wrapper, fake, gradient, autocast. Importing this package registers them all."""
 
-from .decode_step import decode_step
+from .elastic_forward import elastic_forward
 from .elastic_linear import elastic_linear
 from .elastic_mlp import elastic_mlp
 from .head_attention import head_attention
@@ -11,7 +11,7 @@ from .route import Routing, route
 
 __all__ = [
     "Routing",
-    "decode_step",
+    "elastic_forward",
     "elastic_linear",
     "elastic_mlp",
     "head_attention",

@@ -447,7 +447,7 @@ def head_attention_decode(s: Shape, T: int, target: Target) -> Iterator[Case]:
         )
 
 
-def decode_step(s: Shape, T: int, target: Target) -> Iterator[Case]:
+def elastic_forward(s: Shape, T: int, target: Target) -> Iterator[Case]:
     """T is the length of the cache here: one new token through one layer, and to 4 K logits."""
     if target.device != "cpu":
         return
@@ -471,7 +471,7 @@ def decode_step(s: Shape, T: int, target: Target) -> Iterator[Case]:
         )
 
     def ours(i: SimpleNamespace, width: int, g: int) -> Tensor:
-        return ops.decode_step(
+        return ops.elastic_forward(
             i.x, i.cos, i.sin, [getattr(i, part) for part in parts], " ".join(parts), [i.keys], [i.values], T,
             [width], [g], [g], s.neurons, s.H, s.G, i.norm, i.head, None, logits, eps,
         )  # fmt: skip
@@ -639,7 +639,7 @@ BENCHES = {
         packed_mlp,
         head_attention,
         head_attention_decode,
-        decode_step,
+        elastic_forward,
         route,
     )
 }

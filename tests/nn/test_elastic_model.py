@@ -12,7 +12,7 @@ from nn.models import FAMILIES, GQA, small_model
 from torch import Tensor
 
 from flextron.config import ElasticConfig, Widths
-from flextron.nn import ElasticCache, elastic_config, make_elastic, probe
+from flextron.nn import ElasticCache, elastic_config, make_elastic
 
 UNITS = ("kv_group", "query")
 
@@ -290,18 +290,6 @@ def test_parameter_count_of_full_width_is_the_parents():
             parent = small_model(family, "3:1", tie_word_embeddings=tied)
             config = elastic_config(parent)
             assert config.params(config.full()) == sum(p.numel() for p in parent.parameters())
-
-
-@pytest.mark.parametrize("axis", ["mlp", "heads"])
-def test_probe_runs_the_layers_own_module(axis):
-    model = elastic()
-    seen = []
-    module = model.layers_of()[1].mlp if axis == "mlp" else model.layers_of()[1].attention
-    module.register_forward_hook(lambda m, args, out: seen.append(args[0].shape))
-    run = probe(model, 1, axis, batch=2, length=5)
-    run()
-    run()
-    assert seen == [torch.Size([2, 5, 72])] * 2
 
 
 def test_a_forward_refuses_more_arguments_than_it_has():

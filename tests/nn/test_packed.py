@@ -40,21 +40,21 @@ def test_logits_at_every_width(family, unit):
 @torch.no_grad()
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("packed", [None, "int8"])
-def test_generate_takes_the_decode_step_and_agrees_with_the_modules(unit, packed, monkeypatch):
+def test_generate_takes_the_elastic_forward_and_agrees_with_the_modules(unit, packed, monkeypatch):
     _, ours, _ = models("llama", unit, packed=packed, attention_bias=True, mlp_bias=True)
     ids = torch.randint(0, 61, (2, 5))
     settings = dict(max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    taken, step = [], flextron.nn.decode.DecodeStep.__call__
+    taken, step = [], flextron.nn.forward.ElasticForward.__call__
     counted = lambda *arguments: taken.append(1) or step(*arguments)  # noqa: E731
     for widths in every_width(ours.elastic):
         ours.set_widths(widths)
         taken.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(flextron.nn.decode.DecodeStep, "__call__", counted)
+            patch.setattr(flextron.nn.forward.ElasticForward, "__call__", counted)
             by_step = ours.generate(ids, **settings)
-        assert len(taken) == 7
+        assert len(taken) == 8  # the prompt's, and one for each token but the last
         with monkeypatch.context() as patch:
-            patch.setattr(flextron.nn.model, "try_step", lambda *_: None)
+            patch.setattr(flextron.nn.model, "try_forward", lambda *_: None)
             patch.setattr(flextron.nn.model, "is_plain", lambda *_: False)
             by_modules = ours.generate(ids, **settings)
         torch.testing.assert_close(by_step.logits[-1], by_modules.logits[-1], rtol=1e-4, atol=1e-4)

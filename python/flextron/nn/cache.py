@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -29,16 +31,18 @@ class ElasticCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         B, G, _, D = key_states.shape
-        self.dtype, self.device, self.groups = key_states.dtype, key_states.device, G
-        self.keys = key_states.new_empty(B, 0, G, D)
-        self.values = value_states.new_empty(B, 0, G, D)
+        self._start(key_states, B, G, D)
+
+    def _start(self, like: Tensor, B: int, G: int, D: int) -> None:
+        self.dtype, self.device, self.groups = like.dtype, like.device, G
+        self.keys, self.values = like.new_empty(B, 0, G, D), like.new_empty(B, 0, G, D)
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Append ``[B, G, T, D]`` states; return all valid ones as ``[B, G, S, D]`` views."""
-        if not self.is_initialized:
+        if self.length == 0:
             self.lazy_initialization(key_states, value_states)
         self.check(key_states.shape[1])
         self.groups = key_states.shape[1]
@@ -50,7 +54,7 @@ class ElasticCacheLayer(CacheLayerMixin):
 
     def check(self, groups: int) -> None:
         """Raise ValueError when a budget asks for more groups than the cached tokens have."""
-        if self.is_initialized and groups > self.groups:
+        if self.length > 0 and groups > self.groups:
             raise ValueError(
                 f"ElasticCache: the budget must not need more key/value groups than the cache holds, got {groups} for "
                 f"{self.groups}; use kv='all' from the start to raise a budget during generation"
@@ -75,12 +79,15 @@ class ElasticCacheLayer(CacheLayerMixin):
         grown[:, : self.length] = stored[:, : self.length]
         return grown
 
-    def reserve(self, tokens: int, groups: int) -> tuple[Tensor, Tensor]:
-        """Keys and values, ``[B, room, G, D]``, with room for ``tokens`` more of ``groups`` groups.
+    def reserve(self, x: Tensor, groups: int, head_dim: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, ``[B, room, G, D]``, with room for ``groups`` groups of the tokens of x [B, T, K].
 
         The caller writes them behind the ``length`` valid ones, and then calls `advance`.
         """
-        if groups < self.keys.shape[2]:
+        B, tokens, _ = x.shape
+        if self.length == 0:
+            self._start(x, B, groups, head_dim)
+        elif groups < self.keys.shape[2]:
             self.keys, self.values = self.keys[:, :, :groups], self.values[:, :, :groups]
         end = self.length + tokens
         if end > self.keys.shape[1]:
@@ -137,7 +144,17 @@ class ElasticCache(Cache):
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=ElasticCacheLayer)
 
-    def check(self, groups: list[int]) -> None:
+    def reserve(self, x: Tensor, groups: Sequence[int], head_dim: int) -> list[tuple[Tensor, Tensor]]:
+        """`ElasticCacheLayer.reserve` of every layer, which are made where there are none."""
+        self.layers += [ElasticCacheLayer() for _ in range(len(groups) - len(self.layers))]
+        return [layer.reserve(x, n, head_dim) for layer, n in zip(self.layers, groups, strict=True)]
+
+    def advance(self, tokens: int, groups: Sequence[int]) -> None:
+        """`ElasticCacheLayer.advance` of every layer."""
+        for layer, n in zip(self.layers, groups, strict=True):
+            layer.advance(tokens, n)
+
+    def check(self, groups: Sequence[int]) -> None:
         """Raise ValueError, before anything is appended, when some layer would need more groups than it holds."""
         for layer, wanted in zip(self.layers, groups, strict=False):
             layer.check(wanted)

@@ -14,7 +14,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from flextron.config import Widths
 from flextron.nn.cache import ElasticCache
-from flextron.nn.decode import DecodeStep, Used, first_key
+from flextron.nn.forward import ElasticForward, Used, first_key
 
 _TAKEN = ("cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep")
 _AHEAD = 64  # positions whose rotary tables are made at once
@@ -87,7 +87,7 @@ class _Steps:
     """
 
     def __init__(self, model: Any, prompt: torch.Size, inputs: dict[str, Any]) -> None:
-        self.model, self.cache, self.step = model, inputs["cache"], DecodeStep.of(model)
+        self.model, self.cache, self.step = model, inputs["cache"], ElasticForward.of(model)
         self.widths: Widths | None = None
         self.used: Used | None = None
         self.mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")

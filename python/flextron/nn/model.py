@@ -14,10 +14,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 
 from flextron.config import ElasticConfig, Widths
 from flextron.nn.cache import ElasticCache
-from flextron.nn.decode import first_key, try_step
 from flextron.nn.elastic_attention import ElasticAttention
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.families import elastic_config, family_of
+from flextron.nn.forward import first_key, try_forward
 from flextron.nn.generation import is_plain, sample
 from flextron.nn.policy import Dial, PerRequest, PerToken, Policy
 from flextron.nn.router import AdaptiveRouter, Choices
@@ -338,7 +338,7 @@ def _elastic_class(cls: type) -> type:
         given = dict(zip(names, args, strict=False)) | kwargs
         if torch.compiler.is_compiling():
             return cls.forward(self, **_with_mask(given))
-        taken = try_step(self, given)
+        taken = try_forward(self, given)
         return cls.forward(self, *args, **kwargs) if taken is None else taken
 
     # the parent's own name: save_pretrained writes it to the configuration, where stock transformers looks it up

@@ -1,4 +1,4 @@
-"""A decode step in one op gives what the modules give, is taken where it applies, and keeps the cache's contract."""
+"""A forward in one op gives what the modules give, is taken where it applies, and keeps the cache's contract."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from nn.test_policy import routed, three, turned
 from torch import nn
 
 import flextron
-import flextron.nn.decode as decode
 from flextron.nn import ElasticCache
 from flextron.nn.policy import Mixed
 from flextron.nn.router import Choices
@@ -21,20 +20,24 @@ from flextron.nn.router import Choices
 
 @contextmanager
 def counted(monkeypatch, on: bool = True):
-    """How many steps were taken; none may be with ``on=False``."""
+    """The tokens of each forward that was one op; none may be with ``on=False``."""
     steps: list[int] = []
-    taken = decode.DecodeStep.__call__
+    taken = flextron.nn.forward.ElasticForward.__call__
 
     def call(self: Any, model: Any, ids: Any, *rest: Any) -> Any:
         steps.append(ids.shape[1])
         return taken(self, model, ids, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(decode.DecodeStep, "__call__", call)
+        patch.setattr(flextron.nn.forward.ElasticForward, "__call__", call)
         if not on:
-            patch.setattr(decode, "TOKENS", 0)
+            patch.setattr(flextron.nn.model, "try_forward", lambda *_: None)
             patch.setattr(flextron.nn.model, "is_plain", lambda *_: False)
         yield steps
+
+
+# A prompt within the kernels' blocks of rows and queries and one beyond, single tokens, and a prompt's second part.
+CUTS = [5, 1, 1, 8, 2, 3, 40, 1, 300]
 
 
 def logits_of(model: Any, ids: Any, cuts: list[int], cache: ElasticCache, **kwargs: Any) -> Any:
@@ -48,27 +51,28 @@ def logits_of(model: Any, ids: Any, cuts: list[int], cache: ElasticCache, **kwar
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_gives_the_logits_and_the_cache_of_the_modules(family, kv, unit, monkeypatch):
     biases = dict(attention_bias=True, mlp_bias=True) if family == "llama" else {}
-    model, ids = elastic(family, "3:1", unit, **biases), tokens(T=20)
+    model, ids = elastic(family, "3:1", unit, **biases), tokens(T=sum(CUTS))
     model.set_widths(mixed(model.elastic), kv)
     found = {}
     for on in (True, False):
         with counted(monkeypatch, on) as steps:
             cache = ElasticCache()
-            found[on] = logits_of(model, ids, [5, 1, 1, 8, 2, 3], cache), cache
-        assert steps == ([1, 1, 8, 2, 3] if on else [])
+            found[on] = logits_of(model, ids, CUTS, cache), cache
+        assert steps == (CUTS if on else [])
     (ours, mine), (exact, theirs) = found[True], found[False]
     assert relative(ours, exact) < 1e-5
     for a, b in zip(mine.layers, theirs.layers, strict=True):
-        assert (a.length, a.groups) == (b.length, b.groups) == (20, b.groups)
-        torch.testing.assert_close(a.keys[:, :20], b.keys[:, :20], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(a.values[:, :20], b.values[:, :20], rtol=1e-4, atol=1e-5)
+        assert (a.length, a.groups) == (b.length, b.groups) == (sum(CUTS), b.groups)
+        for name in ("keys", "values"):
+            mine, theirs = (getattr(layer, name)[:, : sum(CUTS)] for layer in (a, b))
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("dial", ["requests", "tokens"])
 def test_a_step_gives_each_request_or_token_its_own_widths(dial, unit, packed, monkeypatch):
-    model, ids = routed(elastic("qwen3", "3:1", unit)), tokens(6, 20)
+    model, ids = routed(elastic("qwen3", "3:1", unit)), tokens(6, sum(CUTS))
     if dial == "requests":
         model.set_widths(three(model.elastic))
     else:
@@ -79,8 +83,8 @@ def test_a_step_gives_each_request_or_token_its_own_widths(dial, unit, packed, m
     for on in (True, False):
         with counted(monkeypatch, on) as steps:
             cache = ElasticCache()
-            found[on] = logits_of(model, ids, [5, 1, 1, 8, 2, 3], cache), cache.layers[2].keys[:, :20]
-        assert steps == ([1, 1, 8, 2, 3] if on else [])
+            found[on] = logits_of(model, ids, CUTS, cache), cache.layers[2].keys[:, : sum(CUTS)]
+        assert steps == (CUTS if on else [])
     for a, b in zip(found[True], found[False], strict=True):
         assert relative(a, b) < 1e-5
 
@@ -119,7 +123,7 @@ def test_generation_takes_the_same_tokens(monkeypatch):
                             ids, attention_mask=mask, max_new_tokens=10, pad_token_id=0, **settings
                         )
                     )
-                assert len(steps) == (9 if on else 0)
+                assert len(steps) == (10 if on else 0)
             assert torch.equal(*runs)
 
 
@@ -164,7 +168,7 @@ def test_weights_that_are_replaced_or_changed_are_seen(monkeypatch):
             layer.mlp.down_proj.weight.mul_(2)
         layer.self_attn.q_proj.weight = nn.Parameter(layer.self_attn.q_proj.weight * 0.5)
         after = logits_of(model, ids, [5, 1, 1], ElasticCache())
-    assert steps == [1] * 4
+    assert steps == [5, 1, 1] * 2
     with counted(monkeypatch, on=False):
         assert relative(after, logits_of(model, ids, [5, 1, 1], ElasticCache())) < 1e-5
     assert relative(after, before) > 1e-2
@@ -188,7 +192,7 @@ def test_the_modules_run_where_a_step_would_miss_something(monkeypatch):
     assert run() == [1]
     assert run(logits_to_keep=1) == [1]
     assert run(grad=True) == []
-    assert run(tokens(T=9)) == []
+    assert run(tokens(T=9)) == [9]
     assert run(labels=ids[:, 5:]) == []
     assert run(output_hidden_states=True) == []
     assert run(return_dict=False) == []
@@ -212,5 +216,55 @@ def test_the_modules_run_where_a_step_would_miss_something(monkeypatch):
     assert run() == []
     model.set_widths(model.elastic.full())
     with counted(monkeypatch) as steps, torch.no_grad():
-        model(ids[:, :1], cache=ElasticCache())  # nothing is cached yet
+        model(inputs_embeds=model.model.embed_tokens(ids))
     assert steps == []
+
+
+@pytest.mark.parametrize("dial", ["all", "requests", "tokens"])
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_a_forward_without_a_cache_gives_the_logits_of_the_modules(side, dial, monkeypatch):
+    model, ids = routed(elastic("llama", "3:1")), tokens(3, 150)
+    if dial == "all":
+        model.set_widths(mixed(model.elastic))
+    elif dial == "requests":
+        model.set_widths(three(model.elastic))
+    else:
+        turned(model, 0.4, 0.6, 0.8)
+    mask = torch.ones_like(ids)
+    if side is not None:
+        mask[1, slice(0, 70) if side == "left" else slice(80, None)] = 0
+    found = []
+    for on in (True, False):
+        with counted(monkeypatch, on) as steps, torch.no_grad():
+            given = {} if side is None else {"attention_mask": mask}
+            outputs = [model(ids, use_cache=False, logits_to_keep=keep, **given) for keep in (0, 2)]
+        assert steps == ([150, 150] if on else []) and all(output.cache is None for output in outputs)
+        assert [output.logits.shape[1] for output in outputs] == [150, 2]
+        found.append(
+            torch.cat([output.logits for output in outputs], 1)[torch.cat([mask, mask[:, -2:]], 1) > 0]
+        )
+    assert relative(*found) < 1e-5
+
+
+def test_packed_sequences_are_refused():
+    model, ids = elastic(), tokens(T=6)
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, -1)
+    with (
+        torch.no_grad(),
+        pytest.raises(NotImplementedError, match="packed sequences by position_ids are not"),
+    ):
+        model(ids, position_ids=packed, use_cache=False)
+    with torch.no_grad():
+        model(ids, position_ids=torch.arange(6)[None], use_cache=False)
+
+
+def test_a_budget_may_rise_while_nothing_is_cached(monkeypatch):
+    for on in (True, False):
+        model, ids, cache = elastic(gqa="1:1"), tokens(T=6), ElasticCache()
+        with counted(monkeypatch, on):
+            model.set_widths(model.elastic.smallest())
+            logits_of(model, ids, [6], cache)
+            cache.crop(-6)
+            model.set_widths(model.elastic.full())
+            again = logits_of(model, ids, [4, 2], cache)
+            assert relative(again, logits_of(model, ids, [4, 2], ElasticCache())) == 0

@@ -1,4 +1,4 @@
-"""A decode step of an elastic model as one op: what forward takes on a CPU, in inference, for a few new tokens."""
+"""All layers of an elastic model as one op: what forward takes on a CPU, in inference, of prompts and of new tokens."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from flextron.nn.cache import ElasticCache
 from flextron.nn.packed import PackedLinear
 from flextron.nn.policy import PerRequest, PerToken
-from flextron_ext import decode_step
+from flextron_ext import elastic_forward
 
-TOKENS = 8  # new tokens per sequence up to which a step is taken; the modules take what is longer
 _PACKED = ("panels", "scales")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # transformers' own hooks, which stay once hidden states were asked for; they act when asked again
@@ -41,7 +40,7 @@ class Used(NamedTuple):
     head_choices: Sequence[int] | None = None
 
 
-class DecodeStep:
+class ElasticForward:
     """The weights of a model in the op's order, gathered once; `holds` says whether they are still the model's.
 
     Gathering them by attribute takes half a millisecond of Python for 30 layers, a tenth of the smallest step.
@@ -90,11 +89,11 @@ class DecodeStep:
         )
 
     @classmethod
-    def of(cls, model: Any) -> DecodeStep:
+    def of(cls, model: Any) -> ElasticForward:
         """The model's own, made anew where its weights are others."""
-        step = model.__dict__.get("_decode_step")
+        step = model.__dict__.get("_elastic_forward")
         if step is None or not step.holds():
-            step = model.__dict__["_decode_step"] = cls(model)
+            step = model.__dict__["_elastic_forward"] = cls(model)
         return step
 
     def _find(self, module: nn.Module, name: str) -> Tensor:
@@ -164,16 +163,21 @@ class DecodeStep:
         ids: Tensor,
         cos: Tensor,
         sin: Tensor,
-        cache: ElasticCache,
+        cache: ElasticCache | None,
         k_start: Tensor | None,
         keep: int,
         used: Used,
     ) -> Tensor:
-        config = model.elastic
-        cached, T = cache.layers[0].length, ids.shape[1]
-        rooms = [layer.reserve(T, groups) for layer, groups in zip(cache.layers, used.kv_heads, strict=True)]
-        logits = decode_step(
-            model.model.embed_tokens(ids),
+        config, T = model.elastic, ids.shape[1]
+        x = model.model.embed_tokens(ids)
+        cached = 0 if cache is None else cache.get_seq_length()
+        if cache is not None:
+            rooms = cache.reserve(x, used.kv_heads, config.head_dim)
+        else:  # a layer's keys and values are read by the layer alone: one room serves all
+            shape = (len(ids), T, max(used.kv_heads), config.head_dim)
+            rooms = [(x.new_empty(shape), x.new_empty(shape))] * len(used.kv_heads)
+        logits = elastic_forward(
+            x,
             cos,
             sin,
             self.weights,
@@ -201,15 +205,21 @@ class DecodeStep:
             used.mlp_choices,
             used.head_choices,
         )
-        for layer, groups in zip(cache.layers, used.kv_heads, strict=True):
-            layer.advance(T, groups)
+        if cache is not None:
+            cache.advance(T, used.kv_heads)
         return logits
 
 
-def try_step(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast | None:
-    """The output of a causal LM's forward by `decode_step`, or None where its modules must run."""
+def try_forward(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast | None:
+    """The output of a causal LM's forward by `elastic_forward`, or None where its modules must run."""
     ids, cache = arguments.get("input_ids"), arguments.get("cache")
-    if ids is None or not isinstance(cache, ElasticCache) or ids.shape[1] > TOKENS or ids.numel() == 0:
+    wants = arguments.get("use_cache")
+    wants = model.config.use_cache if wants is None else wants
+    if (
+        ids is None
+        or ids.numel() == 0
+        or not (isinstance(cache, ElasticCache) or (cache is None and not wants))
+    ):
         return None
     if torch.is_grad_enabled() or ids.device.type != "cpu":
         return None
@@ -221,12 +231,12 @@ def try_step(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast | 
     )
     if not plain or not isinstance(keep, int) or torch.is_autocast_enabled("cpu"):
         return None
-    step = DecodeStep.of(model)
+    step = ElasticForward.of(model)
     used = step.used(model, ids.shape[0])
-    if used is None or not _ready(cache, ids, step):
+    if used is None or (cache is not None and not _ready(cache, ids, step)):
         return None
 
-    past, T = cache.layers[0].length, ids.shape[1]
+    past, T = 0 if cache is None else cache.get_seq_length(), ids.shape[1]
     mask, k_start = arguments.get("attention_mask"), None
     if mask is not None:
         if mask.dim() != 2 or mask.shape != (ids.shape[0], past + T):
@@ -234,12 +244,14 @@ def try_step(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast | 
         if not mask.all():
             k_start = first_key(mask)
     positions = arguments.get("position_ids")
+    if positions is not None and mask is None and cache is None and (positions.diff(dim=-1) != 1).any():
+        return None  # packed sequences, which the modules refuse
     if positions is None:
         positions = torch.arange(past, past + T)[None]
     cos, sin = model.model.rotary_emb(step.norm, positions)
     keep = T if keep == 0 else min(keep, T)
     logits = step(model, ids, cos, sin, cache, k_start, keep, used)
-    return CausalLMOutputWithPast(logits=logits, cache=cache)
+    return CausalLMOutputWithPast(logits=logits, cache=cache if wants else None)
 
 
 def first_key(mask: Tensor) -> Tensor:
@@ -254,15 +266,14 @@ def first_key(mask: Tensor) -> Tensor:
     return first
 
 
-def _ready(cache: ElasticCache, ids: Tensor, step: DecodeStep) -> bool:
-    """Whether every layer has cached the same tokens of these sequences, in the weights' dtype."""
-    layers = cache.layers
-    if len(layers) != len(step.modules) or not layers[0].is_initialized or layers[0].length == 0:
-        return False
-    length, B, dtype = layers[0].length, ids.shape[0], step.dtype
-    return all(
-        layer.is_initialized
-        and layer.length == length
+def _ready(cache: ElasticCache, ids: Tensor, step: ElasticForward) -> bool:
+    """Whether every layer has cached the same tokens of these sequences, in the weights' dtype; or none any."""
+    layers, length = cache.layers, cache.get_seq_length()
+    if length == 0:
+        return all(layer.length == 0 for layer in layers)
+    B, dtype = ids.shape[0], step.dtype
+    return len(layers) == len(step.modules) and all(
+        layer.length == length
         and layer.keys.dtype == dtype
         and layer.keys.shape[0] == B
         and not layer.keys.requires_grad

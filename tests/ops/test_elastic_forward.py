@@ -1,4 +1,4 @@
-"""decode_step beyond its rows: what it writes, what it must not read, every instruction set, and what it refuses."""
+"""elastic_forward beyond its rows: what it writes, what it must not read, each instruction set, and what it refuses."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 import flextron_ext
-from flextron_ext import decode_step, reference
+from flextron_ext import elastic_forward, reference
 
-ROWS = len(list(cases.decode_step("cpu", torch.float32)))
+ROWS = len(list(cases.elastic_forward("cpu", torch.float32)))
 
 
 def row(i: int, dtype: torch.dtype = torch.float32) -> dict:
     torch.manual_seed(i)
-    return list(cases.decode_step("cpu", dtype))[i]
+    return list(cases.elastic_forward("cpu", dtype))[i]
 
 
 def copied(case: dict) -> dict:
@@ -30,8 +30,8 @@ def copied(case: dict) -> dict:
 @pytest.mark.parametrize("i", range(ROWS))
 def test_the_cache_holds_what_the_reference_writes_and_nothing_else_changes(i):
     ours, theirs, before = copied(row(i)), copied(row(i)), row(i)
-    decode_step(**ours)
-    reference.decode_step(**theirs)
+    elastic_forward(**ours)
+    reference.elastic_forward(**theirs)
     cached, T = before["cached"], before["x"].shape[1]
     for name in ("keys", "values"):
         for mine, exact, old, stored in zip(
@@ -50,7 +50,7 @@ def poison(t: Tensor, used: slice, dim: int) -> None:
 
 def test_nothing_beyond_an_extent_is_used():
     case = row(1)  # two layers, the second of 16 of 40 neurons and one of two groups, room in the cache
-    expected = decode_step(**copied(case))
+    expected = elastic_forward(**copied(case))
     names = case["parts"].split()
     w = dict(zip(names, case["weights"][len(names) :], strict=True))
     for name in ("gate", "up"):
@@ -61,7 +61,7 @@ def test_nothing_beyond_an_extent_is_used():
     for name in ("keys", "values"):
         for t in case[name]:
             poison(t, slice(0, case["cached"]), 1)
-    assert torch.equal(decode_step(**case), expected)
+    assert torch.equal(elastic_forward(**case), expected)
 
 
 @pytest.mark.parametrize("by_router", [False, True])
@@ -79,14 +79,14 @@ def test_nothing_beyond_a_rows_own_extent_reaches_it(by_router):
         case["router"] = [*case["router"][:2], torch.zeros(2, 2, 5), base]
     else:
         case |= {"widths": [8, 40] * 2, "heads": [1, 2] * 2}
-    expected = decode_step(**copied(case))
+    expected = elastic_forward(**copied(case))
     names = case["parts"].split()
     for i in range(2):
         w = dict(zip(names, case["weights"][i * len(names) : (i + 1) * len(names)], strict=True))
         poison(w["gate"], slice(0, 8), 0), poison(w["up"], slice(0, 8), 0), poison(w["down"], slice(0, 8), 1)
         poison(w["q"], slice(0, 16), 0), poison(w["o"], slice(0, 16), 1)
         poison(case["keys"][i], slice(0, 1), 2), poison(case["values"][i], slice(0, 1), 2)
-    got = decode_step(**case)
+    got = elastic_forward(**case)
     assert torch.equal(got[0], expected[0]) and not got[1].isfinite().any()
 
 
@@ -98,17 +98,17 @@ def test_the_router_chooses_as_the_reference_for_every_token():
     angle = torch.rand(1, 8, 4).repeat(1, 1, 2) * 6
     case |= {"cos": angle.cos(), "sin": angle.sin(), "keep": 8}
     case["weights"] = [w * 3 if w.dim() == 1 else w for w in case["weights"]]
-    exact = reference.decode_step(**copied(case))
-    torch.testing.assert_close(decode_step(**case), exact, rtol=1e-3, atol=1e-3)
+    exact = reference.elastic_forward(**copied(case))
+    torch.testing.assert_close(elastic_forward(**case), exact, rtol=1e-3, atol=1e-3)
 
 
 def test_a_sequence_is_the_same_alone_and_in_a_batch():
     case = row(2)  # three sequences, padded on the left
-    together = decode_step(**copied(case))
+    together = elastic_forward(**copied(case))
     for b in range(3):
         alone = case | {"x": case["x"][b : b + 1], "k_start": case["k_start"][b : b + 1]}
         alone |= {name: [t[b : b + 1].clone() for t in case[name]] for name in ("keys", "values")}
-        torch.testing.assert_close(decode_step(**alone), together[b : b + 1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(elastic_forward(**alone), together[b : b + 1], rtol=1e-5, atol=1e-6)
 
 
 def test_panels_give_what_plain_weights_give():
@@ -124,16 +124,18 @@ def test_panels_give_what_plain_weights_give():
         "parts": parts,
         "head": flextron_ext.pack_linear(case["head"])[0],
     }
-    torch.testing.assert_close(decode_step(**packed), decode_step(**copied(case)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        elastic_forward(**packed), elastic_forward(**copied(case)), rtol=1e-5, atol=1e-5
+    )
 
 
 CHECK = """
 import sys, torch, cases
-from flextron_ext import decode_step, reference
+from flextron_ext import elastic_forward, reference
 for dtype, tolerance in {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}.items():
     torch.manual_seed(0)
-    for case in cases.decode_step("cpu", dtype):
-        ours, exact = decode_step(**case), reference.decode_step(**case)
+    for case in cases.elastic_forward("cpu", dtype):
+        ours, exact = elastic_forward(**case), reference.elastic_forward(**case)
         torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance)
 print("right")
 """
@@ -214,15 +216,15 @@ def test_bad_arguments_are_named_and_change_nothing(message):
         changes = BAD[message](case)
     changed = copied(case | changes)
     before = copied(changed)
-    with pytest.raises((RuntimeError, TypeError, ValueError), match=f"decode_step: {message}"):
-        decode_step(**changed)
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=f"elastic_forward: {message}"):
+        elastic_forward(**changed)
     for name in ("keys", "values"):
         assert all(torch.equal(a, b) for a, b in zip(changed[name], before[name], strict=True))
 
 
 def test_a_gradient_is_refused():
     case = row(0)
-    with pytest.raises(NotImplementedError, match="decode_step: inputs must not need a gradient"):
-        decode_step(**case | {"x": case["x"].requires_grad_()})
+    with pytest.raises(NotImplementedError, match="elastic_forward: inputs must not need a gradient"):
+        elastic_forward(**case | {"x": case["x"].requires_grad_()})
     with torch.no_grad():
-        decode_step(**case)
+        elastic_forward(**case)

@@ -1,4 +1,4 @@
-// A few new tokens through every layer of a Llama-family model, and to their logits:
+// Tokens through every layer of a Llama-family model, and to their logits:
 //
 //   for each layer:  n = norm(x) * w_in;  q, k, v = n Wq^T + bq, n Wk^T + bk, n Wv^T + bv
 //                    q, k = turn(head_norm(q)), turn(head_norm(k));  k and v go to the cache
@@ -6,11 +6,10 @@
 //                    n = norm(x) * w_mlp;  x += (act(n Wg^T + bg) * (n Wu^T + bu)) Wd^T + bd
 //   logits = (norm(x) * w) W_head^T
 //
-//   norm(x) = x / sqrt(mean(x^2) + eps)                                    over a row, or a head for
-//   head_norm turn(x)[i] = x[i] cos[i] - x[i + R/2] sin[i],  turn(x)[i + R/2] = x[i + R/2] cos[i + R/2] +
-//   x[i] sin[i + R/2]
-//                for i < R/2; the D - R elements that follow stay (rotary embedding, Su et al., arXiv
-//                2104.09864)
+//   norm(x) = x / sqrt(mean(x^2) + eps)  over a row; over a head where it is head_norm
+//   turn(x)[i] = x[i] cos[i] - x[i + R/2] sin[i]
+//   turn(x)[i + R/2] = x[i + R/2] cos[i + R/2] + x[i] sin[i + R/2]
+//       for i < R/2; the D - R elements that follow stay (rotary embedding, Su et al., arXiv 2104.09864)
 //
 // Of attention's heads and the MLP's neurons a row uses the first ones, as many as its layer says, its
 // sequence's budget, or the router. That one chooses, of every axis' menu, the entry with the largest logit
@@ -32,11 +31,11 @@
 
 namespace flextron {
 
-using DecodeStepTypes = TypeList<float, bf16, fp16>;
+using ElasticForwardTypes = TypeList<float, bf16, fp16>;
 
 // x[r] += add[r], then to[r] = norm(x[r]) * weight.
 template <class scalar_t>
-struct DecodeStepNormParams {
+struct ElasticForwardNormParams {
   float* x;                // [rows, K], rows x_stride apart
   const float* add;        // [rows, K], contiguous; or null
   const scalar_t* weight;  // [K]
@@ -47,7 +46,7 @@ struct DecodeStepNormParams {
 
 // to[b, t, h] = turn(head_norm(from[b, t, h])).
 template <class scalar_t>
-struct DecodeStepHeadsParams {
+struct ElasticForwardHeadsParams {
   const float* from;          // [B * T, heads, D], contiguous
   const scalar_t* norm;       // [D]; null: no head_norm
   const scalar_t *cos, *sin;  // [B or 1, T, R], contiguous; null: no turn
@@ -58,14 +57,26 @@ struct DecodeStepHeadsParams {
   float eps;
 };
 
+// h[r] = leaky_relu(state of r's request + h[r] / sqrt(mean(normed[r]^2) + 2^-23)): the router's hidden
+// layer.
+struct ElasticForwardRouterParams {
+  const float* normed;  // [rows, K], rows row_stride apart
+  const float* state;   // [requests, hidden], rows state_stride apart
+  float* h;             // [rows, hidden], contiguous: W1 normed[r] before
+  int64_t K, row_stride, hidden, state_stride;
+  int64_t rows_each;  // of a request
+};
+
 // Rows [begin, end).
-#define FLEXTRON_DECLARE_DECODE_STEP(isa)                                                           \
-  template <class scalar_t>                                                                         \
-  void decode_step_norm_##isa(const DecodeStepNormParams<scalar_t>& p, int64_t begin, int64_t end); \
-  template <class scalar_t>                                                                         \
-  void decode_step_heads_##isa(const DecodeStepHeadsParams<scalar_t>& p, int64_t begin, int64_t end);
-FLEXTRON_DECLARE_DECODE_STEP(cpu)
-FLEXTRON_DECLARE_DECODE_STEP(avx2)
-#undef FLEXTRON_DECLARE_DECODE_STEP
+#define FLEXTRON_DECLARE_ELASTIC_FORWARD(isa)                                                               \
+  template <class scalar_t>                                                                                 \
+  void elastic_forward_norm_##isa(const ElasticForwardNormParams<scalar_t>& p, int64_t begin, int64_t end); \
+  template <class scalar_t>                                                                                 \
+  void elastic_forward_heads_##isa(const ElasticForwardHeadsParams<scalar_t>& p, int64_t begin,             \
+                                   int64_t end);                                                            \
+  void elastic_forward_router_##isa(const ElasticForwardRouterParams& p, int64_t begin, int64_t end);
+FLEXTRON_DECLARE_ELASTIC_FORWARD(cpu)
+FLEXTRON_DECLARE_ELASTIC_FORWARD(avx2)
+#undef FLEXTRON_DECLARE_ELASTIC_FORWARD
 
 }  // namespace flextron

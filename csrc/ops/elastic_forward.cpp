@@ -1,12 +1,11 @@
-// decode_step: a few new tokens through every layer of a Llama-family model on a CPU, in one call.
+// elastic_forward: tokens through every layer of a Llama-family model on a CPU, in one call.
 //
-// Formula in csrc/kernels/decode_step.h. The weights come as one list, `parts` naming what each layer has, in
-// order. Every layer has one width for all, one for each sequence, or one that the router chooses for each
-// token. The new keys and values are written into the caches; nothing else that is given is changed.
-#include "kernels/decode_step.h"
+// Formula in csrc/kernels/elastic_forward.h. The weights come as one list, `parts` naming what each layer
+// has, in order. Every layer has one width for all, one for each sequence, or one that the router chooses for
+// each token. The new keys and values are written into the caches; nothing else that is given is changed.
+#include "kernels/elastic_forward.h"
 
 #include <array>
-#include <cfloat>
 #include <cmath>
 
 #include "ops/activation.h"
@@ -17,9 +16,8 @@
 namespace flextron {
 namespace {
 
-constexpr auto kOp = "decode_step";
-constexpr int64_t kLongestHead = 1024;  // of csrc/kernels/decode_step_block.h
-constexpr float kRouterEps = FLT_EPSILON, kRouterLeak = 0.1F;
+constexpr auto kOp = "elastic_forward";
+constexpr int64_t kLongestHead = 1024;  // of csrc/kernels/elastic_forward_block.h
 
 enum Part {
   kInNorm,
@@ -157,7 +155,7 @@ Prepared prepare(const Layer& layer, const Shape& s, int64_t neurons, Activation
   return p;
 }
 
-// The adaptive router of all layers: formula in csrc/kernels/decode_step.h.
+// The adaptive router of all layers: formula in csrc/kernels/elastic_forward.h.
 struct Router {
   Tensor w1, w2, state, base;
   std::vector<int64_t> neurons, heads;  // the choices
@@ -269,32 +267,6 @@ struct Count {
   int64_t of(const Step& step) const { return all + each * step.extent; }
 };
 
-struct Job {
-  ElasticGemmParams p;
-  GemmSchedule schedule;
-};
-
-// Several GEMMs of equal inputs side by side: one call of the threads instead of one each.
-void run_jobs(std::vector<Job>& jobs) {
-  std::vector<int64_t> before{0};
-  int64_t cost = 0;
-  for (Job& job : jobs) {
-    job.p.groups = job.schedule.groups.data();
-    job.p.row_blocks = job.schedule.row_blocks.data();
-    job.p.row_block_count = static_cast<int64_t>(job.schedule.row_blocks.size()) - 1;
-    before.push_back(before.back() + job.p.items());
-    const GemmGroup& first = job.schedule.groups.front();
-    cost = std::max(cost, kPanel * job.p.in_blocks * (first.inputs + 1) * (job.p.gated ? 2 : 1));
-  }
-  const auto kernel = FLEXTRON_FOR_EACH_ISA(elastic_gemm);
-  parallel_for(before.back(), cost, [&](int64_t begin, int64_t end) {
-    for (size_t i = 0; i < jobs.size(); ++i) {
-      const int64_t from = std::max(begin, before[i]), to = std::min(end, before[i + 1]);
-      if (from < to) kernel(jobs[i].p, from - before[i], to - before[i]);
-    }
-  });
-}
-
 // Scratch floats of one call.
 struct Buffers {
   Tensor memory;
@@ -341,7 +313,11 @@ class Pass {
   void widen(const void* from, int64_t rows, int64_t columns, int64_t stride, float* to, int64_t to_stride,
              const int64_t* order = nullptr) const {
     const GemmRowsParams p{from, gemm_dtype(x_), order, to, columns, stride, to_stride};
-    FLEXTRON_FOR_EACH_ISA(elastic_gemm_rows)(p, 0, rows);
+    copy_rows(p, rows);
+  }
+  static void copy_rows(const GemmRowsParams& p, int64_t rows) {
+    const auto kernel = FLEXTRON_FOR_EACH_ISA(elastic_gemm_rows);
+    parallel_for(rows, p.columns, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
 
   // A bias as floats, in one of the four places there are for one.
@@ -352,22 +328,23 @@ class Pass {
   }
 
   void norm(const Tensor& weight, const float* add, float eps) const {
-    const DecodeStepNormParams<scalar_t> p{residual, add, data_of<scalar_t>(weight), normed, s.K, row_, eps};
-    const auto kernel = FLEXTRON_FOR_ISA(decode_step_norm, scalar_t);
+    const ElasticForwardNormParams<scalar_t> p{residual, add, data_of<scalar_t>(weight), normed, s.K,
+                                               row_,     eps};
+    const auto kernel = FLEXTRON_FOR_ISA(elastic_forward_norm, scalar_t);
     parallel_for(s.R, s.K, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
 
   // The normed rows in the order of an axis.
   const float* sorted(const Used& used) const {
     if (used.flat()) return normed;
-    const GemmRowsParams p{normed, GemmDtype::kFloat, used.order(), sorted_, s.K, row_, row_};
-    FLEXTRON_FOR_EACH_ISA(elastic_gemm_rows)(p, 0, s.R);
+    copy_rows({normed, GemmDtype::kFloat, used.order(), sorted_, s.K, row_, row_}, s.R);
     return sorted_;
   }
 
   // y's rows are a's, or where `order` sends them.
-  static Job job(ElasticGemmParams p, const float* a, int64_t a_row, int64_t a_block, const Staircase& stairs,
-                 Count inputs, Count features, float* y, int64_t y_row, const int64_t* order = nullptr) {
+  static GemmJob job(ElasticGemmParams p, const float* a, int64_t a_row, int64_t a_block,
+                     const Staircase& stairs, Count inputs, Count features, float* y, int64_t y_row,
+                     const int64_t* order = nullptr) {
     p.a = a, p.a_row = a_row, p.a_block = a_block;
     p.features = features.of(stairs.steps.front());
     p.y = y, p.y_row = y_row, p.y_block = p.features, p.order = order;
@@ -381,7 +358,7 @@ class Pass {
   void project(int64_t l, const Layer& layer, const Prepared& of, Used& heads, Used& neurons, int64_t stored,
                const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values, int64_t cached,
                float eps) {
-    std::vector<Job> jobs;
+    std::vector<GemmJob> jobs;
     const auto add = [&](const ElasticGemmParams& p, const float* a, const Staircase& stairs, Count features,
                          float* y, const int64_t* order = nullptr) {
       const int64_t most = features.of(stairs.steps.front());
@@ -396,12 +373,12 @@ class Pass {
     add(v_weight, normed, every_, {stored * s.D, 0}, v);
     if (router_) {
       add(router_.first(l), normed, every_, {router_.hidden, 0}, routed_);
-      run_jobs(jobs);
+      run_gemms(std::move(jobs));
       jobs.clear();
       choose(l, heads, neurons);
     }
     add(q_weight, sorted(heads), heads.stairs, {0, each_head() * s.D}, q, heads.order());
-    if (!jobs.empty()) run_jobs(jobs);
+    run_gemms(std::move(jobs));
     const int64_t q_heads = blocks() * each_head() * heads.widest(), q_row = q_heads * s.D;
     turn(q, layer.find(kQNorm), &cos, &sin, mutable_data_of<scalar_t>(q_), q_heads, s.T * q_row, q_row, s.D,
          eps);
@@ -440,16 +417,20 @@ class Pass {
     p.out = mutable_data_of<scalar_t>(out_);
     run_decode(plan, p, q_);
     const int64_t row = plan.H * s.D;
-    widen(out_.const_data_ptr(), s.R, row, row, attended, row, heads.order());
+    if (std::is_same_v<scalar_t, float> && heads.flat()) {
+      attended_ = data_of<float>(out_);
+    } else {
+      widen(out_.const_data_ptr(), s.R, row, row, attended, row, heads.order());
+      attended_ = attended;
+    }
   }
 
   void project_out(const Layer& layer, const Prepared& of, const Used& heads) {
     const int64_t block = each_head() * heads.widest() * s.D;
     ElasticGemmParams p = of.o;
     p.bias[0] = bias(layer.find(kOBias), s.K, 3);
-    std::vector<Job> jobs{job(p, attended, blocks() * block, block, heads.stairs, {0, each_head() * s.D},
-                              {s.K, 0}, added, s.K, heads.order())};
-    run_jobs(jobs);
+    run_gemm(job(p, attended_, blocks() * block, block, heads.stairs, {0, each_head() * s.D}, {s.K, 0}, added,
+                 s.K, heads.order()));
   }
 
   void mlp(const Layer& layer, const Prepared& of, const Used& width, int64_t neurons) {
@@ -457,15 +438,11 @@ class Pass {
       ElasticGemmParams up = of.up;
       up.bias[0] = bias(layer.find(kGateBias), neurons, 0);
       up.bias[1] = bias(layer.find(kUpBias), neurons, 1);
-      std::vector<Job> jobs{
-          job(up, sorted(width), row_, 0, width.stairs, {s.K, 0}, {0, 1}, hidden, hidden_row_)};
-      run_jobs(jobs);
+      run_gemm(job(up, sorted(width), row_, 0, width.stairs, {s.K, 0}, {0, 1}, hidden, hidden_row_));
     }
     ElasticGemmParams down = of.down;
     down.bias[0] = bias(layer.find(kDownBias), s.K, 2);
-    std::vector<Job> jobs{
-        job(down, hidden, hidden_row_, 0, width.stairs, {0, 1}, {s.K, 0}, added, s.K, width.order())};
-    run_jobs(jobs);
+    run_gemm(job(down, hidden, hidden_row_, 0, width.stairs, {0, 1}, {s.K, 0}, added, s.K, width.order()));
   }
 
   // The logits of the last `keep` tokens of each sequence.
@@ -473,15 +450,17 @@ class Pass {
     const Tensor y = empty(x_, {s.B, keep, vocabulary});
     if (y.numel() == 0) return y;
     float* const rows = buffers_.take(s.B * keep * row_);
-    for (int64_t i = 0; i < s.B * keep; ++i) {
-      const float* const from = normed + (i / keep * s.T + s.T - keep + i % keep) * row_;
-      std::copy(from, from + s.K, rows + i * row_);
-    }
-    std::vector<Job> jobs{job(head, rows, row_, 0, flat_staircase(s.B * keep, 0), {s.K, 0}, {vocabulary, 0},
-                              nullptr, vocabulary)};
-    jobs[0].p.io = gemm_dtype(x_);
-    jobs[0].p.y = y.mutable_data_ptr();
-    run_jobs(jobs);
+    parallel_for(s.B * keep, s.K, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const float* const from = normed + (i / keep * s.T + s.T - keep + i % keep) * row_;
+        std::copy(from, from + s.K, rows + i * row_);
+      }
+    });
+    GemmJob last = job(head, rows, row_, 0, flat_staircase(s.B * keep, 0), {s.K, 0}, {vocabulary, 0}, nullptr,
+                       vocabulary);
+    last.p.io = gemm_dtype(x_);
+    last.p.y = y.mutable_data_ptr();
+    run_gemm(std::move(last));
     return y;
   }
 
@@ -499,49 +478,50 @@ class Pass {
 
   // Every row's choices in layer l, of the sums W1 n that are in routed_.
   void choose(int64_t l, Used& heads, Used& neurons) const {
-    for (int64_t r = 0; r < s.R; ++r) {
-      const float* const n = normed + r * row_;
-      const float scale = 1 / std::sqrt(std::inner_product(n, n + s.K, n, 0.0F) / s.K + kRouterEps);
-      const float* const state = router_.of_row(router_.state, l, r);
-      float* const h = routed_ + r * router_.hidden;
-      for (int64_t i = 0; i < router_.hidden; ++i) {
-        const float sum = state[i] + scale * h[i];
-        h[i] = sum < 0 ? kRouterLeak * sum : sum;
-      }
-    }
-    std::vector<Job> jobs{job(router_.second(l), routed_, router_.hidden, 0, every_, {router_.hidden, 0},
-                              {router_.choices, 0}, choices_, router_.choices)};
-    run_jobs(jobs);
+    const ElasticForwardRouterParams p{.normed = normed,
+                                       .state = router_.of_row(router_.state, l, 0),
+                                       .h = routed_,
+                                       .K = s.K,
+                                       .row_stride = row_,
+                                       .hidden = router_.hidden,
+                                       .state_stride = router_.state.stride(1),
+                                       .rows_each = router_.rows_each};
+    const auto kernel = FLEXTRON_FOR_PLAIN_ISA(elastic_forward_router);
+    parallel_for(s.R, s.K + router_.hidden, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+    run_gemm(job(router_.second(l), routed_, router_.hidden, 0, every_, {router_.hidden, 0},
+                 {router_.choices, 0}, choices_, router_.choices));
     std::vector<int64_t> chosen_neurons(s.R), chosen_heads(s.R);
-    for (int64_t r = 0; r < s.R; ++r) {
-      const float* const base = router_.of_row(router_.base, l, r);
-      float* const logits = choices_ + r * router_.choices;
-      for (int64_t i = 0; i < router_.choices; ++i) logits[i] += base[i];
-      float *const middle = logits + router_.neurons.size(), *const end = logits + router_.choices;
-      chosen_neurons[r] = router_.neurons[std::max_element(logits, middle) - logits];
-      chosen_heads[r] = router_.heads[std::max_element(middle, end) - middle];
-    }
+    parallel_for(s.R, 4 * router_.choices, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        const float* const base = router_.of_row(router_.base, l, r);
+        float* const logits = choices_ + r * router_.choices;
+        for (int64_t i = 0; i < router_.choices; ++i) logits[i] += base[i];
+        float *const middle = logits + router_.neurons.size(), *const end = logits + router_.choices;
+        chosen_neurons[r] = router_.neurons[std::max_element(logits, middle) - logits];
+        chosen_heads[r] = router_.heads[std::max_element(middle, end) - middle];
+      }
+    });
     neurons = used_by_rows(std::move(chosen_neurons), router_.most_neurons());
     heads = used_by_rows(std::move(chosen_heads), router_.most_heads());
   }
 
   void turn(const float* from, const Tensor* norm, const Tensor* cos, const Tensor* sin, scalar_t* to,
             int64_t heads, int64_t stride_b, int64_t stride_t, int64_t stride_h, float eps) const {
-    const DecodeStepHeadsParams<scalar_t> p{.from = from,
-                                            .norm = norm ? data_of<scalar_t>(*norm) : nullptr,
-                                            .cos = cos ? data_of<scalar_t>(*cos) : nullptr,
-                                            .sin = sin ? data_of<scalar_t>(*sin) : nullptr,
-                                            .to = to,
-                                            .to_stride_b = stride_b,
-                                            .to_stride_t = stride_t,
-                                            .to_stride_h = stride_h,
-                                            .T = s.T,
-                                            .heads = heads,
-                                            .D = s.D,
-                                            .R = cos ? cos->size(2) : 0,
-                                            .one_table = !cos || cos->size(0) == 1,
-                                            .eps = eps};
-    const auto kernel = FLEXTRON_FOR_ISA(decode_step_heads, scalar_t);
+    const ElasticForwardHeadsParams<scalar_t> p{.from = from,
+                                                .norm = norm ? data_of<scalar_t>(*norm) : nullptr,
+                                                .cos = cos ? data_of<scalar_t>(*cos) : nullptr,
+                                                .sin = sin ? data_of<scalar_t>(*sin) : nullptr,
+                                                .to = to,
+                                                .to_stride_b = stride_b,
+                                                .to_stride_t = stride_t,
+                                                .to_stride_h = stride_h,
+                                                .T = s.T,
+                                                .heads = heads,
+                                                .D = s.D,
+                                                .R = cos ? cos->size(2) : 0,
+                                                .one_table = !cos || cos->size(0) == 1,
+                                                .eps = eps};
+    const auto kernel = FLEXTRON_FOR_ISA(elastic_forward_heads, scalar_t);
     parallel_for(s.R, heads * s.D, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
 
@@ -553,6 +533,7 @@ class Pass {
   const Router& router_;
   Buffers buffers_;
   float *residual, *normed, *added, *hidden, *q, *attended, *k, *v, *sorted_, *routed_, *choices_;
+  const float* attended_ = nullptr;  // what attention gave, in the order of the heads
   float* bias_[4];
 };
 
@@ -570,16 +551,16 @@ void check_cache(const char* name, const Tensor& t, const Shape& s, int64_t stor
 
 }  // namespace
 
-Tensor decode_step(const Tensor& x, const Tensor& cos, const Tensor& sin, const std::vector<Tensor>& weights,
-                   const Text& parts, const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
-                   int64_t cached, const std::vector<int64_t>& widths, const std::vector<int64_t>& heads,
-                   const std::vector<int64_t>& kv_heads, int64_t neurons, int64_t query_heads, int64_t groups,
-                   const Tensor& norm, const Tensor& head, const OptionalTensor& head_scales,
-                   int64_t vocabulary, double eps, int64_t keep, const Text& unit, const Text& activation,
-                   const OptionalTensor& k_start, std::optional<double> scale,
-                   const std::optional<std::vector<Tensor>>& router,
-                   const std::optional<std::vector<int64_t>>& mlp_choices,
-                   const std::optional<std::vector<int64_t>>& head_choices) {
+Tensor elastic_forward(const Tensor& x, const Tensor& cos, const Tensor& sin,
+                       const std::vector<Tensor>& weights, const Text& parts, const std::vector<Tensor>& keys,
+                       const std::vector<Tensor>& values, int64_t cached, const std::vector<int64_t>& widths,
+                       const std::vector<int64_t>& heads, const std::vector<int64_t>& kv_heads,
+                       int64_t neurons, int64_t query_heads, int64_t groups, const Tensor& norm,
+                       const Tensor& head, const OptionalTensor& head_scales, int64_t vocabulary, double eps,
+                       int64_t keep, const Text& unit, const Text& activation, const OptionalTensor& k_start,
+                       std::optional<double> scale, const std::optional<std::vector<Tensor>>& router,
+                       const std::optional<std::vector<int64_t>>& mlp_choices,
+                       const std::optional<std::vector<int64_t>>& head_choices) {
   const NoGrad no_grad;
   check_dim(kOp, "x", x, 3);
   if (!x.is_cpu()) fail(kOp, ": x must be on cpu, got ", device_text(x.device()));
@@ -635,7 +616,7 @@ Tensor decode_step(const Tensor& x, const Tensor& cos, const Tensor& sin, const 
   const Tensor x_ = torch::stable::contiguous(x), cos_ = torch::stable::contiguous(cos),
                sin_ = torch::stable::contiguous(sin);
   const double by = scale.value_or(1 / std::sqrt(static_cast<double>(D)));
-  dispatch_dtype(DecodeStepTypes{}, kOp, x.scalar_type(), [&]<class scalar_t>() {
+  dispatch_dtype(ElasticForwardTypes{}, kOp, x.scalar_type(), [&]<class scalar_t>() {
     Pass<scalar_t> pass(s, x_, neurons, routing, keep);
     const float* add = nullptr;  // what the residual stream still lacks
     for (int64_t l = 0; l < layers; ++l) {

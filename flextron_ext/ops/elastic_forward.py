@@ -1,4 +1,4 @@
-"""decode_step: a few new tokens through every layer of a Llama-family model. Formula: csrc/kernels/decode_step.h."""
+"""elastic_forward: tokens through every layer of a Llama-family model. Formula: csrc/kernels/elastic_forward.h."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from . import _common as common
 
-OP = "decode_step"
+OP = "elastic_forward"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def decode_step(
+def elastic_forward(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -42,7 +42,7 @@ def decode_step(
     mlp_choices: Sequence[int] | None = None,
     head_choices: Sequence[int] | None = None,
 ) -> Tensor:
-    """Take new tokens through all layers of a Llama-family model on a CPU, and return their logits; no gradient.
+    """Take tokens through all layers of a Llama-family model on a CPU, and return their logits; no gradient.
 
     Each layer is ``x += o(attention(norm(x)))``, ``x += mlp(norm(x))`` with RMSNorms, rotary embedding, biases and
     head norms where there are any, on the first heads and neurons only; then ``norm(x) head^T``. The new tokens'
@@ -80,7 +80,7 @@ def decode_step(
         router: what chooses widths and heads for every token (they are then empty), float32: W1 [L, hidden, K],
             W2 [L, C, hidden], and of R requests, each of B / R sequences in a row, state [L, R, hidden] and
             base [L, R, C]. C counts the choices of the MLP, then those of the heads. Formula in
-            csrc/kernels/decode_step.h.
+            csrc/kernels/elastic_forward.h.
         mlp_choices: neurons of each choice.
         head_choices: heads of each choice.
 
@@ -90,7 +90,7 @@ def decode_step(
     common.check_tensor(OP, "x", x, DTYPES)
     for name, value in (("cos", cos), ("sin", sin), ("norm", norm), ("head", head)):
         common.check_tensor(OP, name, value, (*DTYPES, torch.int8))
-    return torch.ops.flextron.decode_step(
+    return torch.ops.flextron.elastic_forward(
         x,
         cos,
         sin,
@@ -121,7 +121,7 @@ def decode_step(
     )
 
 
-@torch.library.register_fake("flextron::decode_step")
+@torch.library.register_fake("flextron::elastic_forward")
 def _shape(
     x,
     cos,

@@ -1,0 +1,100 @@
+// The loops of elastic_forward on a CPU between its GEMMs and attention, included once for each instruction
+// set; vector.h says why all is anonymous.
+#pragma once
+
+#include "kernels/elastic_forward.h"
+#include "kernels/vector.h"
+
+namespace flextron {
+namespace {
+
+// 1 / sqrt(mean(x^2) + eps). Eight sums side by side, whatever the vectors: the compiler may not reorder one.
+inline float inverse_norm(const float* x, i64 n, float eps) {
+  float sum[8] = {};
+  i64 i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (i64 e = 0; e < 8; ++e) sum[e] += x[i + e] * x[i + e];
+  for (; i < n; ++i) sum[i % 8] += x[i] * x[i];
+  const float total = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+  return 1.0f / __builtin_sqrtf(total / float(n) + eps);
+}
+
+template <class scalar_t>
+void norm_rows(const ElasticForwardNormParams<scalar_t>& p, i64 begin, i64 end) {
+  for (i64 r = begin; r < end; ++r) {
+    float* __restrict x = p.x + r * p.x_stride;
+    float* __restrict to = p.to + r * p.x_stride;
+    if (p.add)
+      for (i64 i = 0; i < p.K; ++i) x[i] += p.add[r * p.K + i];
+    const float inverse = inverse_norm(x, p.K, p.eps);
+    for (i64 i = 0; i < p.K; ++i) to[i] = x[i] * inverse * widen(p.weight[i]);
+  }
+}
+
+constexpr float kRouterEps = 0x1p-23f, kRouterSlope = 0.1f;  // as in the formula
+
+void router_rows(const ElasticForwardRouterParams& p, i64 begin, i64 end) {
+  for (i64 r = begin; r < end; ++r) {
+    const float inverse = inverse_norm(p.normed + r * p.row_stride, p.K, kRouterEps);
+    const float* __restrict state = p.state + r / p.rows_each * p.state_stride;
+    float* __restrict h = p.h + r * p.hidden;
+    for (i64 i = 0; i < p.hidden; ++i) {
+      const float sum = state[i] + inverse * h[i];
+      h[i] = sum < 0 ? kRouterSlope * sum : sum;
+    }
+  }
+}
+
+// `head` is scratch of D floats.
+template <class scalar_t>
+void turn_head(const ElasticForwardHeadsParams<scalar_t>& p, const float* from, const scalar_t* cos,
+               const scalar_t* sin, float* __restrict head, scalar_t* __restrict to) {
+  const float inverse = p.norm ? inverse_norm(from, p.D, p.eps) : 1.0f;
+  for (i64 d = 0; d < p.D; ++d) head[d] = p.norm ? from[d] * inverse * widen(p.norm[d]) : from[d];
+  const i64 R = cos ? p.R : 0, half = R / 2;
+  for (i64 i = 0; i < half; ++i) {
+    const float a = head[i], b = head[i + half];
+    narrow(a * widen(cos[i]) - b * widen(sin[i]), to + i);
+    narrow(b * widen(cos[i + half]) + a * widen(sin[i + half]), to + i + half);
+  }
+  for (i64 d = R; d < p.D; ++d) narrow(head[d], to + d);
+}
+
+constexpr i64 kLongestHead = 1024;  // elements: csrc/ops/elastic_forward.cpp checks it
+
+template <class scalar_t>
+void turn_rows(const ElasticForwardHeadsParams<scalar_t>& p, i64 begin, i64 end) {
+  float head[kLongestHead];
+  for (i64 r = begin; r < end; ++r) {
+    const i64 b = r / p.T, t = r % p.T, table = (p.one_table ? t : r) * p.R;
+    for (i64 h = 0; h < p.heads; ++h)
+      turn_head(p, p.from + (r * p.heads + h) * p.D, p.cos ? p.cos + table : nullptr,
+                p.cos ? p.sin + table : nullptr, head,
+                p.to + b * p.to_stride_b + t * p.to_stride_t + h * p.to_stride_h);
+  }
+}
+
+}  // namespace
+}  // namespace flextron
+
+// The launchers of elastic_forward.h for the instruction set this file is compiled for.
+#define FLEXTRON_DEFINE_ELASTIC_FORWARD(isa)                                                                 \
+  template <class scalar_t>                                                                                  \
+  void elastic_forward_norm_##isa(const ElasticForwardNormParams<scalar_t>& p, int64_t begin, int64_t end) { \
+    norm_rows(p, begin, end);                                                                                \
+  }                                                                                                          \
+  template <class scalar_t>                                                                                  \
+  void elastic_forward_heads_##isa(const ElasticForwardHeadsParams<scalar_t>& p, int64_t begin,              \
+                                   int64_t end) {                                                            \
+    turn_rows(p, begin, end);                                                                                \
+  }                                                                                                          \
+  void elastic_forward_router_##isa(const ElasticForwardRouterParams& p, int64_t begin, int64_t end) {       \
+    router_rows(p, begin, end);                                                                              \
+  }                                                                                                          \
+  FLEXTRON_ELASTIC_FORWARD_INSTANCES(isa, float)                                                             \
+  FLEXTRON_ELASTIC_FORWARD_INSTANCES(isa, bf16)                                                              \
+  FLEXTRON_ELASTIC_FORWARD_INSTANCES(isa, fp16)
+
+#define FLEXTRON_ELASTIC_FORWARD_INSTANCES(isa, scalar_t)                                                \
+  template void elastic_forward_norm_##isa(const ElasticForwardNormParams<scalar_t>&, int64_t, int64_t); \
+  template void elastic_forward_heads_##isa(const ElasticForwardHeadsParams<scalar_t>&, int64_t, int64_t);
