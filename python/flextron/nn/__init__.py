@@ -7,7 +7,6 @@ from flextron.nn.families import FAMILIES, elastic_config
 from flextron.nn.model import ElasticLayer, ElasticModel, make_elastic
 from flextron.nn.packed import PackedLinear, Packing, check_plain, pack
 from flextron.nn.policy import Dial
-from flextron.nn.probe import probe
 
 __all__ = [
     "FAMILIES",
@@ -23,5 +22,4 @@ __all__ = [
     "elastic_config",
     "make_elastic",
     "pack",
-    "probe",
 ]

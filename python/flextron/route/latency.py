@@ -2,9 +2,8 @@
 
     T(config) = base + slope * sum over layers ( heads[layer, n_c] + mlp[layer, d_c] )
 
-The entries are measured through what runs: in the prefill phase the layers' modules (`flextron.nn.probe`), in the
-decode phase whole steps, which on a CPU are one op. Base and slope are fitted on whole models, and the residual is
-taken on other whole models. All times are milliseconds.
+The entries are measured through what runs, whole forwards, which on a CPU are one op. Base and slope are fitted on
+whole models of mixed widths, and the residual is taken on others. All times are milliseconds.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from torch import Tensor
 from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
 from flextron.checkpoint.io import read_json, write_json
 from flextron.config import ElasticConfig, Widths
-from flextron.nn import Dial, ElasticCache, probe
+from flextron.nn import Dial, ElasticCache
 from flextron.nn.cache import ElasticCacheLayer
 from flextron.nn.router import Choices
-from flextron.testing.timing import bench, compare
+from flextron.testing.timing import compare
 
 FILE = "latency.json"
 PHASES = ("prefill", "decode")
@@ -365,10 +364,9 @@ def profile(
 ) -> LatencyTable:
     """Measure the table of one phase on the device that the model is on.
 
-    For each axis and choice all layers are set to the choice and one sweep over their modules is timed, so the
-    weights stream from memory as they do in the model; in the decode phase it is a whole step, the other axis at its
-    full width. A layer's entry is the time over the number of layers: all layers have the same shapes, and what differs
-    between them would be noise that a planner takes for gain. Choices are timed in interleaved rounds; whole models
+    For each axis and choice a forward is timed with all layers at the choice, the other axis at its full width. A
+    layer's entry is what that takes more than at the smallest choice, over the number of layers: all layers have the
+    same shapes, and what differs between them would be noise that a planner takes for gain. Every model is timed
     between two runs of the full one.
 
     Args:
@@ -385,10 +383,9 @@ def profile(
         raise ValueError(f"profile: fit must be at least 2 and held_out at least 1, got {fit} and {held_out}")
     config = model.elastic
     report = (lambda done: None) if progress is None else (lambda done: progress(done, 2 * rounds))
-    raw = (_steps if workload.phase == "decode" else _sweeps)(model, workload, rounds, min_seconds, report)
-    costs = {axis: isotonic(values) for axis, values in raw.items()}
-    if workload.phase == "decode":
-        costs = {axis: tuple(ms - values[0] for ms in values) for axis, values in costs.items()}
+    raw = _by_choice(model, workload, rounds, min_seconds, report)
+    repaired = {axis: isotonic(values) for axis, values in raw.items()}
+    costs = {axis: tuple(ms - values[0] for ms in values) for axis, values in repaired.items()}
     to_fit, to_judge = calibration_widths(config, fit, held_out, seed)
     full_ms, others = measure(
         model,
@@ -489,47 +486,16 @@ def _choices(config: ElasticConfig) -> dict[tuple[str, int], Widths]:
     return found | {("heads", i): config.uniform(-1, i) for i in range(len(config.head_choices))}
 
 
-def _by_axis(times: dict[tuple[str, int], float], layers: int) -> dict[str, tuple[float, ...]]:
-    return {axis: tuple(ms / layers for (a, _), ms in times.items() if a == axis) for axis in AXES}
-
-
-def _steps(
+def _by_choice(
     model: Any, workload: Workload, rounds: int, min_seconds: float, on_round: Callable[[int], object]
 ) -> dict[str, tuple[float, ...]]:
-    """axis -> milliseconds of a whole step at each choice, over the layers."""
+    """axis -> milliseconds of a whole forward at each choice, over the layers."""
     choices = _choices(model.elastic)
     _, times = measure(
         model, list(choices.values()), workload, rounds=rounds, min_seconds=min_seconds, on_round=on_round
     )
-    return _by_axis(dict(zip(choices, times, strict=True)), model.elastic.num_layers)
-
-
-def _sweeps(
-    model: Any, workload: Workload, rounds: int, min_seconds: float, on_round: Callable[[int], object]
-) -> dict[str, tuple[float, ...]]:
-    """axis -> milliseconds of one layer's module at each choice."""
-    config, before = model.elastic, model.dial
-    choices = {f"{axis} {i}": widths for (axis, i), widths in _choices(config).items()}
-    sweeps = {f"{axis} {i}": _sweep(model, axis, workload) for axis, i in _choices(config)}
-    try:
-        times = bench(
-            sweeps, rounds, min_seconds, setup=lambda name: model.set_widths(choices[name]), on_round=on_round
-        )
-    finally:
-        model.turn(before)
-    found = {key: 1e3 * times[name].median for key, name in zip(_choices(config), choices, strict=True)}
-    return _by_axis(found, config.num_layers)
-
-
-def _sweep(model: Any, axis: str, workload: Workload) -> Callable[[], None]:
-    layers = range(model.elastic.num_layers)
-    probes = [probe(model, layer, axis, batch=workload.batch, length=workload.length) for layer in layers]
-
-    def run() -> None:
-        for one in probes:
-            one()
-
-    return run
+    found, layers = dict(zip(choices, times, strict=True)), model.elastic.num_layers
+    return {axis: tuple(ms / layers for (a, _), ms in found.items() if a == axis) for axis in AXES}
 
 
 def _whole_model(
