@@ -93,6 +93,10 @@ def elastic(tmp_path, converted, monkeypatch):
         )
 
     monkeypatch.setattr(pipeline, "profile_model", steady)
+    timed = pipeline.measure_adaptive
+    monkeypatch.setattr(
+        pipeline, "measure_adaptive", lambda *a, **k: replace(timed(*a, **k), adaptive=(12.0, 1.0))
+    )
     return shutil.copytree(converted, tmp_path / "elastic")
 
 

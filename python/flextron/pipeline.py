@@ -23,7 +23,15 @@ from flextron.route import latency, trainer
 from flextron.route.adaptive import AdaptiveConfig, AdaptiveResult, train_adaptive
 from flextron.route.budget import Planner
 from flextron.route.ladder import uniform_ladder
-from flextron.route.latency import LatencyTable, Workload, load_tables, machine_of, measure, save_tables
+from flextron.route.latency import (
+    LatencyTable,
+    Workload,
+    load_tables,
+    machine_of,
+    measure,
+    measure_adaptive,
+    save_tables,
+)
 from flextron.route.latency import profile as profile_model
 from flextron.route.trainer import RouteConfig, RouterResult, train_routers
 from flextron.train import TrainConfig, TrainReport, TuneConfig, evaluate
@@ -193,6 +201,25 @@ def profile(
     return tables
 
 
+def profile_adaptive(
+    directory: str | Path, *, progress: Progress = _silent, **options: Any
+) -> dict[str, LatencyTable]:
+    """Measure what forwards with adaptive routers take, of each phase profiled on this machine, and store it.
+
+    Phases where it is known stay as they are. ``options`` are those of `measure_adaptive`.
+    """
+    model, _ = load_elastic(directory)
+    tables = load_tables(directory)
+    for phase, table in tables.items():
+        if table.adaptive is None and not table.differs(machine_of(model)):
+            what = f"timing routers, {phase}"
+            tables[phase] = measure_adaptive(
+                model, table, progress=lambda done, total, what=what: progress(what, done, total), **options
+            )
+    save_tables(tables, directory)
+    return tables
+
+
 def route(
     directory: str | Path,
     config: RouteConfig,
@@ -237,6 +264,8 @@ def route_adaptive(
 ) -> AdaptiveResult:
     """Train the router that chooses for every token, starting where the static routers are, and store it.
 
+    What such routers take beside the layers is measured first where it was not yet; see `profile_adaptive`.
+
     Args:
         directory: of an elastic checkpoint, profiled; with routers, or the uniform ladder is where it starts.
         config: how.
@@ -248,9 +277,8 @@ def route_adaptive(
     model = from_pretrained(directory)
     tokens = _judging(corpus(tokenizer_of(directory), data).train, samples, length)
     model.planner.table(phase)
-    result = train_adaptive(
-        model, model.planner.tables, model.planner.ladder, tokens, config, phase, progress
-    )
+    tables = profile_adaptive(directory, hidden=config.hidden if config else None, progress=progress)
+    result = train_adaptive(model, tables, model.planner.ladder, tokens, config, phase, progress)
     result.save(directory)
     return result
 
@@ -290,7 +318,7 @@ def tune(
     report = tune_model(
         model,
         found.router,
-        lambda p: table.expected(*p) / table.full_ms,
+        lambda p: table.expected(*p, adaptive=adaptive) / table.full_ms,
         tokens.train,
         config,
         Path(directory) / TUNING_FOLDER,

@@ -309,6 +309,37 @@ def test_prefill_takes_the_mean_and_decode_the_widest_of_the_batch(tables, model
     assert float(alone.of_tokens(choices)) == pytest.approx((alone.predict(small) + alone.predict(full)) / 2)
 
 
+def test_adaptive_budgets_count_what_choosing_takes(model, tables):
+    """Routers that add a fifth of the full time: the calibrated fraction, the training's and the planner's have it."""
+    plain = tables["prefill"]
+    table = replace(plain, adaptive=(plain.base + plain.full_ms / 5, plain.slope))
+    c, everything = model.elastic, torch.full((1, 5, 2), 0)
+    smallest = Choices(everything, everything)
+    fastest = plain.smallest_ms / plain.full_ms + 0.2
+    assert float(table.of_tokens(smallest)) / table.full_ms == pytest.approx(fastest)
+    certain = [torch.nn.functional.one_hot(axis[0, 0], len(m)).double() for axis, m in
+               zip(smallest, (c.mlp_choices, c.head_choices), strict=True)]  # fmt: skip
+    assert float(table.expected(*certain, adaptive=True)) / table.full_ms == pytest.approx(fastest)
+    assert float(table.expected(*certain)) == pytest.approx(plain.smallest_ms)
+    assert table.fraction(c.smallest()) == plain.fraction(c.smallest())
+    planner = Planner(c, {"prefill": table})
+    assert planner.target(fastest + 0.01) == pytest.approx(fastest + 0.01)
+    assert planner.target(latency_ms=0.9 * plain.full_ms) == pytest.approx(0.9)
+    with pytest.raises(ValueError, match=f"fraction must be at least {fastest:.2f}"):
+        planner.target(fastest - 0.01)
+    result = run(model, {"prefill": table}, steps=2)
+    assert result.dropped_targets == tuple(t for t in OPTIONS.targets if t < fastest)
+    model.attach_router(result.router)
+    try:
+        found = fractions(model, table, text(64, seed=7), [0.8, 0.9], "prefill")
+        bare = fractions(model, plain, text(64, seed=7), [0.8, 0.9], "prefill")
+    finally:
+        model.attach_router(None)
+        model.set_widths(c.full())
+    torch.testing.assert_close(found, bare + 0.2, atol=1e-6, rtol=0)
+    assert ((found / torch.tensor([0.8, 0.9]) - 1).abs() < 0.05).all()
+
+
 def test_budgets_of_latency_become_fractions(model, tables):
     planner, table = Planner(model.elastic, tables), tables["prefill"]
     half = (table.smallest_ms + table.full_ms) / 2

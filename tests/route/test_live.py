@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from synthetic import make_table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flextron.nn import make_elastic
@@ -16,6 +17,7 @@ from flextron.route.latency import (
     load_tables,
     machine_of,
     measure,
+    measure_adaptive,
     profile,
     save_tables,
 )
@@ -141,3 +143,38 @@ def test_routers_train_on_a_real_model(model):
 def test_a_profile_needs_something_to_judge_by(model):
     with pytest.raises(ValueError, match="held_out at least 1, got 4 and 0"):
         profile(model, WORKLOADS[0], fit=4, held_out=0)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.phase)
+def test_the_cost_of_choosing_for_every_token_is_fitted_on_mixtures(model, workload, monkeypatch):
+    """Times of a paper machine, where a router costs 4 ms and a layer's own cost counts 1.5 times: both are found."""
+    config = model.elastic
+    table = replace(make_table(config), workload=workload)
+    taken = []
+
+    def paper(model, dials, workload, **_):
+        times = []
+        for dial in dials:
+            run = _whole_model(model, dial, workload)
+            model.turn(dial)
+            with model.watched() as forwards:
+                run()
+            sums = float(replace(table, base=0.0, slope=1.0).of_tokens(forwards[0]))
+            taken.append((forwards[0], sums))
+            times.append(4 + 1.5 * sums)
+        return table.full_ms, times
+
+    monkeypatch.setattr("flextron.route.latency.measure", paper)
+    model.attach_router(None)
+    model.set_widths(config.smallest())
+    found = measure_adaptive(model, table)
+    assert found.adaptive == pytest.approx((4, 1.5))
+    assert replace(found, adaptive=None) == table
+    assert model.adaptive is None and model.widths == config.smallest()
+    (low, least), (_, most), *mixed = taken
+    assert all((axis == 0).all() for axis in low)
+    assert most > max(sums for _, sums in mixed) > min(sums for _, sums in mixed) > least
+    if workload.phase == "prefill":
+        assert any(
+            len(axis[..., layer].unique()) == 2 for one, _ in mixed for axis in one for layer in range(2)
+        )

@@ -100,6 +100,10 @@ def test_a_study_stops_goes_on_and_is_written_down(tmp_path, monkeypatch):
         return replace(table, mlp=mlp, heads=heads, base=10.0, slope=1.0)
 
     monkeypatch.setattr(pipeline, "profile_model", steady)
+    timed = pipeline.measure_adaptive
+    monkeypatch.setattr(
+        pipeline, "measure_adaptive", lambda *a, **k: replace(timed(*a, **k), adaptive=(12.0, 1.0))
+    )
     study = run.Study("stories260k", tmp_path / "stories260k", (0,), silent)
     assert not study.run(deadline=time.monotonic())  # not even begun
     assert not study.done()

@@ -138,6 +138,11 @@ def anneal(step: int, steps: int) -> tuple[float, float]:
     return 0.05**progress, 1.0 + 9.0 * progress
 
 
+def default_hidden(config: ElasticConfig) -> int:
+    """Width of an adaptive router's hidden layer that keeps it below a twentieth of a layer's cost."""
+    return max(8, min(256, config.hidden_size // 4))
+
+
 class AdaptiveRouter(nn.Module):
     """Choose widths for every token and layer from the layer's input and a latency target.
 

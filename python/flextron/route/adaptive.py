@@ -6,6 +6,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from flextron.nn.learning import (
     sequence_losses,
 )
 from flextron.nn.policy import Given, menus_of
-from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, anneal
+from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, anneal, default_hidden
 from flextron.route.ladder import Ladder
 from flextron.route.latency import LatencyTable, random_widths
 from flextron.route.search import one_hot
@@ -60,8 +61,7 @@ class AdaptiveConfig:
             ``"hard"``, straight-through, at the cost of each token's choice.
         steps: router steps.
         lr: of the router.
-        hidden: width of its hidden layer; None: a quarter of the model's width, at most 256, so that the router
-            stays below a twentieth of a layer.
+        hidden: width of its hidden layer; None: that of `default_hidden`.
         batch: sequences in a step, each with a target of its own.
         latency_weight: of relu(|T / (target T_full) - 1| - 0.02), T the mean over the tokens of a target.
         prefill: random choices whose loss the surrogate learns before the router moves.
@@ -230,7 +230,15 @@ def stored(directory: str | Path) -> bool:
 
 def costs_of(tables: dict[str, LatencyTable]) -> dict[str, Any]:
     """What a calibration rests on, of each phase, as it is stored."""
-    return {p: {"mlp": list(t.mlp[0]), "heads": list(t.heads[0]), "base": t.base} for p, t in tables.items()}
+    return {
+        phase: {
+            "mlp": list(t.mlp[0]),
+            "heads": list(t.heads[0]),
+            "base": t.base,
+            "adaptive": None if t.adaptive is None else list(t.adaptive),
+        }
+        for phase, t in tables.items()
+    }
 
 
 def train_adaptive(
@@ -325,7 +333,7 @@ def start_router(
     config: ElasticConfig, table: LatencyTable, ladder: Ladder, options: AdaptiveConfig
 ) -> tuple[AdaptiveRouter, tuple[float, ...]]:
     """A router that does what the ladder does, and the targets that no network is fast enough for."""
-    fastest = table.smallest_ms / table.full_ms
+    fastest = table.smallest_adaptive_ms / table.full_ms
     targets = tuple(t for t in options.targets if t >= fastest)
     if len(targets) < 2:
         raise ValueError(
@@ -338,10 +346,12 @@ def start_router(
         len(config.mlp_choices),
         len(config.head_choices),
         targets,
-        options.hidden or max(8, min(256, config.hidden_size // 4)),
+        options.hidden or default_hidden(config),
         options.seed,
     )
-    rungs = [ladder.highest(table.predict, t * table.full_ms) for t in targets]
+    adaptive = partial(table.predict, adaptive=True)
+    # the full model's own time may be above 1 with a router
+    rungs = [ladder.highest(adaptive, t * table.full_ms) for t in targets[:-1]] + [config.full()]
     parts = []
     for axis in one_hot(config, rungs):  # [targets, L, C]
         count = axis.shape[-1]
@@ -414,7 +424,7 @@ class _Training:
         return self.tokens[picks].to(self.device), torch.tensor(below)[which].to(self.device)
 
     def _fraction(self, p: Choices) -> Tensor:
-        return self.table.expected(*p) / self.table.full_ms
+        return self.table.expected(*p, adaptive=True) / self.table.full_ms
 
     def _losses(self, step: int, ids: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
         annealed = anneal(step, self.options.steps)
@@ -593,7 +603,7 @@ def calibrate(
     only by way of what wider layers below change in their input.
     """
     for phase, table in tables.items():
-        grid = calibration_grid(table.smallest_ms / table.full_ms, router.targets)
+        grid = calibration_grid(table.smallest_adaptive_ms / table.full_ms, router.targets)
         low, high = torch.full((len(grid),), -_REACH), torch.full((len(grid),), _REACH)
         for done in range(_BISECTIONS):
             middle = (low + high) / 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,11 +143,11 @@ class Planner:
         """
         name, value = _only(BUDGETS[:3], (fraction, latency_ms, tokens_per_s))
         _check_number(name, value)
-        limit = self._time_limit(name, value, phase, batch, context)
-        smallest, full = (limit.cost(widths) for widths in (self.config.smallest(), self.config.full()))
-        if smallest > limit.limit * (1 + 1e-9):
+        limit = self._time_limit(name, value, phase, batch, context, adaptive=True)
+        if limit.cost(self.config.smallest()) > limit.limit * (1 + 1e-9):
             raise _impossible(name, value, limit, self.config.smallest())
-        return min(1.0, limit.limit / full)
+        table = self.table(phase)
+        return min(1.0, limit.limit if name == "fraction" else limit.limit / table.full_ms)
 
     def _size_limit(
         self, name: str, value: float, batch: int, context: int, kv: str, bytes_per_value: int
@@ -169,9 +170,16 @@ class Planner:
         return _Limit(gigabytes, value, _up, "at least", "smallest")
 
     def _time_limit(
-        self, name: str, value: float, phase: str, batch: int | None, context: int | None
+        self,
+        name: str,
+        value: float,
+        phase: str,
+        batch: int | None,
+        context: int | None,
+        adaptive: bool = False,
     ) -> _Limit:
         table = self.table(phase)
+        predict, fraction = (partial(f, adaptive=adaptive) for f in (table.predict, table.fraction))
         for what, wanted in (("batch", batch), ("context", context)):
             profiled = getattr(table.workload, what)
             if wanted is not None and wanted != profiled:
@@ -182,13 +190,11 @@ class Planner:
         if name == "fraction":
             if value > 1:
                 raise ValueError(f"budget: fraction must be in (0, 1], got {value:g}")
-            return _Limit(table.fraction, value, _up, "at least", "fastest")
+            return _Limit(fraction, value, _up, "at least", "fastest")
         if name == "latency_ms":
-            return _Limit(table.predict, value, _up, "at least", "fastest")
+            return _Limit(predict, value, _up, "at least", "fastest")
         thousands = 1e3 * table.workload.tokens
-        return _Limit(
-            table.predict, thousands / value, lambda ms: _down(thousands / ms), "at most", "fastest"
-        )
+        return _Limit(predict, thousands / value, lambda ms: _down(thousands / ms), "at most", "fastest")
 
 
 def _only(names: Sequence[str], values: Sequence[Any]) -> tuple[str, Any]:

@@ -26,12 +26,14 @@ from flextron.checkpoint.io import read_json, write_json
 from flextron.config import ElasticConfig, Widths
 from flextron.nn import Dial, ElasticCache
 from flextron.nn.cache import ElasticCacheLayer
-from flextron.nn.router import Choices
+from flextron.nn.router import AdaptiveRouter, Choices, default_hidden
 from flextron.testing.timing import compare
 
 FILE = "latency.json"
 PHASES = ("prefill", "decode")
 AXES = ("mlp", "heads")
+_MIXTURES = 6  # of two networks, from which the cost of choosing for every token is fitted
+_NEVER = 1e6  # below any logit of a choice that may be made
 _SAME_COST = 0.97  # a width that costs this much of the next one up saves nothing worth its loss
 
 Progress = Callable[[int, int], object]
@@ -109,6 +111,8 @@ class LatencyTable:
             costs above the narrowest.
         raw_mlp, raw_heads: the same before the repair of `isotonic`.
         base, slope: the end-to-end fit.
+        adaptive: the same of forwards in which a router chooses for every token, which also run the router, project
+            the keys and values of all groups and move rows; None where that was not measured: `base` and `slope`.
         fitted, held_out: the configurations used for the fit, and those that judge it.
         warnings: sentences for the user.
     """
@@ -123,6 +127,7 @@ class LatencyTable:
     raw_heads: tuple[tuple[float, ...], ...]
     base: float
     slope: float
+    adaptive: tuple[float, float] | None = None
     fitted: tuple[Check, ...] = ()
     held_out: tuple[Check, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -135,18 +140,26 @@ class LatencyTable:
     def num_layers(self) -> int:
         return len(self.mlp)
 
+    def _all_at(self, place: int) -> Widths:
+        layers = self.num_layers
+        return Widths((self.mlp_choices[place],) * layers, (self.head_choices[place],) * layers)
+
     @cached_property
     def full_ms(self) -> float:
         """Predicted time of the full model: what a fraction is a fraction of."""
-        return self.predict(
-            Widths((self.mlp_choices[-1],) * self.num_layers, (self.head_choices[-1],) * self.num_layers)
-        )
+        return self.predict(self._all_at(-1))
 
     @cached_property
     def smallest_ms(self) -> float:
-        return self.predict(
-            Widths((self.mlp_choices[0],) * self.num_layers, (self.head_choices[0],) * self.num_layers)
-        )
+        return self.predict(self._all_at(0))
+
+    @cached_property
+    def smallest_adaptive_ms(self) -> float:
+        """Where every token chooses for itself; not below what is possible without choosing."""
+        return max(self.smallest_ms, self.predict(self._all_at(0), adaptive=True))
+
+    def _line(self, adaptive: bool) -> tuple[float, float]:
+        return self.adaptive if adaptive and self.adaptive is not None else (self.base, self.slope)
 
     @property
     def residual_median(self) -> float:
@@ -157,31 +170,25 @@ class LatencyTable:
     def residual_worst(self) -> float:
         return max(c.error for c in self.held_out)
 
-    def expected(self, p_mlp: Tensor, p_heads: Tensor) -> Tensor:
+    def expected(self, p_mlp: Tensor, p_heads: Tensor, adaptive: bool = False) -> Tensor:
         """Expected milliseconds under choice probabilities, differentiable in them.
 
         Args:
             p_mlp: [..., L, C_mlp].
             p_heads: [..., L, C_heads].
+            adaptive: a router chooses for every token.
 
         Returns:
             [...]
         """
         mlp, heads = (t.to(p_mlp) for t in self._tensors)
-        return self.base + self.slope * ((p_mlp * mlp).sum((-2, -1)) + (p_heads * heads).sum((-2, -1)))
+        base, slope = self._line(adaptive)
+        return base + slope * ((p_mlp * mlp).sum((-2, -1)) + (p_heads * heads).sum((-2, -1)))
 
-    def predict(self, widths: Widths) -> float:
-        """Milliseconds of a configuration."""
-        return self.base + self.slope * _layer_sum(self, widths)
-
-    def of_choices(self, choices: Choices) -> Tensor:
-        """Milliseconds [...] of networks given by their places in the menus, ``mlp`` and ``heads`` [..., L]."""
-        layers = torch.arange(self.num_layers, device=choices.mlp.device)
-        total = self.slope * sum(
-            costs.to(rows.device)[layers, rows].sum(-1)
-            for costs, rows in zip(self._tensors, choices, strict=True)
-        )
-        return self.base + total
+    def predict(self, widths: Widths, adaptive: bool = False) -> float:
+        """Milliseconds of a configuration; ``adaptive``: which a router chooses for every token."""
+        base, slope = self._line(adaptive)
+        return base + slope * _layer_sum(self, widths)
 
     def of_tokens(self, choices: Choices) -> Tensor:
         """Milliseconds of forwards in which every token has choices of its own, ``mlp``, ``heads`` [..., B, T, L].
@@ -193,11 +200,17 @@ class LatencyTable:
         if self.workload.phase == "decode" and self.workload.batch > 1:
             batch = self.workload.batch
             choices = Choices(*(axis.unflatten(-3, (-1, batch)).amax(-3) for axis in choices))
-        return self.of_choices(choices).mean((-2, -1))
+        layers = torch.arange(self.num_layers, device=choices.mlp.device)
+        sums = sum(
+            costs.to(rows.device)[layers, rows].sum(-1)
+            for costs, rows in zip(self._tensors, choices, strict=True)
+        )
+        base, slope = self._line(adaptive=True)
+        return (base + slope * sums).mean((-2, -1))
 
-    def fraction(self, widths: Widths) -> float:
+    def fraction(self, widths: Widths, adaptive: bool = False) -> float:
         """The configuration's time over the full model's."""
-        return self.predict(widths) / self.full_ms
+        return self.predict(widths, adaptive) / self.full_ms
 
     def check(self, config: ElasticConfig) -> None:
         """Raise ValueError unless the table is about this model's menus."""
@@ -232,6 +245,8 @@ class LatencyTable:
             values[name] = tuple(values[name])
         for name in ("mlp", "heads", "raw_mlp", "raw_heads"):
             values[name] = tuple(tuple(row) for row in values[name])
+        if values.get("adaptive") is not None:
+            values["adaptive"] = tuple(values["adaptive"])
         for name in ("fitted", "held_out"):
             values[name] = tuple(
                 Check(Widths(**c["widths"]), c["predicted"], c["measured"]) for c in values[name]
@@ -444,6 +459,82 @@ def calibrate(
     return replace(fitted, fitted=judge(to_fit), held_out=judge(to_judge))
 
 
+def measure_adaptive(
+    model: Any,
+    table: LatencyTable,
+    *,
+    hidden: int | None = None,
+    rounds: int = 5,
+    min_seconds: float = 0.02,
+    progress: Progress | None = None,
+) -> LatencyTable:
+    """The table with `LatencyTable.adaptive` measured, by routers that draw mixtures of two networks.
+
+    Args:
+        model: an elastic model; its dial and router are restored.
+        table: of this model on this machine.
+        hidden: width of the routers' hidden layer, as `AdaptiveRouter`; None: the default of training.
+        rounds, min_seconds: of the measurement.
+        progress: called with (done, total) rounds.
+    """
+    config, workload = model.elastic, table.workload
+    table.check(config)
+    router = _mixing_router(config, hidden or default_hidden(config), workload.phase)
+    dials = [Dial.adaptive(config, [t], workload.phase) for t in router.targets[:-1]]
+    plain = replace(table, base=0.0, slope=1.0, adaptive=None)
+    before, own = model.dial, model.adaptive
+    model.attach_router(router)
+    try:
+        sums = []
+        for dial in dials:
+            run = _whole_model(model, dial, workload)
+            model.turn(dial)
+            with model.watched() as forwards:
+                run()
+            sums.append(float(plain.of_tokens(forwards[0])))
+        full_ms, times = measure(
+            model,
+            dials,
+            workload,
+            rounds=rounds,
+            min_seconds=min_seconds,
+            on_round=(lambda done: None) if progress is None else (lambda done: progress(done, rounds)),
+        )
+    finally:
+        model.turn(before)
+        model.attach_router(own)
+    try:
+        line = fit_line(sums, [ms / full_ms * table.full_ms for ms in times], [1.0] * len(sums))
+    except ValueError as error:
+        warning = (
+            f"adaptive budgets are planned as static ones, their own time does not follow the table ({error})"
+        )
+        return replace(table, adaptive=None, warnings=(*table.warnings, warning))
+    return replace(table, adaptive=line)
+
+
+def _mixing_router(config: ElasticConfig, hidden: int, phase: str) -> AdaptiveRouter:
+    """A router whose first target is the smallest network, the second the full one, and each other but the last a
+    mixture of two random ones: in every layer, tokens choose between them by their state."""
+    pairs = [(config.smallest(),) * 2, (config.full(),) * 2]
+    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+    pairs += [(random_widths(config, rng), random_widths(config, rng)) for _ in range(_MIXTURES)]
+    menus = config.mlp_choices, config.head_choices
+    targets = [(i + 1) / (len(pairs) + 1) for i in range(len(pairs))]
+    router = AdaptiveRouter(
+        config.num_layers, config.hidden_size, *map(len, menus), (*targets, 1.0), hidden
+    ).requires_grad_(False)
+    router.base.fill_(-_NEVER)
+    for i, pair in enumerate(pairs):
+        for widths in pair:
+            for layer, kept in enumerate(zip(widths.mlp, widths.heads, strict=True)):
+                mlp, heads = (menu.index(n) for menu, n in zip(menus, kept, strict=True))
+                router.base[layer, i, [mlp, len(menus[0]) + heads]] = 0.0
+    router.w2.copy_(torch.randn(router.w2.shape, generator=generator))
+    router.calibration = {phase: ((targets[0], targets[-1]), (0.0, 0.0))}
+    return router
+
+
 def measure(
     model: Any,
     widths: Sequence[Widths | Dial],
@@ -523,14 +614,14 @@ def _whole_model(
 
 
 def _filled_cache(model: Any, dial: Widths | Dial, workload: Workload) -> ElasticCache:
-    """A cache of ``context`` random tokens with the groups that ``dial`` keeps."""
+    """A cache of ``context`` random tokens, always the same ones, with the groups that ``dial`` keeps."""
     weight, config = model.get_input_embeddings().weight, model.elastic
     cache = ElasticCache()
     cache.layers.extend(ElasticCacheLayer() for _ in range(config.num_layers))
-    dial = Dial.of(dial)
+    dial, generator = Dial.of(dial), torch.Generator().manual_seed(0)
     for layer, heads in enumerate(dial.bound().heads):
         shape = (workload.batch, config.kv_heads(heads, dial.kv), workload.context, config.head_dim)
-        states = torch.randn(shape, dtype=weight.dtype, device=weight.device)
+        states = torch.randn(shape, generator=generator).to(weight)
         cache.update(states, states, layer)
     return cache
 

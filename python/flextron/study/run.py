@@ -156,6 +156,7 @@ class Study:
     def _measure_table(self) -> list[Row]:
         directory = self._converted("importance", 0)
         pipeline.profile(directory, [self.plan.workload], rounds=_ROUNDS, progress=self.progress)
+        pipeline.profile_adaptive(directory, rounds=_ROUNDS, progress=self.progress)
         return []
 
     def _judge_untrained(self, order: str, seed: int) -> list[Row]:
@@ -239,7 +240,10 @@ class Study:
         if result.surrogate is not None:
             cost |= {"surrogate": result.surrogate.to_dict(), "gate": asdict(result.gate)}
         model = pipeline.from_pretrained(directory)
-        tokens, table, budgets = self._judging(), self.table(), list(self.plan.budgets)
+        tokens, table = self._judging(), self.table()
+        budgets = [
+            b for b in self.plan.budgets if b in result.router.targets
+        ]  # the others are too fast for it
         dials = [Dial.adaptive(model.elastic, [b]) for b in budgets]
         fractions = adaptive_routing.fractions(model, table, tokens, budgets, "prefill").tolist()
         losses = evaluate(model, tokens, dials, batch_size=4)
@@ -274,11 +278,12 @@ class Study:
         model = pipeline.from_pretrained(self._adaptive_folder(form, seed))
         workload = self.plan.workload
         ids = text.windows(self.corpus().held_out, workload.batch, workload.length)
-        dials = [Dial.adaptive(model.elastic, [b]) for b in self.plan.budgets]
+        budgets = [row["budget"] for row in self.done()[f"{ADAPTIVE[form]}/{seed}"]["rows"]]
+        dials = [Dial.adaptive(model.elastic, [b]) for b in budgets]
         full_ms, times = measure(model, dials, workload, rounds=_ROUNDS, ids=ids)
         return [
             {"timed_adaptive": [ADAPTIVE[form], seed, budget], "measured_ms": ms, "full_ms": full_ms}
-            for budget, ms in zip(self.plan.budgets, times, strict=True)
+            for budget, ms in zip(budgets, times, strict=True)
         ]
 
     # ---- what they share
