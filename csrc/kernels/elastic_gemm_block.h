@@ -68,12 +68,18 @@ inline void with_io(GemmDtype dtype, const F& f) {
 
 // -- tiles --
 
-// Bytes that a stream of panels is asked for ahead of its use.
+// A stream of panels is asked for this many bytes ahead of its use. It has `left` inputs from where a tile
+// begins, and `jump` elements behind the last of them it goes on: another panel's beginning would otherwise
+// be waited for, line by line, which takes as long as the rest of a short panel.
 constexpr i64 kAhead = 1024;
+struct Stream {
+  i64 left, jump;
+};
 
 // c[p][i] += sum over K inputs of a[i] * b[p]: panels c_panel and b_panel apart, rows of c kPanel apart.
 template <int rows, int panels, bool by_input, bool streamed, class W>
-void tile(i64 K, const float* a, i64 a_row, i64 a_input, const W* b, i64 b_panel, float* c, i64 c_panel) {
+void tile(i64 K, const float* a, i64 a_row, i64 a_input, const W* b, i64 b_panel, float* c, i64 c_panel,
+          Stream stream) {
   Vec<float> sum[panels][rows][kVecs];
 #pragma GCC unroll 8
   for (int p = 0; p < panels; ++p)
@@ -98,10 +104,12 @@ void tile(i64 K, const float* a, i64 a_row, i64 a_input, const W* b, i64 b_panel
   constexpr i64 kAtOnce = streamed ? kLine / (kPanel * i64(sizeof(W))) : 1;  // inputs of a line of a panel
   i64 k = 0;
   for (; k + kAtOnce <= K; k += kAtOnce) {
-    if constexpr (streamed)
+    if constexpr (streamed) {
+      const i64 at = k * kPanel + kAhead / i64(sizeof(W));
+      const i64 ahead = at < stream.left * kPanel ? at : at + stream.jump;
 #pragma GCC unroll 8
-      for (int p = 0; p < panels; ++p)
-        __builtin_prefetch(reinterpret_cast<const char*>(b + p * b_panel + k * kPanel) + kAhead);
+      for (int p = 0; p < panels; ++p) __builtin_prefetch(b + p * b_panel + ahead);
+    }
 #pragma GCC unroll 4
     for (i64 i = 0; i < kAtOnce; ++i) multiply(k + i);
   }
@@ -120,20 +128,20 @@ void tile(i64 K, const float* a, i64 a_row, i64 a_input, const W* b, i64 b_panel
 // The tile of `rows` rows, which only the caller of the caller knows.
 template <int panels_of, bool by_input, class W, int rows = kGroupRows>
 inline void tiles(i64 count, i64 panels, i64 K, const float* a, i64 a_row, i64 a_input, const W* b,
-                  i64 b_panel, float* c, i64 c_panel) {
+                  i64 b_panel, float* c, i64 c_panel, Stream stream) {
   if constexpr (rows > 1)
     if (count < rows)
       return tiles<panels_of, by_input, W, rows - 1>(count, panels, K, a, a_row, a_input, b, b_panel, c,
-                                                     c_panel);
+                                                     c_panel, stream);
   constexpr int together = panels_of == 0 ? tile_panels(rows) : panels_of;
   i64 p = 0;
   for (; p + together <= panels; p += together)
     tile<rows, together, by_input, panels_of == 0>(K, a, a_row, a_input, b + p * b_panel, b_panel,
-                                                   c + p * c_panel, c_panel);
+                                                   c + p * c_panel, c_panel, stream);
   if constexpr (together > 1)
     for (; p < panels; ++p)
       tile<rows, 1, by_input, panels_of == 0>(K, a, a_row, a_input, b + p * b_panel, b_panel, c + p * c_panel,
-                                              c_panel);
+                                              c_panel, stream);
 }
 
 // -- a panel's inputs [k, k + K) as floats, [K][kPanel] --
@@ -344,14 +352,17 @@ struct Batch {
   i64 features_of(i64 slot) const { return smaller(kPanel, p.features - feature_of(slot)); }
   const W* plain(i64 which) const { return static_cast<const W*>(p.weight[which]); }
 
-  // Few rows, panels as they are stored.
+  // Few rows, panels as they are stored. Behind a block's inputs come the next block's, or the next batch's.
   void stream() const {
-    for (i64 block = 0; block < p.in_blocks; ++block)
+    const i64 next_batch = units * panels * panel_stride() - (p.in_blocks - 1) * p.in_stride * kPanel;
+    for (i64 block = 0; block < p.in_blocks; ++block) {
+      const i64 next = block + 1 < p.in_blocks ? p.in_stride * kPanel : next_batch;
       for (i64 k = 0; k < first->inputs; k += kChainInputs)
         for (const GemmGroup* g = first; g < last && uses(*g, k); ++g)
           tiles<0, false>(g->rows, units * panels, smaller(kChainInputs, g->inputs - k),
                           rows_of(*g, block, k), p.a_row, 1, panel_of(0, block, k), panel_stride(),
-                          sums_of(*g), c_panel);
+                          sums_of(*g), c_panel, {first->inputs - k, next - first->inputs * kPanel});
+    }
   }
 
   // Few rows, a plain weight.
@@ -385,7 +396,7 @@ struct Batch {
     for (const GemmGroup* g = first; g < last && uses(*g, k); ++g)
       tiles<kTilePanels, by_input>(g->rows, count, smaller(kChainInputs, g->inputs - k),
                                    rows_of(*g, block, k), p.a_row, p.a_input, b, b_panel,
-                                   sums_of(*g) + slot * c_panel, c_panel);
+                                   sums_of(*g) + slot * c_panel, c_panel, {});
   }
 
   // Many rows, panels widened to floats on the way to the first cache.

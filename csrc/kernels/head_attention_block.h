@@ -328,15 +328,24 @@ inline void score_tile(i64 D, const A* q, i64 ldq, const stored_t* const* k, A s
   for (int i = 0; i < rows; ++i) store(p + i * ldp, fold<parts, keys, int(kLanes<A>), A>(part[i]) * scale);
 }
 
-// out[rows][vecs] += p[rows][n] v[n][vecs]
+// Asks for a row of D elements ahead of its use: keys and values lie far apart in a cache of several groups,
+// and a step of few rows would wait for each.
+template <class stored_t>
+inline void ask_for(const stored_t* row, i64 D) {
+  for (i64 d = 0; d < D; d += kLine / i64(sizeof(stored_t))) __builtin_prefetch(row + d);
+}
+
+// out[rows][vecs] += p[rows][n] v[n][vecs]; asks for `ahead`, n rows of D elements, unless it is null.
 template <int rows, int vecs, class A, class stored_t>
-inline void value_tile(i64 n, const A* p, i64 ldp, const stored_t* const* v, i64 d, A* out, i64 ldo) {
+inline void value_tile(i64 n, const A* p, i64 ldp, const stored_t* const* v, i64 d, A* out, i64 ldo,
+                       const stored_t* const* ahead, i64 D) {
   Vec<A> sum[rows][vecs];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
     for (int c = 0; c < vecs; ++c) sum[i][c] = load(out + i * ldo + d + c * kLanes<A>);
   for (i64 j = 0; j < n; ++j) {
+    if (ahead) ask_for(ahead[j], D);
     Vec<A> value[vecs];
 #pragma GCC unroll 8
     for (int c = 0; c < vecs; ++c) value[c] = widened(v[j] + d + c * kLanes<A>);
@@ -354,14 +363,19 @@ inline void value_tile(i64 n, const A* p, i64 ldp, const stored_t* const* v, i64
 }
 
 template <int rows, class A, class stored_t>
-inline void value_rows(i64 n, i64 D, const A* p, i64 ldp, const stored_t* const* v, A* out, i64 ldo) {
+inline void value_rows(i64 n, i64 D, const A* p, i64 ldp, const stored_t* const* v, A* out, i64 ldo,
+                       const stored_t* const* ahead) {
   constexpr i64 lanes = kLanes<A>;
   i64 d = 0;
+  const auto next = [&](auto vecs) {
+    value_tile<rows, vecs.value>(n, p, ldp, v, d, out, ldo, d == 0 ? ahead : nullptr, D);
+    d += vecs.value * lanes;
+  };
   if constexpr (rows == 1)  // as many sums as hide the latency of a multiply-add
-    for (; d + 8 * lanes <= D; d += 8 * lanes) value_tile<1, 8>(n, p, ldp, v, d, out, ldo);
-  for (; d + 4 * lanes <= D; d += 4 * lanes) value_tile<rows, 4>(n, p, ldp, v, d, out, ldo);
-  for (; d + 2 * lanes <= D; d += 2 * lanes) value_tile<rows, 2>(n, p, ldp, v, d, out, ldo);
-  if (d < D) value_tile<rows, 1>(n, p, ldp, v, d, out, ldo);
+    while (d + 8 * lanes <= D) next(std::integral_constant<int, 8>{});
+  while (d + 4 * lanes <= D) next(std::integral_constant<int, 4>{});
+  while (d + 2 * lanes <= D) next(std::integral_constant<int, 2>{});
+  if (d < D) next(std::integral_constant<int, 1>{});
 }
 
 // f(integral_constant<rows of a tile>, first row): as few tiles as sums in 16 registers allow, even ones.
@@ -439,20 +453,25 @@ void attend_few(const HeadAttentionParams<scalar_t>& p, const AttentionItem& ite
     widen_row(s.q + r * ld, p.q + rows.at[r] / p.H * p.q_stride_t + rows.at[r] % p.H * p.q_stride_h, p.D,
               p.D);
   }
-  const scalar_t *k[kAttentionKeys], *v[kAttentionKeys];
-  for (i64 at = begin; at < end; at += kAttentionKeys) {
-    const i64 n = smaller(kAttentionKeys, end - at);
-    find_keys(p, p.k, sequence, item.group, at, n, k);
+  const scalar_t *k[2][kAttentionKeys], *v[kAttentionKeys];  // keys of this step and of the next
+  if (begin < end) find_keys(p, p.k, sequence, item.group, begin, smaller(kAttentionKeys, end - begin), k[0]);
+  for (i64 at = begin, turn = 0; at < end; at += kAttentionKeys, turn ^= 1) {
+    const i64 n = smaller(kAttentionKeys, end - at), after = smaller(kAttentionKeys, end - at - n);
     find_keys(p, p.v, sequence, item.group, at, n, v);
+    if (after > 0) find_keys(p, p.k, sequence, item.group, at + n, after, k[turn ^ 1]);
+    for (i64 j = after; after > 0 && j < n; ++j) k[turn ^ 1][j] = k[turn ^ 1][after - 1];
     by_row_tiles(rows.count, [&](auto tile, i64 r) {
-      for (i64 j = 0; j < n; j += kLanes<A>)
-        score_tile<tile.value>(p.D, s.q + r * ld, ld, k + j, p.scale, s.p + r * kAttentionKeys + j,
+      for (i64 j = 0; j < n; j += kLanes<A>) {
+        for (i64 i = j; r == 0 && i < smaller(j + kLanes<A>, n); ++i) ask_for(v[i], p.D);
+        score_tile<tile.value>(p.D, s.q + r * ld, ld, k[turn] + j, p.scale, s.p + r * kAttentionKeys + j,
                                kAttentionKeys);
+      }
     });
     softmax_few(rows, at, n, s);
     shrink_out(rows.count, p.D, s);
     by_row_tiles(rows.count, [&](auto tile, i64 r) {
-      value_rows<tile.value>(n, p.D, s.p + r * kAttentionKeys, kAttentionKeys, v, s.out + r * ld, ld);
+      value_rows<tile.value>(n, p.D, s.p + r * kAttentionKeys, kAttentionKeys, v, s.out + r * ld, ld,
+                             after > 0 && r == 0 ? k[turn ^ 1] : nullptr);
     });
   }
 }
