@@ -246,6 +246,16 @@ def test_a_forward_without_a_cache_gives_the_logits_of_the_modules(side, dial, m
     assert relative(*found) < 1e-5
 
 
+def test_a_cache_that_is_given_is_used_and_given_back(monkeypatch):
+    model, ids = elastic(), tokens(T=6)
+    for on in (True, False):
+        for use_cache in (True, False):
+            cache = ElasticCache()
+            with counted(monkeypatch, on), torch.no_grad():
+                output = model(ids, cache=cache, use_cache=use_cache)
+            assert output.cache is cache and cache.get_seq_length() == 6
+
+
 def test_packed_sequences_are_refused():
     model, ids = elastic(), tokens(T=6)
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, -1)

@@ -329,6 +329,11 @@ def test_adaptive_budgets_count_what_choosing_takes(model, tables):
         planner.target(fastest - 0.01)
     result = run(model, {"prefill": table}, steps=2)
     assert result.dropped_targets == tuple(t for t in OPTIONS.targets if t < fastest)
+    assert result.router.calibration["prefill"][0][0] == pytest.approx(fastest)
+    training = adaptive._Training(
+        model, table, uniform_ladder(c), text(40), replace(OPTIONS, steps=1), lambda *_: None
+    )
+    assert float(training._fraction(Choices(*certain))) == pytest.approx(fastest)
     model.attach_router(result.router)
     try:
         found = fractions(model, table, text(64, seed=7), [0.8, 0.9], "prefill")

@@ -251,7 +251,7 @@ def try_forward(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast
     cos, sin = model.model.rotary_emb(step.norm, positions)
     keep = T if keep == 0 else min(keep, T)
     logits = step(model, ids, cos, sin, cache, k_start, keep, used)
-    return CausalLMOutputWithPast(logits=logits, cache=cache if wants else None)
+    return CausalLMOutputWithPast(logits=logits, cache=cache)
 
 
 def first_key(mask: Tensor) -> Tensor:
