@@ -335,17 +335,17 @@ inline void ask_for(const stored_t* row, i64 D) {
   for (i64 d = 0; d < D; d += kLine / i64(sizeof(stored_t))) __builtin_prefetch(row + d);
 }
 
-// out[rows][vecs] += p[rows][n] v[n][vecs]; asks for `ahead`, n rows of D elements, unless it is null.
+// out[rows][vecs] += p[rows][n] v[n][vecs]; asks for `ahead`, `asked` rows of D elements, at most n.
 template <int rows, int vecs, class A, class stored_t>
 inline void value_tile(i64 n, const A* p, i64 ldp, const stored_t* const* v, i64 d, A* out, i64 ldo,
-                       const stored_t* const* ahead, i64 D) {
+                       const stored_t* const* ahead, i64 asked, i64 D) {
   Vec<A> sum[rows][vecs];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
     for (int c = 0; c < vecs; ++c) sum[i][c] = load(out + i * ldo + d + c * kLanes<A>);
   for (i64 j = 0; j < n; ++j) {
-    if (ahead) ask_for(ahead[j], D);
+    if (j < asked) ask_for(ahead[j], D);
     Vec<A> value[vecs];
 #pragma GCC unroll 8
     for (int c = 0; c < vecs; ++c) value[c] = widened(v[j] + d + c * kLanes<A>);
@@ -364,11 +364,11 @@ inline void value_tile(i64 n, const A* p, i64 ldp, const stored_t* const* v, i64
 
 template <int rows, class A, class stored_t>
 inline void value_rows(i64 n, i64 D, const A* p, i64 ldp, const stored_t* const* v, A* out, i64 ldo,
-                       const stored_t* const* ahead) {
+                       const stored_t* const* ahead, i64 asked) {
   constexpr i64 lanes = kLanes<A>;
   i64 d = 0;
   const auto next = [&](auto vecs) {
-    value_tile<rows, vecs.value>(n, p, ldp, v, d, out, ldo, d == 0 ? ahead : nullptr, D);
+    value_tile<rows, vecs.value>(n, p, ldp, v, d, out, ldo, ahead, d == 0 ? asked : 0, D);
     d += vecs.value * lanes;
   };
   if constexpr (rows == 1)  // as many sums as hide the latency of a multiply-add
@@ -459,7 +459,6 @@ void attend_few(const HeadAttentionParams<scalar_t>& p, const AttentionItem& ite
     const i64 n = smaller(kAttentionKeys, end - at), after = smaller(kAttentionKeys, end - at - n);
     find_keys(p, p.v, sequence, item.group, at, n, v);
     if (after > 0) find_keys(p, p.k, sequence, item.group, at + n, after, k[turn ^ 1]);
-    for (i64 j = after; after > 0 && j < n; ++j) k[turn ^ 1][j] = k[turn ^ 1][after - 1];
     by_row_tiles(rows.count, [&](auto tile, i64 r) {
       for (i64 j = 0; j < n; j += kLanes<A>) {
         for (i64 i = j; r == 0 && i < smaller(j + kLanes<A>, n); ++i) ask_for(v[i], p.D);
@@ -471,7 +470,7 @@ void attend_few(const HeadAttentionParams<scalar_t>& p, const AttentionItem& ite
     shrink_out(rows.count, p.D, s);
     by_row_tiles(rows.count, [&](auto tile, i64 r) {
       value_rows<tile.value>(n, p.D, s.p + r * kAttentionKeys, kAttentionKeys, v, s.out + r * ld, ld,
-                             after > 0 && r == 0 ? k[turn ^ 1] : nullptr);
+                             k[turn ^ 1], r == 0 ? after : 0);
     });
   }
 }

@@ -391,13 +391,14 @@ class Pass {
          values.stride(2), eps);
   }
 
-  void attend(const Used& heads, const Tensor& keys, const Tensor& values, int64_t cached,
-              const std::vector<int64_t>& starts, double scale) {
+  // What the heads saw, in their order: rows of `heads`' widest.
+  const float* attend(const Used& heads, const Tensor& keys, const Tensor& values, int64_t cached,
+                      const std::vector<int64_t>& starts, double scale) const {
     const int64_t most = heads.widest();
     AttentionPlan plan{};
     plan.G = s.by_group ? most : s.G, plan.M = s.by_group ? s.M : most;
     plan.H = plan.G * plan.M, plan.D = s.D;
-    if (plan.H == 0) return;
+    if (plan.H == 0) return attended;
     plan.heads = most, plan.by_group = s.by_group, plan.causal = true, plan.scale = scale;
     if (!heads.flat()) plan.extent = heads.extents, plan.extent_stride_t = 1;
     plan.page = keys.size(1);
@@ -417,20 +418,17 @@ class Pass {
     p.out = mutable_data_of<scalar_t>(out_);
     run_decode(plan, p, q_);
     const int64_t row = plan.H * s.D;
-    if (std::is_same_v<scalar_t, float> && heads.flat()) {
-      attended_ = data_of<float>(out_);
-    } else {
-      widen(out_.const_data_ptr(), s.R, row, row, attended, row, heads.order());
-      attended_ = attended;
-    }
+    if (std::is_same_v<scalar_t, float> && heads.flat()) return data_of<float>(out_);
+    widen(out_.const_data_ptr(), s.R, row, row, attended, row, heads.order());
+    return attended;
   }
 
-  void project_out(const Layer& layer, const Prepared& of, const Used& heads) {
+  void project_out(const Layer& layer, const Prepared& of, const Used& heads, const float* seen) {
     const int64_t block = each_head() * heads.widest() * s.D;
     ElasticGemmParams p = of.o;
     p.bias[0] = bias(layer.find(kOBias), s.K, 3);
-    run_gemm(job(p, attended_, blocks() * block, block, heads.stairs, {0, each_head() * s.D}, {s.K, 0}, added,
-                 s.K, heads.order()));
+    run_gemm(job(p, seen, blocks() * block, block, heads.stairs, {0, each_head() * s.D}, {s.K, 0}, added, s.K,
+                 heads.order()));
   }
 
   void mlp(const Layer& layer, const Prepared& of, const Used& width, int64_t neurons) {
@@ -533,7 +531,6 @@ class Pass {
   const Router& router_;
   Buffers buffers_;
   float *residual, *normed, *added, *hidden, *q, *attended, *k, *v, *sorted_, *routed_, *choices_;
-  const float* attended_ = nullptr;  // what attention gave, in the order of the heads
   float* bias_[4];
 };
 
@@ -624,8 +621,8 @@ Tensor elastic_forward(const Tensor& x, const Tensor& cos, const Tensor& sin,
       pass.norm(layer.get(kInNorm), add, eps);
       pass.project(l, layer, prepared[l], head_count[l], width[l], kv_heads[l], cos_, sin_, keys[l],
                    values[l], cached, eps);
-      pass.attend(head_count[l], keys[l], values[l], cached, starts, by);
-      pass.project_out(layer, prepared[l], head_count[l]);
+      const float* const seen = pass.attend(head_count[l], keys[l], values[l], cached, starts, by);
+      pass.project_out(layer, prepared[l], head_count[l], seen);
       pass.norm(layer.get(kMlpNorm), pass.sums(), eps);
       pass.mlp(layer, prepared[l], width[l], neurons);
       add = pass.sums();

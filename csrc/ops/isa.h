@@ -55,7 +55,7 @@ inline Isa isa() {
 }
 
 // The launcher `name`_<isa>: of a template with the arguments that follow, AVX-512 machines taking AVX2's;
-// and of a function that has all three.
+// of a function likewise; and of one that has all three.
 #ifdef __x86_64__
 #define FLEXTRON_FOR_ISA(name, ...) \
   (isa() != Isa::kGeneric ? &name##_avx2<__VA_ARGS__> : &name##_cpu<__VA_ARGS__>)

@@ -208,16 +208,22 @@ def profile_adaptive(
 
     Phases where it is known stay as they are. ``options`` are those of `measure_adaptive`.
     """
-    model, _ = load_elastic(directory)
-    tables = load_tables(directory)
+    return _profile_adaptive(directory, load_elastic(directory)[0], progress, **options)
+
+
+def _profile_adaptive(
+    directory: str | Path, model: Any, progress: Progress, **options: Any
+) -> dict[str, LatencyTable]:
+    tables, found = load_tables(directory), {}
     for phase, table in tables.items():
         if table.adaptive is None and not table.differs(machine_of(model)):
             what = f"timing routers, {phase}"
-            tables[phase] = measure_adaptive(
+            found[phase] = measure_adaptive(
                 model, table, progress=lambda done, total, what=what: progress(what, done, total), **options
             )
-    save_tables(tables, directory)
-    return tables
+    if found:
+        save_tables(found, directory)
+    return tables | found
 
 
 def route(
@@ -277,7 +283,7 @@ def route_adaptive(
     model = from_pretrained(directory)
     tokens = _judging(corpus(tokenizer_of(directory), data).train, samples, length)
     model.planner.table(phase)
-    tables = profile_adaptive(directory, hidden=config.hidden if config else None, progress=progress)
+    tables = _profile_adaptive(directory, model, progress, hidden=config.hidden if config else None)
     result = train_adaptive(model, tables, model.planner.ladder, tokens, config, phase, progress)
     result.save(directory)
     return result

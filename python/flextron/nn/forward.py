@@ -213,13 +213,9 @@ class ElasticForward:
 def try_forward(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast | None:
     """The output of a causal LM's forward by `elastic_forward`, or None where its modules must run."""
     ids, cache = arguments.get("input_ids"), arguments.get("cache")
-    wants = arguments.get("use_cache")
-    wants = model.config.use_cache if wants is None else wants
-    if (
-        ids is None
-        or ids.numel() == 0
-        or not (isinstance(cache, ElasticCache) or (cache is None and not wants))
-    ):
+    if ids is None or ids.numel() == 0:
+        return None
+    if wants_cache(model, arguments) if cache is None else not isinstance(cache, ElasticCache):
         return None
     if torch.is_grad_enabled() or ids.device.type != "cpu":
         return None
@@ -252,6 +248,12 @@ def try_forward(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast
     keep = T if keep == 0 else min(keep, T)
     logits = step(model, ids, cos, sin, cache, k_start, keep, used)
     return CausalLMOutputWithPast(logits=logits, cache=cache)
+
+
+def wants_cache(model: Any, arguments: dict[str, Any]) -> bool:
+    """Whether a forward with these arguments is to cache its tokens."""
+    asked = arguments.get("use_cache")
+    return model.config.use_cache if asked is None else asked
 
 
 def first_key(mask: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from flextron.nn.cache import ElasticCache
 from flextron.nn.elastic_attention import ElasticAttention
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.families import elastic_config, family_of
-from flextron.nn.forward import first_key, try_forward
+from flextron.nn.forward import first_key, try_forward, wants_cache
 from flextron.nn.generation import is_plain, sample
 from flextron.nn.policy import Dial, PerRequest, PerToken, Policy
 from flextron.nn.router import AdaptiveRouter, Choices
@@ -300,9 +300,7 @@ def _guard_cache(
             "flextron: output_attentions must be False, the weights are never materialised"
         )
     past = args[_CACHE] if len(args) > _CACHE else _given_cache(kwargs)
-    wants = kwargs.get("use_cache")
-    wants = model.config.use_cache if wants is None else wants
-    if past is None and wants:
+    if past is None and wants_cache(model, kwargs):
         kwargs["cache"] = ElasticCache()
     elif past is not None:
         if not isinstance(past, ElasticCache):

@@ -498,7 +498,7 @@ def measure_adaptive(
             workload,
             rounds=rounds,
             min_seconds=min_seconds,
-            on_round=(lambda done: None) if progress is None else (lambda done: progress(done, rounds)),
+            on_round=None if progress is None else lambda done: progress(done, rounds),
         )
     finally:
         model.turn(before)

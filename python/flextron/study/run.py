@@ -241,9 +241,8 @@ class Study:
             cost |= {"surrogate": result.surrogate.to_dict(), "gate": asdict(result.gate)}
         model = pipeline.from_pretrained(directory)
         tokens, table = self._judging(), self.table()
-        budgets = [
-            b for b in self.plan.budgets if b in result.router.targets
-        ]  # the others are too fast for it
+        # the others are too fast for it
+        budgets = [b for b in self.plan.budgets if b in result.router.targets]
         dials = [Dial.adaptive(model.elastic, [b]) for b in budgets]
         fractions = adaptive_routing.fractions(model, table, tokens, budgets, "prefill").tolist()
         losses = evaluate(model, tokens, dials, batch_size=4)
