@@ -268,6 +268,7 @@ def elastic_forward(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]
     )
     # prompts: more rows than the kernels' blocks of rows and of queries hold, with and without tokens before them
     yield case([40, 16], [2, 1], B=2, T=150, cached=0, keep=2, k_start=torch.tensor([0, 21], device=device))
+    yield case([40, 16], [2, 1], cached=600)  # keys in several parts
     yield case([40, 8, 16], [1, 2], T=300, cached=7, keep=300, requests=1, kv=[2, 2])
     yield case(
         [40], [1], H=6, G=2, unit="query", B=2, T=4, keep=3, tables=2, activation="gelu_tanh", scale=0.3

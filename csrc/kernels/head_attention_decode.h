@@ -5,17 +5,13 @@
 //   out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[b, j, g]) v[b, j, g]     k_start <= j <= i +
 //   seqlens[b] - T
 //
-// Each item covers one (sequence, group, block of queries, chunk of the keys) and leaves maximum, sum and
-// unnormalised output of its rows in `partial`; the chunks are merged in their order.
+// Each item covers one (sequence, group, block of queries, part of the keys) and leaves maximum, sum and
+// unnormalised output of its rows in `partial`; the parts are merged in their order.
 #pragma once
 
 #include "kernels/head_attention.h"
 
 namespace flextron {
-
-// Keys of a chunk. Fixed, so that a sequence's result does not depend on the batch it is in: 512 keys of D =
-// 64 are 256 KiB of float32, some 10 us of reading, against which a merge of M rows is small.
-constexpr int64_t kDecodeKeys = 512;
 
 template <class scalar_t>
 struct HeadAttentionDecodeParams {

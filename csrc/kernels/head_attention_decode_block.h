@@ -29,8 +29,8 @@ void decode_item(const HeadAttentionDecodeParams<scalar_t>& params, i64 index, A
   Rows rows = take_rows(p, arena);
   const Softmax<A> s = take_softmax(p, arena);
   find_rows(p, item, rows);
-  const i64 begin = p.sequences[item.sequence].k_start + item.chunk * kDecodeKeys;
-  attend(p, item, rows, begin, smaller(begin + kDecodeKeys, rows.most), s);
+  const i64 k_start = p.sequences[item.sequence].k_start;
+  attend(p, item, rows, k_start + item.begin, smaller(k_start + item.end, rows.most), s);
   const i64 D = padded<A>(p.D);
   for (i64 r = 0; r < rows.count; ++r) {
     to.max[r] = s.max[r], to.sum[r] = s.sum[r];
@@ -44,18 +44,18 @@ void merge_items(const HeadAttentionDecodeParams<scalar_t>& params, i64 first, i
   const HeadAttentionParams<scalar_t>& p = params.attention;
   const A lowest = -A(__builtin_inf());
   Rows rows = take_rows(p, arena);
-  const Softmax<A> s = take_softmax(p, arena);  // out for the sum, shrink for the chunks' shares
+  const Softmax<A> s = take_softmax(p, arena);  // out for the sum, shrink for the parts' shares
   find_rows(p, p.items[first], rows);
   for (i64 r = 0; r < rows.count; ++r) {
     A max = lowest, sum = A(0);
     for (i64 i = first; i < last; ++i) {
-      const A chunk_max = partial_of(params, i).max[r];
-      max = max < chunk_max ? chunk_max : max;
+      const A part_max = partial_of(params, i).max[r];
+      max = max < part_max ? part_max : max;
     }
     for (i64 d = 0; d < p.D; ++d) s.out[d] = A(0);
     for (i64 i = first; i < last; ++i) {
       const Partial<A> from = partial_of(params, i);
-      if (from.sum[r] == A(0)) continue;  // the row sees nothing of this chunk
+      if (from.sum[r] == A(0)) continue;  // the row sees nothing of this part
       const A share = vec_exp(Vec<A>{} + (from.max[r] - max))[0];
       sum += share * from.sum[r];
       for (i64 d = 0; d < p.D; ++d) s.out[d] += share * from.out[r * p.D + d];

@@ -13,14 +13,26 @@ struct KeySplit {
   std::vector<int64_t> merge_at{0};
 };
 
+// Keys of a part: few keys are one part, more are fours of even ones, so that two threads or four have the
+// same to do. Of the number of keys alone, so that a sequence's result does not depend on the batch it is in.
+inline int64_t keys_of_part(int64_t keys) {
+  // A part of 64 keys takes some 2 us, against which its merge is small.
+  constexpr int64_t kFew = 256, kMost = 512;
+  if (keys <= kFew) return kFew;
+  return blocks_of(blocks_of(keys, 4 * blocks_of(keys, 4 * kMost)), 16) * 16;
+}
+
 // More queries than a block are work enough without splitting.
 inline KeySplit split_keys(const AttentionPlan& plan) {
   KeySplit split;
   for (auto item : query_items(plan)) {
     const auto& s = plan.sequences[item.sequence];
-    const int64_t chunks = s.T > kAttentionQueries ? 1 : blocks_of(s.S - s.k_start, kDecodeKeys);
-    for (item.chunk = 0; item.chunk < chunks; ++item.chunk) split.items.push_back(item);
-    if (chunks > 0) split.merge_at.push_back(split.items.size());
+    const int64_t keys = s.S - s.k_start, part = s.T > kAttentionQueries ? keys : keys_of_part(keys);
+    for (item.begin = 0; item.begin < keys; item.begin = item.end) {
+      item.end = std::min(item.begin + part, keys);
+      split.items.push_back(item);
+    }
+    if (keys > 0) split.merge_at.push_back(split.items.size());
   }
   return split;
 }
@@ -40,9 +52,9 @@ void run_decode(const AttentionPlan& plan, HeadAttentionParams<scalar_t> p, cons
   const int64_t bytes = head_attention_scratch(p);
   const auto decode = FLEXTRON_FOR_ISA(head_attention_decode, scalar_t);
   const auto merge = FLEXTRON_FOR_ISA(head_attention_decode_merge, scalar_t);
-  run_items(plan, items, bytes,
+  run_items(items, plan.item_cost(keys_of_part(plan.max_keys)), bytes,
             [&](int64_t first, int64_t last, char* scratch) { decode(params, first, last, scratch); });
-  run_items(plan, merges, bytes,
+  run_items(merges, plan.item_cost(items / merges), bytes,
             [&](int64_t first, int64_t last, char* scratch) { merge(params, first, last, scratch); });
 }
 

@@ -56,6 +56,9 @@ struct AttentionPlan {
       max_keys = std::max(max_keys, s.S - s.k_start);
     }
   }
+
+  // Of parallel_for, an item of so many keys.
+  int64_t item_cost(int64_t keys) const { return max_queries * M * D * (keys + 1); }
 };
 
 inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -180,24 +183,35 @@ HeadAttentionParams<scalar_t> attention_params(const AttentionPlan& plan) {
   return p;
 }
 
-// Scratch of one thread.
+// Scratch of one thread. What is small is kept for the thread's next call: a decode step asks once a layer,
+// and to give that much back makes malloc tidy up.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : data_(static_cast<char*>(::operator new(bytes, kAlign))) {}
-  char* get() const { return data_.get(); }
+  explicit Scratch(int64_t bytes) : own_(bytes > kKept ? make(bytes) : nullptr), data_(own_.get()) {
+    if (own_) return;
+    thread_local Memory kept;
+    thread_local int64_t kept_bytes = 0;
+    if (kept_bytes < bytes) kept = make(bytes), kept_bytes = bytes;
+    data_ = kept.get();
+  }
+  char* get() const { return data_; }
 
  private:
+  static constexpr int64_t kKept = 256 * 1024;
   static constexpr std::align_val_t kAlign{64};
   struct Free {
     void operator()(char* data) const { ::operator delete(data, kAlign); }
   };
-  std::unique_ptr<char, Free> data_;
+  using Memory = std::unique_ptr<char, Free>;
+  static Memory make(int64_t bytes) { return Memory(static_cast<char*>(::operator new(bytes, kAlign))); }
+
+  Memory own_;
+  char* data_;
 };
 
 // launch(first, last, scratch) over [0, count) on torch's threads.
 template <class Launch>
-void run_items(const AttentionPlan& plan, int64_t count, int64_t scratch_bytes, const Launch& launch) {
-  const int64_t cost = plan.max_queries * plan.M * plan.D * (plan.max_keys + 1);
+void run_items(int64_t count, int64_t cost, int64_t scratch_bytes, const Launch& launch) {
   parallel_for(count, cost, [&](int64_t first, int64_t last) {
     const Scratch scratch(scratch_bytes);
     launch(first, last, scratch.get());
@@ -210,7 +224,7 @@ void run_forward(const AttentionPlan& plan, HeadAttentionParams<scalar_t> p) {
   const auto items = query_items(plan);
   p.items = items.data();
   const auto launch = FLEXTRON_FOR_ISA(head_attention, scalar_t);
-  run_items(plan, items.size(), head_attention_scratch(p),
+  run_items(items.size(), plan.item_cost(plan.max_keys), head_attention_scratch(p),
             [&](int64_t first, int64_t last, char* scratch) { launch(p, first, last, scratch); });
 }
 
@@ -227,7 +241,7 @@ void run_backward_part(const AttentionPlan& plan, HeadAttentionBackwardParams<sc
                        BackwardPart part, const std::vector<AttentionItem>& items) {
   p.forward.items = items.data();
   const auto launch = FLEXTRON_FOR_ISA(head_attention_backward, scalar_t, grad_t);
-  run_items(plan, items.size(), head_attention_backward_scratch(p.forward, part),
+  run_items(items.size(), plan.item_cost(plan.max_keys), head_attention_backward_scratch(p.forward, part),
             [&](int64_t first, int64_t last, char* scratch) { launch(p, part, first, last, scratch); });
 }
 

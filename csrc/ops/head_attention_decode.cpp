@@ -105,7 +105,8 @@ void run_paged_backward(const AttentionPlan& plan, HeadAttentionBackwardParams<s
                             [](const AttentionItem& item, int64_t g) { return item.group < g; }) -
            pairs.begin();
   };
-  run_items(plan, plan.G, head_attention_backward_scratch(p.forward, BackwardPart::kFused),
+  run_items(plan.G, plan.item_cost(plan.max_keys),
+            head_attention_backward_scratch(p.forward, BackwardPart::kFused),
             [&](int64_t first, int64_t last, char* scratch) {
               launch(p, BackwardPart::kFused, begin_of(first), begin_of(last), scratch);
             });

@@ -16,7 +16,7 @@ from flextron_ext import head_attention, head_attention_decode, reference
 KERNELS = emulator.loaded()  # our CUDA kernels for CPU tensors, not the host's loops
 UNITS = ["kv_group", "query"]
 NAN = float("nan")
-LONG = 150 if KERNELS else 1100  # keys: three splits
+LONG = 150 if KERNELS else 1100  # keys: three splits, four parts on a CPU
 
 
 def draw(B, T, S, H, G, D, dtype=torch.float32, seed=0):
@@ -269,6 +269,17 @@ def test_gradcheck(unit, page):
         leaves(q, k, v),
         fast_mode=KERNELS,  # hundreds of launches otherwise
     )
+
+
+@pytest.mark.skipif(KERNELS, reason="the CPU's parts")
+@pytest.mark.parametrize("keys", [256, 257, 540, 2048, 2049])
+def test_lengths_where_parts_change(keys):
+    """Few keys are one part, more are four even ones, more than 2048 eight; the last one is short."""
+    q, k, v = draw(1, 1, keys, 3, 1, 16)
+    out = head_attention_decode(q, k, v, torch.tensor([keys]), 1)
+    wide = [t.double() for t in (q, k, v)]
+    exact = reference.head_attention_decode(*wide, torch.tensor([keys]), 1)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_threads_do_not_change_a_bit():
