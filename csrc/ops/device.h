@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "ops/checks.h"
+#include "ops/team.h"
 
 #ifdef FLEXTRON_WITH_CUDA
 // Weak: a CPU-only torch does not have it, and the library must load there.
@@ -68,7 +69,9 @@ void parallel_for(int64_t count, int64_t cost, const F& f) {
   constexpr int64_t kGrain =
       32768;  // operations below which a thread is not worth waking: torch's own figure
   const int64_t grain = kGrain / (cost > 0 ? cost : 1) + 1;
-  if (count > 0) torch::stable::parallel_for(0, count, grain, f);
+  if (count <= 0) return;
+  if (Team* const team = Team::led()) return team->share(count, grain, f);
+  torch::stable::parallel_for(0, count, grain, f);
 }
 
 }  // namespace flextron

@@ -613,7 +613,7 @@ Tensor elastic_forward(const Tensor& x, const Tensor& cos, const Tensor& sin,
   const Tensor x_ = torch::stable::contiguous(x), cos_ = torch::stable::contiguous(cos),
                sin_ = torch::stable::contiguous(sin);
   const double by = scale.value_or(1 / std::sqrt(static_cast<double>(D)));
-  dispatch_dtype(ElasticForwardTypes{}, kOp, x.scalar_type(), [&]<class scalar_t>() {
+  const auto run = [&]<class scalar_t>() {
     Pass<scalar_t> pass(s, x_, neurons, routing, keep);
     const float* add = nullptr;  // what the residual stream still lacks
     for (int64_t l = 0; l < layers; ++l) {
@@ -629,7 +629,8 @@ Tensor elastic_forward(const Tensor& x, const Tensor& cos, const Tensor& sin,
     }
     pass.norm(norm, add, eps);
     y = pass.logits(last, vocabulary, keep);
-  });
+  };
+  Team::lead([&] { dispatch_dtype(ElasticForwardTypes{}, kOp, x.scalar_type(), run); });
   return y;
 }
 

@@ -111,6 +111,21 @@ def test_a_sequence_is_the_same_alone_and_in_a_batch():
         torch.testing.assert_close(elastic_forward(**alone), together[b : b + 1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("i", [3, 4])
+def test_threads_do_not_change_a_bit(i):
+    """A prompt, and a token with many keys: every loop has work for several threads, and some more than cores."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            case = copied(row(i))
+            results.append([elastic_forward(**case), *case["keys"], *case["values"]])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
 def test_panels_give_what_plain_weights_give():
     case = row(1)
     names, weights, parts = case["parts"].split(), [], "in_norm q k v o mlp_norm up down"
