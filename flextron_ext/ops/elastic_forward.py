@@ -90,7 +90,7 @@ def elastic_forward(
     common.check_tensor(OP, "x", x, DTYPES)
     for name, value in (("cos", cos), ("sin", sin), ("norm", norm), ("head", head)):
         common.check_tensor(OP, name, value, (*DTYPES, torch.int8))
-    return torch.ops.flextron.elastic_forward(
+    given = (
         x,
         cos,
         sin,
@@ -119,6 +119,10 @@ def elastic_forward(
         mlp_choices,
         head_choices,
     )
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.ops.flextron.elastic_forward(*given)
+    with torch._C._AutoDispatchBelowAutograd():  # each dispatch unpacks hundreds of tensors: one suffices
+        return torch.ops.flextron.elastic_forward(*given)
 
 
 @torch.library.register_fake("flextron::elastic_forward")
