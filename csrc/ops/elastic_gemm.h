@@ -278,9 +278,6 @@ inline Tensor mlp_on_cpu(ElasticGemmParams up, ElasticGemmParams down, const Ten
   up.io = gemm_dtype(x);
   up.y = h.mutable_data_ptr();
   up.y_row = h_stride;
-  run_gemm({up, gemm_schedule(
-                    steps, [&](const Step&) { return K; }, [&](const Step& step) { return step.extent; })});
-
   down.a = static_cast<const float*>(h.const_data_ptr());
   down.a_row = h_stride;
   down.features = out_features;
@@ -289,9 +286,13 @@ inline Tensor mlp_on_cpu(ElasticGemmParams up, ElasticGemmParams down, const Ten
   down.y = y.mutable_data_ptr();
   down.y_row = out_features;
   down.order = data_or_null<int64_t>(extents.order);
-  run_gemm({down, gemm_schedule(
-                      steps, [&](const Step& step) { return step.extent; },
-                      [&](const Step&) { return out_features; })});
+  const auto inputs = [&](const Step&) { return K; };
+  const auto neurons = [](const Step& step) { return step.extent; };
+  const auto outputs = [&](const Step&) { return out_features; };
+  Team::lead([&] {
+    run_gemm({up, gemm_schedule(steps, inputs, neurons)});
+    run_gemm({down, gemm_schedule(steps, neurons, outputs)});
+  });
   return y;
 }
 

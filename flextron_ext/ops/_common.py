@@ -21,8 +21,8 @@ def check_tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype
         raise TypeError(f"{op}: {name} must be {names}, got {str(value.dtype).removeprefix('torch.')}")
 
 
-def check_shape(op: str, name: str, value: Tensor, shape: Sequence[int]) -> None:
-    if tuple(value.shape) != tuple(shape):
+def check_shape(op: str, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if value.shape != shape:
         raise ValueError(f"{op}: {name} must have shape {list(shape)}, got {list(value.shape)}")
 
 

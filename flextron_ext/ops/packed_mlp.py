@@ -92,8 +92,8 @@ def packed_mlp(
     if activation not in ACTIVATIONS:
         raise ValueError(f"{OP}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation}")
     rows = math.prod(x.shape[:-1])  # not numel(): it would fix a symbolic size
-    y = torch.ops.flextron.packed_mlp(
-        x.reshape(rows, x.shape[-1]),
+    y = torch.ops.flextron.packed_mlp.default(
+        x if x.dim() == 2 else x.reshape(rows, x.shape[-1]),
         up_panels,
         down_panels,
         up_scales,
@@ -107,7 +107,7 @@ def packed_mlp(
         activation,
         common.check_extent(OP, "extent", extent, rows),
     )
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 @torch.library.register_fake("flextron::packed_mlp")
