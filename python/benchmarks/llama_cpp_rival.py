@@ -17,18 +17,23 @@ _KINDS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
 
 
 def write_gguf(model: Any, path: Path, dtype: str) -> None:
-    """Write a plain LlamaForCausalLM without its tokenizer, matrices as ``dtype``, norms as float32."""
+    """Write a plain LlamaForCausalLM without its tokenizer, matrices as ``dtype``, norms as float32.
+
+    Its layers are alike. Their shapes count, not the configuration's: that of transformers refuses 24 heads of 2048.
+    """
     import gguf
 
     c = model.config
     D = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    first = model.model.layers[0]
+    heads, groups = (p.out_features // D for p in (first.self_attn.q_proj, first.self_attn.k_proj))
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(c.num_hidden_layers)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_feed_forward_length(first.mlp.up_proj.out_features)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(groups)
     writer.add_key_length(D)
     writer.add_value_length(D)
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
@@ -54,8 +59,8 @@ def write_gguf(model: Any, path: Path, dtype: str) -> None:
     for i, layer in enumerate(model.model.layers):
         a, m = layer.self_attn, layer.mlp
         add(f"blk.{i}.attn_norm.weight", layer.input_layernorm.weight)
-        add(f"blk.{i}.attn_q.weight", interleaved(a.q_proj.weight, c.num_attention_heads))
-        add(f"blk.{i}.attn_k.weight", interleaved(a.k_proj.weight, c.num_key_value_heads))
+        add(f"blk.{i}.attn_q.weight", interleaved(a.q_proj.weight, heads))
+        add(f"blk.{i}.attn_k.weight", interleaved(a.k_proj.weight, groups))
         add(f"blk.{i}.attn_v.weight", a.v_proj.weight)
         add(f"blk.{i}.attn_output.weight", a.o_proj.weight)
         add(f"blk.{i}.ffn_norm.weight", layer.post_attention_layernorm.weight)
