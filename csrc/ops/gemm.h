@@ -1,9 +1,11 @@
 // The vendor's GEMM on views, and the few tensor operations round it, through torch's dispatcher.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <array>
 #include <utility>
 #include <vector>
@@ -35,7 +37,16 @@ inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0
 
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape,
                     std::optional<ScalarType> dtype = {}) {
-  return torch::stable::new_empty(like, shape, dtype);
+  // Not new_empty: to dispatch it takes as long as a small op.
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  const auto device = like.device();
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                               static_cast<int32_t>(dtype.value_or(like.scalar_type())),
+                               static_cast<int32_t>(device.type()), device.index(), &made));
+  return Tensor(made);
 }
 inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape,
                     std::optional<ScalarType> dtype = {}) {
