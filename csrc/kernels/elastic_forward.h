@@ -77,6 +77,7 @@ struct ElasticForwardRouterParams {
   void elastic_forward_router_##isa(const ElasticForwardRouterParams& p, int64_t begin, int64_t end);
 FLEXTRON_DECLARE_ELASTIC_FORWARD(cpu)
 FLEXTRON_DECLARE_ELASTIC_FORWARD(avx2)
+FLEXTRON_DECLARE_ELASTIC_FORWARD(avx512)
 #undef FLEXTRON_DECLARE_ELASTIC_FORWARD
 
 }  // namespace flextron

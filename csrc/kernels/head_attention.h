@@ -43,7 +43,7 @@ struct AttentionSequence {
 
 struct AttentionItem {
   int64_t sequence, group;
-  int64_t block;  // of kAttentionQueries queries or kAttentionKeys keys
+  int64_t block;       // of kAttentionQueries queries or kAttentionKeys keys
   int64_t begin, end;  // of its keys from k_start on, in decode
 };
 
@@ -110,5 +110,6 @@ int64_t head_attention_backward_scratch(const HeadAttentionParams<scalar_t>& p, 
                                      BackwardPart part, int64_t first, int64_t last, char* scratch);
 FLEXTRON_HEAD_ATTENTION_LAUNCHERS(cpu)
 FLEXTRON_HEAD_ATTENTION_LAUNCHERS(avx2)
+FLEXTRON_HEAD_ATTENTION_LAUNCHERS(avx512)
 
 }  // namespace flextron

@@ -31,5 +31,6 @@ struct HeadAttentionDecodeParams {
                                          int64_t last, char* scratch);
 FLEXTRON_HEAD_ATTENTION_DECODE_LAUNCHERS(cpu)
 FLEXTRON_HEAD_ATTENTION_DECODE_LAUNCHERS(avx2)
+FLEXTRON_HEAD_ATTENTION_DECODE_LAUNCHERS(avx512)
 
 }  // namespace flextron

@@ -316,7 +316,7 @@ class Pass {
     copy_rows(p, rows);
   }
   static void copy_rows(const GemmRowsParams& p, int64_t rows) {
-    const auto kernel = FLEXTRON_FOR_EACH_ISA(elastic_gemm_rows);
+    const auto kernel = FLEXTRON_FOR_PLAIN_ISA(elastic_gemm_rows);
     parallel_for(rows, p.columns, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
 

@@ -60,7 +60,7 @@ inline FloatRows float_rows(const Tensor& x, const std::optional<Tensor>& order)
                          .x_stride = x_stride,
                          .to_stride = stride};
   parallel_for(T, columns,
-               [&](int64_t begin, int64_t end) { FLEXTRON_FOR_EACH_ISA(elastic_gemm_rows)(p, begin, end); });
+               [&](int64_t begin, int64_t end) { FLEXTRON_FOR_PLAIN_ISA(elastic_gemm_rows)(p, begin, end); });
   return {wide, p.to, stride};
 }
 
@@ -133,7 +133,7 @@ inline void run_gemms(std::vector<GemmJob> jobs) {
     weight = &job == &jobs.front() || each == weight ? each : 0;
     first.push_back(first.back() + p.items());
   }
-  const auto kernel = FLEXTRON_FOR_EACH_ISA(elastic_gemm);
+  const auto kernel = FLEXTRON_FOR_PLAIN_ISA(elastic_gemm);
   const auto run = [&](int64_t begin, int64_t end) {
     for (size_t j = 0; j < jobs.size(); ++j) {
       const int64_t from = std::max(begin, first[j]), to = std::min(end, first[j + 1]);

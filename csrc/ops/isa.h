@@ -54,18 +54,17 @@ inline Isa isa() {
   return chosen;
 }
 
-// The launcher `name`_<isa>: of a template with the arguments that follow, AVX-512 machines taking AVX2's;
-// of a function likewise; and of one that has all three.
+// The launcher `name`_<isa>: of a template with the arguments that follow, and of a function.
 #ifdef __x86_64__
-#define FLEXTRON_FOR_ISA(name, ...) \
-  (isa() != Isa::kGeneric ? &name##_avx2<__VA_ARGS__> : &name##_cpu<__VA_ARGS__>)
-#define FLEXTRON_FOR_PLAIN_ISA(name) (isa() != Isa::kGeneric ? &name##_avx2 : &name##_cpu)
-#define FLEXTRON_FOR_EACH_ISA(name) \
+#define FLEXTRON_FOR_ISA(name, ...)                    \
+  (isa() == Isa::kAvx512 ? &name##_avx512<__VA_ARGS__> \
+   : isa() == Isa::kAvx2 ? &name##_avx2<__VA_ARGS__>   \
+                         : &name##_cpu<__VA_ARGS__>)
+#define FLEXTRON_FOR_PLAIN_ISA(name) \
   (isa() == Isa::kAvx512 ? &name##_avx512 : isa() == Isa::kAvx2 ? &name##_avx2 : &name##_cpu)
 #else
 #define FLEXTRON_FOR_ISA(name, ...) (&name##_cpu<__VA_ARGS__>)
 #define FLEXTRON_FOR_PLAIN_ISA(name) (&name##_cpu)
-#define FLEXTRON_FOR_EACH_ISA(name) (&name##_cpu)
 #endif
 
 }  // namespace flextron
