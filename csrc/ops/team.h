@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <thread>
 
 namespace flextron {
@@ -29,11 +30,17 @@ class Team {
     const int64_t threads = torch::stable::get_num_threads();
     if (threads == 1 || led()) return body();
     Team team(threads);
+    std::exception_ptr failed;  // torch's C face would lose what it says
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
       if (begin != 0) return team.serve();
       const Lead lead(team);
-      body();
+      try {
+        body();
+      } catch (...) {
+        failed = std::current_exception();
+      }
     });
+    if (failed) std::rethrow_exception(failed);
   }
 
   // f(begin, end) over [0, count) in as many parts as there are threads, none of less than `grain`.
@@ -46,10 +53,14 @@ class Team {
     done_.store(0, std::memory_order_relaxed);
     const int64_t loop = open_.load(std::memory_order_relaxed) / kParts + 1;
     open_.store(loop * kParts + parts, std::memory_order_release);
-    while (take()) {
+    try {
+      while (take()) {
+      }
+    } catch (...) {  // f stays until whoever has a part of it is done; nobody gets another
+      join(parts - open_.exchange(loop * kParts, std::memory_order_acq_rel) % kParts);
+      throw;
     }
-    Wait wait;
-    while (done_.load(std::memory_order_acquire) != parts) wait();
+    join(parts);
   }
 
  private:
@@ -84,6 +95,10 @@ class Team {
   };
 
   explicit Team(int64_t threads) : threads_(threads) {}
+
+  void join(int64_t parts) const {
+    for (Wait wait; done_.load(std::memory_order_acquire) != parts;) wait();
+  }
 
   void serve() {
     for (Wait wait;;) {
