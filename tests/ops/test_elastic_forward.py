@@ -112,16 +112,13 @@ def test_a_sequence_is_the_same_alone_and_in_a_batch():
 
 
 @pytest.mark.parametrize("i", [3, 4])
-def test_threads_do_not_change_a_bit(i):
+def test_threads_do_not_change_a_bit(i, set_threads):
     """A prompt, and a token with many keys: every loop has work for several threads, and some more than cores."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            case = copied(row(i))
-            results.append([elastic_forward(**case), *case["keys"], *case["values"]])
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2, 3, 8):
+        set_threads(threads)
+        case = copied(row(i))
+        results.append([elastic_forward(**case), *case["keys"], *case["values"]])
     for other in results[1:]:
         assert all(map(torch.equal, other, results[0]))
 

@@ -311,16 +311,12 @@ def test_second_gradients_are_refused():
         dq.sum().backward()
 
 
-def test_threads_do_not_change_a_bit():
+def test_threads_do_not_change_a_bit(set_threads):
     q, k, v = draw(200, 200, 3, 1, 16)  # one group: several threads split it by blocks, one thread does not
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 4):
-            torch.set_num_threads(threads)
-            results.append(run(q, k, v, 1))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 4):
+        set_threads(threads)
+        results.append(run(q, k, v, 1))
     assert_equal(*results)
 
 

@@ -282,16 +282,12 @@ def test_lengths_where_parts_change(keys):
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_threads_do_not_change_a_bit():
+def test_threads_do_not_change_a_bit(set_threads):
     q, k, v = draw(2, 1, LONG + 400, 3, 1, 64)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 4):
-            torch.set_num_threads(threads)
-            results.append(run(q, k, v, torch.tensor([LONG + 400, LONG + 200]), 1))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 4):
+        set_threads(threads)
+        results.append(run(q, k, v, torch.tensor([LONG + 400, LONG + 200]), 1))
     assert_equal(*results)
 
 

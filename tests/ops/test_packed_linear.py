@@ -67,18 +67,14 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype, packed):
 
 
 @each_packing
-def test_threads_do_not_change_a_bit(packed):
+def test_threads_do_not_change_a_bit(packed, set_threads):
     x, weight, bias = draw(70, 300, 100, torch.bfloat16)
     panels, extent = pack_linear(weight, dtype=packed), torch.randint(0, 101, (70,))
     run = lambda: packed_linear(x, *panels, bias, 300, 100, out_extent=extent)  # noqa: E731
-    before, several = torch.get_num_threads(), run()
-    try:
-        torch.set_num_threads(1)
+    several = run()
+    for threads in (1, 5):
+        set_threads(threads)
         assert torch.equal(run(), several)
-        torch.set_num_threads(5)
-        assert torch.equal(run(), several)
-    finally:
-        torch.set_num_threads(before)
 
 
 @each_dtype

@@ -58,16 +58,13 @@ def test_nothing_beyond_the_widest_is_used(T, dtype):
 
 
 @each_packing
-def test_threads_do_not_change_a_bit(packed):
+def test_threads_do_not_change_a_bit(packed, set_threads):
     x, *weights = draw(70, torch.bfloat16)
     panels, extent = pack_mlp(*weights, packed), torch.randint(0, F + 1, (70,))
-    before, several = torch.get_num_threads(), run(x, panels, extent=extent)
-    try:
-        for threads in (1, 5):
-            torch.set_num_threads(threads)
-            assert torch.equal(run(x, panels, extent=extent), several)
-    finally:
-        torch.set_num_threads(before)
+    several = run(x, panels, extent=extent)
+    for threads in (1, 5):
+        set_threads(threads)
+        assert torch.equal(run(x, panels, extent=extent), several)
 
 
 @each_dtype
