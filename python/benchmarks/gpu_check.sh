@@ -59,7 +59,7 @@ step() {
     verdict="not run: the time is up"
   else
     printf '\n==== %s: %s\n' "$name" "$*" >>"$OUT/log.txt"
-    timeout --kill-after=5 "$limit" bash -c '"$@"' step "$@" >"$OUT/.step" 2>&1 </dev/null
+    timeout --signal=INT --kill-after=10 "$limit" bash -c '"$@"' step "$@" >"$OUT/.step" 2>&1 </dev/null
     code=$?
     cat "$OUT/.step" >>"$OUT/log.txt"
     case $code in
@@ -149,8 +149,8 @@ words() {
 # suite ARCH: what runs on a GPU, with the kernels of one architecture.
 suite() {
   local spread=()
-  "$PYTHON" -c 'import xdist' 2>/dev/null && spread=(-n 4)
-  FLEXTRON_ARCH=$1 "$PYTHON" -m pytest -p no:cacheprovider "${spread[@]}" tests/test_ops.py tests/ops tests/test_streams.py -k cuda
+  "$PYTHON" -c 'import xdist' 2>/dev/null && spread=(-n 8)
+  FLEXTRON_ARCH=$1 "$PYTHON" -m pytest -p no:cacheprovider --durations=10 "${spread[@]}" tests/test_ops.py tests/ops tests/test_streams.py -k cuda
 }
 
 # sanitize TOOL COMMAND...: torch's allocator hands out parts of large blocks, which would hide what is beyond a tensor.
