@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from cases import CASES
@@ -24,12 +27,14 @@ def a_gpu(device):
         pytest.skip("needs a GPU")
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_waiting():
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def calls(row, device, dtype=torch.bfloat16):
@@ -46,9 +51,19 @@ def assert_equal(ours, expected):
 
 
 @each_op
-def test_no_op_waits_for_the_device(row, device, no_waiting):
+def test_no_op_waits_for_the_device(row, device):
     for op, arguments in calls(row, device):
-        op(**arguments)
+        with no_waiting():
+            op(**arguments)
+
+
+@each_op
+def test_a_thread_new_to_the_gpu_gives_the_same(row, device):
+    """As autograd's threads are: the driver has no context there yet."""
+    for op, arguments in calls(row, device):
+        with ThreadPoolExecutor(1) as fresh:
+            ours = fresh.submit(op, **arguments).result()
+        assert_equal(ours, op(**arguments))
 
 
 @each_op

@@ -71,11 +71,20 @@ TensorMap encode_tensor_map(const TensorShape<rank>& shape, bool is_bf16) {
   std::array<uint32_t, rank> every;
   every.fill(1);
   CUtensorMap map;
-  const CUresult result = tensor_map_encoder()(
-      &map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, rank,
-      const_cast<void*>(shape.data), shape.size.data(), shape.stride.data(), shape.box.data(), every.data(),
-      CU_TENSOR_MAP_INTERLEAVE_NONE, kSwizzles[static_cast<uint32_t>(shape.swizzle)],
-      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto encode = [&] {
+    return tensor_map_encoder()(
+        &map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, rank,
+        const_cast<void*>(shape.data), shape.size.data(), shape.stride.data(), shape.box.data(), every.data(),
+        CU_TENSOR_MAP_INTERLEAVE_NONE, kSwizzles[static_cast<uint32_t>(shape.swizzle)],
+        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = encode();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {  // a thread that has done nothing on a GPU yet: autograd's
+    int device;
+    check_cuda(cudaGetDevice(&device), "tensor map: the current device");
+    check_cuda(cudaSetDevice(device), "tensor map: making its context current");
+    result = encode();
+  }
   check_tensor_map(result == CUDA_SUCCESS, "the driver must take it, CUresult 0", result);
   return bits_as<TensorMap>(map);
 }
