@@ -47,7 +47,7 @@ def test_every_command_of_the_benchmarks_is_one_they_take():
 
 def test_a_bad_argument_or_no_gpu_is_one_sentence(tmp_path):
     bad = run("--fast")
-    assert bad.returncode == 2 and "must be --dry-run, --pack or nothing, got --fast" in bad.stderr
+    assert bad.returncode == 2 and "must be --dry-run, --only, --pack or nothing, got --fast" in bad.stderr
     if shutil.which("nvidia-smi") is None:
         none = run(OUT=str(tmp_path))
         assert none.returncode == 2 and "must have a GPU" in none.stderr
