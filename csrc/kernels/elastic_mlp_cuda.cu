@@ -1,5 +1,7 @@
 // elastic_mlp on any GPU: the hidden neurons in one kernel for bf16 and fp16, and the passes between GEMMs, a
 // block per row, for float and double and for all gradients.
+#include <type_traits>
+
 #include "kernels/device/launch.cuh"
 #include "kernels/device/tile.cuh"
 #include "kernels/elastic_linear_tiles.h"
@@ -116,7 +118,7 @@ __global__ __launch_bounds__(tiles::kThreads,
 #pragma unroll
       for (int v = 0; v < kValues; ++v)
         values[v] = sum[m][v / 2][2 * half + v % 2] + bias_of(kGated ? p.b_gate : p.b_up, v);
-      activate_all(p.activation, values);
+      activate_all<scalar_t>(p.activation, values);
       if constexpr (kGated) {
 #pragma unroll
         for (int v = 0; v < kValues; ++v)
@@ -179,18 +181,69 @@ __device__ __forceinline__ void for_each_block(const ElasticMlpRowsParams<scalar
   }
 }
 
+// Neighbouring elements of a row that a thread takes at once: 16 bytes, or a double.
+template <class scalar_t>
+constexpr int kPiece = sizeof(scalar_t) == 8 ? 1 : 16 / sizeof(scalar_t);
+template <class scalar_t>
+using Piece = Registers<scalar_t, kPiece<scalar_t>>;
+
+// `count` elements from there on, in one access where that is a whole, aligned piece.
+template <class scalar_t>
+__device__ __forceinline__ void load_piece(Piece<scalar_t>& piece, const scalar_t* from, int count,
+                                           bool whole) {
+  using Bits = std::conditional_t<sizeof(scalar_t) == 8, double, uint4>;
+  if (whole) {
+    piece = bits_as<Piece<scalar_t>>(load_global(reinterpret_cast<const Bits*>(from)));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPiece<scalar_t>; ++i)
+      if (i < count) piece[i] = load_global(from + i);
+  }
+}
+template <class scalar_t>
+__device__ __forceinline__ void store_piece(scalar_t* to, const Piece<scalar_t>& piece, int count,
+                                            bool whole) {
+  using Bits = std::conditional_t<sizeof(scalar_t) == 8, double, uint4>;
+  if (whole) {
+    store_global(reinterpret_cast<Bits*>(to), bits_as<Bits>(piece));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPiece<scalar_t>; ++i)
+      if (i < count) store_global(to + i, piece[i]);
+  }
+}
+
+// f(first, count, whole) for this thread's pieces of neurons [first, last), none of which crosses a multiple
+// of its size.
+template <class scalar_t, class F>
+__device__ __forceinline__ void for_each_piece(int first, int last, bool aligned, const F& f) {
+  constexpr int kSize = kPiece<scalar_t>;
+  for (int piece = first / kSize + threadIdx.x; piece * kSize < last; piece += kRowThreads) {
+    const int begin = max(first, piece * kSize), count = min(last, (piece + 1) * kSize) - begin;
+    f(begin, count, aligned && count == kSize);
+  }
+}
+
 template <class scalar_t>
 __global__ __launch_bounds__(kRowThreads) void elastic_mlp_rows_kernel(
     const ElasticMlpRowsParams<scalar_t> p) {
   using real = accumulate_t<scalar_t>;
   const int64_t t = blockIdx.x, row = t * p.width;
+  const bool aligned = p.width % kPiece<scalar_t> == 0;
   for_each_block(p, t, [&](int, int first, int last, real s) {
-    for (int j = first + threadIdx.x; j < last; j += kRowThreads) {
-      const real u = static_cast<real>(load_global(p.u + row + j));
-      const real h = p.g ? activate(p.activation, static_cast<real>(load_global(p.g + row + j))) * u
-                         : activate(p.activation, u);
-      store_global(p.u + row + j, static_cast<scalar_t>(h * s));
-    }
+    for_each_piece<scalar_t>(first, last, aligned, [&](int j, int count, bool whole) {
+      Piece<scalar_t> u{}, g{};
+      load_piece(u, p.u + row + j, count, whole);
+      if (p.g) load_piece(g, p.g + row + j, count, whole);
+      Registers<real, kPiece<scalar_t>> h;
+#pragma unroll
+      for (int i = 0; i < kPiece<scalar_t>; ++i) h[i] = static_cast<real>(p.g ? g[i] : u[i]);
+      activate_all<scalar_t>(p.activation, h);
+#pragma unroll
+      for (int i = 0; i < kPiece<scalar_t>; ++i)
+        u[i] = static_cast<scalar_t>(p.g ? h[i] * static_cast<real>(u[i]) * s : h[i] * s);
+      store_piece(p.u + row + j, u, count, whole);
+    });
   });
 }
 
@@ -219,21 +272,37 @@ __global__ __launch_bounds__(kRowThreads) void elastic_mlp_rows_backward_kernel(
   };
   auto& shared = static_shared<Shared>();
   const int64_t t = blockIdx.x, row = t * p.width;
+  const bool aligned = p.width % kPiece<scalar_t> == 0;
   real reached = 0;  // of h * dh up to the current block: choice c reaches every neuron below d_c
   for_each_block(p, t, [&](int c, int first, int last, real s) {
     real sum = 0;
-    for (int j = first + threadIdx.x; j < last; j += kRowThreads) {
-      scalar_t* const g = p.g ? p.g + row + j : nullptr;
-      const real up = static_cast<real>(load_global(p.u + row + j));
-      const real dscaled = static_cast<real>(load_global(p.dh + row + j));
-      const real pre = g ? static_cast<real>(load_global(g)) : up;
-      const real a = activate(p.activation, pre), slope = activate_derivative(p.activation, pre);
-      const real h = g ? a * up : a;
-      sum += h * dscaled;
-      store_global(p.dh + row + j, static_cast<scalar_t>(s * h));
-      store_global(p.u + row + j, static_cast<scalar_t>(g ? s * dscaled * a : s * dscaled * slope));
-      if (g) store_global(g, static_cast<scalar_t>(s * dscaled * up * slope));
-    }
+    for_each_piece<scalar_t>(first, last, aligned, [&](int j, int count, bool whole) {
+      Piece<scalar_t> u{}, dh{}, g{};
+      load_piece(u, p.u + row + j, count, whole);
+      load_piece(dh, p.dh + row + j, count, whole);
+      if (p.g) load_piece(g, p.g + row + j, count, whole);
+      Registers<real, kPiece<scalar_t>> act, slope;
+      with_activation(p.activation, [&]<Activation activation>() {
+#pragma unroll
+        for (int i = 0; i < kPiece<scalar_t>; ++i) {
+          const real pre = static_cast<real>(p.g ? g[i] : u[i]);
+          act[i] = activate_as<scalar_t, activation>(pre);
+          slope[i] = activate_derivative_as<scalar_t, activation>(pre);
+        }
+      });
+#pragma unroll
+      for (int i = 0; i < kPiece<scalar_t>; ++i) {
+        const real up = static_cast<real>(u[i]), dscaled = static_cast<real>(dh[i]);
+        const real h = p.g ? act[i] * up : act[i];
+        if (i < count) sum += h * dscaled;
+        dh[i] = static_cast<scalar_t>(s * h);
+        u[i] = static_cast<scalar_t>(p.g ? s * dscaled * act[i] : s * dscaled * slope[i]);
+        g[i] = static_cast<scalar_t>(s * dscaled * up * slope[i]);
+      }
+      store_piece(p.dh + row + j, dh, count, whole);
+      store_piece(p.u + row + j, u, count, whole);
+      if (p.g) store_piece(p.g + row + j, g, count, whole);
+    });
     if (!p.dgate) return;
     reached += sum_of_block(shared.sum, sum);
     if (threadIdx.x == 0) store_global(p.dgate + t * p.C + c, reached);

@@ -122,7 +122,7 @@ __device__ __forceinline__ void consume(const Operands<typename S::scalar_t>& p,
                       };
 #pragma unroll
                       for (int v = 0; v < S::kPartValues; ++v) values[v] = with_bias(first, v);
-                      activate_all(p.activation, values);
+                      activate_all<typename S::scalar_t>(p.activation, values);
                       if constexpr (S::kGated) {
 #pragma unroll
                         for (int v = 0; v < S::kPartValues; ++v)

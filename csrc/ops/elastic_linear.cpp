@@ -264,7 +264,7 @@ Tensor forward_on_gpu(const char* op, const Tensor& x, const Tensor& weight, con
                                           .per_token = extents.per_token};
     on_gpu_of(op, x, [&](auto stream) { launch_elastic_linear(p, gemm, stream); });
   });
-  return scatter_rows(y, extents.order);
+  return gather_rows(y, extents.inverse);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_on_gpu(const char* op, const Tensor& dy, const Tensor& x,
@@ -317,7 +317,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_on_gpu(const char* op, const Tensor&
       if (wants_bias) elastic_linear_backward_bias_cuda(p, stream);
     });
   });
-  return {wants_x ? scatter_rows(dx, extents.order) : dx, dweight, dbias};
+  return {wants_x ? gather_rows(dx, extents.inverse) : dx, dweight, dbias};
 }
 
 }  // namespace

@@ -485,7 +485,7 @@ Tensor forward_on_gpu(const Mlp& given, const Tensor& x, const OptionalTensor& e
       launch_elastic_linear(down_params<scalar_t>(mlp, h, extents, y), mlp.gemm, stream, dependent);
     });
   });
-  return scatter_rows(y, extents.order);
+  return gather_rows(y, extents.inverse);
 }
 
 // The gradients wanted, in the order of elastic_mlp_backward's results.
@@ -583,7 +583,7 @@ std::array<Tensor, 8> backward_on_gpu(const Mlp& given, const Tensor& dy, const 
       if (wanted.b_up) elastic_linear_backward_bias_cuda(up, stream);
     });
   });
-  if (wanted.x) d[0] = scatter_rows(d[0], extents.order);
+  if (wanted.x) d[0] = gather_rows(d[0], extents.inverse);
   if (dgate) d[7] = *dgate;
   return d;
 }

@@ -7,7 +7,10 @@
 #include <vector>
 
 #include "core/staircase.h"
+#include "kernels/sort_rows.h"
 #include "ops/checks.h"
+#include "ops/device.h"
+#include "ops/dispatch.h"
 #include "ops/gemm.h"
 
 namespace flextron {
@@ -60,8 +63,8 @@ inline Extents read_extents(const char* op, const char* name, const std::optiona
 }
 
 struct DeviceExtents {
-  std::optional<Tensor> values;  // int64, one for all rows or one for each
-  std::optional<Tensor> order;   // [T] int64, sorted row -> token; absent where no row moves
+  std::optional<Tensor> values;          // int64, one for all rows or one for each
+  std::optional<Tensor> order, inverse;  // [T] int64, sorted row -> token and back; absent where no row moves
   bool per_token = false;
 
   const int64_t* data() const {
@@ -77,10 +80,23 @@ inline DeviceExtents device_extents(const char* op, const char* name, const std:
   check_extent(op, name, *extent, x);
   check_integers(op, name, *extent);
   const Tensor wide = torch::stable::contiguous(torch::stable::to(*extent, ScalarType::Long));
-  if (wide.size(0) == 1) return {wide, {}, false};
-  if (!sorted) return {wide, {}, true};
-  const auto [values, order] = sort_descending(wide);
-  return {values, order, true};
+  if (wide.size(0) == 1) return {wide, {}, {}, false};
+  if (!sorted) return {wide, {}, {}, true};
+  if (wide.size(0) > kMostSortedRows) {
+    const auto [values, order] = sort_descending(wide);
+    return {values, order, sort_ascending(order).second, true};
+  }
+  const Tensor values = torch::stable::empty_like(wide), order = torch::stable::empty_like(wide),
+               inverse = torch::stable::empty_like(wide);
+  on_gpu_of(op, x, [&](auto stream) {
+    sort_rows_cuda({.extent = data_of<int64_t>(wide),
+                    .sorted = mutable_data_of<int64_t>(values),
+                    .order = mutable_data_of<int64_t>(order),
+                    .place = mutable_data_of<int64_t>(inverse),
+                    .T = wide.size(0)},
+                   stream);
+  });
+  return {values, order, inverse, true};
 }
 
 }  // namespace flextron

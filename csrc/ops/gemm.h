@@ -134,17 +134,6 @@ inline Tensor gather_rows(const Tensor& t, const std::optional<Tensor>& order) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The other way: row order[i] of the result is row i of t; t itself where nothing moves.
-inline Tensor scatter_rows(const Tensor& t, const std::optional<Tensor>& order) {
-  if (!order) return t;
-  std::array<StableIValue, 4> stack{torch::stable::detail::from(torch::stable::empty_like(t)),
-                                    torch::stable::detail::from(int64_t{0}),
-                                    torch::stable::detail::from(*order), torch::stable::detail::from(t)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::index_copy_", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // A list's values in order, and where each was; equals keep their order.
 inline std::pair<Tensor, Tensor> sort_list(const Tensor& t, bool descending) {
   std::array<StableIValue, 4> stack{
