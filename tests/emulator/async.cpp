@@ -237,6 +237,9 @@ Box box_at(const TensorMap* map, std::initializer_list<int> at, const Site& site
     fail(site,
          text("tensor map: rank is ", box.map.rank, ", the instruction has ", at.size(), " coordinates"));
   std::copy(at.begin(), at.end(), box.at);
+  if (box.at[0] % 8 != 0)  // seen on an H200: an illegal instruction
+    fail(site, text("the copy engine: the innermost coordinate must be a multiple of 16 bytes, got ",
+                    box.at[0], " elements"));
   return box;
 }
 

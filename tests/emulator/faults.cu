@@ -195,7 +195,7 @@ struct Pipe {
   Mbarrier full[2], empty[2];
 };
 
-enum class Fault { kNone, kSamePhase, kNoArrive, kTwice, kNoInit, kBytes, kNoRelease };
+enum class Fault { kNone, kSamePhase, kNoArrive, kTwice, kNoInit, kBytes, kNoRelease, kCoordinate };
 
 // A producer (thread 0) hands 6 numbers to a consumer (thread 32) through two stages.
 template <Fault fault>
@@ -249,7 +249,7 @@ __global__ void tile_copy_kernel(const __grid_constant__ TensorMap from,
     mbarrier_init(shared.landed, 1);
     fence_mbarrier_init();
     mbarrier_arrive_expect(shared.landed, sizeof(Tile) + (fault == Fault::kBytes ? 16 : 0));
-    tma_load_2d(&shared.a, from, shared.landed, 0, 0);
+    tma_load_2d(&shared.a, from, shared.landed, fault == Fault::kCoordinate ? 4 : 0, 0);
   }
   __syncthreads();
   if (!no_wait) mbarrier_wait(shared.landed, 0);
@@ -515,6 +515,8 @@ const std::vector<Case>& cases() {
       {"missing_landing_wait", "poison", "", run_tile_copy<Fault::kNone, true, false, false, false>},
       {"wrong_byte_count", "error", "every thread waits|16 bytes to come",
        run_tile_copy<Fault::kBytes, false, false, false, false>},
+      {"misaligned_coordinate", "error", "multiple of 16 bytes, got 4 elements",
+       run_tile_copy<Fault::kCoordinate, false, false, false, false>},
       {"missing_proxy_fence", "error", "fence_proxy_async",
        run_tile_copy<Fault::kNone, false, true, false, false>},
       {"missing_store_wait", "error", "tma_store_wait_read",

@@ -268,7 +268,7 @@ void check_box(Swizzle swizzle, uint32_t width, int at_x, int at_y, int at_z) {
 void check_boxes() {
   for (const auto& [swizzle, width] :
        {std::pair{Swizzle::kNone, 24u}, {Swizzle::k32, 16u}, {Swizzle::k64, 32u}, {Swizzle::k128, 64u}})
-    for (const auto& [x, y, z] : {std::array{0, 0, 0}, {-3, -2, -1}, {30, 4, 2}, {8, 1, 1}, {100, 0, 0}})
+    for (const auto& [x, y, z] : {std::array{0, 0, 0}, {-8, -2, -1}, {32, 4, 2}, {8, 1, 1}, {104, 0, 0}})
       check_box(swizzle, width, x, y, z);
 }
 
