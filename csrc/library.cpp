@@ -19,10 +19,13 @@ constexpr const char* kSchemas[] = {
     "b_down, "
     "SymInt width, str activation=\"silu\", Tensor? extent=None, Tensor? gate=None, int[]? choices=None) -> "
     "Tensor",
+    "elastic_mlp_with_hidden(Tensor x, Tensor? w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate, "
+    "Tensor? b_up, Tensor? b_down, SymInt width, str activation=\"silu\", Tensor? extent=None, "
+    "Tensor? gate=None, int[]? choices=None) -> (Tensor, Tensor, Tensor)",
     "elastic_mlp_backward(Tensor dy, Tensor x, Tensor? w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate, "
     "Tensor? b_up, Tensor? b_down, SymInt width, str activation, Tensor? extent, Tensor? gate, int[]? "
-    "choices, "
-    "int output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "choices, Tensor hidden_up, Tensor hidden_gate, int output_mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "packed_linear(Tensor x, Tensor panels, Tensor? scales, Tensor? bias, SymInt in_features, "
     "SymInt out_features, Tensor? in_extent=None, Tensor? out_extent=None, SymInt in_blocks=1) -> Tensor",
     "packed_mlp(Tensor x, Tensor up_panels, Tensor down_panels, Tensor? up_scales, Tensor? down_scales, "
@@ -81,6 +84,7 @@ STABLE_TORCH_LIBRARY_IMPL(flextron, CPU, m) {
   m.impl("elastic_linear", TORCH_BOX(&flextron::elastic_linear));
   m.impl("elastic_linear_backward", TORCH_BOX(&flextron::elastic_linear_backward));
   m.impl("elastic_mlp", TORCH_BOX(&flextron::elastic_mlp));
+  m.impl("elastic_mlp_with_hidden", TORCH_BOX(&flextron::elastic_mlp_with_hidden));
   m.impl("elastic_mlp_backward", TORCH_BOX(&flextron::elastic_mlp_backward));
   m.impl("packed_linear", TORCH_BOX(&flextron::packed_linear));
   m.impl("packed_mlp", TORCH_BOX(&flextron::packed_mlp));
@@ -97,6 +101,7 @@ STABLE_TORCH_LIBRARY_IMPL(flextron, CUDA, m) {
   m.impl("elastic_linear", TORCH_BOX(&flextron::elastic_linear));
   m.impl("elastic_linear_backward", TORCH_BOX(&flextron::elastic_linear_backward));
   m.impl("elastic_mlp", TORCH_BOX(&flextron::elastic_mlp));
+  m.impl("elastic_mlp_with_hidden", TORCH_BOX(&flextron::elastic_mlp_with_hidden));
   m.impl("elastic_mlp_backward", TORCH_BOX(&flextron::elastic_mlp_backward));
   m.impl("route", TORCH_BOX(&flextron::route));
   m.impl("head_attention", TORCH_BOX(&flextron::head_attention));

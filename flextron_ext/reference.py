@@ -66,11 +66,8 @@ def elastic_mlp(
 ) -> Tensor:
     act = ACTIVATIONS[activation]
 
-    def first(b: Tensor | None) -> Tensor | None:
-        return None if b is None else b[:width]
-
-    h = F.linear(x, w_up[:width], first(b_up))
-    h = act(h) if w_gate is None else act(F.linear(x, w_gate[:width], first(b_gate))) * h
+    up, gated = _hidden(x, w_gate, w_up, b_gate, b_up, width)
+    h = act(up) if gated is None else act(gated) * up
     if gate is not None:
         neuron = torch.arange(width, device=x.device)
         reached = (
@@ -80,6 +77,45 @@ def elastic_mlp(
     if extent is not None:
         h = _keep(h, extent)
     return F.linear(h, w_down[:, :width], b_down)
+
+
+def _hidden(
+    x: Tensor,
+    w_gate: Tensor | None,
+    w_up: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    width: int,
+) -> tuple[Tensor, Tensor | None]:
+    """The hidden layer before the activation."""
+
+    def linear(w: Tensor, b: Tensor | None) -> Tensor:
+        return F.linear(x, w[:width], None if b is None else b[:width])
+
+    return linear(w_up, b_up), None if w_gate is None else linear(w_gate, b_gate)
+
+
+def elastic_mlp_with_hidden(
+    x: Tensor,
+    w_gate: Tensor | None,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    width: int,
+    activation: str = "silu",
+    extent: Tensor | None = None,
+    gate: Tensor | None = None,
+    choices: list[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = elastic_mlp(x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation, extent, gate, choices)
+    up, gated = _hidden(x, w_gate, w_up, b_gate, b_up, choices[-1] if choices else width)
+    hidden = [up, x.new_empty(0) if gated is None else gated]
+    if extent is not None:
+        order = extent.expand(x.shape[0]).argsort(descending=True, stable=True)
+        hidden = [_keep(h, extent)[order] if h.dim() == 2 else h for h in hidden]
+    return y, *hidden
 
 
 def _active(q: Tensor, G: int, heads: int, unit: str, count: Tensor, index: Tensor | None) -> Tensor:

@@ -312,6 +312,8 @@ CASES = [
     OpCase("elastic_forward", elastic_forward, FLOATING[:3], differentiable=False),
     OpCase("elastic_linear", elastic_linear, devices=("cpu", "cuda")),
     OpCase("elastic_mlp", elastic_mlp, devices=("cpu", "cuda")),
+    # Its gradient is elastic_mlp's.
+    OpCase("elastic_mlp_with_hidden", elastic_mlp, differentiable=False, devices=("cpu", "cuda")),
     OpCase("head_attention", head_attention, devices=("cpu", "cuda")),
     OpCase("head_attention_decode", head_attention_decode, devices=("cpu", "cuda")),
     OpCase("packed_linear", packed_linear, FLOATING[:3], differentiable=False),

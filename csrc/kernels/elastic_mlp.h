@@ -140,13 +140,17 @@ template <class scalar_t>
 void elastic_mlp_hidden_sm90(const ElasticMlpHiddenParams<scalar_t>& p, CUstream_st* stream);
 
 // What lies between GEMMs that are kernels of their own, or the vendor's: the backward of every dtype, the
-// forward of float and double or with the vendor's. Matrices are [T, width], contiguous; of each row what its
-// extent reaches is read and written.
+// forward of float and double, with the vendor's, or where u and g are kept for the backward. Matrices are
+// [T, width], contiguous; of each row what its extent reaches is read and written. A result may lie where
+// its operands do.
 template <class scalar_t>
 struct ElasticMlpRowsParams {
-  scalar_t* g;                         // before the activation; null in a plain MLP. Backward leaves dg here
-  scalar_t* u;                         // forward leaves s * h here, backward du
-  scalar_t* dh;                        // gradient of s * h, backward only. Leaves s * h here
+  const scalar_t* g;                   // before the activation; null in a plain MLP
+  const scalar_t* u;                   // before it there, the factor beside it in a gated one
+  scalar_t* h;                         // s * h, made by both
+  const scalar_t* dh;                  // gradient of s * h, backward only
+  scalar_t* dg;                        // gradients of g and u, backward only
+  scalar_t* du;                        //
   const accumulate_t<scalar_t>* gate;  // as above
   accumulate_t<scalar_t>* dgate;       // [T, C], backward only; null when not wanted
   const int64_t* extent;               // as above

@@ -1,8 +1,7 @@
 // elastic_mlp on any GPU: the hidden neurons in one kernel for bf16 and fp16, and the passes between GEMMs, a
 // block per row, for float and double and for all gradients.
-#include <type_traits>
-
 #include "kernels/device/launch.cuh"
+#include "kernels/device/mma.cuh"
 #include "kernels/device/tile.cuh"
 #include "kernels/elastic_linear_tiles.h"
 #include "kernels/elastic_linear_views.cuh"
@@ -181,35 +180,50 @@ __device__ __forceinline__ void for_each_block(const ElasticMlpRowsParams<scalar
   }
 }
 
-// Neighbouring elements of a row that a thread takes at once: 16 bytes, or a double.
+// Neighbouring elements of a row that a thread takes at once, widened: 16 bytes, or a double.
 template <class scalar_t>
 constexpr int kPiece = sizeof(scalar_t) == 8 ? 1 : 16 / sizeof(scalar_t);
 template <class scalar_t>
-using Piece = Registers<scalar_t, kPiece<scalar_t>>;
+using Piece = Registers<accumulate_t<scalar_t>, kPiece<scalar_t>>;
 
-// `count` elements from there on, in one access where that is a whole, aligned piece.
+// `count` elements from there on, in one access where that is a whole, aligned piece; zeros behind them.
 template <class scalar_t>
-__device__ __forceinline__ void load_piece(Piece<scalar_t>& piece, const scalar_t* from, int count,
-                                           bool whole) {
-  using Bits = std::conditional_t<sizeof(scalar_t) == 8, double, uint4>;
-  if (whole) {
-    piece = bits_as<Piece<scalar_t>>(load_global(reinterpret_cast<const Bits*>(from)));
+__device__ __forceinline__ Piece<scalar_t> load_piece(const scalar_t* from, int count, bool whole) {
+  Piece<scalar_t> piece;
+  if (sizeof(scalar_t) < 8 && whole) {
+    const uint4 bits = load_global(reinterpret_cast<const uint4*>(from));
+    const Registers<uint32_t, 4> words{{bits.x, bits.y, bits.z, bits.w}};
+#pragma unroll
+    for (int i = 0; i < kPiece<scalar_t>; ++i) {
+      if constexpr (sizeof(scalar_t) == 2)
+        piece[i] = float(bits_as<scalar_t>(static_cast<uint16_t>(words[i / 2] >> i % 2 * 16)));
+      else if constexpr (sizeof(scalar_t) == 4)
+        piece[i] = bits_as<float>(words[i]);
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < kPiece<scalar_t>; ++i)
-      if (i < count) piece[i] = load_global(from + i);
+      piece[i] = i < count ? static_cast<accumulate_t<scalar_t>>(load_global(from + i)) : 0;
   }
+  return piece;
 }
 template <class scalar_t>
 __device__ __forceinline__ void store_piece(scalar_t* to, const Piece<scalar_t>& piece, int count,
                                             bool whole) {
-  using Bits = std::conditional_t<sizeof(scalar_t) == 8, double, uint4>;
-  if (whole) {
-    store_global(reinterpret_cast<Bits*>(to), bits_as<Bits>(piece));
+  if (sizeof(scalar_t) < 8 && whole) {
+    Registers<uint32_t, 4> words;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(scalar_t) == 2)
+        words[i] = pack<scalar_t>(piece[2 * i], piece[2 * i + 1]);
+      else if constexpr (sizeof(scalar_t) == 4)
+        words[i] = bits_as<uint32_t>(piece[i]);
+    }
+    store_global(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
   } else {
 #pragma unroll
     for (int i = 0; i < kPiece<scalar_t>; ++i)
-      if (i < count) store_global(to + i, piece[i]);
+      if (i < count) store_global(to + i, static_cast<scalar_t>(piece[i]));
   }
 }
 
@@ -225,24 +239,19 @@ __device__ __forceinline__ void for_each_piece(int first, int last, bool aligned
 }
 
 template <class scalar_t>
-__global__ __launch_bounds__(kRowThreads) void elastic_mlp_rows_kernel(
-    const ElasticMlpRowsParams<scalar_t> p) {
+__global__ __launch_bounds__(kRowThreads,
+                             4) void elastic_mlp_rows_kernel(const ElasticMlpRowsParams<scalar_t> p) {
   using real = accumulate_t<scalar_t>;
   const int64_t t = blockIdx.x, row = t * p.width;
   const bool aligned = p.width % kPiece<scalar_t> == 0;
   for_each_block(p, t, [&](int, int first, int last, real s) {
     for_each_piece<scalar_t>(first, last, aligned, [&](int j, int count, bool whole) {
-      Piece<scalar_t> u{}, g{};
-      load_piece(u, p.u + row + j, count, whole);
-      if (p.g) load_piece(g, p.g + row + j, count, whole);
-      Registers<real, kPiece<scalar_t>> h;
-#pragma unroll
-      for (int i = 0; i < kPiece<scalar_t>; ++i) h[i] = static_cast<real>(p.g ? g[i] : u[i]);
+      auto u = load_piece(p.u + row + j, count, whole);
+      auto h = p.g ? load_piece(p.g + row + j, count, whole) : u;
       activate_all<scalar_t>(p.activation, h);
 #pragma unroll
-      for (int i = 0; i < kPiece<scalar_t>; ++i)
-        u[i] = static_cast<scalar_t>(p.g ? h[i] * static_cast<real>(u[i]) * s : h[i] * s);
-      store_piece(p.u + row + j, u, count, whole);
+      for (int i = 0; i < kPiece<scalar_t>; ++i) u[i] = p.g ? h[i] * u[i] * s : h[i] * s;
+      store_piece(p.h + row + j, u, count, whole);
     });
   });
 }
@@ -264,7 +273,7 @@ __device__ __forceinline__ real sum_of_block(real (&shared)[kRowThreads], real v
 }
 
 template <class scalar_t>
-__global__ __launch_bounds__(kRowThreads) void elastic_mlp_rows_backward_kernel(
+__global__ __launch_bounds__(kRowThreads, 2) void elastic_mlp_rows_backward_kernel(
     const ElasticMlpRowsParams<scalar_t> p) {
   using real = accumulate_t<scalar_t>;
   struct Shared {
@@ -277,31 +286,27 @@ __global__ __launch_bounds__(kRowThreads) void elastic_mlp_rows_backward_kernel(
   for_each_block(p, t, [&](int c, int first, int last, real s) {
     real sum = 0;
     for_each_piece<scalar_t>(first, last, aligned, [&](int j, int count, bool whole) {
-      Piece<scalar_t> u{}, dh{}, g{};
-      load_piece(u, p.u + row + j, count, whole);
-      load_piece(dh, p.dh + row + j, count, whole);
-      if (p.g) load_piece(g, p.g + row + j, count, whole);
-      Registers<real, kPiece<scalar_t>> act, slope;
+      auto u = load_piece(p.u + row + j, count, whole), dh = load_piece(p.dh + row + j, count, whole);
+      auto g = p.g ? load_piece(p.g + row + j, count, whole) : u;
+      Piece<scalar_t> act, slope;
       with_activation(p.activation, [&]<Activation activation>() {
 #pragma unroll
         for (int i = 0; i < kPiece<scalar_t>; ++i) {
-          const real pre = static_cast<real>(p.g ? g[i] : u[i]);
-          act[i] = activate_as<scalar_t, activation>(pre);
-          slope[i] = activate_derivative_as<scalar_t, activation>(pre);
+          act[i] = activate_as<scalar_t, activation>(g[i]);
+          slope[i] = activate_derivative_as<scalar_t, activation>(g[i]);
         }
       });
 #pragma unroll
       for (int i = 0; i < kPiece<scalar_t>; ++i) {
-        const real up = static_cast<real>(u[i]), dscaled = static_cast<real>(dh[i]);
-        const real h = p.g ? act[i] * up : act[i];
-        if (i < count) sum += h * dscaled;
-        dh[i] = static_cast<scalar_t>(s * h);
-        u[i] = static_cast<scalar_t>(p.g ? s * dscaled * act[i] : s * dscaled * slope[i]);
-        g[i] = static_cast<scalar_t>(s * dscaled * up * slope[i]);
+        const real up = u[i], dscaled = dh[i], h = p.g ? act[i] * up : act[i];
+        sum += h * dscaled;  // 0 behind the last: dh is
+        dh[i] = s * h;
+        u[i] = p.g ? s * dscaled * act[i] : s * dscaled * slope[i];
+        g[i] = s * dscaled * up * slope[i];
       }
-      store_piece(p.dh + row + j, dh, count, whole);
-      store_piece(p.u + row + j, u, count, whole);
-      if (p.g) store_piece(p.g + row + j, g, count, whole);
+      store_piece(p.h + row + j, dh, count, whole);
+      store_piece(p.du + row + j, u, count, whole);
+      if (p.g) store_piece(p.dg + row + j, g, count, whole);
     });
     if (!p.dgate) return;
     reached += sum_of_block(shared.sum, sum);

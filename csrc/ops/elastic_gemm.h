@@ -44,6 +44,19 @@ struct FloatRows {
   const float* data;
   int64_t stride;
 };
+// The first columns of x, whose elements in a row are adjacent, in `to`.
+inline void widen_rows(const Tensor& x, const std::optional<Tensor>& order, const Tensor& to,
+                       int64_t columns) {
+  const GemmRowsParams p{.x = x.const_data_ptr(),
+                         .dtype = gemm_dtype(x),
+                         .order = order ? static_cast<const int64_t*>(order->const_data_ptr()) : nullptr,
+                         .to = static_cast<float*>(to.mutable_data_ptr()),
+                         .columns = columns,
+                         .x_stride = x.stride(0),
+                         .to_stride = to.stride(0)};
+  parallel_for(x.size(0), columns,
+               [&](int64_t begin, int64_t end) { FLEXTRON_FOR_PLAIN_ISA(elastic_gemm_rows)(p, begin, end); });
+}
 inline FloatRows float_rows(const Tensor& x, const std::optional<Tensor>& order) {
   const Tensor x_ = adjacent(x);
   const int64_t T = x.size(0), columns = x.size(1), x_stride = x_.stride(0);
@@ -52,16 +65,8 @@ inline FloatRows float_rows(const Tensor& x, const std::optional<Tensor>& order)
     return {x_, static_cast<const float*>(x_.const_data_ptr()), x_stride};
   const int64_t stride = padded_row(columns);
   const Tensor wide = empty(x, {T, stride}, ScalarType::Float);
-  const GemmRowsParams p{.x = x_.const_data_ptr(),
-                         .dtype = gemm_dtype(x),
-                         .order = order ? static_cast<const int64_t*>(order->const_data_ptr()) : nullptr,
-                         .to = static_cast<float*>(wide.mutable_data_ptr()),
-                         .columns = columns,
-                         .x_stride = x_stride,
-                         .to_stride = stride};
-  parallel_for(T, columns,
-               [&](int64_t begin, int64_t end) { FLEXTRON_FOR_PLAIN_ISA(elastic_gemm_rows)(p, begin, end); });
-  return {wide, p.to, stride};
+  widen_rows(x_, order, wide, columns);
+  return {wide, static_cast<const float*>(wide.const_data_ptr()), stride};
 }
 
 // Rows in groups that share an extent, and blocks of groups.

@@ -118,15 +118,18 @@ void set_gate(Params& p, const Mlp& mlp) {
   std::copy(mlp.choices.begin(), mlp.choices.end(), p.choices);
 }
 
+// Of h = act(g) u; the backward's pointers are its own.
 template <class scalar_t>
 ElasticMlpRowsParams<scalar_t> rows_params(const Mlp& mlp, const DeviceExtents& extents,
-                                           const OptionalTensor& g, const Tensor& u, const OptionalTensor& dh,
-                                           const OptionalTensor& dgate) {
-  ElasticMlpRowsParams<scalar_t> p{.g = g ? mutable_data_of<scalar_t>(*g) : nullptr,
-                                   .u = mutable_data_of<scalar_t>(u),
-                                   .dh = dh ? mutable_data_of<scalar_t>(*dh) : nullptr,
+                                           const OptionalTensor& g, const Tensor& u, const Tensor& h) {
+  ElasticMlpRowsParams<scalar_t> p{.g = data_or_null<scalar_t>(g),
+                                   .u = data_of<scalar_t>(u),
+                                   .h = mutable_data_of<scalar_t>(h),
+                                   .dh = nullptr,
+                                   .dg = nullptr,
+                                   .du = nullptr,
                                    .gate = nullptr,
-                                   .dgate = dgate ? mutable_data_of<accumulate_t<scalar_t>>(*dgate) : nullptr,
+                                   .dgate = nullptr,
                                    .extent = extents.data(),
                                    .choices = {},
                                    .T = u.size(0),
@@ -136,6 +139,19 @@ ElasticMlpRowsParams<scalar_t> rows_params(const Mlp& mlp, const DeviceExtents& 
                                    .per_token = extents.per_token,
                                    .activation = mlp.activation};
   set_gate(p, mlp);
+  return p;
+}
+// Of the gradients of what lies before it; h is what dh is until then.
+template <class scalar_t>
+ElasticMlpRowsParams<scalar_t> rows_backward_params(const Mlp& mlp, const DeviceExtents& extents,
+                                                    const OptionalTensor& g, const Tensor& u,
+                                                    const Tensor& dh, const OptionalTensor& dg,
+                                                    const Tensor& du, const OptionalTensor& dgate) {
+  auto p = rows_params<scalar_t>(mlp, extents, g, u, dh);
+  p.dh = data_of<scalar_t>(dh);
+  p.dg = dg ? mutable_data_of<scalar_t>(*dg) : nullptr;
+  p.du = mutable_data_of<scalar_t>(du);
+  p.dgate = dgate ? mutable_data_of<accumulate_t<scalar_t>>(*dgate) : nullptr;
   return p;
 }
 
@@ -178,11 +194,11 @@ void elementwise(const Mlp& mlp, const OptionalTensor& g, const Tensor& u, const
     };
     // There the one step that there is has every row.
     on_device_of(mlp.op, u, on_cpu, [&](auto stream) {
-      const auto all = rows_params<scalar_t>(mlp, {}, g, u, dh, dgate);
       if constexpr (backward)
-        elastic_mlp_rows_backward_cuda(all, stream);
+        elastic_mlp_rows_backward_cuda(rows_backward_params<scalar_t>(mlp, {}, g, u, *dh, g, u, dgate),
+                                       stream);
       else
-        elastic_mlp_rows_cuda(all, stream);
+        elastic_mlp_rows_cuda(rows_params<scalar_t>(mlp, {}, g, u, u), stream);
     });
   });
 }
@@ -204,32 +220,66 @@ void forward_step(const Mlp& mlp, const Step& step, const Tensor& x, const Tenso
   }
 }
 
-// What the backward keeps of the hidden layer, sorted rows: [T, widest], each row written up to its extent.
+// The hidden layer before the activation, which the forward keeps for the backward: [T, width], sorted rows,
+// zeros beyond each row's extent.
+struct Kept {
+  Tensor up;
+  OptionalTensor gate;
+};
+
+Kept room_for_kept(const Mlp& mlp, const Tensor& x) {
+  const std::vector<int64_t> shape{x.size(0), mlp.width};
+  const auto room = [&] {
+    return mlp.extents.flat() && mlp.extents.widest() == mlp.width ? empty(x, shape) : zeros(x, shape);
+  };
+  return {room(), mlp.w_gate ? OptionalTensor(room()) : std::nullopt};
+}
+
+// s * h.
+Tensor hidden_of(const Mlp& mlp, const Kept& kept) {
+  const Tensor h = torch::stable::clone(kept.up);
+  for (const Step& step : mlp.extents.stairs.steps) {
+    const auto part = [&](const Tensor& t) { return columns(rows(t, step.begin, step.end), 0, step.extent); };
+    elementwise<false>(mlp, kept.gate ? OptionalTensor(part(*kept.gate)) : std::nullopt, part(h), {}, {},
+                       step.begin, step.extent);
+  }
+  return h;
+}
+
+Tensor forward_keeping(const Mlp& mlp, const Tensor& x, const Kept& kept) {
+  const Tensor x_sorted = gather_rows(x, mlp.extents.order), y = empty(x, {x.size(0), mlp.w_down.size(0)});
+  for (const Step& step : mlp.extents.stairs.steps) {
+    const int64_t d = step.extent;
+    const auto up = [&](const Tensor& out, const Tensor& weight, const OptionalTensor& bias) {
+      linear_into(columns(rows(out, step.begin, step.end), 0, d), rows(x_sorted, step.begin, step.end),
+                  rows(weight, 0, d), first(bias, d));
+    };
+    up(kept.up, mlp.w_up, mlp.b_up);
+    if (kept.gate) up(*kept.gate, *mlp.w_gate, mlp.b_gate);
+  }
+  const Tensor h = hidden_of(mlp, kept);
+  for (const Step& step : mlp.extents.stairs.steps)
+    linear_into(rows(y, step.begin, step.end), columns(rows(h, step.begin, step.end), 0, step.extent),
+                columns(mlp.w_down, 0, step.extent), mlp.b_down);
+  return gather_rows(y, mlp.extents.inverse);
+}
+
+// The gradients of u and g, and s * h, sorted rows, each row written up to its extent.
 struct Hidden {
-  Tensor du, scaled;  // gradient of u; s * h
+  Tensor du, scaled;
   OptionalTensor dg;
 };
 
-// du and dg are one behind the other.
-Hidden room_for_hidden(const Mlp& mlp, const Tensor& x, ScalarType dtype, int64_t columns) {
-  const int64_t T = x.size(0);
-  const Tensor both = empty(x, {mlp.w_gate ? 2 * T : T, columns}, dtype);
-  return {rows(both, 0, T), empty(x, {T, columns}, dtype),
-          mlp.w_gate ? OptionalTensor(rows(both, T, 2 * T)) : std::nullopt};
-}
-
-Hidden backward_hidden(const Mlp& mlp, const Tensor& dy, const Tensor& x, const OptionalTensor& dgate) {
-  const Hidden hidden = room_for_hidden(mlp, x, x.scalar_type(), mlp.extents.widest());
+Hidden backward_hidden(const Mlp& mlp, const Tensor& dy, const Kept& kept, const OptionalTensor& dgate) {
+  const Hidden hidden{torch::stable::clone(kept.up), torch::stable::empty_like(kept.up),
+                      kept.gate ? OptionalTensor(torch::stable::clone(*kept.gate)) : std::nullopt};
   for (const Step& step : mlp.extents.stairs.steps) {
     const int64_t d = step.extent;
     const auto part = [&](const Tensor& t) { return columns(rows(t, step.begin, step.end), 0, d); };
-    const Tensor x_rows = rows(x, step.begin, step.end), u = part(hidden.du), dh = part(hidden.scaled);
-    linear_into(u, x_rows, rows(mlp.w_up, 0, d), first(mlp.b_up, d));
-    OptionalTensor g;
-    if (mlp.w_gate)
-      linear_into(g.emplace(part(*hidden.dg)), x_rows, rows(*mlp.w_gate, 0, d), first(mlp.b_gate, d));
+    const Tensor dh = part(hidden.scaled);
     matmul_into(dh, rows(dy, step.begin, step.end), columns(mlp.w_down, 0, d));
-    elementwise<true>(mlp, g, u, dh, dgate, step.begin, d);
+    elementwise<true>(mlp, hidden.dg ? OptionalTensor(part(*hidden.dg)) : std::nullopt, part(hidden.du), dh,
+                      dgate, step.begin, d);
   }
   return hidden;
 }
@@ -283,28 +333,49 @@ bool is_ours(const Mlp& mlp, const Tensor& x) {
          (!mlp.w_gate || mlp.w_gate->stride(0) == mlp.w_up.stride(0));
 }
 
-Hidden own_backward_hidden(const Mlp& mlp, const FloatRows& dy, const FloatRows& x_rows, const Tensor& x,
-                           const OptionalTensor& dgate) {
-  const int64_t K = x.size(1), N = mlp.w_down.size(0), widest = mlp.extents.widest();
+Tensor own_forward_keeping(const Mlp& mlp, const Tensor& x, const Kept& kept) {
+  const int64_t K = x.size(1), N = mlp.w_down.size(0);
+  const Tensor y = empty(x, {x.size(0), N});
   const std::vector<Step>& steps = mlp.extents.stairs.steps;
-  const Hidden hidden = room_for_hidden(mlp, x, ScalarType::Float, padded_row(widest));
   const auto extent_of = [](const Step& step) { return step.extent; };
-  const auto up = [&](const Tensor& weight, const OptionalTensor& bias, const Tensor& to) {
-    const OptionalTensor bias_ =
-        bias ? OptionalTensor(torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float)))
-             : std::nullopt;
-    ElasticGemmParams p = on_rows(weight);
-    p.a = x_rows.data;
-    p.a_row = x_rows.stride;
-    p.features = widest;
-    p.bias[0] = data_or_null<float>(bias_);
-    p.io = GemmDtype::kFloat;
+  const auto product = [&](ElasticGemmParams p, const FloatRows& a, const OptionalTensor& bias,
+                           const Tensor& to, int64_t features, const auto& inputs, const auto& outputs) {
+    const OptionalTensor bias_ = dense(bias);
+    p.a = a.data;
+    p.a_row = a.stride;
+    p.features = features;
+    p.bias[0] = data_or_null(bias_);
+    p.io = gemm_dtype(x);
     p.y = to.mutable_data_ptr();
     p.y_row = to.stride(0);
-    run_gemm({p, gemm_schedule(steps, [&](const Step&) { return K; }, extent_of)});
+    run_gemm({p, gemm_schedule(steps, inputs, outputs)});
   };
-  up(mlp.w_up, mlp.b_up, hidden.du);
-  if (mlp.w_gate) up(*mlp.w_gate, mlp.b_gate, *hidden.dg);
+  const FloatRows x_rows = float_rows(x, mlp.extents.order);
+  const auto up = [&](const Tensor& weight, const OptionalTensor& bias, const Tensor& to) {
+    product(
+        on_rows(weight), x_rows, bias, to, mlp.extents.widest(), [&](const Step&) { return K; }, extent_of);
+  };
+  up(mlp.w_up, mlp.b_up, kept.up);
+  if (kept.gate) up(*mlp.w_gate, mlp.b_gate, *kept.gate);
+  ElasticGemmParams down = on_rows(mlp.w_down);
+  down.order = data_or_null<int64_t>(mlp.extents.order);
+  product(down, float_rows(hidden_of(mlp, kept), {}), mlp.b_down, y, N, extent_of,
+          [&](const Step&) { return N; });
+  return y;
+}
+
+// du and dg are one behind the other.
+Hidden own_backward_hidden(const Mlp& mlp, const FloatRows& dy, const Kept& kept,
+                           const OptionalTensor& dgate) {
+  const int64_t T = kept.up.size(0), N = mlp.w_down.size(0), widest = mlp.extents.widest(),
+                stride = padded_row(widest);
+  const std::vector<Step>& steps = mlp.extents.stairs.steps;
+  const auto extent_of = [](const Step& step) { return step.extent; };
+  const Tensor both = empty(kept.up, {kept.gate ? 2 * T : T, stride}, ScalarType::Float);
+  const Hidden hidden{rows(both, 0, T), empty(kept.up, {T, stride}, ScalarType::Float),
+                      kept.gate ? OptionalTensor(rows(both, T, 2 * T)) : std::nullopt};
+  widen_rows(kept.up, {}, hidden.du, widest);
+  if (kept.gate) widen_rows(*kept.gate, {}, *hidden.dg, widest);
 
   const Tensor& w_down = mlp.w_down;
   ElasticGemmParams p =
@@ -459,6 +530,17 @@ ElasticLinearParams<scalar_t> down_params(const Mlp& mlp, const Tensor& h, const
           .per_token = extents.per_token};
 }
 
+// u, g, and h of both, which may lie where u does.
+template <class scalar_t>
+void launch_hidden_apart(const Mlp& mlp, const Tensor& x, const DeviceExtents& extents,
+                         const OptionalTensor& g, const Tensor& u, const Tensor& h, CUstream_st* stream) {
+  launch_elastic_linear(up_params<scalar_t>(mlp, x, mlp.w_up, mlp.b_up, extents, u), Gemm::kTile, stream);
+  if (g)
+    launch_elastic_linear(up_params<scalar_t>(mlp, x, *mlp.w_gate, mlp.b_gate, extents, *g), Gemm::kTile,
+                          stream);
+  elastic_mlp_rows_cuda(rows_params<scalar_t>(mlp, extents, g, u, h), stream);
+}
+
 Tensor forward_on_gpu(const Mlp& given, const Tensor& x, const OptionalTensor& extent) {
   const Mlp mlp = for_kernels(given);
   const bool fused = x.element_size() == 2;
@@ -475,17 +557,29 @@ Tensor forward_on_gpu(const Mlp& given, const Tensor& x, const OptionalTensor& e
       if constexpr (sizeof(scalar_t) == 2) {
         dependent = launch_elastic_mlp_hidden(hidden_params<scalar_t>(mlp, x_, extents, h), mlp.gemm, stream);
       } else {
-        launch_elastic_linear(up_params<scalar_t>(mlp, x_, mlp.w_up, mlp.b_up, extents, h), Gemm::kTile,
-                              stream);
-        if (g)
-          launch_elastic_linear(up_params<scalar_t>(mlp, x_, *mlp.w_gate, mlp.b_gate, extents, *g),
-                                Gemm::kTile, stream);
-        elastic_mlp_rows_cuda(rows_params<scalar_t>(mlp, extents, g, h, {}, {}), stream);
+        launch_hidden_apart<scalar_t>(mlp, x_, extents, g, h, h, stream);
       }
       launch_elastic_linear(down_params<scalar_t>(mlp, h, extents, y), mlp.gemm, stream, dependent);
     });
   });
   return gather_rows(y, extents.inverse);
+}
+
+std::pair<Tensor, Kept> forward_keeping_on_gpu(const Mlp& given, const Tensor& x,
+                                               const OptionalTensor& extent) {
+  const Mlp mlp = for_kernels(given);
+  const DeviceExtents extents = device_extents(mlp.op, "extent", extent, x, true);
+  const std::vector<int64_t> shape{x.size(0), mlp.width};
+  const Tensor x_ = adjacent(gather_rows(x, extents.order)), y = empty(x, {x.size(0), mlp.w_down.size(0)}),
+               h = empty(x, shape);
+  const Kept kept{empty(x, shape), mlp.w_gate ? OptionalTensor(empty(x, shape)) : std::nullopt};
+  dispatch_dtype(FloatingTypes{}, mlp.op, x.scalar_type(), [&]<class scalar_t>() {
+    on_gpu_of(mlp.op, x, [&](auto stream) {
+      launch_hidden_apart<scalar_t>(mlp, x_, extents, kept.gate, kept.up, h, stream);
+      launch_elastic_linear(down_params<scalar_t>(mlp, h, extents, y), Gemm::kTile, stream);
+    });
+  });
+  return {gather_rows(y, extents.inverse), kept};
 }
 
 // The gradients wanted, in the order of elastic_mlp_backward's results.
@@ -494,13 +588,13 @@ struct Wanted {
 };
 
 std::array<Tensor, 8> backward_on_gpu(const Mlp& given, const Tensor& dy, const Tensor& x,
-                                      const OptionalTensor& extent, const Wanted& wanted) {
+                                      const OptionalTensor& extent, const Kept& kept, const Wanted& wanted) {
   const Mlp mlp = for_kernels(given);
   const DeviceExtents extents = device_extents(mlp.op, "extent", extent, x, true);
   const int64_t T = x.size(0), K = x.size(1), F = mlp.w_up.size(0), N = mlp.w_down.size(0);
   const Tensor dy_ = adjacent(gather_rows(dy, extents.order)), x_ = adjacent(gather_rows(x, extents.order));
-  const Tensor u = empty(x, {T, mlp.width}), dh = empty(x, {T, mlp.width});
-  const OptionalTensor g = mlp.w_gate ? OptionalTensor(empty(x, {T, mlp.width})) : std::nullopt;
+  const Tensor du = empty(x, {T, mlp.width}), dh = empty(x, {T, mlp.width});
+  const OptionalTensor dg = mlp.w_gate ? OptionalTensor(empty(x, {T, mlp.width})) : std::nullopt;
   const auto room = [&](bool is_wanted, const std::vector<int64_t>& shape) {
     return empty(x, is_wanted ? shape : std::vector<int64_t>{0});
   };
@@ -513,8 +607,8 @@ std::array<Tensor, 8> backward_on_gpu(const Mlp& given, const Tensor& dy, const 
 
   dispatch_dtype(FloatingTypes{}, mlp.op, x.scalar_type(), [&]<class scalar_t>() {
     // dx, dweight and dbias of the layer before the activation and of the one after it.
-    ElasticLinearBackwardParams<scalar_t> up{.dy = data_of<scalar_t>(u),
-                                             .dy2 = data_or_null<scalar_t>(g),
+    ElasticLinearBackwardParams<scalar_t> up{.dy = data_of<scalar_t>(du),
+                                             .dy2 = data_or_null<scalar_t>(dg),
                                              .x = data_of<scalar_t>(x_),
                                              .weight = data_of<scalar_t>(mlp.w_up),
                                              .weight2 = data_or_null<scalar_t>(mlp.w_gate),
@@ -568,13 +662,9 @@ std::array<Tensor, 8> backward_on_gpu(const Mlp& given, const Tensor& dy, const 
       if (!(wanted.x || wanted.w_gate || wanted.w_up || wanted.w_down || wanted.b_gate || wanted.b_up ||
             wanted.gate))
         return;
-      launch_elastic_linear(up_params<scalar_t>(mlp, x_, mlp.w_up, mlp.b_up, extents, u), Gemm::kTile,
-                            stream);
-      if (g)
-        launch_elastic_linear(up_params<scalar_t>(mlp, x_, *mlp.w_gate, mlp.b_gate, extents, *g), Gemm::kTile,
-                              stream);
       launch_elastic_linear_backward_input(down, stream);
-      elastic_mlp_rows_backward_cuda(rows_params<scalar_t>(mlp, extents, g, u, dh, dgate), stream);
+      elastic_mlp_rows_backward_cuda(
+          rows_backward_params<scalar_t>(mlp, extents, kept.gate, kept.up, dh, dg, du, dgate), stream);
       if (wanted.x) launch_elastic_linear_backward_input(up, stream);
       if (wanted.w_gate) launch_elastic_linear_backward_weight(gate, stream);
       if (wanted.w_up) launch_elastic_linear_backward_weight(up, stream);
@@ -611,17 +701,41 @@ Tensor elastic_mlp(const Tensor& x, const OptionalTensor& w_gate, const Tensor& 
   return gather_rows(y, mlp.extents.inverse);
 }
 
+std::tuple<Tensor, Tensor, Tensor> elastic_mlp_with_hidden(
+    const Tensor& x, const OptionalTensor& w_gate, const Tensor& w_up, const Tensor& w_down,
+    const OptionalTensor& b_gate, const OptionalTensor& b_up, const OptionalTensor& b_down, int64_t width,
+    const Text& activation, const OptionalTensor& extent, const OptionalTensor& gate,
+    const std::optional<std::vector<int64_t>>& choices) {
+  const NoGrad guard;
+  const Mlp mlp = read_arguments("elastic_mlp_with_hidden", x, w_gate, w_up, w_down, b_gate, b_up, b_down,
+                                 width, activation.value, extent, gate, choices);
+  const auto all = [&](const Tensor& y, const Kept& kept) {
+    return std::tuple{y, kept.up, kept.gate ? *kept.gate : empty(x, {0})};
+  };
+  if (mlp.gemm != Gemm::kVendor) {
+    const auto [y, kept] = forward_keeping_on_gpu(mlp, x, extent);
+    return all(y, kept);
+  }
+  const Kept kept = room_for_kept(mlp, x);
+  return all(is_ours(mlp, x) ? own_forward_keeping(mlp, x, kept) : forward_keeping(mlp, x, kept), kept);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> elastic_mlp_backward(
     const Tensor& dy, const Tensor& x, const OptionalTensor& w_gate, const Tensor& w_up, const Tensor& w_down,
     const OptionalTensor& b_gate, const OptionalTensor& b_up, const OptionalTensor& b_down, int64_t width,
     const Text& activation, const OptionalTensor& extent, const OptionalTensor& gate,
-    const std::optional<std::vector<int64_t>>& choices, int64_t output_mask) {
+    const std::optional<std::vector<int64_t>>& choices, const Tensor& hidden_up, const Tensor& hidden_gate,
+    int64_t output_mask) {
   constexpr auto op = "elastic_mlp_backward";
   const NoGrad guard;
   const Mlp mlp = read_arguments(op, x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation.value,
                                  extent, gate, choices);
   check_like(op, "dy", dy, {x.size(0), w_down.size(0)}, x.scalar_type(), x.device());
   check_range(op, "output_mask", output_mask, 0, 255);
+  check_like(op, "hidden_up", hidden_up, {x.size(0), mlp.width}, x.scalar_type(), x.device());
+  if (w_gate) check_like(op, "hidden_gate", hidden_gate, {x.size(0), mlp.width}, x.scalar_type(), x.device());
+  const Kept kept{torch::stable::contiguous(hidden_up),
+                  w_gate ? OptionalTensor(torch::stable::contiguous(hidden_gate)) : std::nullopt};
   const auto wanted = [&](int64_t bit, bool exists) { return (output_mask >> bit & 1) && exists; };
   // The gradient of a gate for all tokens is the sum of theirs.
   const auto of_gate = [&](const Tensor& dgate) {
@@ -639,7 +753,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> elast
                      .b_up = wanted(5, b_up.has_value()),
                      .b_down = wanted(6, b_down.has_value()),
                      .gate = wanted(7, gate.has_value())};
-    d = backward_on_gpu(mlp, dy, x, extent, all);
+    d = backward_on_gpu(mlp, dy, x, extent, kept, all);
     if (all.gate) d[7] = of_gate(d[7]);
     return {d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]};
   }
@@ -653,14 +767,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> elast
     std::optional<Hidden> hidden;
     if (is_ours(mlp, x)) {
       const FloatRows dy_rows = float_rows(dy, order), x_rows = float_rows(x, order);
-      hidden = own_backward_hidden(mlp, dy_rows, x_rows, x, dgate);
+      hidden = own_backward_hidden(mlp, dy_rows, kept, dgate);
       if (wanted(0, true)) d[0] = own_backward_input(mlp, *hidden, x);
       if (wanted(1, w_gate.has_value())) d[1] = own_backward_up_weight(mlp, *hidden->dg, x_rows, x);
       if (wanted(2, true)) d[2] = own_backward_up_weight(mlp, hidden->du, x_rows, x);
       if (wanted(3, true)) d[3] = own_backward_down_weight(mlp, hidden->scaled, dy_rows, dy);
     } else {
       const Tensor dy_sorted = gather_rows(dy, order), x_sorted = gather_rows(x, order);
-      hidden = backward_hidden(mlp, dy_sorted, x_sorted, dgate);
+      hidden = backward_hidden(mlp, dy_sorted, kept, dgate);
       if (wanted(0, true)) d[0] = backward_input(mlp, *hidden, x_sorted);
       if (wanted(1, w_gate.has_value())) d[1] = backward_up_weight(mlp, *hidden->dg, x_sorted);
       if (wanted(2, true)) d[2] = backward_up_weight(mlp, hidden->du, x_sorted);

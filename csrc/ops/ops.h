@@ -32,11 +32,17 @@ Tensor elastic_mlp(const Tensor& x, const OptionalTensor& w_gate, const Tensor& 
                    const OptionalTensor& b_gate, const OptionalTensor& b_up, const OptionalTensor& b_down,
                    int64_t width, const Text& activation, const OptionalTensor& extent,
                    const OptionalTensor& gate, const std::optional<std::vector<int64_t>>& choices);
+std::tuple<Tensor, Tensor, Tensor> elastic_mlp_with_hidden(
+    const Tensor& x, const OptionalTensor& w_gate, const Tensor& w_up, const Tensor& w_down,
+    const OptionalTensor& b_gate, const OptionalTensor& b_up, const OptionalTensor& b_down, int64_t width,
+    const Text& activation, const OptionalTensor& extent, const OptionalTensor& gate,
+    const std::optional<std::vector<int64_t>>& choices);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> elastic_mlp_backward(
     const Tensor& dy, const Tensor& x, const OptionalTensor& w_gate, const Tensor& w_up, const Tensor& w_down,
     const OptionalTensor& b_gate, const OptionalTensor& b_up, const OptionalTensor& b_down, int64_t width,
     const Text& activation, const OptionalTensor& extent, const OptionalTensor& gate,
-    const std::optional<std::vector<int64_t>>& choices, int64_t output_mask);
+    const std::optional<std::vector<int64_t>>& choices, const Tensor& hidden_up, const Tensor& hidden_gate,
+    int64_t output_mask);
 
 Tensor packed_linear(const Tensor& x, const Tensor& panels, const OptionalTensor& scales,
                      const OptionalTensor& bias, int64_t in_features, int64_t out_features,

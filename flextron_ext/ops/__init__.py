@@ -2,7 +2,7 @@
 
 from .elastic_forward import elastic_forward
 from .elastic_linear import elastic_linear
-from .elastic_mlp import elastic_mlp
+from .elastic_mlp import elastic_mlp, elastic_mlp_with_hidden
 from .head_attention import head_attention
 from .head_attention_decode import head_attention_decode
 from .packed_linear import pack_linear, packed_linear
@@ -14,6 +14,7 @@ __all__ = [
     "elastic_forward",
     "elastic_linear",
     "elastic_mlp",
+    "elastic_mlp_with_hidden",
     "head_attention",
     "head_attention_decode",
     "pack_linear",

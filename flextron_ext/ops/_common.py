@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -87,6 +87,11 @@ def register_autocast(op: str, *positions: int) -> None:
     under("cuda", "AutocastCUDA")
 
 
+def register_autograd_kernel(op: str, kernel: Callable[..., object]) -> None:
+    """What the op is where autograd sees it: kernel goes on below autograd, or to an op that has a formula."""
+    _library.impl(op, kernel, "Autograd")
+
+
 def refuse_gradient(op: str) -> None:
     """An op without a gradient says so, instead of handing out a wrong zero."""
 
@@ -106,4 +111,4 @@ def refuse_gradient_of_mutating(op: str) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args, **named)
 
-    _library.impl(op, kernel, "Autograd")
+    register_autograd_kernel(op, kernel)

@@ -51,9 +51,49 @@ def elastic_mlp(
     Returns:
         y: [..., N], the dtype of x.
     """
+    y = torch.ops.flextron.elastic_mlp(
+        *_arguments(x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation, extent, gate, choices)
+    )
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def elastic_mlp_with_hidden(
+    x: Tensor,
+    w_gate: Tensor | None,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    width: int,
+    activation: str = "silu",
+    extent: Tensor | None = None,
+    gate: Tensor | None = None,
+    choices: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`elastic_mlp`, and what its gradient is made of. Where an input needs one, elastic_mlp is this op.
+
+    Args:
+        x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation, extent, gate, choices: elastic_mlp's.
+
+    Returns:
+        (y, up, gated): y of elastic_mlp; ``x w_up[:d]^T + b_up`` and ``x w_gate[:d]^T + b_gate`` before the
+        activation, [T, the largest d there may be], the dtype of x, T the tokens of x in descending order of their
+        extents, zeros beyond each; gated is [0] without w_gate. Only y has a gradient.
+    """
+    y, up, gated = torch.ops.flextron.elastic_mlp_with_hidden(
+        *_arguments(x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation, extent, gate, choices)
+    )
+    return y.view(*x.shape[:-1], y.shape[-1]), up, gated
+
+
+def _arguments(
+    x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation, extent, gate, choices
+) -> tuple:
+    """What the ops take: checked, x and gate as matrices."""
     rows = _check(x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation)
     _check_gate(x, rows, width, extent, gate, choices)
-    y = torch.ops.flextron.elastic_mlp(
+    return (
         x.reshape(rows, x.shape[-1]),
         w_gate,
         w_up,
@@ -67,7 +107,6 @@ def elastic_mlp(
         None if gate is None else gate.reshape(-1, gate.shape[-1]),
         None if choices is None else list(choices),
     )
-    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _check(x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation) -> int:
@@ -139,10 +178,34 @@ def _shape(
     return x.new_empty(x.shape[0], w_down.shape[0])
 
 
+@torch.library.register_fake("flextron::elastic_mlp_with_hidden")
+def _shapes(
+    x,
+    w_gate,
+    w_up,
+    w_down,
+    b_gate,
+    b_up,
+    b_down,
+    width,
+    activation="silu",
+    extent=None,
+    gate=None,
+    choices=None,
+):
+    hidden = x.shape[0], choices[-1] if choices else width
+    return (
+        x.new_empty(x.shape[0], w_down.shape[0]),
+        x.new_empty(hidden),
+        x.new_empty(0 if w_gate is None else hidden),
+    )
+
+
 @torch.library.register_fake("flextron::elastic_mlp_backward")
 def _backward_shape(
-    dy, x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation, extent, gate, choices, output_mask
+    dy, x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation, extent, gate, *rest
 ):
+    output_mask = rest[-1]
     inputs = (x, w_gate, w_up, w_down, b_gate, b_up, b_down, gate)
     return tuple(
         x.new_empty(0) if value is None or not output_mask >> i & 1 else value.new_empty(value.shape)
@@ -152,21 +215,32 @@ def _backward_shape(
 
 def _save(ctx, inputs, output):
     *tensors, width, activation, extent, gate, choices = inputs
-    ctx.save_for_backward(*tensors, extent, gate)
+    _, up, gated = output
+    ctx.mark_non_differentiable(up, gated)
+    ctx.save_for_backward(*tensors, extent, gate, up, gated)
     ctx.settings = width, activation, choices
 
 
-def _grad(ctx, dy):
-    *tensors, extent, gate = ctx.saved_tensors
+def _grad(ctx, dy, *_):
+    *tensors, extent, gate, up, gated = ctx.saved_tensors
     width, activation, choices = ctx.settings
     mask = common.wanted(ctx, 0, 1, 2, 3, 4, 5, 6, 10)
     gradients = torch.ops.flextron.elastic_mlp_backward(
-        dy, *tensors, width, activation, extent, gate, choices, mask
+        dy, *tensors, width, activation, extent, gate, choices, up, gated, mask
     )
     *of_tensors, of_gate = common.per_input(mask, gradients)
     return *of_tensors, None, None, None, of_gate, None
 
 
-torch.library.register_autograd("flextron::elastic_mlp", _grad, setup_context=_save)
-common.register_autocast(OP, 0, 1, 2, 3, 4, 5, 6)
+def _keep_what_a_gradient_needs(*args, **named):
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **named):
+        return torch.ops.flextron.elastic_mlp_with_hidden(*args, **named)[0]
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.flextron.elastic_mlp(*args, **named)
+
+
+torch.library.register_autograd("flextron::elastic_mlp_with_hidden", _grad, setup_context=_save)
+common.register_autograd_kernel(OP, _keep_what_a_gradient_needs)
+for op in (OP, f"{OP}_with_hidden"):
+    common.register_autocast(op, 0, 1, 2, 3, 4, 5, 6)
 common.refuse_gradient("elastic_mlp_backward")
