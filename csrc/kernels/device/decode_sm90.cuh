@@ -304,31 +304,47 @@ __device__ __forceinline__ void consume(Shared<S>& shared, const Need& need, con
     if (lane < kSplit) mbarrier_arrive_cluster(shared.written, lane);
     mbarrier_wait(shared.written, pass % 2);
 
+    // A few at a time: all of them are asked for before the first is used.
+    constexpr int kFours = tiles * S::kFours, kOwn = (kFours + kSplit - 1) / kSplit;
+    constexpr int kBatch = std::min(kOwn, 4 / S::kWeights);
     const int atoms = min(share.atoms - done, share.at_once);
-    for (int four = rank; four < tiles * S::kFours; four += kSplit) {
-      Registers<Registers<float, 4>, S::kWeights> total;
+    for (int batch = rank; batch < kFours; batch += kBatch * kSplit) {
+      Registers<Registers<Registers<float4, kSplit>, S::kWeights>, kBatch> parts;
 #pragma unroll
-      for (int w = 0; w < S::kWeights; ++w) {
-        Registers<float4, kSplit> parts;
+      for (int own = 0; own < kBatch; ++own) {
+        const int four = min(batch + own * kSplit, kFours - 1);
 #pragma unroll
-        for (int from = 0; from < kSplit; ++from)
-          parts[from] = *cluster_shared(&shared.sums.fours[four][w][thread], from);
-        total[w] = {{parts[0].x, parts[0].y, parts[0].z, parts[0].w}};
+        for (int w = 0; w < S::kWeights; ++w)
 #pragma unroll
-        for (int from = 1; from < kSplit; ++from) {
-          total[w][0] += parts[from].x;
-          total[w][1] += parts[from].y;
-          total[w][2] += parts[from].z;
-          total[w][3] += parts[from].w;
+          for (int from = 0; from < kSplit; ++from)
+            parts[own][w][from] = *cluster_shared(&shared.sums.fours[four][w][thread], from);
+      }
+#pragma unroll
+      for (int own = 0; own < kBatch; ++own) {
+        const int four = batch + own * kSplit;
+        if (four >= kFours) break;
+        Registers<Registers<float, 4>, S::kWeights> total;
+#pragma unroll
+        for (int w = 0; w < S::kWeights; ++w) {
+          const auto& part = parts[own][w];
+          total[w] = {{part[0].x, part[0].y, part[0].z, part[0].w}};
+#pragma unroll
+          for (int from = 1; from < kSplit; ++from) {
+            total[w][0] += part[from].x;
+            total[w][1] += part[from].y;
+            total[w][2] += part[from].z;
+            total[w][3] += part[from].w;
+          }
         }
-      }
-      Registers<Place, 2> places;
+        Registers<Place, 2> places;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int own = four / S::kFours * kTileAtoms + 2 * warp + half, atom = share.first + done + own;
-        places[half] = {atom / of_block, own < atoms ? atom % of_block * kAtom + lane / 4 : -1};
+        for (int half = 0; half < 2; ++half) {
+          const int of_pass = four / S::kFours * kTileAtoms + 2 * warp + half,
+                    atom = share.first + done + of_pass;
+          places[half] = {atom / of_block, of_pass < atoms ? atom % of_block * kAtom + lane / 4 : -1};
+        }
+        finish(places, four % S::kFours * 8 + lane % 4 * 2, total);
       }
-      finish(places, four % S::kFours * 8 + lane % 4 * 2, total);
     }
     __syncwarp();
     if (lane < kSplit) mbarrier_arrive_cluster(shared.read, lane);
@@ -344,21 +360,25 @@ __device__ __forceinline__ void run_block(const Maps<S>& maps, const Need& need,
                                           typename S::scalar_t* out, const Inputs& inputs,
                                           const Finish& finish) {
   auto& shared = dynamic_shared<Shared<S>>();
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kMaxStages; ++stage) {
-      mbarrier_init(shared.full[stage], 1);
-      mbarrier_init(shared.empty[stage], kConsumerWarps);
+  const int thread = static_cast<int>(threadIdx.x), helper = thread - kWarpgroup;
+  if (helper == S::kWeights * kBoxes) prefetch_tensor_map(maps.x);
+  if (helper >= 0 && helper < S::kWeights * kBoxes)
+    prefetch_tensor_map(maps.weight[helper / kBoxes][helper % kBoxes]);
+  if (thread < kMaxStages) {
+    mbarrier_init(shared.full[thread], 1);
+    mbarrier_init(shared.empty[thread], kConsumerWarps);
+    if (thread == 0) {
+      mbarrier_init(shared.written, kSplit * kConsumerWarps);
+      mbarrier_init(shared.read, kSplit * kConsumerWarps);
     }
-    mbarrier_init(shared.written, kSplit * kConsumerWarps);
-    mbarrier_init(shared.read, kSplit * kConsumerWarps);
     fence_mbarrier_init();
   }
   __syncthreads();
   cluster_arrive();
   const int rank = static_cast<int>(cluster_rank());
   const Share share = share_of<S>(need);
-  if (threadIdx.x >= kWarpgroup) {
-    if (threadIdx.x == kWarpgroup) produce(maps, shared, need, share, rank);
+  if (helper >= 0) {
+    if (helper == 0) produce(maps, shared, need, share, rank);
     __syncwarp();
     cluster_wait();
     return;
@@ -368,7 +388,7 @@ __device__ __forceinline__ void run_block(const Maps<S>& maps, const Need& need,
   const int covered = tiles_over(need.rows, kAtom) * kAtom, bare = features - covered;
   if (bare > 0) {
     const int64_t count = int64_t{bare} * need.row_blocks * T, step = int64_t{gridDim.x} * kWarpgroup;
-    for (int64_t i = int64_t{blockIdx.x} * kWarpgroup + threadIdx.x; i < count; i += step)
+    for (int64_t i = int64_t{blockIdx.x} * kWarpgroup + thread; i < count; i += step)
       store_global(out + i / bare * features + covered + i % bare, typename S::scalar_t(0.0f));
   }
   switch (share.tiles) {
