@@ -34,7 +34,10 @@ __global__ void __launch_bounds__(decode::kThreads, 1)
   const auto inputs = [&p](int t) {
     return t < p.T ? static_cast<int>(in_extent_at(p, t)) : static_cast<int>(p.in_features);
   };
-  const auto finish = [&p](const auto& places, int token, const auto& sums) {
+  const auto bias = [&p](decode::Place place, int) {
+    return p.bias ? static_cast<float>(load_global(p.bias + place.block * p.nw + place.row)) : 0.0f;
+  };
+  const auto finish = [&p](const auto& places, int token, const auto& sums, const auto& biases) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t block = places[half].block;
@@ -44,17 +47,13 @@ __global__ void __launch_bounds__(decode::kThreads, 1)
       for (int k = 0; k < 2; ++k) {
         const int64_t t = token + k;
         if (t >= p.T) continue;
-        float value = 0;
-        if (n < out_extent_at(p, t)) {
-          value = sums[0][2 * half + k];
-          if (p.bias) value += static_cast<float>(load_global(p.bias + block * p.nw + n));
-        }
+        const float value = n < out_extent_at(p, t) ? sums[0][2 * half + k] + biases[0][half] : 0.0f;
         store_global(p.y + (t * p.out_blocks + block) * p.out_features + n, scalar_t(value));
       }
     }
   };
   decode::run_block(p.maps, need_of(p), static_cast<int>(p.T), static_cast<int>(p.out_features), p.y, inputs,
-                    finish);
+                    bias, finish);
 }
 
 }  // namespace

@@ -29,15 +29,15 @@ __global__ void __launch_bounds__(decode::kThreads, 1) elastic_mlp_decode_kernel
                           .clean = INT32_MAX,
                           .to_edge = true};
 
-  const auto finish = [&](const auto& places, int token, const auto& sums) {
-    const auto with_bias = [&](int w, int v, const scalar_t* bias) {
-      const int j = places[v / 2].row;
-      return sums[w][v] +
-             (bias && j >= 0 && j < need.rows ? static_cast<float>(load_global(bias + j)) : 0.0f);
-    };
+  const auto bias = [&p](decode::Place place, int w) {
+    const scalar_t* const biases = w == 0 ? p.b_up : p.b_gate;
+    return biases ? static_cast<float>(load_global(biases + place.row)) : 0.0f;
+  };
+  const auto finish = [&](const auto& places, int token, const auto& sums, const auto& biases) {
+    constexpr int kActivated = gated ? 1 : 0;
     Registers<float, 4> values;
 #pragma unroll
-    for (int v = 0; v < 4; ++v) values[v] = gated ? with_bias(1, v, p.b_gate) : with_bias(0, v, p.b_up);
+    for (int v = 0; v < 4; ++v) values[v] = sums[kActivated][v] + biases[kActivated][v / 2];
     activate_all(p.activation, values);
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
@@ -47,14 +47,14 @@ __global__ void __launch_bounds__(decode::kThreads, 1) elastic_mlp_decode_kernel
       float value = 0;
       if (j < neurons(t)) {
         value = values[v];
-        if constexpr (gated) value *= with_bias(0, v, p.b_up);
+        if constexpr (gated) value *= sums[0][v] + biases[0][v / 2];
         value *= gate_scale(p, t, j);
       }
       store_global(p.h + t * p.width + j, scalar_t(value));
     }
   };
   decode::run_block(
-      p.maps, need, static_cast<int>(p.T), static_cast<int>(p.width), p.h, [&](int) { return inputs; },
+      p.maps, need, static_cast<int>(p.T), static_cast<int>(p.width), p.h, [&](int) { return inputs; }, bias,
       finish);
 }
 

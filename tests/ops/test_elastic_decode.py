@@ -1,4 +1,4 @@
-"""elastic_linear and elastic_mlp for few tokens, on a GPU or emulated: whatever their number, and how weights are cut."""
+"""elastic_linear and elastic_mlp for few tokens, on a GPU or emulated: any number, and how weights are cut."""
 
 import os
 
@@ -16,8 +16,8 @@ each_side = pytest.mark.parametrize("side", [None, "in", "out"], ids=str)
 gated_or_plain = pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
-# Blocks of x, of the weight's rows and columns, and what is used of them. The emulator runs three clusters of four blocks,
-# each with up to 256 rows at once: less than a chunk, many chunks, several passes and rounds of the ring, blocks.
+# Blocks of x, of the weight's rows and columns, and what is used of them. The emulator runs three clusters of four
+# blocks, each with up to 256 rows at once: less than a chunk, many chunks, several passes, blocks.
 SHAPES = {
     "small": dict(kx=24, kw=24, nw=10, in_features=21, out_features=9),
     "deep": dict(kx=2120, kw=2120, nw=72, in_features=2120, out_features=71),

@@ -56,9 +56,10 @@ struct Sums {
 // Slots come first: they are multiples of 1024 bytes, and so are their addresses.
 template <class S>
 struct Shared {
-  static constexpr int kRing = (kSharedBytes - static_cast<int>(sizeof(Sums<S>)) - 1024) / 1024 * 1024;
+  static constexpr int kRing = (kSharedBytes - static_cast<int>(sizeof(Sums<S>)) - 2048) / 1024 * 1024;
   unsigned char ring[kRing];
   Sums<S> sums;
+  float bias[kTilesAtOnce * kTileAtoms * kAtom];  // of a pass's rows, tile after tile of each weight
   Mbarrier full[kMaxStages], empty[kMaxStages];
   Mbarrier written, read;  // by all consumers of the cluster: its sums
 };
@@ -224,17 +225,37 @@ struct Place {
   int block, row;
 };
 
-// The consumers. inputs(t) are the features that token t uses; finish(places, token, sums) gets the sums of
-// each weight for four places of the result: [2 half + k] is of places[half] and of token + k.
-template <class S, int tiles, class Inputs, class Finish>
+// The consumers. inputs(t) are the features that token t uses; bias(place, w) is what finish wants to know of
+// a row of weight w, read before the products. finish(places, token, sums, biases) gets the sums of each
+// weight for four places of the result: [2 half + k] is of places[half] and of token + k.
+template <class S, int tiles, class Inputs, class Bias, class Finish>
 __device__ __forceinline__ void consume(Shared<S>& shared, const Need& need, const Share& share, int rank,
-                                        const Inputs& inputs, const Finish& finish) {
+                                        const Inputs& inputs, const Bias& bias, const Finish& finish) {
   using scalar_t = typename S::scalar_t;
+  constexpr int kWeightRows = tiles * kTileAtoms * kAtom, kRows = S::kWeights * kWeightRows;
+  constexpr int kBiases = (kRows + kWarpgroup - 1) / kWarpgroup;  // that a thread brings
+  // A thread's sums in fours. It finishes fours rank, rank + kSplit, ..., a few at a time.
+  constexpr int kFours = tiles * S::kFours;
+  constexpr int kBatch = std::min((kFours + kSplit - 1) / kSplit, 4 / S::kWeights);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int of_block = tiles_over(need.rows, kAtom);
   Ring ring{share.stages};
   unsigned pass = 0;
   for (int done = 0; done < share.atoms; done += share.at_once, ++pass) {
+    const int atoms = min(share.atoms - done, share.at_once);
+    const auto place_of = [&](int row) -> Place {
+      const int of_pass = row / kAtom, atom = share.first + done + of_pass;
+      return {atom / of_block, of_pass < atoms ? atom % of_block * kAtom + row % kAtom : -1};
+    };
+    Registers<float, kBiases> biases;
+#pragma unroll
+    for (int i = 0; i < kBiases; ++i) {
+      const int line = thread + i * kWarpgroup;
+      const Place place = place_of(line % kWeightRows);
+      biases[i] =
+          line < kRows && place.row >= 0 && place.row < need.rows ? bias(place, line / kWeightRows) : 0.0f;
+    }
+
     Registers<Registers<Registers<float, S::kTokens / 2>, tiles>, S::kWeights> sum;
 #pragma unroll
     for (int w = 0; w < S::kWeights; ++w)
@@ -248,16 +269,16 @@ __device__ __forceinline__ void consume(Shared<S>& shared, const Need& need, con
     for (int block = 0; block < need.input_blocks; ++block)
       for (int i = first_input(rank, block); i < need.inputs; i += kSplit * kDepth) {
         auto* const rows = reinterpret_cast<scalar_t(*)[kDepth]>(shared.ring + ring.stage * share.slot);
-        constexpr int kRows = S::kWeights * tiles * kTileAtoms * kAtom;
         auto* const tokens = rows + kRows;
         mbarrier_wait(shared.full[ring.stage], ring.parity);
-        const bool is_last = i + kDepth > need.inputs && !need.to_edge;
-        if (is_last || i + kDepth > need.clean) {
-          if (i + kDepth > need.clean)
-            pipeline::clear_behind<kWarpgroup>(tokens, S::kTokens, thread,
-                                               [&](int t) { return inputs(t) - i; });
-          if (is_last)
-            pipeline::clear_behind<kWarpgroup>(rows, kRows, thread, [&](int) { return need.inputs - i; });
+        const bool has_ragged_tokens = i + kDepth > need.clean,
+                   has_ragged_rows = i + kDepth > need.inputs && !need.to_edge;
+        if (has_ragged_tokens)
+          pipeline::clear_behind<kWarpgroup>(tokens, S::kTokens, thread,
+                                             [&](int t) { return inputs(t) - i; });
+        if (has_ragged_rows)
+          pipeline::clear_behind<kWarpgroup>(rows, kRows, thread, [&](int) { return need.inputs - i; });
+        if (has_ragged_tokens || has_ragged_rows) {
           fence_proxy_async();
           named_barrier_sync(kBarrier, kWarpgroup);
         }
@@ -300,33 +321,33 @@ __device__ __forceinline__ void consume(Shared<S>& shared, const Need& need, con
           store_shared(&shared.sums.fours[m * S::kFours + f][w][thread],
                        make_float4(sum[w][m][4 * f], sum[w][m][4 * f + 1], sum[w][m][4 * f + 2],
                                    sum[w][m][4 * f + 3]));
+#pragma unroll
+    for (int i = 0; i < kBiases; ++i)
+      if (const int line = thread + i * kWarpgroup; line < kRows) store_shared(&shared.bias[line], biases[i]);
     __syncwarp();
     if (lane < kSplit) mbarrier_arrive_cluster(shared.written, lane);
     mbarrier_wait(shared.written, pass % 2);
 
-    // A few at a time: all of them are asked for before the first is used.
-    constexpr int kFours = tiles * S::kFours, kOwn = (kFours + kSplit - 1) / kSplit;
-    constexpr int kBatch = std::min(kOwn, 4 / S::kWeights);
-    const int atoms = min(share.atoms - done, share.at_once);
+    // Of a batch, all parts are asked for before the first is used.
     for (int batch = rank; batch < kFours; batch += kBatch * kSplit) {
       Registers<Registers<Registers<float4, kSplit>, S::kWeights>, kBatch> parts;
 #pragma unroll
-      for (int own = 0; own < kBatch; ++own) {
-        const int four = min(batch + own * kSplit, kFours - 1);
+      for (int i = 0; i < kBatch; ++i) {
+        const int four = min(batch + i * kSplit, kFours - 1);
 #pragma unroll
         for (int w = 0; w < S::kWeights; ++w)
 #pragma unroll
           for (int from = 0; from < kSplit; ++from)
-            parts[own][w][from] = *cluster_shared(&shared.sums.fours[four][w][thread], from);
+            parts[i][w][from] = *cluster_shared(&shared.sums.fours[four][w][thread], from);
       }
 #pragma unroll
-      for (int own = 0; own < kBatch; ++own) {
-        const int four = batch + own * kSplit;
+      for (int i = 0; i < kBatch; ++i) {
+        const int four = batch + i * kSplit;
         if (four >= kFours) break;
         Registers<Registers<float, 4>, S::kWeights> total;
 #pragma unroll
         for (int w = 0; w < S::kWeights; ++w) {
-          const auto& part = parts[own][w];
+          const auto& part = parts[i][w];
           total[w] = {{part[0].x, part[0].y, part[0].z, part[0].w}};
 #pragma unroll
           for (int from = 1; from < kSplit; ++from) {
@@ -336,14 +357,15 @@ __device__ __forceinline__ void consume(Shared<S>& shared, const Need& need, con
             total[w][3] += part[from].w;
           }
         }
-        Registers<Place, 2> places;
+        const int row = four / S::kFours * kTileAtoms * kAtom + 16 * warp + lane / 4;
+        const Registers<Place, 2> places{{place_of(row), place_of(row + 8)}};
+        Registers<Registers<float, 2>, S::kWeights> own_biases;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int of_pass = four / S::kFours * kTileAtoms + 2 * warp + half,
-                    atom = share.first + done + of_pass;
-          places[half] = {atom / of_block, of_pass < atoms ? atom % of_block * kAtom + lane / 4 : -1};
-        }
-        finish(places, four % S::kFours * 8 + lane % 4 * 2, total);
+        for (int w = 0; w < S::kWeights; ++w)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            own_biases[w][half] = load_shared(&shared.bias[w * kWeightRows + row + 8 * half]);
+        finish(places, four % S::kFours * 8 + lane % 4 * 2, total, own_biases);
       }
     }
     __syncwarp();
@@ -355,9 +377,9 @@ __device__ __forceinline__ void consume(Shared<S>& shared, const Need& need, con
 
 // A block of the kernel. `out` is the result, contiguous blocks of `features` in T rows: what no atom covers
 // becomes zeros.
-template <class S, class Inputs, class Finish>
+template <class S, class Inputs, class Bias, class Finish>
 __device__ __forceinline__ void run_block(const Maps<S>& maps, const Need& need, int T, int features,
-                                          typename S::scalar_t* out, const Inputs& inputs,
+                                          typename S::scalar_t* out, const Inputs& inputs, const Bias& bias,
                                           const Finish& finish) {
   auto& shared = dynamic_shared<Shared<S>>();
   const int thread = static_cast<int>(threadIdx.x), helper = thread - kWarpgroup;
@@ -395,14 +417,14 @@ __device__ __forceinline__ void run_block(const Maps<S>& maps, const Need& need,
     case 0:
       return cluster_wait();
     case 1:
-      return consume<S, 1>(shared, need, share, rank, inputs, finish);
+      return consume<S, 1>(shared, need, share, rank, inputs, bias, finish);
     case 2:
-      return consume<S, 2>(shared, need, share, rank, inputs, finish);
+      return consume<S, 2>(shared, need, share, rank, inputs, bias, finish);
     case 3:
-      if constexpr (S::kTiles >= 3) return consume<S, 3>(shared, need, share, rank, inputs, finish);
+      if constexpr (S::kTiles >= 3) return consume<S, 3>(shared, need, share, rank, inputs, bias, finish);
       return;
     default:
-      if constexpr (S::kTiles >= 4) return consume<S, 4>(shared, need, share, rank, inputs, finish);
+      if constexpr (S::kTiles >= 4) return consume<S, 4>(shared, need, share, rank, inputs, bias, finish);
   }
 }
 
