@@ -99,4 +99,12 @@ bool elastic_linear_fits_sm90(const ElasticLinearParams<scalar_t>& p);
 template <class scalar_t>
 void elastic_linear_sm90(const ElasticLinearParams<scalar_t>& p, CUstream_st* stream, bool dependent = false);
 
+// The same for up to kDecodeTokens tokens, in any order. `x_is_clean`: x is zeros behind every token's
+// extent.
+template <class scalar_t>
+bool elastic_linear_decode_fits_sm90(const ElasticLinearParams<scalar_t>& p);
+template <class scalar_t>
+void elastic_linear_decode_sm90(const ElasticLinearParams<scalar_t>& p, CUstream_st* stream, bool x_is_clean,
+                                bool dependent);
+
 }  // namespace flextron

@@ -139,6 +139,12 @@ bool elastic_mlp_hidden_fits_sm90(const ElasticMlpHiddenParams<scalar_t>& p);
 template <class scalar_t>
 void elastic_mlp_hidden_sm90(const ElasticMlpHiddenParams<scalar_t>& p, CUstream_st* stream);
 
+// The same for up to kDecodeTokens tokens, in any order. All of h is written.
+template <class scalar_t>
+bool elastic_mlp_decode_fits_sm90(const ElasticMlpHiddenParams<scalar_t>& p);
+template <class scalar_t>
+void elastic_mlp_decode_sm90(const ElasticMlpHiddenParams<scalar_t>& p, CUstream_st* stream);
+
 // What lies between GEMMs that are kernels of their own, or the vendor's: the backward of every dtype, the
 // forward of float and double, with the vendor's, or where u and g are kept for the backward. Matrices are
 // [T, width], contiguous; of each row what its extent reaches is read and written. A result may lie where

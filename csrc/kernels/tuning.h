@@ -19,6 +19,10 @@ inline Gemm preferred_gemm(int64_t T, int64_t element_size) {
   return element_size == 2 && T <= kDecodeTokens ? Gemm::kDecode : Gemm::kTile;
 }
 
+// Of at most kDecodeTokens tokens on sm_90, how many take the Hopper kernel where its copy engine can read
+// the operands; the others stream the weights as on any GPU.
+inline bool prefers_hopper_decode(int64_t T) { return T <= kDecodeTokens; }
+
 // Rows of a tile of the portable kernel, 128 or 64. A mix of four extents wastes 6.8 % of 128-row tiles at
 // 1024 rows and 31 % at 256 (computed); with fewer rows large tiles leave multiprocessors idle besides.
 inline int elastic_linear_tile_rows(int64_t T) { return T <= 1024 ? 64 : 128; }

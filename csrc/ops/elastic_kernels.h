@@ -27,14 +27,26 @@ inline Gemm gemm_of(const Tensor& x, bool extents_on_device) {
   return preferred_gemm(x.size(0), x.element_size());
 }
 
-// `gemm` is not the vendor's. `dependent` is elastic_linear_sm90's.
+// What elastic_mlp's hidden layer leaves to the linear layer behind it.
+struct AfterHidden {
+  bool dependent = false;   // may start before it has ended
+  bool x_is_clean = false;  // all of h is written: zeros behind every token's extent
+};
+
+// `gemm` is not the vendor's.
 template <class scalar_t>
 void launch_elastic_linear(const ElasticLinearParams<scalar_t>& p, Gemm gemm, CUstream_st* stream,
-                           [[maybe_unused]] bool dependent = false) {
+                           [[maybe_unused]] AfterHidden after = {}) {
   if constexpr (sizeof(scalar_t) == 2) {
+#ifdef FLEXTRON_WITH_SM90
+    if (gemm == Gemm::kDecode && prefers_hopper_decode(p.T) && cuda_arch() >= 90 &&
+        elastic_linear_decode_fits_sm90(p))
+      return elastic_linear_decode_sm90(p, stream, after.x_is_clean, after.dependent);
+#endif
     if (gemm == Gemm::kDecode) return elastic_linear_decode_cuda(p, stream);
 #ifdef FLEXTRON_WITH_SM90
-    if (cuda_arch() >= 90 && elastic_linear_fits_sm90(p)) return elastic_linear_sm90(p, stream, dependent);
+    if (cuda_arch() >= 90 && elastic_linear_fits_sm90(p))
+      return elastic_linear_sm90(p, stream, after.dependent);
 #endif
   }
   elastic_linear_cuda(p, stream);
@@ -62,21 +74,27 @@ void launch_elastic_linear_backward_weight(const ElasticLinearBackwardParams<sca
   elastic_linear_backward_weight_cuda(p, stream);
 }
 
-// Whether what follows in the stream may be a dependent launch.
 template <class scalar_t>
-bool launch_elastic_mlp_hidden(const ElasticMlpHiddenParams<scalar_t>& p, Gemm gemm, CUstream_st* stream) {
+AfterHidden launch_elastic_mlp_hidden(const ElasticMlpHiddenParams<scalar_t>& p, Gemm gemm,
+                                      CUstream_st* stream) {
   if (gemm == Gemm::kDecode) {
+#ifdef FLEXTRON_WITH_SM90
+    if (prefers_hopper_decode(p.T) && cuda_arch() >= 90 && elastic_mlp_decode_fits_sm90(p)) {
+      elastic_mlp_decode_sm90(p, stream);
+      return {.dependent = true, .x_is_clean = true};
+    }
+#endif
     elastic_mlp_decode_cuda(p, stream);
-    return false;
+    return {.x_is_clean = true};
   }
 #ifdef FLEXTRON_WITH_SM90
   if (cuda_arch() >= 90 && elastic_mlp_hidden_fits_sm90(p)) {
     elastic_mlp_hidden_sm90(p, stream);
-    return true;
+    return {.dependent = true};
   }
 #endif
   elastic_mlp_hidden_cuda(p, stream);
-  return false;
+  return {};
 }
 
 }  // namespace flextron

@@ -553,13 +553,13 @@ Tensor forward_on_gpu(const Mlp& given, const Tensor& x, const OptionalTensor& e
 
   dispatch_dtype(FloatingTypes{}, mlp.op, x.scalar_type(), [&]<class scalar_t>() {
     on_gpu_of(mlp.op, x, [&](auto stream) {
-      bool dependent = false;
+      AfterHidden after;
       if constexpr (sizeof(scalar_t) == 2) {
-        dependent = launch_elastic_mlp_hidden(hidden_params<scalar_t>(mlp, x_, extents, h), mlp.gemm, stream);
+        after = launch_elastic_mlp_hidden(hidden_params<scalar_t>(mlp, x_, extents, h), mlp.gemm, stream);
       } else {
         launch_hidden_apart<scalar_t>(mlp, x_, extents, g, h, h, stream);
       }
-      launch_elastic_linear(down_params<scalar_t>(mlp, h, extents, y), mlp.gemm, stream, dependent);
+      launch_elastic_linear(down_params<scalar_t>(mlp, h, extents, y), mlp.gemm, stream, after);
     });
   });
   return gather_rows(y, extents.inverse);

@@ -40,7 +40,8 @@ def take(path, monkeypatch):
 
 def test_cpu_tensors_reach_the_kernels(monkeypatch):
     launch = launched(64, 128, 128, 128, 128)
-    assert launch["kernel"].startswith("elastic_linear_decode_kernel<") and launch["mma"] > 0
+    assert launch["kernel"].startswith("elastic_linear_decode_kernel<")
+    assert (launch["wgmma"] > 0, launch["mma"] > 0) == (HOPPER, not HOPPER)
     monkeypatch.setenv("FLEXTRON_KERNEL", "tile")
     for dtype in (torch.bfloat16, torch.float16):
         launch = launched(64, 128, 128, 128, 128, dtype)
@@ -86,14 +87,15 @@ def test_at_decode_each_weight_in_use_is_read_once_and_no_other(tokens, inputs, 
 @pytest.mark.parametrize("side", ["in", "out"])
 @pytest.mark.parametrize("path", ["decode", "tile"])
 def test_cost_falls_with_the_extent(path, side, monkeypatch):
-    """Whole tiles at most beyond what is used, and nothing at all for an extent of zero."""
+    """Whole boxes at most beyond what is used, and nothing at all for an extent of zero."""
     take(path, monkeypatch)
+    box = {("tile", "in"): 64, ("tile", "out"): 256, ("decode", "in"): 64, ("decode", "out"): 8}[path, side]
     previous = math.inf
     for extent in (512, 400, 256, 130, 65, 8, 0):
         launch = launched(48, 512, 512, 512, 512, **{f"{side}_extent": torch.tensor([extent])})
         used = read_of(launch, "weight")
-        tile = (64 if side == "in" else 256) if HOPPER and path == "tile" else 1
-        assert extent * 512 * 2 <= used <= -(-extent // tile) * tile * 512 * 2
+        side_of_box = box if HOPPER else 1
+        assert extent * 512 * 2 <= used <= -(-extent // side_of_box) * side_of_box * 512 * 2
         assert read_of(launch, "x") <= previous
         previous = read_of(launch, "x")
     assert used == previous == launch["flops"] == 0

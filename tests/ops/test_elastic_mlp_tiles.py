@@ -173,7 +173,11 @@ def test_cost_falls_with_the_extent(path, gated, monkeypatch):
             assert {name: read for name, (read, _) in launch["watched"].items()} == (
                 {name: 128 * extent * 2 for name in weights} if extent else {}
             )
-            assert launch["flops"] == len(weights) * 2 * T * extent * 128
+            useful = len(weights) * 2 * T * extent * 128
+            if path == "decode" and launch["wgmma"]:  # whole tiles of what each cluster has
+                assert launch["flops"] >= useful
+            else:
+                assert launch["flops"] == useful
             assert launch["bank_conflicts"] == 0
 
 

@@ -38,6 +38,37 @@ bool waits_for_the_launch_ahead() {
 }
 #endif
 
+#ifndef FLEXTRON_EMULATE
+// What the driver is told of a launch.
+template <auto kernel>
+struct DriverConfig {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t launch{};
+
+  explicit DriverConfig(const LaunchConfig& config) {
+    constexpr size_t kUnasked = 48 * 1024;  // what a block gets without raising its limit
+    if (config.dynamic_shared > kUnasked)
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(config.dynamic_shared)),
+                 "shared memory of a kernel");
+    launch.gridDim = config.grid;
+    launch.blockDim = config.block;
+    launch.dynamicSmemBytes = config.dynamic_shared;
+    launch.stream = config.stream;
+    launch.attrs = attributes;
+    if (config.cluster > 1) {
+      attributes[launch.numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes[launch.numAttrs++].val.clusterDim = {config.cluster, 1, 1};
+    }
+    if (config.programmatic && waits_for_the_launch_ahead<kernel>()) {
+      attributes[launch.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[launch.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+  }
+  DriverConfig(const DriverConfig&) = delete;  // `launch` points into it
+};
+#endif
+
 template <auto kernel, class... Args>
 void launch(const LaunchConfig& config, const Args&... args) {
 #ifdef FLEXTRON_EMULATE
@@ -45,27 +76,25 @@ void launch(const LaunchConfig& config, const Args&... args) {
                    {config.grid, config.block, config.dynamic_shared, config.cluster, config.programmatic},
                    [=] { kernel(args...); });
 #else
-  constexpr size_t kUnasked = 48 * 1024;  // what a block gets without raising its limit
-  if (config.dynamic_shared > kUnasked)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(config.dynamic_shared)),
-               "shared memory of a kernel");
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = config.grid;
-  launch.blockDim = config.block;
-  launch.dynamicSmemBytes = config.dynamic_shared;
-  launch.stream = config.stream;
-  launch.attrs = attributes;
-  if (config.cluster > 1) {
-    attributes[launch.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[launch.numAttrs++].val.clusterDim = {config.cluster, 1, 1};
-  }
-  if (config.programmatic && waits_for_the_launch_ahead<kernel>()) {
-    attributes[launch.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[launch.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  check_cuda(cudaLaunchKernelEx(&launch, kernel, args...), "kernel launch");
+  const DriverConfig<kernel> driver(config);
+  check_cuda(cudaLaunchKernelEx(&driver.launch, kernel, args...), "kernel launch");
+#endif
+}
+
+// How many clusters of such a launch the current device holds at once. Asked once for each kernel: GPUs of
+// one architecture in one machine are taken for alike, and a wrong number costs time alone.
+template <auto kernel>
+int clusters_at_once([[maybe_unused]] const LaunchConfig& config) {
+#ifdef FLEXTRON_EMULATE
+  return emulator::kMultiprocessors;
+#else
+  static const int count = [&] {
+    const DriverConfig<kernel> driver(config);
+    int clusters = 0;
+    check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &driver.launch), "clusters of a kernel");
+    return clusters > 0 ? clusters : 1;
+  }();
+  return count;
 #endif
 }
 

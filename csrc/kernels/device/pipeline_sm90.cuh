@@ -138,12 +138,12 @@ __device__ __forceinline__ uint32_t first_of_two(uint32_t word, int kept) {
   return kept >= 2 ? word : kept == 1 ? word & 0xffff : 0;
 }
 
-// Zeros behind the first `kept(row)` elements of every row of a tile. Each of the consumers' threads owns a
-// 16-byte piece of every 32nd row.
-template <class scalar_t, int rows, class Kept>
-__device__ __forceinline__ void clear_behind(scalar_t (&tile)[rows][kDepth], int thread, Kept kept) {
+// Zeros behind the first `kept(row)` elements of every one of `rows` rows. Each of `threads` threads owns a
+// 16-byte piece of every (threads / 8)-th row.
+template <int threads, class scalar_t, class Kept>
+__device__ __forceinline__ void clear_behind(scalar_t (*tile)[kDepth], int rows, int thread, Kept kept) {
   const int piece = thread % kPieces;
-  for (int row = thread / kPieces; row < rows; row += kConsumers / kPieces) {
+  for (int row = thread / kPieces; row < rows; row += threads / kPieces) {
     const int left = kept(row) - 8 * piece;
     if (left >= 8) continue;
     char* const at = reinterpret_cast<char*>(tile) + swizzled(row * kLine + piece * 16, Swizzle::k128);
@@ -154,6 +154,12 @@ __device__ __forceinline__ void clear_behind(scalar_t (&tile)[rows][kDepth], int
     words.w = first_of_two(words.w, left - 6);
     store_shared(reinterpret_cast<uint4*>(at), words);
   }
+}
+
+// The same of a whole tile, by the consumers.
+template <class scalar_t, int rows, class Kept>
+__device__ __forceinline__ void clear_behind(scalar_t (&tile)[rows][kDepth], int thread, Kept kept) {
+  clear_behind<kConsumers>(tile, rows, thread, kept);
 }
 
 // The same of a tile whose lines run along the side: of line l, what is behind the first `kept(l)` elements.

@@ -56,6 +56,8 @@ __device__ __forceinline__ uint64_t wgmma_advance(uint64_t descriptor, uint32_t 
 enum class Major : int { kK = 0, kMN = 1 };
 
 // The operands' text: registers are numbered from the first of D, so the inputs begin at N / 2.
+#define FLEXTRON_D_TEXT_8 "%0, %1, %2, %3"
+#define FLEXTRON_D_8 "+f"(d.data[0]), "+f"(d.data[1]), "+f"(d.data[2]), "+f"(d.data[3])
 #define FLEXTRON_TEXT_0 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define FLEXTRON_TEXT_8 "%8, %9, %10, %11, %12, %13, %14, %15"
 #define FLEXTRON_TEXT_16 "%16, %17, %18, %19, %20, %21, %22, %23"
@@ -75,6 +77,10 @@ enum class Major : int { kK = 0, kMN = 1 };
 #define FLEXTRON_OUT(i)                                                                                \
   "+f"(d.data[i]), "+f"(d.data[i + 1]), "+f"(d.data[i + 2]), "+f"(d.data[i + 3]), "+f"(d.data[i + 4]), \
       "+f"(d.data[i + 5]), "+f"(d.data[i + 6]), "+f"(d.data[i + 7])
+#define FLEXTRON_D_TEXT_16 FLEXTRON_TEXT_0
+#define FLEXTRON_D_16 FLEXTRON_OUT(0)
+#define FLEXTRON_D_TEXT_32 FLEXTRON_TEXT_0 ", " FLEXTRON_TEXT_8
+#define FLEXTRON_D_32 FLEXTRON_OUT(0), FLEXTRON_OUT(8)
 #define FLEXTRON_D_TEXT_64 FLEXTRON_TEXT_0 ", " FLEXTRON_TEXT_8 ", " FLEXTRON_TEXT_16 ", " FLEXTRON_TEXT_24
 #define FLEXTRON_D_64 FLEXTRON_OUT(0), FLEXTRON_OUT(8), FLEXTRON_OUT(16), FLEXTRON_OUT(24)
 #define FLEXTRON_D_TEXT_96 FLEXTRON_D_TEXT_64 ", " FLEXTRON_TEXT_32 ", " FLEXTRON_TEXT_40
@@ -107,6 +113,9 @@ enum class Major : int { kK = 0, kMN = 1 };
                  "r"(accumulate), "n"(int(major_b))                                                        \
                : "memory")
 #define FLEXTRON_WGMMA_SS_OF(type)                                                         \
+  if constexpr (N == 8) FLEXTRON_WGMMA_SS(type, 8, "%4", "%5", "%6", "%7", "%8");          \
+  if constexpr (N == 16) FLEXTRON_WGMMA_SS(type, 16, "%8", "%9", "%10", "%11", "%12");     \
+  if constexpr (N == 32) FLEXTRON_WGMMA_SS(type, 32, "%16", "%17", "%18", "%19", "%20");   \
   if constexpr (N == 64) FLEXTRON_WGMMA_SS(type, 64, "%32", "%33", "%34", "%35", "%36");   \
   if constexpr (N == 128) FLEXTRON_WGMMA_SS(type, 128, "%64", "%65", "%66", "%67", "%68"); \
   if constexpr (N == 256) FLEXTRON_WGMMA_SS(type, 256, "%128", "%129", "%130", "%131", "%132");
@@ -124,7 +133,8 @@ template <class scalar_t, int N, Major major_a = Major::kK, Major major_b = Majo
 __device__ __forceinline__ void wgmma(Registers<float, N / 2>& d, uint64_t a_, uint64_t b_,
                                       int accumulate FLEXTRON_AND_SITE) {
   constexpr bool is_bf16 = std::is_same_v<scalar_t, bf16>;
-  static_assert((is_bf16 || std::is_same_v<scalar_t, fp16>) && (N == 64 || N == 128 || N == 256));
+  static_assert((is_bf16 || std::is_same_v<scalar_t, fp16>) &&
+                (N == 8 || N == 16 || N == 32 || N == 64 || N == 128 || N == 256));
   FLEXTRON_INSTRUCTION(
       if constexpr (is_bf16) { FLEXTRON_WGMMA_SS_OF("bf16") } else {FLEXTRON_WGMMA_SS_OF("f16")},
       emulator::wgmma(is_bf16, N, d.data, nullptr, a_, major_a == Major::kMN, b_, major_b == Major::kMN,
