@@ -48,7 +48,7 @@ void on_gpu_of([[maybe_unused]] const char* op, [[maybe_unused]] const Tensor& t
   if (t.is_cuda() && aoti_torch_get_current_cuda_stream != nullptr) {
     const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
     return cuda(static_cast<CUstream_st*>(stream));
   }
 #endif
