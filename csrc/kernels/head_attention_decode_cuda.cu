@@ -5,7 +5,10 @@
 // A unit of work is (sequence, group, block of rows, chunk of keys). Its rows are the active heads of the
 // group for each of the sequence's queries, so that keys and values are read once for all of them, and a head
 // that is not active is no row. The grid is as large as the machine; blocks walk over the units, whose number
-// they find out from the lengths and extents themselves.
+// they find out from the lengths and extents themselves. Neighbouring blocks have neighbouring groups of the
+// same keys at the same time: what they read lies side by side.
+#include <climits>
+
 #include "kernels/arch.h"
 #include "kernels/device/copy.cuh"
 #include "kernels/device/launch.cuh"
@@ -17,28 +20,29 @@
 namespace flextron {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kStep = 64;  // keys of a step of a block: 16 of each warp
+constexpr int kWarps = 4, kThreads = 32 * kWarps;  // those that compute
+constexpr int kStep = 64;                          // keys of a step of a block: 16 of each warp
 
 // ---- chunks ----
 
 // Keys of a chunk: a function of the sequence alone, so that its result is the same bit for bit in any batch.
 //
-// Powers of two times kStep such that there are at most 32 chunks, from 16 K keys on at most 64. One sequence
-// of 8 groups and 4 K keys is then 256 units for 132 multiprocessors. A chunk's row is D + 4 floats, written
-// and read once: with 4 rows a group and D = 128, 3 % of the bytes of 128 keys, at 512 keys 1 %; and the room
+// Powers of two times kStep: at most 16 chunks of 64 keys, then 32, from 16 K keys on 64. One sequence of 8
+// groups and 4 K keys is then 256 units for 132 multiprocessors. A chunk's row is D + 4 floats, written and
+// read once: with 4 rows a group and D = 128, 3 % of the bytes of 128 keys, at 512 keys 1 %; and the room
 // that the host must reserve without knowing a length is 64 of them a row at most.
 //
 // Many queries are work enough for all multiprocessors without splitting.
 constexpr int64_t kSplitQueries = 32;
 FLEXTRON_HD int64_t keys_of_chunk(int64_t keys, int64_t queries) {
   int64_t chunk = kStep;
-  while (keys > chunk * (queries > kSplitQueries ? 1 : chunk < 512 ? 32 : 64)) chunk *= 2;
+  while (keys > chunk * (queries > kSplitQueries ? 1 : chunk < 128 ? 16 : chunk < 512 ? 32 : 64)) chunk *= 2;
   return chunk;
 }
 int64_t most_chunks(int64_t keys, int64_t queries) {
   if (queries > kSplitQueries) return 1;
-  const int64_t steps = (keys + kStep - 1) / kStep, most = keys <= 512 * 32 ? 32 : 64;
+  const int64_t steps = (keys + kStep - 1) / kStep;
+  const int64_t most = keys <= kStep * 16 ? 16 : keys <= 512 * 32 ? 32 : 64;
   return steps < 1 ? 1 : steps < most ? steps : most;
 }
 
@@ -77,79 +81,94 @@ __device__ __forceinline__ Work work_of(const AttentionCall& call, int64_t b) {
   return work;
 }
 
+// Its rows are pairs of a query and one of `heads` heads, the heads of a query side by side.
 struct Unit {
-  Work work;
-  int64_t group, row;  // first of its rows: head row % heads of query row / heads
-  int64_t chunk, key;  // number, and its first key
-  int rows, keys;      // keys that the last of its rows sees, the most of all
-  int part;            // of the columns
+  CallSequence s;
+  int64_t query, chunk, key;  // query of the first row; number of the chunk, and its first key
+  int64_t chunk_keys;
+  int chunks;       // of the sequence
+  int heads, lead;  // of the group that are active; which of them the first row is
+  int group, part;  // part: of the columns
+  int rows, keys;   // keys that the last of its rows sees, the most of all; no rows: there are no more units
 
-  __device__ __forceinline__ int64_t query(int r) const { return (row + r) / work.heads; }
-  __device__ __forceinline__ int64_t t(int r) const { return work.s.query + query(r); }
+  __device__ __forceinline__ int64_t query_of(int r) const {
+    return query + static_cast<unsigned>(lead + r) / static_cast<unsigned>(heads);
+  }
+  __device__ __forceinline__ int64_t t(int r) const { return s.query + query_of(r); }
   __device__ __forceinline__ int64_t head(int64_t M, int r) const {
-    return group * M + (row + r) % work.heads;
+    return group * M + static_cast<unsigned>(lead + r) % static_cast<unsigned>(heads);
   }
   // Keys of the chunk that row r sees.
   __device__ __forceinline__ int seen(bool causal, int r) const {
-    return static_cast<int>(within(work.s.keys_end(causal, query(r)) - key, 0, work.chunk));
+    return static_cast<int>(within(s.keys_end(causal, query_of(r)) - key, 0, chunk_keys));
   }
 };
 
-struct Strip {
-  int64_t end[kThreads];  // units of this strip's sequences up to and with each
-  int64_t of_warp[kWarps];
-  Unit unit;  // at work; not in every thread's registers
-};
+// This block's units of at most kRows rows, `parts` for each part of the columns. One warp walks over them,
+// with a sequence a lane.
+template <int kRows>
+class Units {
+ public:
+  __device__ __forceinline__ Units(const AttentionCall& call, int parts) : call_(call), parts_(parts) {}
 
-// Calls body(unit) for this block's units of at most kRows rows, `parts` for each part of the columns;
-// a barrier after each.
-template <int kRows, class Body>
-__device__ __forceinline__ void for_each_unit(const AttentionCall& call, int parts, Strip& strip,
-                                              const Body& body) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int64_t at = blockIdx.x, before = 0;
-  for (int64_t first = 0; first < call.B; first += kThreads) {
-    int64_t sum = 0;
-    if (const int64_t b = first + threadIdx.x; b < call.B) {
-      const Work work = work_of(call, b);
-      sum = work.groups * ((work.s.T * work.heads + kRows - 1) / kRows) * work.chunks * parts;
+  // To the next unit with something to do, or to one without rows.
+  __device__ __forceinline__ Unit next() {
+    for (;;) {
+      while (at_ >= end_of(31)) {
+        at_ -= end_of(31);
+        first_ += 32;
+        if (first_ >= call_.B) return Unit{};
+        count();
+      }
+      const Unit unit = find(at_);
+      at_ += gridDim.x;
+      if (unit.keys > 0 || unit.chunks == 1) return unit;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int64_t end_of(int lane) const { return __shfl_sync(~0u, end_, lane); }
+
+  __device__ __forceinline__ void count() {
+    const int lane = threadIdx.x % 32;
+    end_ = 0;
+    if (const int64_t b = int64_t{first_} + lane; b < call_.B) {
+      const Work work = work_of(call_, b);
+      end_ = work.groups * ((work.s.T * work.heads + kRows - 1) / kRows) * work.chunks * parts_;
     }
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
-      const int64_t other = __shfl_up_sync(~0u, sum, distance);
-      if (lane >= distance) sum += other;
+      const int64_t other = __shfl_up_sync(~0u, end_, distance);
+      if (lane >= distance) end_ += other;
     }
-    if (lane == 31) strip.of_warp[warp] = sum;
-    __syncthreads();
-    for (int w = 0; w < warp; ++w) sum += strip.of_warp[w];
-    strip.end[threadIdx.x] = sum;
-    __syncthreads();
-    for (; at < before + strip.end[kThreads - 1]; at += gridDim.x) {
-      if (threadIdx.x == 0) {
-        int b = 0;  // the first whose end is behind the unit
-        for (int half = kThreads / 2; half > 0; half /= 2)
-          if (strip.end[b + half - 1] <= at - before) b += half;
-        int64_t number = at - before - (b > 0 ? strip.end[b - 1] : 0);
-        Unit unit;
-        unit.work = work_of(call, first + b);
-        const int64_t rows = unit.work.s.T * unit.work.heads, blocks = (rows + kRows - 1) / kRows;
-        unit.part = static_cast<int>(number % parts), number /= parts;
-        unit.row = number % blocks * kRows, number /= blocks;
-        unit.group = number % unit.work.groups;
-        unit.chunk = number / unit.work.groups;
-        unit.key = unit.work.s.k_start + unit.chunk * unit.work.chunk;
-        unit.rows = static_cast<int>(min(int64_t{kRows}, rows - unit.row));
-        unit.keys = unit.seen(call.causal, unit.rows - 1);
-        strip.unit = unit;
-      }
-      __syncthreads();
-      if (strip.unit.keys > 0 || strip.unit.work.chunks == 1) body(strip.unit);
-      __syncthreads();
-    }
-    before += strip.end[kThreads - 1];
-    __syncthreads();
   }
-}
+
+  __device__ __forceinline__ Unit find(int64_t number) const {
+    const int b = __popc(__ballot_sync(~0u, end_ <= number));  // the first whose end is behind the unit
+    number -= b > 0 ? end_of(b - 1) : 0;
+    const Work work = work_of(call_, first_ + b);
+    const int64_t rows = work.s.T * work.heads, blocks = (rows + kRows - 1) / kRows;
+    Unit unit;
+    unit.s = work.s;
+    unit.chunks = static_cast<int>(work.chunks), unit.chunk_keys = work.chunk;
+    unit.heads = static_cast<int>(work.heads);
+    unit.part = static_cast<int>(number % parts_), number /= parts_;
+    const int64_t row = number % blocks * kRows;
+    number /= blocks;
+    unit.query = row / work.heads, unit.lead = static_cast<int>(row % work.heads);
+    unit.rows = static_cast<int>(min(int64_t{kRows}, rows - row));
+    unit.group = static_cast<int>(number % work.groups);
+    unit.chunk = number / work.groups;
+    unit.key = work.s.k_start + unit.chunk * work.chunk;
+    unit.keys = unit.seen(call_.causal, unit.rows - 1);
+    return unit;
+  }
+
+  const AttentionCall& call_;
+  const int parts_;
+  int first_ = -32;                    // the first lane's sequence
+  int64_t at_ = blockIdx.x, end_ = 0;  // counted from there: the unit; the units up to and with the lane's
+};
 
 // ---- what both kinds of arithmetic share ----
 
@@ -182,79 +201,144 @@ __device__ __forceinline__ int place(int line, int piece) {
   return line * kPieces + (piece ^ (line / kLinesPerTurn % kTurns));
 }
 
-// kHead: D and zeros behind it. A warp has 16 keys of each step and a ring of its own: it waits for no other
-// until the chunk ends. Three blocks of 64 KiB share a multiprocessor of 227 KiB; each has three quarters of
-// its ring in flight.
+// Four neighbours of a row of out, of which the first `count` are there.
+template <class scalar_t>
+__device__ __forceinline__ void store_four(scalar_t* to, float4 x, int count) {
+  const uint2 both = make_uint2(pack<scalar_t>(x.x, x.y), pack<scalar_t>(x.z, x.w));
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(uint2) == 0 && count >= 4) {
+    store_global(reinterpret_cast<uint2*>(to), both);
+    return;
+  }
+  auto* const each = reinterpret_cast<uint16_t*>(to);
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (i < count) store_global(each + i, static_cast<uint16_t>((i < 2 ? both.x : both.y) >> (i % 2 * 16)));
+}
+
+constexpr int kUnitsKept = 8;   // descriptions of units
+constexpr int kRowsAtOnce = 8;  // that the warps add up
+enum Barrier : int { kOfAll = 1, kOfWarps };
+
+// Steps of a unit: as many for every warp, and one where there is no key.
+__device__ __forceinline__ int steps_of(const Unit& unit) { return max((unit.keys + kStep - 1) / kStep, 1); }
+
+// kHead: D and zeros behind it. A warp has 16 keys of each step and a ring of its own, which is filled across
+// the ends of units: a block has 64 KiB under way, less what it computes with. Two blocks share a
+// multiprocessor of 227 KiB; one fits into the 99 KiB of smaller GPUs.
 template <int kHead, int kTiles>
 struct Shared {
   static constexpr int kPieces = kHead / 8, kRows = 16 * kTiles;
+  // With a warp that schedules two blocks are ten warps: a quarter of the multiprocessor's registers serves
+  // three, and a thread has at most 168. Sums of two tiles need more: there the first warp schedules.
+  static constexpr bool kOwnScheduler = kTiles == 1;
+  static constexpr int kAllThreads = kThreads + (kOwnScheduler ? 32 : 0);
   static constexpr int kStages = kHead <= 64 ? 4 : kHead <= 80 ? 3 : 2;
   struct Stage {
     uint4 k[16 * kPieces], v[16 * kPieces];
   };
-  union {
-    Stage ring[kStages];
-    float out[kRows][kHead + 8];  // rows begin 8 banks apart
-  } warp[kWarps];
+  Stage ring[kWarps][kStages];
+  float out[kWarps][kRowsAtOnce][kHead + 8];  // rows begin 8 banks apart
   uint4 q[kRows * kPieces];
   int64_t at[kWarps][2][16];  // where the keys and the values of a warp's step lie
-  float maximum[kWarps][kRows], sum[kWarps][kRows];
-  Strip strip;
+  float maximum[kWarps][kRowsAtOnce], sum[kWarps][kRowsAtOnce];
+  Unit units[kUnitsKept];
+
+  __device__ __forceinline__ Unit& unit(int number) { return units[number % kUnitsKept]; }
+  __device__ __forceinline__ static void meet() { named_barrier_sync(kOfAll, kAllThreads); }
 };
 
-// A warp's part of a unit: 16 keys of every step.
+// What the warp that schedules does: it describes the block's units ahead of the copies, and brings q.
+template <class scalar_t, int kHead, int kTiles>
+struct Schedule {
+  using Memory = Shared<kHead, kTiles>;
+  static constexpr int kPieces = Memory::kPieces;
+  // Copies are under way for kStages steps behind a unit at work, and the next step's place is looked up.
+  static constexpr int kStepsAhead = Memory::kStages + 1;
+  // While a unit is at work those that its successor needs are written.
+  static_assert(kStepsAhead + 2 <= kUnitsKept);
+
+  const HeadAttentionCall<scalar_t>& call;
+  Memory& shared;
+  const bool q_aligned;
+  const int lane = threadIdx.x % 32;
+  Units<Memory::kRows> units{call, 1};
+  int described = 0, steps = 0;  // units; their steps behind the unit that comes next
+
+  __device__ __forceinline__ void describe() {
+    for (; steps < kStepsAhead; ++described) {
+      const Unit unit = units.next();
+      steps = unit.rows > 0 ? steps + steps_of(unit) : INT_MAX;  // nothing comes behind the last
+      if (lane == 0) shared.unit(described) = unit;
+    }
+    __syncwarp();
+  }
+  // What is described reaches far enough behind this unit.
+  __device__ __forceinline__ void describe_behind(const Unit& unit) {
+    if (steps < INT_MAX) steps -= steps_of(unit);
+    describe();
+  }
+
+  // Piece i of q, zeros behind the unit's rows.
+  __device__ __forceinline__ uint4 load_q(const Unit& unit, int i) const {
+    const int row = i / kPieces, piece = i % kPieces;
+    if (row >= unit.rows) return make_uint4(0, 0, 0, 0);
+    const scalar_t* const from =
+        call.q + unit.t(row) * call.q_stride_t + unit.head(call.M, row) * call.q_stride_h + 8 * piece;
+    const int count = static_cast<int>(call.D) - 8 * piece;
+    return q_aligned && count >= 8 ? load_global(reinterpret_cast<const uint4*>(from))
+                                   : gathered(from, count);
+  }
+  __device__ __forceinline__ void store_q(int i, uint4 piece) {
+    store_shared(&shared.q[place<kPieces>(i / kPieces, i % kPieces)], piece);
+  }
+
+  // The whole of q by kBy threads, of which this is number `thread`.
+  template <int kBy>
+  struct Pieces {
+    static constexpr int kAll = Memory::kRows * kPieces, kEach = (kAll + kBy - 1) / kBy;
+    Registers<uint4, kEach> q;
+    __device__ __forceinline__ void load(const Schedule& from, const Unit& unit, int thread) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) q[i] = from.load_q(unit, thread + kBy * i);
+    }
+    __device__ __forceinline__ void store(Schedule& to, int thread) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i)
+        if (kAll % kBy == 0 || thread + kBy * i < kAll) to.store_q(thread + kBy * i, q[i]);
+    }
+  };
+};
+
+// A warp's part of the units: 16 keys of every step.
 template <class scalar_t, int kHead, int kTiles, bool kAligned>
 struct Attend {
   using Memory = Shared<kHead, kTiles>;
   static constexpr int kPieces = Memory::kPieces, kStages = Memory::kStages;
-  // Else there are no registers for q.
-  static constexpr bool kKeepQ = kTiles == 1 && kHead < 128;
+  static constexpr bool kKeepQ = kTiles == 1 && kHead < 128;  // else there are no registers for q
 
   const HeadAttentionCall<scalar_t>& call;
   Memory& shared;
-  const Unit& unit;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int steps;
-  int64_t next;  // where this lane's key (lanes 0 .. 15) or value of the next step lies
-  Registers<Registers<int, 2>, kTiles> seen;
+  const int warp = threadIdx.x / 32;
+  int lane = threadIdx.x % 32;
+  int stage = 0;                         // of the step at work
+  int copied_unit = 0, copied_step = 0;  // what is asked for next
+  int64_t next;                          // where this lane's key (lanes 0 .. 15) or value of it lies
   Registers<Registers<float, 2>, kTiles> maximum, sum;
   Registers<Registers<Registers<float, 4>, kHead / 8>, kTiles> out;
-  Registers<Registers<uint32_t, 4>, kKeepQ ? kHead / 16 : 1> q;
-
-  __device__ __forceinline__ Attend(const HeadAttentionCall<scalar_t>& call_, Memory& shared_,
-                                    const Unit& unit_)
-      : call(call_), shared(shared_), unit(unit_) {
-    steps = (max(unit.keys - 16 * warp, 0) + kStep - 1) / kStep;
-    next = offset(0);
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = 16 * tile + 8 * half + lane / 4;
-        seen[tile][half] = row < unit.rows ? unit.seen(call.causal, row) : 0;
-        maximum[tile][half] = lowest<float>();
-        sum[tile][half] = 0;
-      }
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int n = 0; n < kHead / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) out[tile][n][i] = 0;
-  }
 
   __device__ __forceinline__ int key_of(int step) const { return kStep * step + 16 * warp; }
 
-  __device__ __forceinline__ int64_t offset(int step) const {
-    const int key = key_of(step) + lane % 16;
+  __device__ __forceinline__ int64_t offset() const {
+    const Unit& unit = shared.unit(copied_unit);
+    const int key = key_of(copied_step) + lane % 16;
     if (key >= unit.keys) return 0;
     const auto& view = lane < 16 ? call.k : call.v;
-    return key_offset(call, unit.work.s, unit.key + key, view.page_stride, view.key_stride);
+    return key_offset(call, unit.s, unit.key + key, view.page_stride, view.key_stride);
   }
 
   __device__ __forceinline__ void fetch(uint4* to, const KeyView<const scalar_t>& view, const int64_t* at,
-                                        int step) const {
-    const int keys = unit.keys - key_of(step), D = static_cast<int>(call.D);
+                                        const Unit& unit) const {
+    const int keys = unit.keys - key_of(copied_step), D = static_cast<int>(call.D);
     const scalar_t* const from = view.data + unit.group * view.group_stride;
 #pragma unroll
     for (int i = 0; i < kPieces / 2; ++i) {
@@ -267,24 +351,31 @@ struct Attend {
         store_shared(to + place<kPieces>(key, piece), gathered(source, count));
     }
   }
-  __device__ __forceinline__ void fetch_keys(int step) {
-    if (step < steps) {
+  __device__ __forceinline__ void fetch_keys() {
+    if (const Unit& unit = shared.unit(copied_unit); unit.rows > 0) {
       store_shared(&shared.at[warp][lane / 16][lane % 16], next);
       __syncwarp();
-      next = offset(step + 1);
-      fetch(shared.warp[warp].ring[step % kStages].k, call.k, shared.at[warp][0], step);
+      fetch(shared.ring[warp][stage].k, call.k, shared.at[warp][0], unit);
     }
     cp_async_commit();
   }
-  __device__ __forceinline__ void fetch_values(int step) {
-    if (step < steps) fetch(shared.warp[warp].ring[step % kStages].v, call.v, shared.at[warp][1], step);
+  // Of the same step; then on to the next.
+  __device__ __forceinline__ void fetch_values() {
+    if (const Unit& unit = shared.unit(copied_unit); unit.rows > 0) {
+      fetch(shared.ring[warp][stage].v, call.v, shared.at[warp][1], unit);
+      if (++copied_step == steps_of(unit)) ++copied_unit, copied_step = 0;
+      next = offset();
+    }
     cp_async_commit();
   }
+  __device__ __forceinline__ void advance() { stage = stage + 1 == kStages ? 0 : stage + 1; }
 
   __device__ __forceinline__ void begin() {
+    next = offset();
     for (int step = 0; step < kStages; ++step) {
-      fetch_keys(step);
-      fetch_values(step);
+      fetch_keys();
+      fetch_values();
+      advance();
       __syncwarp();
     }
   }
@@ -294,13 +385,33 @@ struct Attend {
   }
 
   // After q is there.
-  __device__ __forceinline__ void run() {
+  __device__ __forceinline__ void compute(const Unit& unit) {
+    Registers<Registers<uint32_t, 4>, kKeepQ ? kHead / 16 : 1> q;
     if constexpr (kKeepQ)
 #pragma unroll
       for (int d = 0; d < kHead / 16; ++d) load_q(q[d], 0, d);
+    Registers<Registers<int, 2>, kTiles> seen;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = 16 * tile + 8 * half + lane / 4;
+        seen[tile][half] = row < unit.rows ? unit.seen(call.causal, row) : 0;
+        maximum[tile][half] = lowest<float>();
+        sum[tile][half] = 0;
+      }
+#pragma unroll
+      for (int n = 0; n < kHead / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[tile][n][i] = 0;
+    }
     const float scale = scale_of(call);
-    for (int step = 0; step < steps; ++step) {
-      const auto& stage = shared.warp[warp].ring[step % kStages];
+    const int steps = steps_of(unit);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step, advance()) {
+      if constexpr (kTiles > 1)
+        forget(lane);  // places in the ring would stay in registers, of which none is left
+      const auto& tiles = shared.ring[warp][stage];
       Registers<Registers<Registers<float, 4>, 2>, kTiles> score;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
@@ -313,7 +424,7 @@ struct Attend {
 #pragma unroll
       for (int d = 0; d < kHead / 16; ++d) {
         Registers<uint32_t, 4> b;
-        ldmatrix_x4(b, &stage.k[place<kPieces>(lane / 16 * 8 + lane % 8, 2 * d + lane / 8 % 2)]);
+        ldmatrix_x4(b, &tiles.k[place<kPieces>(lane / 16 * 8 + lane % 8, 2 * d + lane / 8 % 2)]);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           Registers<uint32_t, 4> a;
@@ -326,7 +437,7 @@ struct Attend {
         }
       }
       __syncwarp();
-      fetch_keys(step + kStages);
+      fetch_keys();
 
       Registers<Registers<uint32_t, 4>, kTiles> weight;
 #pragma unroll
@@ -367,7 +478,7 @@ struct Attend {
 #pragma unroll
       for (int d = 0; d < kHead / 16; ++d) {
         Registers<uint32_t, 4> b;
-        ldmatrix_x4_trans(b, &stage.v[place<kPieces>(lane / 8 % 2 * 8 + lane % 8, 2 * d + lane / 16)]);
+        ldmatrix_x4_trans(b, &tiles.v[place<kPieces>(lane / 8 % 2 * 8 + lane % 8, 2 * d + lane / 16)]);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           mma_m16n8k16<scalar_t>(out[tile][2 * d], weight[tile], b[0], b[1]);
@@ -375,111 +486,132 @@ struct Attend {
         }
       }
       __syncwarp();
-      fetch_values(step + kStages);
+      fetch_values();
     }
   }
 
-  // Into the warp's own ring, which it is done with.
-  __device__ __forceinline__ void put() {
-    cp_async_wait<0>();
-    __syncwarp();
-    auto& to = shared.warp[warp].out;
+  // Eight rows, for the other warps.
+  __device__ __forceinline__ void put(int tile, int half) {
+    const int row = lane / 4;
+    float total = sum[tile][half];
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+    if (lane % 4 == 0) {
+      store_shared(&shared.maximum[warp][row], maximum[tile][half]);
+      store_shared(&shared.sum[warp][row], total);
+    }
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
+    for (int n = 0; n < kHead / 8; ++n)
+      store_shared(reinterpret_cast<float2*>(&shared.out[warp][row][8 * n + lane % 4 * 2]),
+                   make_float2(out[tile][n][2 * half], out[tile][n][2 * half + 1]));
+  }
+
+  // What the warps have put of row first + r, r < 8; a lane has four of its columns.
+  __device__ __forceinline__ void add_up(const Unit& unit, int first, int r, float* partial,
+                                         const Partials& partials) const {
+    Registers<float, kWarps> share;
+    float highest = lowest<float>(), total = 0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = 16 * tile + 8 * half + lane / 4;
-        float total = sum[tile][half];
-        total += __shfl_xor_sync(~0u, total, 1);
-        total += __shfl_xor_sync(~0u, total, 2);
-        if (lane % 4 == 0) {
-          store_shared(&shared.maximum[warp][row], maximum[tile][half]);
-          store_shared(&shared.sum[warp][row], total);
-        }
+    for (int w = 0; w < kWarps; ++w) {
+      share[w] = load_shared(&shared.maximum[w][r]);
+      highest = fmaxf(highest, share[w]);
+    }
 #pragma unroll
-        for (int n = 0; n < kHead / 8; ++n)
-          store_shared(reinterpret_cast<float2*>(&to[row][8 * n + lane % 4 * 2]),
-                       make_float2(out[tile][n][2 * half], out[tile][n][2 * half + 1]));
+    for (int w = 0; w < kWarps; ++w) {
+      share[w] = exp2_approx(share[w] - base_of(highest));
+      total += share[w] * load_shared(&shared.sum[w][r]);
+    }
+    float4 result = make_float4(0, 0, 0, 0);
+    if (const int column = 4 * lane; column < call.D) {
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float4 x = load_shared(reinterpret_cast<const float4*>(&shared.out[w][r][column]));
+        result.x += share[w] * x.x, result.y += share[w] * x.y;
+        result.z += share[w] * x.z, result.w += share[w] * x.w;
       }
+    }
+    const int64_t at = unit.t(first + r) * call.H + unit.head(call.M, first + r);
+    const int count = static_cast<int>(call.D) - 4 * lane;
+    if (unit.chunks == 1) {
+      const float divisor = total == 0 ? 1 : total;
+      result = make_float4(result.x / divisor, result.y / divisor, result.z / divisor, result.w / divisor);
+      if (count > 0) store_four(call.out + at * call.D + 4 * lane, result, count);
+    } else {
+      float* const to = partial + partials.at(at, unit.chunk);
+      if (count > 0) store_global(reinterpret_cast<float4*>(to + 4) + lane, result);
+      if (lane == 0) store_global(reinterpret_cast<float2*>(to), make_float2(highest, total));
+    }
+  }
+
+  // From its first barrier on no warp reads q. The caller's is the last.
+  __device__ __forceinline__ void finish(const Unit& unit, float* partial, const Partials& partials) {
+#pragma unroll
+    for (int first = 0; first < Memory::kRows; first += kRowsAtOnce) {
+      if (first >= unit.rows) continue;
+      if (first > 0) named_barrier_sync(kOfWarps, kThreads);
+      put(first / 16, first / kRowsAtOnce % 2);
+      if (first == 0)
+        Memory::meet();
+      else
+        named_barrier_sync(kOfWarps, kThreads);
+      for (int r = warp; r < min(kRowsAtOnce, unit.rows - first); r += kWarps)
+        add_up(unit, first, r, partial, partials);
+    }
   }
 };
 
-// Four neighbours of a row of out, of which the first `count` are there.
-template <class scalar_t>
-__device__ __forceinline__ void store_four(scalar_t* to, float4 x, int count) {
-  const uint2 both = make_uint2(pack<scalar_t>(x.x, x.y), pack<scalar_t>(x.z, x.w));
-  if (reinterpret_cast<uintptr_t>(to) % sizeof(uint2) == 0 && count >= 4) {
-    store_global(reinterpret_cast<uint2*>(to), both);
-    return;
-  }
-  auto* const each = reinterpret_cast<uint16_t*>(to);
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (i < count) store_global(each + i, static_cast<uint16_t>((i < 2 ? both.x : both.y) >> (i % 2 * 16)));
-}
-
 template <class scalar_t, int kHead, int kTiles, bool kAligned>
-__global__ __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2) void head_attention_decode_kernel(
-    const HeadAttentionCall<scalar_t> call, float* const partial, const Partials partials, bool q_aligned) {
+__global__ __launch_bounds__((Shared<kHead, kTiles>::kAllThreads),
+                             2) void head_attention_decode_kernel(const HeadAttentionCall<scalar_t> call,
+                                                                  float* const partial,
+                                                                  const Partials partials, bool q_aligned) {
   using Memory = Shared<kHead, kTiles>;
   auto& shared = dynamic_shared<Memory>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for_each_unit<Memory::kRows>(call, 1, shared.strip, [&](const Unit& unit) {
-    Attend<scalar_t, kHead, kTiles, kAligned> attend(call, shared, unit);
-    attend.begin();
-    for (int i = threadIdx.x; i < Memory::kRows * Memory::kPieces; i += kThreads) {
-      const int row = i / Memory::kPieces, piece = i % Memory::kPieces;
-      uint4 value = make_uint4(0, 0, 0, 0);
-      if (row < unit.rows) {
-        const scalar_t* const from =
-            call.q + unit.t(row) * call.q_stride_t + unit.head(call.M, row) * call.q_stride_h + 8 * piece;
-        const int count = static_cast<int>(call.D) - 8 * piece;
-        value = q_aligned && count >= 8 ? load_global(reinterpret_cast<const uint4*>(from))
-                                        : gathered(from, count);
-      }
-      store_shared(&shared.q[place<Memory::kPieces>(row, piece)], value);
+  grid_launch_dependents();
+  using Scheduler = Schedule<scalar_t, kHead, kTiles>;
+  Scheduler schedule{call, shared, q_aligned};
+  if (Memory::kOwnScheduler && warp == kWarps) {  // the barriers are those below
+    schedule.describe();
+    Memory::meet();
+    typename Scheduler::template Pieces<32> q;
+    q.load(schedule, shared.unit(0), lane);
+    q.store(schedule, lane);
+    schedule.describe_behind(shared.unit(0));
+    Memory::meet();
+    for (int number = 0; shared.unit(number).rows > 0; ++number) {
+      const Unit& next = shared.unit(number + 1);
+      q.load(schedule, next, lane);
+      schedule.describe_behind(next);
+      Memory::meet();
+      q.store(schedule, lane);
+      Memory::meet();
     }
-    __syncthreads();
-    attend.run();
-    attend.put();
-    __syncthreads();
+    return;
+  }
 
-    // A warp adds up a row, a lane four of its columns.
-    for (int row = warp; row < unit.rows; row += kWarps) {
-      Registers<float, kWarps> share;
-      float maximum = lowest<float>(), sum = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        share[w] = load_shared(&shared.maximum[w][row]);
-        maximum = fmaxf(maximum, share[w]);
-      }
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        share[w] = exp2_approx(share[w] - base_of(maximum));
-        sum += share[w] * load_shared(&shared.sum[w][row]);
-      }
-      float4 out = make_float4(0, 0, 0, 0);
-      if (const int column = 4 * lane; column < call.D) {
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-          const float4 x = load_shared(reinterpret_cast<const float4*>(&shared.warp[w].out[row][column]));
-          out.x += share[w] * x.x, out.y += share[w] * x.y;
-          out.z += share[w] * x.z, out.w += share[w] * x.w;
-        }
-      }
-      const int64_t at = unit.t(row) * call.H + unit.head(call.M, row);
-      const int count = static_cast<int>(call.D) - 4 * lane;
-      if (unit.work.chunks == 1) {
-        const float divisor = sum == 0 ? 1 : sum;
-        out = make_float4(out.x / divisor, out.y / divisor, out.z / divisor, out.w / divisor);
-        if (count > 0) store_four(call.out + at * call.D + 4 * lane, out, count);
-      } else {
-        float* const to = partial + partials.at(at, unit.chunk);
-        if (count > 0) store_global(reinterpret_cast<float4*>(to + 4) + lane, out);
-        if (lane == 0) store_global(reinterpret_cast<float2*>(to), make_float2(maximum, sum));
-      }
-    }
-  });
+  // Without a scheduler: q by all threads, then the first warp describes.
+  const auto prepare = [&](int number) {
+    if (Memory::kOwnScheduler) return;
+    const Unit& next = shared.unit(number);
+    typename Scheduler::template Pieces<kThreads> q;
+    q.load(schedule, next, threadIdx.x);
+    q.store(schedule, threadIdx.x);
+    if (warp == 0) schedule.describe_behind(next);
+  };
+  Attend<scalar_t, kHead, kTiles, kAligned> attend{call, shared};
+  if (!Memory::kOwnScheduler && warp == 0) schedule.describe();
+  Memory::meet();
+  attend.begin();
+  prepare(0);
+  Memory::meet();
+  for (int number = 0; shared.unit(number).rows > 0; ++number) {
+    const Unit& unit = shared.unit(number);
+    attend.compute(unit);
+    attend.finish(unit, partial, partials);
+    prepare(number + 1);
+    Memory::meet();
+  }
 }
 
 // ---- any type and head size ----
@@ -493,7 +625,7 @@ struct PlainShared {
   acc_t shrink[kPlainRows], factor[kPlainRows];
   int64_t q_at[kPlainRows], row_at[kPlainRows];  // in q; in [T, H]
   int64_t k_at[kPlainKeys], v_at[kPlainKeys];
-  Strip strip;
+  Unit unit;  // at work; not in every thread's registers
 };
 
 // A unit has 128 columns of the output; a warp 4 rows of the scores, a lane one key; a thread one column.
@@ -507,7 +639,16 @@ __global__ __launch_bounds__(kThreads) void head_attention_decode_plain_kernel(
   const int parts = static_cast<int>((call.D + kPlainColumns - 1) / kPlainColumns);
   const acc_t scale = scale_of(call);
 
-  for_each_unit<kPlainRows>(call, parts, shared.strip, [&](const Unit& unit) {
+  grid_launch_dependents();
+  Units<kPlainRows> units(call, parts);
+  for (;; __syncthreads()) {
+    if (threadIdx.x < 32) {
+      const Unit next = units.next();
+      if (lane == 0) shared.unit = next;
+    }
+    __syncthreads();
+    const Unit& unit = shared.unit;
+    if (unit.rows == 0) break;
     const int64_t column = int64_t{unit.part} * kPlainColumns + threadIdx.x;
     Registers<int, kRowsOfWarp> seen;
     Registers<acc_t, kRowsOfWarp> maximum, sum;
@@ -533,7 +674,7 @@ __global__ __launch_bounds__(kThreads) void head_attention_decode_plain_kernel(
         const auto& view = of_k ? call.k : call.v;
         (of_k ? shared.k_at : shared.v_at)[j] =
             unit.group * view.group_stride +
-            key_offset(call, unit.work.s, unit.key + key + j, view.page_stride, view.key_stride);
+            key_offset(call, unit.s, unit.key + key + j, view.page_stride, view.key_stride);
       }
       Registers<acc_t, kRowsOfWarp> score;
 #pragma unroll
@@ -592,7 +733,7 @@ __global__ __launch_bounds__(kThreads) void head_attention_decode_plain_kernel(
       __syncthreads();
     }
 
-    const bool only = unit.work.chunks == 1;
+    const bool only = unit.chunks == 1;
 #pragma unroll
     for (int r = 0; r < kRowsOfWarp; ++r) {
 #pragma unroll
@@ -605,7 +746,7 @@ __global__ __launch_bounds__(kThreads) void head_attention_decode_plain_kernel(
       store_global(to + 1, sum[r]);
     }
     __syncthreads();
-    if (column >= call.D) return;
+    if (column >= call.D) continue;
 #pragma unroll
     for (int r = 0; r < kPlainRows; ++r) {
       if (r >= unit.rows) continue;
@@ -616,7 +757,7 @@ __global__ __launch_bounds__(kThreads) void head_attention_decode_plain_kernel(
       else
         store_global(partial + partials.at(at, unit.chunk) + 4 + column, result);
     }
-  });
+  }
 }
 
 // ---- chunks, added ----
@@ -628,72 +769,88 @@ struct alignas(16) Wide {
   acc_t x[kCount];
 };
 
-// A warp owns a row, in turns: a lane up to two chunks' shares, then neighbouring columns.
+constexpr int kCombineWarps = 8, kCombineThreads = 32 * kCombineWarps;
+
+template <class acc_t>
+struct CombineShared {
+  Wide<acc_t> out[kCombineWarps][32];
+  acc_t maximum[kCombineWarps], sum[kCombineWarps];
+};
+
+// A block owns a row; a warp an eighth of its chunks, all of which it asks for at once; a lane one of these
+// chunks' shares, then neighbouring columns.
 template <class scalar_t>
-__global__ __launch_bounds__(kThreads) void head_attention_decode_combine_kernel(
+__global__ __launch_bounds__(kCombineThreads) void head_attention_decode_combine_kernel(
     const HeadAttentionCall<scalar_t> call, const accumulate_t<scalar_t>* const partial,
     const Partials partials) {
   using acc_t = accumulate_t<scalar_t>;
   using Sums = Wide<acc_t>;
-  constexpr int kAhead = 64 / sizeof(acc_t);  // chunks asked for before the first is used
-  const int lane = threadIdx.x % 32;
+  constexpr int kMost = 64 / kCombineWarps;  // chunks of a warp
+  auto& shared = static_shared<CombineShared<acc_t>>();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   bool waited = false;
-  for (int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; row < call.T * call.H;
-       row += int64_t{gridDim.x} * kWarps) {
+  for (int64_t row = blockIdx.x; row < call.T * call.H; row += gridDim.x) {
     const int64_t t = row / call.H, head = row % call.H, b = t / call.queries_each;
     if (!head_active(call, units_of(call, b, 0), head)) continue;
     const Work work = work_of(call, b);
     if (work.chunks == 1) continue;
     const int64_t keys = work.s.keys_end(call.causal, t - work.s.query) - work.s.k_start;
     const int chunks = static_cast<int>((max(keys, int64_t{0}) + work.chunk - 1) / work.chunk);
-    if (!waited) grid_dependency_wait();  // the lengths were there before
+    const int each = (chunks + kCombineWarps - 1) / kCombineWarps, first = warp * each;
+    const int mine = min(chunks - first, each);  // none: not above zero
+    if (!waited) grid_dependency_wait();         // the lengths were there before
     waited = true;
 
-    const acc_t* const from = partial + partials.at(row, 0);
-    Registers<acc_t, 2> share, sums;
-    acc_t maximum = lowest<acc_t>(), sum = 0;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int chunk = 32 * half + lane;
-      share[half] = chunk < chunks ? load_global(from + chunk * partials.pitch) : lowest<acc_t>();
-      sums[half] = chunk < chunks ? load_global(from + chunk * partials.pitch + 1) : acc_t(0);
-      maximum = fmax(maximum, share[half]);
-    }
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2)
-      maximum = fmax(maximum, __shfl_xor_sync(~0u, maximum, distance));
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      share[half] = exp2_of(share[half] - base_of(maximum));
-      sum += share[half] * sums[half];
-    }
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-    const acc_t divisor = sum == acc_t(0) ? acc_t(1) : sum;
-
+    const acc_t* const from = partial + partials.at(row, first);
+    acc_t share = lane < mine ? load_global(from + lane * partials.pitch) : lowest<acc_t>();
+    acc_t sum = lane < mine ? load_global(from + lane * partials.pitch + 1) : acc_t(0);
     for (int64_t begin = 0; begin < call.D; begin += 32 * Sums::kCount) {
       const int64_t column = begin + lane * Sums::kCount;
-      Sums out{};
-      for (int chunk = 0; chunk < chunks; chunk += kAhead) {
-        Registers<Sums, kAhead> x;
+      Registers<Sums, kMost> x;
 #pragma unroll
-        for (int a = 0; a < kAhead; ++a)
-          x[a] = chunk + a < chunks && column < call.D
-                     ? load_global(
-                           reinterpret_cast<const Sums*>(from + (chunk + a) * partials.pitch + 4 + column))
-                     : Sums{};
+      for (int chunk = 0; chunk < kMost; ++chunk)
+        x[chunk] =
+            chunk < mine && column < call.D
+                ? load_global(reinterpret_cast<const Sums*>(from + chunk * partials.pitch + 4 + column))
+                : Sums{};
+      if (begin == 0) {
+        acc_t maximum = share;
 #pragma unroll
-        for (int a = 0; a < kAhead; ++a) {
-          const acc_t factor = __shfl_sync(~0u, chunk < 32 ? share[0] : share[1], (chunk + a) % 32);
+        for (int distance = 1; distance < 32; distance *= 2)
+          maximum = fmax(maximum, __shfl_xor_sync(~0u, maximum, distance));
+        share = exp2_of(share - base_of(maximum));
+        sum *= share;
 #pragma unroll
-          for (int n = 0; n < Sums::kCount; ++n)
-            if (chunk + a < chunks) out.x[n] += factor * x[a].x[n];
-        }
+        for (int distance = 1; distance < 32; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+        if (lane == 0) shared.maximum[warp] = maximum, shared.sum[warp] = sum;
       }
+      Sums out{};
 #pragma unroll
-      for (int n = 0; n < Sums::kCount; ++n)
-        if (column + n < call.D)
-          store_global(call.out + row * call.D + column + n, scalar_t(out.x[n] / divisor));
+      for (int chunk = 0; chunk < kMost; ++chunk) {
+        const acc_t factor = __shfl_sync(~0u, share, chunk);
+#pragma unroll
+        for (int n = 0; n < Sums::kCount; ++n)
+          if (chunk < mine) out.x[n] += factor * x[chunk].x[n];
+      }
+      store_shared(&shared.out[warp][lane], out);
+      __syncthreads();
+
+      // The warps' sums in their order, a column a thread.
+      acc_t maximum = lowest<acc_t>(), total = 0, result = 0;
+#pragma unroll
+      for (int w = 0; w < kCombineWarps; ++w) maximum = fmax(maximum, shared.maximum[w]);
+      const int place = threadIdx.x;
+      if (place < 32 * Sums::kCount && begin + place < call.D) {
+#pragma unroll
+        for (int w = 0; w < kCombineWarps; ++w) {
+          const acc_t factor = exp2_of(shared.maximum[w] - base_of(maximum));
+          total += factor * shared.sum[w];
+          result += factor * load_shared(&shared.out[w][0].x[0] + place);
+        }
+        const acc_t divisor = total == acc_t(0) ? acc_t(1) : total;
+        store_global(call.out + row * call.D + begin + place, scalar_t(result / divisor));
+      }
+      __syncthreads();
     }
   }
   if (!waited) grid_dependency_wait();
@@ -720,12 +877,13 @@ template <class scalar_t, int kHead, int kTiles, bool kAligned = true>
 void run(const HeadAttentionCall<scalar_t>& call, float* partial, const Partials& partials,
          CUstream_st* stream) {
   using Memory = Shared<kHead, kTiles>;
+  static_assert(sizeof(Memory) <= 99 * 1024);
   const bool q_aligned =
       reinterpret_cast<uintptr_t>(call.q) % 16 == 0 && call.q_stride_t % 8 == 0 && call.q_stride_h % 8 == 0;
-  const int blocks_each = kTiles == 1 && cuda_arch() >= 90 ? 3 : 2;
+  const int blocks_each = cuda_arch() >= 90 ? 2 : 1;
   launch<head_attention_decode_kernel<scalar_t, kHead, kTiles, kAligned>>(
       {.grid = grid_of(call, Memory::kRows, 1, partials.chunks, blocks_each),
-       .block = dim3(kThreads),
+       .block = dim3(Memory::kAllThreads),
        .stream = stream,
        .dynamic_shared = sizeof(Memory)},
       call, partial, partials, q_aligned);
@@ -781,10 +939,9 @@ void head_attention_decode_cuda(const HeadAttentionCall<scalar_t>& call,
     run_plain(call, partial, partials, stream);
   }
   if (partials.chunks == 1) return;
-  const int64_t blocks = (call.T * call.H + kWarps - 1) / kWarps;
   launch<head_attention_decode_combine_kernel<scalar_t>>(
-      {.grid = dim3(static_cast<unsigned>(within(blocks, 1, int64_t{multiprocessors()} * 8))),
-       .block = dim3(kThreads),
+      {.grid = dim3(static_cast<unsigned>(within(call.T * call.H, 1, int64_t{multiprocessors()} * 8))),
+       .block = dim3(kCombineThreads),
        .stream = stream,
        .programmatic = cuda_arch() >= 90},
       call, partial, partials);

@@ -158,7 +158,19 @@ def test_more_sequences_than_a_block_has_threads(device):
     assert torch.equal(head_attention_decode(q[140:], k[140:], v[140:], seqlens[140:], 2), ours[140:])
 
 
-@pytest.mark.parametrize("keys", [64, 2048, 2049, 4097])
+@pytest.mark.parametrize("T", [1, 16])
+@pytest.mark.parametrize("D", [64, 80, 96, 128])
+def test_copies_run_ahead_over_short_units(D, T, device):
+    """Units of no key, of one and of two steps in turn: what is under way is of several, and of no later row's."""
+    lengths = (0, 3, 128, 0, 0, 70, 1, 1, 65, 0, 12, 200, 0, 5)
+    q, k, v, seqlens = make(device, 2, T, D, lengths=lengths)
+    ours = check(torch.bfloat16, q, k, v, seqlens, 2)
+    for b in range(len(lengths)):
+        one = slice(b, b + 1)
+        assert torch.equal(head_attention_decode(q[one], k[one], v[one], seqlens[one], 2), ours[one])
+
+
+@pytest.mark.parametrize("keys", [64, 1024, 1025, 2049, 4096, 4097])
 def test_lengths_where_chunks_change(keys, device):
     check(torch.bfloat16, *make(device, 2, 1, 64, lengths=(keys,), G=1), 1)
 

@@ -41,6 +41,12 @@ struct Registers {
 #endif
 };
 
+// Here the compiler forgets what it has computed from `value`: it does so again, and keeps no registers for
+// it.
+__device__ __forceinline__ void forget(int& value) {
+  FLEXTRON_INSTRUCTION(asm volatile("" : "+r"(value)), static_cast<void>(value));
+}
+
 // The 32-bit address that instructions know shared memory by.
 __device__ __forceinline__ uint32_t shared_address(const void* shared FLEXTRON_AND_SITE) {
   FLEXTRON_INSTRUCTION(return static_cast<uint32_t>(__cvta_generic_to_shared(shared)),

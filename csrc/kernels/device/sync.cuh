@@ -105,8 +105,10 @@ __device__ __forceinline__ void grid_dependency_wait(FLEXTRON_SITE) {
 #endif
 }
 __device__ __forceinline__ void grid_launch_dependents(FLEXTRON_SITE) {
+#if defined(FLEXTRON_EMULATE) || __CUDA_ARCH__ >= 900
   FLEXTRON_INSTRUCTION(asm volatile("griddepcontrol.launch_dependents;" :: : "memory"),
                        emulator::grid_launch_dependents(site));
+#endif
 }
 
 // Registers per thread of this warpgroup from here on, a multiple of 8 in 24 .. 256.
