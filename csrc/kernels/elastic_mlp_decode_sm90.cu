@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(decode::kThreads, 1) elastic_mlp_decode_kernel
     Registers<float, 4> values;
 #pragma unroll
     for (int v = 0; v < 4; ++v) values[v] = sums[kActivated][v] + biases[kActivated][v / 2];
-    activate_all(p.activation, values);
+    activate_all<scalar_t>(p.activation, values);
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
       const int j = places[v / 2].row;

@@ -345,6 +345,9 @@ void tma_load(void* tile, const TensorMap* map, void* barrier, std::initializer_
 
 void tma_store(const TensorMap* map, const void* tile, std::initializer_list<int> at_, const Site& site) {
   const Box box = box_at(map, at_, site);
+  for (const int64_t at : box.at)
+    if (at < 0)  // seen on an H200: an illegal instruction, where a load reads zeros
+      fail(site, text("the copy engine: a store's coordinates must not be negative, got ", at));
   Block& block = *current->block;
   const uint32_t offset = tile_offset(tile, box.map, site), size = box_bytes(box.map);
   check_async_read(block, offset, size, site);

@@ -195,7 +195,17 @@ struct Pipe {
   Mbarrier full[2], empty[2];
 };
 
-enum class Fault { kNone, kSamePhase, kNoArrive, kTwice, kNoInit, kBytes, kNoRelease, kCoordinate };
+enum class Fault {
+  kNone,
+  kSamePhase,
+  kNoArrive,
+  kTwice,
+  kNoInit,
+  kBytes,
+  kNoRelease,
+  kCoordinate,
+  kNegative
+};
 
 // A producer (thread 0) hands 6 numbers to a consumer (thread 32) through two stages.
 template <Fault fault>
@@ -260,7 +270,7 @@ __global__ void tile_copy_kernel(const __grid_constant__ TensorMap from,
   if (!no_fence || threadIdx.x == 7) fence_proxy_async();
   __syncthreads();
   if (threadIdx.x == 0) {
-    tma_store_2d(to, &shared.b, 0, 0);
+    tma_store_2d(to, &shared.b, 0, fault == Fault::kNegative ? -1 : 0);
     tma_store_commit();
     if (overwrites) shared.b.value[5] = bf16(77.0f);
     if (!no_store_wait) tma_store_wait_read<0>();
@@ -517,6 +527,8 @@ const std::vector<Case>& cases() {
        run_tile_copy<Fault::kBytes, false, false, false, false>},
       {"misaligned_coordinate", "error", "multiple of 16 bytes, got 4 elements",
        run_tile_copy<Fault::kCoordinate, false, false, false, false>},
+      {"negative_store", "error", "must not be negative, got -1",
+       run_tile_copy<Fault::kNegative, false, false, false, false>},
       {"missing_proxy_fence", "error", "fence_proxy_async",
        run_tile_copy<Fault::kNone, false, true, false, false>},
       {"missing_store_wait", "error", "tma_store_wait_read",

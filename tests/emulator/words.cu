@@ -214,7 +214,7 @@ void check_partial_copy() {
 }
 
 // One box of a 3-d tensor, at coordinates that leave it on every side, as it lies in shared memory; and out
-// again, to the same place of another tensor.
+// again, to the same place of another tensor, where it begins inside.
 __global__ void box_kernel(const __grid_constant__ TensorMap from, const __grid_constant__ TensorMap to,
                            uint16_t* y, int bytes, int at_x, int at_y, int at_z) {
   auto& shared = dynamic_shared<Shared>();
@@ -229,7 +229,7 @@ __global__ void box_kernel(const __grid_constant__ TensorMap from, const __grid_
   mbarrier_wait(shared.landed, 0);
   const auto* held = reinterpret_cast<const uint16_t*>(shared.tile[0]);
   for (int i = static_cast<int>(threadIdx.x); i < bytes / 2; i += 32) y[i] = held[i];
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0 && at_x >= 0 && at_y >= 0 && at_z >= 0) {
     tma_store_3d(to, shared.tile[0], at_x, at_y, at_z);
     tma_store_commit();
     tma_store_wait<0>();
@@ -260,7 +260,7 @@ void check_box(Swizzle swizzle, uint32_t width, int at_x, int at_y, int at_z) {
     const auto place = static_cast<size_t>((z * kY + row) * kPitch + x);
     expect("box in shared memory", i, y[swizzled(static_cast<uint32_t>(2 * i), swizzle) / 2],
            inside ? from[place] : 0);
-    if (inside) written[place] = from[place];
+    if (inside && at_x >= 0 && at_y >= 0 && at_z >= 0) written[place] = from[place];
   }
   for (size_t i = 0; i < to.size(); ++i) expect("box stored", i, to[i], written[i]);
 }
