@@ -1,6 +1,5 @@
 // head_attention's gradients on Hopper, bf16 and fp16, head sizes 64, 80, 96 and 128: delta with dq, and dk
-// with dv, a kernel each; the formula is head_attention_backward_cuda.cu's. No sum is shared by blocks, and
-// each has its order.
+// with dv, a kernel each; the formula is head_attention_backward_cuda.cu's. Each sum has its order.
 //
 //   kernel     own, kRows     what passes, kTileRows at a time     sums over what passes
 //   queries    q, dout        k, v                                 P dP, then dS times k
@@ -11,6 +10,10 @@
 // the consumers, each with 64 of the own rows: scores and dP of a tile are own rows times the tile's by
 // wgmma, P and dS stay in registers and are the A of the products that follow, whose B is the tile again,
 // along its side. The queries' kernel passes over the keys twice, as delta must be whole before the first dS.
+//
+// Gradients of keys are the sums of each head of their group, added in the order of the heads. Where there
+// are few blocks of keys and groups, a head is an item of its own, and a third kernel adds: who has all heads
+// of a group takes as long as they all do, and the other multiprocessors wait. The bits are the same.
 //
 // Tiles whose rows are neighbours, all there, come by the copy engine; the others (the last of a sequence,
 // rows in the order of their extents, rows that see no key at all) are gathered, with zeros where no row is:
@@ -53,14 +56,17 @@ struct alignas(16) QueriesItem {
   int seen[2];      // keys that one of a consumer's rows sees
 };
 struct alignas(16) KeysItem {
-  int group, first, count, unused;  // the first's row of k, and how many there are; group -1: no more items
+  int group, first, count;  // the first's row of k, and how many there are; group -1: no more items
+  int part;                 // where the sums of this one head go; -1: to the gradients
 };
+enum End : int { kGoesOn, kHeadEnds, kItemEnds };  // behind a tile
 
 // Of a tile of queries that passes; keys are counted from the first of the own.
 struct alignas(16) Columns {
   float lse[kTileRows], delta[kTileRows];  // lse in base 2
   int seen[kTileRows];                     // own keys below are seen
-  int most, least, last, unused;           // of seen; whether it is the item's last tile
+  int most, least;                         // of seen
+  int end, unused;
 };
 
 // Tiles come first: each is a multiple of 1024 bytes, and so is its address.
@@ -96,7 +102,10 @@ using KeysShared = SharedOfKeys<S, S::kStages>;
 template <class scalar_t>
 struct Operands : HeadAttentionBackwardCall<scalar_t> {
   AttentionSchedule schedule;
-  float factor;  // of scores, in base 2
+  float factor;    // of scores, in base 2
+  float* partial;  // sums of heads (PartialSums), of keys alone
+  int64_t parts;   // that there is room for
+  int64_t few;     // with fewer blocks of keys times groups a head is an item
   TensorMap own_first_map, own_second_map, first_map, second_map;
   TensorMap first_result_map, second_result_map;  // dq; dk and dv
 };
@@ -193,10 +202,25 @@ __device__ __forceinline__ void produce_for_queries(const Operands<typename S::s
   end_items(shared, slot, QueriesItem{-1, 0, {0, 0}});
 }
 
+// Sums of dk and dv of a block of keys and a head, in float: those of a consumer's thread four by four, each
+// beside its neighbour thread's. There are `parts`, one a head's item, or one a block of threads which adds
+// up heads; then, of each, whether it was written.
+template <class S>
+struct PartialSums {
+  static constexpr int kFours = S::kSums / 4, kAll = 2 * kFours * kConsumers;
+  using Place = const Operands<typename S::scalar_t>&;
+  __device__ __forceinline__ static float4* at(Place p, int64_t part, int which, int four, int thread) {
+    return reinterpret_cast<float4*>(p.partial) + part * kAll + (which * kFours + four) * kConsumers + thread;
+  }
+  __device__ __forceinline__ static float* used(Place p, int64_t part) {
+    return p.partial + p.parts * kAll * 4 + part;
+  }
+};
+
 // What the consumers need of each query of the tile that the walk has come to; both of a lane's two queries.
 template <class S>
 __device__ __forceinline__ void load_queries(const Operands<typename S::scalar_t>& p, KeysShared<S>& shared,
-                                             int stage, const QueryWalk<kTileRows>& walk, bool last) {
+                                             int stage, const QueryWalk<kTileRows>& walk, End end) {
   Columns& columns = shared.columns[stage];
   Registers<int, 2> row;
   bool whole = p.order == nullptr;
@@ -226,7 +250,7 @@ __device__ __forceinline__ void load_queries(const Operands<typename S::scalar_t
                  row[half] < 0 ? 0 : load_global(p.lse + place) * kLog2E);
     store_shared(&columns.delta[lane_of() + 32 * half], row[half] < 0 ? 0 : load_global(p.delta + place));
   }
-  if (lane_of() == 0) store_shared(reinterpret_cast<int4*>(&columns.most), int4{most, least, last, 0});
+  if (lane_of() == 0) store_shared(reinterpret_cast<int4*>(&columns.most), int4{most, least, end, 0});
   if (!whole) {
     __syncwarp();
     const auto row_of_q = [&](int r) -> int64_t {  // -1 where it sees none of the keys
@@ -252,27 +276,53 @@ __device__ __forceinline__ void load_queries(const Operands<typename S::scalar_t
   }
 }
 
+// Items of the keys' kernel, the longest first still.
+struct KeysItems {
+  int64_t groups;  // blocks of keys times their groups
+  int64_t heads;   // items of each: one a head, or one
+
+  template <class scalar_t>
+  __device__ __forceinline__ explicit KeysItems(const Operands<scalar_t>& p)
+      : groups(p.schedule.first[*p.schedule.count]), heads(groups < p.few ? p.M : 1) {}
+};
+
+// Keys of a group's block, and the queries that see them.
+struct KeysBlock {
+  OwnKeys keys;
+  QueryWalk<kTileRows> walk{};
+
+  template <class scalar_t>
+  __device__ __forceinline__ KeysBlock(const Operands<scalar_t>& p, int64_t number) {
+    const AttentionItemPlace place = item_at(p.schedule, number);
+    const AttentionBlock block = p.schedule.blocks[place.block];
+    const CallSequence s = sequence_of(p, block.sequence);
+    const int64_t begin = s.k_start + block.block * kRows;
+    keys = {0, s.position + begin, place.item, static_cast<int>(min(s.S - begin, int64_t{kRows}))};
+    walk.enter_sequence(p, keys, block.sequence, begin);
+  }
+};
+
 // Keys and values of a block; then tile after tile of the queries that see them.
 template <class S>
 __device__ __forceinline__ void produce_for_keys(const Operands<typename S::scalar_t>& p,
                                                  KeysShared<S>& shared) {
   Ring<Slots> slot;
   Ring<S> ring;
-  const int64_t items = p.schedule.first[*p.schedule.count];
-  for (int64_t round = 0, item; (item = item_of(round)) < items; ++round) {
-    const AttentionItemPlace place = item_at(p.schedule, item);
-    const AttentionBlock block = p.schedule.blocks[place.block];
-    const CallSequence s = sequence_of(p, block.sequence);
-    const int64_t begin = s.k_start + block.block * kRows;
-    const OwnKeys keys{0, s.position + begin, place.item, static_cast<int>(min(s.S - begin, int64_t{kRows}))};
-    QueryWalk<kTileRows> walk{};
-    walk.enter_sequence(p, keys, block.sequence, begin);
-    if (!walk.next(p, keys)) continue;
+  const KeysItems items(p);
+  for (int64_t round = 0, item; (item = item_of(round)) < items.groups * items.heads; ++round) {
+    KeysBlock block(p, item / items.heads);
+    const OwnKeys& keys = block.keys;
+    QueryWalk<kTileRows>& walk = block.walk;
+    if (items.heads > 1) walk.keep_head(static_cast<int>(item % items.heads));
+    const bool any = walk.next(p, keys);
+    if (items.heads > 1 && lane_of() == 0) store_global(PartialSums<S>::used(p, item), any ? 1.0f : 0.0f);
+    if (!any) continue;
 
     mbarrier_wait(shared.own_empty[slot.stage], slot.parity ^ 1);
     if (lane_of() == 0) {
       const int group = static_cast<int>(keys.group), first = static_cast<int>(keys.position);
-      store_shared(&shared.items[slot.stage], KeysItem{group, first, keys.count, 0});
+      store_shared(&shared.items[slot.stage],
+                   KeysItem{group, first, keys.count, items.heads > 1 ? static_cast<int>(item) : -1});
       load_own<S>(p, shared, slot.stage, group, first);
     }
     slot.advance();
@@ -280,7 +330,10 @@ __device__ __forceinline__ void produce_for_keys(const Operands<typename S::scal
       const QueryWalk<kTileRows> here = walk;
       more = walk.next(p, keys);
       mbarrier_wait(shared.empty[ring.stage], ring.parity ^ 1);
-      load_queries<S>(p, shared, ring.stage, here, !more);
+      load_queries<S>(p, shared, ring.stage, here,
+                      !more                    ? kItemEnds
+                      : walk.head != here.head ? kHeadEnds
+                                               : kGoesOn);
     }
   }
   end_items(shared, slot, KeysItem{-1, 0, 0, 0});
@@ -441,14 +494,40 @@ __device__ __forceinline__ void consume_for_keys(const Operands<typename S::scal
     clear<S>(dv);
     hold(dk);
     hold(dv);
+    bool before = false;  // whether there are sums of heads before
+    // sums += those of the heads before, where there are any; then to `part`, unless it is below 0.
+    const auto add_heads = [&](Sums<S>& sums, int which, bool add, int64_t part) {
+#pragma unroll
+      for (int i = 0; i < S::kSums; i += 4) {
+        if (add) {
+          const float4 x = load_global(PartialSums<S>::at(p, blockIdx.x, which, i / 4, me.thread));
+          sums[i] += x.x, sums[i + 1] += x.y, sums[i + 2] += x.z, sums[i + 3] += x.w;
+        }
+        if (part >= 0)
+          store_global(PartialSums<S>::at(p, part, which, i / 4, me.thread),
+                       make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
+      }
+    };
+    int end = kGoesOn;
+    const auto leave_tile = [&] {
+      give_back(me, shared, ring);
+      if (end != kHeadEnds) return;
+      add_heads(dk, 0, before, blockIdx.x);
+      add_heads(dv, 1, before, blockIdx.x);
+      before = true;
+      clear<S>(dk);
+      clear<S>(dv);
+      hold(dk);
+      hold(dv);
+    };
 #pragma unroll 1
-    for (bool last = false; !last; give_back(me, shared, ring)) {
+    for (; end != kItemEnds; leave_tile()) {
       const int stage = ring.stage;
       const Columns& columns = shared.columns[stage];
       mbarrier_wait(shared.full[stage], ring.parity);
       const int4 of_tile = load_shared(reinterpret_cast<const int4*>(&columns.most));
       const int most = of_tile.x, least = of_tile.y;
-      last = of_tile.z;
+      end = of_tile.z;
       __syncwarp();  // all lanes have seen it full
       if (most <= me.index * kConsumerRows) continue;
 
@@ -504,6 +583,14 @@ __device__ __forceinline__ void consume_for_keys(const Operands<typename S::scal
     named_barrier_sync(pipeline::kBarrierOfConsumer + me.index,
                        kWarpgroup);  // no product reads k and v any more
     const KeysItem item = load_shared(&shared.items[slot.stage]);
+    if (before || item.part >= 0) {
+      add_heads(dk, 0, before, item.part);
+      add_heads(dv, 1, before, item.part);
+    }
+    if (item.part >= 0) {
+      leave(me, shared, slot.stage);
+      continue;
+    }
     const auto store_keys = [&](Tile<S, kRows>& tile, const Sums<S>& sums, float factor,
                                 const KeyView<scalar_t>& view, const TensorMap& map) {
       if (view.data == nullptr) return;
@@ -569,6 +656,44 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
+// Heads that were items are added in their order: by threads as the consumers', each block some of their
+// fours.
+constexpr int kSumBlocks = 8;  // for each group of a block of keys
+template <class S>
+__global__ void __launch_bounds__(kConsumers)
+    head_attention_backward_sums_kernel(const __grid_constant__ Operands<typename S::scalar_t> p) {
+  using scalar_t = typename S::scalar_t;
+  grid_dependency_wait();
+  const KeysItems items(p);
+  if (items.heads == 1) return;
+  const int thread = threadIdx.x, lane = thread % 32, first_row = thread / 32 * kWarpRows + lane / 4;
+  for (int64_t number = blockIdx.x; number < items.groups; number += gridDim.x) {
+    const OwnKeys keys = KeysBlock(p, number).keys;
+    for (int four = blockIdx.y; four < 2 * PartialSums<S>::kFours; four += gridDim.y) {
+      const int which = four / PartialSums<S>::kFours, i = four % PartialSums<S>::kFours * 4;
+      const KeyView<scalar_t>& view = which ? p.dv : p.dk;
+      if (view.data == nullptr || column_of(i, lane) >= S::kHead) continue;
+      float4 sum = make_float4(0, 0, 0, 0);
+      bool any = false;
+      for (int64_t part = number * p.M; part < (number + 1) * p.M; ++part) {
+        if (load_global(PartialSums<S>::used(p, part)) == 0) continue;
+        const float4 x = load_global(PartialSums<S>::at(p, part, which, i / 4, thread));
+        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+        any = true;
+      }
+      if (!any) continue;
+      const float factor = which ? 1 : p.scale;
+      const auto store_pair = [&](int row, float low, float high) {
+        if (scalar_t* const to = keys.row(view, row))
+          store_global(reinterpret_cast<uint32_t*>(to + column_of(i, lane)),
+                       pack<scalar_t>(low * factor, high * factor));
+      };
+      store_pair(first_row, sum.x, sum.y);
+      store_pair(first_row + 8, sum.z, sum.w);
+    }
+  }
+}
+
 template <auto kernel, class Shared, class Params>
 void start_blocks(int64_t items, const Params& params, CUstream_st* stream) {
   static_assert(sizeof(Shared) <= kMostShared);
@@ -579,9 +704,26 @@ void start_blocks(int64_t items, const Params& params, CUstream_st* stream) {
                  params);
 }
 
+// Blocks of keys times groups at most; with fewer than few_of a head is an item: the longest item of a causal
+// mask is twice the mean, so that two or three of them a multiprocessor are an even share.
+int64_t most_groups(const AttentionCall& call) {
+  return most_blocks(call.B, call.S, kRows) * groups_of(call, call.heads);
+}
+int64_t few_of(const AttentionCall& call) {
+  return std::min<int64_t>(multiprocessors() + multiprocessors() / 2, most_groups(call) + 1);
+}
+int64_t parts_of(const AttentionCall& call) {
+  return std::max<int64_t>(few_of(call) * call.M, multiprocessors());
+}
+
+template <class S>
+int64_t partial_of(const AttentionCall& call) {
+  return parts_of(call) * (4 * PartialSums<S>::kAll + 1);
+}
+
 template <class S>
 void run(const HeadAttentionBackwardCall<typename S::scalar_t>& call, const AttentionSchedule& queries,
-         const AttentionSchedule& keys, CUstream_st* stream) {
+         const AttentionSchedule& keys, float* partial, CUstream_st* stream) {
   const auto queries_map = [&](const auto* data, int64_t head_stride, int64_t row_stride, int box) {
     return map_of<S>(data, call.H, call.T, head_stride, row_stride, box);
   };
@@ -591,7 +733,7 @@ void run(const HeadAttentionBackwardCall<typename S::scalar_t>& call, const Atte
 
   const float factor = call.scale * kLog2E;
 
-  Operands<typename S::scalar_t> of_queries{call, queries, factor, {}, {}, {}, {}, {}, {}};
+  Operands<typename S::scalar_t> of_queries{call, queries, factor, nullptr, 0, 0, {}, {}, {}, {}, {}, {}};
   of_queries.own_first_map = queries_map(call.q, call.q_stride_h, call.q_stride_t, kRows);
   of_queries.own_second_map = queries_map(call.dout, call.D, call.H * call.D, kRows);
   of_queries.first_map = keys_map(call.k, kTileRows);
@@ -601,15 +743,23 @@ void run(const HeadAttentionBackwardCall<typename S::scalar_t>& call, const Atte
       most_blocks(call.B, call.T, kRows) * heads_of(call, call.heads), of_queries, stream);
 
   if (!call.dk.data && !call.dv.data) return;
-  Operands<typename S::scalar_t> of_keys{call, keys, factor, {}, {}, {}, {}, {}, {}};
+  Operands<typename S::scalar_t> of_keys{call, keys, factor, partial, parts_of(call), few_of(call), {}, {},
+                                         {},   {},   {},     {}};
   of_keys.own_first_map = keys_map(call.k, kRows);
   of_keys.own_second_map = keys_map(call.v, kRows);
   of_keys.first_map = queries_map(call.q, call.q_stride_h, call.q_stride_t, kTileRows);
   of_keys.second_map = queries_map(call.dout, call.D, call.H * call.D, kTileRows);
   if (call.dk.data) of_keys.first_result_map = keys_map(call.dk, kWarpRows);
   if (call.dv.data) of_keys.second_result_map = keys_map(call.dv, kWarpRows);
-  start_blocks<head_attention_backward_keys_kernel<S>, KeysShared<S>>(
-      most_blocks(call.B, call.S, kRows) * groups_of(call, call.heads), of_keys, stream);
+  start_blocks<head_attention_backward_keys_kernel<S>, KeysShared<S>>(most_groups(call) * call.M, of_keys,
+                                                                      stream);
+  if (call.M == 1) return;
+  launch<head_attention_backward_sums_kernel<S>>(
+      {.grid = dim3(static_cast<unsigned>(few_of(call)), kSumBlocks),
+       .block = dim3(kConsumers),
+       .stream = stream,
+       .programmatic = true},
+      of_keys);
 }
 
 }  // namespace
@@ -620,20 +770,30 @@ bool head_attention_backward_fits_sm90(const HeadAttentionBackwardCall<scalar_t>
 }
 
 template <class scalar_t>
-void head_attention_backward_sm90(const HeadAttentionBackwardCall<scalar_t>& call,
-                                  const AttentionSchedule& queries, const AttentionSchedule& keys,
-                                  CUstream_st* stream) {
-  if (heads_of(call, call.heads) == 0) return;
-  if (call.D == 64) return run<Shape<scalar_t, 64>>(call, queries, keys, stream);
-  if (call.D == 80) return run<Shape<scalar_t, 80>>(call, queries, keys, stream);
-  if (call.D == 96) return run<Shape<scalar_t, 96>>(call, queries, keys, stream);
-  run<Shape<scalar_t, 128>>(call, queries, keys, stream);
+int64_t head_attention_backward_partial_sm90(const HeadAttentionBackwardCall<scalar_t>& call) {
+  if (call.M == 1 || (!call.dk.data && !call.dv.data)) return 0;
+  if (call.D == 64) return partial_of<Shape<scalar_t, 64>>(call);
+  if (call.D == 80) return partial_of<Shape<scalar_t, 80>>(call);
+  if (call.D == 96) return partial_of<Shape<scalar_t, 96>>(call);
+  return partial_of<Shape<scalar_t, 128>>(call);
 }
 
-#define FLEXTRON_HEAD_ATTENTION_BACKWARD_SM90(scalar_t)                                          \
-  template bool head_attention_backward_fits_sm90(const HeadAttentionBackwardCall<scalar_t>&);   \
-  template void head_attention_backward_sm90(const HeadAttentionBackwardCall<scalar_t>&,         \
-                                             const AttentionSchedule&, const AttentionSchedule&, \
+template <class scalar_t>
+void head_attention_backward_sm90(const HeadAttentionBackwardCall<scalar_t>& call,
+                                  const AttentionSchedule& queries, const AttentionSchedule& keys,
+                                  float* partial, CUstream_st* stream) {
+  if (heads_of(call, call.heads) == 0) return;
+  if (call.D == 64) return run<Shape<scalar_t, 64>>(call, queries, keys, partial, stream);
+  if (call.D == 80) return run<Shape<scalar_t, 80>>(call, queries, keys, partial, stream);
+  if (call.D == 96) return run<Shape<scalar_t, 96>>(call, queries, keys, partial, stream);
+  run<Shape<scalar_t, 128>>(call, queries, keys, partial, stream);
+}
+
+#define FLEXTRON_HEAD_ATTENTION_BACKWARD_SM90(scalar_t)                                                  \
+  template bool head_attention_backward_fits_sm90(const HeadAttentionBackwardCall<scalar_t>&);           \
+  template int64_t head_attention_backward_partial_sm90(const HeadAttentionBackwardCall<scalar_t>&);     \
+  template void head_attention_backward_sm90(const HeadAttentionBackwardCall<scalar_t>&,                 \
+                                             const AttentionSchedule&, const AttentionSchedule&, float*, \
                                              CUstream_st*);
 FLEXTRON_HEAD_ATTENTION_BACKWARD_SM90(bf16)
 FLEXTRON_HEAD_ATTENTION_BACKWARD_SM90(fp16)

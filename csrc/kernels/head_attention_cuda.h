@@ -74,13 +74,16 @@ constexpr int64_t kAttentionRowsSm90 = 128;
 template <class scalar_t>
 void head_attention_sm90(const HeadAttentionCall<scalar_t>& call, const AttentionSchedule& queries,
                          CUstream_st* stream);
-// Its gradients; both schedules are of kAttentionRowsSm90 rows.
+// Its gradients; both schedules are of kAttentionRowsSm90 rows, and `partial` has room for
+// head_attention_backward_partial_sm90(call) floats.
 template <class scalar_t>
 bool head_attention_backward_fits_sm90(const HeadAttentionBackwardCall<scalar_t>& call);
 template <class scalar_t>
+int64_t head_attention_backward_partial_sm90(const HeadAttentionBackwardCall<scalar_t>& call);
+template <class scalar_t>
 void head_attention_backward_sm90(const HeadAttentionBackwardCall<scalar_t>& call,
                                   const AttentionSchedule& queries, const AttentionSchedule& keys,
-                                  CUstream_st* stream);
+                                  float* partial, CUstream_st* stream);
 
 // A few queries a sequence against a cache, split over its keys; any GPU of sm_80 and up. `partial` has room
 // for head_attention_decode_partial(call) elements of acc_t. lse is not written.

@@ -76,6 +76,12 @@ struct QueryWalk {
     block = T / kRows;  // the last: a head comes next
   }
 
+  // Of the heads to come the n-th alone, if there is one.
+  __device__ __forceinline__ void keep_head(int n) {
+    next_head = min(next_head + n, heads_end);
+    heads_end = min(next_head + 1, heads_end);
+  }
+
  private:
   // Whether the tile has rows, and one that sees a key.
   __device__ __forceinline__ bool any_row(const AttentionCall& call, bool& sees) const {

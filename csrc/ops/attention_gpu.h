@@ -57,6 +57,11 @@ class Workspace {
     return mutable_data_of<int64_t>(kept_.back());
   }
 
+  float* floats(int64_t count) {
+    kept_.push_back(empty(like_, {count}, ScalarType::Float));
+    return mutable_data_of<float>(kept_.back());
+  }
+
   // Schedules of blocks of `rows` over `total` rows of all sequences.
   AttentionSchedule queries(const AttentionCall& call, int64_t total, int64_t rows, CUstream_st* stream) {
     const int64_t blocks = most_blocks(call.B, total, rows);
@@ -107,8 +112,13 @@ void launch_head_attention_backward(const HeadAttentionBackwardCall<scalar_t>& c
   };
 #ifdef FLEXTRON_WITH_SM90
   if constexpr (sizeof(scalar_t) == 2) {
-    if (cuda_arch() >= 90 && head_attention_backward_fits_sm90(call))
-      return schedules(kAttentionRowsSm90, kAttentionRowsSm90, head_attention_backward_sm90<scalar_t>);
+    if (cuda_arch() >= 90 && head_attention_backward_fits_sm90(call)) {
+      float* const partial = workspace.floats(head_attention_backward_partial_sm90(call));
+      return schedules(kAttentionRowsSm90, kAttentionRowsSm90,
+                       [&](const auto&, const auto& queries, const auto& keys, CUstream_st*) {
+                         head_attention_backward_sm90(call, queries, keys, partial, stream);
+                       });
+    }
   }
 #endif
   schedules(head_attention_backward_rows(call), head_attention_backward_keys(call),

@@ -125,6 +125,21 @@ def test_a_list_may_skip_groups(D, draw, ints):
 
 @each_size
 @each_unit
+def test_heads_as_items_give_the_bits_of_heads_in_one(D, unit, draw, ints):
+    """One sequence is few blocks of keys and groups, four are many to the emulator."""
+    B, S, M = 4, 200, 3
+    heads = 2
+    q, k, v, dout = draw(B * S, B * S, 2 * M, 2, D)
+    ends = ints(*range(0, B * S + 1, S))
+    together = gradients(q, k, v, dout, heads, unit=unit, cu_seqlens_q=ends, cu_seqlens_k=ends)
+    for b in range(B):
+        rows = slice(b * S, (b + 1) * S)
+        apart = gradients(q[rows], k[rows], v[rows], dout[rows], heads, unit=unit)
+        assert_equal([x[rows] for x in together], apart)
+
+
+@each_size
+@each_unit
 def test_gathered_tiles_give_the_bits_of_copied_ones(D, unit, draw, device):
     """Extents per token that are all the same: rows are gathered, in their old order."""
     H, G = (4, 2) if unit == "kv_group" else (2, 1)
@@ -223,6 +238,9 @@ def read_of(launch):
     return [launch["watched"].get(name, (0, 0))[0] // 2 for name in "qkvo"]
 
 
+FEW = 4  # blocks of keys times groups, for the emulator's three multiprocessors
+
+
 @pytest.mark.parametrize("M", [1, 3])
 @each_unit
 def test_cost_falls_with_the_heads(M, unit, draw, launched):
@@ -230,16 +248,25 @@ def test_cost_falls_with_the_heads(M, unit, draw, launched):
     tensors = draw(T, S, G * M, G, D)
     for heads in {1, G if unit == "kv_group" else M}:
         found = launched(tensors, heads, unit=unit, causal=False)
-        assert set(found) == {"queries", "keys"}
+        assert set(found) == {"queries", "keys"} | ({"sums"} if M > 1 else set())
         groups, active = (heads, heads * M) if unit == "kv_group" else (G, heads * G)
         for kernel, products in (("queries", 5), ("keys", 4)):
             assert found[kernel]["flops"] == 2 * products * active * T * S * D
         rows, keys = active * T * D, active * S * D
         assert read_of(found["queries"]) == [rows, 2 * keys, 2 * keys, rows]
         assert found["queries"]["bytes_written"] == rows * 2 + active * T * 4
-        rows, keys = active * S // ROWS * T * D, groups * S * D
-        assert read_of(found["keys"]) == [rows, keys, keys, rows]
-        assert found["keys"]["bytes_written"] == 2 * keys * 2
+        # With few blocks of keys and groups a head is an item: it reads its keys, leaves its sums and says so.
+        # Else a group's heads but the last add to sums.
+        rows, keys, blocks = active * S // ROWS * T * D, groups * S * D, groups * S // ROWS
+        apart = M > 1 and blocks < FEW
+        own = active * S * D if apart else keys
+        assert read_of(found["keys"]) == [rows, own, own, rows]
+        ours = active // groups  # heads of a group
+        sums = 2 * 4 * keys * (ours if apart else ours - 1)
+        of_result = 2 * keys * 2
+        assert found["keys"]["bytes_written"] == sums + (4 * blocks * M if apart else of_result)
+        if M > 1:
+            assert found["sums"]["bytes_written"] == (of_result if apart else 0)
 
 
 def test_what_is_not_seen_costs_nothing(draw, launched, ints):
@@ -277,8 +304,9 @@ def test_shared_memory_has_no_conflicts(D, per_token, draw, launched, device):
     options = {"unit": "query"}
     if per_token:
         options |= {"extent": torch.randint(0, 3, (150,), device=device), "extent_per": "token"}
-    for launch in launched(tensors, 2, **options).values():
-        assert launch["shared_accesses"] > 0 and launch["bank_conflicts"] == 0
+    for kernel, launch in launched(tensors, 2, **options).items():
+        assert kernel == "sums" or launch["shared_accesses"] > 0
+        assert launch["bank_conflicts"] == 0
 
 
 def test_what_the_copy_engine_cannot_take_goes_the_portable_way(draw, launched):
