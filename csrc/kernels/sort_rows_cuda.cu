@@ -17,6 +17,7 @@ __global__ __launch_bounds__(kThreads) void sort_rows_kernel(const SortRowsParam
   const int t = blockIdx.x * kRows + threadIdx.x / kLanes;
   const int64_t own = t < T ? load_shared(extent + t) : 0;
   int before = 0;
+#pragma unroll 8
   for (int other = threadIdx.x % kLanes; other < T; other += kLanes) {
     const int64_t theirs = load_shared(extent + other);
     before += theirs > own || (theirs == own && other < t);

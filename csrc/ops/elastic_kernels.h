@@ -24,7 +24,7 @@ inline Gemm gemm_of(const Tensor& x, bool extents_on_device) {
   const std::string asked = asked_kernel();
   if (asked == "tile") return Gemm::kTile;
   if (asked == "vendor" && !extents_on_device) return Gemm::kVendor;
-  return preferred_gemm(x.size(0), x.element_size());
+  return preferred_gemm(x.size(0), x.element_size(), extents_on_device);
 }
 
 // What elastic_mlp's hidden layer leaves to the linear layer behind it.
