@@ -12,7 +12,7 @@
 // finishes it. Which chunk is whose, and the order of the blocks, depend on nothing: a row and a token give
 // the same bits whatever the extents and tokens beside them.
 //
-// One thread of a block is the producer: it keeps a ring of slots filled through the copy engine, over the
+// One warp of a block is the producer: it keeps a ring of slots filled through the copy engine, over the
 // ends of passes. A warpgroup consumes them. A slot holds one chunk of a pass's rows (of both weights, where
 // there are two) and of all tokens; how large it is, and so how many there are, follows from the cluster's
 // rows.
@@ -150,70 +150,95 @@ struct Chunks {
   __device__ __forceinline__ int atoms() const { return min(left, share.at_once); }
 };
 
-// `count` atoms of a weight, of which `first` is the first of all blocks' atoms.
+// A box that a lane of the producer's warp asks for, in every slot of a pass: of which weight, 1 << size
+// atoms from a row of it on, and where in the slot they go. None where `weight` is negative.
+struct Box {
+  int weight = -1, size = 0, row = 0, offset = 0;
+};
+
+// The lane's box of the pass that begins at the chunk: of each weight, runs of atoms that neither end a block
+// nor a tile. There are at most as many as atoms, 32.
 template <class S>
-__device__ __forceinline__ void load_atoms(unsigned char* to, const TensorMap (&maps)[kBoxes], Mbarrier& full,
-                                           const Need& need, const Chunks& at) {
+__device__ __forceinline__ Box box_of(const Need& need, const Chunks& at, int lane) {
+  static_assert(S::kWeights * S::kTiles * kTileAtoms <= 32);
   const int of_block = tiles_over(need.rows, kAtom);
-  int block = at.atom / of_block, atom = at.atom % of_block;
-  for (int left = at.atoms(); left > 0;) {
-    const int run = min(min(left, of_block - atom), kTileAtoms), box = 31 - __clz(run);
-    tma_load_3d(to, maps[box], full, at.i, at.block, block * need.row_stride + atom * kAtom);
-    to += kAtom * kLine << box;
-    left -= 1 << box;
-    atom += 1 << box;
+  Box box;
+  int block = at.atom / of_block, atom = at.atom % of_block, index = 0, done = 0;
+  for (int left = at.atoms(); left > 0; ++index) {
+    const int size = 31 - __clz(min(min(left, of_block - atom), kTileAtoms));
+    for (int w = 0; w < S::kWeights; ++w)
+      if (S::kWeights * index + w == lane)
+        box = {w, size, block * need.row_stride + atom * kAtom,
+               w * at.share.tiles * kTileBytes + done * kAtom * kLine};
+    done += 1 << size;
+    left -= 1 << size;
+    atom += 1 << size;
     if (atom == of_block) {
       atom = 0;
       ++block;
     }
   }
+  return box;
 }
 
-// Zeros for the rest of the tiles: boxes outside the tensor, which read nothing.
-__device__ __forceinline__ void load_zeros(unsigned char* to, const TensorMap (&maps)[kBoxes], Mbarrier& full,
-                                           int atoms) {
-  constexpr int kOutside = INT32_MAX / 2;
-  for (int box = 0; box < kBoxes; ++box) {
-    if ((atoms >> box & 1) == 0) continue;
-    tma_load_3d(to, maps[box], full, 0, 0, kOutside);
-    to += kAtom * kLine << box;
-  }
-}
-
-// A slot's weights. wgmma reads whole tiles: what a slot holds behind its atoms is written once.
+// The lane's box of zeros for the rest of the tiles: outside the tensor, which reads nothing.
 template <class S>
-__device__ __forceinline__ void load_weights(unsigned char* slot, const Maps<S>& maps, Mbarrier& full,
-                                             const Need& need, const Chunks& at, bool is_first_round) {
-  const int atoms = at.atoms(), rest = at.share.tiles * kTileAtoms - atoms;
-  mbarrier_arrive_expect(
-      full, S::kWeights * (is_first_round ? atoms + rest : atoms) * kAtom * kLine + S::kTokenBytes);
-#pragma unroll
-  for (int w = 0; w < S::kWeights; ++w) {
-    unsigned char* const to = slot + w * at.share.tiles * kTileBytes;
-    load_atoms<S>(to, maps.weight[w], full, need, at);
-    if (is_first_round) load_zeros(to + atoms * kAtom * kLine, maps.weight[w], full, rest);
+__device__ __forceinline__ Box zeros_of(const Chunks& at, int lane) {
+  constexpr int kOutside = INT32_MAX / 2;
+  Box box;
+  int done = at.atoms();
+  for (int left = at.share.tiles * kTileAtoms - done, index = 0; left > 0; ++index) {
+    const int size = 31 - __clz(min(left, kTileAtoms));
+    for (int w = 0; w < S::kWeights; ++w)
+      if (S::kWeights * index + w == lane)
+        box = {w, size, kOutside, w * at.share.tiles * kTileBytes + done * kAtom * kLine};
+    done += 1 << size;
+    left -= 1 << size;
   }
+  return box;
 }
 
-// One thread. Only x may come from the launch ahead: the ring's first round of weights is asked for before
-// that has ended.
+// The producer's warp. A lane asks for one box of each slot: one after the other by a single lane they would
+// take longer than their bytes. Only x may come from the launch ahead: the ring's first round of weights is
+// asked for before that has ended. wgmma reads whole tiles: what a slot holds behind its atoms is written in
+// that round, and stays.
 template <class S>
 __device__ __forceinline__ void produce(const Maps<S>& maps, Shared<S>& shared, const Need& need,
-                                        const Share& share, int rank) {
+                                        const Share& share, int rank, int lane) {
+  const auto ask = [&](const Box& box, unsigned char* slot, Mbarrier& full, int block, int i) {
+    if (box.weight >= 0)
+      tma_load_3d(slot + box.offset, maps.weight[box.weight][box.size], full, i, block, box.row);
+  };
+  Box own;
+  int atom = -1;  // the first of the pass that it is of
+  const auto load_weights = [&](const Chunks& at, int stage, bool is_first_round) {
+    unsigned char* const slot = shared.ring + stage * share.slot;
+    Mbarrier& full = shared.full[stage];
+    if (at.atom != atom) {
+      atom = at.atom;
+      own = box_of<S>(need, at, lane);
+    }
+    const int atoms = is_first_round ? share.tiles * kTileAtoms : at.atoms();
+    if (lane == 0) mbarrier_arrive_expect(full, S::kWeights * atoms * kAtom * kLine + S::kTokenBytes);
+    __syncwarp();
+    ask(own, slot, full, at.block, at.i);
+    if (is_first_round) ask(zeros_of<S>(at, lane), slot, full, 0, 0);
+  };
+
   Chunks early(need, share, rank);
-  for (int stage = 0; stage < share.stages && early.next(); ++stage)
-    load_weights(shared.ring + stage * share.slot, maps, shared.full[stage], need, early, true);
+  for (int stage = 0; stage < share.stages && early.next(); ++stage) load_weights(early, stage, true);
   grid_dependency_wait();
   Chunks chunks(need, share, rank);
   Ring ring{share.stages};
   for (bool is_first_round = true; chunks.next();) {
-    unsigned char* const slot = shared.ring + ring.stage * share.slot;
     Mbarrier& full = shared.full[ring.stage];
     if (!is_first_round) {
       mbarrier_wait(shared.empty[ring.stage], ring.parity ^ 1);
-      load_weights(slot, maps, full, need, chunks, false);
+      load_weights(chunks, ring.stage, false);
     }
-    tma_load_3d(slot + share.slot - S::kTokenBytes, maps.x, full, chunks.i, chunks.block, 0);
+    if (lane == 0)
+      tma_load_3d(shared.ring + (ring.stage + 1) * share.slot - S::kTokenBytes, maps.x, full, chunks.i,
+                  chunks.block, 0);
     ring.advance();
     is_first_round &= ring.parity == 0;
   }
@@ -400,7 +425,7 @@ __device__ __forceinline__ void run_block(const Maps<S>& maps, const Need& need,
   const int rank = static_cast<int>(cluster_rank());
   const Share share = share_of<S>(need);
   if (helper >= 0) {
-    if (helper == 0) produce(maps, shared, need, share, rank);
+    produce(maps, shared, need, share, rank, helper);
     __syncwarp();
     cluster_wait();
     return;
