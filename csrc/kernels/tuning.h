@@ -16,17 +16,19 @@ enum class Gemm { kDecode, kTile, kVendor };
 // Ours for every shape: our results are equal bit for bit whatever the strides and the tokens beside them,
 // which a vendor's choice of kernel by shape and stride does not promise. Where the extents are the host's,
 // tiles overtake the decode kernels: a gated MLP 4096 x 11008 at full width, three quarters, half and a
-// quarter takes on an H200, at 32 tokens, 101, 85, 65, 42 us streamed and 108, 74, 54, 42 in tiles; at 64
-// tokens 117, 103, 79, 53 and 107, 73, 55, 42. Where each token has its own, tiles want them sorted: at 64
-// tokens 121 us streamed, 221 in tiles.
+// quarter takes on an H200, at 32 tokens, 93, 79, 59, 39 us streamed and 105, 73, 53, 41 in tiles; at 64
+// tokens 109, 97, 73, 50 and 105, 73, 53, 41. Where each token has its own, tiles want them sorted: at 64
+// tokens 115 us streamed, 221 in tiles.
 inline Gemm preferred_gemm(int64_t T, int64_t element_size, bool extents_on_device) {
   return element_size == 2 && T <= (extents_on_device ? kDecodeTokens : kDecodeTokens / 2) ? Gemm::kDecode
                                                                                            : Gemm::kTile;
 }
 
-// Whether Hopper's own kernel streams the weights. The same MLP: at 1 token 92, 75, 57, 37 us against 87, 70,
-// 47, 30 without it, at 16 tokens 95, 77, 59, 39 against 158, 116, 86, 45.
-inline bool prefers_hopper_decode(int64_t T) { return T > 8; }
+// Whether Hopper's own kernel streams the weights, of which there are so many. It begins later and reads
+// faster. The same MLP and its quarter, and a linear layer 4096 x 4096 and its quarter, on an H200, us: at 1
+// token 84, 35, 16, 15 with it and 88, 30, 15, 10 without; at 4 tokens 85, 35, 17, 16 and 109, 36, 17, 11; at
+// 12 tokens 88, 37, 17, 16 and 156, 44, 22, 14.
+inline bool prefers_hopper_decode(int64_t T, int64_t weights) { return T * weights >= int64_t{1} << 27; }
 
 // Rows of a tile of the portable kernel, 128 or 64. A mix of four extents wastes 6.8 % of 128-row tiles at
 // 1024 rows and 31 % at 256 (computed); with fewer rows large tiles leave multiprocessors idle besides.

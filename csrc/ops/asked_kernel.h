@@ -8,12 +8,12 @@
 
 namespace flextron {
 
-// tile, vendor, or nothing.
+// decode, tile, vendor, or nothing.
 inline std::string asked_kernel() {
   const char* const variable = std::getenv("FLEXTRON_KERNEL");
   const std::string asked = variable == nullptr ? "" : variable;
-  if (asked != "" && asked != "tile" && asked != "vendor")
-    fail("FLEXTRON_KERNEL must be tile or vendor, got ", asked);
+  if (asked != "" && asked != "decode" && asked != "tile" && asked != "vendor")
+    fail("FLEXTRON_KERNEL must be decode, tile or vendor, got ", asked);
   return asked;
 }
 

@@ -174,7 +174,7 @@ inline bool is_ours_on_cpu(const Tensor& x, std::initializer_list<const Tensor*>
   for (const Tensor* const weight : weights)
     if (weight && (weight->dim() != 2 || (weight->size(1) > 1 && weight->stride(1) != 1))) return false;
   const std::string asked = asked_kernel();
-  return asked == "" ? cpu_prefers_own_gemm(x.size(0), x.element_size()) : asked == "tile";
+  return asked == "tile" || (asked != "vendor" && cpu_prefers_own_gemm(x.size(0), x.element_size()));
 }
 
 // Parameters of nothing yet.
