@@ -17,7 +17,8 @@
 //
 // Tiles whose rows are neighbours, all there, come by the copy engine; the others (the last of a sequence,
 // rows in the order of their extents, rows that see no key at all) are gathered, with zeros where no row is:
-// 0 x NaN is NaN.
+// 0 x NaN is NaN. Where queries are in the order of their extents, all four warps of the keys' producer
+// gather, a quarter of each tile, and do not wait for it: the next tile is asked for first.
 #include <algorithm>
 #include <cmath>
 
@@ -41,8 +42,9 @@ constexpr int kTileRows = 64;
 struct QueriesRegisters {
   static constexpr int kProducer = 56, kConsumer = 224;
 };
+template <bool ordered>
 struct KeysRegisters {
-  static constexpr int kProducer = 40, kConsumer = 232;
+  static constexpr int kProducer = ordered ? 56 : 40, kConsumer = ordered ? 224 : 232;
 };
 constexpr size_t kMostShared = 227 * 1024;  // what a block may have
 
@@ -69,6 +71,14 @@ struct alignas(16) Columns {
   int end, unused;
 };
 
+// What a warp of the producer walks over where queries are in the order of their extents: not in registers,
+// of which it has few.
+struct OrderedSequence {
+  int b, first_query, T;
+  int shift;  // of OrderedWalk::seen
+  int heads_end;
+};
+
 // Tiles come first: each is a multiple of 1024 bytes, and so is its address.
 template <class S, int stages>
 struct Tiles {
@@ -86,6 +96,7 @@ template <class S, int stages>
 struct SharedOfKeys : Tiles<S, stages> {
   KeysItem items[Slots::kStages];
   Columns columns[stages];
+  OrderedSequence sequences[kWarpgroup / 32];
 };
 
 // As many stages as fit, up to four.
@@ -223,7 +234,7 @@ __device__ __forceinline__ void load_queries(const Operands<typename S::scalar_t
                                              int stage, const QueryWalk<kTileRows>& walk, End end) {
   Columns& columns = shared.columns[stage];
   Registers<int, 2> row;
-  bool whole = p.order == nullptr;
+  bool whole = true;
   int most = 0, least = kRows;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -255,8 +266,7 @@ __device__ __forceinline__ void load_queries(const Operands<typename S::scalar_t
     __syncwarp();
     const auto row_of_q = [&](int r) -> int64_t {  // -1 where it sees none of the keys
       if (load_shared(&columns.seen[r]) <= 0) return -1;
-      const int at = walk.first_query + walk.block * kTileRows + r;
-      return p.order ? p.order[at] : at;
+      return walk.first_query + walk.block * kTileRows + r;
     };
     gather<S, kTileRows>(shared.first[stage], [&](int r) {
       const int64_t t = row_of_q(r);
@@ -337,6 +347,182 @@ __device__ __forceinline__ void produce_for_keys(const Operands<typename S::scal
     }
   }
   end_items(shared, slot, KeysItem{-1, 0, 0, 0});
+}
+
+// The queries that see a block's keys, where rows are in the order of their extents: head after head, tile
+// after tile. Rows are looked up for several tiles at once, as each is two loads one after the other.
+struct OrderedWalk {
+  static constexpr int kTiles = 2;  // 4: 56 bytes spilled
+  const OrderedSequence& of;
+  int head = -1, next_head;        // as QueryWalk's
+  Registers<int, 2 * kTiles> row;  // of q: rows first_row + lane, 32 further, ...; -1 where none sees a key
+  int first_row = 0;
+  uint32_t tiles = 0;  // of these, those that are still to come
+  bool ended = true;   // no row behind these has the head
+
+  __device__ __forceinline__ OrderedWalk(const AttentionCall& call, const QueryWalk<kTileRows>& at,
+                                         OrderedSequence& room)
+      : of(room), next_head(at.next_head) {
+    const int shift = at.S - at.k_start - at.first - (call.causal ? at.first_query + at.T - 1 : 0);
+    __syncwarp();  // no lane reads what was there
+    if (lane_of() == 0) room = {at.b, at.first_query, at.T, shift, at.heads_end};
+    __syncwarp();
+  }
+
+  // Keys from the block's first on that row t of q sees; none where it is below 0.
+  __device__ __forceinline__ int seen(const AttentionCall& call, int t) const {
+    return load_shared(&of.shift) + (call.causal ? t : 0);
+  }
+
+  // To the next tile with a row that sees one of the keys: this lane's two rows of it.
+  __device__ __forceinline__ bool next(const AttentionCall& call, Registers<int, 2>& rows) {
+    while (tiles == 0) {
+      first_row += kTiles * kTileRows;
+      if (ended) {
+        if (next_head == load_shared(&of.heads_end)) return false;
+        head = call.index ? static_cast<int>(head_at(call, call.heads, next_head)) : next_head;
+        ++next_head;
+        first_row = 0;
+      }
+      look_up(call);
+    }
+    const int tile = __ffs(static_cast<int>(tiles)) - 1;
+    tiles &= tiles - 1;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+      if (i == tile) rows[0] = row[2 * i], rows[1] = row[2 * i + 1];
+    return true;
+  }
+
+ private:
+  __device__ __forceinline__ void look_up(const AttentionCall& call) {
+    int lane = lane_of();
+    forget(lane);
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const int at = first_row + 32 * i + lane;
+      row[i] = at < load_shared(&of.T)
+                   ? static_cast<int>(load_global(call.order + load_shared(&of.first_query) + at))
+                   : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i)
+      if (row[i] >= 0 && !head_active(call, units_of(call, load_shared(&of.b), row[i]), head)) row[i] = -1;
+    ended = __shfl_sync(~0u, row[2 * kTiles - 1], 31) < 0;  // extents descend
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      if (row[i] >= 0 && seen(call, row[i]) <= 0) row[i] = -1;
+      if (__any_sync(~0u, row[i] >= 0)) tiles |= 1u << i / 2;
+    }
+  }
+};
+
+// A quarter of a tile, of which this lane has two rows: asked for. `walk` is in the tile's sequence.
+template <class S>
+__device__ __forceinline__ void load_ordered(const Operands<typename S::scalar_t>& p, KeysShared<S>& shared,
+                                             int stage, const OrderedWalk& walk,
+                                             const Registers<int, 2>& rows) {
+  constexpr int kQuarter = kTileRows / 4;
+  static_assert(kQuarter == 16);
+  Columns& columns = shared.columns[stage];
+  int warp = threadIdx.x / 32, lane = lane_of();
+  forget(warp), forget(lane);  // what follows from them would stay in registers, of which there are few
+  if (warp == 0) {
+    int most = 0, least = kRows;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int seen = rows[half] < 0 ? 0 : walk.seen(p, rows[half]);
+      most = max(most, seen), least = min(least, seen);
+    }
+#pragma unroll
+    for (int other = 16; other > 0; other /= 2) {
+      most = max(most, __shfl_xor_sync(~0u, most, other));
+      least = min(least, __shfl_xor_sync(~0u, least, other));
+    }
+    if (lane == 0) store_shared(reinterpret_cast<int2*>(&columns.most), int2{most, least});
+  }
+  const int head = walk.head;
+  // Lanes 0 .. 15 and again 16 .. 31: the quarter's rows.
+  const int t = __shfl_sync(~0u, warp < 2 ? rows[0] : rows[1], warp % 2 * kQuarter + lane % kQuarter);
+  constexpr int kPieces = S::kPanel / 8;
+  const auto ask = [&](auto& tile, const typename S::scalar_t* data, int64_t row, int64_t middle) {
+#pragma unroll 1
+    for (int i = lane / kPieces; i < kQuarter; i += 32 / kPieces) {
+      const int from = __shfl_sync(~0u, t, i);
+      const auto* const source = data + from * row + head * middle + lane % kPieces * 8;
+      const uint32_t to = swizzled((warp * kQuarter + i) * S::kLine + lane % kPieces * 16, S::kSwizzle);
+#pragma unroll
+      for (int panel = 0; panel < S::kPanels; ++panel) {
+        const bool there = from >= 0 && panel * S::kPanel + lane % kPieces * 8 < S::kHead;
+        cp_async_16(reinterpret_cast<char*>(tile[panel]) + to, there ? source + panel * S::kPanel : data,
+                    there ? 16 : 0);
+      }
+    }
+  };
+  ask(shared.first[stage], p.q, p.q_stride_t, p.q_stride_h);
+  ask(shared.second[stage], p.dout, p.H * S::kHead, S::kHead);
+  cp_async_commit();
+  if (lane >= kQuarter) return;
+  const int64_t place = int64_t{t} * p.H + head;
+  store_shared(&columns.seen[warp * kQuarter + lane], t < 0 ? 0 : walk.seen(p, t));
+  store_shared(&columns.lse[warp * kQuarter + lane], t < 0 ? 0 : load_global(p.lse + place) * kLog2E);
+  store_shared(&columns.delta[warp * kQuarter + lane], t < 0 ? 0 : load_global(p.delta + place));
+}
+
+// This warp's quarter of a stage is there, but for the `pending` newest tiles.
+template <int pending>
+__device__ __forceinline__ void arrive_ordered(Mbarrier& full) {
+  cp_async_wait<pending>();
+  fence_proxy_async();
+  __syncwarp();
+  if (lane_of() == 0) mbarrier_arrive(full);
+}
+
+// As produce_for_keys, by all four warps: each walks by itself, and they come to the same tiles.
+template <class S>
+__device__ __forceinline__ void produce_for_ordered_keys(const Operands<typename S::scalar_t>& p,
+                                                         KeysShared<S>& shared) {
+  const bool leads = threadIdx.x < 32;
+  Ring<Slots> slot;
+  Ring<S> ring;
+  for (int round = 0;; ++round) {
+    const KeysItems items(p);  // again for every item: registers are few
+    const int item = static_cast<int>(item_of(round));
+    if (item >= items.groups * items.heads) break;
+    const int heads = static_cast<int>(items.heads);
+    KeysBlock block(p, item / heads);
+    if (heads > 1) block.walk.keep_head(item % heads);
+    OrderedWalk walk(p, block.walk, shared.sequences[threadIdx.x / 32]);
+    Registers<int, 2> rows;
+    const bool any = walk.next(p, rows);
+    if (heads > 1 && threadIdx.x == 0) store_global(PartialSums<S>::used(p, item), any ? 1.0f : 0.0f);
+    if (!any) continue;
+
+    if (leads) {
+      mbarrier_wait(shared.own_empty[slot.stage], slot.parity ^ 1);
+      if (lane_of() == 0) {
+        const int group = static_cast<int>(block.keys.group), first = static_cast<int>(block.keys.position);
+        store_shared(&shared.items[slot.stage],
+                     KeysItem{group, first, block.keys.count, heads > 1 ? item : -1});
+        load_own<S>(p, shared, slot.stage, group, first);
+      }
+    }
+    slot.advance();
+    int under_way = -1;  // a stage
+    for (bool more = true; more; ring.advance()) {
+      mbarrier_wait(shared.empty[ring.stage], ring.parity ^ 1);
+      __syncwarp();  // all lanes have seen it empty
+      load_ordered<S>(p, shared, ring.stage, walk, rows);
+      if (under_way >= 0) arrive_ordered<1>(shared.full[under_way]);
+      under_way = ring.stage;
+      const int head = walk.head;
+      more = walk.next(p, rows);
+      const End end = !more ? kItemEnds : walk.head != head ? kHeadEnds : kGoesOn;
+      if (threadIdx.x == 0) store_shared(&shared.columns[ring.stage].end, static_cast<int>(end));
+    }
+    arrive_ordered<0>(shared.full[under_way]);
+  }
+  if (leads) end_items(shared, slot, KeysItem{-1, 0, 0, 0});
 }
 
 // ---- the consumers ----
@@ -642,16 +828,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <class S>
+// ordered: there is an order of the queries.
+template <class S, bool ordered>
 __global__ void __launch_bounds__(kThreads, 1)
     head_attention_backward_keys_kernel(const __grid_constant__ Operands<typename S::scalar_t> p) {
   auto& shared = dynamic_shared<KeysShared<S>>();
-  start<S>(shared, p, 2);
+  start<S>(shared, p, ordered ? kWarpgroup / 32 : 2);
   if (threadIdx.x < kWarpgroup) {
-    fewer_registers<KeysRegisters::kProducer>();
-    if (threadIdx.x < 32) produce_for_keys<S>(p, shared);
+    fewer_registers<KeysRegisters<ordered>::kProducer>();
+    if constexpr (ordered)
+      produce_for_ordered_keys<S>(p, shared);
+    else if (threadIdx.x < 32)
+      produce_for_keys<S>(p, shared);
   } else {
-    more_registers<KeysRegisters::kConsumer>();
+    more_registers<KeysRegisters<ordered>::kConsumer>();
     consume_for_keys<S>(p, shared);
   }
 }
@@ -704,13 +894,15 @@ void start_blocks(int64_t items, const Params& params, CUstream_st* stream) {
                  params);
 }
 
-// Blocks of keys times groups at most; with fewer than few_of a head is an item: the longest item of a causal
-// mask is twice the mean, so that two or three of them a multiprocessor are an even share.
+// Blocks of keys times groups at most.
 int64_t most_groups(const AttentionCall& call) {
   return most_blocks(call.B, call.S, kRows) * groups_of(call, call.heads);
 }
+// With fewer than these a head is an item. The longest item of a causal mask is twice the mean: two of them a
+// multiprocessor are an even share. Extents of tokens make the longest group longer still.
 int64_t few_of(const AttentionCall& call) {
-  return std::min<int64_t>(multiprocessors() + multiprocessors() / 2, most_groups(call) + 1);
+  const int64_t halves = call.order ? 4 : 3;
+  return std::min<int64_t>(halves * multiprocessors() / 2, most_groups(call) + 1);
 }
 int64_t parts_of(const AttentionCall& call) {
   return std::max<int64_t>(few_of(call) * call.M, multiprocessors());
@@ -751,8 +943,11 @@ void run(const HeadAttentionBackwardCall<typename S::scalar_t>& call, const Atte
   of_keys.second_map = queries_map(call.dout, call.D, call.H * call.D, kTileRows);
   if (call.dk.data) of_keys.first_result_map = keys_map(call.dk, kWarpRows);
   if (call.dv.data) of_keys.second_result_map = keys_map(call.dv, kWarpRows);
-  start_blocks<head_attention_backward_keys_kernel<S>, KeysShared<S>>(most_groups(call) * call.M, of_keys,
-                                                                      stream);
+  const int64_t most = most_groups(call) * call.M;
+  if (call.order)
+    start_blocks<head_attention_backward_keys_kernel<S, true>, KeysShared<S>>(most, of_keys, stream);
+  else
+    start_blocks<head_attention_backward_keys_kernel<S, false>, KeysShared<S>>(most, of_keys, stream);
   if (call.M == 1) return;
   launch<head_attention_backward_sums_kernel<S>>(
       {.grid = dim3(static_cast<unsigned>(few_of(call)), kSumBlocks),

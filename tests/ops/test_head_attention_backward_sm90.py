@@ -287,6 +287,27 @@ def test_what_is_not_seen_costs_nothing(draw, launched, ints):
     assert all(launch["flops"] == 0 and not any(read_of(launch)) for launch in never.values())
 
 
+@each_unit
+@pytest.mark.parametrize("heads", [1, 3])
+def test_tokens_cost_what_they_see(heads, unit, draw, launched, device):
+    """In tiles of queries that share an extent and halves of blocks of keys: of those that see none, nothing."""
+    T, D = 700, 64
+    H, G = (heads, heads) if unit == "kv_group" else (heads, 1)
+    extent = torch.randint(0, heads + 1, (T,), device=device)
+    found = launched(draw(T, T, H, G, D), heads, unit=unit, extent=extent, extent_per="token")["keys"]
+    order = extent.argsort(descending=True, stable=True)
+    rows = tiles = 0
+    for head in range(heads):
+        active = order[: int((extent > head).sum())]
+        for first in range(0, T, TILE):
+            latest = [int(tile.max()) for tile in active.split(TILE)]
+            tiles += sum(t >= first for t in latest)
+            if first % ROWS == 0:
+                rows += int((active >= first).sum())
+    assert found["flops"] == 2 * 4 * tiles * TILE * TILE * D
+    assert read_of(found)[0] == read_of(found)[3] == rows * D
+
+
 @pytest.mark.parametrize("mask", [1, 2, 4, 6])
 def test_only_what_is_asked_for_is_computed(mask, draw, launched):
     found = launched(draw(ROWS, ROWS, 1, 1, 64), 1, mask=mask)
