@@ -212,9 +212,9 @@ visit() {
   done
   # racecheck does not follow bar.arrive.
   step "racecheck, words" 30 sanitize racecheck --kernel-name-exclude kernel_substring=named_barrier "$packed/words"
-  step "synccheck, ops" 60 sanitize_ops synccheck
+  step "memcheck, ops" 150 sanitize_ops memcheck
+  step "synccheck, ops" 90 sanitize_ops synccheck
   step "initcheck, ops" 120 initcheck_ops
-  step "memcheck, ops" 200 sanitize_ops memcheck
 }
 
 case ${1:-} in
