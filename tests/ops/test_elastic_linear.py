@@ -425,6 +425,15 @@ def test_a_sum_over_thousands_of_inputs(dtype, gpu):
     assert_no_worse(y, plain, reference.elastic_linear(x.double(), weight.double(), bias.double(), 2048, 16))
 
 
+@pytest.mark.parametrize("T", [8192, 8193], ids=["by one kernel", "by torch"])
+def test_more_rows_than_one_kernel_sorts(T, gpu):
+    x, weight = torch.randn(T, 8, device=gpu), torch.randn(8, 8, device=gpu)
+    extent = torch.randint(0, 9, (T,), device=gpu)
+    ours = elastic_linear(x, weight, None, 8, 8, out_extent=extent)
+    exact = reference.elastic_linear(x.double(), weight.double(), None, 8, 8, out_extent=extent)
+    assert_no_worse(ours, reference.elastic_linear(x, weight, None, 8, 8, out_extent=extent), exact)
+
+
 def test_an_unknown_path_is_refused(gpu, monkeypatch):
     values = on(gpu, torch.bfloat16, *inputs())
     monkeypatch.setenv("FLEXTRON_KERNEL", "fast")
