@@ -141,11 +141,11 @@ def test_no_bank_conflicts(T, K, N, side, path, monkeypatch):
 @pytest.mark.parametrize("side", ["in", "out"])
 def test_gradients_read_what_extents_allow(side, dtype):
     """Of x, dy and the weight, tile by tile of 64 or 128; and in no kernel two threads of a warp meet at a bank."""
-    T, K, N, size = 256, 256, 256, dtype.itemsize
+    T, K, N, size = 256, 512, 512, dtype.itemsize
     x, weight = torch.randn(T, K, dtype=dtype), torch.randn(N, K, dtype=dtype)
     dy, bias = torch.randn(T, N, dtype=dtype), torch.randn(N, dtype=dtype)
     previous = None
-    for extent in (256, 128, 0):
+    for extent in (512, 256, 0):  # whole tiles: they are up to 256 wide
         extents = {"in_extent": None, "out_extent": None, f"{side}_extent": torch.full((T,), extent)}
         emulator.reset()
         emulator.watch("weight", weight)
