@@ -243,7 +243,7 @@ __global__ __launch_bounds__(kRowThreads,
                              4) void elastic_mlp_rows_kernel(const ElasticMlpRowsParams<scalar_t> p) {
   using real = accumulate_t<scalar_t>;
   const int64_t t = blockIdx.x, row = t * p.width;
-  const bool aligned = p.width % kPiece<scalar_t> == 0;
+  const bool aligned = whole_pieces(p.u, p.width) && (!p.g || whole_pieces(p.g, p.width));
   for_each_block(p, t, [&](int, int first, int last, real s) {
     for_each_piece<scalar_t>(first, last, aligned, [&](int j, int count, bool whole) {
       auto u = load_piece(p.u + row + j, count, whole);
@@ -281,7 +281,7 @@ __global__ __launch_bounds__(kRowThreads, 2) void elastic_mlp_rows_backward_kern
   };
   auto& shared = static_shared<Shared>();
   const int64_t t = blockIdx.x, row = t * p.width;
-  const bool aligned = p.width % kPiece<scalar_t> == 0;
+  const bool aligned = whole_pieces(p.u, p.width) && (!p.g || whole_pieces(p.g, p.width));
   real reached = 0;  // of h * dh up to the current block: choice c reaches every neuron below d_c
   for_each_block(p, t, [&](int c, int first, int last, real s) {
     real sum = 0;
