@@ -1,5 +1,4 @@
-// Elementary functions for the kernels' loops, without branches or library calls so that the compiler
-// vectorises them.
+// Elementary functions of the CUDA kernels; those of the CPU's loops are in csrc/kernels/vector.h.
 #pragma once
 
 #include <cmath>
@@ -32,20 +31,7 @@ FLEXTRON_HD float exp_of(float x) {
 }
 FLEXTRON_HD double exp_of(double x) { return exp(x); }
 
-FLEXTRON_HD float tanh_of(float x) {
-#ifdef __CUDA_ARCH__
-  return tanhf(x);  // 1 unit in the last place, where what follows has 3; vectors are no matter there
-#else
-  // Odd, and 1 - 2 / (e^2|x| + 1) loses digits near zero: the series takes over there.
-  const float a = x < 0 ? -x : x;
-  const float a2 = a * a;
-  const float series =
-      a * (1.0f + a2 * (-0.333332992f + a2 * (0.133314162f + a2 * (-0.0533501983f + a2 * 0.0190003886f))));
-  const float far = 1.0f - 2.0f / (exp_of(2.0f * a) + 1.0f);
-  const float y = a < 0.5f ? series : far;
-  return x < 0 ? -y : (x != x ? x : y);
-#endif
-}
+FLEXTRON_HD float tanh_of(float x) { return tanhf(x); }
 FLEXTRON_HD double tanh_of(double x) { return tanh(x); }
 
 FLEXTRON_HD float erf_of(float x) { return erff(x); }

@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "kernels/elastic_gemm.h"
-#include "kernels/vector.h"
+#include "kernels/vector_activation.h"
 
 namespace flextron {
 namespace {
@@ -243,25 +243,6 @@ inline void dots(i64 count, i64 features, i64 K, const float* a, i64 a_row, cons
 
 // -- what becomes of the sums --
 
-inline Vec<float> activated(Activation activation, Vec<float> x) {
-  const Vec<float> zero = {};
-  const Vec<float> positive = x < zero ? zero : x;  // keeps NaN
-  switch (activation) {
-    case Activation::kRelu:
-      return positive;
-    case Activation::kRelu2:
-      return positive * positive;
-    case Activation::kGelu:
-      for (i64 i = 0; i < kWide; ++i)
-        x[i] = 0.5f * x[i] * (1.0f + __builtin_erff(x[i] * 0.70710678118654752f));
-      return x;
-    case Activation::kGeluTanh:  // (1 + tanh z) / 2 = 1 / (1 + e^-2z)
-      return x / (1.0f + vec_exp(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
-    default:
-      return x / (1.0f + vec_exp(-x));
-  }
-}
-
 template <class T>
 inline void store_some(T* to, const float* from, i64 n) {
   if (n == kPanel) {
@@ -311,7 +292,9 @@ void finish(const ElasticGemmParams& p, const Place& at, const float* sums, i64 
                  load_loose<float>(affine[q].bias + v);
         };
         Vec<float> x = value(0);
-        if (p.hidden) x = activated(p.activation, x);
+        if (p.hidden)
+          x = with_activation(p.activation,
+                              [&](auto a) { return curve<decltype(a)::value, float>(x).value; });
         if (p.gated) x *= value(1);
         store_loose(out + v, x);
       }

@@ -3,7 +3,7 @@
 //   h[r, b] = act(g[r, b]) * u[r, b]        s_b = sum_{c: d_c > b} gate[r, c]        y = (s * h) w_down^T
 //   h[r, b] = act(u[r, b])                  where there is no g (plain MLP); s = 1 where there is no gate
 //
-//   R rows, d neurons of the ld stored in a row, C choices d_1 < ... < d_C <= d
+//   C choices d_1 < ... < d_C
 #pragma once
 
 #include <cstdint>
@@ -19,19 +19,7 @@ namespace flextron {
 enum class Activation : int64_t { kRelu, kRelu2, kGelu, kGeluTanh, kSilu };
 using Activations = IntList<0, 1, 2, 3, 4>;
 
-template <class scalar_t>
-struct ElasticMlpParams {
-  scalar_t* g;   // [R, ld] before the activation; null in a plain MLP. Backward leaves dg here
-  scalar_t* u;   // [R, ld]. Forward leaves s * h here, backward du
-  scalar_t* dh;  // [R, ld] gradient of s * h, backward only. Leaves s * h here
-  const accumulate_t<scalar_t>* gate;  // [R, C], or one row where gate_stride is 0; null: s = 1
-  accumulate_t<scalar_t>* dgate;       // [R, C], backward only; null when not wanted
-  const int64_t* choices;              // [C]; one, d, where there is no gate
-  int64_t R, d, ld, C, gate_stride;
-  Activation activation;
-};
-
-// act(x) and act'(x), on both devices.
+// act(x) and act'(x) on a GPU; on a CPU they are in vector_activation.h.
 template <Activation activation, class real>
 FLEXTRON_HD real activate(real x) {
   const real positive = x < real(0) ? real(0) : x;  // keeps NaN
@@ -170,10 +158,34 @@ void elastic_mlp_rows_cuda(const ElasticMlpRowsParams<scalar_t>& p, CUstream_st*
 template <class scalar_t>
 void elastic_mlp_rows_backward_cuda(const ElasticMlpRowsParams<scalar_t>& p, CUstream_st* stream);
 
+// ---- CPUs: what lies between GEMMs ----
+
+// R rows; a result may lie where its operands do.
+template <class in_t, class out_t>
+struct ElasticMlpParams {
+  const in_t* g;                    // [R, d] before the activation; null in a plain MLP
+  const in_t* u;                    // [R, d] before it there, the factor beside it in a gated one
+  const out_t* dh;                  // [R, d] gradient of s * h, backward only
+  out_t* h;                         // [R, d] s * h, made by both
+  out_t* dg;                        // [R, d] gradients of g and u, backward only
+  out_t* du;                        //
+  const accumulate_t<out_t>* gate;  // [R, C], or one row where gate_stride is 0; null: s = 1
+  accumulate_t<out_t>* dgate;       // [R, C], backward only; null when not wanted
+  const int64_t* choices;           // [C]; one, d, where there is no gate
+  int64_t R, d, C, gate_stride;
+  int64_t in_stride, out_stride;  // elements between the rows of g and u, and of the others
+  Activation activation;
+};
+
 // Rows [begin, end); the caller cuts R into ranges, one per thread.
-template <class scalar_t>
-void elastic_mlp_cpu(const ElasticMlpParams<scalar_t>& p, int64_t begin, int64_t end);
-template <class scalar_t>
-void elastic_mlp_backward_cpu(const ElasticMlpParams<scalar_t>& p, int64_t begin, int64_t end);
+#define FLEXTRON_ELASTIC_MLP_LAUNCHERS(isa)                                                   \
+  template <class in_t, class out_t>                                                          \
+  void elastic_mlp_##isa(const ElasticMlpParams<in_t, out_t>& p, int64_t begin, int64_t end); \
+  template <class in_t, class out_t>                                                          \
+  void elastic_mlp_backward_##isa(const ElasticMlpParams<in_t, out_t>& p, int64_t begin, int64_t end);
+FLEXTRON_ELASTIC_MLP_LAUNCHERS(cpu)
+FLEXTRON_ELASTIC_MLP_LAUNCHERS(avx2)
+FLEXTRON_ELASTIC_MLP_LAUNCHERS(avx512)
+#undef FLEXTRON_ELASTIC_MLP_LAUNCHERS
 
 }  // namespace flextron

@@ -18,6 +18,7 @@
 #include "ops/elastic_gemm.h"
 #include "ops/elastic_kernels.h"
 #include "ops/extents.h"
+#include "ops/isa.h"
 #include "ops/ops.h"
 
 namespace flextron {
@@ -161,46 +162,72 @@ OptionalTensor first(const OptionalTensor& bias, int64_t d) {
   return bias ? OptionalTensor(slice(*bias, 0, 0, d)) : std::nullopt;
 }
 
-// Runs the elementwise pass over rows that share the extent d; `row` is the first one's place in the gate.
+// What lies between the GEMMs, over rows that share the extent d. The first of them is `row` in the gate.
+struct Pass {
+  OptionalTensor g;
+  Tensor u, h;  // h: s * h, where the backward finds its gradient
+  OptionalTensor dg, du, dgate;
+  int64_t row, d;
+};
+
+template <bool backward, class in_t, class out_t>
+void run_on_cpu(const Mlp& mlp, const Pass& pass) {
+  using real = accumulate_t<out_t>;
+  const int64_t C = mlp.gate ? mlp.gate->size(1) : 1;
+  const int64_t gate_stride = mlp.gate && mlp.gate->size(0) > 1 ? C : 0;
+  const ElasticMlpParams<in_t, out_t> p{
+      .g = data_or_null<in_t>(pass.g),
+      .u = data_of<in_t>(pass.u),
+      .dh = data_of<out_t>(pass.h),
+      .h = mutable_data_of<out_t>(pass.h),
+      .dg = pass.dg ? mutable_data_of<out_t>(*pass.dg) : nullptr,
+      .du = pass.du ? mutable_data_of<out_t>(*pass.du) : nullptr,
+      .gate = mlp.gate ? data_of<real>(*mlp.gate) + pass.row * gate_stride : nullptr,
+      .dgate = pass.dgate ? mutable_data_of<real>(*pass.dgate) + pass.row * C : nullptr,
+      .choices = mlp.gate ? mlp.choices.data() : &pass.d,
+      .R = pass.u.size(0),
+      .d = pass.d,
+      .C = C,
+      .gate_stride = gate_stride,
+      .in_stride = pass.u.stride(0),
+      .out_stride = pass.h.stride(0),
+      .activation = mlp.activation};
+  constexpr int64_t kCost = 4;  // operations per neuron, in vectors of 8
+  parallel_for(p.R, kCost * p.d, [&](int64_t begin, int64_t end) {
+    if constexpr (backward)
+      FLEXTRON_FOR_ISA(elastic_mlp_backward, in_t, out_t)(p, begin, end);
+    else
+      FLEXTRON_FOR_ISA(elastic_mlp, in_t, out_t)(p, begin, end);
+  });
+}
+
+// On a CPU what is made may be floats. On a GPU the one step that there is has every row.
 template <bool backward>
-void elementwise(const Mlp& mlp, const OptionalTensor& g, const Tensor& u, const OptionalTensor& dh,
-                 const OptionalTensor& dgate, int64_t row, int64_t d) {
-  if (u.size(0) == 0 || d == 0) return;
-  dispatch_dtype(FloatingTypes{}, mlp.op, u.scalar_type(), [&]<class scalar_t>() {
-    using real = accumulate_t<scalar_t>;
-    const int64_t C = mlp.gate ? mlp.gate->size(1) : 1;
-    const int64_t gate_stride = mlp.gate && mlp.gate->size(0) > 1 ? C : 0;
-    const ElasticMlpParams<scalar_t> p{
-        .g = g ? mutable_data_of<scalar_t>(*g) : nullptr,
-        .u = mutable_data_of<scalar_t>(u),
-        .dh = dh ? mutable_data_of<scalar_t>(*dh) : nullptr,
-        .gate = mlp.gate ? data_of<real>(*mlp.gate) + row * gate_stride : nullptr,
-        .dgate = dgate ? mutable_data_of<real>(*dgate) + row * C : nullptr,
-        .choices = mlp.gate ? mlp.choices.data() : &d,
-        .R = u.size(0),
-        .d = d,
-        .ld = u.stride(0),
-        .C = C,
-        .gate_stride = gate_stride,
-        .activation = mlp.activation};
-    constexpr int64_t kCost = 16;  // operations per neuron
+void elementwise(const Mlp& mlp, const Pass& pass) {
+  if (pass.u.size(0) == 0 || pass.d == 0) return;
+  dispatch_dtype(FloatingTypes{}, mlp.op, pass.u.scalar_type(), [&]<class scalar_t>() {
     const auto on_cpu = [&] {
-      parallel_for(p.R, kCost * d, [&](int64_t begin, int64_t end) {
-        if constexpr (backward)
-          elastic_mlp_backward_cpu(p, begin, end);
-        else
-          elastic_mlp_cpu(p, begin, end);
-      });
+      if (pass.h.scalar_type() == pass.u.scalar_type())
+        return run_on_cpu<backward, scalar_t, scalar_t>(mlp, pass);
+      if constexpr (sizeof(scalar_t) == 2) run_on_cpu<backward, scalar_t, float>(mlp, pass);
     };
-    // There the one step that there is has every row.
-    on_device_of(mlp.op, u, on_cpu, [&](auto stream) {
+    on_device_of(mlp.op, pass.u, on_cpu, [&](auto stream) {
       if constexpr (backward)
-        elastic_mlp_rows_backward_cuda(rows_backward_params<scalar_t>(mlp, {}, g, u, *dh, g, u, dgate),
-                                       stream);
+        elastic_mlp_rows_backward_cuda(
+            rows_backward_params<scalar_t>(mlp, {}, pass.g, pass.u, pass.h, pass.dg, *pass.du, pass.dgate),
+            stream);
       else
-        elastic_mlp_rows_cuda(rows_params<scalar_t>(mlp, {}, g, u, u), stream);
+        elastic_mlp_rows_cuda(rows_params<scalar_t>(mlp, {}, pass.g, pass.u, pass.h), stream);
     });
   });
+}
+
+// The first d columns of a step's rows.
+Tensor part_of(const Tensor& t, const Step& step) {
+  return columns(rows(t, step.begin, step.end), 0, step.extent);
+}
+OptionalTensor part_of(const OptionalTensor& t, const Step& step) {
+  return t ? OptionalTensor(part_of(*t, step)) : std::nullopt;
 }
 
 void forward_step(const Mlp& mlp, const Step& step, const Tensor& x, const Tensor& y) {
@@ -215,7 +242,7 @@ void forward_step(const Mlp& mlp, const Step& step, const Tensor& x, const Tenso
     linear_into(u, x_tile, w_up, b_up);
     OptionalTensor g;
     if (w_gate) linear_into(g.emplace(empty(x, {end - begin, d})), x_tile, *w_gate, b_gate);
-    elementwise<false>(mlp, g, u, {}, {}, begin, d);
+    elementwise<false>(mlp, {.g = g, .u = u, .h = u, .dg = {}, .du = {}, .dgate = {}, .row = begin, .d = d});
     linear_into(rows(y, begin, end), u, w_down, mlp.b_down);
   }
 }
@@ -235,15 +262,17 @@ Kept room_for_kept(const Mlp& mlp, const Tensor& x) {
   return {room(), mlp.w_gate ? OptionalTensor(room()) : std::nullopt};
 }
 
-// s * h.
-Tensor hidden_of(const Mlp& mlp, const Kept& kept) {
-  const Tensor h = torch::stable::clone(kept.up);
-  for (const Step& step : mlp.extents.stairs.steps) {
-    const auto part = [&](const Tensor& t) { return columns(rows(t, step.begin, step.end), 0, step.extent); };
-    elementwise<false>(mlp, kept.gate ? OptionalTensor(part(*kept.gate)) : std::nullopt, part(h), {}, {},
-                       step.begin, step.extent);
-  }
-  return h;
+// s * h into `to`.
+void hidden_into(const Tensor& to, const Mlp& mlp, const Kept& kept) {
+  for (const Step& step : mlp.extents.stairs.steps)
+    elementwise<false>(mlp, {.g = part_of(kept.gate, step),
+                             .u = part_of(kept.up, step),
+                             .h = part_of(to, step),
+                             .dg = {},
+                             .du = {},
+                             .dgate = {},
+                             .row = step.begin,
+                             .d = step.extent});
 }
 
 Tensor forward_keeping(const Mlp& mlp, const Tensor& x, const Kept& kept) {
@@ -257,7 +286,8 @@ Tensor forward_keeping(const Mlp& mlp, const Tensor& x, const Kept& kept) {
     up(kept.up, mlp.w_up, mlp.b_up);
     if (kept.gate) up(*kept.gate, *mlp.w_gate, mlp.b_gate);
   }
-  const Tensor h = hidden_of(mlp, kept);
+  const Tensor h = torch::stable::empty_like(kept.up);
+  hidden_into(h, mlp, kept);
   for (const Step& step : mlp.extents.stairs.steps)
     linear_into(rows(y, step.begin, step.end), columns(rows(h, step.begin, step.end), 0, step.extent),
                 columns(mlp.w_down, 0, step.extent), mlp.b_down);
@@ -270,16 +300,26 @@ struct Hidden {
   OptionalTensor dg;
 };
 
+// From the gradient of s * h in hidden.scaled.
+void differentiate_hidden(const Mlp& mlp, const Hidden& hidden, const Kept& kept, const Step& step,
+                          const OptionalTensor& dgate) {
+  elementwise<true>(mlp, {.g = part_of(kept.gate, step),
+                          .u = part_of(kept.up, step),
+                          .h = part_of(hidden.scaled, step),
+                          .dg = part_of(hidden.dg, step),
+                          .du = part_of(hidden.du, step),
+                          .dgate = dgate,
+                          .row = step.begin,
+                          .d = step.extent});
+}
+
 Hidden backward_hidden(const Mlp& mlp, const Tensor& dy, const Kept& kept, const OptionalTensor& dgate) {
-  const Hidden hidden{torch::stable::clone(kept.up), torch::stable::empty_like(kept.up),
-                      kept.gate ? OptionalTensor(torch::stable::clone(*kept.gate)) : std::nullopt};
+  const auto room = [&] { return torch::stable::empty_like(kept.up); };
+  const Hidden hidden{room(), room(), kept.gate ? OptionalTensor(room()) : std::nullopt};
   for (const Step& step : mlp.extents.stairs.steps) {
-    const int64_t d = step.extent;
-    const auto part = [&](const Tensor& t) { return columns(rows(t, step.begin, step.end), 0, d); };
-    const Tensor dh = part(hidden.scaled);
-    matmul_into(dh, rows(dy, step.begin, step.end), columns(mlp.w_down, 0, d));
-    elementwise<true>(mlp, hidden.dg ? OptionalTensor(part(*hidden.dg)) : std::nullopt, part(hidden.du), dh,
-                      dgate, step.begin, d);
+    matmul_into(part_of(hidden.scaled, step), rows(dy, step.begin, step.end),
+                columns(mlp.w_down, 0, step.extent));
+    differentiate_hidden(mlp, hidden, kept, step, dgate);
   }
   return hidden;
 }
@@ -359,8 +399,10 @@ Tensor own_forward_keeping(const Mlp& mlp, const Tensor& x, const Kept& kept) {
   if (kept.gate) up(*mlp.w_gate, mlp.b_gate, *kept.gate);
   ElasticGemmParams down = on_rows(mlp.w_down);
   down.order = data_or_null<int64_t>(mlp.extents.order);
-  product(down, float_rows(hidden_of(mlp, kept), {}), mlp.b_down, y, N, extent_of,
-          [&](const Step&) { return N; });
+  const int64_t stride = padded_row(mlp.width);
+  const Tensor h = empty(x, {x.size(0), stride}, ScalarType::Float);
+  hidden_into(h, mlp, kept);
+  product(down, {h, data_of<float>(h), stride}, mlp.b_down, y, N, extent_of, [&](const Step&) { return N; });
   return y;
 }
 
@@ -374,9 +416,6 @@ Hidden own_backward_hidden(const Mlp& mlp, const FloatRows& dy, const Kept& kept
   const Tensor both = empty(kept.up, {kept.gate ? 2 * T : T, stride}, ScalarType::Float);
   const Hidden hidden{rows(both, 0, T), empty(kept.up, {T, stride}, ScalarType::Float),
                       kept.gate ? OptionalTensor(rows(both, T, 2 * T)) : std::nullopt};
-  widen_rows(kept.up, {}, hidden.du, widest);
-  if (kept.gate) widen_rows(*kept.gate, {}, *hidden.dg, widest);
-
   const Tensor& w_down = mlp.w_down;
   ElasticGemmParams p =
       on_columns(w_down.const_data_ptr(), gemm_dtype(w_down), w_down.stride(0), hidden.scaled, 0);
@@ -384,11 +423,7 @@ Hidden own_backward_hidden(const Mlp& mlp, const FloatRows& dy, const Kept& kept
   p.a_row = dy.stride;
   p.features = widest;
   run_gemm({p, gemm_schedule(steps, [&](const Step&) { return N; }, extent_of)});
-  for (const Step& step : steps) {
-    const auto part = [&](const Tensor& t) { return rows(t, step.begin, step.end); };
-    elementwise<true>(mlp, hidden.dg ? OptionalTensor(part(*hidden.dg)) : std::nullopt, part(hidden.du),
-                      part(hidden.scaled), dgate, step.begin, step.extent);
-  }
+  for (const Step& step : steps) differentiate_hidden(mlp, hidden, kept, step, dgate);
   return hidden;
 }
 

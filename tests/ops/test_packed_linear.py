@@ -176,7 +176,12 @@ def test_packing_refuses_what_it_cannot_pack(arguments, message):
         pack_linear(*arguments)
 
 
-FILES = ["tests/test_ops.py", "tests/ops/test_packed_linear.py", "tests/ops/test_packed_mlp.py"]
+FILES = [
+    "tests/test_ops.py",
+    "tests/ops/test_elastic_mlp.py",
+    "tests/ops/test_packed_linear.py",
+    "tests/ops/test_packed_mlp.py",
+]
 CALL = "from flextron_ext import *; packed_linear(t.ones(1, 2), *pack_linear(t.ones(2, 2)), None, 2, 2)"
 
 
@@ -197,7 +202,7 @@ def test_each_instruction_set(isa):
         "-p",
         "no:cacheprovider",
         "-k",
-        "packed and not (opcheck or compiles or exports)",
+        "(packed or elastic_mlp) and not (opcheck or compiles or exports)",
         *FILES,
     )
     assert done.returncode == 0, done.stdout[-3000:]

@@ -1,0 +1,8 @@
+// elastic_mlp between its GEMMs with AVX2 and FMA: the loops of elastic_mlp_block.h, chosen at run time.
+#include "kernels/elastic_mlp_block.h"
+
+namespace flextron {
+
+FLEXTRON_DEFINE_ELASTIC_MLP(avx2)
+
+}  // namespace flextron
