@@ -120,6 +120,6 @@ def _grad(ctx, dy):
     return *common.per_input(mask, gradients), None, None, None, None, None, None
 
 
-torch.library.register_autograd("flextron::elastic_linear", _grad, setup_context=_save)
+common.register_gradient(OP, _save, _grad)
 common.register_autocast(OP, 0, 1, 2)
 common.refuse_gradient("elastic_linear_backward")

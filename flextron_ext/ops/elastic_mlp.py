@@ -232,14 +232,16 @@ def _grad(ctx, dy, *_):
     return *of_tensors, None, None, None, of_gate, None
 
 
-def _keep_what_a_gradient_needs(*args, **named):
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **named):
-        return torch.ops.flextron.elastic_mlp_with_hidden(*args, **named)[0]
+_with_hidden = common.register_gradient(f"{OP}_with_hidden", _save, _grad)
+
+
+def _keep_what_a_gradient_needs(*args):
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return _with_hidden(*args)[0]
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.flextron.elastic_mlp(*args, **named)
+        return torch.ops.flextron.elastic_mlp(*args)
 
 
-torch.library.register_autograd("flextron::elastic_mlp_with_hidden", _grad, setup_context=_save)
 common.register_autograd_kernel(OP, _keep_what_a_gradient_needs)
 for op in (OP, f"{OP}_with_hidden"):
     common.register_autocast(op, 0, 1, 2, 3, 4, 5, 6)

@@ -132,6 +132,6 @@ def _grad(ctx, dout, _):
     return *common.per_input(mask, gradients), *[None] * 10
 
 
-torch.library.register_autograd("flextron::head_attention", _grad, setup_context=_save)
+common.register_gradient(OP, _save, _grad)
 common.register_autocast(OP, 0, 1, 2)
 common.refuse_gradient("head_attention_backward")

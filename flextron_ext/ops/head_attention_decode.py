@@ -106,6 +106,6 @@ def _grad(ctx, dout):
     return *common.per_input(mask, gradients), *[None] * 7
 
 
-torch.library.register_autograd("flextron::head_attention_decode", _grad, setup_context=_save)
+common.register_gradient(OP, _save, _grad)
 common.register_autocast(OP, 0, 1, 2)
 common.refuse_gradient("head_attention_decode_backward")

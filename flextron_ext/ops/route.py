@@ -53,4 +53,4 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(*output)
 
 
-torch.library.register_autograd("flextron::route", lambda ctx, *gradients: (None, None), setup_context=_save)
+common.register_gradient(OP, _save, lambda ctx, *gradients: (None, None))
