@@ -56,6 +56,14 @@ def check_same(op: str, x: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} must be on {x.device}, got {value.device}")
 
 
+def call(op: Callable[..., object], *args: object) -> object:
+    """op(*args). Where no gradient is recorded the op goes past its own kernels for autograd, which are Python's."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def wanted(ctx, *positions: int) -> int:
     """output_mask: bit i is set when the input at positions[i] needs its gradient."""
     needs = ctx.needs_input_grad  # shorter than the inputs where trailing ones have their default

@@ -119,10 +119,7 @@ def elastic_forward(
         mlp_choices,
         head_choices,
     )
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.ops.flextron.elastic_forward(*given)
-    with torch._C._AutoDispatchBelowAutograd():  # each dispatch unpacks hundreds of tensors: one suffices
-        return torch.ops.flextron.elastic_forward(*given)
+    return common.call(torch.ops.flextron.elastic_forward, *given)
 
 
 @torch.library.register_fake("flextron::elastic_forward")

@@ -45,7 +45,8 @@ def elastic_linear(
     rows = _check(x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, out_blocks)
     in_extent = common.check_extent(OP, "in_extent", in_extent, rows)
     out_extent = common.check_extent(OP, "out_extent", out_extent, rows)
-    y = torch.ops.flextron.elastic_linear(
+    y = common.call(
+        torch.ops.flextron.elastic_linear.default,
         x.reshape(rows, x.shape[-1]),
         weight,
         bias,

@@ -51,8 +51,9 @@ def elastic_mlp(
     Returns:
         y: [..., N], the dtype of x.
     """
-    y = torch.ops.flextron.elastic_mlp(
-        *_arguments(x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation, extent, gate, choices)
+    y = common.call(
+        torch.ops.flextron.elastic_mlp.default,
+        *_arguments(x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation, extent, gate, choices),
     )
     return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -61,9 +61,8 @@ def head_attention(
             on the CPU; on a GPU, where the host reads none, a value out of range is moved into it.
     """
     _check(q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start)
-    out, lse = torch.ops.flextron.head_attention(
-        q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start, causal, scale
-    )
+    which = heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start, causal, scale
+    out, lse = common.call(torch.ops.flextron.head_attention.default, q, k, v, *which)
     return (out, lse) if return_lse else out
 
 

@@ -52,9 +52,8 @@ def head_attention_decode(
             on the CPU; on a GPU, where the host reads none, a value out of range is moved into it.
     """
     _check(q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start)
-    return torch.ops.flextron.head_attention_decode(
-        q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start, scale
-    )
+    which = seqlens, heads, unit, extent, block_table, k_start, scale
+    return common.call(torch.ops.flextron.head_attention_decode.default, q, k_cache, v_cache, *which)
 
 
 def _check(q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start) -> None:

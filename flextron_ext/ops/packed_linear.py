@@ -100,7 +100,8 @@ def packed_linear(
     if in_extent is not None and out_extent is not None:
         raise ValueError(f"{OP}: in_extent must be None when out_extent is given, got both")
     rows = math.prod(x.shape[:-1])  # not numel(): it would fix a symbolic size
-    y = torch.ops.flextron.packed_linear.default(
+    y = common.call(
+        torch.ops.flextron.packed_linear.default,
         x if x.dim() == 2 else x.reshape(rows, x.shape[-1]),
         panels,
         scales,

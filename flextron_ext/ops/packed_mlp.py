@@ -92,7 +92,8 @@ def packed_mlp(
     if activation not in ACTIVATIONS:
         raise ValueError(f"{OP}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation}")
     rows = math.prod(x.shape[:-1])  # not numel(): it would fix a symbolic size
-    y = torch.ops.flextron.packed_mlp.default(
+    y = common.call(
+        torch.ops.flextron.packed_mlp.default,
         x if x.dim() == 2 else x.reshape(rows, x.shape[-1]),
         up_panels,
         down_panels,
