@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import cases
 import pytest
 import torch
+from instruction_sets import INSTRUCTION_SETS, run_python
 from torch import Tensor
 
 import flextron_ext
@@ -153,12 +151,9 @@ print("right")
 """
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_each_instruction_set(isa):
-    environment = {**os.environ, "FLEXTRON_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run([sys.executable, "-c", CHECK], env=environment, capture_output=True, text=True)
-    if "must be one this machine has" in result.stderr:
-        pytest.skip(f"this machine has no {isa}")
+    result = run_python(isa, "-c", CHECK)
     assert result.stdout.strip() == "right", result.stderr
 
 

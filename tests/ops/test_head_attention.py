@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from emulator import build as emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import INSTRUCTION_SETS, run_python
 
 from flextron.testing.numerics import assert_no_worse
 from flextron_ext import head_attention, reference
@@ -396,21 +394,15 @@ print("right")
 """
 
 
-def run_with_isa(isa):
-    environment = {**os.environ, "FLEXTRON_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run([sys.executable, "-c", CHECK], env=environment, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_each_instruction_set(isa):
-    result = run_with_isa(isa)
-    if "must be one this machine has" in result.stderr:
-        pytest.skip(f"this machine has no {isa}")
+    result = run_python(isa, "-c", CHECK)
     assert result.stdout.strip() == "right", result.stderr
 
 
 def test_an_unknown_instruction_set_is_named():
-    assert "FLEXTRON_ISA: value must be generic, avx2 or avx512, got mmx" in run_with_isa("mmx").stderr
+    wanted = "FLEXTRON_ISA: value must be generic, avx2 or avx512, got mmx"
+    assert wanted in run_python("mmx", "-c", CHECK).stderr
 
 
 def bad(**changes):

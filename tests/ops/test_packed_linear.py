@@ -1,11 +1,10 @@
 """packed_linear: one packed copy serves every prefix; a row's bits depend on that row and its prefix alone."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from instruction_sets import INSTRUCTION_SETS, run_python
 
 from flextron.testing.numerics import assert_no_worse
 from flextron_ext import pack_linear, packed_linear, reference
@@ -182,27 +181,12 @@ FILES = [
     "tests/ops/test_packed_linear.py",
     "tests/ops/test_packed_mlp.py",
 ]
-CALL = "from flextron_ext import *; packed_linear(t.ones(1, 2), *pack_linear(t.ones(2, 2)), None, 2, 2)"
 
 
 @pytest.mark.skipif("FLEXTRON_ISA" in os.environ, reason="runs in every instruction set's own process")
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_each_instruction_set(isa):
     """Every case of the GEMM ops, on each set of loops that this build has and this machine runs."""
-    environment = {**os.environ, "FLEXTRON_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
-
-    def run(*command):
-        return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-
-    if "must be one this machine has" in run("-c", f"import torch as t; {CALL}").stderr:
-        pytest.skip(f"this machine has no {isa}")
-    done = run(
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "(packed or elastic_mlp) and not (opcheck or compiles or exports)",
-        *FILES,
-    )
+    which = "(packed or elastic_mlp) and not (opcheck or compiles or exports)"
+    done = run_python(isa, "-m", "pytest", "-p", "no:cacheprovider", "-k", which, *FILES)
     assert done.returncode == 0, done.stdout[-3000:]
