@@ -40,6 +40,7 @@ FILES = TENSORS, DESCRIPTION = "adaptive.safetensors", "adaptive.json"
 _CONFIDENCE = 0.6  # probability of the static choice at the start: one to leave, but not at once
 _GRID = 0.05  # largest step between fractions at which the offset is calibrated
 _BISECTIONS = 16
+_CLOSE = 1e-3  # of the full latency: how far below its fraction an offset may stay
 _SURROGATE_STEPS, _REFIT_STEPS = 600, 30  # of its first fit, and after each observation
 _HELD_OUT = 6  # every sixth observation judges the surrogate, which is not trained on it
 _EMA = 0.9
@@ -599,18 +600,25 @@ def calibrate(
     """Settle the router's offsets, for each phase, so that the mean over ``tokens`` meets every fraction.
 
     At a grid of fractions from the fastest network's to 1, at most 0.05 apart and with the trained targets in
-    it, the offset is bisected: a larger one never narrows a token's choice in the first layer, and in the others
-    only by way of what wider layers below change in their input.
+    it, the offset is bisected until the mean is at most 0.001 below: a larger one never narrows a token's choice in
+    the first layer, and in the others only by way of what wider layers below change in their input.
     """
     for phase, table in tables.items():
         grid = calibration_grid(table.smallest_adaptive_ms / table.full_ms, router.targets)
         low, high = torch.full((len(grid),), -_REACH), torch.full((len(grid),), _REACH)
-        for done in range(_BISECTIONS):
+        wide = torch.arange(len(grid))  # of the grid, what is not close yet
+        for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             router.calibration[phase] = (grid, tuple(middle.tolist()))
-            above = fractions(model, table, tokens, grid, phase) > torch.tensor(grid)
-            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-            progress(f"calibrating {phase}", done + 1, _BISECTIONS)
+            targets = torch.tensor(grid, dtype=torch.float64)[wide]
+            short = targets - fractions(model, table, tokens, targets.tolist(), phase)
+            low[wide] = torch.where(short < 0, low[wide], middle[wide])
+            is_close = (short >= 0) & (short < _CLOSE)
+            high[wide] = torch.where((short < 0) | is_close, middle[wide], high[wide])
+            wide = wide[~is_close]
+            progress(f"calibrating {phase}", len(grid) - len(wide), len(grid))
+            if not len(wide):
+                break
         router.calibration[phase] = (grid, tuple(low.tolist()))
 
 
