@@ -65,4 +65,8 @@ inline TileSides hopper_tile_sides(int64_t T, int64_t columns, int64_t blocks, i
 // with the vendor's GEMM for ours 1.20, 0.99; bfloat16 17, 24.
 inline bool cpu_prefers_own_gemm(int64_t T, int64_t element_size) { return element_size == 2 || T < 128; }
 
+// Whether the gradient of a weight is ours there too: it has many results and few terms in each. Our time
+// over torch's, weight 576 x 576, float32: 4.3 at 1 token, 1.5 at 64.
+inline bool cpu_prefers_own_weight_gradient(int64_t element_size) { return element_size == 2; }
+
 }  // namespace flextron

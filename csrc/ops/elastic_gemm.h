@@ -43,6 +43,8 @@ struct FloatRows {
   Tensor tensor;
   const float* data;
   int64_t stride;
+
+  Tensor first(int64_t count) const { return columns(tensor, 0, count); }
 };
 // The first columns of x, whose elements in a row are adjacent, in `to`.
 inline void widen_rows(const Tensor& x, const std::optional<Tensor>& order, const Tensor& to,
@@ -175,6 +177,11 @@ inline bool is_ours_on_cpu(const Tensor& x, std::initializer_list<const Tensor*>
     if (weight && (weight->dim() != 2 || (weight->size(1) > 1 && weight->stride(1) != 1))) return false;
   const std::string asked = asked_kernel();
   return asked == "tile" || (asked != "vendor" && cpu_prefers_own_gemm(x.size(0), x.element_size()));
+}
+
+// Whether, in a backward that is ours, the weights' gradients are too. Where not, x is float32.
+inline bool is_own_weight_gradient(const Tensor& x) {
+  return asked_kernel() == "tile" || cpu_prefers_own_weight_gradient(x.element_size());
 }
 
 // Parameters of nothing yet.

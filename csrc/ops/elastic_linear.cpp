@@ -381,7 +381,14 @@ std::tuple<Tensor, Tensor, Tensor> elastic_linear_backward(
   if (ours) {
     const FloatRows dy_rows = float_rows(dy, order);
     if (dx.numel() != 0) backward_input(plan, dy_rows, weight, dx);
-    if (dweight.numel() != 0) backward_weight(plan, x.size(0), dy_rows, float_rows(x, order), dweight);
+    if (dweight.numel() == 0) return {dx, dweight, dbias};
+    const FloatRows x_rows = float_rows(x, order);
+    if (is_own_weight_gradient(x)) {
+      backward_weight(plan, x.size(0), dy_rows, x_rows, dweight);
+    } else {
+      plan.join();
+      backward_weight(plan, dy_rows.first(dy.size(1)), x_rows.first(x.size(1)), dweight);
+    }
     return {dx, dweight, dbias};
   }
   const Tensor dy_sorted = gather_rows(dy, order);

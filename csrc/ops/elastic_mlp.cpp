@@ -804,9 +804,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> elast
       const FloatRows dy_rows = float_rows(dy, order), x_rows = float_rows(x, order);
       hidden = own_backward_hidden(mlp, dy_rows, kept, dgate);
       if (wanted(0, true)) d[0] = own_backward_input(mlp, *hidden, x);
-      if (wanted(1, w_gate.has_value())) d[1] = own_backward_up_weight(mlp, *hidden->dg, x_rows, x);
-      if (wanted(2, true)) d[2] = own_backward_up_weight(mlp, hidden->du, x_rows, x);
-      if (wanted(3, true)) d[3] = own_backward_down_weight(mlp, hidden->scaled, dy_rows, dy);
+      const bool own = is_own_weight_gradient(x);
+      const auto up_weight = [&](const Tensor& dhidden) {
+        return own ? own_backward_up_weight(mlp, dhidden, x_rows, x)
+                   : backward_up_weight(mlp, dhidden, x_rows.first(x.size(1)));
+      };
+      if (wanted(1, w_gate.has_value())) d[1] = up_weight(*hidden->dg);
+      if (wanted(2, true)) d[2] = up_weight(hidden->du);
+      if (wanted(3, true))
+        d[3] = own ? own_backward_down_weight(mlp, hidden->scaled, dy_rows, dy)
+                   : backward_down_weight(mlp, hidden->scaled, dy_rows.first(dy.size(1)));
     } else {
       const Tensor dy_sorted = gather_rows(dy, order), x_sorted = gather_rows(x, order);
       hidden = backward_hidden(mlp, dy_sorted, kept, dgate);
