@@ -372,8 +372,14 @@ std::tuple<Tensor, Tensor, Tensor> elastic_linear_backward(
   const std::vector<int64_t> x_shape{x.size(0), x.size(1)}, weight_shape{weight.size(0), weight.size(1)};
   Tensor dx = empty(x, {0}), dweight = empty(x, {0}), dbias = empty(x, {0});
   if (output_mask & 1) dx = plan.whole_in() ? empty(x, x_shape) : zeros(x, x_shape);
-  if (output_mask & 2)
-    dweight = plan.whole_in() && plan.whole_out() ? empty(x, weight_shape) : zeros(x, weight_shape);
+  if (output_mask & 2) {
+    // The rows that are written lead: a block's first ones, or all.
+    const bool leads = plan.whole_in() && (plan.out.blocks == 1 || plan.whole_out());
+    const int64_t used = plan.whole_out()     ? weight.size(0)
+                         : plan.per_token_out ? plan.extents.widest()
+                                              : plan.out.used;
+    dweight = leads ? zeros_from(0, used, x, weight_shape) : zeros(x, weight_shape);
+  }
   if ((output_mask & 4) && bias) {
     dbias = zeros(x, {weight.size(0)});
     backward_bias(plan, gather_rows(dy, order), dbias);
