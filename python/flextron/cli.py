@@ -434,7 +434,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         ]
         sizes = [f"size {row['size']:.2f}" for row in report.evaluations[0]["sub_networks"]]
         ui.print_table("held-out loss by share of the elastic size", ["step", *sizes], rows)
-    _say(args, f"{args.directory}: trained on {report.tokens} tokens in {report.seconds:.0f} s")
+    _say(args, f"{args.directory}: trained on {report.tokens} tokens, {report.seconds:.0f} s in this run")
     return {
         "tokens": report.tokens,
         "seconds": report.seconds,
@@ -473,7 +473,7 @@ def _tune(args: argparse.Namespace) -> dict[str, Any]:
             restart=args.restart,
             progress=progress,
         )
-    _say(args, f"{args.directory}: tuned on {report.tokens} tokens in {report.seconds:.0f} s")
+    _say(args, f"{args.directory}: tuned on {report.tokens} tokens, {report.seconds:.0f} s in this run")
     return {
         "tokens": report.tokens,
         "seconds": report.seconds,
