@@ -66,8 +66,7 @@ def call(op: Callable[..., object], *args: object) -> object:
 
 def wanted(ctx, *positions: int) -> int:
     """output_mask: bit i is set when the input at positions[i] needs its gradient."""
-    needs = ctx.needs_input_grad  # shorter than the inputs where trailing ones have their default
-    return sum(1 << i for i, position in enumerate(positions) if position < len(needs) and needs[position])
+    return sum(1 << i for i, position in enumerate(positions) if ctx.needs_input_grad[position])
 
 
 def per_input(mask: int, gradients: Sequence[Tensor]) -> list[Tensor | None]:
@@ -95,21 +94,29 @@ def register_autocast(op: str, *positions: int) -> None:
     under("cuda", "AutocastCUDA")
 
 
-def register_autograd_kernel(op: str, kernel: Callable[..., object]) -> None:
-    """What the op is where autograd sees it: kernel goes on below autograd, or to an op that has a formula."""
+def register_autograd_kernel(op: str, recorded: Callable[..., object]) -> None:
+    """What the op is where autograd sees it: recorded(*inputs) where one needs a gradient, itself elsewhere."""
+    overload = getattr(torch.ops.flextron, op).default
+    defaults = tuple(argument.default_value for argument in overload._schema.arguments)
+
+    def kernel(*inputs: object) -> object:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return recorded(*inputs, *defaults[len(inputs) :])
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*inputs)
+
     _library.impl(op, kernel, "Autograd")
 
 
 def register_gradient(
     op: str, setup_context: Callable[..., None], backward: Callable[..., object]
 ) -> Callable[..., object]:
-    """Give the op a formula, and return what it then is where autograd sees it.
+    """Give the op a formula, and return what records it, which takes all inputs.
 
     As torch.library.register_autograd, which takes twice as long beyond the op, and without zeros for the gradients of
     outputs that have none: those are None.
     """
     overload = getattr(torch.ops.flextron, op).default
-    defaults = tuple(argument.default_value for argument in overload._schema.arguments)
 
     def forward(ctx, *inputs: object) -> object:
         ctx.set_materialize_grads(False)
@@ -126,15 +133,8 @@ def register_gradient(
     methods = {"forward": staticmethod(forward), "backward": staticmethod(of_any)}
     function = type(f"{op}_function", (torch.autograd.Function,), methods)
 
-    def kernel(*inputs: object) -> object:
-        inputs += defaults[len(inputs) :]
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return function.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload(*inputs)
-
-    register_autograd_kernel(op, kernel)
-    return kernel
+    register_autograd_kernel(op, function.apply)
+    return function.apply
 
 
 def refuse_gradient(op: str) -> None:
@@ -148,12 +148,8 @@ def refuse_gradient(op: str) -> None:
 
 def refuse_gradient_of_mutating(op: str) -> None:
     """The same for an op that writes into its arguments, for which torch takes no formula: it never runs."""
-    overload = getattr(torch.ops.flextron, op).default
 
-    def kernel(*args: object, **named: object) -> object:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **named):
-            raise NotImplementedError(f"{op}: inputs must not need a gradient through it: it has none")
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload(*args, **named)
+    def refuse(*inputs: object) -> None:
+        raise NotImplementedError(f"{op}: inputs must not need a gradient through it: it has none")
 
-    register_autograd_kernel(op, kernel)
+    register_autograd_kernel(op, refuse)

@@ -234,16 +234,7 @@ def _grad(ctx, dy, *_):
 
 
 _with_hidden = common.register_gradient(f"{OP}_with_hidden", _save, _grad)
-
-
-def _keep_what_a_gradient_needs(*args):
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        return _with_hidden(*args)[0]
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.flextron.elastic_mlp(*args)
-
-
-common.register_autograd_kernel(OP, _keep_what_a_gradient_needs)
+common.register_autograd_kernel(OP, lambda *inputs: _with_hidden(*inputs)[0])
 for op in (OP, f"{OP}_with_hidden"):
     common.register_autocast(op, 0, 1, 2, 3, 4, 5, 6)
 common.refuse_gradient("elastic_mlp_backward")
