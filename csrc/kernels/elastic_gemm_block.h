@@ -246,15 +246,6 @@ inline void dots(i64 count, i64 features, i64 K, const float* a, i64 a_row, cons
 
 // -- what becomes of the sums --
 
-template <class T>
-inline void store_some(T* to, const float* from, i64 n) {
-  if (n == kPanel) {
-    for (i64 i = 0; i < kPanel; ++i) narrow(from[i], to + i);
-  } else {
-    for (i64 i = 0; i < n; ++i) narrow(from[i], to + i);
-  }
-}
-
 // What turns a panel's sums into values: one factor and one summand for each feature.
 struct Affine {
   float scale[kPanel], bias[kPanel];
@@ -303,9 +294,10 @@ void finish(const ElasticGemmParams& p, const Place& at, const float* sums, i64 
       }
       const i64 to = (p.order ? p.order[row] : row) * p.y_row + at.out_block * p.y_block + first;
       if (p.hidden)
-        store_some(static_cast<float*>(p.y) + to, out, n);
+        narrow_some<kPanel>(out, static_cast<float*>(p.y) + to, n);
       else
-        with_io(p.io, [&](auto* type) { store_some(static_cast<decltype(type)>(p.y) + to, out, n); });
+        with_io(p.io,
+                [&](auto* type) { narrow_some<kPanel>(out, static_cast<decltype(type)>(p.y) + to, n); });
     }
   }
 }

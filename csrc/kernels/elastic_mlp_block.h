@@ -21,11 +21,7 @@ template <class real, class T>
 inline void store_some(T* to, Vec<real> v, i64 n) {
   real lanes[kLanes<real>];
   for (i64 i = 0; i < kLanes<real>; ++i) lanes[i] = v[i];
-  if (n == kLanes<real>) {
-    for (i64 i = 0; i < kLanes<real>; ++i) narrow(lanes[i], to + i);
-  } else {
-    for (i64 i = 0; i < n; ++i) narrow(lanes[i], to + i);
-  }
+  narrow_some<kLanes<real>>(lanes, to, n);
 }
 
 // f(c, j, n, s) for each n neurons from j on, scaled by s: the sum of gates c and later. after(c) behind each
@@ -52,10 +48,10 @@ void forward_rows(const ElasticMlpParams<in_t, out_t>& p, i64 begin, i64 end) {
     for_each_vector(
         p, row,
         [&](i64 j, i64 n, real s) {
-          Vec<real> h = load_some<real>(p.u + in + j, n) * s;
-          h = p.g == nullptr ? curve<activation, real>(load_some<real>(p.u + in + j, n)).value * s
-                             : curve<activation, real>(load_some<real>(p.g + in + j, n)).value * h;
-          store_some<real>(p.h + out + j, h, n);
+          const Vec<real> u = load_some<real>(p.u + in + j, n);
+          const Vec<real> value =
+              curve<activation, real>(p.g == nullptr ? u : load_some<real>(p.g + in + j, n)).value;
+          store_some<real>(p.h + out + j, s * (p.g == nullptr ? value : value * u), n);
         },
         [](i64) {});
   }

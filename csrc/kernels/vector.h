@@ -98,6 +98,16 @@ inline void narrow(float x, fp16* y) {  // to nearest even, by the rounding of a
   y->bits = uint16_t((sign >> 16) | (twice > 0xFF000000u ? 0x7E00u : rest));
 }
 
+// The first n of `width` elements; a row of all of them has a loop that the compiler knows.
+template <i64 width, class A, class scalar_t>
+inline void narrow_some(const A* from, scalar_t* to, i64 n) {
+  if (n == width) {
+    for (i64 i = 0; i < width; ++i) narrow(from[i], to + i);
+  } else {
+    for (i64 i = 0; i < n; ++i) narrow(from[i], to + i);
+  }
+}
+
 template <class A, class scalar_t>
 inline void widen_row(A* __restrict to, const scalar_t* __restrict from, i64 n, i64 n_padded) {
   for (i64 i = 0; i < n; ++i) to[i] = widen(from[i]);

@@ -375,10 +375,8 @@ std::tuple<Tensor, Tensor, Tensor> elastic_linear_backward(
   if (output_mask & 2) {
     // The rows that are written lead: a block's first ones, or all.
     const bool leads = plan.whole_in() && (plan.out.blocks == 1 || plan.whole_out());
-    const int64_t used = plan.whole_out()     ? weight.size(0)
-                         : plan.per_token_out ? plan.extents.widest()
-                                              : plan.out.used;
-    dweight = leads ? zeros_from(0, used, x, weight_shape) : zeros(x, weight_shape);
+    const int64_t used = plan.per_token_out ? plan.extents.widest() : plan.out.used;
+    dweight = leads ? zeros_from(0, plan.out.blocks * used, x, weight_shape) : zeros(x, weight_shape);
   }
   if ((output_mask & 4) && bias) {
     dbias = zeros(x, {weight.size(0)});
