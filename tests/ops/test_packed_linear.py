@@ -188,5 +188,5 @@ FILES = [
 def test_each_instruction_set(isa):
     """Every case of the GEMM ops, on each set of loops that this build has and this machine runs."""
     which = "(packed or elastic_mlp) and not (opcheck or compiles or exports)"
-    done = run_python(isa, "-m", "pytest", "-p", "no:cacheprovider", "-k", which, *FILES)
+    done = run_python(isa, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", which, *FILES)
     assert done.returncode == 0, done.stdout[-3000:]
