@@ -606,18 +606,18 @@ def calibrate(
     for phase, table in tables.items():
         grid = calibration_grid(table.smallest_adaptive_ms / table.full_ms, router.targets)
         low, high = torch.full((len(grid),), -_REACH), torch.full((len(grid),), _REACH)
-        wide = torch.arange(len(grid))  # of the grid, what is not close yet
+        left = torch.arange(len(grid))  # of the grid, what is not close yet
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             router.calibration[phase] = (grid, tuple(middle.tolist()))
-            targets = torch.tensor(grid, dtype=torch.float64)[wide]
+            targets = torch.tensor(grid, dtype=torch.float64)[left]
             short = targets - fractions(model, table, tokens, targets.tolist(), phase)
-            low[wide] = torch.where(short < 0, low[wide], middle[wide])
+            low[left] = torch.where(short < 0, low[left], middle[left])
             is_close = (short >= 0) & (short < _CLOSE)
-            high[wide] = torch.where((short < 0) | is_close, middle[wide], high[wide])
-            wide = wide[~is_close]
-            progress(f"calibrating {phase}", len(grid) - len(wide), len(grid))
-            if not len(wide):
+            high[left] = torch.where((short < 0) | is_close, middle[left], high[left])
+            left = left[~is_close]
+            progress(f"calibrating {phase}", len(grid) - len(left), len(grid))
+            if not len(left):
                 break
         router.calibration[phase] = (grid, tuple(low.tolist()))
 
