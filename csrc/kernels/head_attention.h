@@ -43,8 +43,8 @@ struct AttentionSequence {
 
 struct AttentionItem {
   int64_t sequence, group;
-  int64_t block;       // of kAttentionQueries queries or kAttentionKeys keys
-  int64_t begin, end;  // of its keys from k_start on, in decode
+  int64_t block;               // of kAttentionQueries queries or kAttentionKeys keys
+  int64_t begin = 0, end = 0;  // of its keys from k_start on, in decode
 };
 
 template <class scalar_t>
