@@ -414,6 +414,10 @@ void run_items(const ElasticGemmParams& p, i64 begin, i64 end) {
     const i64 count = smaller(smaller(larger(most, i64(1)), end - begin), units - at.unit);
     const i64 c_panel = rows * kPanel;
     for (i64 i = 0; i < count * panels * c_panel; ++i) sums[i] = 0.0f;
+    if (p.scales) {  // a line of each panel, for which finish() would wait
+      const float* const scales = p.scales + (at.out_block * p.out_stride + at.unit * panels) * kPanel;
+      for (i64 i = 0; i < count * panels; ++i) __builtin_prefetch(scales + i * kPanel);
+    }
     const Batch<W> batch{p, first, last, at.out_block, at.unit, count, panels, sums, c_panel};
     if (is_stream)
       batch.stream();
