@@ -37,6 +37,14 @@ constexpr const char* kSchemas[] = {
     "float eps, SymInt keep=1, str unit=\"kv_group\", str activation=\"silu\", Tensor? k_start=None, "
     "float? scale=None, Tensor[]? router=None, int[]? mlp_choices=None, int[]? head_choices=None) "
     "-> Tensor",
+    "elastic_forward_hold(Tensor embedding, Tensor[] weights, str parts, SymInt neurons, SymInt query_heads, "
+    "SymInt groups, SymInt head_size, Tensor norm, Tensor head, Tensor? head_scales, float eps, "
+    "str unit=\"kv_group\", str activation=\"silu\", float? scale=None) -> int",
+    "elastic_forward_held(Tensor ids, Tensor cos, Tensor sin, int held, Tensor(a!)[] keys, "
+    "Tensor(b!)[] values, SymInt cached, int[] widths, int[] heads, int[] kv_heads, SymInt keep=1, "
+    "Tensor? k_start=None, Tensor[]? router=None, int[]? mlp_choices=None, int[]? head_choices=None) "
+    "-> (Tensor, Tensor)",
+    "elastic_forward_drop(int held) -> ()",
     "route(Tensor logits, SymInt? seed=None) -> (Tensor, Tensor, Tensor)",
     "head_attention(Tensor q, Tensor k, Tensor v, SymInt heads, str unit=\"kv_group\", Tensor? extent=None, "
     "str extent_per=\"sequence\", Tensor? index=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
@@ -89,11 +97,18 @@ STABLE_TORCH_LIBRARY_IMPL(flextron, CPU, m) {
   m.impl("packed_linear", TORCH_BOX(&flextron::packed_linear));
   m.impl("packed_mlp", TORCH_BOX(&flextron::packed_mlp));
   m.impl("elastic_forward", TORCH_BOX(&flextron::elastic_forward));
+  m.impl("elastic_forward_hold", TORCH_BOX(&flextron::elastic_forward_hold));
+  m.impl("elastic_forward_held", TORCH_BOX(&flextron::elastic_forward_held));
   m.impl("route", TORCH_BOX(&flextron::route));
   m.impl("head_attention", TORCH_BOX(&flextron::head_attention));
   m.impl("head_attention_backward", TORCH_BOX(&flextron::head_attention_backward));
   m.impl("head_attention_decode", TORCH_BOX(&flextron::head_attention_decode));
   m.impl("head_attention_decode_backward", TORCH_BOX(&flextron::head_attention_decode_backward));
+}
+
+// It has no tensor that would name a device.
+STABLE_TORCH_LIBRARY_IMPL(flextron, CompositeExplicitAutograd, m) {
+  m.impl("elastic_forward_drop", TORCH_BOX(&flextron::elastic_forward_drop));
 }
 
 #ifdef FLEXTRON_WITH_CUDA

@@ -133,6 +133,22 @@ for widths, heads, routed in (([9], [1], ()), ([], [], (router, [4, 9], [1, 2]))
     got = ops.elastic_forward(x, *turn, weights, parts, *cache, *sizes, *options, *routed)
     check("elastic_forward", [got[0], cache[0][0], cache[1][0]], [norm(y) @ head.T, keys_then, values_then])
 
+# The same with weights that are held, the token being number 3.
+words = torch.randn(5, 8)
+words[3] = x[0, 0]
+cache = [keys.clone()], [values.clone()]
+number = ops.elastic_forward_hold(words, weights, parts, 16, 2, 2, 4, ones, head, None, 1e-6)
+check("elastic_forward_hold", [], [])
+got = ops.elastic_forward_held(torch.tensor([[3]]), *turn, number, *cache, 3, [9], [1], [2])
+logits = norm(y) @ head.T
+check("elastic_forward_held", [got[0], got[1], cache[0][0]], [logits, logits[0].argmax(-1), keys_then])
+ops.elastic_forward_drop(number)
+try:
+    ops.elastic_forward_drop(number)
+except RuntimeError as error:
+    assert "not be dropped" in str(error), error
+    check("elastic_forward_drop", [], [])
+
 logits = torch.randn(9, 4)
 choice = logits.argmax(1)
 order = torch.argsort(choice, descending=True, stable=True)

@@ -67,6 +67,14 @@ struct ElasticForwardRouterParams {
   int64_t rows_each;  // of a request
 };
 
+// best[r] = where logits[r] is greatest: the first of equals, a NaN before all others, as torch.argmax.
+template <class scalar_t>
+struct ElasticForwardBestParams {
+  const scalar_t* logits;  // [rows, vocabulary], rows `stride` apart
+  int64_t* best;           // [rows]
+  int64_t vocabulary, stride;
+};
+
 // Rows [begin, end).
 #define FLEXTRON_DECLARE_ELASTIC_FORWARD(isa)                                                               \
   template <class scalar_t>                                                                                 \
@@ -74,6 +82,8 @@ struct ElasticForwardRouterParams {
   template <class scalar_t>                                                                                 \
   void elastic_forward_heads_##isa(const ElasticForwardHeadsParams<scalar_t>& p, int64_t begin,             \
                                    int64_t end);                                                            \
+  template <class scalar_t>                                                                                 \
+  void elastic_forward_best_##isa(const ElasticForwardBestParams<scalar_t>& p, int64_t begin, int64_t end); \
   void elastic_forward_router_##isa(const ElasticForwardRouterParams& p, int64_t begin, int64_t end);
 FLEXTRON_DECLARE_ELASTIC_FORWARD(cpu)
 FLEXTRON_DECLARE_ELASTIC_FORWARD(avx2)

@@ -74,6 +74,47 @@ void turn_rows(const ElasticForwardHeadsParams<scalar_t>& p, i64 begin, i64 end)
   }
 }
 
+// Where the greatest of n is: the first of equals, the first NaN before all others.
+template <class scalar_t>
+i64 best_of(const scalar_t* x, i64 n) {
+  constexpr i64 kBlock = 256, lanes = kLanes<float>;  // only the block that has it is searched
+  const float lowest = -float(__builtin_inf());
+  float most = lowest;
+  i64 block = 0;
+  for (i64 at = 0; at < n; at += kBlock) {
+    const i64 end = smaller(at + kBlock, n);
+    Vec<float> greatest = Vec<float>{} + lowest, unlike = {};  // NaNs
+    i64 i = at;
+    for (; i + lanes <= end; i += lanes) {
+      const Vec<float> value = widened(x + i);
+      greatest = greatest < value ? value : greatest;
+      unlike = value == value ? unlike : value;
+    }
+    float here = lowest;
+    bool has_nan = false;
+    for (i64 e = 0; e < lanes; ++e) {
+      here = here < greatest[e] ? greatest[e] : here;
+      has_nan = has_nan || unlike[e] != unlike[e];
+    }
+    for (; i < end; ++i) {
+      const float value = widen(x[i]);
+      here = here < value ? value : here;
+      has_nan = has_nan || value != value;
+    }
+    if (has_nan)
+      for (i = at; i < end; ++i)
+        if (const float value = widen(x[i]); value != value) return i;
+    if (most < here) most = here, block = at;
+  }
+  while (widen(x[block]) != most) ++block;
+  return block;
+}
+
+template <class scalar_t>
+void best_rows(const ElasticForwardBestParams<scalar_t>& p, i64 begin, i64 end) {
+  for (i64 r = begin; r < end; ++r) p.best[r] = best_of(p.logits + r * p.stride, p.vocabulary);
+}
+
 }  // namespace
 }  // namespace flextron
 
@@ -88,6 +129,10 @@ void turn_rows(const ElasticForwardHeadsParams<scalar_t>& p, i64 begin, i64 end)
                                    int64_t end) {                                                            \
     turn_rows(p, begin, end);                                                                                \
   }                                                                                                          \
+  template <class scalar_t>                                                                                  \
+  void elastic_forward_best_##isa(const ElasticForwardBestParams<scalar_t>& p, int64_t begin, int64_t end) { \
+    best_rows(p, begin, end);                                                                                \
+  }                                                                                                          \
   void elastic_forward_router_##isa(const ElasticForwardRouterParams& p, int64_t begin, int64_t end) {       \
     router_rows(p, begin, end);                                                                              \
   }                                                                                                          \
@@ -95,6 +140,7 @@ void turn_rows(const ElasticForwardHeadsParams<scalar_t>& p, i64 begin, i64 end)
   FLEXTRON_ELASTIC_FORWARD_INSTANCES(isa, bf16)                                                              \
   FLEXTRON_ELASTIC_FORWARD_INSTANCES(isa, fp16)
 
-#define FLEXTRON_ELASTIC_FORWARD_INSTANCES(isa, scalar_t)                                                \
-  template void elastic_forward_norm_##isa(const ElasticForwardNormParams<scalar_t>&, int64_t, int64_t); \
-  template void elastic_forward_heads_##isa(const ElasticForwardHeadsParams<scalar_t>&, int64_t, int64_t);
+#define FLEXTRON_ELASTIC_FORWARD_INSTANCES(isa, scalar_t)                                                  \
+  template void elastic_forward_norm_##isa(const ElasticForwardNormParams<scalar_t>&, int64_t, int64_t);   \
+  template void elastic_forward_heads_##isa(const ElasticForwardHeadsParams<scalar_t>&, int64_t, int64_t); \
+  template void elastic_forward_best_##isa(const ElasticForwardBestParams<scalar_t>&, int64_t, int64_t);

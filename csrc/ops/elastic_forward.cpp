@@ -3,10 +3,16 @@
 // Formula in csrc/kernels/elastic_forward.h. The weights come as one list, `parts` naming what each layer
 // has, in order. Every layer has one width for all, one for each sequence, or one that the router chooses for
 // each token. The new keys and values are written into the caches; nothing else that is given is changed.
+//
+// elastic_forward_hold keeps the weights for any number of calls of elastic_forward_held: to unpack and check
+// those of 30 layers anew takes a tenth of a small model's step.
 #include "kernels/elastic_forward.h"
 
 #include <array>
 #include <cmath>
+#include <map>
+#include <memory>
+#include <mutex>
 
 #include "ops/activation.h"
 #include "ops/attention_decode.h"
@@ -17,6 +23,8 @@ namespace flextron {
 namespace {
 
 constexpr auto kOp = "elastic_forward";
+constexpr auto kHeldOp = "elastic_forward_held";
+constexpr auto kDropOp = "elastic_forward_drop";
 constexpr int64_t kLongestHead = 1024;  // of csrc/kernels/elastic_forward_block.h
 
 enum Part {
@@ -82,6 +90,15 @@ struct Shape {
   int64_t B, T, R, K, H, G, M, D;
   bool by_group;
 };
+// Of weights alone, which do not know how many tokens come.
+Shape shape_of_weights(int64_t K, int64_t query_heads, int64_t groups, int64_t D, const std::string& unit) {
+  check_positive(kOp, "groups", groups);
+  if (query_heads < groups || query_heads % groups != 0)
+    fail(kOp, ": query_heads must be a multiple of the ", groups, " groups, got ", query_heads);
+  if (unit != "kv_group" && unit != "query") fail(kOp, ": unit must be kv_group or query, got ", unit);
+  check_range(kOp, "the size of a head", D, 1, kLongestHead);
+  return {0, 0, 0, K, query_heads, groups, query_heads / groups, D, unit == "kv_group"};
+}
 
 void check_vector(const char* name, const Tensor& t, int64_t size, const Tensor& x) {
   check_like(kOp, name, t, {size}, x.scalar_type(), x.device());
@@ -154,6 +171,47 @@ Prepared prepare(const Layer& layer, const Shape& s, int64_t neurons, Activation
   p.up.activation = activation;
   return p;
 }
+
+// All weights, checked, with what the kernels are to know of them.
+struct Model {
+  Layout layout;
+  std::vector<Tensor> weights;
+  Tensor norm, head;
+  OptionalTensor head_scales;
+  Shape shape;  // of weights alone
+  int64_t layers, neurons, vocabulary;
+  float eps;
+  double scale;
+  std::vector<Prepared> prepared;
+  ElasticGemmParams last;
+
+  // `like` has the dtype and the device.
+  Model(const Tensor& like, const Shape& s, int64_t layer_count, std::vector<Tensor> given,
+        const std::string& parts, const Tensor& last_norm, const Tensor& logits, const OptionalTensor& scales,
+        int64_t neuron_count, int64_t words, double epsilon, const std::string& activation,
+        std::optional<double> score_scale)
+      : layout(parts),
+        weights(std::move(given)),
+        norm(last_norm),
+        head(logits),
+        head_scales(scales),
+        shape(s),
+        layers(layer_count),
+        neurons(neuron_count),
+        vocabulary(words),
+        eps(static_cast<float>(epsilon)),
+        scale(score_scale.value_or(1 / std::sqrt(static_cast<double>(s.D)))) {
+    if (static_cast<int64_t>(weights.size()) != layers * layout.count)
+      fail(kOp, ": weights must have ", layers * layout.count, " entries, got ", weights.size());
+    check_range(kOp, "vocabulary", vocabulary, 0, std::numeric_limits<int64_t>::max());
+    const Activation curve = activation_of(kOp, activation);
+    for (int64_t l = 0; l < layers; ++l) prepared.push_back(prepare(layer(l), s, neurons, curve, like));
+    check_vector("norm", norm, s.K, like);
+    last = linear("head", head, head_scales ? &*head_scales : nullptr, 1, vocabulary, 1, s.K, like);
+  }
+
+  Layer layer(int64_t l) const { return {weights.data() + l * layout.count, layout}; }
+};
 
 // The adaptive router of all layers: formula in csrc/kernels/elastic_forward.h.
 struct Router {
@@ -284,13 +342,15 @@ struct Buffers {
 template <class scalar_t>
 class Pass {
  public:
-  Pass(const Shape& shape, const Tensor& x, int64_t neurons, const Router& router, int64_t keep)
+  // x's rows are the tokens', or those that `order` names.
+  Pass(const Shape& shape, const Tensor& x, const int64_t* order, int64_t neurons, const Router& router,
+       int64_t keep)
       : s(shape),
         x_(x),
         row_(padded_row(shape.K)),
         hidden_row_(padded_row(neurons)),
         heads_(shape.H * shape.D),
-        out_(zeros(x, {shape.R, heads_})),
+        out_(empty(x, {shape.R, heads_})),  // what is not active is moved along, never used
         q_(empty(x, {shape.R, heads_})),
         every_(flat_staircase(shape.R, 0)),
         router_(router),
@@ -304,12 +364,9 @@ class Pass {
     q = buffers_.take(s.R * heads_), attended = buffers_.take(s.R * heads_);
     k = buffers_.take(s.R * s.G * s.D), v = buffers_.take(s.R * s.G * s.D);
     for (float*& b : bias_) b = buffers_.take(std::max({neurons, heads_, s.K}));
-    widen(x, s.R, s.K, residual, row_);
+    widen(x.const_data_ptr(), s.R, s.K, s.K, residual, row_, order);
   }
 
-  void widen(const Tensor& from, int64_t rows, int64_t columns, float* to, int64_t to_stride) const {
-    widen(from.const_data_ptr(), rows, columns, columns, to, to_stride);
-  }
   void widen(const void* from, int64_t rows, int64_t columns, int64_t stride, float* to, int64_t to_stride,
              const int64_t* order = nullptr) const {
     const GemmRowsParams p{from, gemm_dtype(x_), order, to, columns, stride, to_stride};
@@ -323,7 +380,7 @@ class Pass {
   // A bias as floats, in one of the four places there are for one.
   const float* bias(const Tensor* t, int64_t size, int place) const {
     if (!t) return nullptr;
-    widen(*t, 1, size, bias_[place], size);
+    widen(t->const_data_ptr(), 1, size, size, bias_[place], size);
     return bias_[place];
   }
 
@@ -416,6 +473,12 @@ class Pass {
     p.k = {data_of<scalar_t>(keys), keys.stride(0), keys.stride(1), keys.stride(2)};
     p.v = {data_of<scalar_t>(values), values.stride(0), values.stride(1), values.stride(2)};
     p.out = mutable_data_of<scalar_t>(out_);
+    // A sequence without a key may have no work, and so nobody who writes its rows.
+    const auto is_blind = [&](int64_t start) { return start == cached + s.T; };
+    if (std::any_of(starts.begin(), starts.end(), is_blind)) {
+      Tensor out = out_;
+      torch::stable::zero_(out);
+    }
     run_decode(plan, p, q_);
     const int64_t row = plan.H * s.D;
     if (std::is_same_v<scalar_t, float> && heads.flat()) return data_of<float>(out_);
@@ -444,9 +507,8 @@ class Pass {
   }
 
   // The logits of the last `keep` tokens of each sequence.
-  Tensor logits(const ElasticGemmParams& head, int64_t vocabulary, int64_t keep) {
-    const Tensor y = empty(x_, {s.B, keep, vocabulary});
-    if (y.numel() == 0) return y;
+  void logits(const ElasticGemmParams& head, int64_t keep, const Tensor& y) {
+    if (y.numel() == 0) return;
     float* const rows = buffers_.take(s.B * keep * row_);
     parallel_for(s.B * keep, s.K, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -454,12 +516,20 @@ class Pass {
         std::copy(from, from + s.K, rows + i * row_);
       }
     });
+    const int64_t vocabulary = y.size(2);
     GemmJob last = job(head, rows, row_, 0, flat_staircase(s.B * keep, 0), {s.K, 0}, {vocabulary, 0}, nullptr,
                        vocabulary);
     last.p.io = gemm_dtype(x_);
     last.p.y = y.mutable_data_ptr();
     run_gemm(std::move(last));
-    return y;
+  }
+
+  void best(const Tensor& logits, const Tensor& to) const {
+    const int64_t keep = logits.size(1), vocabulary = logits.size(2);
+    const ElasticForwardBestParams<scalar_t> p{data_of<scalar_t>(logits) + (keep - 1) * vocabulary,
+                                               mutable_data_of<int64_t>(to), vocabulary, keep * vocabulary};
+    const auto kernel = FLEXTRON_FOR_ISA(elastic_forward_best, scalar_t);
+    parallel_for(s.B, vocabulary, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
 
   const float* sums() const { return added; }
@@ -546,6 +616,120 @@ void check_cache(const char* name, const Tensor& t, const Shape& s, int64_t stor
     fail(kOp, ": ", name, " must have a contiguous last dimension, got strides");
 }
 
+struct Answer {
+  Tensor logits;  // [B, keep, vocabulary]
+  Tensor best;    // [B]: where each sequence's last logits are greatest; or empty
+};
+
+// Tokens [B, T] through the model: rows of x [.., K], adjacent, in order or as `order` names them.
+Answer forward(const Model& model, int64_t B, int64_t T, const Tensor& x, const int64_t* order,
+               const Tensor& cos, const Tensor& sin, const std::vector<Tensor>& keys,
+               const std::vector<Tensor>& values, int64_t cached, const std::vector<int64_t>& widths,
+               const std::vector<int64_t>& heads, const std::vector<int64_t>& kv_heads, int64_t keep,
+               const OptionalTensor& k_start, const std::optional<std::vector<Tensor>>& router,
+               const std::optional<std::vector<int64_t>>& mlp_choices,
+               const std::optional<std::vector<int64_t>>& head_choices, bool wants_best) {
+  const int64_t layers = model.layers, neurons = model.neurons;
+  Shape s = model.shape;
+  s.B = B, s.T = T, s.R = B * T;
+  const std::pair<const char*, size_t> lists[] = {
+      {"keys", keys.size()}, {"values", values.size()}, {"kv_heads", kv_heads.size()}};
+  for (const auto& [name, size] : lists)
+    if (static_cast<int64_t>(size) != layers)
+      fail(kOp, ": ", name, " must have ", layers, " entries, got ", size);
+  check_range(kOp, "cached", cached, 0, std::numeric_limits<int64_t>::max() - T);
+  check_range(kOp, "keep", keep, 0, T);
+  check_dim(kOp, "cos", cos, 3);
+  const int64_t tables = cos.size(0) == 1 ? 1 : B, turned = cos.size(2);
+  if (turned > s.D || turned % 2 != 0)
+    fail(kOp, ": cos.size(2) must be even and at most ", s.D, ", got ", turned);
+  check_like(kOp, "cos", cos, {tables, T, turned}, x.scalar_type(), x.device());
+  check_like(kOp, "sin", sin, {tables, T, turned}, x.scalar_type(), x.device());
+  const Router routing = check_router(router, mlp_choices, head_choices, layers, s, neurons, x);
+  std::vector<Used> width = check_used("widths", widths, layers, routing, s, neurons);
+  std::vector<Used> head_count = check_used("heads", heads, layers, routing, s, s.by_group ? s.G : s.M);
+  for (int64_t l = 0; l < layers; ++l) {
+    const int64_t most = routing ? routing.most_heads() : s.R > 0 ? head_count[l].widest() : 0;
+    check_range(kOp, "kv_heads", kv_heads[l], s.by_group ? most : s.G, s.G);
+    check_cache("keys", keys[l], s, kv_heads[l], cached + T, x);
+    check_cache("values", values[l], s, kv_heads[l], cached + T, x);
+  }
+  auto starts = k_start ? check_list(kOp, "k_start", *k_start, B, std::numeric_limits<int64_t>::max(), x)
+                        : std::vector<int64_t>{};
+  for (int64_t& start : starts) start = std::min(start, cached + T);
+
+  wants_best = wants_best && keep > 0 && model.vocabulary > 0;
+  Answer answer{empty(x, {B, keep, model.vocabulary}), empty(x, {wants_best ? B : 0}, ScalarType::Long)};
+  if (s.R == 0) return answer;
+  const Tensor cos_ = torch::stable::contiguous(cos), sin_ = torch::stable::contiguous(sin);
+  const auto run = [&]<class scalar_t>() {
+    Pass<scalar_t> pass(s, x, order, neurons, routing, keep);
+    const float* add = nullptr;  // what the residual stream still lacks
+    for (int64_t l = 0; l < layers; ++l) {
+      const Layer layer = model.layer(l);
+      const Prepared& of = model.prepared[l];
+      pass.norm(layer.get(kInNorm), add, model.eps);
+      pass.project(l, layer, of, head_count[l], width[l], kv_heads[l], cos_, sin_, keys[l], values[l], cached,
+                   model.eps);
+      const float* const seen = pass.attend(head_count[l], keys[l], values[l], cached, starts, model.scale);
+      pass.project_out(layer, of, head_count[l], seen);
+      pass.norm(layer.get(kMlpNorm), pass.sums(), model.eps);
+      pass.mlp(layer, of, width[l], neurons);
+      add = pass.sums();
+    }
+    pass.norm(model.norm, add, model.eps);
+    pass.logits(model.last, keep, answer.logits);
+    if (wants_best) pass.best(answer.logits, answer.best);
+  };
+  Team::lead([&] { dispatch_dtype(ElasticForwardTypes{}, kOp, x.scalar_type(), run); });
+  return answer;
+}
+
+// Weights that calls share, and the tokens' embeddings. Where a tensor lies is written down: one that was
+// given other memory since, or another size, must not be read by what was checked then.
+struct Held {
+  struct Place {
+    const void* data;
+    int64_t count;
+  };
+  Model model;
+  Tensor embedding;  // [tokens, K]
+  std::vector<Place> places;
+
+  Held(Model checked, const Tensor& embeddings) : model(std::move(checked)), embedding(embeddings) {
+    each([&](const Tensor& t) { places.push_back({t.const_data_ptr(), t.numel()}); });
+  }
+  // As they were when they were checked.
+  void check() const {
+    const Place* place = places.data();
+    each([&](const Tensor& t) {
+      if (t.const_data_ptr() != place->data || t.numel() != place->count)
+        fail(kHeldOp, ": held must have weights that stayed where they were, got a moved one");
+      ++place;
+    });
+  }
+
+ private:
+  template <class F>
+  void each(const F& f) const {
+    for (const Tensor& t : model.weights) f(t);
+    f(model.norm), f(model.head), f(embedding);
+    if (model.head_scales) f(*model.head_scales);
+  }
+};
+
+// Never torn down: a call may outlive the library's statics.
+struct HeldOnes {
+  std::mutex mutex;
+  std::map<int64_t, std::shared_ptr<const Held>> all;
+  int64_t last = 0;
+
+  static HeldOnes& get() {
+    static auto* const ones = new HeldOnes;
+    return *ones;
+  }
+};
+
 }  // namespace
 
 Tensor elastic_forward(const Tensor& x, const Tensor& cos, const Tensor& sin,
@@ -561,77 +745,74 @@ Tensor elastic_forward(const Tensor& x, const Tensor& cos, const Tensor& sin,
   const NoGrad no_grad;
   check_dim(kOp, "x", x, 3);
   if (!x.is_cpu()) fail(kOp, ": x must be on cpu, got ", device_text(x.device()));
-  const Layout layout(parts.value);
-  const int64_t layers = kv_heads.size();
-  const std::pair<const char*, size_t> lists[] = {{"keys", keys.size()}, {"values", values.size()}};
-  for (const auto& [name, size] : lists)
-    if (static_cast<int64_t>(size) != layers)
-      fail(kOp, ": ", name, " must have ", layers, " entries, got ", size);
-  if (static_cast<int64_t>(weights.size()) != layers * layout.count)
-    fail(kOp, ": weights must have ", layers * layout.count, " entries, got ", weights.size());
-  check_positive(kOp, "groups", groups);
-  if (query_heads < groups || query_heads % groups != 0)
-    fail(kOp, ": query_heads must be a multiple of the ", groups, " groups, got ", query_heads);
-  if (unit.value != "kv_group" && unit.value != "query")
-    fail(kOp, ": unit must be kv_group or query, got ", unit.value);
-  const int64_t B = x.size(0), T = x.size(1), K = x.size(2);
   const int64_t D = keys.empty() ? 1 : keys[0].dim() == 4 ? keys[0].size(3) : 0;
-  check_range(kOp, "the size of a head", D, 1, kLongestHead);
-  const Shape s{B, T, B * T, K, query_heads, groups, query_heads / groups, D, unit.value == "kv_group"};
-  check_range(kOp, "cached", cached, 0, std::numeric_limits<int64_t>::max() - T);
-  check_range(kOp, "keep", keep, 0, T);
-  check_range(kOp, "vocabulary", vocabulary, 0, std::numeric_limits<int64_t>::max());
-  check_dim(kOp, "cos", cos, 3);
-  const int64_t tables = cos.size(0) == 1 ? 1 : B, turned = cos.size(2);
-  if (turned > D || turned % 2 != 0)
-    fail(kOp, ": cos.size(2) must be even and at most ", D, ", got ", turned);
-  check_like(kOp, "cos", cos, {tables, T, turned}, x.scalar_type(), x.device());
-  check_like(kOp, "sin", sin, {tables, T, turned}, x.scalar_type(), x.device());
-  const Router routing = check_router(router, mlp_choices, head_choices, layers, s, neurons, x);
-  std::vector<Used> width = check_used("widths", widths, layers, routing, s, neurons);
-  std::vector<Used> head_count = check_used("heads", heads, layers, routing, s, s.by_group ? groups : s.M);
-  for (int64_t l = 0; l < layers; ++l) {
-    const int64_t most = routing ? routing.most_heads() : s.R > 0 ? head_count[l].widest() : 0;
-    check_range(kOp, "kv_heads", kv_heads[l], s.by_group ? most : groups, groups);
-    check_cache("keys", keys[l], s, kv_heads[l], cached + T, x);
-    check_cache("values", values[l], s, kv_heads[l], cached + T, x);
+  const Shape shape = shape_of_weights(x.size(2), query_heads, groups, D, unit.value);
+  const Model model(x, shape, kv_heads.size(), weights, parts.value, norm, head, head_scales, neurons,
+                    vocabulary, eps, activation.value, scale);
+  return forward(model, x.size(0), x.size(1), torch::stable::contiguous(x), nullptr, cos, sin, keys, values,
+                 cached, widths, heads, kv_heads, keep, k_start, router, mlp_choices, head_choices, false)
+      .logits;
+}
+
+int64_t elastic_forward_hold(const Tensor& embedding, const std::vector<Tensor>& weights, const Text& parts,
+                             int64_t neurons, int64_t query_heads, int64_t groups, int64_t head_size,
+                             const Tensor& norm, const Tensor& head, const OptionalTensor& head_scales,
+                             double eps, const Text& unit, const Text& activation,
+                             std::optional<double> scale) {
+  check_dim(kOp, "embedding", embedding, 2);
+  if (!embedding.is_cpu()) fail(kOp, ": embedding must be on cpu, got ", device_text(embedding.device()));
+  if (!embedding.is_contiguous()) fail(kOp, ": embedding must be contiguous, got strides");
+  const int64_t words = embedding.size(0), each = std::max(Layout(parts.value).count, 1);
+  const Shape shape = shape_of_weights(embedding.size(1), query_heads, groups, head_size, unit.value);
+  auto held = std::make_shared<const Held>(
+      Model(embedding, shape, (weights.size() + each - 1) / each, weights, parts.value, norm, head,
+            head_scales, neurons, words, eps, activation.value, scale),
+      embedding);
+  HeldOnes& ones = HeldOnes::get();
+  const std::lock_guard lock(ones.mutex);
+  ones.all.emplace(++ones.last, std::move(held));
+  return ones.last;
+}
+
+std::tuple<Tensor, Tensor> elastic_forward_held(
+    const Tensor& ids, const Tensor& cos, const Tensor& sin, int64_t held, const std::vector<Tensor>& keys,
+    const std::vector<Tensor>& values, int64_t cached, const std::vector<int64_t>& widths,
+    const std::vector<int64_t>& heads, const std::vector<int64_t>& kv_heads, int64_t keep,
+    const OptionalTensor& k_start, const std::optional<std::vector<Tensor>>& router,
+    const std::optional<std::vector<int64_t>>& mlp_choices,
+    const std::optional<std::vector<int64_t>>& head_choices) {
+  const NoGrad no_grad;
+  check_dim(kHeldOp, "ids", ids, 2);
+  check_dtype(kHeldOp, "ids", ids, ScalarType::Long);
+  std::shared_ptr<const Held> mine;
+  {
+    HeldOnes& ones = HeldOnes::get();
+    const std::lock_guard lock(ones.mutex);
+    const auto found = ones.all.find(held);
+    if (found == ones.all.end())
+      fail(kHeldOp, ": held must come from elastic_forward_hold and not be dropped, got ", held);
+    mine = found->second;
   }
-  const Activation act = activation_of(kOp, activation.value);
-  auto starts = k_start ? check_list(kOp, "k_start", *k_start, B, std::numeric_limits<int64_t>::max(), x)
-                        : std::vector<int64_t>{};
-  for (int64_t& start : starts) start = std::min(start, cached + T);
+  mine->check();
+  const Tensor ids_ = torch::stable::contiguous(ids);
+  const auto* const order = data_of<int64_t>(ids_);
+  for (int64_t i = 0; i < ids_.numel(); ++i)
+    check_range(kHeldOp, "ids", order[i], 0, mine->embedding.size(0) - 1);
+  Answer answer =
+      forward(mine->model, ids.size(0), ids.size(1), mine->embedding, order, cos, sin, keys, values, cached,
+              widths, heads, kv_heads, keep, k_start, router, mlp_choices, head_choices, true);
+  return {std::move(answer.logits), std::move(answer.best)};
+}
 
-  std::vector<Prepared> prepared;
-  for (int64_t l = 0; l < layers; ++l)
-    prepared.push_back(prepare({weights.data() + l * layout.count, layout}, s, neurons, act, x));
-  check_vector("norm", norm, K, x);
-  const ElasticGemmParams last =
-      linear("head", head, head_scales ? &*head_scales : nullptr, 1, vocabulary, 1, K, x);
-
-  if (s.R == 0) return empty(x, {B, keep, vocabulary});
-  Tensor y = empty(x, {0});
-  const Tensor x_ = torch::stable::contiguous(x), cos_ = torch::stable::contiguous(cos),
-               sin_ = torch::stable::contiguous(sin);
-  const double by = scale.value_or(1 / std::sqrt(static_cast<double>(D)));
-  const auto run = [&]<class scalar_t>() {
-    Pass<scalar_t> pass(s, x_, neurons, routing, keep);
-    const float* add = nullptr;  // what the residual stream still lacks
-    for (int64_t l = 0; l < layers; ++l) {
-      const Layer layer{weights.data() + l * layout.count, layout};
-      pass.norm(layer.get(kInNorm), add, eps);
-      pass.project(l, layer, prepared[l], head_count[l], width[l], kv_heads[l], cos_, sin_, keys[l],
-                   values[l], cached, eps);
-      const float* const seen = pass.attend(head_count[l], keys[l], values[l], cached, starts, by);
-      pass.project_out(layer, prepared[l], head_count[l], seen);
-      pass.norm(layer.get(kMlpNorm), pass.sums(), eps);
-      pass.mlp(layer, prepared[l], width[l], neurons);
-      add = pass.sums();
-    }
-    pass.norm(norm, add, eps);
-    y = pass.logits(last, vocabulary, keep);
-  };
-  Team::lead([&] { dispatch_dtype(ElasticForwardTypes{}, kOp, x.scalar_type(), run); });
-  return y;
+void elastic_forward_drop(int64_t held) {
+  std::shared_ptr<const Held> last;  // let go of behind the lock
+  HeldOnes& ones = HeldOnes::get();
+  const std::lock_guard lock(ones.mutex);
+  const auto found = ones.all.find(held);
+  if (found == ones.all.end())
+    fail(kDropOp, ": held must come from elastic_forward_hold and not be dropped, got ", held);
+  last = std::move(found->second);
+  ones.all.erase(found);
 }
 
 }  // namespace flextron

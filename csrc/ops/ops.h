@@ -65,6 +65,22 @@ Tensor elastic_forward(const Tensor& x, const Tensor& cos, const Tensor& sin,
                        const std::optional<std::vector<int64_t>>& mlp_choices,
                        const std::optional<std::vector<int64_t>>& head_choices);
 
+// Keeps the weights and the tokens' embeddings for elastic_forward_held, which is what elastic_forward is
+// with them, and of each sequence's last logits the place of the greatest.
+int64_t elastic_forward_hold(const Tensor& embedding, const std::vector<Tensor>& weights, const Text& parts,
+                             int64_t neurons, int64_t query_heads, int64_t groups, int64_t head_size,
+                             const Tensor& norm, const Tensor& head, const OptionalTensor& head_scales,
+                             double eps, const Text& unit, const Text& activation,
+                             std::optional<double> scale);
+std::tuple<Tensor, Tensor> elastic_forward_held(
+    const Tensor& ids, const Tensor& cos, const Tensor& sin, int64_t held, const std::vector<Tensor>& keys,
+    const std::vector<Tensor>& values, int64_t cached, const std::vector<int64_t>& widths,
+    const std::vector<int64_t>& heads, const std::vector<int64_t>& kv_heads, int64_t keep,
+    const OptionalTensor& k_start, const std::optional<std::vector<Tensor>>& router,
+    const std::optional<std::vector<int64_t>>& mlp_choices,
+    const std::optional<std::vector<int64_t>>& head_choices);
+void elastic_forward_drop(int64_t held);
+
 // choice, order, offsets
 std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, std::optional<int64_t> seed);
 

@@ -1,6 +1,6 @@
 """One file per op: typed wrapper, fake, gradient, autocast. Importing this package registers them all."""
 
-from .elastic_forward import elastic_forward
+from .elastic_forward import HeldForward, elastic_forward
 from .elastic_linear import elastic_linear
 from .elastic_mlp import elastic_mlp, elastic_mlp_with_hidden
 from .head_attention import head_attention
@@ -10,6 +10,7 @@ from .packed_mlp import pack_mlp, packed_mlp
 from .route import Routing, route
 
 __all__ = [
+    "HeldForward",
     "Routing",
     "elastic_forward",
     "elastic_linear",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -151,3 +152,98 @@ def _shape(
 
 
 common.refuse_gradient_of_mutating(OP)
+
+
+class HeldForward:
+    """`elastic_forward` with weights that are held between calls, which saves to unpack and to check them anew.
+
+    The weights may change in place; one that gets other memory is refused by the next call. A copy, also a pickled one,
+    would hold other weights than its own model's: there is none.
+
+    Args:
+        embedding: [vocabulary, K], contiguous: the tokens' embeddings. Its dtype is the model's.
+        weights, parts, neurons, query_heads, groups, norm, head, head_scales, eps, unit, activation, scale: as of
+            `elastic_forward`.
+        head_size: D, at most 1024.
+    """
+
+    def __init__(
+        self,
+        embedding: Tensor,
+        weights: Sequence[Tensor],
+        parts: str,
+        neurons: int,
+        query_heads: int,
+        groups: int,
+        head_size: int,
+        norm: Tensor,
+        head: Tensor,
+        head_scales: Tensor | None,
+        eps: float,
+        unit: str = "kv_group",
+        activation: str = "silu",
+        scale: float | None = None,
+    ) -> None:
+        common.check_tensor(OP, "embedding", embedding, DTYPES)
+        for name, value in (("norm", norm), ("head", head)):
+            common.check_tensor(OP, name, value, (*DTYPES, torch.int8))
+        shape = (neurons, query_heads, groups, head_size)
+        with torch.no_grad():
+            self.number = torch.ops.flextron.elastic_forward_hold(
+                embedding, weights, parts, *shape, norm, head, head_scales, eps, unit, activation, scale
+            )
+        # at the end of the process the memory goes by itself
+        weakref.finalize(self, torch.ops.flextron.elastic_forward_drop, self.number).atexit = False
+
+    def __reduce__(self) -> str:
+        raise TypeError("HeldForward: it must not be copied, since it holds the weights of one model")
+
+    def __call__(
+        self,
+        ids: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        cached: int,
+        widths: Sequence[int],
+        heads: Sequence[int],
+        kv_heads: Sequence[int],
+        keep: int = 1,
+        k_start: Tensor | None = None,
+        router: Sequence[Tensor] | None = None,
+        mlp_choices: Sequence[int] | None = None,
+        head_choices: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Take tokens through the model.
+
+        Args:
+            ids: [B, T] int64, each in [0, vocabulary).
+            cos, sin, keys, values, cached, widths, heads, kv_heads, keep, k_start, router, mlp_choices, head_choices:
+                as of `elastic_forward`.
+
+        Returns:
+            logits: [B, keep, vocabulary].
+            best: [B] int64, where the last token's logits are greatest, as of ``argmax(-1)``; [0] where keep is 0.
+        """
+        return common.call(
+            torch.ops.flextron.elastic_forward_held.default,
+            ids,
+            cos,
+            sin,
+            self.number,
+            keys,
+            values,
+            cached,
+            widths,
+            heads,
+            kv_heads,
+            keep,
+            k_start,
+            router,
+            mlp_choices,
+            head_choices,
+        )
+
+
+common.refuse_gradient_of_mutating("elastic_forward_held")

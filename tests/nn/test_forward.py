@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 from typing import Any
 
@@ -167,11 +168,25 @@ def test_weights_that_are_replaced_or_changed_are_seen(monkeypatch):
         with torch.no_grad():
             layer.mlp.down_proj.weight.mul_(2)
         layer.self_attn.q_proj.weight = nn.Parameter(layer.self_attn.q_proj.weight * 0.5)
+        layer.self_attn.k_proj.weight.data = layer.self_attn.k_proj.weight.data * 0.5
+        model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data * 3
         after = logits_of(model, ids, [5, 1, 1], ElasticCache())
     assert steps == [5, 1, 1] * 2
     with counted(monkeypatch, on=False):
         assert relative(after, logits_of(model, ids, [5, 1, 1], ElasticCache())) < 1e-5
     assert relative(after, before) > 1e-2
+
+
+def test_a_copy_of_a_model_has_its_own_weights(monkeypatch):
+    model, ids = elastic(), tokens(T=7)
+    before = logits_of(model, ids, [5, 1, 1], ElasticCache())
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.mul_(2)
+    with counted(monkeypatch) as steps:
+        changed = logits_of(other, ids, [5, 1, 1], ElasticCache())
+    assert steps == [5, 1, 1] and relative(changed, before) > 1e-2
+    assert torch.equal(logits_of(model, ids, [5, 1, 1], ElasticCache()), before)
 
 
 def hooked(model: Any, seen: list[Any]) -> Any:
@@ -200,6 +215,9 @@ def test_the_modules_run_where_a_step_would_miss_something(monkeypatch):
     seen: list[Any] = []
     handle = hooked(model, seen)
     assert run() == [] and len(seen) == 2  # the prompt's pass, and the step's
+    handle.remove()
+    handle = model.model.embed_tokens.register_forward_hook(lambda *_: seen.append(1))
+    assert run() == [] and len(seen) == 4
     handle.remove()
     assert run() == [1]
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 from typing import Any
 
 import cases
@@ -11,7 +14,7 @@ from instruction_sets import INSTRUCTION_SETS, run_python
 from torch import Tensor
 
 import flextron_ext
-from flextron_ext import elastic_forward, reference
+from flextron_ext import HeldForward, elastic_forward, reference
 
 ROWS = len(list(cases.elastic_forward("cpu", torch.float32)))
 
@@ -109,6 +112,18 @@ def test_a_sequence_is_the_same_alone_and_in_a_batch():
         torch.testing.assert_close(elastic_forward(**alone), together[b : b + 1], rtol=1e-5, atol=1e-6)
 
 
+def test_a_sequence_that_sees_no_key_adds_nothing_in_any_layer():
+    case = row(2)  # three sequences
+    T, K = case["x"].shape[1:]
+    for name in ("keys", "values"):  # more than one part of keys
+        case[name] = [torch.randn(3, 600 + T, *t.shape[2:]) for t in case[name]]
+    case |= {"cached": 600, "k_start": torch.tensor([0, 600 + T, 3])}
+    exact = reference.elastic_forward(**copied(case))
+    for _ in range(20):
+        torch.full((3 * T * case["query_heads"] * 8,), torch.nan)  # memory that the op is given next
+        torch.testing.assert_close(elastic_forward(**copied(case)), exact, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("i", [3, 4])
 def test_threads_do_not_change_a_bit(i, set_threads):
     """A prompt, and a token with many keys: every loop has work for several threads, and some more than cores."""
@@ -137,6 +152,133 @@ def test_panels_give_what_plain_weights_give():
     torch.testing.assert_close(
         elastic_forward(**packed), elastic_forward(**copied(case)), rtol=1e-5, atol=1e-5
     )
+
+
+OF_A_MODEL = ("weights", "parts", "neurons", "query_heads", "groups", "norm", "head", "head_scales", "eps")
+
+
+def held(case: dict) -> tuple[HeldForward, dict, dict]:
+    """A row's model held, the arguments of a call with some tokens' ids, and those of elastic_forward for them."""
+    B, T, K = case["x"].shape
+    embedding = torch.randn(case["vocabulary"], K, dtype=case["x"].dtype)
+    ids = torch.randint(0, case["vocabulary"], (B, T))
+    own = [*OF_A_MODEL, "unit", "activation", "scale"]
+    model = {name: case[name] for name in own if name in case}
+    whole = case | {"x": embedding[ids]}
+    call = {name: value for name, value in case.items() if name not in {*own, "x", "vocabulary"}} | {
+        "ids": ids
+    }
+    head_size = case["keys"][0].shape[3]
+    return HeldForward(embedding=embedding, head_size=head_size, **model), copied(call), whole
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATING[:3])
+@pytest.mark.parametrize("i", range(ROWS))
+def test_held_weights_give_the_same_bits(i, dtype):
+    model, call, whole = held(row(i, dtype))
+    ours, exact = copied(call), copied(whole)
+    for _ in range(2):  # a second call, over what the first one wrote
+        logits, best = model(**ours)
+        assert torch.equal(logits, elastic_forward(**exact))
+        assert torch.equal(best, logits[:, -1].argmax(-1) if logits.shape[1] else torch.empty(0).long())
+        for name in ("keys", "values"):
+            assert all(map(torch.equal, ours[name], exact[name]))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 8, 9, 255, 256, 257, 700])
+@pytest.mark.parametrize("dtype", cases.FLOATING[:3])
+def test_the_best_is_the_first_of_equals_and_nan_before_all(dtype, vocabulary):
+    case = row(0, dtype)
+    K = case["x"].shape[2]
+    base = torch.randn(vocabulary, K, dtype=dtype)
+    for places, value in (
+        ([], 0),
+        ([vocabulary - 1], 50),
+        ([vocabulary // 2, vocabulary - 1], 50),
+        ([vocabulary // 2, vocabulary - 1], torch.nan),
+        (range(vocabulary), -torch.inf),
+    ):
+        head = base.clone()
+        for place in places:
+            head[place] = base[0].sign() * value if value != 50 else base[0] * value
+        model, call, _ = held(case | {"head": head, "head_scales": None, "vocabulary": vocabulary})
+        logits, best = model(**call)
+        last = logits[:, -1]
+        first = last.isnan() if last.isnan().any() else last == last.amax(-1, keepdim=True)
+        assert torch.equal(best, first.int().argmax(-1))
+
+
+def test_held_weights_may_change_in_place_but_not_move():
+    model, call, whole = held(row(1))
+    whole["weights"][1].mul_(2)
+    assert torch.equal(model(**copied(call))[0], elastic_forward(**copied(whole)))
+    before = copied(call)
+    whole["weights"][1].data = whole["weights"][1].clone()
+    with pytest.raises(RuntimeError, match="elastic_forward_held: held must have weights that stayed"):
+        model(**before)
+    assert all(
+        torch.equal(a, b)
+        for name in ("keys", "values")
+        for a, b in zip(before[name], call[name], strict=True)
+    )
+
+
+def test_what_is_held_goes_with_its_holder_and_is_not_copied():
+    model, call, _ = held(row(1))
+    for copier in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="HeldForward: it must not be copied"):
+            copier(model)
+    number = model.number
+    del model
+    gc.collect()
+    cached, args = call["cached"], (call["widths"], call["heads"], call["kv_heads"])
+    lists = call["keys"], call["values"]
+    with pytest.raises(RuntimeError, match=f"held must come from elastic_forward_hold .* got {number}"):
+        torch.ops.flextron.elastic_forward_held(
+            call["ids"], call["cos"], call["sin"], number, *lists, cached, *args
+        )
+    with pytest.raises(RuntimeError, match=f"elastic_forward_drop: held must come .* got {number}"):
+        torch.ops.flextron.elastic_forward_drop(number)
+
+
+BAD_HELD = {
+    "elastic_forward_held: ids must lie in .0, 36., got 37": lambda c: {"ids": c["ids"] * 0 + 37},
+    "elastic_forward_held: ids must lie in .0, 36., got -1": lambda c: {"ids": c["ids"] * 0 - 1},
+    "elastic_forward_held: ids must have dtype Long, got Int": lambda c: {"ids": c["ids"].int()},
+    "elastic_forward_held: ids must have 2 dimensions, got 1": lambda c: {"ids": c["ids"][0]},
+    "elastic_forward: kv_heads must have 2 entries, got 1": lambda c: {"kv_heads": [2]},
+    "elastic_forward: keys must have 2 entries, got 1": lambda c: {"keys": c["keys"][:1]},
+    "elastic_forward: widths must lie in .0, 40., got 41": lambda c: {"widths": [41, 16]},
+}
+
+
+@pytest.mark.parametrize("message", BAD_HELD)
+def test_bad_arguments_of_a_held_call_are_named_and_change_nothing(message):
+    model, call, _ = held(row(1))
+    changed = copied(call | BAD_HELD[message](call))
+    before = copied(changed)
+    with pytest.raises(RuntimeError, match=message):
+        model(**changed)
+    for name in ("keys", "values"):
+        assert all(torch.equal(a, b) for a, b in zip(changed[name], before[name], strict=True))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: {"embedding": c["embedding"].double()}, "embedding must be float32"),
+        (lambda c: {"embedding": c["embedding"].T}, "embedding must be contiguous"),
+        (lambda c: {"weights": c["weights"][:-1]}, "weights must have 18 entries, got 17"),
+        (lambda c: {"head": c["head"][:-1]}, "head must have shape .37, 24."),
+        (lambda c: {"head_size": 0}, "the size of a head must lie in .1, 1024., got 0"),
+        (lambda c: {"unit": "head"}, "unit must be kv_group or query"),
+    ],
+)
+def test_bad_weights_are_not_held(change, message):
+    case = row(1)
+    given = {name: case[name] for name in OF_A_MODEL} | {"embedding": torch.randn(37, 24), "head_size": 8}
+    with pytest.raises((RuntimeError, TypeError), match=f"elastic_forward: {message}"):
+        HeldForward(**given | change(given))
 
 
 CHECK = """

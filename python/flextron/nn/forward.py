@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from flextron.config import ElasticConfig
 from flextron.nn.cache import ElasticCache
 from flextron.nn.packed import PackedLinear
 from flextron.nn.policy import PerRequest, PerToken
-from flextron_ext import elastic_forward
+from flextron_ext import HeldForward
 
 _PACKED = ("panels", "scales")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,7 +42,7 @@ class Used(NamedTuple):
 
 
 class ElasticForward:
-    """The weights of a model in the op's order, gathered once; `holds` says whether they are still the model's.
+    """The weights of a model, gathered and handed to the op once; `holds` says whether they are still the model's.
 
     Gathering them by attribute takes half a millisecond of Python for 30 layers, a tenth of the smallest step.
     """
@@ -74,19 +75,29 @@ class ElasticForward:
             if attention.q_norm is not None:
                 self._watch(attention.q_norm)
                 self._watch(attention.k_norm)
-        for module in (model.model, model.model.norm, model.lm_head):
+        embed = model.model.embed_tokens
+        for module in (model.model, embed, model.model.norm, model.lm_head):
             self._watch(module)
+        self.embedding = self._find(embed, "weight")
         self.norm = self._find(model.model.norm, "weight")
         self.head, self.head_scales = self._weight(model.lm_head)
         self.eps = model.model.norm.variance_epsilon
         self.modules = [(layer.self_attn, layer.mlp) for layer in model.model.layers]
         self.dtype = self.norm.dtype
+        self.held: HeldForward | None = None  # until it is called
+        self.places = [tensor.data_ptr() for _, _, tensor in self.found]
         tensors = [tensor for owner, name, tensor in self.found if name not in _PACKED]
         self.serves = (
             self.dtype in _DTYPES
             and all(t.dtype == self.dtype and t.device.type == "cpu" for t in tensors)
             and getattr(model.lm_head, "bias", None) is None
+            and type(embed) is nn.Embedding
+            and embed.max_norm is None
+            and self.embedding.is_contiguous()
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of the model gathers its own
 
     @classmethod
     def of(cls, model: Any) -> ElasticForward:
@@ -155,7 +166,29 @@ class ElasticForward:
         return None
 
     def holds(self) -> bool:
-        return all(owner.get(name) is tensor for owner, name, tensor in self.found)
+        return all(
+            owner.get(name) is tensor and tensor.data_ptr() == place
+            for (owner, name, tensor), place in zip(self.found, self.places, strict=True)
+        )
+
+    def _hold(self, config: ElasticConfig) -> HeldForward:
+        attention, mlp = self.modules[0]
+        return HeldForward(
+            self.embedding,
+            self.weights,
+            " ".join(self.parts),
+            config.intermediate_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            self.norm,
+            self.head,
+            self.head_scales,
+            self.eps,
+            config.unit,
+            mlp.activation,
+            attention.scaling,
+        )
 
     def __call__(
         self,
@@ -167,47 +200,22 @@ class ElasticForward:
         k_start: Tensor | None,
         keep: int,
         used: Used,
-    ) -> Tensor:
-        config, T = model.elastic, ids.shape[1]
-        x = model.model.embed_tokens(ids)
-        cached = 0 if cache is None else cache.get_seq_length()
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, keep, V], and where the last token's are greatest, [B]."""
+        config, (B, T) = model.elastic, ids.shape
+        if self.held is None:
+            self.held = self._hold(config)
         if cache is not None:
-            rooms = cache.reserve(x, used.kv_heads, config.head_dim)
+            cached = cache.get_seq_length()
+            keys, values = cache.reserve(self.norm, B, T, used.kv_heads, config.head_dim)
         else:  # a layer's keys and values are read by the layer alone: one room serves all
-            shape = (len(ids), T, max(used.kv_heads), config.head_dim)
-            rooms = [(x.new_empty(shape), x.new_empty(shape))] * len(used.kv_heads)
-        logits = elastic_forward(
-            x,
-            cos,
-            sin,
-            self.weights,
-            " ".join(self.parts),
-            [keys for keys, _ in rooms],
-            [values for _, values in rooms],
-            cached,
-            used.widths,
-            used.heads,
-            used.kv_heads,
-            config.intermediate_size,
-            config.num_heads,
-            config.num_kv_heads,
-            self.norm,
-            self.head,
-            self.head_scales,
-            config.vocab_size,
-            self.eps,
-            keep,
-            config.unit,
-            self.modules[0][1].activation,
-            k_start,
-            self.modules[0][0].scaling,
-            used.router,
-            used.mlp_choices,
-            used.head_choices,
-        )
+            cached, layers = 0, len(used.kv_heads)
+            room = self.norm.new_empty(2, B, max(used.kv_heads), T, config.head_dim).transpose(2, 3)
+            keys, values = [room[0]] * layers, [room[1]] * layers
+        result = self.held(ids, cos, sin, keys, values, cached, *used[:3], keep, k_start, *used[3:])
         if cache is not None:
             cache.advance(T, used.kv_heads)
-        return logits
+        return result
 
 
 def try_forward(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast | None:
@@ -246,7 +254,7 @@ def try_forward(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast
         positions = torch.arange(past, past + T)[None]
     cos, sin = model.model.rotary_emb(step.norm, positions)
     keep = T if keep == 0 else min(keep, T)
-    logits = step(model, ids, cos, sin, cache, k_start, keep, used)
+    logits, _ = step(model, ids, cos, sin, cache, k_start, keep, used)
     return CausalLMOutputWithPast(logits=logits, cache=cache)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from flextron.config import Widths
@@ -47,31 +48,39 @@ def sample(
     inputs: dict[str, Any],
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Continue the sequences of input_ids [B, T] until the criteria end them all."""
-    logits = model(input_ids=input_ids, **inputs).logits
+    logits, best = model(input_ids=input_ids, **inputs).logits, None
     steps = _Steps(model, input_ids.shape, inputs)
-    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    lengths, others = _split(stopping_criteria)
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in others)
     unfinished = torch.ones(input_ids.shape[0], 1, dtype=torch.bool)
     asked = config.return_dict_in_generate
     scores = () if asked and config.output_scores else None
     raw = () if asked and config.output_logits else None
+    plain = not (config.do_sample or logits_processor or scores is not None or raw is not None)
     while True:
-        last = logits[:, -1].float()
-        ranked = logits_processor(input_ids, last)
-        if scores is not None:
-            scores += (ranked,)
-        if raw is not None:
-            raw += (last,)
-        drawn = config.do_sample
-        tokens = torch.multinomial(ranked.softmax(-1), 1) if drawn else ranked.argmax(-1, keepdim=True)
+        if best is None or not plain:
+            last = logits[:, -1].float()
+            ranked = logits_processor(input_ids, last)
+            if scores is not None:
+                scores += (ranked,)
+            if raw is not None:
+                raw += (last,)
+            drawn = config.do_sample
+            tokens = torch.multinomial(ranked.softmax(-1), 1) if drawn else ranked.argmax(-1, keepdim=True)
+        else:
+            tokens = best[:, None]
         if ends:
             tokens = tokens.where(unfinished, config._pad_token_tensor)
         input_ids = torch.cat([input_ids, tokens], 1)
-        unfinished = unfinished & ~stopping_criteria(input_ids, scores)[:, None]
+        is_done = any(input_ids.shape[1] >= length.max_length for length in lengths)
+        if others:
+            unfinished = unfinished & ~others(input_ids, scores)[:, None]
+            is_done = is_done or not unfinished.any()
         if streamer is not None:
             streamer.put(tokens[:, 0])
-        if not unfinished.any():
+        if is_done:
             break
-        logits = steps(tokens)
+        logits, best = steps(tokens)
     if streamer is not None:
         streamer.end()
     if not asked:
@@ -79,8 +88,23 @@ def sample(
     return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, logits=raw, cache=inputs["cache"])
 
 
+def _split(criteria: StoppingCriteriaList) -> tuple[list[MaxLengthCriteria], StoppingCriteriaList]:
+    """Those of length, which an integer decides, and the rest. A length beyond the model's own warns, and is a rest."""
+    if type(criteria) is not StoppingCriteriaList:
+        return [], criteria
+
+    def by_integer(criterion: StoppingCriteria) -> bool:
+        if type(criterion) is not MaxLengthCriteria:
+            return False
+        longest = criterion.max_position_embeddings
+        return longest is None or criterion.max_length <= longest
+
+    lengths = [criterion for criterion in criteria if by_integer(criterion)]
+    return lengths, StoppingCriteriaList(criterion for criterion in criteria if not by_integer(criterion))
+
+
 class _Steps:
-    """The logits of one token after another.
+    """The logits of one token after another, and where they are greatest.
 
     Of what may change between tokens a budget and the model's hooks are seen at once, hooks of its modules with the
     next budget.
@@ -92,35 +116,36 @@ class _Steps:
         self.used: Used | None = None
         self.mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         self.k_start = None if self.mask is None else first_key(self.mask)
-        self.position = torch.arange(prompt[1])[None, -1:] if positions is None else positions[:, -1:]
+        self.last = torch.arange(prompt[1])[None, -1:] if positions is None else positions[:, -1:]
+        self.passed = 0  # tokens since that position
         # where the tables depend on the longest position that was asked for, none may be made ahead
         dynamic = model.model.rotary_emb.rope_type in ("dynamic", "longrope")
         self.ahead = torch.arange(1 if dynamic else _AHEAD)
-        self.tables: tuple[Tensor, Tensor] = ()
-        self.at = len(self.ahead)
+        self.tables: list[tuple[Tensor, Tensor]] = []  # of the positions to come, the next one last
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits [B, 1, V] after the tokens [B, 1]."""
+    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, 1, V] after the tokens [B, 1]; and where they are greatest, [B], or None where others ran."""
         model, step = self.model, self.step
-        self.position = self.position + 1
+        self.passed += 1
         if model.widths is not self.widths:  # set anew, which a criterion or streamer may do between tokens
             self.widths = model.widths
             self.used = step.used(model, len(tokens))
             self.cache.check(self.used.kv_heads if self.used else ())
         hooked = model._forward_hooks or len(model._forward_pre_hooks) > 1  # one of those guards the cache
         if self.used is None or hooked:
-            return self._by_forward(tokens)
-        if self.at == len(self.ahead):
-            self.at, self.tables = 0, model.model.rotary_emb(step.norm, self.position + self.ahead)
-        cos, sin = (table[:, self.at : self.at + 1] for table in self.tables)
-        self.at += 1
-        return step(model, tokens, cos, sin, self.cache, self.k_start, 1, self.used)
+            return self._by_forward(tokens), None
+        if not self.tables:
+            tables = model.model.rotary_emb(step.norm, self.last + self.passed + self.ahead)
+            self.tables = list(zip(*(table.split(1, dim=1) for table in tables), strict=True))[::-1]
+        return step(model, tokens, *self.tables.pop(), self.cache, self.k_start, 1, self.used)
 
     def _by_forward(self, tokens: Tensor) -> Tensor:
-        self.at = len(self.ahead)
+        self.tables = []
         mask = self.mask
         if mask is not None:
             new = self.cache.get_seq_length() + 1 - mask.shape[1]
             mask = torch.cat([mask, mask.new_ones(len(mask), new)], 1)
         model = self.model
-        return model(tokens, attention_mask=mask, position_ids=self.position, cache=self.cache).logits
+        return model(
+            tokens, attention_mask=mask, position_ids=self.last + self.passed, cache=self.cache
+        ).logits
