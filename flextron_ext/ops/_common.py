@@ -9,6 +9,7 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
+_INTEGER = (int, torch.SymInt)
 
 _library = torch.library.Library("flextron", "IMPL")
 
@@ -27,7 +28,7 @@ def check_shape(op: str, name: str, value: Tensor, shape: tuple[int, ...]) -> No
 
 
 def check_range(op: str, name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, _INTEGER)):
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
     if not low <= value <= high:
         raise ValueError(f"{op}: {name} must lie in [{low}, {high}], got {value}")
@@ -45,15 +46,25 @@ def check_extent(op: str, name: str, value: Tensor | None, rows: int) -> Tensor 
 
 def check_same(op: str, x: Tensor, **others: Tensor | None) -> None:
     """The dtype and the device of x for every other tensor; autocast, which casts later, excuses the dtype."""
-    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype, device = x.dtype, x.device
     for name, value in others.items():
         if value is None:
             continue
         check_tensor(op, name, value, FLOATING)
-        if value.dtype != x.dtype and not autocast:
-            raise TypeError(f"{op}: {name} must have the dtype of x, {x.dtype}, got {value.dtype}")
-        if value.device != x.device:
-            raise ValueError(f"{op}: {name} must be on {x.device}, got {value.device}")
+        if value.dtype != dtype and not torch.is_autocast_enabled(device.type):
+            raise TypeError(f"{op}: {name} must have the dtype of x, {dtype}, got {value.dtype}")
+        if value.device != device:
+            raise ValueError(f"{op}: {name} must be on {device}, got {value.device}")
+
+
+def as_rows(x: Tensor, rows: int) -> Tensor:
+    """x [..., K] as [rows, K]; itself where it is that, since a view is one more gradient to go through."""
+    return x if x.dim() == 2 else x.reshape(rows, x.shape[-1])
+
+
+def shaped_as(x: Tensor, y: Tensor) -> Tensor:
+    """y [rows, N] as [..., N], where x is [..., K]."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def call(op: Callable[..., object], *args: object) -> object:
@@ -133,8 +144,14 @@ def register_gradient(
     methods = {"forward": staticmethod(forward), "backward": staticmethod(of_any)}
     function = type(f"{op}_function", (torch.autograd.Function,), methods)
 
-    register_autograd_kernel(op, function.apply)
-    return function.apply
+    def apply(*inputs: object) -> object:
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*inputs)
+        return direct(*inputs)  # what that does then, without a look at each input
+
+    direct = super(torch.autograd.Function, function).apply
+    register_autograd_kernel(op, apply)
+    return apply
 
 
 def refuse_gradient(op: str) -> None:

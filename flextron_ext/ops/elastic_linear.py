@@ -47,7 +47,7 @@ def elastic_linear(
     out_extent = common.check_extent(OP, "out_extent", out_extent, rows)
     y = common.call(
         torch.ops.flextron.elastic_linear.default,
-        x.reshape(rows, x.shape[-1]),
+        common.as_rows(x, rows),
         weight,
         bias,
         in_features,
@@ -57,7 +57,7 @@ def elastic_linear(
         in_blocks,
         out_blocks,
     )
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return common.shaped_as(x, y)
 
 
 def _check(x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, out_blocks) -> int:
@@ -69,22 +69,23 @@ def _check(x, weight, bias, in_features, out_features, in_extent, out_extent, in
         raise ValueError(f"{OP}: x must have at least 1 dimension, got 0")
     if weight.dim() != 2:
         raise ValueError(f"{OP}: weight must have 2 dimensions, got {weight.dim()}")
+    shape, (outputs, weight_inputs) = x.shape, weight.shape
     if bias is not None:
-        common.check_shape(OP, "bias", bias, weight.shape[:1])
+        common.check_shape(OP, "bias", bias, (outputs,))
     for name, size, blocks_name, blocks in (
-        ("x.shape[-1]", x.shape[-1], "in_blocks", in_blocks),
-        ("weight.shape[1]", weight.shape[1], "in_blocks", in_blocks),
-        ("weight.shape[0]", weight.shape[0], "out_blocks", out_blocks),
+        ("x.shape[-1]", shape[-1], "in_blocks", in_blocks),
+        ("weight.shape[1]", weight_inputs, "in_blocks", in_blocks),
+        ("weight.shape[0]", outputs, "out_blocks", out_blocks),
     ):
         common.check_range(OP, blocks_name, blocks, 1, max(1, size))
         if size % blocks:
             raise ValueError(f"{OP}: {name} must be divisible by {blocks_name} ({blocks}), got {size}")
-    inputs = min(x.shape[-1], weight.shape[1]) // in_blocks
+    inputs = min(shape[-1], weight_inputs) // in_blocks
     common.check_range(OP, "in_features", in_features, 0, inputs)
-    common.check_range(OP, "out_features", out_features, 0, weight.shape[0] // out_blocks)
+    common.check_range(OP, "out_features", out_features, 0, outputs // out_blocks)
     if in_extent is not None and out_extent is not None:
         raise ValueError(f"{OP}: in_extent must be None when out_extent is given, got both")
-    return math.prod(x.shape[:-1])  # not numel(): it would fix a symbolic size
+    return math.prod(shape[:-1])  # not numel(): it would fix a symbolic size
 
 
 @torch.library.register_fake("flextron::elastic_linear")
@@ -115,9 +116,9 @@ def _grad(ctx, dy):
     x, weight, bias, in_extent, out_extent = ctx.saved_tensors
     in_features, out_features, in_blocks, out_blocks = ctx.sizes
     mask = common.wanted(ctx, 0, 1, 2)
-    gradients = torch.ops.flextron.elastic_linear_backward(
-        dy, x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, out_blocks, mask
-    )
+    sizes = in_features, out_features, in_extent, out_extent, in_blocks, out_blocks
+    backward = torch.ops.flextron.elastic_linear_backward.default
+    gradients = common.call(backward, dy, x, weight, bias, *sizes, mask)
     return *common.per_input(mask, gradients), None, None, None, None, None, None
 
 

@@ -55,7 +55,7 @@ def elastic_mlp(
         torch.ops.flextron.elastic_mlp.default,
         *_arguments(x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation, extent, gate, choices),
     )
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return common.shaped_as(x, y)
 
 
 def elastic_mlp_with_hidden(
@@ -85,7 +85,7 @@ def elastic_mlp_with_hidden(
     y, up, gated = torch.ops.flextron.elastic_mlp_with_hidden(
         *_arguments(x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation, extent, gate, choices)
     )
-    return y.view(*x.shape[:-1], y.shape[-1]), up, gated
+    return common.shaped_as(x, y), up, gated
 
 
 def _arguments(
@@ -95,7 +95,7 @@ def _arguments(
     rows = _check(x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation)
     _check_gate(x, rows, width, extent, gate, choices)
     return (
-        x.reshape(rows, x.shape[-1]),
+        common.as_rows(x, rows),
         w_gate,
         w_up,
         w_down,
@@ -105,7 +105,7 @@ def _arguments(
         width,
         activation,
         common.check_extent(OP, "extent", extent, rows),
-        None if gate is None else gate.reshape(-1, gate.shape[-1]),
+        None if gate is None else common.as_rows(gate, rows),
         None if choices is None else list(choices),
     )
 
@@ -226,9 +226,9 @@ def _grad(ctx, dy, *_):
     *tensors, extent, gate, up, gated = ctx.saved_tensors
     width, activation, choices = ctx.settings
     mask = common.wanted(ctx, 0, 1, 2, 3, 4, 5, 6, 10)
-    gradients = torch.ops.flextron.elastic_mlp_backward(
-        dy, *tensors, width, activation, extent, gate, choices, up, gated, mask
-    )
+    backward = torch.ops.flextron.elastic_mlp_backward.default
+    options = width, activation, extent, gate, choices
+    gradients = common.call(backward, dy, *tensors, *options, up, gated, mask)
     *of_tensors, of_gate = common.per_input(mask, gradients)
     return *of_tensors, None, None, None, of_gate, None
 

@@ -127,7 +127,8 @@ def _grad(ctx, dout, _):
     heads, unit, extent_per, causal, scale = ctx.options
     mask = common.wanted(ctx, 0, 1, 2)
     which = heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start, causal, scale
-    gradients = torch.ops.flextron.head_attention_backward(dout, q, k, v, out, lse, *which, mask)
+    backward = torch.ops.flextron.head_attention_backward.default
+    gradients = common.call(backward, dout, q, k, v, out, lse, *which, mask)
     return *common.per_input(mask, gradients), *[None] * 10
 
 

@@ -99,9 +99,9 @@ def _grad(ctx, dout):
     q, k_cache, v_cache, seqlens, extent, block_table, k_start = ctx.saved_tensors
     heads, unit, scale = ctx.options
     mask = common.wanted(ctx, 0, 1, 2)
-    gradients = torch.ops.flextron.head_attention_decode_backward(
-        dout, q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start, scale, mask
-    )
+    which = heads, unit, extent, block_table, k_start, scale
+    backward = torch.ops.flextron.head_attention_decode_backward.default
+    gradients = common.call(backward, dout, q, k_cache, v_cache, seqlens, *which, mask)
     return *common.per_input(mask, gradients), *[None] * 7
 
 

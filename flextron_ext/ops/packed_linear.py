@@ -102,7 +102,7 @@ def packed_linear(
     rows = math.prod(x.shape[:-1])  # not numel(): it would fix a symbolic size
     y = common.call(
         torch.ops.flextron.packed_linear.default,
-        x if x.dim() == 2 else x.reshape(rows, x.shape[-1]),
+        common.as_rows(x, rows),
         panels,
         scales,
         bias,
@@ -112,7 +112,7 @@ def packed_linear(
         common.check_extent(OP, "out_extent", out_extent, rows),
         in_blocks,
     )
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    return common.shaped_as(x, y)
 
 
 def check_panels(

@@ -94,7 +94,7 @@ def packed_mlp(
     rows = math.prod(x.shape[:-1])  # not numel(): it would fix a symbolic size
     y = common.call(
         torch.ops.flextron.packed_mlp.default,
-        x if x.dim() == 2 else x.reshape(rows, x.shape[-1]),
+        common.as_rows(x, rows),
         up_panels,
         down_panels,
         up_scales,
@@ -108,7 +108,7 @@ def packed_mlp(
         activation,
         common.check_extent(OP, "extent", extent, rows),
     )
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    return common.shaped_as(x, y)
 
 
 @torch.library.register_fake("flextron::packed_mlp")
