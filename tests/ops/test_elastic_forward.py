@@ -114,7 +114,7 @@ def test_a_sequence_is_the_same_alone_and_in_a_batch():
 
 def test_a_sequence_that_sees_no_key_adds_nothing_in_any_layer():
     case = row(2)  # three sequences
-    T, K = case["x"].shape[1:]
+    T = case["x"].shape[1]
     for name in ("keys", "values"):  # more than one part of keys
         case[name] = [torch.randn(3, 600 + T, *t.shape[2:]) for t in case[name]]
     case |= {"cached": 600, "k_start": torch.tensor([0, 600 + T, 3])}

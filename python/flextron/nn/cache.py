@@ -168,13 +168,13 @@ class ElasticCache(Cache):
         self, like: Tensor, B: int, tokens: int, groups: Sequence[int], head_dim: int
     ) -> tuple[list[Tensor], list[Tensor]]:
         """`ElasticCacheLayer.reserve` of every layer, made where there are none: their keys, and their values."""
-        rooms = self._rooms
-        if rooms is None or not rooms.have(self.layers, B, tokens, groups):
+        if self._rooms is None or not self._rooms.have(self.layers, B, tokens, groups):
+            self._rooms = None  # or what is grown would be there twice until all is
             self.layers += [ElasticCacheLayer() for _ in range(len(groups) - len(self.layers))]
             for layer, n in zip(self.layers, groups, strict=True):
                 layer.reserve(like, B, tokens, n, head_dim)
-            rooms = self._rooms = _Rooms(self.layers, groups)
-        return rooms.keys, rooms.values
+            self._rooms = _Rooms(self.layers, groups)
+        return self._rooms.keys, self._rooms.values
 
     def advance(self, tokens: int, groups: Sequence[int]) -> None:
         """Count ``tokens`` that were written into what `reserve` gave."""
