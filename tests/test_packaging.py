@@ -49,6 +49,14 @@ def test_the_op_library_loads_alone():
     assert done.returncode == 0, done.stderr
 
 
+def test_every_op_of_the_library_is_right_without_our_python():
+    check = Path(__file__).with_name("check_library.py")
+    done = subprocess.run(
+        [sys.executable, str(check), flextron_ext.OP_LIBRARY], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def needed(binary: str) -> set[str]:
     # The dynamic section's strings: sonames stand there in clear.
     return {
