@@ -83,18 +83,18 @@ i64 best_of(const scalar_t* x, i64 n) {
   i64 block = 0;
   for (i64 at = 0; at < n; at += kBlock) {
     const i64 end = smaller(at + kBlock, n);
-    Vec<float> greatest = Vec<float>{} + lowest, unlike = {};  // NaNs
+    Vec<float> greatest = Vec<float>{} + lowest, nans = {};
     i64 i = at;
     for (; i + lanes <= end; i += lanes) {
       const Vec<float> value = widened(x + i);
       greatest = greatest < value ? value : greatest;
-      unlike = value == value ? unlike : value;
+      nans = value == value ? nans : value;
     }
     float here = lowest;
     bool has_nan = false;
     for (i64 e = 0; e < lanes; ++e) {
       here = here < greatest[e] ? greatest[e] : here;
-      has_nan = has_nan || unlike[e] != unlike[e];
+      has_nan = has_nan || nans[e] != nans[e];
     }
     for (; i < end; ++i) {
       const float value = widen(x[i]);

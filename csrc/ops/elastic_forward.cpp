@@ -187,7 +187,7 @@ struct Model {
 
   // `like` has the dtype and the device.
   Model(const Tensor& like, const Shape& s, int64_t layer_count, std::vector<Tensor> given,
-        const std::string& parts, const Tensor& last_norm, const Tensor& logits, const OptionalTensor& scales,
+        const Layout& parts, const Tensor& last_norm, const Tensor& logits, const OptionalTensor& scales,
         int64_t neuron_count, int64_t words, double epsilon, const std::string& activation,
         std::optional<double> score_scale)
       : layout(parts),
@@ -718,16 +718,45 @@ struct Held {
   }
 };
 
-// Never torn down: a call may outlive the library's statics.
-struct HeldOnes {
-  std::mutex mutex;
-  std::map<int64_t, std::shared_ptr<const Held>> all;
-  int64_t last = 0;
-
+// All that is held, by number.
+class HeldOnes {
+ public:
+  // Never torn down: a call may outlive the library's statics.
   static HeldOnes& get() {
     static auto* const ones = new HeldOnes;
     return *ones;
   }
+
+  int64_t add(std::shared_ptr<const Held> held) {
+    const std::lock_guard lock(mutex_);
+    all_.emplace(++last_, std::move(held));
+    return last_;
+  }
+  std::shared_ptr<const Held> find(const char* op, int64_t number) {
+    const std::lock_guard lock(mutex_);
+    return at(op, number)->second;
+  }
+  std::shared_ptr<const Held> take(const char* op, int64_t number) {
+    const std::lock_guard lock(mutex_);
+    const auto place = at(op, number);
+    auto held = std::move(place->second);
+    all_.erase(place);
+    return held;  // let go of behind the lock
+  }
+
+ private:
+  using Map = std::map<int64_t, std::shared_ptr<const Held>>;
+
+  Map::iterator at(const char* op, int64_t number) {
+    const auto found = all_.find(number);
+    if (found == all_.end())
+      fail(op, ": held must come from elastic_forward_hold and not be dropped, got ", number);
+    return found;
+  }
+
+  std::mutex mutex_;
+  Map all_;
+  int64_t last_ = 0;
 };
 
 }  // namespace
@@ -747,7 +776,7 @@ Tensor elastic_forward(const Tensor& x, const Tensor& cos, const Tensor& sin,
   if (!x.is_cpu()) fail(kOp, ": x must be on cpu, got ", device_text(x.device()));
   const int64_t D = keys.empty() ? 1 : keys[0].dim() == 4 ? keys[0].size(3) : 0;
   const Shape shape = shape_of_weights(x.size(2), query_heads, groups, D, unit.value);
-  const Model model(x, shape, kv_heads.size(), weights, parts.value, norm, head, head_scales, neurons,
+  const Model model(x, shape, kv_heads.size(), weights, Layout(parts.value), norm, head, head_scales, neurons,
                     vocabulary, eps, activation.value, scale);
   return forward(model, x.size(0), x.size(1), torch::stable::contiguous(x), nullptr, cos, sin, keys, values,
                  cached, widths, heads, kv_heads, keep, k_start, router, mlp_choices, head_choices, false)
@@ -762,16 +791,14 @@ int64_t elastic_forward_hold(const Tensor& embedding, const std::vector<Tensor>&
   check_dim(kOp, "embedding", embedding, 2);
   if (!embedding.is_cpu()) fail(kOp, ": embedding must be on cpu, got ", device_text(embedding.device()));
   if (!embedding.is_contiguous()) fail(kOp, ": embedding must be contiguous, got strides");
-  const int64_t words = embedding.size(0), each = std::max(Layout(parts.value).count, 1);
+  const Layout layout(parts.value);
+  const int64_t layers = (static_cast<int64_t>(weights.size()) + layout.count - 1) / layout.count;
   const Shape shape = shape_of_weights(embedding.size(1), query_heads, groups, head_size, unit.value);
-  auto held = std::make_shared<const Held>(
-      Model(embedding, shape, (weights.size() + each - 1) / each, weights, parts.value, norm, head,
-            head_scales, neurons, words, eps, activation.value, scale),
-      embedding);
-  HeldOnes& ones = HeldOnes::get();
-  const std::lock_guard lock(ones.mutex);
-  ones.all.emplace(++ones.last, std::move(held));
-  return ones.last;
+  auto held =
+      std::make_shared<const Held>(Model(embedding, shape, layers, weights, layout, norm, head, head_scales,
+                                         neurons, embedding.size(0), eps, activation.value, scale),
+                                   embedding);
+  return HeldOnes::get().add(std::move(held));
 }
 
 std::tuple<Tensor, Tensor> elastic_forward_held(
@@ -784,15 +811,7 @@ std::tuple<Tensor, Tensor> elastic_forward_held(
   const NoGrad no_grad;
   check_dim(kHeldOp, "ids", ids, 2);
   check_dtype(kHeldOp, "ids", ids, ScalarType::Long);
-  std::shared_ptr<const Held> mine;
-  {
-    HeldOnes& ones = HeldOnes::get();
-    const std::lock_guard lock(ones.mutex);
-    const auto found = ones.all.find(held);
-    if (found == ones.all.end())
-      fail(kHeldOp, ": held must come from elastic_forward_hold and not be dropped, got ", held);
-    mine = found->second;
-  }
+  const std::shared_ptr<const Held> mine = HeldOnes::get().find(kHeldOp, held);
   mine->check();
   const Tensor ids_ = torch::stable::contiguous(ids);
   const auto* const order = data_of<int64_t>(ids_);
@@ -804,15 +823,6 @@ std::tuple<Tensor, Tensor> elastic_forward_held(
   return {std::move(answer.logits), std::move(answer.best)};
 }
 
-void elastic_forward_drop(int64_t held) {
-  std::shared_ptr<const Held> last;  // let go of behind the lock
-  HeldOnes& ones = HeldOnes::get();
-  const std::lock_guard lock(ones.mutex);
-  const auto found = ones.all.find(held);
-  if (found == ones.all.end())
-    fail(kDropOp, ": held must come from elastic_forward_hold and not be dropped, got ", held);
-  last = std::move(found->second);
-  ones.all.erase(found);
-}
+void elastic_forward_drop(int64_t held) { HeldOnes::get().take(kDropOp, held); }
 
 }  // namespace flextron

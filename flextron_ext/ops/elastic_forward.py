@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -195,7 +196,7 @@ class HeldForward:
         # at the end of the process the memory goes by itself
         weakref.finalize(self, torch.ops.flextron.elastic_forward_drop, self.number).atexit = False
 
-    def __reduce__(self) -> str:
+    def __reduce__(self) -> NoReturn:
         raise TypeError("HeldForward: it must not be copied, since it holds the weights of one model")
 
     def __call__(
