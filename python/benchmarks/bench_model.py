@@ -12,7 +12,6 @@ import argparse
 import copy
 import csv
 import importlib.util
-import os
 import subprocess
 import tempfile
 import warnings
@@ -31,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, Stoppi
 import flextron
 from flextron.config import Widths
 from flextron.nn import elastic_config, make_elastic
-from flextron.testing.timing import wait_until_idle
+from flextron.testing.timing import processor, wait_until_idle
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 DTYPES = {
@@ -226,15 +225,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
             bandwidth / sizes[share],
             bandwidth / 1e9,
         )
-        tail = (torch.get_num_threads(), args.rounds, _cpu(), commit)
+        tail = (torch.get_num_threads(), args.rounds, processor(), commit)
         rows.append(Row(args.model, args.dtype, share, who, *row, *tail))
     return rows
-
-
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
-    names = [line for line in path.read_text().splitlines() if "model name" in line] if path.exists() else []
-    return names[0].split(":")[1].strip() if names else os.uname().machine
 
 
 def show(rows: list[Row]) -> None:
@@ -290,7 +283,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     args = parse()
     rows = measure(args)
-    print(f"{_cpu()}, torch {torch.__version__}")
+    print(f"{processor()}, torch {torch.__version__}")
     show(rows)
     if args.csv:
         write_csv(args.csv, rows)

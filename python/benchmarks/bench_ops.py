@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flextron_ext as ops
 from flextron.testing.numerics import assert_no_worse
-from flextron.testing.timing import bench, device_clock, wait_until_idle, wall_clock
+from flextron.testing.timing import bench, device_clock, processor, wait_until_idle, wall_clock
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 TOKENS = {"cpu": (1, 8, 64, 256), "cuda": (1, 16, 64, 1024, 2048, 4096, 8192)}
@@ -929,7 +929,7 @@ class Machine:
     def here(cls, target: Target) -> Machine:
         commit = os.environ.get("FLEXTRON_COMMIT") or _output("git", "describe", "--always", "--dirty")
         if target.device == "cpu":
-            return cls(_cpu_name(), platform.machine(), commit or "unknown", "")
+            return cls(processor(), platform.machine(), commit or "unknown", "")
         major, minor = torch.cuda.get_device_capability()
         forced = os.environ.get("FLEXTRON_ARCH")
         arch = f"sm_{major}{minor}" + (f" as sm_{forced}" if forced and forced != f"{major}{minor}" else "")
@@ -946,16 +946,6 @@ def _output(*command: str) -> str:
         return ""
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0].partition(":")[2].strip() if names else f"{platform.machine()} CPU"
 
 
 def header(machine: Machine, target: Target, top: Ceilings) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from time import perf_counter, sleep
 
 import torch
 
+_WORDS = (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("avx512_bf16", "AVX512-BF16"), ("amx_tile", "AMX"))
 Setup = Callable[[str], object]
 # A callable, and how often -> seconds for all of its calls.
 Clock = Callable[[Callable[[], object], int], float]
@@ -214,3 +216,18 @@ def _sample(
 def _wait_for_device() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def processor() -> str:
+    """This machine's processor and its widest instruction sets: several of them share a name like "AMD EPYC"."""
+    info = Path("/proc/cpuinfo")
+    facts = dict(
+        (part.strip() for part in line.split(":", 1))
+        for line in (info.read_text().splitlines() if info.exists() else ())
+        if ":" in line
+    )
+    flags = facts.get("flags", "").split()
+    sets = [word for flag, word in _WORDS if flag in flags]
+    if "AVX-512" in sets:
+        sets.remove("AVX2")
+    return ", ".join([facts.get("model name", f"{platform.machine()} CPU"), *sets])
