@@ -2,25 +2,32 @@
 
 from flextron.checkpoint.format import ELASTIC_FILE, FORMAT, WEIGHTS_FILE, CheckpointError, check_format
 from flextron.checkpoint.io import (
+    Files,
     checksum_of,
     commit,
     load_tensors,
+    opened,
     read_json,
     recover,
     save_tensors,
     verify_checksums,
     write_json,
 )
+from flextron.checkpoint.lock import BusyError, locked
 
 __all__ = [
     "ELASTIC_FILE",
     "FORMAT",
     "WEIGHTS_FILE",
+    "BusyError",
     "CheckpointError",
+    "Files",
     "check_format",
     "checksum_of",
     "commit",
     "load_tensors",
+    "locked",
+    "opened",
     "read_json",
     "recover",
     "save_tensors",

@@ -7,14 +7,16 @@ version and the sha256 of the files that belong together. How they are written i
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 FORMAT = 1
 ELASTIC_FILE = "flextron.json"
 WEIGHTS_FILE = "model.safetensors"
+LFS_POINTER = b"version https://git-lfs"  # what git leaves in place of a large file that was not fetched
 
 # First bytes of files that are offered in place of safetensors: (magic, what it is).
 _FOREIGN = (
@@ -24,7 +26,9 @@ _FOREIGN = (
     (b"\x80\x04", "a pickle (.pt or .bin)"),
     (b"\x80\x05", "a pickle (.pt or .bin)"),
     (b"GGUF", "a GGUF file"),
+    (LFS_POINTER, "a git-lfs pointer (`git lfs pull` fetches the file itself)"),
 )
+_LONGEST_MAGIC = max(len(magic) for magic, _ in _FOREIGN)
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 _NAMES_SHOWN = 5
 
@@ -47,28 +51,25 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def check_safetensors(path: Path) -> None:
-    """Refuse, in one sentence, a file whose first bytes or length are not those of a safetensors file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        if not head:
-            raise CheckpointError(f"{path}: must be a safetensors file, got an empty file")
-        # A pickle's magic is two bytes, and may begin an honest header length: "{" decides.
-        is_header = len(head) == 8 and file.read(1) == b"{"
-        for magic, what in _FOREIGN:
-            if head.startswith(magic) and not is_header:
-                raise CheckpointError(
-                    f"{path}: must be a safetensors file, got {what}, which is never opened"
-                )
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not is_header or length > _LARGEST_HEADER:
-            raise CheckpointError(f"{path}: must be a safetensors file, got something else")
-        if length > size - 8:
-            raise CheckpointError(f"{path}: must hold a header of {length} bytes, got a truncated file")
-        file.seek(8)
-        header = file.read(length)
-    expected = 8 + length + _data_length(header, path)
+def check_safetensors(path: Path, file: BinaryIO) -> None:
+    """Refuse, in one sentence, an opened file whose first bytes or length are not those of a safetensors file."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(_LONGEST_MAGIC)
+    if not head:
+        raise CheckpointError(f"{path}: must be a safetensors file, got an empty file")
+    # A pickle's magic is two bytes, and may begin an honest header length: "{" decides.
+    is_header = head[8:9] == b"{"
+    for magic, what in _FOREIGN:
+        if head.startswith(magic) and not is_header:
+            raise CheckpointError(f"{path}: must be a safetensors file, got {what}, which is never opened")
+    length = struct.unpack("<Q", head[:8])[0] if is_header else 0
+    if not is_header or length > _LARGEST_HEADER:
+        raise CheckpointError(f"{path}: must be a safetensors file, got something else")
+    if length > size - 8:
+        raise CheckpointError(f"{path}: must hold a header of {length} bytes, got a truncated file")
+    file.seek(8)
+    expected = 8 + length + _data_length(file.read(length), path)
     if size != expected:
         state = "truncated" if size < expected else "overlong"
         raise CheckpointError(

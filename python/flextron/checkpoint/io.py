@@ -4,7 +4,8 @@ One file is written beside its place, flushed to the disk and renamed, so it is 
 one. Several files that belong together go through `commit`: they are staged in a folder, it is renamed
 (at that moment the new set begins to count) and its files are moved into place. A crash before the rename
 leaves the old set; one after it is finished by `recover`, which every reader and the next writer call first.
-Checksums in the JSON sidecar catch what happens outside these rules. One writer at a time.
+A reader opens all files of a directory at one moment (`opened`): what is saved later changes nothing for it.
+Checksums in the JSON sidecar catch what happens outside these rules. One writer at a time: ``lock.py``.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,8 +28,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flextron.checkpoint.format import CheckpointError, check_safetensors, listed
+from flextron.checkpoint.lock import BusyError, locked
 
 _STAGE, _COMMITTED = ".staged", ".committed"
+_DROPPED = ".dropped.json"  # in a stage: names that go when the new set begins to count
+_PATIENCE = 60.0  # seconds that a reader waits for a save to be moved into place
+_STEP = 0.002  # seconds between two looks
+_OPENED = (".json", ".safetensors")  # what a reader of a directory opens
 _SHARED = "flextron.shared"  # key in the safetensors metadata: {second name: first name} of tied tensors
 
 
@@ -44,19 +53,14 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object whose numbers are finite.
 
     Raises:
-        CheckpointError: no such file, or not a JSON object.
+        CheckpointError: no such file, or not such an object.
     """
     path = _existing(path)
-    try:
-        obj = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path}: must be a JSON file, got something else or a damaged one") from None
-    if not isinstance(obj, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, got {type(obj).__name__}")
-    return obj
+    with path.open("rb") as file:
+        return _json(path, file)
 
 
 def save_tensors(
@@ -77,7 +81,10 @@ def save_tensors(
     if shared:
         header[_SHARED] = json.dumps(shared)
     with _replacing(Path(path)) as temporary:
-        save_file(kept, temporary, metadata=header)
+        try:
+            save_file(kept, temporary, metadata=header)
+        except SafetensorError as error:  # a full disk, too
+            raise CheckpointError(f"{path}: must be written whole, got {error}") from None
         return checksum_of(temporary)
 
 
@@ -100,19 +107,103 @@ def load_tensors(
         CheckpointError: one sentence that says what is wrong with the file.
     """
     path = _existing(path)
-    check_safetensors(path)
-    if checksum is not None:
-        _check_checksum(path, checksum)
+    with path.open("rb") as file:
+        return _tensors(path, file, expected, checksum)
+
+
+class Files:
+    """The JSON and safetensors files of a directory as they were at one moment; see `opened`."""
+
+    def __init__(self, directory: Path, handles: Mapping[str, BinaryIO]) -> None:
+        self.directory = directory
+        self._handles = handles
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._handles
+
+    def __truediv__(self, name: str) -> Path:
+        """What messages call a file."""
+        return self.directory / name
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """As `read_json`."""
+        return _json(self / name, self._handle(name))
+
+    def load_tensors(
+        self, name: str, expected: Mapping[str, Any] | None = None, checksum: str | None = None
+    ) -> dict[str, Tensor]:
+        """As `load_tensors`."""
+        return _tensors(self / name, self._handle(name), expected, checksum)
+
+    def verify(self, checksums: Mapping[str, str]) -> None:
+        """As `verify_checksums`."""
+        for name, checksum in checksums.items():
+            _check_checksum(self / name, self._handle(name), checksum)
+
+    def _handle(self, name: str) -> BinaryIO:
+        if name not in self._handles:
+            _existing(self / name)  # says what is in its place
+            raise CheckpointError(f"{self / name}: must be a file, got one that is not read or came later")
+        handle = self._handles[name]
+        handle.seek(0)
+        return handle
+
+
+@contextlib.contextmanager
+def opened(directory: str | Path | Files) -> Iterator[Files]:
+    """The files of a directory, all of one save; one that is opened already is passed on.
+
+    They are opened together, between two saves. A save puts new files into the places of the old ones, which live
+    on for whoever has opened them.
+
+    Raises:
+        CheckpointError: no such directory, or a save that was interrupted cannot be finished.
+    """
+    if isinstance(directory, Files):
+        yield directory
+        return
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory}: must be a directory, got {'a file' if directory.exists() else 'nothing there'}"
+        )
+    with contextlib.ExitStack() as stack:
+        yield Files(directory, _at_one_moment(directory, stack))
+
+
+def _at_one_moment(directory: Path, stack: contextlib.ExitStack) -> dict[str, BinaryIO]:
+    while True:
+        recover(directory)
+        handles = {}
+        with contextlib.ExitStack() as attempt:
+            for name in _names(directory):
+                # removed since, or not for this user: missed where it is asked for
+                with contextlib.suppress(FileNotFoundError, PermissionError):
+                    handles[name] = attempt.enter_context((directory / name).open("rb"))
+            same = all(_same(handle, directory / name) for name, handle in handles.items())
+            if same and not (directory / _COMMITTED).exists() and handles.keys() >= _names(directory):
+                stack.push(attempt.pop_all())
+                return handles
+
+
+def _names(directory: Path) -> set[str]:
+    with os.scandir(directory) as entries:
+        return {
+            e.name
+            for e in entries
+            if e.name.endswith(_OPENED)
+            and not e.name.startswith(".")
+            and e.is_file()
+            and os.access(e, os.R_OK)
+        }
+
+
+def _same(handle: BinaryIO, path: Path) -> bool:
+    """Whether an opened file is still the one at its place."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            shared = json.loads((file.metadata() or {}).get(_SHARED, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        tensors |= {second: tensors[first] for second, first in shared.items()}
-    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: must be a readable safetensors file, got {error!r}") from None
-    if expected is not None:
-        _check_tensors(path, tensors, expected)
-    return tensors
+        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def checksum_of(path: str | Path) -> str:
@@ -124,57 +215,93 @@ def checksum_of(path: str | Path) -> str:
 def verify_checksums(directory: str | Path, checksums: Mapping[str, str]) -> None:
     """Refuse a directory in which a file is missing or is not the one that was written with the others."""
     for name, checksum in checksums.items():
-        _check_checksum(_existing(Path(directory) / name), checksum)
+        path = _existing(Path(directory) / name)
+        with path.open("rb") as file:
+            _check_checksum(path, file, checksum)
 
 
 @contextlib.contextmanager
-def commit(directory: str | Path) -> Iterator[Path]:
+def commit(directory: str | Path, drop: Iterable[str] = ()) -> Iterator[Path]:
     """Write several files and folders into ``directory``, all or none.
 
     Yields a folder to write them into. When the block ends without an error they replace their namesakes in
-    ``directory``; what else is there stays. An error, or a crash at any moment, leaves the old set or the new
-    one, never a mixture (see `recover`).
+    ``directory``, and the files and folders named in ``drop`` go, unless they are among the new ones; what else is
+    there stays. An error, or a crash at any moment, leaves the old set or the new one, never a mixture (see
+    `recover`).
     """
     directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory}: must be a directory, got a file")
-    directory.mkdir(parents=True, exist_ok=True)
-    recover(directory)
-    stage = directory / _STAGE
-    shutil.rmtree(stage, ignore_errors=True)  # of a writer that was killed
-    stage.mkdir()
-    try:
-        yield stage
-        for path in stage.rglob("*"):
-            _sync(path)
-        _sync(stage)
-        os.replace(stage, directory / _COMMITTED)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
-    _sync(directory)
-    recover(directory)
+    with locked(directory, "save"):
+        recover(directory)
+        stage = directory / _STAGE
+        shutil.rmtree(stage, ignore_errors=True)  # of a writer that was killed
+        stage.mkdir()
+        try:
+            yield stage
+            if dropped := sorted({*drop} - {path.name for path in stage.iterdir()}):
+                write_json(stage / _DROPPED, {"names": dropped})
+            for path in stage.rglob("*"):
+                _sync(path)
+            _sync(stage)
+            os.replace(stage, directory / _COMMITTED)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
+        _sync(directory)
+        recover(directory)
 
 
 def recover(directory: str | Path) -> None:
-    """Finish a `commit` that was interrupted after the new files began to count; otherwise do nothing."""
+    """Finish a `commit` that was interrupted after the new files began to count; otherwise do nothing.
+
+    One that another process is finishing right now is waited for.
+    """
     directory = Path(directory)
     committed = directory / _COMMITTED
-    if not committed.is_dir():
+    deadline = time.monotonic() + _PATIENCE
+    while committed.is_dir():
+        try:
+            with locked(directory, "read", patience=0):
+                _place(directory, committed)
+        except BusyError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(_STEP)
+        except OSError as error:
+            raise _unfinished(directory, error) from error
+        except CheckpointError as error:
+            raise _unfinished(directory, error) from None
+
+
+def _unfinished(directory: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{directory}: an interrupted save must be finished, which needs write access, got {error}"
+    )
+
+
+def _place(directory: Path, committed: Path) -> None:
+    """Move what counts into its place; each step may be the last one, and be taken again."""
+    if not committed.is_dir():  # another reader was faster
         return
-    try:
-        for path in sorted(committed.iterdir()):
-            with contextlib.suppress(FileNotFoundError):  # another reader is recovering too
-                if path.is_dir():
-                    shutil.rmtree(directory / path.name, ignore_errors=True)
-                os.replace(path, directory / path.name)
-        _sync(directory)
-        with contextlib.suppress(FileNotFoundError):
-            committed.rmdir()
-    except OSError as error:
-        raise CheckpointError(
-            f"{directory}: an interrupted save must be finished, which needs write access, got {error}"
-        ) from error
+    dropped = committed / _DROPPED
+    for name in read_json(dropped)["names"] if dropped.is_file() else ():
+        if not isinstance(name, str) or name in ("", "..") or name != Path(name).name:  # leads out of here
+            raise CheckpointError(f"{dropped}: names must be plain ones, got {name!r}")
+        _remove(directory / name)
+    for path in sorted(committed.iterdir()):
+        if path.name != _DROPPED:
+            if path.is_dir():
+                _remove(directory / path.name)
+            os.replace(path, directory / path.name)
+    dropped.unlink(missing_ok=True)
+    _sync(directory)
+    committed.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _existing(path: str | Path) -> Path:
@@ -186,8 +313,54 @@ def _existing(path: str | Path) -> Path:
     return path
 
 
-def _check_checksum(path: Path, checksum: str) -> None:
-    found = checksum_of(path)
+def _json(path: Path, file: BinaryIO) -> dict[str, Any]:
+    try:
+        obj = json.loads(file.read().decode("utf-8"), parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path}: must be a JSON file, got something else or a damaged one") from None
+    if not isinstance(obj, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, got {type(obj).__name__}")
+    return obj
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def _tensors(
+    path: Path, file: BinaryIO, expected: Mapping[str, Any] | None, checksum: str | None
+) -> dict[str, Tensor]:
+    check_safetensors(path, file)
+    if checksum is not None:
+        _check_checksum(path, file, checksum)
+    try:
+        with safe_open(_reopened(path, file), framework="pt", device="cpu") as opened_file:
+            shared = json.loads((opened_file.metadata() or {}).get(_SHARED, "{}"))
+            tensors = {name: opened_file.get_tensor(name) for name in opened_file.keys()}  # noqa: SIM118 (not a dict)
+        tensors |= {second: tensors[first] for second, first in shared.items()}
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: must be a readable safetensors file, got {error!r}") from None
+    if expected is not None:
+        _check_tensors(path, tensors, expected)
+    return tensors
+
+
+def _reopened(path: Path, file: BinaryIO) -> str:
+    """A path that opens the very file that is open, whatever is at its own by now, where the system has one."""
+    for folder in ("/proc/self/fd", "/dev/fd"):
+        if os.path.exists(name := f"{folder}/{file.fileno()}"):
+            return name
+    return str(path)
+
+
+def _check_checksum(path: Path, file: BinaryIO, checksum: Any) -> None:
+    if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
+        raise CheckpointError(f"{path}: its recorded sha256 must be 64 hexadecimal digits, got {checksum!r}")
+    file.seek(0)
+    found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != checksum:
         raise CheckpointError(
             f"{path}: sha256 must be {checksum[:16]}... as recorded when it was saved, got {found[:16]}...; "
