@@ -17,6 +17,8 @@ SHELL := bash
 .PHONY: demo test emulate sanitize bench lint resources setup clean
 
 BIN := $(VENV)/bin
+# What each compile says and takes is kept beside its object: `make resources` reads it.
+RECORDED := $(abspath $(BIN)/python);$(CURDIR)/tests/compile_record.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 
@@ -71,5 +73,6 @@ $(VENV)/.packages: $(VENV)/.python pyproject.toml
 # Editable: the package is this folder, and only the ops are compiled; again when their sources change.
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 	@echo "==> building the ops"
-	@$(PIP) install --no-build-isolation --no-deps --editable .
+	@CMAKE_CXX_COMPILER_LAUNCHER="$(RECORDED)" CMAKE_CUDA_COMPILER_LAUNCHER="$(RECORDED)" \
+	  $(PIP) install --no-build-isolation --no-deps --editable .
 	@touch $@

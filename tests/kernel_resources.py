@@ -1,8 +1,9 @@
 """What ptxas says of every kernel, held against tests/kernel_resources.csv: python tests/kernel_resources.py [--update]
 
-Compiles what build/cmake compiles, with the build's own flags, and throws the objects away. Fails where a kernel has
-a stack frame, spills, takes more registers than its row allows, has no row, or a row has no kernel; and where a clean
-build would pass 10 minutes or 4 GiB on two cores. Without nvcc it says so and passes.
+Reads what compile_record.py wrote down while build/cmake was built; what has no record is compiled again, with the
+build's own flags, and thrown away. Fails where a kernel has a stack frame, spills, takes more registers than its row
+allows, has no row, or a row has no kernel; and where a clean build would pass 10 minutes or 4 GiB on two cores. Without
+nvcc it says so and passes.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
+from compile_record import Compile, measure, stored
+
 ROOT = Path(__file__).resolve().parents[1]
 DATABASE = ROOT / "build" / "cmake" / "compile_commands.json"
 TABLE = Path(__file__).with_suffix(".csv")
+LAUNCHER = "compile_record.py"
 
 CORES = 2  # what is compiled at once, and the machine the limits are for
 MAX_SECONDS, MAX_BYTES = 600, 4 << 30
@@ -48,17 +52,6 @@ class Kernel:
     @property
     def key(self) -> tuple[str, str, str]:
         return self.file, self.kernel, self.arch
-
-
-@dataclass(frozen=True)
-class Compile:
-    """One command of the build, run: what it printed, its CPU seconds, and its largest process."""
-
-    file: str
-    returncode: int
-    output: str
-    seconds: float
-    peak_bytes: int
 
 
 def parse(file: str, text: str) -> list[Kernel]:
@@ -156,22 +149,19 @@ def commands(database: Path = DATABASE) -> Iterator[tuple[str, list[str], str]]:
     for entry in json.loads(database.read_text()):
         if Path(entry["file"]).exists():
             file = os.path.relpath(entry["file"], ROOT)
-            yield file, shlex.split(entry["command"]), entry["directory"]
+            command = shlex.split(entry["command"])
+            launched = next((i + 1 for i, word in enumerate(command) if word.endswith(LAUNCHER)), 0)
+            yield file, command[launched:], entry["directory"]
 
 
 def run(file: str, command: list[str], folder: str) -> Compile:
+    """What the build recorded of this command, or the command run once more, its object thrown away."""
+    if found := stored(file, command, folder):
+        return found
     with tempfile.TemporaryDirectory() as scratch:
         command = command.copy()
         command[command.index("-o") + 1] = f"{scratch}/object.o"
-        if file.endswith(".cu"):
-            command.append("-Xptxas=-v")
-        with open(f"{scratch}/output", "w+") as output:
-            process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
-            _, status, used = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            output.seek(0)
-            text = output.read()
-    return Compile(file, process.returncode, text, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
+        return measure(file, command, folder)
 
 
 def demangle(text: str) -> str:
@@ -234,12 +224,7 @@ def main() -> int:
     wall = time.perf_counter() - begin
     for c in compiles:
         if c.returncode:
-            said = [
-                line
-                for line in c.output.splitlines()
-                if "ptxas info" not in line and " bytes stack" not in line
-            ]
-            print(*said, sep="\n", file=sys.stderr)
+            print(*c.said(), sep="\n", file=sys.stderr)
             wrong.append(f"{c.file}: must compile, got exit code {c.returncode}")
     kernels = sorted(
         kernel for c in compiles if c.file.endswith(".cu") for kernel in parse(c.file, demangle(c.output))

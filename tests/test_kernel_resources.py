@@ -1,7 +1,11 @@
 """The gate of the CUDA build: what ptxas prints is read rightly, and what got worse is told in one line."""
 
+import json
+import os
+import sys
 from dataclasses import replace
 
+import compile_record
 import kernel_resources
 import pytest
 from kernel_resources import Kernel, compare, parse
@@ -96,7 +100,7 @@ def test_the_table_reads_back(tmp_path):
 
 
 def test_a_slow_or_large_build_is_told(capsys):
-    big = kernel_resources.Compile("a.cu", 0, "", 700.0, 3 << 30)
+    big = compile_record.Compile("a.cu", 0, "", 700.0, 3 << 30)
     assert kernel_resources.report([GOOD], [big, big], 1.0) == [
         "a clean build must take at most 600 s on 2 cores, got 700",
         "a clean build must take at most 4 GiB, got 6.00",
@@ -109,3 +113,64 @@ def test_without_nvcc_it_says_so_and_passes(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["kernel_resources.py"])
     assert kernel_resources.main() == 0
     assert "nvcc is not here" in capsys.readouterr().out
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    """A compile command whose compiler writes its arguments into the object, and says two lines."""
+    program = tmp_path / "compiler.py"
+    program.write_text(
+        "import sys\n"
+        "words = sys.argv[1:]\n"
+        "open(words[words.index('-o') + 1], 'w').write(' '.join(words))\n"
+        "print('ptxas info    : 0 bytes gmem'), print('remark')\n"
+        "sys.exit('-fail' in words)\n"
+    )
+
+    def command(source, *flags):
+        target = str(tmp_path / f"{source}.o")
+        return [sys.executable, str(program), *flags, "-o", target, "-c", source]
+
+    return command
+
+
+def test_a_build_is_read_instead_of_run_again(compiler, tmp_path, capfd):
+    command = compiler("a.cu")
+    assert compile_record.main([*command[:2], "-MD", "-MT", "x", "-MF", "x.d", *command[2:]]) == 0
+    assert capfd.readouterr().err == "remark\n"
+    made = (tmp_path / "a.cu.o").stat().st_mtime_ns
+    found = kernel_resources.run("a.cu", command, str(tmp_path))
+    assert found.output == "ptxas info    : 0 bytes gmem\nremark\n" and found.seconds > 0
+    assert found.peak_bytes > 1 << 20
+    assert (tmp_path / "a.cu.o").stat().st_mtime_ns == made
+    assert "-Xptxas=-v" in (tmp_path / "a.cu.o").read_text()
+
+
+@pytest.mark.parametrize("change", ["another command", "another object", "no object", "it failed"])
+def test_a_record_of_another_compile_is_not_read(compiler, tmp_path, change):
+    command, target = compiler("a.cpp"), tmp_path / "a.cpp.o"
+    compile_record.main(command)
+    assert "-Xptxas=-v" not in target.read_text()
+    assert compile_record.stored("a.cpp", command, tmp_path) is not None
+    if change == "another command":
+        command = compiler("a.cpp", "-O3")
+    elif change == "another object":
+        os.utime(target, ns=(0, target.stat().st_mtime_ns + 10**10))
+    elif change == "no object":
+        target.unlink()
+    else:
+        assert compile_record.main(compiler("a.cpp", "-fail")) == 1
+    assert compile_record.stored("a.cpp", command, tmp_path) is None
+
+
+def test_the_launcher_is_no_part_of_a_command(tmp_path):
+    source = kernel_resources.ROOT / "csrc" / "library.cpp"
+    entry = {
+        "file": str(source),
+        "directory": "/b",
+        "command": f"python t/compile_record.py nvcc -c {source}",
+    }
+    (tmp_path / "all.json").write_text(json.dumps([entry]))
+    assert list(kernel_resources.commands(tmp_path / "all.json")) == [
+        ("csrc/library.cpp", ["nvcc", "-c", str(source)], "/b")
+    ]
