@@ -4,19 +4,74 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # Errors that are the user's to mend: one sentence and exit code 2. Anything else is ours, and keeps its traceback.
 _EXPECTED = (ValueError, OSError, NotImplementedError, FloatingPointError)
 
+# argparse's sentences, and ours. What it says of a value is in our words already: see `_count` and its neighbours.
+_REPHRASED = (
+    (r"argument (\S+): invalid choice: (.+) \(choose from (.+)\)", r"\1 must be one of \3, got \2"),
+    (r"argument (\S+): expected (?:one|1) argument", r"\1 must be followed by a value, got none"),
+    (r"argument (\S+): not allowed with argument (\S+)", r"\1 must not be given with \2, got both"),
+    (r"argument (\S+): ignored explicit argument (.+)", r"\1 must be given without a value, got \2"),
+    (r"argument (\S+): (.+)", r"\1 \2"),
+    (r"the following arguments are required: (.+)", r"\1 must be given, got nothing"),
+    (r"unrecognized arguments: (.+)", r"arguments must be among those that --help lists, got \1"),
+    (r"ambiguous option: (\S+) could match (.+)", r"options must be written out as one of \2, got \1"),
+)
+
+
+class _UsageError(ValueError):
+    """The command line itself is wrong."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one sentence of ours what is wrong with the command line."""
+
+    def error(self, message: str) -> NoReturn:
+        _, _, command = self.prog.partition(" ")
+        for theirs, ours in _REPHRASED:
+            if found := re.fullmatch(theirs, message, re.DOTALL):
+                message = found.expand(ours)
+                break
+        raise _UsageError(f"{command}: {message}" if command else message)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = _parser().parse_args(argv)
+    # Progress is ours to show, and what transformers tells of files that are used anyway helps nobody.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return _main(argv)
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    """A warning as a sentence, without the line of code that it came from."""
+    print(f"flextron: warning: {_sentence(str(message))}", file=sys.stderr)
+
+
+def _sentence(text: str) -> str:
+    """The first line that says something."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    try:
+        args = _parser().parse_args(argv)
+    except _UsageError as error:
+        print(f"flextron: {error}", file=sys.stderr)
+        return 2
     try:
         result = args.run(args)
     except ModuleNotFoundError as error:
@@ -25,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"flextron: {args.command} needs {error.name}; pip install 'flextron[all]'", file=sys.stderr)
         return 2
     except _EXPECTED as error:
-        print(f"flextron: {next(iter(str(error).splitlines()), type(error).__name__)}", file=sys.stderr)
+        print(f"flextron: {_said(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"flextron: {args.command} interrupted", file=sys.stderr)
@@ -35,8 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _said(error: Exception) -> str:
+    """What an error says, in one sentence."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename} must be usable, got {error.strerror[:1].lower()}{error.strerror[1:]}"
+    return _sentence(str(error)) or type(error).__name__
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="flextron",
         description="Elastic language models: one checkpoint that runs at any latency target.",
     )
@@ -78,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         "--mlp-choices", type=_ints, metavar="N,N,..", help="menu of MLP widths; quarters by default"
     )
     c.add_argument("--head-choices", type=_ints, metavar="N,N,..", help="menu of head counts, in the unit")
-    c.add_argument("--seed", type=int, default=0, help="of the random order")
+    c.add_argument("--seed", type=_seed, default=0, help="of the random order")
 
     t = command(
         "train",
@@ -94,16 +156,18 @@ def _parser() -> argparse.ArgumentParser:
     t.add_argument(
         "--accumulation", type=_count, default=1, help="micro-batches in a step, each at other widths"
     )
-    t.add_argument("--learning-rate", type=float, default=1e-4)
-    t.add_argument("--cross-entropy", type=float, default=1.0, help="weight of the next-token loss")
+    t.add_argument("--learning-rate", type=_float, default=1e-4)
+    t.add_argument("--cross-entropy", type=_float, default=1.0, help="weight of the next-token loss")
     t.add_argument(
-        "--distillation", type=float, default=0.0, help="weight of the divergence from the checkpoint"
+        "--distillation", type=_float, default=0.0, help="weight of the divergence from the checkpoint"
     )
-    t.add_argument("--full-probability", type=float, default=0.3, help="share of micro-batches at full width")
+    t.add_argument(
+        "--full-probability", type=_float, default=0.3, help="share of micro-batches at full width"
+    )
     t.add_argument("--eval-every", type=_number, default=100, help="steps between evaluations, 0 for none")
     t.add_argument("--checkpoint-every", type=_number, default=100, help="steps between checkpoints")
     t.add_argument("--restart", action="store_true", help="discard an unfinished run instead of resuming it")
-    t.add_argument("--seed", type=int, default=0)
+    t.add_argument("--seed", type=_seed, default=0)
 
     p = command(
         "profile",
@@ -117,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--context", type=_count, default=512, help="cached tokens of a decode step")
     p.add_argument("--batch", type=_count, default=1, help="sequences")
     p.add_argument("--rounds", type=_count, default=7, help="samples of each measurement")
-    p.add_argument("--seed", type=int, default=0, help="of the configurations that the fit is judged on")
+    p.add_argument("--seed", type=_seed, default=0, help="of the configurations that the fit is judged on")
 
     r = command("route", _route, "train the routers on the latency table", "flextron route elastic/")
     r.add_argument("directory")
@@ -151,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         help="sequences behind one loss; 4, with --adaptive 64 to train and judge on",
     )
     r.add_argument("--length", type=_count, default=128, help="tokens of each")
-    r.add_argument("--seed", type=int, default=0)
+    r.add_argument("--seed", type=_seed, default=0)
     r.add_argument(
         "--adaptive",
         action="store_true",
@@ -182,9 +246,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     u.add_argument("--length", type=_count, default=512, help="tokens of each")
     u.add_argument("--accumulation", type=_count, default=1, help="micro-batches in a step")
-    u.add_argument("--learning-rate", type=float, default=1e-4, help="of the model")
+    u.add_argument("--learning-rate", type=_float, default=1e-4, help="of the model")
     u.add_argument(
-        "--router-rate", type=float, default=30.0, help="the router's, as a multiple of the model's"
+        "--router-rate", type=_float, default=30.0, help="the router's, as a multiple of the model's"
     )
     u.add_argument(
         "--gates",
@@ -192,16 +256,18 @@ def _parser() -> argparse.ArgumentParser:
         default="hard",
         help="mixtures of widths, or choices, straight-through",
     )
-    u.add_argument("--latency-weight", type=float, default=5.0, help="of the distance from the target")
-    u.add_argument("--cross-entropy", type=float, default=1.0, help="weight of the next-token loss")
+    u.add_argument("--latency-weight", type=_float, default=5.0, help="of the distance from the target")
+    u.add_argument("--cross-entropy", type=_float, default=1.0, help="weight of the next-token loss")
     u.add_argument(
-        "--distillation", type=float, default=0.0, help="weight of the divergence from the checkpoint"
+        "--distillation", type=_float, default=0.0, help="weight of the divergence from the checkpoint"
     )
-    u.add_argument("--full-probability", type=float, default=0.3, help="share of micro-batches at full width")
+    u.add_argument(
+        "--full-probability", type=_float, default=0.3, help="share of micro-batches at full width"
+    )
     u.add_argument("--eval-every", type=_number, default=100, help="steps between evaluations, 0 for none")
     u.add_argument("--checkpoint-every", type=_number, default=100, help="steps between checkpoints")
     u.add_argument("--restart", action="store_true", help="discard an unfinished run instead of resuming it")
-    u.add_argument("--seed", type=int, default=0)
+    u.add_argument("--seed", type=_seed, default=0)
 
     e = command(
         "eval",
@@ -305,7 +371,7 @@ def _parser() -> argparse.ArgumentParser:
         "machine",
     )
     s.add_argument(
-        "--minutes", type=float, help="stop after the run during which they pass; call again to go on"
+        "--minutes", type=_float, help="stop after the run during which they pass; call again to go on"
     )
 
     d = command(
@@ -319,7 +385,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     d.add_argument("--out", help="output folder; default demo-out/PARENT")
     _data(d)
-    d.add_argument("--seed", type=int, default=0)
+    d.add_argument("--seed", type=_seed, default=0)
     return parser
 
 
@@ -342,12 +408,12 @@ def _pack(parser: argparse.ArgumentParser) -> None:
 def _budget(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
-        "--budget", type=float, help="fraction of the full model's latency; 1 when none is given"
+        "--budget", type=_float, help="fraction of the full model's latency; 1 when none is given"
     )
-    group.add_argument("--latency-ms", type=float)
-    group.add_argument("--tokens-per-s", type=float)
-    group.add_argument("--params", type=float)
-    group.add_argument("--memory-gb", type=float, help="weights and key/value cache")
+    group.add_argument("--latency-ms", type=_float)
+    group.add_argument("--tokens-per-s", type=_float)
+    group.add_argument("--params", type=_float)
+    group.add_argument("--memory-gb", type=_float, help="weights and key/value cache")
     parser.add_argument(
         "--phase", choices=("prefill", "decode"), default="prefill", help="whose latency is meant"
     )
@@ -355,17 +421,38 @@ def _budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_count, help="sequences of that cache")
 
 
-def _count(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+def _at_least(least: int, value: str) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = None
+    if number is None or number < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {value}")
     return number
 
 
+def _count(value: str) -> int:
+    return _at_least(1, value)
+
+
 def _number(value: str) -> int:
-    number = int(value)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return _at_least(0, value)
+
+
+def _seed(value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {value}") from None
+
+
+def _float(value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"must be a number, got {value}")
     return number
 
 
@@ -374,11 +461,17 @@ def _names(value: str) -> tuple[str, ...]:
 
 
 def _ints(value: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in value.split(","))
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between, got {value}") from None
 
 
 def _floats(value: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in value.split(","))
+    try:
+        return tuple(_float(part) for part in value.split(","))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"must be numbers with commas between, got {value}") from None
 
 
 def _convert(args: argparse.Namespace) -> dict[str, Any]:
@@ -510,7 +603,7 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
         ui.print_table("latency, and error on configurations not fitted", header, rows)
         for table in tables.values():
             for warning in table.warnings:
-                print(f"warning: {warning}", file=sys.stderr)
+                _warn(warning)
     return {name: table.to_dict() for name, table in tables.items()}
 
 
@@ -552,10 +645,8 @@ def _say_fit(fit: Any, gate: Any) -> None:
         f"{fit.worst_error:.3f} nats at {fit.worst_fraction:.2f}"
     )
     if not gate.passed:
-        print(
-            f"warning: {gate.steps_above} router steps were taken with the surrogate's error at or above "
-            f"{gate.threshold} nats",
-            file=sys.stderr,
+        _warn(
+            f"{gate.steps_above} router steps were taken with the surrogate's error at or above {gate.threshold} nats"
         )
 
 

@@ -1,0 +1,61 @@
+"""What the command line says of a wrong command line, and of warnings: one sentence each, in our words."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from flextron import cli
+
+WRONG = {
+    "": "COMMAND must be given, got nothing",
+    "convrt": "COMMAND must be one of",
+    "convert a": "convert: directory must be given, got nothing",
+    "convert a b --samples x": "convert: --samples must be a whole number of at least 1, got x",
+    "convert a b --samples 0": "convert: --samples must be a whole number of at least 1, got 0",
+    "train d --eval-every -1": "train: --eval-every must be a whole number of at least 0, got -1",
+    "convert a b --mlp-choices 1,b": "convert: --mlp-choices must be whole numbers with commas between, got 1,b",
+    "convert a b --unit foo": "convert: --unit must be one of",
+    "convert a b --unit": "convert: --unit must be followed by a value, got none",
+    "generate d --budget 1 --params 2 --prompt x": "--params must not be given with --budget, got both",
+    "generate d": "generate: --prompt must be given, got nothing",
+    "train d --learning-rate nan": "train: --learning-rate must be a number, got nan",
+    "train d --seed 1.5": "train: --seed must be a whole number, got 1.5",
+    "train d --foo": "arguments must be among those that --help lists, got --foo",
+    "train d --s 3": "train: options must be written out as one of --steps, --seed, got --s",
+    "train d --restart=3": "train: --restart must be given without a value, got",
+    "eval d --budgets 1,x": "eval: --budgets must be numbers with commas between, got 1,x",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_command_line_gives_one_sentence(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(line.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("flextron: ") and WRONG[line] in printed.err
+    assert len(printed.err.splitlines()) == 1
+    assert not any(word in printed.err for word in ("usage:", "invalid", "argument --", "_count", "_ints"))
+
+
+def test_warnings_are_sentences(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(args: object) -> dict[str, int]:
+        warnings.warn("elastic/: the table is old\n\nand more", stacklevel=2)
+        return {}
+
+    monkeypatch.setattr(cli, "_info", run)
+    before = warnings.showwarning
+    assert cli.main(["info", "elastic/"]) == 0
+    assert capsys.readouterr().err == "flextron: warning: elastic/: the table is old\n"
+    assert warnings.showwarning is before
+
+
+def test_an_error_of_the_system_names_its_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(args: object) -> None:
+        raise OSError(28, "No space left on device", "elastic/x.json")
+
+    monkeypatch.setattr(cli, "_info", run)
+    assert cli.main(["info", "elastic/"]) == 2
+    assert capsys.readouterr().err == "flextron: elastic/x.json must be usable, got no space left on device\n"
