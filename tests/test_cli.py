@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -86,8 +87,8 @@ def elastic(tmp_path, converted, monkeypatch):
         layers = range(table.num_layers)
         return replace(
             table,
-            mlp=tuple(tuple(map(float, table.mlp_choices)) for _ in layers),
-            heads=tuple(tuple(map(float, table.head_choices)) for _ in layers),
+            mlp=tuple(tuple(map(float, table.elastic.mlp_choices)) for _ in layers),
+            heads=tuple(tuple(map(float, table.elastic.head_choices)) for _ in layers),
             base=10.0,
             slope=1.0,
         )
@@ -213,6 +214,88 @@ def test_what_was_measured_on_other_weights_does_not_survive(elastic, parent, te
     facts = answer(capsys, "info", elastic)
     assert facts["routers"] == "none" and facts["latency tables"] == {}
     assert not (elastic / "training").exists()
+
+
+ROUTE = ("--evaluations", 24, "--prefill", 16, "--steps", 5, "--targets", "0.8,1", "--length", 32)
+ADAPTIVE = ("--adaptive", "--steps", 2, "--samples", 24, "--length", 32, "--targets", "0.8,1")
+PROFILE = ("--phase", "prefill", "--length", 16, "--rounds", 2)
+STEP = ("--steps", 1, "--batch-size", 2, "--length", 32, "--eval-every", 0)
+
+
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+def test_routers_of_other_weights_are_never_used(elastic, text, monkeypatch, capsys):
+    """A run killed between its weights and its end, and resumed; then routers copied in from another checkpoint."""
+    answer(capsys, "profile", elastic, *PROFILE)
+    answer(capsys, "route", elastic, "--data", text, *ROUTE)
+    routers = {path.name: path.read_bytes() for path in elastic.glob("routers.*")}
+    assert len(routers) == 2 and pipeline.from_pretrained(elastic).planner.ladder.origin == "router"
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_discard", killed)
+        assert main([*map(str, ("train", elastic, "--data", text, *STEP))]) == 130
+    capsys.readouterr()
+    left_out = r"routers\.json: was made for other weights .* left out; run `flextron route"
+    with pytest.warns(UserWarning, match=left_out):
+        assert pipeline.from_pretrained(elastic).planner.ladder.origin == "uniform"
+    assert answer(capsys, "train", elastic, "--data", text, *STEP)["resumed_from"] == 1
+    assert not list(elastic.glob("routers.*"))
+    for name, content in routers.items():
+        (elastic / name).write_bytes(content)
+    with pytest.warns(UserWarning, match=left_out):
+        assert pipeline.from_pretrained(elastic).planner.ladder.origin == "uniform"
+    with (
+        pytest.warns(UserWarning, match=left_out),
+        pytest.raises(ValueError, match="got none; run `flextron route"),
+    ):
+        pipeline.tune(elastic)
+    answer(capsys, "route", elastic, "--data", text, *ROUTE)
+    assert pipeline.from_pretrained(elastic).planner.ladder.origin == "router"
+
+
+def test_files_of_another_model_are_refused_until_the_named_command_is_run(
+    elastic, text, monkeypatch, capsys
+):
+    """The menus are the same; the other model has another vocabulary, so every forward takes other time."""
+    monkeypatch.setattr("flextron.route.adaptive._BISECTIONS", 2)
+    asked = ("info", elastic)
+    stages = (
+        ("latency.json", ("profile", elastic, *PROFILE), f"profile {elastic}`"),
+        ("routers.json", ("route", elastic, "--data", text, *ROUTE), f"route {elastic}`"),
+        ("adaptive.json", ("route", elastic, "--data", text, *ADAPTIVE), f"route {elastic} --adaptive`"),
+    )
+    for name, stage, mend in stages:
+        answer(capsys, *stage)
+        path = elastic / name
+        path.write_text(path.read_text().replace('"vocab_size": 300', '"vocab_size": 302'))
+        said = complaint(capsys, *asked)
+        assert f"{name}: must be made for the model here, got one of vocab_size 302 instead of 300;" in said
+        assert said.endswith(f"run `flextron {mend}\n")
+        answer(capsys, *stage)
+        answer(capsys, *asked)
+
+
+def test_tuning_stores_weights_and_routers_together(elastic, text, monkeypatch, capsys):
+    """Killed in between it changes nothing, and afterwards both routers are calibrated for the new weights."""
+    monkeypatch.setattr("flextron.route.adaptive._BISECTIONS", 2)
+    answer(capsys, "profile", elastic, *PROFILE)
+    answer(capsys, "route", elastic, "--data", text, *ROUTE)
+    answer(capsys, "route", elastic, "--data", text, *ADAPTIVE)
+    names = ("model.safetensors", "routers.json", "adaptive.json")
+    before = {name: (elastic / name).read_bytes() for name in names}
+    tune = ("tune", elastic, "--data", text, *STEP)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.AdaptiveResult, "write", killed)
+        assert main([*map(str, tune)]) == 130
+    capsys.readouterr()
+    assert all((elastic / name).read_bytes() == before[name] for name in names)
+    answer(capsys, *tune)
+    assert not any((elastic / name).read_bytes() == before[name] for name in names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = pipeline.from_pretrained(elastic)
+    assert model.planner.ladder.origin == "router" and model.adaptive is not None
 
 
 def test_training_again_resumes_a_finished_run_and_changes_nothing(elastic, text, capsys):

@@ -828,17 +828,17 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
 
 def _info(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import ui
+    from flextron.checkpoint import Origin
     from flextron.convert import load_elastic
-    from flextron.route.adaptive import AdaptiveResult, stored
+    from flextron.route import adaptive as adaptive_routing
+    from flextron.route import trainer
     from flextron.route.latency import load_tables
-    from flextron.route.trainer import DESCRIPTION, RouterResult
 
     model, meta = load_elastic(args.directory)
-    config = model.elastic
-    tables = load_tables(args.directory)
-    trained = (Path(args.directory) / DESCRIPTION).exists()
-    routers = RouterResult.load(args.directory) if trained else None
-    adaptive = AdaptiveResult.load(args.directory) if stored(args.directory) else None
+    config, origin = model.elastic, Origin.of(meta)
+    tables = load_tables(args.directory, config)
+    routers = trainer.load(args.directory, origin)
+    adaptive = adaptive_routing.load(args.directory, origin)
     facts = {
         "family": config.family,
         "layers": config.num_layers,

@@ -142,6 +142,11 @@ class ElasticConfig:
         cached = sum(2 * self.kv_heads(n, kv) * self.head_dim for n in widths.heads) * batch * context
         return (self.params(widths, kv) + cached) * bytes_per_value
 
+    def differs(self, other: ElasticConfig) -> list[str]:
+        """Every field that ``other`` has otherwise, as "name mine instead of theirs"."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [f"{k} {mine[k]} instead of {theirs[k]}" for k in mine if mine[k] != theirs[k]]
+
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from flextron import data as text
+from flextron.checkpoint import CheckpointError, Origin
+from flextron.checkpoint.origin import made_for
 from flextron.convert import convert as convert_model
 from flextron.convert import load_elastic, save_elastic
 from flextron.nn import Dial
@@ -88,10 +90,10 @@ def from_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -
     Raises:
         CheckpointError: one sentence that says what is wrong with which file.
     """
-    model, _ = load_elastic(directory, dtype)
-    model.planner = Planner.load(directory, model.elastic)
-    if adaptive_routing.stored(directory):
-        result = AdaptiveResult.load(directory)
+    model, meta = load_elastic(directory, dtype)
+    origin = Origin.of(meta)
+    model.planner = Planner.load(directory, origin)
+    if result := adaptive_routing.load(directory, origin):
         result.router.check(model.elastic)
         model.attach_router(result.router)
         if result.costs != adaptive_routing.costs_of(model.planner.tables):
@@ -180,18 +182,24 @@ def train(
         validation=_judging(tokens.held_out, validation_windows, config.length),
         progress=lambda step, steps, _: progress("elastic training", step, steps),
     )
-    save_elastic(model, directory)
+    _discard_unfit(directory, save_elastic(model, directory))
     if report.resumed_from < config.steps:
-        _discard(directory, *_ROUTERS, TUNING_FOLDER)  # they were trained on the loss of other weights
+        _discard(directory, TUNING_FOLDER)  # its run began at other weights
     return report
 
 
 def profile(
     directory: str | Path, workloads: Sequence[Workload], *, progress: Progress = _silent, **options: Any
 ) -> dict[str, LatencyTable]:
-    """Measure the latency table of each workload on this machine and store them; other phases' tables stay."""
+    """Measure the latency table of each workload on this machine and store them; other phases' tables stay.
+
+    Tables of another model, or damaged ones, are replaced.
+    """
     model, _ = load_elastic(directory)
-    tables = load_tables(directory)
+    try:
+        tables = load_tables(directory, model.elastic)
+    except CheckpointError:
+        tables = {}
     for workload in workloads:
         what = f"timing {workload.phase}"
         tables[workload.phase] = profile_model(
@@ -214,7 +222,7 @@ def profile_adaptive(
 def _profile_adaptive(
     directory: str | Path, model: Any, progress: Progress, **options: Any
 ) -> dict[str, LatencyTable]:
-    tables, found = load_tables(directory), {}
+    tables, found = load_tables(directory, model.elastic), {}
     for phase, table in tables.items():
         if table.adaptive is None and not table.differs(machine_of(model)):
             what = f"timing routers, {phase}"
@@ -222,7 +230,7 @@ def _profile_adaptive(
                 model, table, progress=lambda done, total, what=what: progress(what, done, total), **options
             )
     if found:
-        save_tables(found, directory)
+        save_tables(tables | found, directory)
     return tables | found
 
 
@@ -237,8 +245,8 @@ def route(
     progress: Progress = _silent,
 ) -> RouterResult:
     """Train the routers for one phase's latency, against the loss on a few sequences, and store them."""
-    model, _ = load_elastic(directory)
-    tables = load_tables(directory)
+    model, meta = load_elastic(directory)
+    tables = load_tables(directory, model.elastic)
     if phase not in tables:
         raise ValueError(
             f"route: {directory} must have a latency table of {phase}; run `flextron profile {directory}`"
@@ -254,7 +262,7 @@ def route(
         progress,
         relaxed_loss(model, tokens) if config.form == "gumbel" else None,
     )
-    result.save(directory)
+    result.save(directory, Origin.of(meta))
     return result
 
 
@@ -280,12 +288,14 @@ def route_adaptive(
         samples: sequences to train, calibrate and judge on.
         length: tokens of each.
     """
-    model = from_pretrained(directory)
+    model, meta = load_elastic(directory)
+    origin = Origin.of(meta)
+    model.planner = Planner.load(directory, origin)
     tokens = _judging(corpus(tokenizer_of(directory), data).train, samples, length)
     model.planner.table(phase)
     tables = _profile_adaptive(directory, model, progress, hidden=config.hidden if config else None)
     result = train_adaptive(model, tables, model.planner.ladder, tokens, config, phase, progress)
-    result.save(directory)
+    result.save(directory, origin)
     return result
 
 
@@ -302,9 +312,10 @@ def tune(
 ) -> TrainReport:
     """Train the model and one of its routers jointly, in place. A killed run goes on when it is called again.
 
-    The tuned router is stored with what is read off it: the static one with a new ladder, the adaptive one with a
-    new calibration. Losses in their reports are measured again; what the surrogate said stays as `route` wrote it,
-    for the surrogate itself is not kept. The other router stays too, at weights that have moved under it.
+    Both routers are stored with the new weights, all or nothing, and with what is read off them: the static one with
+    its ladder, the adaptive one with a new calibration. The other one has not learnt, but is calibrated for the weights
+    that have moved under it. Losses in their reports are measured again; what the surrogate said stays as `route` wrote
+    it, for the surrogate itself is not kept.
 
     Args:
         directory: of a checkpoint with the router.
@@ -317,7 +328,15 @@ def tune(
     """
     config = config or TuneConfig()
     model = from_pretrained(directory)
-    found = (AdaptiveResult if adaptive else RouterResult).load(directory)
+    # as from_pretrained found them: it leaves out, and says so, what was made for other weights
+    static = RouterResult.load(directory) if model.planner.ladder.origin == "router" else None
+    own = AdaptiveResult.load(directory) if model.adaptive is not None else None
+    found = own if adaptive else static
+    if found is None:
+        command = f"flextron route {directory}" + " --adaptive" * adaptive
+        raise ValueError(
+            f"tune: {directory} must have a router made for its weights, got none; run `{command}`"
+        )
     table = model.planner.table(found.phase)
     teacher = load_elastic(directory)[0] if config.distillation else None
     tokens = corpus(tokenizer_of(directory), data)
@@ -334,13 +353,21 @@ def tune(
         progress=lambda step, steps, _: progress("joint tuning", step, steps),
     )
     windows = _judging(tokens.train, samples, config.length)
-    ladder = model.planner.ladder
-    if adaptive:
-        result = adaptive_routing.refreshed(found, model, model.planner.tables, ladder, windows, progress)
-    else:
-        result = trainer.refreshed(found, model.elastic, table, lambda w: evaluate(model, windows, [w])[0])
-    save_elastic(model, directory)
-    result.save(directory)
+    tables, ladder, fresh = model.planner.tables, model.planner.ladder, []
+    if static and static.phase in tables:
+        static = trainer.refreshed(
+            static, model.elastic, tables[static.phase], lambda w: evaluate(model, windows, [w])[0]
+        )
+        ladder = static.ladder
+        fresh.append(static)
+    if own and own.phase in tables:
+        fresh.append(adaptive_routing.refreshed(own, model, tables, ladder, windows, progress))
+
+    def beside(stage: Path, origin: Origin) -> None:
+        for result in fresh:
+            result.write(stage, origin)
+
+    save_elastic(model, directory, beside=beside)
     return report
 
 
@@ -426,6 +453,17 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) 
 def held_out_windows(tokenizer: Any, data: Data, samples: int, length: int) -> Tensor:
     """[n, length] windows of the text that no stage trains on."""
     return _judging(corpus(tokenizer, data).held_out, samples, length)
+
+
+def _discard_unfit(directory: str | Path, origin: Origin) -> None:
+    """Drop the routers that were made for other weights than those of ``origin``, which are stored by now."""
+    for module in (trainer, adaptive_routing):
+        try:
+            found = made_for(directory, module.DESCRIPTION)
+        except CheckpointError:  # damaged
+            found = None
+        if found != origin:
+            _discard(directory, *module.FILES)
 
 
 def _discard(directory: str | Path, *names: str) -> None:

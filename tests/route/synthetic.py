@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 from itertools import pairwise
 
+from flextron.checkpoint import Origin
 from flextron.config import ElasticConfig, Widths
 from flextron.route.latency import LatencyTable, Workload
 
@@ -31,6 +32,11 @@ def make_config(layers: int = 12, mlp_choices=(16, 32, 48, 64), head_choices=(1,
     )
 
 
+def make_origin(config: ElasticConfig, weights: str = "ab" * 32) -> Origin:
+    """What files of a checkpoint with these weights say they were made for."""
+    return Origin(config, weights)
+
+
 def make_table(
     config: ElasticConfig, phase: str = "prefill", base: float = 2.0, slope: float = 1.1
 ) -> LatencyTable:
@@ -40,8 +46,7 @@ def make_table(
     return LatencyTable(
         workload=Workload.prefill(128) if phase == "prefill" else Workload.decode(64),
         machine={"device": "paper", "threads": 2},
-        mlp_choices=config.mlp_choices,
-        head_choices=config.head_choices,
+        elastic=config,
         mlp=mlp,
         heads=heads,
         raw_mlp=mlp,

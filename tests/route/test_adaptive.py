@@ -6,10 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from synthetic import make_table
+from synthetic import make_origin, make_table
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from flextron.checkpoint import CheckpointError
 from flextron.convert import convert, load_elastic
 from flextron.demo import stories
 from flextron.nn import Dial, elastic_config, make_elastic
@@ -239,20 +240,29 @@ def test_an_untrained_router_is_the_static_one(model, tables):
 
 
 @pytest.mark.parametrize("form", ["gumbel", "surrogate"])
-def test_a_router_survives_the_file(trained, by_surrogate, form, tmp_path):
+def test_a_router_survives_the_file(trained, by_surrogate, form, model, tmp_path):
     trained = by_surrogate if form == "surrogate" else trained
-    assert not adaptive.stored(tmp_path)
-    trained.save(tmp_path)
-    loaded = AdaptiveResult.load(tmp_path)
-    assert adaptive.stored(tmp_path) and loaded.to_dict() == trained.to_dict()
+    origin = make_origin(model.elastic)
+    assert adaptive.load(tmp_path, origin) is None
+    trained.save(tmp_path, origin)
+    loaded = adaptive.load(tmp_path, origin)
+    assert loaded.to_dict() == trained.to_dict()
+    with pytest.warns(
+        UserWarning, match=r"adaptive\.json: was made for other .* run `flextron route .* --adaptive`"
+    ):
+        assert adaptive.load(tmp_path, make_origin(model.elastic, "cd" * 32)) is None
+    with pytest.raises(
+        CheckpointError, match=r"adaptive\.json: must be made for the model here, got one of tied"
+    ):
+        adaptive.load(tmp_path, make_origin(replace(model.elastic, tied=not model.elastic.tied)))
     for a, b in zip(loaded.router.state_dict().values(), trained.router.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert loaded.config == replace(OPTIONS, form=form, threshold=trained.config.threshold)
     assert (loaded.surrogate is None) == (loaded.gate is None) == (form == "gumbel")
 
 
-def test_a_damaged_or_foreign_file_is_refused(trained, tmp_path):
-    trained.save(tmp_path)
+def test_a_damaged_or_foreign_file_is_refused(trained, model, tmp_path):
+    trained.save(tmp_path, make_origin(model.elastic))
     described = json.loads((tmp_path / "adaptive.json").read_text())
     for change, words in (
         ({"format": 2}, "format must be 1, got 2"),

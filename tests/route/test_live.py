@@ -69,7 +69,7 @@ def test_a_profile_has_a_cost_for_every_choice(model, workload, tmp_path):
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert table.differs(machine_of(model)) == []
     save_tables({workload.phase: table}, tmp_path)
-    assert load_tables(tmp_path) == {workload.phase: table}
+    assert load_tables(tmp_path, model.elastic) == {workload.phase: table}
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.phase)

@@ -95,7 +95,8 @@ def test_a_study_stops_goes_on_and_is_written_down(tmp_path, monkeypatch):
         table = measured(*args, **kwargs)
         layers = range(table.num_layers)
         mlp, heads = (
-            tuple(tuple(map(float, menu)) for _ in layers) for menu in (table.mlp_choices, table.head_choices)
+            tuple(tuple(map(float, menu)) for _ in layers)
+            for menu in (table.elastic.mlp_choices, table.elastic.head_choices)
         )
         return replace(table, mlp=mlp, heads=heads, base=10.0, slope=1.0)
 

@@ -14,6 +14,7 @@ from flextron.checkpoint.io import (
     write_json,
 )
 from flextron.checkpoint.lock import BusyError, locked
+from flextron.checkpoint.origin import Origin
 
 __all__ = [
     "ELASTIC_FILE",
@@ -22,6 +23,7 @@ __all__ = [
     "BusyError",
     "CheckpointError",
     "Files",
+    "Origin",
     "check_format",
     "checksum_of",
     "commit",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from flextron.checkpoint import (
     FORMAT,
     WEIGHTS_FILE,
     CheckpointError,
+    Origin,
     check_format,
     checksum_of,
     commit,
@@ -34,8 +36,12 @@ _OWN_KEYS = ("format", "elastic", "checksums", "versions")
 
 
 def save_elastic(
-    model: Any, directory: str | Path, tokenizer: Any = None, report: dict[str, Any] | None = None
-) -> None:
+    model: Any,
+    directory: str | Path,
+    tokenizer: Any = None,
+    report: dict[str, Any] | None = None,
+    beside: Callable[[Path, Origin], None] | None = None,
+) -> Origin:
     """Write an elastic model, all of it or nothing; other files in ``directory`` stay.
 
     Args:
@@ -43,6 +49,10 @@ def save_elastic(
         directory: created when it is not there.
         tokenizer: stored too when given.
         report: what conversion found (``parity``, ``importance``); None keeps what the directory has.
+        beside: writes into a folder what was made for these weights; it is stored with them or not at all.
+
+    Returns:
+        What files made for these weights are to say they were made for.
     """
     directory = Path(directory)
     recover(directory)
@@ -66,6 +76,10 @@ def save_elastic(
             "versions": _versions(),
         }
         write_json(stage / ELASTIC_FILE, meta)
+        origin = Origin.of(meta)
+        if beside is not None:
+            beside(stage, origin)
+    return origin
 
 
 def load_elastic(directory: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Any]]:

@@ -13,8 +13,7 @@ import torch
 from flextron import pipeline
 from flextron.report import figures
 from flextron.report.page import Section, render
-from flextron.route import trainer
-from flextron.route.adaptive import AdaptiveResult, stored
+from flextron.route.adaptive import AdaptiveResult
 from flextron.route.trainer import RouterResult
 from flextron.train.resume import METRICS_FILE
 
@@ -57,9 +56,9 @@ def report(
     sections = [_losses(rows, table), _router_map(model, rows)]
     if model.adaptive is not None:
         sections.append(_token_map(model, tokenizer, tokens, targets))
-    if (Path(directory) / trainer.DESCRIPTION).exists():
+    if model.planner.ladder.origin == "router":
         sections += _routers(RouterResult.load(directory))
-    if stored(directory):
+    if model.adaptive is not None:
         sections.append(_adaptive(AdaptiveResult.load(directory)))
     sections += _training(Path(directory) / pipeline.TRAINING_FOLDER)
     lead = (

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
 from flextron.checkpoint.io import commit, load_tensors, read_json, recover, save_tensors, write_json
+from flextron.checkpoint.origin import KEY, Origin, fits
 from flextron.config import ElasticConfig, Widths
 from flextron.nn import Dial
 from flextron.nn.learning import (
@@ -151,7 +152,7 @@ class AdaptiveResult:
         history: one entry for about every fiftieth step.
         config: what it was trained with.
         phase: whose latency the training was about; the calibration covers every phase that was profiled.
-        costs: of the tables it is calibrated for, by phase: ``LatencyTable.mlp`` and ``heads`` of one layer.
+        costs: of the tables it is calibrated for, by phase: ``LatencyTable.costs`` and ``adaptive``.
         surrogate: fit on observations that it was never trained on; None where there was none.
         gate: when the router moved; None where there was no surrogate.
     """
@@ -186,11 +187,15 @@ class AdaptiveResult:
             "gate": None if self.gate is None else asdict(self.gate),
         }
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, origin: Origin) -> None:
         """Write ``adaptive.safetensors`` and ``adaptive.json`` into an elastic checkpoint, both or neither."""
         with commit(directory) as stage:
-            checksum = save_tensors(stage / TENSORS, self.router.state_dict())
-            write_json(stage / DESCRIPTION, {**self.to_dict(), "checksum": checksum})
+            self.write(stage, origin)
+
+    def write(self, folder: Path, origin: Origin) -> None:
+        """Write both files; ``origin`` is the model that they were made for."""
+        checksum = save_tensors(folder / TENSORS, self.router.state_dict())
+        write_json(folder / DESCRIPTION, {**self.to_dict(), KEY: origin.to_dict(), "checksum": checksum})
 
     @classmethod
     def load(cls, directory: str | Path) -> AdaptiveResult:
@@ -223,21 +228,16 @@ class AdaptiveResult:
             raise CheckpointError(f"{path}: must describe an adaptive router, got {error!r}") from None
 
 
-def stored(directory: str | Path) -> bool:
-    """Whether an elastic checkpoint has an adaptive router."""
-    recover(directory)
-    return (Path(directory) / DESCRIPTION).exists()
+def load(directory: str | Path, origin: Origin) -> AdaptiveResult | None:
+    """The router of an elastic checkpoint that was made for its weights; another is left out, with a warning."""
+    fitting = fits(directory, DESCRIPTION, origin, f"flextron route {directory} --adaptive")
+    return AdaptiveResult.load(directory) if fitting else None
 
 
 def costs_of(tables: dict[str, LatencyTable]) -> dict[str, Any]:
     """What a calibration rests on, of each phase, as it is stored."""
     return {
-        phase: {
-            "mlp": list(t.mlp[0]),
-            "heads": list(t.heads[0]),
-            "base": t.base,
-            "adaptive": None if t.adaptive is None else list(t.adaptive),
-        }
+        phase: {**t.costs, "adaptive": None if t.adaptive is None else list(t.adaptive)}
         for phase, t in tables.items()
     }
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flextron.checkpoint.origin import Origin
 from flextron.config import ElasticConfig, Widths
 from flextron.route.ladder import Ladder, uniform_ladder
 from flextron.route.latency import LatencyTable, load_tables
@@ -53,9 +54,10 @@ class Planner:
             table.check(self.config)
 
     @classmethod
-    def load(cls, directory: str | Path, config: ElasticConfig) -> Planner:
-        """The planner of an elastic checkpoint: with what tables and routers there are in it."""
-        return cls(config, load_tables(directory), load_ladder(directory))
+    def load(cls, directory: str | Path, origin: Origin) -> Planner:
+        """The planner of an elastic checkpoint: with what tables and routers in it were made for ``origin``."""
+        tables = load_tables(directory, origin.elastic)
+        return cls(origin.elastic, tables, load_ladder(directory, origin, tables))
 
     def table(self, phase: str) -> LatencyTable:
         """The latency table of a phase.

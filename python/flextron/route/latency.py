@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import platform
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -21,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
+from flextron.checkpoint.format import FORMAT, CheckpointError, check_format, listed
 from flextron.checkpoint.io import read_json, write_json
+from flextron.checkpoint.origin import check_model
 from flextron.config import ElasticConfig, Widths
 from flextron.nn import Dial, ElasticCache
 from flextron.nn.cache import ElasticCacheLayer
@@ -106,7 +108,7 @@ class LatencyTable:
 
     Attributes:
         workload, machine: what was timed, and where: the key of the table.
-        mlp_choices, head_choices: the menus it is about.
+        elastic: shape and menus of the model that was timed. Its latency does not depend on the weights' values.
         mlp, heads: [L, C], cost of a choice in a layer, never falling with the width; in the decode phase what it
             costs above the narrowest.
         raw_mlp, raw_heads: the same before the repair of `isotonic`.
@@ -119,8 +121,7 @@ class LatencyTable:
 
     workload: Workload
     machine: dict[str, Any]
-    mlp_choices: tuple[int, ...]
-    head_choices: tuple[int, ...]
+    elastic: ElasticConfig
     mlp: tuple[tuple[float, ...], ...]
     heads: tuple[tuple[float, ...], ...]
     raw_mlp: tuple[tuple[float, ...], ...]
@@ -138,25 +139,21 @@ class LatencyTable:
 
     @property
     def num_layers(self) -> int:
-        return len(self.mlp)
-
-    def _all_at(self, place: int) -> Widths:
-        layers = self.num_layers
-        return Widths((self.mlp_choices[place],) * layers, (self.head_choices[place],) * layers)
+        return self.elastic.num_layers
 
     @cached_property
     def full_ms(self) -> float:
         """Predicted time of the full model: what a fraction is a fraction of."""
-        return self.predict(self._all_at(-1))
+        return self.predict(self.elastic.full())
 
     @cached_property
     def smallest_ms(self) -> float:
-        return self.predict(self._all_at(0))
+        return self.predict(self.elastic.smallest())
 
     @cached_property
     def smallest_adaptive_ms(self) -> float:
         """Where every token chooses for itself; not below what is possible without choosing."""
-        return max(self.smallest_ms, self.predict(self._all_at(0), adaptive=True))
+        return max(self.smallest_ms, self.predict(self.elastic.smallest(), adaptive=True))
 
     def _line(self, adaptive: bool) -> tuple[float, float]:
         return self.adaptive if adaptive and self.adaptive is not None else (self.base, self.slope)
@@ -213,14 +210,22 @@ class LatencyTable:
         return self.predict(widths, adaptive) / self.full_ms
 
     def check(self, config: ElasticConfig) -> None:
-        """Raise ValueError unless the table is about this model's menus."""
-        theirs = (config.num_layers, config.mlp_choices, config.head_choices)
-        mine = (self.num_layers, self.mlp_choices, self.head_choices)
-        if mine != theirs:
+        """Raise ValueError unless the table is about a model of these shapes and menus."""
+        if differing := self.elastic.differs(config):
             raise ValueError(
-                f"latency table: layers and menus must be those of the model {theirs}, got {mine}; "
+                f"latency table: must be of this model, got one of {listed(differing)}; "
                 "run `flextron profile DIR` again"
             )
+
+    @property
+    def costs(self) -> dict[str, Any]:
+        """What routers and calibrations rest on, as it is stored with them."""
+        return {
+            "mlp": list(self.mlp[0]),
+            "heads": list(self.heads[0]),
+            "base": self.base,
+            "slope": self.slope,
+        }
 
     def differs(self, machine: dict[str, Any]) -> list[str]:
         """How ``machine`` (of `machine_of`) is not the one that was measured: one sentence each."""
@@ -233,7 +238,7 @@ class LatencyTable:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        values = asdict(self)
+        values = {**asdict(self), "elastic": self.elastic.to_dict()}
         values["residual_median"] = self.residual_median if self.held_out else None
         values["residual_worst"] = self.residual_worst if self.held_out else None
         return values
@@ -241,8 +246,8 @@ class LatencyTable:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LatencyTable:
         values = {k: v for k, v in values.items() if k not in ("residual_median", "residual_worst")}
-        for name in ("mlp_choices", "head_choices", "warnings"):
-            values[name] = tuple(values[name])
+        values["warnings"] = tuple(values["warnings"])
+        values["elastic"] = ElasticConfig.from_dict(values["elastic"])
         for name in ("mlp", "heads", "raw_mlp", "raw_heads"):
             values[name] = tuple(tuple(row) for row in values[name])
         if values.get("adaptive") is not None:
@@ -255,23 +260,38 @@ class LatencyTable:
 
 
 def save_tables(tables: dict[str, LatencyTable], directory: str | Path) -> None:
-    """Write tables, by phase, to ``latency.json`` of an elastic checkpoint; those of other phases stay."""
-    tables = {**load_tables(directory), **tables}
+    """Write tables, by phase, as ``latency.json`` of an elastic checkpoint."""
     content = {"format": FORMAT, "tables": {phase: table.to_dict() for phase, table in tables.items()}}
     write_json(Path(directory) / FILE, content)
 
 
-def load_tables(directory: str | Path) -> dict[str, LatencyTable]:
-    """The tables of an elastic checkpoint, by phase; empty when it was never profiled."""
+def load_tables(directory: str | Path, config: ElasticConfig) -> dict[str, LatencyTable]:
+    """The tables of an elastic checkpoint, by phase; empty when it was never profiled.
+
+    A table that does not say which model it is of is left out with a warning.
+
+    Raises:
+        CheckpointError: the file is damaged, or a table is of a model that is not ``config``.
+    """
     path = Path(directory) / FILE
     if not path.exists():
         return {}
     content = read_json(path)
     check_format(content, path)
+    mend = f"flextron profile {directory}"
     try:
-        return {phase: LatencyTable.from_dict(table) for phase, table in content["tables"].items()}
-    except (AttributeError, KeyError, TypeError) as error:
+        known = {phase: table for phase, table in content["tables"].items() if "elastic" in table}
+        if len(known) < len(content["tables"]):
+            warnings.warn(
+                f"{path}: a table does not say which model it is of, and is left out; run `{mend}`",
+                stacklevel=2,
+            )
+        tables = {phase: LatencyTable.from_dict(table) for phase, table in known.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: must hold latency tables, got {error!r}") from None
+    for table in tables.values():
+        check_model(path, table.elastic, config, mend)
+    return tables
 
 
 def isotonic(values: Sequence[float]) -> tuple[float, ...]:
@@ -414,8 +434,7 @@ def profile(
     draft = LatencyTable(
         workload=workload,
         machine=machine_of(model),
-        mlp_choices=config.mlp_choices,
-        head_choices=config.head_choices,
+        elastic=config,
         mlp=(costs["mlp"],) * layers,
         heads=(costs["heads"],) * layers,
         raw_mlp=(raw["mlp"],) * layers,
@@ -629,8 +648,8 @@ def _filled_cache(model: Any, dial: Widths | Dial, workload: Workload) -> Elasti
 def _layer_sum(table: LatencyTable, widths: Widths) -> float:
     total = 0.0
     for menu, rows, chosen in (
-        (table.mlp_choices, table.mlp, widths.mlp),
-        (table.head_choices, table.heads, widths.heads),
+        (table.elastic.mlp_choices, table.mlp, widths.mlp),
+        (table.elastic.head_choices, table.heads, widths.heads),
     ):
         total += sum(row[menu.index(width)] for row, width in zip(rows, chosen, strict=True))
     return total

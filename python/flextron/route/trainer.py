@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
 from flextron.checkpoint.io import commit, load_tensors, read_json, recover, save_tensors, write_json
+from flextron.checkpoint.origin import KEY, Origin, fits
 from flextron.config import ElasticConfig, Widths
 from flextron.nn.router import Choices, GumbelSampler, StaticRouter, anneal
 from flextron.route.ladder import Ladder, router_ladder, uniform_ladder
@@ -189,6 +191,7 @@ class RouterResult:
         history: one entry for about every fiftieth step.
         config: what it was trained with.
         phase: whose latency the targets are fractions of.
+        costs: of the table that they were trained on: ``LatencyTable.costs``.
     """
 
     router: StaticRouter
@@ -201,6 +204,7 @@ class RouterResult:
     history: tuple[dict[str, float], ...]
     config: RouteConfig
     phase: str
+    costs: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """All but the router's weights."""
@@ -217,13 +221,18 @@ class RouterResult:
             "history": list(self.history),
             "config": self.config.to_dict(),
             "phase": self.phase,
+            "costs": self.costs,
         }
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, origin: Origin) -> None:
         """Write ``routers.safetensors`` and ``routers.json`` into an elastic checkpoint, both or neither."""
         with commit(directory) as stage:
-            checksum = save_tensors(stage / TENSORS, self.router.state_dict())
-            write_json(stage / DESCRIPTION, {**self.to_dict(), "checksum": checksum})
+            self.write(stage, origin)
+
+    def write(self, folder: Path, origin: Origin) -> None:
+        """Write both files; ``origin`` is the model that they were made for."""
+        checksum = save_tensors(folder / TENSORS, self.router.state_dict())
+        write_json(folder / DESCRIPTION, {**self.to_dict(), KEY: origin.to_dict(), "checksum": checksum})
 
     @classmethod
     def load(cls, directory: str | Path) -> RouterResult:
@@ -244,6 +253,7 @@ class RouterResult:
                 history=tuple(values["history"]),
                 config=RouteConfig.from_dict(values["config"]),
                 phase=values["phase"],
+                costs=values["costs"],
             )
 
 
@@ -268,13 +278,33 @@ def refreshed(
     return replace(result, ladder=ladder, targets=tuple(targets))
 
 
-def load_ladder(directory: str | Path) -> Ladder | None:
-    """The routed ladder of an elastic checkpoint; None when no routers were trained."""
-    recover(directory)
-    if not (Path(directory) / DESCRIPTION).exists():
+def load(directory: str | Path, origin: Origin) -> RouterResult | None:
+    """The routers of an elastic checkpoint that were made for its weights; others are left out, with a warning."""
+    return RouterResult.load(directory) if _stored(directory, origin) else None
+
+
+def load_ladder(
+    directory: str | Path, origin: Origin, tables: Mapping[str, LatencyTable] | None = None
+) -> Ladder | None:
+    """The routed ladder of an elastic checkpoint; None when no routers were trained for its weights.
+
+    Where ``tables`` are given and it rests on another one, a warning says so: budgets are met by the new table.
+    """
+    if not _stored(directory, origin):
         return None
     with _reading(directory) as values:
-        return Ladder.from_dict(values["ladder"])
+        ladder, phase, costs = Ladder.from_dict(values["ladder"]), values["phase"], values["costs"]
+    if tables is not None and (phase not in tables or tables[phase].costs != costs):
+        warnings.warn(
+            f"{Path(directory) / DESCRIPTION}: was trained on another latency table of {phase} than the one here; "
+            f"run `flextron route {directory}`",
+            stacklevel=3,
+        )
+    return ladder
+
+
+def _stored(directory: str | Path, origin: Origin) -> bool:
+    return fits(directory, DESCRIPTION, origin, f"flextron route {directory}")
 
 
 @contextlib.contextmanager
@@ -388,6 +418,7 @@ class _Training:
             history=tuple(self.history),
             config=self.options,
             phase=self.table.workload.phase,
+            costs=self.table.costs,
         )
 
     def _loss(self, widths: Widths) -> float:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from flextron import data as text
 from flextron import pipeline
+from flextron.checkpoint import Origin
 from flextron.config import Widths
 from flextron.convert import load_elastic, save_elastic
 from flextron.demo import stories
@@ -300,7 +301,8 @@ class Study:
         return self._corpus
 
     def table(self) -> LatencyTable:
-        tables = load_tables(self._converted("importance", 0))
+        directory = self._converted("importance", 0)
+        tables = load_tables(directory, Origin.read(directory).elastic)
         if self.plan.workload.phase not in tables:
             raise ValueError(
                 "reproduce: stages must include prepare and profile before this one, got neither"
