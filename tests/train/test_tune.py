@@ -126,22 +126,22 @@ def test_every_option_of_tuning_changes_the_router(name, tmp_path):
 
 def test_full_micro_batches_ask_no_router(tmp_path, monkeypatch):
     asked = []
-    real = Gated.decide
-    monkeypatch.setattr(Gated, "decide", lambda self, x: asked.append(1) or real(self, x))
+    real = Gated.__call__
+    monkeypatch.setattr(Gated, "__call__", lambda self, x: asked.append(1) or real(self, x))
     model, router, _ = run(tmp_path, config=replace(CONFIG, full_probability=1.0))
     assert not asked and same(router, router_of(model)) and not same(model, elastic())
 
 
 def test_static_sequences_share_one_draw(monkeypatch, tmp_path):
     kept = []
-    real = Gated.decide
+    real = Gated.__call__
 
     def watched(self, x):
         decision = real(self, x)
         kept.append(decision.mlp.choice.view(x.shape[:2]))
         return decision
 
-    monkeypatch.setattr(Gated, "decide", watched)
+    monkeypatch.setattr(Gated, "__call__", watched)
     run(tmp_path, "static", replace(CONFIG, full_probability=0.0))
     assert all((choice == choice[:, :1]).all() for choice in kept)
     assert any(len(choice[:, 0].unique()) > 1 for choice in kept)

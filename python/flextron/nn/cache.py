@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,6 +164,7 @@ class ElasticCache(Cache):
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=ElasticCacheLayer)
         self._rooms: _Rooms | None = None
+        self.is_left_padded = False  # a generation knows it of its masks, so the host need not read them
 
     def reserve(
         self, like: Tensor, B: int, tokens: int, groups: Sequence[int], head_dim: int
@@ -176,6 +178,14 @@ class ElasticCache(Cache):
             self._rooms = _Rooms(self.layers, groups)
         return self._rooms.keys, self._rooms.values
 
+    def arrange(self, order: Tensor) -> None:
+        """Let the first tokens of each sequence lie in another order, [B, tokens] int64 places of now."""
+        index = order[..., None, None]
+        for layer in self.layers:
+            for stored in (layer.keys, layer.values):
+                part = stored[:, : order.shape[1]]
+                part.copy_(part.gather(1, index.expand_as(part)))
+
     def advance(self, tokens: int, groups: Sequence[int]) -> None:
         """Count ``tokens`` that were written into what `reserve` gave."""
         for layer, n in zip(self.layers, groups, strict=True):
@@ -186,3 +196,9 @@ class ElasticCache(Cache):
         """Raise ValueError, before anything is appended, when some layer would need more groups than it holds."""
         for layer, wanted in zip(self.layers, groups, strict=False):
             layer.check(wanted)
+
+
+def given_cache(arguments: dict[str, Any]) -> Any:
+    """The cache among a forward's or a generation's arguments; transformers takes its old name too, with a warning."""
+    past = arguments.get("cache")
+    return arguments.get("past_key_values") if past is None else past

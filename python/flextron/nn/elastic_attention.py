@@ -6,10 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from flextron.config import ElasticConfig
+from flextron.nn import masks
 from flextron.nn.packed import linear
 from flextron.nn.policy import Kept, Policy
+from flextron.nn.router import Choices
+from flextron.nn.setting import Setting, Settings
 from flextron_ext import head_attention, head_attention_decode
 
 _DECODE_TOKENS = 8  # new tokens per sequence up to which the decode op, made for a few, is used
@@ -34,7 +38,7 @@ class ElasticAttention(nn.Module):
     Takes over the projections (and norms) of a transformers attention; their names and tensors stay.
     """
 
-    def __init__(self, attention: nn.Module, config: ElasticConfig) -> None:
+    def __init__(self, attention: nn.Module, config: ElasticConfig, settings: Settings) -> None:
         super().__init__()
         self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
         self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
@@ -42,10 +46,19 @@ class ElasticAttention(nn.Module):
         self.k_norm = attention.k_norm if config.qk_norm else None
         self.layer_idx = attention.layer_idx
         self.scaling = attention.scaling
-        self.elastic = config
-        self.heads = config.max_heads
-        self.kv = "selected"
-        self.policy: Policy | None = None
+        self.elastic, self.settings = config, settings
+
+    @property
+    def heads(self) -> int:
+        return self.settings.now().widths.heads[self.layer_idx]
+
+    @property
+    def kv(self) -> str:
+        return self.settings.now().kv
+
+    @property
+    def policy(self) -> Policy | None:
+        return self.settings.now().policies[self.layer_idx]
 
     def _project(
         self, proj: nn.Linear, x: Tensor, heads: int, blocks: int = 1, extent: Tensor | None = None
@@ -64,17 +77,17 @@ class ElasticAttention(nn.Module):
         cache: Any = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states [B, T, K]; attention_mask None or [B], the first key each sequence may see."""
+        """hidden_states [B, T, K]; attention_mask in a form of `flextron.nn.masks`."""
         c, D = self.elastic, self.elastic.head_dim
         B, T, _ = hidden_states.shape
+        setting = self.settings.now()
+        heads = setting.widths.heads[self.layer_idx]
         # unit "query": blocks are the groups, and `per_block` query heads of each are kept
-        blocks, per_block = (
-            (c.num_kv_heads, self.heads) if c.unit == "query" else (1, c.query_heads(self.heads))
-        )
-        stored, used = c.kv_heads(self.heads, self.kv), c.kv_heads(self.heads)
+        blocks, per_block = (c.num_kv_heads, heads) if c.unit == "query" else (1, c.query_heads(heads))
+        stored, used = setting.kv_heads[self.layer_idx], c.kv_heads(heads)
 
-        kept = Kept() if self.policy is None else self.policy(hidden_states).heads
-        features = None if kept.extent is None else kept.extent * (per_block // self.heads * D)
+        kept = self._decided(setting, hidden_states)
+        features = None if kept.extent is None else kept.extent * (per_block // heads * D)
 
         q = self._project(self.q_proj, hidden_states, per_block, blocks, features)
         k = self._project(self.k_proj, hidden_states, stored)
@@ -91,31 +104,15 @@ class ElasticAttention(nn.Module):
                 k, v = keys.transpose(1, 2), values.transpose(1, 2)
         k, v = k[:, :, :used], v[:, :, :used]
 
-        # the number of a token's heads; without one, all that are here, in whatever unit
-        count = (used, "kv_group") if kept.extent is None else (self.heads, c.unit)
-        few = _DECODE_TOKENS if kept.extent is None else 1  # there the op's extents are per sequence
-        if cached and few >= T:
-            lengths = torch.full((B,), k.shape[1], dtype=torch.int64, device=q.device)
-            out = head_attention_decode(
-                q, k, v, lengths, *count, kept.extent, k_start=attention_mask, scale=self.scaling
-            )
+        k_start, mask = masks.split(attention_mask)
+        if mask is not None:
+            out = self._attend_masked(q, k, v, mask, heads)
         else:
-            S = k.shape[1]
-            sequence = torch.arange(B + 1, device=q.device)
-            out = head_attention(
-                q.flatten(0, 1),
-                k.flatten(0, 1),
-                v.flatten(0, 1),
-                *count,
-                kept.extent,
-                "token" if kept.extent is not None else "sequence",
-                cu_seqlens_q=sequence * T,
-                cu_seqlens_k=sequence * S,
-                k_start=attention_mask,
-                scale=self.scaling,
-            )
+            # the number of a token's heads; without one, all that are here, in whatever unit
+            count = (used, "kv_group") if kept.extent is None else (heads, c.unit)
+            out = self._attend(q, k, v, k_start, count, kept.extent, cached > 0)
         if kept.gate is not None:
-            out = out.view(B * T, -1, D) * self._scale(kept.gate).to(out.dtype)[..., None]
+            out = out.reshape(B * T, -1, D) * self._scale(kept.gate).to(out.dtype)[..., None]
         out = linear(
             self.o_proj,
             out.reshape(B, T, -1),
@@ -125,6 +122,72 @@ class ElasticAttention(nn.Module):
             in_blocks=blocks,
         )
         return out, None
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_start: Tensor | None,
+        count: tuple[int, str],
+        extent: Tensor | None,
+        cached: bool,
+    ) -> Tensor:
+        """q [B, T, H, D], k and v [B, S, G, D] -> the ops' attention, [B, T, H, D] or [B * T, H, D]."""
+        (B, T), S = q.shape[:2], k.shape[1]
+        few = _DECODE_TOKENS if extent is None else 1  # there the op's extents are per sequence
+        if cached and few >= T:
+            lengths = torch.full((B,), S, dtype=torch.int64, device=q.device)
+            return head_attention_decode(
+                q, k, v, lengths, *count, extent, k_start=k_start, scale=self.scaling
+            )
+        sequence = torch.arange(B + 1, device=q.device)
+        return head_attention(
+            q.flatten(0, 1),
+            k.flatten(0, 1),
+            v.flatten(0, 1),
+            *count,
+            extent,
+            "token" if extent is not None else "sequence",
+            cu_seqlens_q=sequence * T,
+            cu_seqlens_k=sequence * S,
+            k_start=k_start,
+            scale=self.scaling,
+        )
+
+    def _attend_masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: int) -> Tensor:
+        """q [B, T, H, D], k and v [B, S, G, D] -> torch's attention under any mask, [B, T, H, D].
+
+        Of a token's heads beyond its own number, whose queries are zeros, the output projection reads none.
+        """
+        c = self.elastic
+        masks.check_masked(mask, q.shape[0], q.shape[1], k.shape[1])
+        if mask.shape[1] == c.num_heads > 1:
+            first = slice(heads) if c.unit == "query" else slice(None)
+            grouped = mask.unflatten(1, (c.num_kv_heads, c.heads_per_group))
+            mask = grouped[:, : k.shape[2], first].flatten(1, 2)
+        elif mask.shape[1] != 1:
+            raise ValueError(
+                f"flextron: attention_mask must have a mask for all or for each of {c.num_heads} heads, "
+                f"got {mask.shape[1]}"
+            )
+        each = q.shape[2] // k.shape[2]
+        k, v = (x.repeat_interleave(each, dim=2).transpose(1, 2) for x in (k, v))
+        out = scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=self.scaling)
+        return out.transpose(1, 2)
+
+    def _decided(self, setting: Setting, x: Tensor) -> Kept:
+        """What the layer's policy decides for the tokens of x [B, T, K], of the heads; the MLP is told of the rest."""
+        policy = setting.policies[self.layer_idx]
+        if policy is None:
+            return Kept()
+        decision = policy(x)
+        self.settings.hand_on(self.layer_idx, decision)
+        if setting.seen is not None:
+            setting.seen.append(
+                (self.layer_idx, Choices(*(kept.choice.view(x.shape[:2]) for kept in decision)))
+            )
+        return decision.heads
 
     def _scale(self, gate: Tensor) -> Tensor:
         """gate [N, C] -> [N, H]: each head's share, the sum of the choices that keep it.

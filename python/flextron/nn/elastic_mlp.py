@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from flextron.config import ElasticConfig
 from flextron.nn.packed import PackedLinear
 from flextron.nn.policy import Kept, Policy
+from flextron.nn.setting import Settings
 from flextron_ext import elastic_mlp, packed_mlp
 
 # transformers' names of activations -> the op's
@@ -29,7 +30,9 @@ class ElasticMLP(nn.Module):
     Takes over the three projections of a transformers MLP; their names and tensors stay as they were.
     """
 
-    def __init__(self, mlp: nn.Module, activation: str, config: ElasticConfig) -> None:
+    def __init__(
+        self, mlp: nn.Module, activation: str, config: ElasticConfig, settings: Settings, layer_idx: int
+    ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise NotImplementedError(
@@ -38,30 +41,39 @@ class ElasticMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self.activation = ACTIVATIONS[activation]
         self.choices = config.mlp_choices
-        self.width = self.up_proj.out_features
-        self.policy: Policy | None = None
+        self.settings, self.layer_idx = settings, layer_idx
+
+    @property
+    def width(self) -> int:
+        return self.settings.now().widths.mlp[self.layer_idx]
+
+    @property
+    def policy(self) -> Policy | None:
+        return self.settings.now().policies[self.layer_idx]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.policy is None:
-            return self._run(x)
-        kept = self.policy.last.mlp
+        setting = self.settings.now()
+        width = setting.widths.mlp[self.layer_idx]
+        if setting.policies[self.layer_idx] is None:
+            return self._run(x, width)
+        kept = self.settings.decided(self.layer_idx).mlp
         if kept.gate is None:
-            return self._run(x, kept.extent)
+            return self._run(x, width, kept.extent)
         if kept.extent is None:
-            return self._run(x, gate=kept.gate, choices=self.choices)
-        return self._by_choice(x.flatten(0, -2), kept).view(x.shape)
+            return self._run(x, width, gate=kept.gate, choices=self.choices)
+        return self._by_choice(x.flatten(0, -2), width, kept).view(x.shape)
 
-    def _run(self, x: Tensor, extent: Tensor | None = None, **soft: object) -> Tensor:
+    def _run(self, x: Tensor, width: int, extent: Tensor | None = None, **soft: object) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         if isinstance(up, PackedLinear):
             if soft:
                 raise NotImplementedError("ElasticMLP: gate must be None with packed weights, got a soft one")
             weights = (up.panels, down.panels, up.scales, down.scales, up.gate_bias, up.bias, down.bias)
-            return packed_mlp(x, *weights, self.width, down.out_features, True, self.activation, extent)
+            return packed_mlp(x, *weights, width, down.out_features, True, self.activation, extent)
         weights = (gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
-        return elastic_mlp(x, *weights, self.width, self.activation, extent, **soft)
+        return elastic_mlp(x, *weights, width, self.activation, extent, **soft)
 
-    def _by_choice(self, x: Tensor, kept: Kept) -> Tensor:
+    def _by_choice(self, x: Tensor, width: int, kept: Kept) -> Tensor:
         """Straight-through: the tokens [N, K] of each choice together, at its width and through its gate.
 
         The op runs a gate at the largest of its choices. Those above a token's own share its fate here: what
@@ -75,7 +87,7 @@ class ElasticMLP(nn.Module):
             if counts[c]:
                 gate = kept.gate[rows]
                 gate = torch.cat([gate[:, :c], gate[:, c:].sum(1, keepdim=True)], dim=1)
-                parts.append(self._run(x[rows], gate=gate, choices=self.choices[: c + 1]))
+                parts.append(self._run(x[rows], width, gate=gate, choices=self.choices[: c + 1]))
         return torch.cat(parts)[order.argsort()]
 
     def extra_repr(self) -> str:

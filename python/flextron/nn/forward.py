@@ -11,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flextron.config import ElasticConfig
 from flextron.nn.cache import ElasticCache
+from flextron.nn.masks import first_keys, is_left_padded
 from flextron.nn.packed import PackedLinear
 from flextron.nn.policy import PerRequest, PerToken
 from flextron_ext import HeldForward
@@ -140,14 +141,10 @@ class ElasticForward:
         """What the layers keep of B sequences; None where the modules must run."""
         if not self.serves or self.is_watched():
             return None
-        config = model.elastic
-        policies = [attention.policy for attention, _ in self.modules]
-        heads = [attention.heads for attention, _ in self.modules]
-        kv_heads = [
-            config.kv_heads(n, attention.kv) for n, (attention, _) in zip(heads, self.modules, strict=True)
-        ]
+        config, setting = model.elastic, model.settings.now()
+        policies, kv_heads = setting.policies, setting.kv_heads
         if all(policy is None for policy in policies):
-            return Used([mlp.width for _, mlp in self.modules], heads, kv_heads)
+            return Used(setting.widths.mlp, setting.widths.heads, kv_heads)
         if all(isinstance(policy, PerRequest) for policy in policies):
             each, rest = divmod(B, len(policies[0].mlp))
             if rest:
@@ -157,7 +154,7 @@ class ElasticForward:
                 [n for policy in policies for n in policy.heads.tolist() for _ in range(each)],
                 kv_heads,
             )
-        if all(isinstance(policy, PerToken) and policy.seen is None for policy in policies):
+        if all(isinstance(policy, PerToken) for policy in policies) and setting.seen is None:
             router, (state, base) = policies[0].router, policies[0].contexts
             if B % base.shape[1]:
                 return None
@@ -243,13 +240,13 @@ def try_forward(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast
     past, T = 0 if cache is None else cache.get_seq_length(), ids.shape[1]
     mask, k_start = arguments.get("attention_mask"), None
     if mask is not None:
-        if mask.dim() != 2 or mask.shape != (ids.shape[0], past + T):
+        if mask.shape != (ids.shape[0], past + T) or not is_left_padded(mask):
             return None
         if not mask.all():
-            k_start = first_key(mask)
+            k_start = first_keys(mask)
     positions = arguments.get("position_ids")
     if positions is not None and mask is None and cache is None and (positions.diff(dim=-1) != 1).any():
-        return None  # packed sequences, which the modules refuse
+        return None  # packed sequences
     if positions is None:
         positions = torch.arange(past, past + T)[None]
     cos, sin = model.model.rotary_emb(step.norm, positions)
@@ -262,18 +259,6 @@ def wants_cache(model: Any, arguments: dict[str, Any]) -> bool:
     """Whether a forward with these arguments is to cache its tokens."""
     asked = arguments.get("use_cache")
     return model.config.use_cache if asked is None else asked
-
-
-def first_key(mask: Tensor) -> Tensor:
-    """Reduce a padding mask [B, S] to the first key each sequence may see, [B] int64."""
-    mask, kv_length = mask.long(), mask.shape[1]
-    first = torch.where(mask.any(1), mask.argmax(1), kv_length)
-    # After the first valid key nothing may be hidden from a later valid one.
-    holes = (mask.diff(dim=1) == 1).sum(1) > (mask[:, 0] == 0)
-    torch._assert_async(
-        ~holes.any(), "flextron: attention_mask must be one run of ones per sequence, got a hole"
-    )
-    return first
 
 
 def _ready(cache: ElasticCache, ids: Tensor, step: ElasticForward) -> bool:

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from flextron.config import Widths
 from flextron.nn.cache import ElasticCache
-from flextron.nn.forward import ElasticForward, Used, first_key
+from flextron.nn.forward import ElasticForward, Used
+from flextron.nn.masks import first_keys, is_left_padded
+from flextron.nn.setting import Setting
 
 _TAKEN = ("cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep")
 _AHEAD = 64  # positions whose rotary tables are made at once
@@ -23,12 +24,13 @@ _AHEAD = 64  # positions whose rotary tables are made at once
 
 def is_plain(model: Any, input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> bool:
     """Whether `sample` gives what transformers' loop gives for a new prompt."""
-    cache = inputs.get("cache")
+    cache, mask = inputs.get("cache"), inputs.get("attention_mask")
     return (
         input_ids.device.type == "cpu"
         and input_ids.numel() > 0
         and isinstance(cache, ElasticCache)
         and cache.get_seq_length() == 0
+        and (mask is None or mask.shape == input_ids.shape)
         and inputs.get("use_cache") is True
         and inputs.get("logits_to_keep", 1) == 1
         and not any(value is not None for name, value in inputs.items() if name not in _TAKEN)
@@ -48,8 +50,28 @@ def sample(
     inputs: dict[str, Any],
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Continue the sequences of input_ids [B, T] until the criteria end them all."""
-    logits, best = model(input_ids=input_ids, **inputs).logits, None
+    logits = model(input_ids=input_ids, **inputs).logits
     steps = _Steps(model, input_ids.shape, inputs)
+    try:
+        return _continued(
+            steps, logits, input_ids, logits_processor, stopping_criteria, config, streamer, inputs["cache"]
+        )
+    finally:
+        steps.end()
+
+
+def _continued(
+    steps: _Steps,
+    logits: Tensor,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    config: Any,
+    streamer: Any,
+    cache: ElasticCache,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """The loop, from the prompt's logits [B, .., V] on."""
+    best = None
     lengths, others = _split(stopping_criteria)
     ends = any(hasattr(criterion, "eos_token_id") for criterion in others)
     unfinished = torch.ones(input_ids.shape[0], 1, dtype=torch.bool)
@@ -85,7 +107,7 @@ def sample(
         streamer.end()
     if not asked:
         return input_ids
-    return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, logits=raw, cache=inputs["cache"])
+    return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, logits=raw, cache=cache)
 
 
 def _split(criteria: StoppingCriteriaList) -> tuple[list[MaxLengthCriteria], StoppingCriteriaList]:
@@ -112,10 +134,13 @@ class _Steps:
 
     def __init__(self, model: Any, prompt: torch.Size, inputs: dict[str, Any]) -> None:
         self.model, self.cache, self.step = model, inputs["cache"], ElasticForward.of(model)
-        self.widths: Widths | None = None
+        self.setting: Setting | None = None
         self.used: Used | None = None
         self.mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-        self.k_start = None if self.mask is None else first_key(self.mask)
+        self.order: Tensor | None = None
+        if self.mask is not None and not is_left_padded(self.mask):
+            self._hide_first(self.mask)
+        self.k_start = None if self.mask is None else first_keys(self.mask)
         self.last = torch.arange(prompt[1])[None, -1:] if positions is None else positions[:, -1:]
         self.passed = 0  # tokens since that position
         # where the tables depend on the longest position that was asked for, none may be made ahead
@@ -123,12 +148,27 @@ class _Steps:
         self.ahead = torch.arange(1 if dynamic else _AHEAD)
         self.tables: list[tuple[Tensor, Tensor]] = []  # of the positions to come, the next one last
 
+    def _hide_first(self, mask: Tensor) -> None:
+        """Put the prompt's keys that are hidden before those that are seen, as if it were padded on the left.
+
+        A token's attention to all keys that are seen knows no order: their positions are in them.
+        """
+        self.order = mask.bool().sort(dim=1, stable=True).indices
+        self.mask = mask.gather(1, self.order)
+        self.cache.arrange(self.order)
+
+    def end(self) -> None:
+        """Leave the cache as whoever goes on with it expects it."""
+        if self.order is not None:
+            self.cache.arrange(self.order.argsort(dim=1))
+
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [B, 1, V] after the tokens [B, 1]; and where they are greatest, [B], or None where others ran."""
         model, step = self.model, self.step
         self.passed += 1
-        if model.widths is not self.widths:  # set anew, which a criterion or streamer may do between tokens
-            self.widths = model.widths
+        setting = model.settings.now()
+        if setting is not self.setting:  # set anew, which a criterion or streamer may do between tokens
+            self.setting = setting
             self.used = step.used(model, len(tokens))
             self.cache.check(self.used.kv_heads if self.used else ())
         hooked = model._forward_hooks or len(model._forward_pre_hooks) > 1  # one of those guards the cache

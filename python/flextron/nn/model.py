@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, wraps
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from flextron.config import ElasticConfig, Widths
-from flextron.nn.cache import ElasticCache
+from flextron.nn.cache import ElasticCache, given_cache
 from flextron.nn.elastic_attention import ElasticAttention
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.families import elastic_config, family_of
-from flextron.nn.forward import first_key, try_forward, wants_cache
+from flextron.nn.forward import try_forward, wants_cache
 from flextron.nn.generation import is_plain, sample
+from flextron.nn.masks import is_left_padded, with_form, with_none
 from flextron.nn.policy import Dial, PerRequest, PerToken, Policy
 from flextron.nn.router import AdaptiveRouter, Choices
+from flextron.nn.setting import Setting, Settings
 
 KV_MODES = ("selected", "all")
 _CACHE = 3  # place of cache among the arguments of a causal LM's forward, in every family
@@ -39,43 +41,39 @@ class Planner(Protocol):
     def target(self, fraction: float | None = None, **budget: Any) -> float: ...
 
 
-def _first_key(
-    batch_size: int, q_length: int, kv_length: int, mask_function: Any = causal_mask_function, **kwargs: Any
-) -> Tensor | None:
-    """Reduce transformers' padding mask [B, S] to the first key each sequence may see, [B] int64.
-
-    Padding on the right needs no mask under causal attention: what follows a token is never seen by it.
-    """
-    if mask_function is not causal_mask_function:
-        raise NotImplementedError(
-            "flextron: attention must be plain causal; packed sequences by position_ids are not"
-        )
-    mask = kwargs.get("attention_mask")
-    return None if mask is None else first_key(mask[:, :kv_length])
-
-
-ALL_MASK_ATTENTION_FUNCTIONS.register("flextron", _first_key)
-
-
 class ElasticModel:
     """Mixed into the class of a transformers causal LM by `make_elastic`.
 
+    `set_budget` and its kin set the model, for all threads. Inside ``with model.budget(...)`` or a ``generate(...,
+    budget=)`` there is a setting of that block alone, which no other thread sees, and they set that one.
+
     Attributes:
         elastic: the menus of widths, and the shape of the full model.
-        dial: what it is set to.
-        widths: what the layers keep now; of several requests or tokens, at most.
-        kv: ``"selected"`` or ``"all"``: which key/value groups are projected and cached.
+        settings: what it is set to, and its modules with it.
         planner: turns budgets into widths; set by `flextron.from_pretrained`.
         adaptive: the router that chooses for every token; see `attach_router`. It is no submodule: the names of
             the ``state_dict`` stay the parent's.
     """
 
     elastic: ElasticConfig
-    dial: Dial
-    widths: Widths
-    kv: str
+    settings: Settings
     planner: Planner | None
     adaptive: AdaptiveRouter | None
+
+    @property
+    def dial(self) -> Dial:
+        """What the model is turned to."""
+        return self.settings.now().dial
+
+    @property
+    def widths(self) -> Widths:
+        """What the layers keep now; of several requests or tokens, at most."""
+        return self.settings.now().widths
+
+    @property
+    def kv(self) -> str:
+        """``"selected"`` or ``"all"``: which key/value groups are projected and cached."""
+        return self.settings.now().kv
 
     def layers_of(self) -> list[ElasticLayer]:
         """The elastic modules of every layer, in order."""
@@ -90,28 +88,29 @@ class ElasticModel:
 
     def turn(self, dial: Dial) -> None:
         """Set the model to a dial, such as one it had before. A bad one changes nothing."""
+        self.settings.put(self._setting_at(dial))
+
+    def _setting_at(self, dial: Dial) -> Setting:
         if not dial.widths:
             raise ValueError("set_widths: widths must be given for at least one request, got none")
         for widths in dial.widths:
             self.elastic.check(widths)
         if dial.kv not in KV_MODES:
             raise ValueError(f"set_widths: kv must be one of {', '.join(KV_MODES)}, got {dial.kv!r}")
-        bound = dial.bound()
         policies: list[Policy | None] = [None] * self.elastic.num_layers
         if dial.targets:
             policies = self._per_token(dial.targets, dial.phase)
         elif len(dial.widths) > 1:
             policies = [PerRequest(dial.widths, i, self.device) for i in range(self.elastic.num_layers)]
-        self.set_policies(policies, bound, dial.kv)
-        self.dial = dial
+        return self._setting(dial, policies, dial.bound(), dial.kv)
+
+    def _setting(self, dial: Dial, policies: Sequence[Policy | None], bound: Widths, kv: str) -> Setting:
+        kv_heads = tuple(self.elastic.kv_heads(n, kv) for n in bound.heads)
+        return Setting(dial, bound, kv, kv_heads, tuple(policies))
 
     def set_policies(self, policies: Sequence[Policy | None], bound: Widths, kv: str) -> None:
         """Let a policy decide in each layer (None: the bound itself); what trains routers calls it."""
-        parts = zip(self.layers_of(), policies, bound.mlp, bound.heads, strict=True)
-        for layer, policy, width, heads in parts:
-            layer.mlp.width, layer.attention.heads, layer.attention.kv = width, heads, kv
-            layer.mlp.policy = layer.attention.policy = policy
-        self.widths, self.kv = bound, kv
+        self.settings.put(self._setting(self.dial, policies, bound, kv))
 
     def attach_router(self, router: AdaptiveRouter | None) -> None:
         """Let ``router`` be the one that adaptive budgets ask."""
@@ -135,26 +134,23 @@ class ElasticModel:
         Yields a list that gets one entry for each forward: the choices' places in the menus, ``mlp`` and
         ``heads`` [B, T, L] int64.
         """
-        policies = [layer.attention.policy for layer in self.layers_of()]
-        if not all(isinstance(policy, PerToken) for policy in policies):
+        if not all(isinstance(policy, PerToken) for policy in self.settings.now().policies):
             raise ValueError("watched: the budget must be adaptive, got one that chooses for no token")
         forwards: list[Choices] = []
         seen: list[tuple[int, Choices]] = []
 
         def gather(*_: Any) -> None:
-            layers = [choices for _, choices in seen]
-            forwards.append(Choices(*(torch.stack(axis, dim=-1) for axis in zip(*layers, strict=True))))
-            seen.clear()
+            if self.settings.now().seen is seen:  # no other thread's forward, nor one at another budget
+                layers = [choices for _, choices in seen]
+                forwards.append(Choices(*(torch.stack(axis, dim=-1) for axis in zip(*layers, strict=True))))
+                seen.clear()
 
-        for policy in policies:
-            policy.seen = seen
         handle = self.register_forward_hook(gather)
         try:
-            yield forwards
+            with self.settings.block(replace(self.settings.now(), seen=seen)):
+                yield forwards
         finally:
             handle.remove()
-            for policy in policies:
-                policy.seen = None
 
     def set_budget(
         self,
@@ -248,25 +244,48 @@ class ElasticModel:
 
     @contextlib.contextmanager
     def budget(self, fraction: float | Sequence[float] | None = None, **kwargs: Any) -> Iterator[Any]:
-        """`set_budget` for the length of a ``with`` block."""
-        before = self.dial
-        try:
-            yield self.set_budget(fraction, **kwargs)
-        finally:
-            self.turn(before)
+        """`set_budget` for the length of a ``with`` block, and for what its thread runs in it.
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``generate``, with a cache that keeps to the budget."""
+        Other threads keep the model's own budget, or that of a block of theirs.
+        """
+        with self.settings.block():
+            yield self.set_budget(fraction, **kwargs)
+
+    def generate(self, *args: Any, budget: Any = None, **kwargs: Any) -> Any:
+        """transformers' ``generate``, with a cache that keeps to the budget.
+
+        ``budget`` is that of this call alone: a fraction or `Widths`, a list of them (one for each request), or what
+        `set_budget` takes, by name: ``{"latency_ms": 12, "phase": "decode"}``. None: what the model is set to.
+        """
+        if budget is not None:
+            with self.budget(**_by_name(budget)):
+                return self.generate(*args, **kwargs)
         settings = kwargs.get("generation_config") or self.generation_config
-        if kind := kwargs.get("cache_implementation") or settings.cache_implementation:
+        kind = kwargs.get("cache_implementation") or settings.cache_implementation
+        if kind not in (None, "dynamic"):
             raise ValueError(
-                f"generate: cache_implementation must be None, got {kind!r}; an ElasticCache is used"
+                f"generate: cache_implementation must be None or 'dynamic', got {kind!r}; an ElasticCache is used"
             )
         asked = (kwargs.get("use_cache"), settings.use_cache, self.config.use_cache, True)
         kwargs["use_cache"] = next(bool(wanted) for wanted in asked if wanted is not None)
-        if kwargs["use_cache"] and _given_cache(kwargs) is None:
+        if kwargs["use_cache"] and given_cache(kwargs) is None:
             kwargs["cache"] = ElasticCache()
-        return super().generate(*args, **kwargs)
+        cache = given_cache(kwargs)
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            if isinstance(cache, ElasticCache):
+                cache.is_left_padded = False  # of masks to come nothing is known
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        # it says "dynamic", as ours is, or nothing; beside a cache it must say nothing
+        generation_config.cache_implementation = None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
+        if isinstance(cache, ElasticCache) and mask is not None and mask.device.type != "cpu":
+            cache.is_left_padded = is_left_padded(mask)  # read here, in no step: what is generated is seen
 
     def _sample(
         self,
@@ -285,43 +304,39 @@ class ElasticModel:
         return super()._sample(input_ids, *options, synced_gpus, streamer, **inputs)
 
 
-def _given_cache(kwargs: dict[str, Any]) -> Any:
-    """The cache among a call's arguments; transformers still takes its old name too, with a warning."""
-    past = kwargs.get("cache")
-    return kwargs.get("past_key_values") if past is None else past
+def _by_name(budget: Any) -> dict[str, Any]:
+    """A budget of one call as the arguments of `ElasticModel.set_budget`."""
+    if isinstance(budget, Mapping):
+        return dict(budget)
+    listed = isinstance(budget, Sequence) and len(budget) > 0
+    return {"widths" if isinstance(budget[0] if listed else budget, Widths) else "fraction": budget}
 
 
 def _guard_cache(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before every forward: give it our cache where it wants one, and refuse one that the budget outgrew."""
+    if model.settings.local() is not None and model.training and _runs_layers_again(model):
+        raise NotImplementedError(
+            "flextron: a budget must be set by set_budget with gradient checkpointing, which runs layers again outside "
+            "of this block, got one of a with block or call"
+        )
     if kwargs.get("output_attentions") or model.config.output_attentions:
         raise NotImplementedError(
             "flextron: output_attentions must be False, the weights are never materialised"
         )
-    past = args[_CACHE] if len(args) > _CACHE else _given_cache(kwargs)
+    past = args[_CACHE] if len(args) > _CACHE else given_cache(kwargs)
     if past is None and wants_cache(model, kwargs):
         kwargs["cache"] = ElasticCache()
     elif past is not None:
         if not isinstance(past, ElasticCache):
             raise TypeError(f"flextron: cache must be an ElasticCache, got {type(past).__name__}")
-        past.check([model.elastic.kv_heads(n, model.kv) for n in model.widths.heads])
+        past.check(model.settings.now().kv_heads)
     return args, kwargs
 
 
-def _with_mask(given: dict[str, Any]) -> dict[str, Any]:
-    """A forward's arguments, with a mask that hides nothing where none is given.
-
-    Without one transformers looks for packed sequences in the positions, even those that it counted itself; that needs
-    their values, so under a compiler it takes all for packed.
-    """
-    if any(given.get(name) is not None for name in ("attention_mask", "position_ids")):
-        return given
-    tokens = given.get("input_ids")
-    tokens = given.get("inputs_embeds") if tokens is None else tokens
-    if tokens is None or _given_cache(given) is not None:
-        return given
-    return given | {"attention_mask": torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)}
+def _runs_layers_again(model: Any) -> bool:
+    return any(getattr(layer, "gradient_checkpointing", False) for layer in model.model.layers)
 
 
 @cache
@@ -331,13 +346,13 @@ def _elastic_class(cls: type) -> type:
 
     @wraps(cls.forward)  # transformers reads the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(args) > len(names):
-            return cls.forward(self, *args, **kwargs)  # which refuses them
         given = dict(zip(names, args, strict=False)) | kwargs
+        if len(given) != len(args) + len(kwargs):
+            return cls.forward(self, *args, **kwargs)  # which refuses too many, and one that is given twice
         if torch.compiler.is_compiling():
-            return cls.forward(self, **_with_mask(given))
+            return cls.forward(self, **with_none(with_form(given)))
         taken = try_forward(self, given)
-        return cls.forward(self, *args, **kwargs) if taken is None else taken
+        return cls.forward(self, **with_form(given)) if taken is None else taken
 
     # the parent's own name: save_pretrained writes it to the configuration, where stock transformers looks it up
     return type(cls.__name__, (ElasticModel, cls), {"__module__": cls.__module__, "forward": forward})
@@ -378,15 +393,16 @@ def make_elastic(model: nn.Module, config: ElasticConfig | None = None) -> Any:
     if getattr(hf, "attention_dropout", 0.0):
         raise NotImplementedError(f"make_elastic: attention_dropout must be 0, got {hf.attention_dropout}")
 
-    for layer in model.model.layers:
-        layer.self_attn = ElasticAttention(layer.self_attn, own)
-        layer.mlp = ElasticMLP(layer.mlp, hf.hidden_act, own)
+    settings = Settings()
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn = ElasticAttention(layer.self_attn, own, settings)
+        layer.mlp = ElasticMLP(layer.mlp, hf.hidden_act, own, settings, i)
     count = sum(isinstance(m, ElasticAttention | ElasticMLP) for m in model.modules())
     if count != 2 * own.num_layers:
         raise ValueError(f"make_elastic: model must have {2 * own.num_layers} elastic modules, got {count}")
     hf._attn_implementation = "flextron"
     model.__class__ = _elastic_class(type(model))
-    model.elastic, model.planner = own, None
+    model.elastic, model.settings, model.planner = own, settings, None
     model.attach_router(None)
     model.set_widths(own.full())
     model.register_forward_pre_hook(_guard_cache, with_kwargs=True)

@@ -1,7 +1,7 @@
 """What decides, in each forward, how much of one layer every token uses; the dial of the model sets it.
 
 A policy is asked once per layer and forward, by the attention, with the layer's normalised input; the MLP of
-the same layer reads what it decided. A layer without a policy has one width for everyone.
+the same layer is handed what it decided. A layer without a policy has one width for everyone.
 """
 
 from __future__ import annotations
@@ -76,16 +76,10 @@ class Decision(NamedTuple):
 
 
 class Policy:
-    """Decides for one layer; keeps the last decision for the layer's MLP."""
-
-    last: Decision
+    """Decides for one layer."""
 
     def __call__(self, x: Tensor) -> Decision:
         """Decide for the tokens of x [B, T, K], the layer's normalised input."""
-        self.last = self.decide(x)
-        return self.last
-
-    def decide(self, x: Tensor) -> Decision:
         raise NotImplementedError
 
 
@@ -113,7 +107,7 @@ class PerRequest(Policy):
         self.mlp = torch.tensor([w.mlp[layer] for w in widths], device=device)
         self.heads = torch.tensor([w.heads[layer] for w in widths], device=device)
 
-    def decide(self, x: Tensor) -> Decision:
+    def __call__(self, x: Tensor) -> Decision:
         return Decision(Kept(per_token(self.mlp, x)), Kept(per_token(self.heads, x)))
 
 
@@ -135,7 +129,6 @@ class PerToken(Policy):
         layer: index of the layer.
         contexts: `AdaptiveRouter.context` of the targets [R], one of each request, for all layers.
         config: the menus.
-        seen: None, or where each decision is written down.
     """
 
     def __init__(
@@ -144,22 +137,18 @@ class PerToken(Policy):
         layer: int,
         contexts: tuple[Tensor, Tensor],
         config: ElasticConfig,
-        seen: list[tuple[int, Choices]] | None = None,
     ) -> None:
-        self.router, self.layer, self.contexts, self.seen = router, layer, contexts, seen
+        self.router, self.layer, self.contexts = router, layer, contexts
         state, base = contexts
         self.context = state[layer], base[layer]
         self.menus = menus_of(config, base.device)
 
-    def decide(self, x: Tensor) -> Decision:
+    def __call__(self, x: Tensor) -> Decision:
         logits = self.router.logits(x, self.layer, self.context)
         kept = []
         for rows, menu in zip(logits, self.menus, strict=True):
             choice = rows.argmax(-1)
             kept.append(Kept(menu.index_select(0, choice), choice))
-        if self.seen is not None:
-            shape = x.shape[:2]
-            self.seen.append((self.layer, Choices(*(k.choice.view(shape) for k in kept))))
         return Decision(*kept)
 
 
@@ -169,7 +158,7 @@ class Mixed(Policy):
     def __init__(self, p: Choices) -> None:
         self.p = p
 
-    def decide(self, x: Tensor) -> Decision:
+    def __call__(self, x: Tensor) -> Decision:
         return Decision(*(Kept(gate=per_token(axis, x)) for axis in self.p))
 
 
@@ -203,7 +192,7 @@ class Gated(Policy):
         self.temperature, self.scale, self.hard = temperature, scale, hard
         self.soft: Choices | None = None  # probabilities without noise of the last forward, [N, C] each
 
-    def decide(self, x: Tensor) -> Decision:
+    def __call__(self, x: Tensor) -> Decision:
         drawn = self._drawn(self.logits(x))
         return Decision(*(self._kept(p, menu, x) for p, menu in zip(drawn, self.menus, strict=True)))
 
@@ -230,11 +219,13 @@ class Sampled(Gated):
     It has one also inside ``torch.no_grad()``, to the router alone: what the model says of the choices is observed.
     """
 
-    def decide(self, x: Tensor) -> Decision:
+    chosen: Choices  # places in the menus of the last forward, [N] each
+
+    def __call__(self, x: Tensor) -> Decision:
         with torch.enable_grad():
             drawn = self._drawn(self.logits(x.detach()))
-        choices = (p.detach().argmax(-1) for p in drawn)
-        return Decision(*(Kept(menu[c], c) for menu, c in zip(self.menus, choices, strict=True)))
+        self.chosen = Choices(*(p.detach().argmax(-1) for p in drawn))
+        return Decision(*(Kept(menu[c], c) for menu, c in zip(self.menus, self.chosen, strict=True)))
 
 
 class Given(Policy):
@@ -243,5 +234,5 @@ class Given(Policy):
     def __init__(self, choices: Choices, menus: Choices) -> None:
         self.kept = Decision(*(Kept(menu[c], c) for menu, c in zip(menus, choices, strict=True)))
 
-    def decide(self, x: Tensor) -> Decision:
+    def __call__(self, x: Tensor) -> Decision:
         return self.kept

@@ -496,8 +496,8 @@ class _SurrogateTraining(_Training):
             self.model, self.router, tau.expand(len(ids)), self.noise, *annealed, "sampled"
         )
         loss = float((self._losses_of(ids, policies) - full).mean())
-        by_axis = zip(*(p.last for p in policies), strict=True)
-        shares = self._shares(Choices(*(torch.stack([kept.choice for kept in axis], 1) for axis in by_axis)))
+        by_axis = zip(*(p.chosen for p in policies), strict=True)
+        shares = self._shares(Choices(*(torch.stack(axis, 1) for axis in by_axis)))
         with torch.no_grad():
             predicted = float(self.surrogate.loss(shares, self._fraction(shares)))
         self.error = _EMA * self.error + (1 - _EMA) * abs(predicted - loss)

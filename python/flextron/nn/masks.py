@@ -1,0 +1,118 @@
+"""What a query may see: the masks that transformers takes, and the two forms in which they reach the layers.
+
+Left padding (each row is hidden at first, then seen to its end) becomes `first_keys`, which the ops take. Every other
+mask goes on in four dimensions to torch's attention, which is right for all and skips no hidden key.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
+
+from flextron.nn.cache import ElasticCache, given_cache
+
+
+def is_left_padded(mask: Tensor) -> bool:
+    """Whether in each row of mask [B, S] nothing is hidden behind what is seen. The host reads the answer."""
+    seen = mask.bool()
+    return bool((seen[:, 1:] >= seen[:, :-1]).all())
+
+
+def first_keys(mask: Tensor) -> Tensor:
+    """The first key that each sequence sees, [B] int64, of a mask [B, S] with padding on the left; S if none."""
+    return (~mask.bool()).sum(1)
+
+
+def with_form(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a causal LM's forward, with a mask in one of the forms for the layers.
+
+    Raises:
+        ValueError, TypeError: attention_mask is none that transformers takes.
+    """
+    mask = given.get("attention_mask")
+    if mask is None:
+        return given
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(mask, Tensor) or tokens is None:
+        return given
+    cache = given_cache(given)
+    past = cache.get_seq_length() if isinstance(cache, ElasticCache) else 0
+    (B, T), keys = tokens.shape[:2], past + tokens.shape[1]
+    if mask.dim() == 4:
+        check_masked(mask, B, T, keys)
+        return given
+    if mask.dim() != 2 or mask.shape[0] != B:
+        raise ValueError(
+            f"flextron: attention_mask must have shape [{B}, {keys}] or [{B}, 1, {T}, {keys}], got {list(mask.shape)}"
+        )
+    if torch.compiler.is_compiling() or mask.shape[1] != keys:
+        return given
+    known = isinstance(cache, ElasticCache) and cache.is_left_padded
+    if not known and not is_left_padded(mask):
+        return given
+    return given | {"attention_mask": _as_argument(first_keys(mask.to(tokens.device)))}
+
+
+def with_none(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward without mask or positions, with a mask that hides nothing.
+
+    Without one transformers looks for packed sequences in the positions, even those that it counted itself; that needs
+    their values, so under a compiler it takes all for packed.
+    """
+    if any(given.get(name) is not None for name in ("attention_mask", "position_ids")):
+        return given
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None or given_cache(given) is not None:
+        return given
+    none = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
+    return given | {"attention_mask": _as_argument(none)}
+
+
+def _as_argument(first: Tensor) -> Tensor:
+    """First keys [B] as [B, 1, 1, 1]: transformers hands a mask of four dimensions on to the layers as it is."""
+    return first[:, None, None, None]
+
+
+def split(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """What reached a layer as (first keys [B], mask of four dimensions), at most one of them."""
+    if mask is not None and mask.dtype == torch.int64:
+        return mask.flatten(), None
+    return None, mask
+
+
+def check_masked(mask: Tensor, B: int, T: int, keys: int) -> None:
+    """Raise unless a mask of four dimensions is one that torch's attention takes."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(
+            f"flextron: attention_mask of four dimensions must be boolean or floating, got {mask.dtype}"
+        )
+    ends = zip((mask.shape[0], *mask.shape[2:]), (B, T, keys), strict=True)
+    if any(size not in (1, wanted) for size, wanted in ends):
+        raise ValueError(
+            f"flextron: attention_mask must have shape [{B}, 1 or heads, {T}, {keys}], got {list(mask.shape)}"
+        )
+
+
+def _form(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """What transformers asks for where it got no mask of four dimensions: None where all is seen, else such a one."""
+    if attention_mask is None and mask_function is causal_mask_function:
+        return None
+    kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(
+        batch_size, q_length, kv_length, mask_function=mask_function, attention_mask=attention_mask, **kwargs
+    )
+
+
+ALL_MASK_ATTENTION_FUNCTIONS.register("flextron", _form)
