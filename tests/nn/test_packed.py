@@ -8,7 +8,7 @@ from models import small_model
 
 import flextron
 from flextron.config import Widths
-from flextron.nn.packed import PackedLinear
+from flextron.nn import PackedLinear
 
 UNITS = ["kv_group", "query"]
 

@@ -28,7 +28,7 @@ from flextron.checkpoint import (
     write_json,
 )
 from flextron.config import ElasticConfig
-from flextron.nn import elastic_config, make_elastic
+from flextron.nn import check_plain, elastic_config, make_elastic
 from flextron.nn.skeleton import fill, parameter_shapes, skeleton
 
 _CONFIG_FILE = "config.json"
@@ -54,6 +54,7 @@ def save_elastic(
     Returns:
         What files made for these weights are to say they were made for.
     """
+    check_plain("save", model)
     directory = Path(directory)
     recover(directory)
     if report is None and (directory / ELASTIC_FILE).is_file():

@@ -5,8 +5,9 @@ from flextron.nn.elastic_attention import ElasticAttention
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.families import FAMILIES, elastic_config
 from flextron.nn.model import ElasticLayer, ElasticModel, make_elastic
-from flextron.nn.packed import PackedLinear, Packing, check_plain, pack
+from flextron.nn.packed import Packing, pack
 from flextron.nn.policy import Dial
+from flextron.nn.projection import PackedLinear, check_plain
 
 __all__ = [
     "FAMILIES",

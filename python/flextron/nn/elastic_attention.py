@@ -10,8 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flextron.config import ElasticConfig
 from flextron.nn import masks
-from flextron.nn.packed import linear
 from flextron.nn.policy import Kept, Policy
+from flextron.nn.projection import linear
 from flextron.nn.router import Choices
 from flextron.nn.setting import Setting, Settings
 from flextron_ext import head_attention, head_attention_decode
@@ -37,6 +37,8 @@ class ElasticAttention(nn.Module):
     ``kv == "all"`` every token stores all of them, so that a later token may use more.
     Takes over the projections (and norms) of a transformers attention; their names and tensors stay.
     """
+
+    PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
     def __init__(self, attention: nn.Module, config: ElasticConfig, settings: Settings) -> None:
         super().__init__()

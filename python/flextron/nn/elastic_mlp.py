@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from flextron.config import ElasticConfig
-from flextron.nn.packed import PackedLinear
 from flextron.nn.policy import Kept, Policy
+from flextron.nn.projection import PackedLinear, is_adapted, linear
 from flextron.nn.setting import Settings
 from flextron_ext import elastic_mlp, packed_mlp
+from flextron_ext.reference import ACTIVATIONS as FUNCTIONS
 
 # transformers' names of activations -> the op's
 ACTIVATIONS = {
@@ -29,6 +33,8 @@ class ElasticMLP(nn.Module):
     With a policy, d is what it decided for each token in this layer's attention, and at most ``width``.
     Takes over the three projections of a transformers MLP; their names and tensors stay as they were.
     """
+
+    PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
     def __init__(
         self, mlp: nn.Module, activation: str, config: ElasticConfig, settings: Settings, layer_idx: int
@@ -63,8 +69,10 @@ class ElasticMLP(nn.Module):
             return self._run(x, width, gate=kept.gate, choices=self.choices)
         return self._by_choice(x.flatten(0, -2), width, kept).view(x.shape)
 
-    def _run(self, x: Tensor, width: int, extent: Tensor | None = None, **soft: object) -> Tensor:
+    def _run(self, x: Tensor, width: int, extent: Tensor | None = None, **soft: Any) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if is_adapted(gate) or is_adapted(up) or is_adapted(down):
+            return self._run_adapted(x, width, extent, **soft)
         if isinstance(up, PackedLinear):
             if soft:
                 raise NotImplementedError("ElasticMLP: gate must be None with packed weights, got a soft one")
@@ -72,6 +80,26 @@ class ElasticMLP(nn.Module):
             return packed_mlp(x, *weights, width, down.out_features, True, self.activation, extent)
         weights = (gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
         return elastic_mlp(x, *weights, width, self.activation, extent, **soft)
+
+    def _run_adapted(
+        self,
+        x: Tensor,
+        width: int,
+        extent: Tensor | None,
+        gate: Tensor | None = None,
+        choices: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The same, projection by projection, so that each may have low-rank adapters."""
+        width = width if choices is None else choices[-1]
+        up = linear(self.up_proj, x, x.shape[-1], width, out_extent=extent)
+        gated = linear(self.gate_proj, x, x.shape[-1], width, out_extent=extent)
+        hidden = FUNCTIONS[self.activation](gated) * up
+        if gate is not None:  # a neuron's share: the sum of the choices that keep it
+            neurons = torch.arange(width, device=x.device)
+            kept_by = torch.tensor(choices, device=x.device)[:, None] > neurons  # [C, width]
+            share = (gate @ kept_by.to(gate.dtype)).to(hidden.dtype)
+            hidden = (hidden.flatten(0, -2) * share).view(hidden.shape)
+        return linear(self.down_proj, hidden, width, self.down_proj.out_features, extent)
 
     def _by_choice(self, x: Tensor, width: int, kept: Kept) -> Tensor:
         """Straight-through: the tokens [N, K] of each choice together, at its width and through its gate.

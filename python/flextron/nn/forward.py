@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, repeat
+from operator import contains, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +13,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flextron.config import ElasticConfig
 from flextron.nn.cache import ElasticCache
+from flextron.nn.elastic_attention import ElasticAttention
+from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.masks import first_keys, is_left_padded
-from flextron.nn.packed import PackedLinear
 from flextron.nn.policy import PerRequest, PerToken
+from flextron.nn.projection import PackedLinear, is_alone
 from flextron_ext import HeldForward
 
-_PACKED = ("panels", "scales")
+_END = object()
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # transformers' own hooks, which stay once hidden states were asked for; they act when asked again
 _RECORDER = "transformers.utils.output_capturing"
@@ -42,58 +46,118 @@ class Used(NamedTuple):
     head_choices: Sequence[int] | None = None
 
 
+# The op's name of each part of a layer, and where it is
+_PARTS = {
+    "in_norm": ("", "input_layernorm"),
+    "q": ("self_attn", "q_proj"),
+    "k": ("self_attn", "k_proj"),
+    "v": ("self_attn", "v_proj"),
+    "o": ("self_attn", "o_proj"),
+    "q_norm": ("self_attn", "q_norm"),
+    "k_norm": ("self_attn", "k_norm"),
+    "mlp_norm": ("", "post_attention_layernorm"),
+    "gate": ("mlp", "gate_proj"),
+    "up": ("mlp", "up_proj"),
+    "down": ("mlp", "down_proj"),
+}
+
+
+class _Found:
+    """What a model's modules were found to hold: modules, parameters and buffers, and where tensors lie.
+
+    `holds` compares in C what is half a thousand things in 30 layers. A model and its own forward are called.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        inner = model.model
+        parts = [part for layer in inner.layers for part in (layer, *layer.children())]
+        leaves = [*inner.children(), *(leaf for part in parts for leaf in part.children()), model.lm_head]
+        modules = list(dict.fromkeys((inner, *parts, *leaves)))
+        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.dicts = [d for m in (model, *modules) for d in (m._modules, m._parameters, m._buffers) if d]
+        self.values = [*chain.from_iterable(map(dict.values, self.dicts)), _END]
+        self.tensors = [value for value in self.values if isinstance(value, Tensor)]
+        self.parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+        self.places = list(map(Tensor.data_ptr, self.tensors))
+        self.attributes = [m.__dict__ for m in modules]
+        self.replaced = self._replaced()
+
+    def _replaced(self) -> bool:
+        """Whether a forward was put in the place of some module's own."""
+        return any(map(contains, self.attributes, repeat("forward")))
+
+    def holds(self) -> bool:
+        values = chain(chain.from_iterable(map(dict.values, self.dicts)), (_END,))
+        return (
+            all(map(is_, values, self.values))
+            and list(map(Tensor.data_ptr, self.tensors)) == self.places
+            and self._replaced() == self.replaced
+        )
+
+
+def _is_stock(module: nn.Module) -> bool:
+    """Whether it is transformers' own, and computes what it says."""
+    return type(module).__module__.startswith("transformers.models.")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return _is_stock(module) and "weight" in module._parameters
+
+
+def _parts_of(layer: nn.Module) -> dict[str, nn.Module] | None:
+    """The modules of a layer by the op's names, or None where one is not what the op computes."""
+    attention, mlp = layer._modules.get("self_attn"), layer._modules.get("mlp")
+    if not _is_stock(layer) or type(attention) is not ElasticAttention or type(mlp) is not ElasticMLP:
+        return None
+    owners = {"": layer, "self_attn": attention, "mlp": mlp}
+    parts = {part: owners[owner]._modules.get(name) for part, (owner, name) in _PARTS.items()}
+    parts = {part: module for part, module in parts.items() if module is not None}
+    known = {*attention._modules, *mlp._modules} <= {name for _, name in _PARTS.values()}
+    understood = known and all(
+        (_is_norm if part.endswith("norm") else is_alone)(module) for part, module in parts.items()
+    )
+    return parts if understood else None
+
+
 class ElasticForward:
-    """The weights of a model, gathered and handed to the op once; `holds` says whether they are still the model's.
+    """The weights of a model, gathered and handed to the op once; `found` says whether they are still the model's.
 
     Gathering them by attribute takes half a millisecond of Python for 30 layers, a tenth of the smallest step.
+    A model with a module that does more than the op would in its place (another class, adapters) is not served.
     """
 
     def __init__(self, model: Any) -> None:
-        self.found: list[tuple[dict[str, Any], str, Tensor]] = []
-        self.hooks: list[dict[int, Any]] = []
-        self.parts: list[str] = []
-        self.weights: list[Tensor] = []
-        for layer in model.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            self.parts = []
-            for name, module in (
-                ("in_norm", layer.input_layernorm),
-                ("q", attention.q_proj),
-                ("k", attention.k_proj),
-                ("v", attention.v_proj),
-                ("o", attention.o_proj),
-                ("q_norm", attention.q_norm),
-                ("k_norm", attention.k_norm),
-                ("mlp_norm", layer.post_attention_layernorm),
-                ("gate", mlp.gate_proj),
-                ("up", mlp.up_proj),
-                ("down", mlp.down_proj),
-            ):
-                if module is not None:
-                    self._add(name, module)
-            for module in (layer, attention, mlp, layer.input_layernorm, layer.post_attention_layernorm):
-                self._watch(module)
-            if attention.q_norm is not None:
-                self._watch(attention.q_norm)
-                self._watch(attention.k_norm)
-        embed = model.model.embed_tokens
-        for module in (model.model, embed, model.model.norm, model.lm_head):
-            self._watch(module)
-        self.embedding = self._find(embed, "weight")
-        self.norm = self._find(model.model.norm, "weight")
-        self.head, self.head_scales = self._weight(model.lm_head)
-        self.eps = model.model.norm.variance_epsilon
-        self.modules = [(layer.self_attn, layer.mlp) for layer in model.model.layers]
-        self.dtype = self.norm.dtype
         self.held: HeldForward | None = None  # until it is called
-        self.places = [tensor.data_ptr() for _, _, tensor in self.found]
-        tensors = [tensor for owner, name, tensor in self.found if name not in _PACKED]
+        inner, head, layers = model.model, model.lm_head, model.model.layers
+        embed, norm, parts = inner.embed_tokens, inner.norm, [_parts_of(layer) for layer in layers]
+        self.modules = [(layer._modules.get("self_attn"), layer._modules.get("mlp")) for layer in layers]
+        self.found = _Found(model)
         self.serves = (
-            self.dtype in _DTYPES
-            and all(t.dtype == self.dtype and t.device.type == "cpu" for t in tensors)
-            and getattr(model.lm_head, "bias", None) is None
+            not self.found.replaced
             and type(embed) is nn.Embedding
             and embed.max_norm is None
+            and "weight" in embed._parameters
+            and is_alone(head)
+            and head.bias is None
+            and _is_stock(inner)
+            and _is_norm(norm)
+            and None not in parts
+            and self._gather(embed, norm, head, parts)
+        )
+
+    def _gather(self, embed: Any, norm: Any, head: Any, layers: Sequence[dict[str, nn.Module]]) -> bool:
+        """Find the weights; False where the op takes none such."""
+        self.weights: list[Tensor] = []
+        for layer in layers:
+            self.parts: list[str] = []
+            for part, module in layer.items():
+                self._add(part, module)
+        self.embedding, self.norm, self.eps = embed.weight, norm.weight, norm.variance_epsilon
+        self.head, self.head_scales = _weight(head)
+        self.dtype = self.norm.dtype
+        return (
+            self.dtype in _DTYPES
+            and all(p.dtype == self.dtype and p.device.type == "cpu" for p in self.found.parameters)
             and self.embedding.is_contiguous()
         )
 
@@ -104,38 +168,23 @@ class ElasticForward:
     def of(cls, model: Any) -> ElasticForward:
         """The model's own, made anew where its weights are others."""
         step = model.__dict__.get("_elastic_forward")
-        if step is None or not step.holds():
+        if step is None or not step.found.holds():
             step = model.__dict__["_elastic_forward"] = cls(model)
         return step
 
-    def _find(self, module: nn.Module, name: str) -> Tensor:
-        owner = module._buffers if name in _PACKED else module._parameters
-        self.found.append((owner, name, owner[name]))
-        return owner[name]
-
-    def _weight(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """A weight, or its panels and their scales."""
-        if not isinstance(module, PackedLinear):
-            return self._find(module, "weight"), None
-        return self._find(module, "panels"), None if module.scales is None else self._find(module, "scales")
-
-    def _add(self, part: str, module: nn.Module) -> None:
-        weight, scales = self._weight(module)
-        given = {part: weight, f"{part}_scales": scales}
-        for name, bias in ((part, "bias"), ("gate", "gate_bias")):
-            if module._parameters.get(bias) is not None:
-                given[f"{name}_bias"] = self._find(module, bias)
+    def _add(self, part: str, module: Any) -> None:
+        weight, scales = _weight(module)
+        given = {part: weight, f"{part}_scales": scales, f"{part}_bias": getattr(module, "bias", None)}
+        given["gate_bias"] = given.get("gate_bias", module._parameters.get("gate_bias"))  # packed with up
         for name, tensor in given.items():
             if tensor is not None:
                 self.weights.append(tensor)
                 self.parts.append(name)
 
-    def _watch(self, module: nn.Module) -> None:
-        self.hooks += [module._forward_hooks, module._forward_pre_hooks]
-
     def is_watched(self) -> bool:
         """Whether somebody's hook waits for a module that a step does not call."""
-        return any(hook.__module__ != _RECORDER for hooks in self.hooks if hooks for hook in hooks.values())
+        hooks = self.found.hooks
+        return any(hooks) and any(hook.__module__ != _RECORDER for each in hooks for hook in each.values())
 
     def used(self, model: Any, B: int) -> Used | None:
         """What the layers keep of B sequences; None where the modules must run."""
@@ -161,12 +210,6 @@ class ElasticForward:
             menus = config.mlp_choices, config.head_choices
             return Used((), (), kv_heads, (router.w1, router.w2, state, base), *menus)
         return None
-
-    def holds(self) -> bool:
-        return all(
-            owner.get(name) is tensor and tensor.data_ptr() == place
-            for (owner, name, tensor), place in zip(self.found, self.places, strict=True)
-        )
 
     def _hold(self, config: ElasticConfig) -> HeldForward:
         attention, mlp = self.modules[0]
@@ -213,6 +256,13 @@ class ElasticForward:
         if cache is not None:
             cache.advance(T, used.kv_heads)
         return result
+
+
+def _weight(module: Any) -> tuple[Tensor, Tensor | None]:
+    """A weight, or its panels and their scales."""
+    if isinstance(module, PackedLinear):
+        return module.panels, module.scales
+    return module.weight, None
 
 
 def try_forward(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast | None:

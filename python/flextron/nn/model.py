@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from flextron.config import ElasticConfig, Widths
 from flextron.nn.cache import ElasticCache, given_cache
@@ -21,6 +22,7 @@ from flextron.nn.forward import try_forward, wants_cache
 from flextron.nn.generation import is_plain, sample
 from flextron.nn.masks import is_left_padded, with_form, with_none
 from flextron.nn.policy import Dial, PerRequest, PerToken, Policy
+from flextron.nn.projection import check_parts, named
 from flextron.nn.router import AdaptiveRouter, Choices
 from flextron.nn.setting import Setting, Settings
 
@@ -76,8 +78,32 @@ class ElasticModel:
         return self.settings.now().kv
 
     def layers_of(self) -> list[ElasticLayer]:
-        """The elastic modules of every layer, in order."""
-        return [ElasticLayer(layer.self_attn, layer.mlp) for layer in self.model.layers]
+        """The elastic modules of every layer, in order.
+
+        Raises:
+            NotImplementedError: something else was put in the place of one, which would keep to no budget.
+        """
+        found = [ElasticLayer(layer.self_attn, layer.mlp) for layer in self.model.layers]
+        for i, layer in enumerate(found):
+            for name, part, kind in zip(
+                ("self_attn", "mlp"), layer, (ElasticAttention, ElasticMLP), strict=True
+            ):
+                if not isinstance(part, kind):
+                    raise NotImplementedError(
+                        f"flextron: model.layers.{i}.{name} must be an {kind.__name__}, which keeps to the budget, "
+                        f"got {named(part)}"
+                    )
+        return found
+
+    def check_projections(self) -> None:
+        """Refuse what replaces a projection, or waits for its call, and what an elastic layer would pass over.
+
+        Raises:
+            NotImplementedError: it names the module's path and class.
+        """
+        for i, (attention, mlp) in enumerate(self.layers_of()):
+            check_parts(f"model.layers.{i}.self_attn", attention, attention.PROJECTIONS)
+            check_parts(f"model.layers.{i}.mlp", mlp, mlp.PROJECTIONS)
 
     def set_widths(self, widths: Widths | Sequence[Widths], kv: str = "selected") -> None:
         """Let every layer keep what ``widths`` says, one for all or one for each request of a batch.
@@ -350,9 +376,13 @@ def _elastic_class(cls: type) -> type:
         if len(given) != len(args) + len(kwargs):
             return cls.forward(self, *args, **kwargs)  # which refuses too many, and one that is given twice
         if torch.compiler.is_compiling():
+            self.check_projections()
             return cls.forward(self, **with_none(with_form(given)))
         taken = try_forward(self, given)
-        return cls.forward(self, **with_form(given)) if taken is None else taken
+        if taken is not None:
+            return taken
+        self.check_projections()
+        return cls.forward(self, **with_form(given))
 
     # the parent's own name: save_pretrained writes it to the configuration, where stock transformers looks it up
     return type(cls.__name__, (ElasticModel, cls), {"__module__": cls.__module__, "forward": forward})
@@ -393,6 +423,13 @@ def make_elastic(model: nn.Module, config: ElasticConfig | None = None) -> Any:
     if getattr(hf, "attention_dropout", 0.0):
         raise NotImplementedError(f"make_elastic: attention_dropout must be 0, got {hf.attention_dropout}")
 
+    activation = type(ACT2FN[hf.hidden_act])
+    for i, layer in enumerate(model.model.layers):
+        if type(layer.mlp.act_fn) is not activation:
+            raise NotImplementedError(
+                f"make_elastic: model.layers.{i}.mlp.act_fn must be {hf.hidden_act!r} as configured, got "
+                f"{named(layer.mlp.act_fn)}"
+            )
     settings = Settings()
     for i, layer in enumerate(model.model.layers):
         layer.self_attn = ElasticAttention(layer.self_attn, own, settings)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from flextron_ext import elastic_linear, pack_linear, pack_mlp, packed_linear
+from flextron.nn.projection import PackedLinear, check_plain
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -19,61 +19,6 @@ class Packing:
 
     bytes_before: int
     bytes_after: int
-
-
-class PackedLinear(nn.Module):
-    """A linear layer in panels; with ``gate`` both halves of a gated one, panel by panel.
-
-    Attributes:
-        panels, scales: as `flextron_ext.pack_linear` returns them.
-        gate_bias: of ``gate``.
-    """
-
-    def __init__(
-        self,
-        linear: nn.Linear,
-        out_blocks: int = 1,
-        dtype: torch.dtype | None = None,
-        gate: nn.Linear | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        if gate is None:
-            panels, scales = pack_linear(linear.weight, out_blocks, dtype)
-        else:
-            panels, _, scales, _ = pack_mlp(gate.weight, linear.weight, linear.weight[:0], dtype)
-        self.register_buffer("panels", panels, persistent=False)
-        self.register_buffer("scales", scales, persistent=False)
-        self.bias, self.gate_bias = linear.bias, None if gate is None else gate.bias
-
-    @property
-    def weight(self) -> NoReturn:
-        raise NotImplementedError(
-            "flextron: weights must be plain, got packed ones; do this before flextron.pack, or load the model again"
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.panels, self.scales, self.bias, self.in_features, self.out_features)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {str(self.panels.dtype).removeprefix('torch.')}"
-
-
-def linear(
-    proj: nn.Module,
-    x: Tensor,
-    in_features: int,
-    out_features: int,
-    in_extent: Tensor | None = None,
-    out_extent: Tensor | None = None,
-    in_blocks: int = 1,
-    out_blocks: int = 1,
-) -> Tensor:
-    """`flextron_ext.elastic_linear` with the weight and bias of a layer, plain or packed."""
-    sizes = (in_features, out_features, in_extent, out_extent, in_blocks)
-    if isinstance(proj, PackedLinear):
-        return packed_linear(x, proj.panels, proj.scales, proj.bias, *sizes)
-    return elastic_linear(x, proj.weight, proj.bias, *sizes, out_blocks)
 
 
 def pack(model: Any, dtype: torch.dtype | str | None = None) -> Packing:
@@ -95,6 +40,7 @@ def pack(model: Any, dtype: torch.dtype | str | None = None) -> Packing:
         raise TypeError(f"pack: model must be elastic, got {type(model).__name__}")
     if isinstance(model.lm_head, PackedLinear):
         raise ValueError("pack: model must have plain weights, got packed ones")
+    check_plain("pack", model)
     weight = model.lm_head.weight
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         raise ValueError(
@@ -124,14 +70,6 @@ def pack(model: Any, dtype: torch.dtype | str | None = None) -> Packing:
     model.lm_head = replaced(model.lm_head)
     model.register_state_dict_pre_hook(_refuse_state)
     return Packing(before, after)
-
-
-def check_plain(op: str, model: Any) -> None:
-    """Raise where the model is packed."""
-    if isinstance(model.lm_head, PackedLinear):
-        raise NotImplementedError(
-            f"{op}: weights must be plain, got packed ones; do this before flextron.pack"
-        )
 
 
 def _refuse_state(*_: Any) -> NoReturn:

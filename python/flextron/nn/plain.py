@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
 from flextron.config import ElasticConfig, Widths
-from flextron.nn.packed import check_plain
+from flextron.nn.projection import check_plain
 from flextron.nn.skeleton import fill, skeleton
 
 LAYOUTS = ("auto", "uniform", "padded", "ragged")

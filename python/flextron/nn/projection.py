@@ -1,0 +1,183 @@
+"""What an elastic layer computes with in place of a projection: its weight, and the low-rank adapters around it.
+
+A layer keeps a prefix of a projection's features, so it reads the weight and never calls the projection. It must then
+know all that a call would do: `fault` names what it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from flextron_ext import elastic_linear, pack_linear, pack_mlp, packed_linear
+
+_LORA = ("peft.tuners.lora.layer", "Linear")  # PEFT's, which need not be installed
+_ALIGN = ("accelerate.hooks", "AlignDevicesHook")
+_PLAIN = ("torch.nn.modules.", "transformers.", "flextron.nn.")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class PackedLinear(nn.Module):
+    """A linear layer in panels; with ``gate`` both halves of a gated one, panel by panel.
+
+    Attributes:
+        panels, scales: as `flextron_ext.pack_linear` returns them.
+        gate_bias: of ``gate``.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        out_blocks: int = 1,
+        dtype: torch.dtype | None = None,
+        gate: nn.Linear | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        if gate is None:
+            panels, scales = pack_linear(linear.weight, out_blocks, dtype)
+        else:
+            panels, _, scales, _ = pack_mlp(gate.weight, linear.weight, linear.weight[:0], dtype)
+        self.register_buffer("panels", panels, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+        self.bias, self.gate_bias = linear.bias, None if gate is None else gate.bias
+
+    @property
+    def weight(self) -> NoReturn:
+        raise NotImplementedError(
+            "flextron: weights must be plain, got packed ones; do this before flextron.pack, or load the model again"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return packed_linear(x, self.panels, self.scales, self.bias, self.in_features, self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {str(self.panels.dtype).removeprefix('torch.')}"
+
+
+def is_adapted(proj: Any) -> bool:
+    """Whether it is PEFT's LoRA around a projection."""
+    kind = type(proj)
+    return (kind.__module__, kind.__name__) == _LORA
+
+
+def is_alone(proj: Any) -> bool:
+    """Whether a weight and a bias, plain or packed, are all there is to its class."""
+    return (type(proj) is nn.Linear and "weight" in proj._parameters) or type(proj) is PackedLinear
+
+
+def linear(
+    proj: Any,
+    x: Tensor,
+    in_features: int,
+    out_features: int,
+    in_extent: Tensor | None = None,
+    out_extent: Tensor | None = None,
+    in_blocks: int = 1,
+    out_blocks: int = 1,
+) -> Tensor:
+    """`flextron_ext.elastic_linear` with a projection: plain, packed, or with adapters.
+
+    An adapter adds ``scaling * (x[:, :in] A[:, :in]^T) B[:out]^T``, in its own dtype, at a cost that falls with the
+    width as the projection's does.
+    """
+    sizes = (in_features, out_features, in_extent, out_extent, in_blocks)
+    if isinstance(proj, PackedLinear):
+        return packed_linear(x, proj.panels, proj.scales, proj.bias, *sizes)
+    if not is_adapted(proj):
+        return elastic_linear(x, proj.weight, proj.bias, *sizes, out_blocks)
+    base = proj.base_layer
+    y = elastic_linear(x, base.weight, base.bias, *sizes, out_blocks)
+    dtype = y.dtype
+    for name in _active(proj):
+        a, b = proj.lora_A[name].weight, proj.lora_B[name]
+        low = proj.lora_dropout[name](x.to(a.dtype))
+        low = elastic_linear(low, a, None, in_features, len(a), in_extent, None, in_blocks)
+        low = elastic_linear(low, b.weight, b.bias, len(a), out_features, None, out_extent, 1, out_blocks)
+        y = y + low * proj.scaling[name]
+    return y.to(dtype)
+
+
+def _active(proj: Any) -> Iterator[str]:
+    """The adapters that a call would add now; as a call does, undo a merge where adapters are disabled."""
+    if proj.disable_adapters and proj.merged:
+        proj.unmerge()
+    if not (proj.disable_adapters or proj.merged):
+        yield from (name for name in proj.active_adapters if name in proj.lora_A)
+
+
+def check_parts(path: str, part: nn.Module, names: tuple[str, ...]) -> None:
+    """Refuse a part of a layer, at ``path`` in its model, whose projections ``names`` do what it would pass over.
+
+    Raises:
+        NotImplementedError: it names the module's path and class.
+    """
+    for name, module in part._modules.items():
+        if module is None:
+            continue
+        if name not in (*names, "q_norm", "k_norm"):
+            raise NotImplementedError(
+                f"flextron: {path} must have no modules but its own, which an elastic layer would pass over, got "
+                f"{path}.{name}, {named(module)}"
+            )
+        if name in names and (wrong := fault(module)):
+            raise NotImplementedError(
+                f"flextron: {path}.{name} must be an nn.Linear or PEFT's LoRA of one, got {wrong}; an elastic layer "
+                "reads its weight and never calls it"
+            )
+
+
+def check_plain(op: str, model: Any) -> None:
+    """Raise NotImplementedError where a weight of the model is not all that is used in its place.
+
+    So it is with packed weights and adapters; what stores, packs or takes apart a model would lose them.
+    """
+    if isinstance(model.lm_head, PackedLinear):
+        raise NotImplementedError(
+            f"{op}: weights must be plain, got packed ones; do this before flextron.pack"
+        )
+    for path, module in model.named_modules():
+        if path and not type(module).__module__.startswith(_PLAIN):
+            how = "; merge it first, by merge_and_unload()" if is_adapted(module) else ""
+            raise NotImplementedError(f"{op}: weights must be plain, got {path}, {named(module)}{how}")
+
+
+def fault(proj: Any) -> str | None:
+    """What of a projection an elastic layer would pass over; None where there is nothing."""
+    if not is_adapted(proj):
+        return _called(proj) if type(proj) in (nn.Linear, PackedLinear) else named(proj)
+    for module in (proj.base_layer, *proj.lora_A.values(), *proj.lora_B.values()):
+        if type(module) is not nn.Linear:
+            return f"{named(proj)} of {named(module)}"
+    for module in (proj, proj.base_layer, *proj.lora_A.values(), *proj.lora_B.values()):
+        if found := _called(module):
+            return found
+    for name in _active(proj):
+        if variant := proj.lora_variant.get(name):
+            return f"{named(variant)} of adapter {name!r}; merge it first, by merge_and_unload()"
+    return None
+
+
+def _called(module: nn.Module) -> str | None:
+    """What waits for a call of the module: a hook, or a forward put in its place."""
+    own, by = module.__dict__.get("forward"), module.__dict__.get("_hf_hook")
+    if own is not None and not _only_moves(module, by):
+        return f"{named(module)} with a forward of its own" + (f" ({named(by)})" if by else "")
+    kind = next((kind for kind in _HOOKS if getattr(module, kind)), None)
+    return None if kind is None else f"{named(module)} with a hook in {kind}"
+
+
+def _only_moves(module: nn.Module, hook: Any) -> bool:
+    """Whether accelerate's hook brings inputs to the module's device, as the layer's own does, and no weights."""
+    kind, before = type(hook), getattr(module, "_old_forward", None)
+    mover = (kind.__module__, kind.__name__) == _ALIGN and not hook.offload
+    return mover and getattr(before, "__func__", None) is type(module).forward
+
+
+def named(thing: Any) -> str:
+    """Its class, with the module that defines it."""
+    kind = type(thing)
+    return f"{kind.__module__}.{kind.__qualname__}"
