@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from flextron import pipeline
 from flextron.cli import main
+from flextron_ext import build_info
 
 SENTENCE = "the cat sat on the mat and the dog ran far away from the old red house by the sea while it rained"
 
@@ -50,7 +51,7 @@ def parent(tmp_path_factory, text):
 
 
 COMMANDS = ("convert", "train", "profile", "route", "tune", "eval", "generate", "export", "info", "demo")
-COMMANDS += ("report", "reproduce")
+COMMANDS += ("report", "reproduce", "clean")
 
 
 def answer(capsys, *argv):
@@ -309,6 +310,54 @@ def test_training_again_resumes_a_finished_run_and_changes_nothing(elastic, text
     assert answer(capsys, *argv, "--seed", 1, "--restart")["resumed_from"] == 0
 
 
+def test_a_finished_run_goes_on_with_the_teacher_that_it_began_with(elastic, text, capsys):
+    """Which is not what the directory holds by then: at full width the trained model would not diverge from itself."""
+    run = ("train", elastic, "--data", text, "--batch-size", 2, "--length", 32, "--eval-every", 0)
+    run += ("--distillation", 1, "--full-probability", 1, "--learning-rate", 0.01)
+    short = answer(capsys, *run, "--steps", 2)
+    more = answer(capsys, *run, "--steps", 3)
+    assert more["resumed_from"] == 2 and len(more["losses"]) == 3 and more["losses"][:2] == short["losses"]
+    lines = (elastic / "training/metrics.jsonl").read_text().splitlines()
+    divergences = [json.loads(line)["distillation"] for line in lines]
+    assert divergences[0] < 1e-4 < 1e-2 < min(divergences[1:])  # autocast rounds where the machine has bf16
+    assert answer(capsys, *run, "--steps", 3)["resumed_from"] == 3
+    assert "config.steps;" in complaint(capsys, *run, "--steps", 2)
+
+
+def test_cleaning_removes_what_only_resuming_needs(elastic, text, capsys):
+    run = ("train", elastic, "--data", text, *STEP, "--distillation", 1)
+    first = answer(capsys, *run)
+    before = {path: path.read_bytes() for path in elastic.rglob("*") if path.is_file()}
+    dry = answer(capsys, "clean", elastic, "--dry-run")
+    assert before == {path: path.read_bytes() for path in elastic.rglob("*") if path.is_file()}
+    gone = answer(capsys, "clean", elastic)
+    assert gone["files"] == dry["files"] and gone["bytes"] == dry["bytes"] > 3 * 0.1e6
+    training = elastic / "training"
+    names = ("step-00000001.json", "step-00000001.safetensors", "teacher.safetensors")
+    assert list(gone["files"]) == [str(training / name) for name in names]
+    assert sorted(path.name for path in training.iterdir()) == ["metrics.jsonl", "run.json"]
+    kept = {path: content for path, content in before.items() if path.parent != training}
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert (training / "metrics.jsonl").read_bytes() == before[training / "metrics.jsonl"]
+    assert answer(capsys, "clean", elastic) == {"files": {}, "bytes": 0, "dry_run": False}
+    assert "cleaned away" in complaint(capsys, *run)  # not begun again unasked, on trained weights
+    assert main([*map(str, run), "--restart"]) == 0
+    assert first["resumed_from"] == 0
+
+
+def test_a_run_that_was_stopped_is_not_cleaned_unasked(elastic, text, monkeypatch, capsys):
+    run = ("train", elastic, "--data", text, *STEP[2:], "--steps", 2, "--checkpoint-every", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "flextron.train.resume.MetricsLog.write", lambda log, record: record["step"] < 2 or killed()
+        )
+        assert main([*map(str, run)]) == 130
+    capsys.readouterr()
+    assert "must be finished, got step 1 of 2; " in complaint(capsys, "clean", elastic)
+    assert answer(capsys, *run)["resumed_from"] == 1
+    assert answer(capsys, "clean", elastic)["bytes"] > 0
+
+
 def test_conversion_options_change_the_checkpoint(parent, text, tmp_path, capsys):
     def weights(name, *options):
         argv = ("convert", parent, tmp_path / name, "--data", text, "--samples", 8, "--length", 32, *options)
@@ -378,6 +427,18 @@ def test_a_demonstration_replaces_nothing_but_a_demonstration(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert "got" in complaint(capsys, "demo", "--parent", "tiny", "--out", tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_the_version_says_what_is_installed_and_what_the_ops_were_built_for(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    first, second = capsys.readouterr().out.splitlines()
+    info = build_info()
+    assert first.startswith(f"flextron {info['version']}, torch {torch.__version__}, Python 3.")
+    built, cuda = ", ".join(info["isas"]), ", ".join(info["cuda_archs"]) or "none"
+    found = re.match(rf"ops: CPU {built} \(here (\w+)\), CUDA {cuda}, compiler ", second)
+    assert found.group(1) in {*info["isas"], "generic"}
 
 
 def test_every_command_has_help_with_an_example(capsys):

@@ -46,6 +46,38 @@ class _Parser(argparse.ArgumentParser):
         raise _UsageError(f"{command}: {message}" if command else message)
 
 
+class _Version(argparse.Action):
+    """Prints what this installation is, in two lines."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print("\n".join(_installed()))
+        parser.exit()
+
+
+def _installed() -> tuple[str, str]:
+    """Versions; and what the ops were built for and run on here."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    own = f"flextron {version('flextron')}, torch {torch.__version__}, Python {platform.python_version()}"
+    try:
+        from flextron_ext import build_info
+    except ImportError as error:
+        return own, f"ops: {_sentence(str(error))}"
+    info = build_info()
+    here = os.environ.get("FLEXTRON_ISA") or (
+        "avx512"
+        if torch.cpu._is_avx512_supported()
+        else "avx2"
+        if torch.cpu._is_avx2_supported()
+        else "baseline"
+    )
+    cuda = ", ".join(info["cuda_archs"]) or "none"
+    return own, f"ops: CPU {', '.join(info['isas'])} (here {here}), CUDA {cuda}, compiler {info['compiler']}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     # Progress is ours to show, and what transformers tells of files that are used anyway helps nobody.
@@ -102,6 +134,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="flextron",
         description="Elastic language models: one checkpoint that runs at any latency target.",
     )
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="print versions and what the ops were built for, and exit"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[..., Any], summary: str, example: str) -> argparse.ArgumentParser:
@@ -150,7 +185,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     t.add_argument("directory")
     _data(t)
-    t.add_argument("--steps", type=_count, default=1000)
+    t.add_argument(
+        "--steps",
+        type=_count,
+        default=1000,
+        help="steps in all; more than a finished run has go on from its end",
+    )
     t.add_argument("--batch-size", type=_count, default=8, help="sequences in a micro-batch")
     t.add_argument("--length", type=_count, default=512, help="tokens of each")
     t.add_argument(
@@ -240,7 +280,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with the router that chooses for every token, not the static one",
     )
-    u.add_argument("--steps", type=_count, default=200)
+    u.add_argument(
+        "--steps",
+        type=_count,
+        default=200,
+        help="steps in all; more than a finished run has go on from its end",
+    )
     u.add_argument(
         "--batch-size", type=_count, default=8, help="sequences in a micro-batch, each at a target"
     )
@@ -334,6 +379,20 @@ def _parser() -> argparse.ArgumentParser:
 
     i = command("info", _info, "what an elastic checkpoint holds", "flextron info elastic/")
     i.add_argument("directory")
+
+    k = command(
+        "clean",
+        _clean,
+        "remove what only resuming needs: the optimiser states of finished runs",
+        "flextron clean elastic/ --dry-run",
+    )
+    k.add_argument("directory")
+    k.add_argument("--dry-run", action="store_true", help="only say what would go")
+    k.add_argument(
+        "--unfinished",
+        action="store_true",
+        help="also of runs that were stopped, which can then not be resumed",
+    )
 
     p = command(
         "report",
@@ -856,6 +915,20 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
             str(args.directory), ["what", "value"], [[name, str(value)] for name, value in facts.items()]
         )
     return facts
+
+
+def _clean(args: argparse.Namespace) -> dict[str, Any]:
+    from flextron import pipeline
+
+    found = pipeline.clean(args.directory, unfinished=args.unfinished, dry_run=args.dry_run)
+    total = sum(found.values())
+    for path, size in found.items():
+        _say(args, f"{path}: {size} bytes")
+    _say(
+        args,
+        f"{args.directory}: {'would free' if args.dry_run else 'freed'} {total} bytes in {len(found)} files",
+    )
+    return {"files": found, "bytes": total, "dry_run": args.dry_run}
 
 
 def _demo(args: argparse.Namespace) -> dict[str, Any] | list[dict[str, Any]]:

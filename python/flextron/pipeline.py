@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,12 +15,13 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from flextron import data as text
-from flextron.checkpoint import CheckpointError, Origin
+from flextron.checkpoint import WEIGHTS_FILE, CheckpointError, Origin, load_tensors, locked
 from flextron.checkpoint.origin import made_for
 from flextron.convert import convert as convert_model
 from flextron.convert import load_elastic, save_elastic
 from flextron.nn import Dial
 from flextron.nn.learning import relaxed_loss
+from flextron.nn.skeleton import parameter_shapes
 from flextron.route import adaptive as adaptive_routing
 from flextron.route import latency, trainer
 from flextron.route.adaptive import AdaptiveConfig, AdaptiveResult, train_adaptive
@@ -36,7 +38,7 @@ from flextron.route.latency import (
 )
 from flextron.route.latency import profile as profile_model
 from flextron.route.trainer import RouteConfig, RouterResult, train_routers
-from flextron.train import TrainConfig, TrainReport, TuneConfig, evaluate
+from flextron.train import TrainConfig, TrainReport, TuneConfig, evaluate, resume
 from flextron.train import train as train_model
 from flextron.train import tune as tune_model
 
@@ -163,14 +165,11 @@ def train(
 
     Latency tables stay, since no size changes; routers are dropped, since every loss does.
 
-    The teacher of a distillation is the checkpoint as it is before training: right after `convert` that is the
-    parent itself.
+    The teacher of a distillation is the checkpoint as it was when the run began: right after `convert` that is the
+    parent itself. The run keeps it, for more steps later (see `flextron.train.train`).
     """
     model, _ = load_elastic(directory)
-    teacher = None
-    if config.distillation:
-        teacher, _ = load_elastic(directory)
-        teacher.requires_grad_(False)
+    teacher, keep_teacher = _teacher(directory, TRAINING_FOLDER, config, restart)
     tokens = corpus(tokenizer_of(directory), data)
     report = train_model(
         model,
@@ -181,6 +180,7 @@ def train(
         resume=not restart,
         validation=_judging(tokens.held_out, validation_windows, config.length),
         progress=lambda step, steps, _: progress("elastic training", step, steps),
+        begun=keep_teacher,
     )
     _discard_unfit(directory, save_elastic(model, directory))
     if report.resumed_from < config.steps:
@@ -338,7 +338,7 @@ def tune(
             f"tune: {directory} must have a router made for its weights, got none; run `{command}`"
         )
     table = model.planner.table(found.phase)
-    teacher = load_elastic(directory)[0] if config.distillation else None
+    teacher, keep_teacher = _teacher(directory, TUNING_FOLDER, config, restart)
     tokens = corpus(tokenizer_of(directory), data)
     report = tune_model(
         model,
@@ -351,6 +351,7 @@ def tune(
         resume=not restart,
         validation=_judging(tokens.held_out, validation_windows, config.length),
         progress=lambda step, steps, _: progress("joint tuning", step, steps),
+        begun=keep_teacher,
     )
     windows = _judging(tokens.train, samples, config.length)
     tables, ladder, fresh = model.planner.tables, model.planner.ladder, []
@@ -453,6 +454,55 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) 
 def held_out_windows(tokenizer: Any, data: Data, samples: int, length: int) -> Tensor:
     """[n, length] windows of the text that no stage trains on."""
     return _judging(corpus(tokenizer, data).held_out, samples, length)
+
+
+def clean(directory: str | Path, *, unfinished: bool = False, dry_run: bool = False) -> dict[str, int]:
+    """Remove what only resuming needs: the checkpoints of finished runs of `train` and `tune`, and their teachers.
+
+    A run that was cleaned can no longer be given more steps; its metrics and what it was stay.
+
+    Args:
+        directory: of an elastic checkpoint.
+        unfinished: also those of runs that were stopped, which can then never be finished.
+        dry_run: remove nothing.
+
+    Returns:
+        Each file that goes -> the bytes that this frees.
+    """
+    Origin.read(directory)
+    folders = [Path(directory) / name for name in (TRAINING_FOLDER, TUNING_FOLDER)]
+    with locked(directory, "clean"):
+        # all are asked before one is touched
+        found = [p for f in folders for p in resume.clean(f, unfinished=unfinished, dry_run=True)]
+        sizes = {str(p): p.stat().st_size if p.stat().st_nlink == 1 else 0 for p in found}
+        if not dry_run:
+            for folder in folders:
+                resume.clean(folder, unfinished=unfinished)
+    return sizes
+
+
+def _teacher(
+    directory: str | Path, folder: str, config: TrainConfig, restart: bool
+) -> tuple[Any, Callable[[], None] | None]:
+    """The teacher of a run in ``folder``, if it has one, and what keeps it there when the run begins."""
+    if not config.distillation:
+        return None, None
+    teacher, _ = load_elastic(directory)
+    weights, kept = Path(directory) / WEIGHTS_FILE, Path(directory) / folder / resume.TEACHER_FILE
+    if not restart and kept.is_file() and resume.has_checkpoints(kept.parent):
+        tensors = load_tensors(kept, parameter_shapes(teacher))
+        with torch.no_grad():
+            for name, parameter in teacher.named_parameters():
+                parameter.copy_(tensors[name])
+    return teacher.requires_grad_(False), lambda: _link(weights, kept)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Another name for a file that is only ever replaced, never written into; a copy where there are no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _discard_unfit(directory: str | Path, origin: Origin) -> None:

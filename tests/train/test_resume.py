@@ -15,7 +15,7 @@ import tiny_run
 import torch
 
 from flextron.checkpoint import CheckpointError, load_tensors
-from flextron.train import train
+from flextron.train import learning_rate, train
 
 SCRIPT = Path(tiny_run.__file__)
 LAST = "step-00000012.safetensors"
@@ -165,7 +165,8 @@ def test_other_data_model_or_teacher_is_refused(finished):
     for arguments, named in (
         ((model, data + 0 * data + (data == 1), teacher), "tokens;"),
         ((query, data, teacher), "elastic.unit;"),
-        ((model, data, wider), "teacher.parameters;"),
+        ((model, data, wider), "teacher.parameters, teacher.weights;"),
+        ((model, data, tiny_run.parent(2)), "teacher.weights;"),
     ):
         with pytest.raises(ValueError, match=f"got other values of {named}"):
             train(arguments[0], arguments[1], tiny_run.CONFIG, finished, teacher=arguments[2])
@@ -195,6 +196,38 @@ def test_what_changes_no_weight_may_change(finished):
     )
     report = train(model, tiny_run.tokens(), config, finished, teacher=tiny_run.parent(1))
     assert report.resumed_from == 12
+
+
+def weights_of(directory: Path) -> dict[str, torch.Tensor]:
+    last = max(directory.glob("step-*.safetensors"))
+    return {name: value for name, value in load_tensors(last).items() if not name.startswith("rng.")}
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_more_steps_go_on_from_a_finished_run(tmp_path, constant):
+    """At a constant rate bit for bit as one long run; else each new step has the rate that it has in such a run."""
+    rates = {"warmup": 0.0, "min_lr_ratio": 1.0} if constant else {}
+    short = replace(tiny_run.CONFIG, steps=4, distillation=0.0, **rates)
+    long = replace(short, steps=7)
+    model = tiny_run.elastic()
+    for config, resumed in ((short, 0), (long, 4), (long, 7)):
+        report = train(model, tiny_run.tokens(), config, tmp_path / "extended")
+        assert report.resumed_from == resumed and len(report.losses) == config.steps
+    train(tiny_run.elastic(), tiny_run.tokens(), long, tmp_path / "whole")
+    logged = metrics(tmp_path / "extended")
+    assert [r["learning_rate"] for r in logged] == [
+        learning_rate(short if step <= 4 else long, step) for step in range(1, 8)
+    ]
+    a, b = weights_of(tmp_path / "extended"), weights_of(tmp_path / "whole")
+    assert all(torch.equal(a[name], b[name]) for name in a) == constant
+    run = json.loads((tmp_path / "extended" / "run.json").read_text())
+    assert run["config"]["steps"] == 7 and run["extended"] == [{"step": 4, "steps": 4}]
+
+
+def test_fewer_steps_are_refused(finished):
+    config = replace(tiny_run.CONFIG, steps=11)
+    with pytest.raises(ValueError, match=r"got other values of config\.steps;"):
+        train(tiny_run.elastic(), tiny_run.tokens(), config, finished, teacher=tiny_run.parent(1))
 
 
 def test_resume_false_begins_again(finished):

@@ -41,7 +41,7 @@ class TrainConfig:
     """How to train.
 
     Attributes:
-        steps: optimiser steps.
+        steps: optimiser steps in all. A run that is resumed with more takes them at the rates of the longer one.
         batch_size: windows in a micro-batch.
         length: tokens in a window.
         accumulation: micro-batches in a step, each with a sub-network of its own.
@@ -163,12 +163,17 @@ def train(
     resume: bool = True,
     progress: Progress | None = None,
     validation: Tensor | None = None,
+    begun: Callable[[], object] | None = None,
 ) -> TrainReport:
     """Train an elastic model in place, each micro-batch at another sub-network.
 
     A killed run that is started again with the same arguments goes on from its last checkpoint and ends with
     the very weights it would have had (same torch, machine and number of threads). Afterwards the model's
     widths and mode, and torch's global generator, are what they were before.
+
+    A run that is started again with more ``config.steps`` goes on to them, finished or not: each new step has the
+    learning rate that it has in a run of so many. The steps before had those of the shorter run, and nothing else is
+    different: where the rate is constant (``warmup=0, min_lr_ratio=1``) the weights are those of one long run.
 
     Args:
         model: from `flextron.nn.make_elastic`, with float32 weights.
@@ -180,6 +185,7 @@ def train(
             or saved; otherwise what is there is replaced.
         progress: called after every step with (step, steps, the step's metrics).
         validation: [n, length] int64, for the evaluations; none without it.
+        begun: called once ``directory`` is the folder of a run that begins, before its first step.
 
     Raises:
         ValueError: an argument does not fit, or ``directory`` holds another run.
@@ -188,14 +194,17 @@ def train(
     """
     check_model(model)
     check_teacher(model, teacher, config)
-    return run_to_the_end(Run(model, tokens, config, Path(directory), teacher, validation), resume, progress)
+    run = Run(model, tokens, config, Path(directory), teacher, validation)
+    return run_to_the_end(run, resume, progress, begun)
 
 
-def run_to_the_end(run: Run, resume: bool, progress: Progress | None) -> TrainReport:
+def run_to_the_end(
+    run: Run, resume: bool, progress: Progress | None, begun: Callable[[], object] | None
+) -> TrainReport:
     """Run, and leave the model's dial and mode, and torch's global generator, as they were."""
     devices = [run.device] if run.device.type == "cuda" else []
     with restored(run.model), torch.random.fork_rng(devices=devices):
-        return run.to_the_end(resume, progress)
+        return run.to_the_end(resume, progress, begun)
 
 
 class Run:
@@ -223,13 +232,17 @@ class Run:
         self.directory = directory
         self.checkpoints = Checkpoints(directory, self._identity(tokens), fingerprint(model.state_dict()))
 
-    def to_the_end(self, resume: bool, progress: Progress | None) -> TrainReport:
+    def to_the_end(
+        self, resume: bool, progress: Progress | None, begun: Callable[[], object] | None
+    ) -> TrainReport:
         began = time.perf_counter()
         steps, every = self.config.steps, self.config.checkpoint_every
         start = self._start(resume)
         log = MetricsLog(self.directory, start)
         self.optimizer.zero_grad()  # a gradient the caller left would be taken for ours
         if start == 0:
+            if begun is not None:
+                begun()
             self._evaluate(0, log)
         for step in range(start + 1, steps + 1):
             record = self._step(step)
@@ -336,6 +349,7 @@ class Run:
         torch.set_rng_state(saved.tensors["rng.cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(saved.tensors["rng.cuda"], self.device)
+        self.checkpoints.extend(saved.step)
         return saved.step
 
     def _save(self, step: int) -> None:
@@ -360,7 +374,11 @@ class Run:
             del trajectory[name]
         teacher = None
         if self.teacher is not None:
-            teacher = {"class": type(self.teacher).__name__, "parameters": _parameters(self.teacher)}
+            teacher = {
+                "class": type(self.teacher).__name__,
+                "parameters": _parameters(self.teacher),
+                "weights": fingerprint(self.teacher.state_dict()),
+            }
         return {
             "config": trajectory | {"bf16": self.bf16},
             "elastic": self.model.elastic.to_dict(),

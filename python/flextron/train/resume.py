@@ -2,7 +2,8 @@
 
 A run's folder holds ``run.json`` (what the run is), ``metrics.jsonl`` (what it measured) and, for each kept
 step, ``step-N.safetensors`` (weights, optimiser, generators) and ``step-N.json`` (data position, sha256 of
-the other). The JSON file is written last: a step counts when it is there.
+the other). The JSON file is written last: a step counts when it is there. Where the teacher was the checkpoint
+itself, ``teacher.safetensors`` keeps it. All but the first two only resuming needs, and `clean` removes it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from flextron.checkpoint import CheckpointError, load_tensors, read_json, save_t
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+TEACHER_FILE = "teacher.safetensors"
+CLEANED = "cleaned"  # key of run.json: the last step, whose checkpoint `clean` removed
 KEPT = 2  # checkpoints: the newest, and one in case that is damaged
 
 
@@ -54,8 +57,17 @@ class Checkpoints:
         """Start afresh: forget every checkpoint and metric there, and write what the run is."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self._keep([])
-        (self.directory / METRICS_FILE).unlink(missing_ok=True)
+        for name in (METRICS_FILE, TEACHER_FILE):
+            (self.directory / name).unlink(missing_ok=True)
         write_json(self.directory / RUN_FILE, {**self.identity, "weights": self.weights})
+
+    def extend(self, step: int) -> None:
+        """Write down that the run goes on to more steps, from ``step`` of those it had; otherwise do nothing."""
+        found = read_json(self.directory / RUN_FILE)
+        had = found["config"]["steps"]
+        if had != self.identity["config"]["steps"]:
+            extended = [*found.get("extended", []), {"step": step, "steps": had}]
+            write_json(self.directory / RUN_FILE, {**found, **self.identity, "extended": extended})
 
     def save(self, step: int, tensors: Mapping[str, Tensor], position: Mapping[str, Any]) -> None:
         """Write one checkpoint, then drop those older than the last two."""
@@ -74,6 +86,7 @@ class Checkpoints:
         """
         steps = self._steps()
         if not steps:
+            self._refuse_cleaned()
             return None
         self._check_identity(steps)
         for step in reversed(steps):
@@ -98,7 +111,9 @@ class Checkpoints:
     def _check_identity(self, steps: list[int]) -> None:
         found = read_json(self.directory / RUN_FILE)
         known = {found.pop("weights", None)}
-        if differing := _differing(self.identity, found):
+        found.pop("extended", None)
+        differing = _differing(self.identity, found)
+        if differing and not (differing == ["config.steps"] and self._is_longer(found["config"]["steps"])):
             raise ValueError(
                 f"train: the run in {self.directory} must be resumed as it was started, got other values of "
                 f"{', '.join(differing)}; resume=False (on the command line --restart) starts it afresh"
@@ -110,6 +125,17 @@ class Checkpoints:
             raise ValueError(
                 f"train: the run in {self.directory} must be resumed with the weights it started from or saved, "
                 "got another model's; resume=False (on the command line --restart) starts it afresh"
+            )
+
+    def _is_longer(self, steps: Any) -> bool:
+        return isinstance(steps, int) and self.identity["config"]["steps"] > steps
+
+    def _refuse_cleaned(self) -> None:
+        path = self.directory / RUN_FILE
+        if path.is_file() and CLEANED in read_json(path):
+            raise ValueError(
+                f"train: the run in {self.directory} must have its last checkpoint to go on from, got one that was "
+                "cleaned away; resume=False (on the command line --restart) starts another from the weights as they are"
             )
 
     def _path(self, step: int, suffix: str) -> Path:
@@ -126,6 +152,54 @@ class Checkpoints:
             for path in self.directory.glob(pattern):
                 if path.name not in kept:
                     path.unlink()
+
+
+def has_checkpoints(directory: Path) -> bool:
+    """Whether a run's folder holds something to resume from."""
+    return any(directory.glob("step-*.json"))
+
+
+def clean(directory: Path, *, unfinished: bool = False, dry_run: bool = False) -> list[Path]:
+    """Remove what only resuming needs from a run's folder; what the run was and measured stays.
+
+    Args:
+        directory: the folder; nothing is done where there is none.
+        unfinished: also of a run that has not taken all its steps, which can then never take them.
+        dry_run: remove nothing.
+
+    Returns:
+        The files that go.
+
+    Raises:
+        ValueError: the run is not finished, and ``unfinished`` is False.
+    """
+    patterns = (
+        "step-*.json",
+        "step-*.safetensors",
+        TEACHER_FILE,
+        ".*.tmp",
+    )  # the JSON files first: see `_keep`
+    found = [path for pattern in patterns for path in sorted(directory.glob(pattern))]
+    if not found:
+        return []
+    path = directory / RUN_FILE
+    run = read_json(path)
+    config = run.get("config")
+    steps, done = config.get("steps") if isinstance(config, dict) else None, _last_step(directory)
+    if done != steps and not unfinished:
+        raise ValueError(
+            f"clean: the run in {directory} must be finished, got step {done} of {steps}; unfinished=True (on the "
+            "command line --unfinished) removes it all the same"
+        )
+    if not dry_run:
+        write_json(path, {**run, CLEANED: done})
+        for file in found:
+            file.unlink()
+    return found
+
+
+def _last_step(directory: Path) -> int:
+    return max((int(path.stem.removeprefix("step-")) for path in directory.glob("step-*.json")), default=0)
 
 
 class MetricsLog:

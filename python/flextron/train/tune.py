@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ def tune(
     resume: bool = True,
     progress: Progress | None = None,
     validation: Tensor | None = None,
+    begun: Callable[[], object] | None = None,
 ) -> TrainReport:
     """Train an elastic model and its router together, in place; a killed run resumes as `train`'s does.
 
@@ -74,14 +75,14 @@ def tune(
         model: elastic, with float32 weights.
         router: on the model's device; its last trained target is the full model.
         fraction: share of the full latency of choice probabilities: ``table.expected(*p) / table.full_ms``.
-        tokens, config, directory, teacher, resume, progress, validation: as for `train`.
+        tokens, config, directory, teacher, resume, progress, validation, begun: as for `train`.
     """
     check_model(model)
     check_teacher(model, teacher, config)
     router.requires_grad_(True)
     try:
         run = _Tuning(model, tokens, config, Path(directory), teacher, validation, router, fraction)
-        return run_to_the_end(run, resume, progress)
+        return run_to_the_end(run, resume, progress, begun)
     finally:
         router.requires_grad_(False)
 
