@@ -3,9 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 UNITS = ("kv_group", "query")
+
+
+def plain(value: Any) -> Any:
+    """A scalar or row of NumPy or torch as Python's own number or list; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def number(name: str, value: Any) -> float:
+    """A number as Python's own, whoever's scalar it is; ValueError for anything else, truth values and NaN too."""
+    own = plain(value)
+    if isinstance(own, bool) or not isinstance(own, Real) or own != own:
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return own if isinstance(own, int) else float(own)
+
+
+def count(name: str, value: Any) -> int:
+    """The same of a whole number."""
+    if type(value) is int:
+        return value
+    own = plain(value)
+    if isinstance(own, bool) or not isinstance(own, Integral):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return int(own)
+
+
+def check_numbers(config: Any) -> None:
+    """Let a frozen dataclass hold Python's own numbers in its fields of type int and float; ValueError for others."""
+    for field in fields(config):
+        kind, _, optional = field.type.partition(" | ")
+        value = getattr(config, field.name)
+        if kind in ("int", "float") and not (optional and value is None):
+            own = (count if kind == "int" else number)(f"{type(config).__name__}: {field.name}", value)
+            object.__setattr__(config, field.name, own)
 
 
 @dataclass(frozen=True)
@@ -22,8 +56,8 @@ class Widths:
     heads: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mlp", tuple(int(d) for d in self.mlp))
-        object.__setattr__(self, "heads", tuple(int(n) for n in self.heads))
+        object.__setattr__(self, "mlp", tuple(count("widths: mlp", d) for d in self.mlp))
+        object.__setattr__(self, "heads", tuple(count("widths: heads", n) for n in self.heads))
 
     def covers(self, other: Widths) -> bool:
         """Whether every layer keeps at least what ``other`` keeps there."""
@@ -57,8 +91,10 @@ class ElasticConfig:
     head_choices: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mlp_choices", tuple(int(d) for d in self.mlp_choices))
-        object.__setattr__(self, "head_choices", tuple(int(n) for n in self.head_choices))
+        check_numbers(self)
+        for name in ("mlp_choices", "head_choices"):
+            menu = tuple(count(f"ElasticConfig: {name}", n) for n in getattr(self, name))
+            object.__setattr__(self, name, menu)
         if self.unit not in UNITS:
             raise ValueError(f"ElasticConfig: unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
@@ -105,6 +141,8 @@ class ElasticConfig:
 
     def check(self, widths: Widths) -> None:
         """Raise ValueError unless ``widths`` has one entry of the menus for every layer."""
+        if not isinstance(widths, Widths):
+            raise ValueError(f"widths: it must be a Widths, got {widths!r}")
         for axis, menu in (("mlp", self.mlp_choices), ("heads", self.head_choices)):
             chosen = getattr(widths, axis)
             if len(chosen) != self.num_layers:

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from flextron import data as text
 from flextron.checkpoint import WEIGHTS_FILE, CheckpointError, Origin, load_tensors, locked
 from flextron.checkpoint.origin import made_for
+from flextron.config import count
 from flextron.convert import convert as convert_model
 from flextron.convert import load_elastic, save_elastic
 from flextron.nn import Dial
@@ -447,7 +448,8 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) 
     """Greedy continuation of a prompt at the model's present budget."""
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    out = model.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+    wanted = count("generate: max_new_tokens", max_new_tokens)
+    out = model.generate(**encoded, max_new_tokens=wanted, do_sample=False, pad_token_id=pad)
     return tokenizer.decode(out[0], skip_special_tokens=True)
 
 
@@ -523,5 +525,6 @@ def _discard(directory: str | Path, *names: str) -> None:
 
 
 def _judging(stream: Tensor, samples: int, length: int) -> Tensor:
+    samples, length = count("text: samples", samples), count("text: length", length)
     length = min(length, stream.numel())
     return text.windows(stream, min(samples, stream.numel() // length), length)

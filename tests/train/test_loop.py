@@ -394,7 +394,7 @@ def test_autocast_takes_place_when_asked_and_by_default_where_fast(tmp_path, mon
         ({"clip": 0.0}, "clip must be above 0, or None, got 0.0"),
         ({"cross_entropy": -1.0}, "cross_entropy must be at least 0, got -1.0"),
         ({"cross_entropy": 0.0}, "one of cross_entropy and distillation must be above 0"),
-        ({"full_probability": float("nan")}, "full_probability must lie in"),
+        ({"full_probability": float("nan")}, "full_probability must be a number, got nan"),
     ],
 )
 def test_impossible_configuration_is_refused(change, says):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,10 @@ def elastic_config(
         output_bias=flag(family.output_bias),
         mlp_bias=flag(family.mlp_bias),
         qk_norm=family.qk_norm,
-        mlp_choices=tuple(mlp_choices or default_mlp_choices(c.intermediate_size)),
-        head_choices=tuple(head_choices or default_head_choices(max_heads)),
+        mlp_choices=_menu(mlp_choices, default_mlp_choices(c.intermediate_size)),
+        head_choices=_menu(head_choices, default_head_choices(max_heads)),
     )
+
+
+def _menu(given: Sequence[int] | None, default: tuple[int, ...]) -> tuple[int, ...]:
+    return default if given is None or len(given) == 0 else tuple(given)

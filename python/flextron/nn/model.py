@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from flextron.config import ElasticConfig, Widths
+from flextron.config import ElasticConfig, Widths, number, plain
 from flextron.nn.cache import ElasticCache, given_cache
 from flextron.nn.elastic_attention import ElasticAttention
 from flextron.nn.elastic_mlp import ElasticMLP
@@ -110,7 +110,7 @@ class ElasticModel:
 
         Nothing is copied; bad widths change nothing.
         """
-        self.turn(Dial((widths,) if isinstance(widths, Widths) else tuple(widths), kv))
+        self.turn(Dial(tuple(widths) if isinstance(widths, Sequence) else (widths,), kv))
 
     def turn(self, dial: Dial) -> None:
         """Set the model to a dial, such as one it had before. A bad one changes nothing."""
@@ -232,8 +232,11 @@ class ElasticModel:
         if adaptive and kv not in (None, "all"):
             raise ValueError(f"set_budget: kv must be 'all' when adaptive, got {kv!r}")
         kv = kv or ("all" if adaptive else "selected")
+        value = plain(value)  # a row of NumPy's or torch's numbers is a list
         listed = isinstance(value, Sequence) and not isinstance(value, str)
         values = list(value) if listed else [value]
+        if name != "widths":
+            values = [number(f"set_budget: {name}", v) for v in values]
         if not values:
             raise ValueError(f"set_budget: {name} must be given for at least one request, got none")
         options = {"phase": phase, "batch": batch, "context": context}
@@ -334,6 +337,7 @@ def _by_name(budget: Any) -> dict[str, Any]:
     """A budget of one call as the arguments of `ElasticModel.set_budget`."""
     if isinstance(budget, Mapping):
         return dict(budget)
+    budget = plain(budget)
     listed = isinstance(budget, Sequence) and len(budget) > 0
     return {"widths" if isinstance(budget[0] if listed else budget, Widths) else "fraction": budget}
 

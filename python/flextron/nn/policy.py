@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flextron.config import ElasticConfig, Widths
+from flextron.config import ElasticConfig, Widths, number
 from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler
 
 
@@ -35,7 +35,7 @@ class Dial:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
-        object.__setattr__(self, "targets", tuple(float(t) for t in self.targets))
+        object.__setattr__(self, "targets", tuple(float(number("Dial: targets", t)) for t in self.targets))
 
     @classmethod
     def of(cls, chosen: Widths | Dial) -> Dial:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import skip_init
 
-from flextron.config import ElasticConfig
+from flextron.config import ElasticConfig, number
 
 LEAK = 0.1
 _EPS = torch.finfo(torch.float32).eps  # of the norm: that of torch's rms_norm
@@ -27,7 +27,7 @@ class Choices(NamedTuple):
 
 def check_targets(name: str, targets: Sequence[float]) -> tuple[float, ...]:
     """Trained targets as a tuple; ValueError unless they ascend within (0, 1]."""
-    targets = tuple(float(t) for t in targets)
+    targets = tuple(float(number(f"{name}: targets", t)) for t in targets)
     ascending = all(a < b for a, b in pairwise(targets))
     if not targets or not ascending or not 0 < targets[0] <= targets[-1] <= 1:
         raise ValueError(f"{name}: targets must ascend within (0, 1], got {list(targets)}")

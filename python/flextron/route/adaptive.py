@@ -18,7 +18,7 @@ from torch.nn import functional
 from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
 from flextron.checkpoint.io import commit, load_tensors, read_json, recover, save_tensors, write_json
 from flextron.checkpoint.origin import KEY, Origin, fits
-from flextron.config import ElasticConfig, Widths
+from flextron.config import ElasticConfig, Widths, check_numbers, number
 from flextron.nn import Dial
 from flextron.nn.learning import (
     GATES,
@@ -91,7 +91,8 @@ class AdaptiveConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(float(t) for t in self.targets))
+        check_numbers(self)
+        object.__setattr__(self, "targets", tuple(number("AdaptiveConfig: targets", t) for t in self.targets))
         ascending = all(a < b for a, b in pairwise(self.targets))
         if len(self.targets) < 2 or not ascending or self.targets[0] <= 0 or self.targets[-1] != 1:
             raise ValueError(

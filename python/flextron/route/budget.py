@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flextron.checkpoint.origin import Origin
-from flextron.config import ElasticConfig, Widths
+from flextron.config import ElasticConfig, Widths, count, number
 from flextron.route.ladder import Ladder, uniform_ladder
 from flextron.route.latency import LatencyTable, load_tables
 from flextron.route.trainer import load_ladder
@@ -116,7 +116,8 @@ class Planner:
         if widths is not None:
             self.config.check(widths)
             return widths
-        _check_number(name, value)
+        value = _positive(name, value)
+        batch, context = _workload(batch, context)
         if name in ("params", "memory_gb"):
             limit = self._size_limit(name, value, batch or 1, context or 0, kv, bytes_per_value)
         else:
@@ -144,7 +145,8 @@ class Planner:
             ValueError: none or several budgets, or an impossible one: the message names the best possible.
         """
         name, value = _only(BUDGETS[:3], (fraction, latency_ms, tokens_per_s))
-        _check_number(name, value)
+        value = _positive(name, value)
+        batch, context = _workload(batch, context)
         limit = self._time_limit(name, value, phase, batch, context, adaptive=True)
         if limit.cost(self.config.smallest()) > limit.limit * (1 + 1e-9):
             raise _impossible(name, value, limit, self.config.smallest())
@@ -209,10 +211,26 @@ def _only(names: Sequence[str], values: Sequence[Any]) -> tuple[str, Any]:
     return next(iter(given.items()))
 
 
-def _check_number(name: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"budget: {name} must be a positive number, got {value!r}")
+def _positive(name: str, value: Any) -> float:
+    fault = f"budget: {name} must be a positive number, got {value!r}"
+    try:
+        own = number(name, value)
+    except ValueError:
+        raise ValueError(fault) from None
+    if not math.isfinite(own) or own <= 0:
+        raise ValueError(fault)
+    return own
+
+
+def _workload(batch: Any, context: Any) -> tuple[int | None, int | None]:
+    """Sequences and cached tokens, where they are given."""
+    given = []
+    for name, value, least in (("batch", batch, 1), ("context", context, 0)):
+        own = None if value is None else count(f"budget: {name}", value)
+        if own is not None and own < least:
+            raise ValueError(f"budget: {name} must be at least {least}, got {own}")
+        given.append(own)
+    return given[0], given[1]
 
 
 def _impossible(name: str, value: float, limit: _Limit, smallest: Widths) -> ValueError:

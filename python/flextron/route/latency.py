@@ -25,7 +25,7 @@ from torch import Tensor
 from flextron.checkpoint.format import FORMAT, CheckpointError, check_format, listed
 from flextron.checkpoint.io import read_json, write_json
 from flextron.checkpoint.origin import check_model
-from flextron.config import ElasticConfig, Widths
+from flextron.config import ElasticConfig, Widths, check_numbers
 from flextron.nn import Dial, ElasticCache
 from flextron.nn.cache import ElasticCacheLayer
 from flextron.nn.router import AdaptiveRouter, Choices, default_hidden
@@ -59,6 +59,7 @@ class Workload:
     context: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.phase not in PHASES:
             raise ValueError(f"Workload: phase must be one of {', '.join(PHASES)}, got {self.phase!r}")
         if self.batch < 1:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
 from flextron.checkpoint.io import commit, load_tensors, read_json, recover, save_tensors, write_json
 from flextron.checkpoint.origin import KEY, Origin, fits
-from flextron.config import ElasticConfig, Widths
+from flextron.config import ElasticConfig, Widths, check_numbers, number
 from flextron.nn.router import Choices, GumbelSampler, StaticRouter, anneal
 from flextron.route.ladder import Ladder, router_ladder, uniform_ladder
 from flextron.route.latency import LatencyTable, random_widths
@@ -85,7 +85,8 @@ class RouteConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(float(t) for t in self.targets))
+        check_numbers(self)
+        object.__setattr__(self, "targets", tuple(number("RouteConfig: targets", t) for t in self.targets))
         ascending = all(a < b for a, b in zip(self.targets, self.targets[1:], strict=False))
         if len(self.targets) < 2 or not ascending or self.targets[0] <= 0 or self.targets[-1] != 1:
             raise ValueError(f"RouteConfig: targets must ascend from above 0 to 1, got {list(self.targets)}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flextron.config import Widths
+from flextron.config import Widths, check_numbers, number
 from flextron.data import Batches
 from flextron.train.losses import cross_entropy, distillation
 from flextron.train.metrics import evaluate, restored
@@ -85,7 +85,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
+        check_numbers(self)
+        object.__setattr__(self, "betas", tuple(number("TrainConfig: betas", b) for b in self.betas))
         object.__setattr__(self, "eval_widths", tuple(self.eval_widths))
         for name, least in (("steps", 1), ("batch_size", 1), ("length", 2), ("accumulation", 1)):
             self._require(name, getattr(self, name) >= least, f"be at least {least}")
