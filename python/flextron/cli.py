@@ -175,7 +175,15 @@ def _parser() -> argparse.ArgumentParser:
         "--mlp-choices", type=_ints, metavar="N,N,..", help="menu of MLP widths; quarters by default"
     )
     c.add_argument("--head-choices", type=_ints, metavar="N,N,..", help="menu of head counts, in the unit")
-    c.add_argument("--seed", type=_seed, default=0, help="of the random order")
+    c.add_argument(
+        "--seed", type=_seed, default=0, help="of the random order and of the widths that are proven"
+    )
+    _dtype(c, "each tensor's own in the source")
+    c.add_argument(
+        "--strip-prefix",
+        metavar="PREFIX",
+        help="take PREFIX (_orig_mod., module.) off every tensor's name in the source",
+    )
 
     t = command(
         "train",
@@ -456,6 +464,15 @@ def _data(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _dtype(parser: argparse.ArgumentParser, auto: str) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help=f"what weights are stored in; auto: {auto}",
+    )
+
+
 def _pack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pack",
@@ -550,12 +567,31 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
             mlp_choices=args.mlp_choices,
             head_choices=args.head_choices,
             seed=args.seed,
+            dtype=args.dtype,
+            strip_prefix=args.strip_prefix,
         )
-    _say(
-        args,
-        f"{args.directory}: full model within {report['parity']['max_rel']:.1e} of the parent's largest logit",
-    )
+    _say(args, f"{args.directory}: {_certified(report)}")
     return report
+
+
+def _certified(report: dict[str, Any]) -> str:
+    """What a conversion proved, in one sentence."""
+    parity = report["parity"]
+    rounding = f", {r:.1e} of it from rounding" if (r := parity["rounding"]["max_rel"]) else ""
+    widest = max(s["max_rel"] for s in parity["sub_networks"])
+    return (
+        f"stored in {_dtypes(report['dtypes'])}; read back as {parity['dtype']} by stock transformers, within "
+        f"{parity['max_rel']:.1e} of the parent's largest logit{rounding}; {len(parity['sub_networks'])} sub-networks "
+        f"within {widest:.1e} of plain models"
+    )
+
+
+def _dtypes(counts: dict[str, int]) -> str:
+    """``bfloat16``, or with several ``bfloat16 (21 tensors), float32 (7)``."""
+    if len(counts) == 1:
+        return next(iter(counts))
+    (first, count), *others = counts.items()
+    return ", ".join([f"{first} ({count} tensors)", *(f"{name} ({n})" for name, n in others)])
 
 
 def _train(args: argparse.Namespace) -> dict[str, Any]:

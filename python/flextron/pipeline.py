@@ -132,11 +132,11 @@ def convert(
         data: text to calibrate on; by default Python's own documentation.
         samples: sequences.
         length: tokens of each.
-        options: ``unit``, ``aggregate``, ``mlp_choices``, ``head_choices``, ``order``, ``seed``, ``batch_size`` of
-            `flextron.convert.elastify.convert`.
+        options: ``unit``, ``aggregate``, ``mlp_choices``, ``head_choices``, ``order``, ``seed``, ``batch_size``,
+            ``dtype``, ``strip_prefix`` of `flextron.convert.elastify.convert`.
 
     Returns:
-        The parity certificate and how importance was scored, as stored in ``flextron.json``.
+        The parity certificate, the dtypes that are stored and how importance was scored, as in ``flextron.json``.
     """
     if tokenizer is None:
         tokenizer = tokenizer_of(parent)

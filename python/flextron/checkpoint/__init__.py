@@ -10,6 +10,7 @@ from flextron.checkpoint.io import (
     read_json,
     recover,
     save_tensors,
+    stored_dtypes,
     verify_checksums,
     write_json,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "read_json",
     "recover",
     "save_tensors",
+    "stored_dtypes",
     "verify_checksums",
     "write_json",
 ]

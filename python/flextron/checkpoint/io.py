@@ -206,6 +206,18 @@ def _same(handle: BinaryIO, path: Path) -> bool:
         return False
 
 
+def stored_dtypes(path: str | Path) -> dict[str, str]:
+    """The dtype of each tensor in a safetensors file, as its header writes it (``BF16``); no tensor is read."""
+    path = _existing(path)
+    with path.open("rb") as file:
+        check_safetensors(path, file)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: must be a readable safetensors file, got {error!r}") from None
+
+
 def checksum_of(path: str | Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     with open(path, "rb") as file:

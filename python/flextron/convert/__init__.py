@@ -1,9 +1,10 @@
 """From a stock checkpoint to an elastic one: score, sort, prove that nothing changed, store."""
 
-from flextron.convert.elastify import ORDERS, ParityError, convert, parity
+from flextron.convert.elastify import ORDERS, convert
 from flextron.convert.importance import AGGREGATES, Importance, score
 from flextron.convert.reorder import LayerOrder, identity_orders, random_orders, reorder, sorted_orders
 from flextron.convert.store import load_elastic, save_elastic
+from flextron.nn.proof import ParityError
 
 __all__ = [
     "AGGREGATES",
@@ -14,7 +15,6 @@ __all__ = [
     "convert",
     "identity_orders",
     "load_elastic",
-    "parity",
     "random_orders",
     "reorder",
     "save_elastic",

@@ -1,33 +1,32 @@
-"""Turn a stock checkpoint into an elastic one: score, sort, prove that the full model is unchanged, store."""
+"""Turn a stock checkpoint into an elastic one: score, sort, store, prove that what was stored is the parent."""
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from flextron.config import ElasticConfig
+from flextron.config import ElasticConfig, Widths
 from flextron.convert.importance import check_tokens, score
+from flextron.convert.parent import copy_parent, read_parent
 from flextron.convert.reorder import LayerOrder, identity_orders, random_orders, reorder, sorted_orders
-from flextron.convert.store import save_elastic
+from flextron.convert.store import read_model, save_elastic
+from flextron.data import seeded
 from flextron.nn import ElasticModel, elastic_config, make_elastic
+from flextron.nn.proof import difference, logits_of, prove_sub_network, require_close
 from flextron.nn.skeleton import skeleton
+from flextron.nn.storage import Dtype, counted, name_of, round_in_place, storage
 
 ORDERS = ("importance", "none", "random")
-PARITY_BOUND = 1e-4  # of the largest logit, float32: above the rounding of another summation order
 _HELD_OUT = 4  # sequences kept from scoring, for the proof
 _HELD_OUT_TOKENS = 128  # of each: logits of a large vocabulary are big
+_SUB_NETWORKS = 2  # drawn for the proof
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-
-
-class ParityError(ValueError):
-    """The converted model is not the parent; nothing was written."""
 
 
 def convert(
@@ -44,8 +43,13 @@ def convert(
     seed: int = 0,
     batch_size: int = 4,
     progress: Callable[[int, int], None] | None = None,
+    dtype: Dtype = "auto",
+    strip_prefix: str | None = None,
 ) -> dict[str, Any]:
     """Make an elastic checkpoint of a stock one.
+
+    What is certified is what lies on the disk: before the new files begin to count, stock transformers reads them back
+    as it does by default, and so does our own loader. Arithmetic is float32 (float64 for a parent that is).
 
     Args:
         parent: a loaded transformers causal LM (left as it is), a directory, or the id of a model on the hub.
@@ -56,15 +60,22 @@ def convert(
         aggregate: of importance over tokens: ``"l2"``, ``"mean_abs"`` or ``"variance"``.
         mlp_choices, head_choices: menus of widths; by default quarters.
         order: ``"importance"``; ``"none"`` and ``"random"`` are for comparison.
-        seed: of the random order.
+        seed: of the random order, and of the sub-networks that are proven.
         batch_size: sequences in a scoring pass.
         progress: called after each scoring pass with sequences done and in all.
+        dtype: to store in: ``"auto"``, each tensor's own in the parent; ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        strip_prefix: taken off the beginning of every tensor's name in the directory: ``"_orig_mod."``, ``"module."``.
 
     Returns:
-        What ``flextron.json`` stores: ``parity`` (``max_abs``, ``max_rel``, ``tokens``) and ``importance``.
+        What ``flextron.json`` stores: ``dtypes``, ``importance`` and ``parity``. In that, ``max_abs`` and ``max_rel``
+        are between the parent and what stock transformers read back, in ``dtype``, on ``tokens`` tokens. ``rounding``
+        is the part that another dtype than the parent's brought, ``elastic`` is for the full model of our own loader,
+        and each of ``sub_networks`` is the elastic model at widths drawn with ``seed`` against the plain model taken
+        out of it.
 
     Raises:
-        ParityError: the full elastic model differs from the parent by more than 1e-4 of its largest logit.
+        ParityError: beside that rounding, one of them differs by more than 1e-4 of the largest logit.
+        ValueError: an argument, or a tensor of the parent, is not what it must be. Nothing was written.
     """
     if order not in ORDERS:
         raise ValueError(f"convert: order must be one of {', '.join(ORDERS)}, got {order!r}")
@@ -81,43 +92,83 @@ def convert(
     check_tokens("convert", calibration, config.vocab_size, sequences=2)
 
     if stored is not None:
-        # safetensors only: a pickled checkpoint runs whatever code its author put there.
-        model = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32, use_safetensors=True)
+        model = read_parent(stored, strip_prefix)
         tokenizer = tokenizer or _tokenizer_of(stored)
-        dtype = hf_config.dtype or torch.float32
+    elif strip_prefix is not None:
+        raise ValueError("convert: strip_prefix must be None when parent is a loaded model")
     else:
-        dtype = parent.dtype
-        model = copy.deepcopy(parent).float()
-    model.eval()
+        model = copy_parent(parent)
+    # now it is known whether the weights are tied
+    config = elastic_config(model.config, unit, mlp_choices, head_choices)
+    model.stored = storage("convert", model, dtype)
 
     held_out = min(_HELD_OUT, max(1, len(calibration) // 4))
     proof = calibration[-held_out:, :_HELD_OUT_TOKENS]
-    before = _logits(model, proof)
+    before = expected = logits_of(model, proof)
+    if round_in_place("convert", model, model.stored):
+        expected = logits_of(model, proof)
     orders, found = _orders(
         model, config, calibration[:-held_out], order, aggregate, seed, batch_size, progress
     )
     reorder(model, orders, config)
     make_elastic(model, config)
-    report = {"parity": parity(before, _logits(model, proof)), "importance": found}
-    _store_as(model, dtype)
-    save_elastic(model, out_dir, tokenizer, report)
+    report = {"importance": found, "dtypes": counted(model.stored)}
+
+    def prove(stage: Path, stock: Any) -> dict[str, Any]:
+        model.to("meta")  # it is on the disk by now: room for what is read back
+        report["parity"] = _prove(stage, stock, config, proof, before, expected, seed)
+        return report
+
+    save_elastic(model, out_dir, tokenizer, {}, prove=prove)
     return report
 
 
-def parity(before: Tensor, after: Tensor) -> dict[str, Any]:
-    """The certificate: how far the logits [n, L, V] moved, absolutely and relative to the largest of them.
+def _prove(
+    stage: Path,
+    stock: Any,
+    config: ElasticConfig,
+    proof: Tensor,
+    parent: Tensor,
+    expected: Tensor,
+    seed: int,
+) -> dict[str, Any]:
+    """The certificate of a staged checkpoint, in float32 arithmetic on the very values that are on the disk.
 
-    Raises:
-        ParityError: by more than 1e-4, or to something that is not a number.
+    Args:
+        stock: what stock transformers read from the stage, by default.
+        proof: [n, L] token ids.
+        parent, expected: [n, L, V] logits of the parent; of what the stage must hold, which is the parent unless a
+            narrower dtype was asked for.
     """
-    max_abs = (after - before).abs().max().item()
-    max_rel = max_abs / max(before.abs().max().item(), torch.finfo(torch.float32).tiny)
-    if not (math.isfinite(max_rel) and max_rel <= PARITY_BOUND):
-        raise ParityError(
-            f"convert: logits must stay within {PARITY_BOUND:g} of the parent's, got {max_rel:.3g}; "
-            "nothing was written"
-        )
-    return {"max_abs": max_abs, "max_rel": max_rel, "tokens": before.shape[0] * before.shape[1]}
+    dtype = stock.dtype
+    read = logits_of(stock.to(parent.dtype), proof)
+    whose = "the parent's"
+    require_close("convert", whose, expected, read)
+    stock.to("meta")  # room for the next
+    elastic = read_model(stage, config, parent.dtype)
+    full = require_close("convert", whose, expected, logits_of(elastic, proof))
+    return {
+        **difference(parent, read),
+        "tokens": proof.numel(),
+        "dtype": name_of(dtype),
+        "elastic": full,
+        "rounding": difference(parent, expected),
+        "seed": seed,
+        "sub_networks": [
+            prove_sub_network("convert", elastic, widths, proof) for widths in _drawn(config, seed)
+        ],
+    }
+
+
+def _drawn(config: ElasticConfig, seed: int) -> list[Widths]:
+    """The sub-networks to prove: each layer at a width of its own, so that none is spared."""
+    generator = seeded(f"certificate/{seed}")
+
+    def draw(menu: tuple[int, ...]) -> tuple[int, ...]:
+        picks = torch.randint(len(menu), (config.num_layers,), generator=generator)
+        return tuple(menu[i] for i in picks.tolist())
+
+    return [Widths(draw(config.mlp_choices), draw(config.head_choices)) for _ in range(_SUB_NETWORKS)]
 
 
 def _orders(
@@ -137,20 +188,6 @@ def _orders(
     importance = score(model, calibration, aggregate=aggregate, batch_size=batch_size, progress=progress)
     found = {"order": order, "aggregate": aggregate, "tokens": importance.tokens}
     return sorted_orders(importance, config), found
-
-
-@torch.no_grad()
-def _logits(model: Any, tokens: Tensor) -> Tensor:
-    rows = [
-        model(input_ids=row[None].to(model.device), use_cache=False).logits.float().cpu() for row in tokens
-    ]
-    return torch.cat(rows)
-
-
-def _store_as(model: Any, dtype: torch.dtype) -> None:
-    """Give the parameters the parent's dtype back; what was converted up from it returns exactly."""
-    for p in model.parameters():
-        p.data = p.data.to(dtype)
 
 
 def _tokenizer_of(source: str | Path) -> Any:

@@ -30,9 +30,11 @@ from flextron.checkpoint import (
 from flextron.config import ElasticConfig
 from flextron.nn import check_plain, elastic_config, make_elastic
 from flextron.nn.skeleton import fill, parameter_shapes, skeleton
+from flextron.nn.stock import read_back
+from flextron.nn.storage import Dtype, common, counted, rounded, storage
 
 _CONFIG_FILE = "config.json"
-_OWN_KEYS = ("format", "elastic", "checksums", "versions")
+_OWN_KEYS = ("format", "elastic", "dtypes", "checksums", "versions")
 
 
 def save_elastic(
@@ -41,8 +43,13 @@ def save_elastic(
     tokenizer: Any = None,
     report: dict[str, Any] | None = None,
     beside: Callable[[Path, Origin], None] | None = None,
+    *,
+    prove: Callable[[Path, Any], dict[str, Any]] | None = None,
+    dtype: Dtype = "auto",
 ) -> Origin:
     """Write an elastic model, all of it or nothing; other files in ``directory`` stay.
+
+    Before the new files begin to count, stock transformers reads them back: every tensor must be what was meant.
 
     Args:
         model: made elastic; its current widths do not matter, the whole model is stored.
@@ -50,29 +57,41 @@ def save_elastic(
         tokenizer: stored too when given.
         report: what conversion found (``parity``, ``importance``); None keeps what the directory has.
         beside: writes into a folder what was made for these weights; it is stored with them or not at all.
+        prove: called with the folder of the new files and the stock model read from it. What it returns joins the
+            report; an error that it raises leaves the old files.
+        dtype: ``"auto"``: each tensor in its own dtype in the file that the model was loaded from.
 
     Returns:
         What files made for these weights are to say they were made for.
+
+    Raises:
+        ValueError: what was read back is not what was written.
     """
     check_plain("save", model)
     directory = Path(directory)
     recover(directory)
     if report is None and (directory / ELASTIC_FILE).is_file():
         report = {k: v for k, v in read_json(directory / ELASTIC_FILE).items() if k not in _OWN_KEYS}
+    dtypes = storage("save", model, dtype)
+    tensors = rounded("save", dict(model.named_parameters()), dtypes)
     with commit(directory) as stage:
-        _stock_config(model).save_pretrained(stage)
+        _stock_config(model, common(dtypes.values())).save_pretrained(stage)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(stage)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         checksums = {
-            WEIGHTS_FILE: save_tensors(stage / WEIGHTS_FILE, dict(model.named_parameters())),
+            WEIGHTS_FILE: save_tensors(stage / WEIGHTS_FILE, tensors),
             _CONFIG_FILE: checksum_of(stage / _CONFIG_FILE),
         }
+        stock = read_back("save", stage, tensors)
+        del tensors
         meta = {
             "format": FORMAT,
             "elastic": model.elastic.to_dict(),
             **(report or {}),
+            **(prove(stage, stock) if prove else {}),
+            "dtypes": counted(dtypes),
             "checksums": checksums,
             "versions": _versions(),
         }
@@ -108,26 +127,36 @@ def load_elastic(directory: str | Path, dtype: torch.dtype = torch.float32) -> t
     check_format(meta, directory / ELASTIC_FILE)
     elastic, checksums = _described(meta, directory / ELASTIC_FILE)
     verify_checksums(directory, {k: v for k, v in checksums.items() if k != WEIGHTS_FILE})
+    return read_model(directory, elastic, dtype, checksums[WEIGHTS_FILE]), meta
+
+
+def read_model(
+    directory: Path, elastic: ElasticConfig, dtype: torch.dtype, checksum: str | None = None
+) -> Any:
+    """The elastic model of a directory, once its ``flextron.json`` is read or where it is still to be written.
+
+    Its ``stored`` has the dtype of each parameter in the file, by name.
+    """
     config = _read_config(directory / _CONFIG_FILE, elastic)
     config.dtype = dtype
-
     model = skeleton(config)
-    tensors = load_tensors(directory / WEIGHTS_FILE, parameter_shapes(model), checksums[WEIGHTS_FILE])
+    tensors = load_tensors(directory / WEIGHTS_FILE, parameter_shapes(model), checksum)
     # Copied, for the file's tensors may lie in a mapping of it, and aligned to 8 bytes only.
     fill(model, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()})
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    return make_elastic(model, elastic), meta
+    model.stored = {name: tensor.dtype for name, tensor in tensors.items()}
+    return make_elastic(model, elastic)
 
 
-def _stock_config(model: Any) -> Any:
+def _stock_config(model: Any, dtype: torch.dtype) -> Any:
     """The parent's configuration as stock transformers should read it back."""
     config = copy.deepcopy(model.config)
     # A parent that was read from a quantised file is plain floating point by now.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.architectures = [type(model).__name__]
-    config.dtype = model.dtype
+    config.dtype = dtype
     return config
 
 

@@ -1,0 +1,101 @@
+"""The parent of a conversion: every tensor there, none drawn at random, and in which dtype each was stored."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import cached_file
+
+from flextron.checkpoint import WEIGHTS_FILE, CheckpointError, read_json, stored_dtypes
+from flextron.checkpoint.format import listed
+from flextron.nn.skeleton import fill, parameter_shapes, skeleton
+from flextron.nn.stock import load_stock
+from flextron.nn.storage import common, storage
+
+_INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def read_parent(source: str | Path, strip_prefix: str | None = None) -> Any:
+    """The stock model in a directory or of a hub id, in eval mode.
+
+    Its weights are float32 (float64 where one of them is stored so): what is stored in fewer bits is there exactly.
+    ``stored`` has the dtype of each parameter in the files, by name; the configuration says tied where the weights are.
+
+    Args:
+        source: directory or hub id; safetensors only.
+        strip_prefix: taken off the beginning of every tensor's name.
+
+    Raises:
+        ValueError: a tensor is missing, of another shape, no floating-point number, or unknown to the model.
+    """
+    found = _dtypes_in(source)
+    if strip_prefix is not None:
+        if other := [name for name in found if not name.startswith(strip_prefix)]:
+            raise ValueError(
+                f"convert: strip_prefix must begin every name of the parent, got {strip_prefix!r} and {listed(other)}"
+            )
+        found = {name.removeprefix(strip_prefix): dtype for name, dtype in found.items()}
+    floating = [_DTYPES[dtype] for dtype in found.values() if dtype in _DTYPES]
+    widest = common([torch.float32, *floating])
+    model = load_stock("convert", "parent", source, widest, strip_prefix)
+    # A name that is not the model's own (of a tied tensor, say) leaves the widest dtype of the files: nothing is lost.
+    names = [name for name, _ in model.named_parameters()]
+    said = {name: found.get(name, found.get(name.removeprefix("model."))) for name in names}
+    if strange := [f"{dtype} in {name}" for name, dtype in said.items() if dtype and dtype not in _DTYPES]:
+        raise ValueError(
+            f"convert: parent must hold {', '.join(_DTYPES)} weights, got {listed(strange)}; dequantise it first"
+        )
+    model.stored = {name: _DTYPES[dtype] if dtype else common(floating) for name, dtype in said.items()}
+    _say_tied(model, model.config)
+    return model.eval()
+
+
+def copy_parent(parent: Any) -> Any:
+    """A copy of a loaded model as `read_parent` would give it: of its parameters and configuration, nothing else."""
+    stored = storage("convert", parent)
+    widest = common([torch.float32, *(p.dtype for p in parent.parameters())])
+    config = copy.deepcopy(parent.config)
+    _say_tied(parent, config)
+    model = skeleton(config)
+    wanted, given = (dict(m.named_parameters(remove_duplicate=False)) for m in (model, parent))
+    if wrong := [name for name in wanted | given if _shape(wanted, name) != _shape(given, name)]:
+        raise ValueError(
+            f"convert: parent must have the parameters that its configuration says, got others: {listed(wrong)}"
+        )
+    tensors = {name: given[name].detach().to(widest, copy=True) for name in parameter_shapes(model)}
+    fill(model, tensors).to(parent.device)
+    model.generation_config = copy.deepcopy(parent.generation_config)
+    model.stored = stored
+    return model
+
+
+def _say_tied(model: Any, config: Any) -> None:
+    """Let a configuration say what is true of the weights: transformers itself does not tie two that differ."""
+    config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def _shape(parameters: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return parameters[name].shape if name in parameters else None
+
+
+def _dtypes_in(source: str | Path) -> dict[str, str]:
+    """What the headers of a model's safetensors files say of each tensor."""
+    return {name: dtype for file in _weight_files(source) for name, dtype in stored_dtypes(file).items()}
+
+
+def _weight_files(source: str | Path) -> Iterable[str]:
+    if single := cached_file(source, WEIGHTS_FILE, _raise_exceptions_for_missing_entries=False):
+        return [single]
+    index = cached_file(source, _INDEX_FILE, _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        raise CheckpointError(f"{source}: must hold its weights as {WEIGHTS_FILE} or in shards, got neither")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(v, str) for v in shards.values()):
+        raise CheckpointError(f"{index}: weight_map must name the file of each tensor, got something else")
+    return [cached_file(source, name) for name in sorted(set(shards.values()))]

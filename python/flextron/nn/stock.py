@@ -1,0 +1,132 @@
+"""Load a directory as stock transformers does, and refuse what it would fill in, leave out or reshape."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+_NAMES_SHOWN = 3
+
+
+def load_stock(
+    who: str,
+    what: str,
+    source: str | Path,
+    dtype: torch.dtype | str = "auto",
+    strip_prefix: str | None = None,
+) -> Any:
+    """The causal LM that stock transformers makes of a directory or hub id; safetensors only.
+
+    transformers draws random weights for tensors that are missing and goes on. Here they are refused by name, and so
+    are tensors of no use to the model; buffers of old rotary embeddings pass.
+
+    Args:
+        who, what: begin the message: ``convert: parent``.
+        source: the directory or id.
+        dtype: of the weights; ``"auto"``: what the configuration says, transformers' own default.
+        strip_prefix: taken off the beginning of every name in the files.
+
+    Raises:
+        ValueError: names or shapes in the files are not those of the model.
+    """
+    mapping = None if strip_prefix is None else {f"^{re.escape(strip_prefix)}": ""}
+    with _quiet():
+        # safetensors only: a pickled checkpoint runs whatever code its author put there.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            key_mapping=mapping,
+            ignore_mismatched_sizes=True,  # so that they are told, below
+            output_loading_info=True,
+        )
+    if faults := _faults(info):
+        raise ValueError(f"{who}: {what} must hold the tensors of a {type(model).__name__}, got {faults}")
+    return model
+
+
+def read_back(who: str, directory: Path, tensors: Mapping[str, Tensor]) -> Any:
+    """The model that stock transformers makes, by default, of files just written; its parameters must be ``tensors``.
+
+    Raises:
+        ValueError: one is another, be it by a bit or because transformers' dtype for all cannot hold it.
+    """
+    model = load_stock(who, "what was written", directory)
+    found = dict(model.named_parameters())
+    wrong = [name for name in tensors.keys() | found.keys() if not _same(tensors.get(name), found.get(name))]
+    if wrong:
+        raise ValueError(
+            f"{who}: stock transformers must read back the tensors that were written, got others: "
+            f"{_listed(sorted(wrong))}; nothing was written"
+        )
+    return model
+
+
+def _same(written: Tensor | None, read: Tensor | None) -> bool:
+    """Whether two tensors hold the same values, NaN included."""
+    if written is None or read is None or written.shape != read.shape:
+        return False
+    return bool(torch.isclose(read, written.to(read), rtol=0, atol=0, equal_nan=True).all())
+
+
+def _faults(info: dict[str, Any]) -> str:
+    """What transformers found to be amiss, in one phrase; empty where nothing was."""
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    shapes = [
+        f"{name} {list(found)} instead of {list(wanted)}"
+        for name, found, wanted in sorted(info["mismatched_keys"])
+    ]
+    faults = [
+        f"{fault} {_listed(names)}"
+        for fault, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
+        if names
+    ]
+    faults += [str(message).splitlines()[0] for message in info["error_msgs"]]
+    return "; ".join(faults) + _mend(missing, unexpected)
+
+
+def _mend(missing: list[str], unexpected: list[str]) -> str:
+    """What would help, where it is plain."""
+    if missing == ["lm_head.weight"] and not unexpected:
+        return " (if its embeddings serve as lm_head, tie_word_embeddings in its config.json must be true)"
+    wanted = set(missing)
+    prefixes = {
+        name.removesuffix(end)
+        for name in unexpected
+        for end in (name[i:] for i in (0, *(j + 1 for j, c in enumerate(name) if c == ".")))
+        if end in wanted
+    }
+    if (
+        len(prefixes) == 1
+        and (prefix := prefixes.pop())
+        and all(name.startswith(prefix) for name in unexpected)
+    ):
+        return f"; --strip-prefix {prefix} (strip_prefix={prefix!r}) reads them without it"
+    return ""
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars and its own table of what is amiss."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,87 @@
+"""In which dtype each tensor of a model is stored, and in which one stock transformers loads them all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+STORABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+Dtype = str | torch.dtype  # one of DTYPES, or the torch dtype of that name
+
+
+def storage(who: str, model: Any, dtype: Dtype = "auto") -> dict[str, torch.dtype]:
+    """The dtype to store each parameter of a model in, by name.
+
+    ``"auto"`` is the dtype that the parameter has in the file it was read from (``model.stored``), or its dtype in
+    memory where there was no file or where memory holds less than the file did.
+    """
+    chosen = _named(who, dtype)
+    known: Mapping[str, torch.dtype] = getattr(model, "stored", None) or {}
+    found = {}
+    for name, p in model.named_parameters():
+        if p.dtype not in STORABLE:
+            raise ValueError(f"{who}: weights must be floating point to be stored, got {p.dtype} in {name}")
+        own = known.get(name, p.dtype)
+        found[name] = chosen or (own if torch.promote_types(own, p.dtype) == p.dtype else p.dtype)
+    return found
+
+
+def common(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The narrowest dtype that holds the values of all of these.
+
+    Stock transformers loads a model in one dtype, the configuration's. This one rounds nothing that a file mixes.
+    """
+    return reduce(torch.promote_types, dtypes)
+
+
+def rounded(who: str, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """The tensors in their ``dtypes``; those that are in theirs already are not copied.
+
+    Raises:
+        ValueError: a finite value is too large for its dtype.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor.detach().to(dtypes[name])
+        if dtypes[name] != tensor.dtype and (found[name].isinf() & tensor.isfinite()).any():
+            raise ValueError(
+                f"{who}: dtype must hold every weight, got {name_of(dtypes[name])}, whose largest number is "
+                f"{torch.finfo(dtypes[name]).max:.4g}, for {name} with {tensor.abs().max().item():.4g}"
+            )
+    return found
+
+
+@torch.no_grad()
+def round_in_place(who: str, model: Any, dtypes: Mapping[str, torch.dtype]) -> bool:
+    """Let the parameters of a model be what storing them would leave, in the dtypes they have; whether one changed."""
+    values = rounded(who, dict(model.named_parameters()), dtypes)
+    changed = False
+    for name, p in model.named_parameters():
+        value = values[name].to(p.dtype)
+        if not torch.equal(value, p):
+            p.copy_(value)
+            changed = True
+    return changed
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``bfloat16``: a dtype as configurations write it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def counted(dtypes: Mapping[str, torch.dtype]) -> dict[str, int]:
+    """How many tensors there are of each dtype, the most frequent first: what ``flextron.json`` says of a file."""
+    return {name_of(dtype): count for dtype, count in Counter(dtypes.values()).most_common()}
+
+
+def _named(who: str, dtype: Dtype) -> torch.dtype | None:
+    name = name_of(dtype) if isinstance(dtype, torch.dtype) else dtype
+    if name not in DTYPES:
+        raise ValueError(f"{who}: dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return None if name == "auto" else getattr(torch, name)
