@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, wraps
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from flextron.nn.forward import try_forward, wants_cache
 from flextron.nn.generation import is_plain, sample
 from flextron.nn.masks import is_left_padded, with_form, with_none
 from flextron.nn.policy import Dial, PerRequest, PerToken, Policy
-from flextron.nn.projection import check_parts, named
+from flextron.nn.projection import PackedLinear, check_conversion, check_parts, named
 from flextron.nn.router import AdaptiveRouter, Choices
 from flextron.nn.setting import Setting, Settings
 
@@ -51,6 +51,7 @@ class ElasticModel:
 
     Attributes:
         elastic: the menus of widths, and the shape of the full model.
+        stock: the class of transformers that it is of.
         settings: what it is set to, and its modules with it.
         planner: turns budgets into widths; set by `flextron.from_pretrained`.
         adaptive: the router that chooses for every token; see `attach_router`. It is no submodule: the names of
@@ -58,6 +59,7 @@ class ElasticModel:
     """
 
     elastic: ElasticConfig
+    stock: type
     settings: Settings
     planner: Planner | None
     adaptive: AdaptiveRouter | None
@@ -76,6 +78,27 @@ class ElasticModel:
     def kv(self) -> str:
         """``"selected"`` or ``"all"``: which key/value groups are projected and cached."""
         return self.settings.now().kv
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _empty, (self.stock,), self.__getstate__()
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(
+            "copy.copy: an elastic model must be copied by copy.deepcopy, got a shallow copy, whose layers and budget "
+            "would be the model's"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What ``to``, ``half``, ``cuda`` and their kin do; what cannot be changes nothing."""
+        if isinstance(self.lm_head, PackedLinear):
+            check_conversion(fn)
+        before = self.device
+        super()._apply(fn, recurse)
+        # what decides lies on the device, too; a router's offsets are read, which meta has none of
+        decides = PerRequest if self.device.type == "meta" else PerRequest | PerToken
+        if self.device != before and isinstance(self.settings.now().policies[0], decides):
+            self.turn(self.dial)
+        return self
 
     def layers_of(self) -> list[ElasticLayer]:
         """The elastic modules of every layer, in order.
@@ -389,7 +412,14 @@ def _elastic_class(cls: type) -> type:
         return cls.forward(self, **with_form(given))
 
     # the parent's own name: save_pretrained writes it to the configuration, where stock transformers looks it up
-    return type(cls.__name__, (ElasticModel, cls), {"__module__": cls.__module__, "forward": forward})
+    own = {"__module__": cls.__module__, "forward": forward, "stock": cls}
+    return type(cls.__name__, (ElasticModel, cls), own)
+
+
+def _empty(stock: type) -> Any:
+    """What `copy.deepcopy` and pickle fill: the class itself is made at run time, and found by no name."""
+    cls = _elastic_class(stock)
+    return cls.__new__(cls)
 
 
 def make_elastic(model: nn.Module, config: ElasticConfig | None = None) -> Any:

@@ -8,9 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from flextron.nn.projection import PackedLinear, check_plain
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from flextron.nn.projection import DTYPES, PackedLinear, check_plain
 
 
 @dataclass(frozen=True)

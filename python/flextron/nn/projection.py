@@ -6,7 +6,7 @@ know all that a call would do: `fault` names what it does not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flextron_ext import elastic_linear, pack_linear, pack_mlp, packed_linear
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that can be packed
 _LORA = ("peft.tuners.lora.layer", "Linear")  # PEFT's, which need not be installed
 _ALIGN = ("accelerate.hooks", "AlignDevicesHook")
 _PLAIN = ("torch.nn.modules.", "transformers.", "flextron.nn.")
@@ -51,11 +52,30 @@ class PackedLinear(nn.Module):
             "flextron: weights must be plain, got packed ones; do this before flextron.pack, or load the model again"
         )
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Panels are laid out alike in every dtype; the scales of int8 stay float32."""
+        check_conversion(fn)
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if scales is not None and self.scales.dtype != scales.dtype:
+            self.scales = scales
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         return packed_linear(x, self.panels, self.scales, self.bias, self.in_features, self.out_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {str(self.panels.dtype).removeprefix('torch.')}"
+
+
+def check_conversion(fn: Callable[[Tensor], Tensor]) -> None:
+    """Raise where ``fn``, which is to be applied to packed weights, makes of floats what their kernels do not take."""
+    found = fn(torch.empty(0))
+    if found.dtype not in DTYPES or found.device.type != "cpu":
+        raise NotImplementedError(
+            "flextron: packed weights must stay float32, bfloat16 or float16 on cpu, got "
+            f"{found.dtype} on {found.device}; do this before flextron.pack"
+        )
 
 
 def is_adapted(proj: Any) -> bool:
