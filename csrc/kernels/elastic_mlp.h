@@ -19,25 +19,36 @@ namespace flextron {
 enum class Activation : int64_t { kRelu, kRelu2, kGelu, kGeluTanh, kSilu };
 using Activations = IntList<0, 1, 2, 3, 4>;
 
-// act(x) and act'(x) on a GPU; on a CPU they are in vector_activation.h.
+// act(x) and act'(x) on a GPU; on a CPU they are in vector_activation.h. Where |x| is kFlatActivation both
+// have reached their limits: beyond it they are taken there, for infinity times 0 is NaN. NaN stays NaN.
+constexpr double kFlatActivation = 1e4;
+template <class real>
+FLEXTRON_HD real low_enough(real x) {
+  return x < real(-kFlatActivation) ? real(-kFlatActivation) : x;
+}
+template <class real>
+FLEXTRON_HD real near_enough(real x) {
+  return x > real(kFlatActivation) ? real(kFlatActivation) : low_enough(x);
+}
 template <Activation activation, class real>
 FLEXTRON_HD real activate(real x) {
   const real positive = x < real(0) ? real(0) : x;  // keeps NaN
   if constexpr (activation == Activation::kRelu) return positive;
   if constexpr (activation == Activation::kRelu2) return positive * positive;
   if constexpr (activation == Activation::kGelu)
-    return real(0.5) * x * (real(1) + erf_of(x * real(0.70710678118654752)));
+    return real(0.5) * low_enough(x) * (real(1) + erf_of(x * real(0.70710678118654752)));
   if constexpr (activation == Activation::kGeluTanh) {
     const real inner = real(0.79788456080286536) * (x + real(0.044715) * x * x * x);
-    return real(0.5) * x * (real(1) + tanh_of(inner));
+    return real(0.5) * low_enough(x) * (real(1) + tanh_of(inner));
   }
-  if constexpr (activation == Activation::kSilu) return x * sigmoid_of(x);
+  if constexpr (activation == Activation::kSilu) return low_enough(x) * sigmoid_of(x);
 }
 
 template <Activation activation, class real>
 FLEXTRON_HD real activate_derivative(real x) {
-  if constexpr (activation == Activation::kRelu) return x > real(0) ? real(1) : real(0);
-  if constexpr (activation == Activation::kRelu2) return x > real(0) ? real(2) * x : real(0);
+  if constexpr (activation == Activation::kRelu) return x <= real(0) ? real(0) : real(1);
+  if constexpr (activation == Activation::kRelu2) return x <= real(0) ? real(0) : real(2) * x;
+  x = near_enough(x);
   if constexpr (activation == Activation::kGelu) {
     const real density = real(0.39894228040143268) * exp_of(real(-0.5) * x * x);
     return real(0.5) * (real(1) + erf_of(x * real(0.70710678118654752))) + x * density;

@@ -20,14 +20,15 @@ bool rows_aligned(const ElasticMlpHiddenParams<scalar_t>& p) {
 template <class scalar_t, Activation activation>
 __device__ __forceinline__ accumulate_t<scalar_t> activate_as(accumulate_t<scalar_t> x) {
   if constexpr (sizeof(scalar_t) == 2 && activation == Activation::kSilu)
-    return __fdividef(x, 1 + __expf(-x));
+    return __fdividef(low_enough(x), 1 + __expf(-x));
   else if constexpr (sizeof(scalar_t) == 2 && activation == Activation::kGeluTanh)  // (1 + tanh z) / 2
-    return __fdividef(x, 1 + __expf(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
+    return __fdividef(low_enough(x), 1 + __expf(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
   else
     return activate<activation>(x);
 }
 template <class scalar_t, Activation activation>
 __device__ __forceinline__ accumulate_t<scalar_t> activate_derivative_as(accumulate_t<scalar_t> x) {
+  if constexpr (sizeof(scalar_t) == 2) x = near_enough(x);
   if constexpr (sizeof(scalar_t) == 2 && activation == Activation::kSilu) {
     const float s = __fdividef(1, 1 + __expf(-x));
     return s * (1 + x * (1 - s));

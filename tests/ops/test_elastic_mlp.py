@@ -321,3 +321,45 @@ def test_bad_arguments_get_one_sentence(change, error, message):
         elastic_mlp(**arguments)
     with pytest.raises(RuntimeError, match="elastic_mlp: "):  # the op itself checks too
         torch.ops.flextron.elastic_mlp(**arguments)
+
+
+CURVES = {
+    "relu": torch.relu,
+    "relu2": lambda x: torch.relu(x) ** 2,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", CURVES)
+def test_an_activation_has_its_limits(activation, dtype):
+    """From -inf to inf; where plain PyTorch has NaN (infinity times 0) the limit stands."""
+    great = [9999.0, 1e5, 1e10, 1e37, 3e38, torch.inf]
+    some = [20.0, 50.0, 86.0, 88.2, 88.5, 89.0, 104.0, *great]
+    x = torch.tensor([*(-value for value in some), *some, *torch.linspace(-12, 12, 97).tolist()]).to(dtype)
+    one = torch.ones(1, 1, dtype=dtype)
+
+    def curve(x):
+        return elastic_mlp(x[:, None], None, one, one, None, None, None, 1, activation)[:, 0]
+
+    near = x.double().clamp(-1e4, 1e4).requires_grad_()
+    value = CURVES[activation](near)
+    slope = torch.autograd.grad(value.sum(), near)[0]
+    beyond = x.double() > 1e4
+    value = torch.where(beyond, x.double() ** (2 if activation == "relu2" else 1), value.detach())
+    slope = torch.where(beyond & torch.tensor(activation == "relu2"), 2 * x.double(), slope)
+    leaf = x.clone().requires_grad_()
+    recorded = curve(leaf)
+    found = dict(
+        value=curve(x), recorded=recorded.detach(), slope=torch.autograd.grad(recorded.sum(), leaf)[0]
+    )
+    bound = dict(rtol={torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 1e-2), atol=2e-6)
+    for name, exact in (("value", value), ("recorded", value), ("slope", slope)):
+        torch.testing.assert_close(
+            found[name].double(), exact.to(dtype).double(), **bound, msg=lambda m, name=name: f"{name}: {m}"
+        )
+        assert not found[name][x <= -9999].any()
+    spoiled = torch.full((1,), torch.nan, dtype=dtype)
+    assert curve(spoiled).isnan().all()
