@@ -67,10 +67,26 @@ inline Tensor adjacent(const Tensor& t) {
   return t.size(last) > 1 && t.stride(last) != 1 ? torch::stable::contiguous(t) : t;
 }
 
-// out = a b. Any strides; nothing is copied where one stride of each is 1. An empty inner dimension gives
-// zeros.
-inline void matmul_into(Tensor out, const Tensor& a, const Tensor& b) {
+// t, or a copy with zeros behind its `dim` up to the next multiple of kReadInputs. A CPU's matrix unit (AMX)
+// takes 16-bit inputs by that many: what lies in memory behind the last ones goes in times 0, which is NaN
+// where that is no number.
+constexpr int64_t kReadInputs = 32;
+inline Tensor whole_inputs(const Tensor& t, int64_t dim) {
+  const int64_t inputs = t.size(dim), rest = inputs % kReadInputs;
+  if (rest == 0 || t.element_size() != 2 || !t.is_cpu()) return t;
+  std::vector<int64_t> shape(t.sizes().begin(), t.sizes().end());
+  shape[dim] = inputs + kReadInputs - rest;
+  const Tensor whole = zeros_from(dim, inputs, t, shape);
+  Tensor used = slice(whole, dim, 0, inputs);
+  torch::stable::copy_(used, t);
+  return whole;
+}
+
+// out = a b. Any strides; nothing is copied where one stride of each is 1 and whole_inputs() has nothing to
+// add. An empty inner dimension gives zeros.
+inline void matmul_into(Tensor out, const Tensor& left, const Tensor& right) {
   if (out.numel() == 0) return;
+  const Tensor a = whole_inputs(left, 1), b = whole_inputs(right, 0);
   if (a.size(1) == 0) {
     torch::stable::zero_(out);
     return;
@@ -88,9 +104,10 @@ inline Tensor matmul(const Tensor& a, const Tensor& b) {
 }
 
 // out = x weight^T + bias, exactly torch's own linear.
-inline void linear_into(Tensor out, const Tensor& x, const Tensor& weight,
+inline void linear_into(Tensor out, const Tensor& inputs, const Tensor& weight_rows,
                         const std::optional<Tensor>& bias) {
   if (out.numel() == 0) return;
+  const Tensor x = whole_inputs(inputs, 1), weight = whole_inputs(weight_rows, 1);
   if (x.size(1) == 0) {
     bias ? torch::stable::copy_(out, *bias) : torch::stable::zero_(out);
     return;
