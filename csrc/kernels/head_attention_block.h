@@ -112,6 +112,11 @@ struct Rows {
   i64 least, most;  // of visible
 };
 
+// Of n keys from `at`, those that row r sees.
+inline i64 seen_of(const Rows& rows, i64 r, i64 at, i64 n) {
+  return larger(smaller(rows.visible[r] - at, n), i64(0));
+}
+
 template <class scalar_t>
 inline i64 max_rows(const HeadAttentionParams<scalar_t>& p) {
   return p.max_queries * p.M;
@@ -194,13 +199,49 @@ template <class A>
 void hide(const Rows& rows, i64 begin, i64 n, A hidden, A* limit, A* x, i64 ld) {
   if (begin + n <= rows.least) return;
   const i64 lanes = kLanes<A>, used_rows = in_vectors<A>(rows.count);
-  for (i64 r = 0; r < rows.count; ++r) limit[r] = A(larger(smaller(rows.visible[r] - begin, n), i64(0)));
+  for (i64 r = 0; r < rows.count; ++r) limit[r] = A(seen_of(rows, r, begin, n));
   for (i64 r = rows.count; r < used_rows; ++r) limit[r] = A(n);
   for (i64 j = 0; j < n; ++j)
     for (i64 r = 0; r < used_rows; r += lanes) {
       const Vec<A> value = load(x + j * ld + r), other = Vec<A>{} + hidden;
       store(x + j * ld + r, load(limit + r) > Vec<A>{} + A(j) ? value : other);
     }
+}
+
+// -- products where a row sees some of the keys alone: what it does not see may be NaN or infinite, and 0
+// times that is not 0. Order and bits are those of the products above. --
+
+template <class A>
+inline bool is_finite(i64 rows, i64 cols, const A* x, i64 ld) {
+  Vec<A> sum = {};
+  for (i64 i = 0; i < rows; ++i)
+    for (i64 d = 0; d < cols; d += kLanes<A>) sum += A(0) * load(x + i * ld + d);
+  for (i64 e = 0; e < kLanes<A>; ++e)
+    if (sum[e] != A(0)) return false;
+  return true;
+}
+
+// c[r] += sum_j a[j][r] b[j] over n keys from `at`; cols of b and c are whole vectors.
+template <class A>
+void add_of_keys(const Rows& rows, i64 at, i64 n, i64 cols, const A* a, i64 lda, const A* b, i64 ldb, A* c,
+                 i64 ldc) {
+  const i64 least = larger(smaller(rows.least - at, n), i64(0));
+  if (is_finite(n - least, cols, b + least * ldb, ldb))
+    return product_of_transpose<true>(rows.count, cols, n, a, lda, b, ldb, c, ldc);
+  for (i64 r = 0; r < rows.count; ++r)
+    product_block<true>(1, cols, seen_of(rows, r, at, n), a + r, 1, lda, b, ldb, c + r * ldc, ldc);
+}
+
+// c[j] += sum_r a[j][r] b[r] of n keys from `at`.
+template <class A>
+void add_of_rows(const Rows& rows, i64 at, i64 n, i64 cols, const A* a, i64 lda, const A* b, i64 ldb, A* c,
+                 i64 ldc) {
+  if (at + n <= rows.least || is_finite(rows.count, cols, b, ldb))
+    return product_by_strip<true>(n, cols, rows.count, a, lda, b, ldb, c, ldc);
+  for (i64 j = 0; j < n; ++j)
+    for (i64 r = 0; r < rows.count; ++r)
+      if (rows.visible[r] > at + j)
+        product_block<true>(1, cols, 1, a + j * lda + r, 1, 1, b + r * ldb, ldb, c + j * ldc, ldc);
 }
 
 // -- forward: online softmax of a block of rows over a range of keys --
@@ -401,7 +442,7 @@ void softmax_few(const Rows& rows, i64 at, i64 n, const Softmax<A>& s) {
   const i64 used = in_vectors<A>(n);
   for (i64 r = 0; r < rows.count; ++r) {
     A* p = s.p + r * kAttentionKeys;
-    for (i64 j = larger(smaller(rows.visible[r] - at, n), i64(0)); j < used; ++j) p[j] = lowest;
+    for (i64 j = seen_of(rows, r, at, n); j < used; ++j) p[j] = lowest;
     Vec<A> most = Vec<A>{} + s.max[r];
     for (i64 j = 0; j < used; j += lanes) {
       const Vec<A> x = load(p + j);
@@ -468,10 +509,16 @@ void attend_few(const HeadAttentionParams<scalar_t>& p, const AttentionItem& ite
     });
     softmax_few(rows, at, n, s);
     shrink_out(rows.count, p.D, s);
-    by_row_tiles(rows.count, [&](auto tile, i64 r) {
-      value_rows<tile.value>(n, p.D, s.p + r * kAttentionKeys, kAttentionKeys, v, s.out + r * ld, ld,
+    const auto add_values = [&](auto tile, i64 r, i64 seen) {
+      value_rows<tile.value>(seen, p.D, s.p + r * kAttentionKeys, kAttentionKeys, v, s.out + r * ld, ld,
                              k[turn ^ 1], r == 0 ? after : 0);
-    });
+    };
+    if (at + n <= rows.least) {
+      by_row_tiles(rows.count, [&](auto tile, i64 r) { add_values(tile, r, n); });
+    } else {  // row by row, for a hidden value may be NaN
+      for (i64 r = 0; r < rows.count; ++r)
+        add_values(std::integral_constant<int, 1>{}, r, seen_of(rows, r, at, n));
+    }
   }
 }
 
@@ -494,7 +541,7 @@ void attend(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, c
     hide(rows, at, n, -A(__builtin_inf()), s.limit, s.p, R);
     softmax_step(n, used_rows, R, s);
     shrink_out(rows.count, p.D, s);
-    product_of_transpose<true>(rows.count, used, n, s.p, R, s.v, D, s.out, D);
+    add_of_keys(rows, at, n, used, s.p, R, s.v, D, s.out, D);
   }
 }
 
@@ -596,9 +643,9 @@ void backward_block(const HeadAttentionParams<scalar_t>& p, const AttentionItem&
   for (i64 at = begin; at < smaller(end, rows.most); at += kAttentionKeys) {
     const i64 n = smaller(kAttentionKeys, rows.most - at), key = at - begin;
     backward_scores(p, item, rows, at, n, s);
-    if (dq) product_of_transpose<true>(rows.count, used, n, s.ds, R, s.k, D, dq, D);
-    if (dv) product_by_strip<true>(n, used, rows.count, s.p, R, s.dout, D, dv + key * D, D);
-    if (dk) product_by_strip<true>(n, used, rows.count, s.ds, R, s.q, D, dk + key * D, D);
+    if (dq) add_of_keys(rows, at, n, used, s.ds, R, s.k, D, dq, D);
+    if (dv) add_of_rows(rows, at, n, used, s.p, R, s.dout, D, dv + key * D, D);
+    if (dk) add_of_rows(rows, at, n, used, s.ds, R, s.q, D, dk + key * D, D);
   }
 }
 

@@ -281,6 +281,20 @@ def test_bad_weights_are_not_held(change, message):
         HeldForward(**given | change(given))
 
 
+@pytest.mark.parametrize("case", [3, 6])
+def test_a_token_that_is_nan_reaches_no_earlier_one(case):
+    """Of a prompt of several blocks, and of few new tokens."""
+    given = row(case)
+    T = given["x"].shape[1]
+    given["keep"] = T
+    clean = elastic_forward(**copied(given))
+    for token in (T - 1, T // 2):
+        spoiled = copied(given | {"x": given["x"].clone()})
+        spoiled["x"][:, token] = torch.nan
+        found = elastic_forward(**spoiled)
+        assert torch.equal(found[:, :token], clean[:, :token]) and found[:, token:].isnan().all()
+
+
 CHECK = """
 import sys, torch, cases
 from flextron_ext import elastic_forward, reference

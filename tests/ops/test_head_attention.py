@@ -231,6 +231,45 @@ def test_a_future_key_is_never_read():
     assert poisoned[0][69].isnan().all()  # and one that is seen shows
 
 
+@pytest.mark.skipif(
+    KERNELS, reason="a tile of tensor cores multiplies what one of its rows does not see by 0"
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_hidden_numbers_reach_nothing(dtype, bad):
+    """A key and value from a query that does not see them, and a query and its gradient from keys it does not see."""
+    T, S, names = 40, 70, ["out", "lse", "dq", "dk", "dv"]
+    q, k, v = draw(T, S, 6, 2, 24, dtype)
+    dout = draw(T, S, 6, 2, 24, dtype, seed=1)[0]
+
+    def results(q, k, v, dout):
+        inputs = leaves(q, k, v)
+        out, lse = head_attention(*inputs, 2, return_lse=True)
+        return dict(zip(names, [out.detach(), lse, *torch.autograd.grad(out, inputs, dout)], strict=True))
+
+    clean = results(q, k, v, dout)
+    for key in (33, 40, 69):
+        blind = key - (S - T)  # queries that do not see it
+        for spoiled in (k, v):
+            kept = spoiled[key].clone()
+            spoiled[key] = bad
+            found = results(q, k, v, dout)
+            spoiled[key] = kept
+            for name in ("out", "lse", "dq"):
+                assert torch.equal(found[name][:blind], clean[name][:blind]), (key, name)
+            assert not found["out"][blind:].isfinite().all() or not found["dq"][blind:].isfinite().all()
+    for query in (0, 17, 38):
+        hidden = query + S - T + 1  # keys from there on
+        for spoiled in (q, dout):
+            kept = spoiled[query].clone()
+            spoiled[query] = bad
+            found = results(q, k, v, dout)
+            spoiled[query] = kept
+            for name in ("dk", "dv"):
+                assert torch.equal(found[name][hidden:], clean[name][hidden:]), (query, name)
+            assert found["dk"][:hidden].isnan().any()
+
+
 @pytest.mark.parametrize(("T", "S", "heads"), [(0, 5, 2), (5, 0, 2), (0, 0, 2), (5, 5, 0)])
 def test_empty(T, S, heads):
     q, k, v = draw(T, S, 4, 2, 8)

@@ -97,6 +97,26 @@ def test_few_rows(page, M, T, dtype):
     assert_no_worse(*(torch.cat([t.flatten() for t in results]) for results in zip(*found, strict=True)))
 
 
+@pytest.mark.skipif(
+    KERNELS, reason="a tile of tensor cores multiplies what one of its rows does not see by 0"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("M, page", [(1, 0), (2, 8), (5, 0)])
+def test_the_value_of_a_later_new_token_reaches_no_earlier_one(M, page, dtype):
+    """Of few rows and of more, with and without gradients, where keys are one part and several."""
+    for S in (7, 60, LONG):
+        q, k, v = draw(2, 3, S, 2 * M, 2, 64, dtype)
+        clean = run(q, k, v, torch.tensor([S, 5]), 2)
+        v[0, S - 1] = k[1, 4] = NAN
+        k_, v_, options = k, v, {}
+        if page:
+            k_, v_, options["block_table"] = paged(k, v, page)
+        found = run(q, k_, v_, torch.tensor([S, 5]), 2, **options)
+        plain = head_attention_decode(q, k_, v_, torch.tensor([S, 5]), 2, **options)
+        assert_equal([t[:, :2] for t in found[:2]], [t[:, :2] for t in clean[:2]])
+        assert plain[:, :2].isfinite().all() and plain[:, 2].isnan().all() and found[0][:, 2].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("D", [40, 44, 64])
 def test_a_row_is_the_same_beside_others(D, dtype):
