@@ -1,11 +1,13 @@
-"""What the op files share: argument checks before the call, autocast, and the refusal of second gradients."""
+"""What the op files share: argument checks before the call, autocast, gradients, and what is refused by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
@@ -44,6 +46,12 @@ def check_extent(op: str, name: str, value: Tensor | None, rows: int) -> Tensor 
     return value.reshape(-1)
 
 
+def will_cast(x: Tensor) -> bool:
+    """Whether autocast gives the arguments that come with x their dtype."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def check_same(op: str, x: Tensor, **others: Tensor | None) -> None:
     """The dtype and the device of x for every other tensor; autocast, which casts later, excuses the dtype."""
     dtype, device = x.dtype, x.device
@@ -51,7 +59,7 @@ def check_same(op: str, x: Tensor, **others: Tensor | None) -> None:
         if value is None:
             continue
         check_tensor(op, name, value, FLOATING)
-        if value.dtype != dtype and not torch.is_autocast_enabled(device.type):
+        if value.dtype != dtype and not will_cast(x):
             raise TypeError(f"{op}: {name} must have the dtype of x, {dtype}, got {value.dtype}")
         if value.device != device:
             raise ValueError(f"{op}: {name} must be on {device}, got {value.device}")
@@ -69,10 +77,18 @@ def shaped_as(x: Tensor, y: Tensor) -> Tensor:
 
 def call(op: Callable[..., object], *args: object) -> object:
     """op(*args). Where no gradient is recorded the op goes past its own kernels for autograd, which are Python's."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def call_writing(written: Sequence[Tensor], op: Callable[..., object], *args: object) -> object:
+    """call() of an op that writes into tensors, which get a new version also where autograd's kernel is passed by."""
+    output = call(op, *args)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(written)
+    return output
 
 
 def wanted(ctx, *positions: int) -> int:
@@ -105,34 +121,72 @@ def register_autocast(op: str, *positions: int) -> None:
     under("cuda", "AutocastCUDA")
 
 
-def register_autograd_kernel(op: str, recorded: Callable[..., object]) -> None:
-    """What the op is where autograd sees it: recorded(*inputs) where one needs a gradient, itself elsewhere."""
+def named_tensors(op: str, inputs: Sequence[object]) -> Iterator[tuple[str, object]]:
+    """The names and the values of the inputs that the schema has tensors for, each of a list by itself."""
+    for argument, value in zip(
+        getattr(torch.ops.flextron, op).default._schema.arguments, inputs, strict=False
+    ):
+        if "Tensor" not in str(argument.type) or (value is None and "Optional" in str(argument.type)):
+            continue
+        yield from (
+            ((argument.name, v) for v in value) if isinstance(value, list) else [(argument.name, value)]
+        )
+
+
+def refuse_duals(op: str, inputs: Sequence[object]) -> None:
+    """Forward-mode gradients would silently be zeros."""
+    for name, value in named_tensors(op, inputs):
+        if forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                f"{op}: {name} must not be a dual tensor: it has no forward-mode gradient"
+            )
+
+
+def register_autograd_kernel(op: str, recorded: Callable[..., object], is_constant: bool = False) -> None:
+    """What the op is where autograd sees it: recorded(*inputs) where one needs a gradient, itself elsewhere.
+
+    Tangents are refused unless the op is constant, so that zero is theirs. What the op writes into gets a new version.
+    """
     overload = getattr(torch.ops.flextron, op).default
-    defaults = tuple(argument.default_value for argument in overload._schema.arguments)
+    arguments = overload._schema.arguments
+    defaults = tuple(argument.default_value for argument in arguments)
+    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
 
     def kernel(*inputs: object) -> object:
+        if forward_ad._current_level >= 0 and not is_constant:
+            refuse_duals(op, inputs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             return recorded(*inputs, *defaults[len(inputs) :])
         with torch._C._AutoDispatchBelowAutograd():
-            return overload(*inputs)
+            output = overload(*inputs)
+        for i in written:
+            torch.autograd.graph.increment_version(inputs[i])
+        return output
 
     _library.impl(op, kernel, "Autograd")
 
 
 def register_gradient(
-    op: str, setup_context: Callable[..., None], backward: Callable[..., object]
+    op: str, setup_context: Callable[..., None], backward: Callable[..., object], is_constant: bool = False
 ) -> Callable[..., object]:
     """Give the op a formula, and return what records it, which takes all inputs.
 
-    As torch.library.register_autograd, which takes twice as long beyond the op, and without zeros for the gradients of
-    outputs that have none: those are None.
+    As torch.library.register_autograd, which takes twice as long beyond the op and which torch.func does not take, and
+    without zeros for the gradients of outputs that have none: those are None.
     """
     overload = getattr(torch.ops.flextron, op).default
+
+    def on_next_level(*inputs: object) -> object:
+        """What a Function's forward is without, the levels of torch.func below this one need."""
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return overload(*inputs)
 
     def forward(ctx, *inputs: object) -> object:
         ctx.set_materialize_grads(False)
         with torch._C._AutoDispatchBelowAutograd():
-            output = overload(*inputs)
+            output = (
+                on_next_level(*inputs) if torch._C._are_functorch_transforms_active() else overload(*inputs)
+            )
         setup_context(ctx, inputs, output)
         return output
 
@@ -143,14 +197,17 @@ def register_gradient(
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(of_any)}
     function = type(f"{op}_function", (torch.autograd.Function,), methods)
+    direct = super(
+        torch.autograd.Function, function
+    ).apply  # Function's own looks at each input, and refuses torch.func
 
     def apply(*inputs: object) -> object:
         if torch._C._are_functorch_transforms_active():
-            return function.apply(*inputs)
-        return direct(*inputs)  # what that does then, without a look at each input
+            with enable_single_level_autograd_function():  # a kernel sees one of its levels alone
+                return direct(*inputs)
+        return direct(*inputs)
 
-    direct = super(torch.autograd.Function, function).apply
-    register_autograd_kernel(op, apply)
+    register_autograd_kernel(op, apply, is_constant)
     return apply
 
 
@@ -160,7 +217,7 @@ def refuse_gradient(op: str) -> None:
     def refuse(ctx, *gradients: Tensor) -> None:
         raise NotImplementedError(f"{op}: inputs must not need a gradient through it: it has none")
 
-    torch.library.register_autograd(f"flextron::{op}", refuse)
+    register_gradient(op, lambda ctx, inputs, output: None, refuse)
 
 
 def refuse_gradient_of_mutating(op: str) -> None:

@@ -121,7 +121,7 @@ def elastic_forward(
         mlp_choices,
         head_choices,
     )
-    return common.call(torch.ops.flextron.elastic_forward, *given)
+    return common.call_writing([*keys, *values], torch.ops.flextron.elastic_forward.default, *given)
 
 
 @torch.library.register_fake("flextron::elastic_forward")
@@ -227,7 +227,8 @@ class HeldForward:
             logits: [B, keep, vocabulary].
             best: [B] int64, where the last token's logits are greatest, as of ``argmax(-1)``; [0] where keep is 0.
         """
-        return common.call(
+        return common.call_writing(
+            [*keys, *values],
             torch.ops.flextron.elastic_forward_held.default,
             ids,
             cos,

@@ -53,4 +53,4 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(*output)
 
 
-common.register_gradient(OP, _save, lambda ctx, *gradients: (None, None))
+common.register_gradient(OP, _save, lambda ctx, *gradients: (None, None), is_constant=True)
