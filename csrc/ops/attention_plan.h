@@ -137,6 +137,7 @@ inline AttentionPlan describe_heads(const char* op, const Tensor& q, const Tenso
   plan.by_group = unit == "kv_group";
   plan.heads = heads;
   plan.scale = scale.value_or(1 / std::sqrt(static_cast<double>(plan.D)));
+  check_finite(op, "scale", plan.scale);
   if (!index) {
     check_range(op, "heads", heads, 0, plan.by_group ? plan.G : plan.M);
     return plan;

@@ -204,6 +204,9 @@ struct Model {
     if (static_cast<int64_t>(weights.size()) != layers * layout.count)
       fail(kOp, ": weights must have ", layers * layout.count, " entries, got ", weights.size());
     check_range(kOp, "vocabulary", vocabulary, 0, std::numeric_limits<int64_t>::max());
+    check_finite(kOp, "eps", epsilon);
+    if (epsilon < 0) fail(kOp, ": eps must not be negative, got ", epsilon);
+    check_finite(kOp, "scale", scale);
     const Activation curve = activation_of(kOp, activation);
     for (int64_t l = 0; l < layers; ++l) prepared.push_back(prepare(layer(l), s, neurons, curve, like));
     check_vector("norm", norm, s.K, like);
@@ -604,16 +607,35 @@ class Pass {
   float* bias_[4];
 };
 
+// Whether elements of a cache may share memory, as an expanded one's do: each is written.
+template <class Integers>
+bool overlaps(const Integers& all_sizes, const Integers& all_strides) {
+  int64_t strides[4], sizes[4], count = 0;  // of what has more than one entry, by ascending strides
+  for (int64_t d = 0; d < 4; ++d) {
+    if (all_sizes[d] <= 1) continue;
+    int64_t at = count++;
+    for (; at > 0 && strides[at - 1] > all_strides[d]; --at)
+      strides[at] = strides[at - 1], sizes[at] = sizes[at - 1];
+    strides[at] = all_strides[d], sizes[at] = all_sizes[d];
+  }
+  for (int64_t i = 0, reach = 1; i < count; reach += (sizes[i] - 1) * strides[i], ++i)
+    if (strides[i] < reach) return true;
+  return false;
+}
+
 void check_cache(const char* name, const Tensor& t, const Shape& s, int64_t stored, int64_t end,
                  const Tensor& x) {
   check_dim(kOp, name, t, 4);
   check_dtype(kOp, name, t, x.scalar_type());
   check_device(kOp, name, t, x.device());
-  if (t.size(0) != s.B || t.size(1) < end || t.size(2) < stored || t.size(3) != s.D)
+  const auto sizes = t.sizes(), strides = t.strides();
+  if (sizes[0] != s.B || sizes[1] < end || sizes[2] < stored || sizes[3] != s.D)
     fail(kOp, ": ", name, " must have shape [", s.B, ", at least ", end, ", at least ", stored, ", ", s.D,
          "], got ", shape_text(t.sizes()));
-  if (s.D > 1 && t.stride(3) != 1)
+  if (s.D > 1 && strides[3] != 1)
     fail(kOp, ": ", name, " must have a contiguous last dimension, got strides");
+  if (overlaps(sizes, strides))
+    fail(kOp, ": ", name, " must have memory of its own for every element, got strides");
 }
 
 struct Answer {
@@ -653,6 +675,8 @@ Answer forward(const Model& model, int64_t B, int64_t T, const Tensor& x, const 
     check_range(kOp, "kv_heads", kv_heads[l], s.by_group ? most : s.G, s.G);
     check_cache("keys", keys[l], s, kv_heads[l], cached + T, x);
     check_cache("values", values[l], s, kv_heads[l], cached + T, x);
+    if (keys[l].numel() > 0 && keys[l].const_data_ptr() == values[l].const_data_ptr())
+      fail(kOp, ": values must have other memory than keys, got the same in layer ", l);
   }
   auto starts = k_start ? check_list(kOp, "k_start", *k_start, B, std::numeric_limits<int64_t>::max(), x)
                         : std::vector<int64_t>{};

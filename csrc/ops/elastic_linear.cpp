@@ -327,6 +327,7 @@ Tensor elastic_linear(const Tensor& x, const Tensor& weight, const OptionalTenso
                       int64_t in_blocks, int64_t out_blocks) {
   constexpr auto op = "elastic_linear";
   const NoGrad guard;
+  check_dim(op, "x", x, 2);
   if (const Gemm gemm = gemm_of(x, in_extent || out_extent); gemm != Gemm::kVendor)
     return forward_on_gpu(op, x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks,
                           out_blocks, gemm);

@@ -68,8 +68,8 @@ struct Arguments {
 AttentionPlan make_plan(const Arguments& given) {
   const auto& [op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start,
                causal, scale] = given;
-  check_dim(op, "q", q, 3);
   check_dim(op, "k", k, 3);
+  check_dim(op, "v", v, 3);
   AttentionPlan plan = start_plan(op, q, k, v, heads, unit.value, index, scale);
   plan.causal = causal;
   const int64_t T = q.size(0), S = k.size(0), B = count_sequences(op, cu_seqlens_q, cu_seqlens_k);
@@ -125,8 +125,8 @@ struct DevicePlan {
 DevicePlan make_device_plan(const Arguments& given) {
   const auto& [op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start,
                causal, scale] = given;
-  check_dim(op, "q", q, 3);
   check_dim(op, "k", k, 3);
+  check_dim(op, "v", v, 3);
   AttentionPlan plan = describe_heads(op, q, k, v, heads, unit.value, index, scale);
   plan.causal = causal;
   const int64_t T = q.size(0), S = k.size(0), B = count_sequences(op, cu_seqlens_q, cu_seqlens_k);
@@ -226,6 +226,7 @@ std::tuple<Tensor, Tensor> head_attention(const Tensor& q, const Tensor& k, cons
                                           bool causal, std::optional<double> scale) {
   constexpr auto op = "head_attention";
   const NoGrad no_grad;
+  check_dim(op, "q", q, 3);
   const Arguments given{op,           q,       k,          v,     heads,
                         unit,         extent,  extent_per, index, cu_seqlens_q,
                         cu_seqlens_k, k_start, causal,     scale};
@@ -251,6 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> head_attention_backward(
     const OptionalTensor& k_start, bool causal, std::optional<double> scale, int64_t output_mask) {
   constexpr auto op = "head_attention_backward";
   const NoGrad no_grad;
+  check_dim(op, "q", q, 3);
   const Arguments given{op,           q,       k,          v,     heads,
                         unit,         extent,  extent_per, index, cu_seqlens_q,
                         cu_seqlens_k, k_start, causal,     scale};

@@ -16,8 +16,8 @@ struct Described {
 Described describe(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                    int64_t heads, const Text& unit, const OptionalTensor& block_table,
                    std::optional<double> scale) {
-  check_dim(op, "q", q, 4);
   check_dim(op, "k_cache", k_cache, 4);
+  check_dim(op, "v_cache", v_cache, 4);
   AttentionPlan plan = describe_heads(op, q, k_cache, v_cache, heads, unit.value, std::nullopt, scale);
   plan.causal = true;
   const int64_t B = q.size(0);
@@ -231,6 +231,7 @@ Tensor head_attention_decode(const Tensor& q, const Tensor& k_cache, const Tenso
                              const OptionalTensor& k_start, std::optional<double> scale) {
   constexpr auto op = "head_attention_decode";
   const NoGrad no_grad;
+  check_dim(op, "q", q, 4);
   if (runs_on_gpu(q))
     return decode_on_gpu(
         op, DeviceCall(op, q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start, scale),
@@ -254,6 +255,7 @@ std::tuple<Tensor, Tensor, Tensor> head_attention_decode_backward(
     const OptionalTensor& k_start, std::optional<double> scale, int64_t output_mask) {
   constexpr auto op = "head_attention_decode_backward";
   const NoGrad no_grad;
+  check_dim(op, "q", q, 4);
   if (runs_on_gpu(q))
     return decode_backward_on_gpu(
         op, DeviceCall(op, q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start, scale),

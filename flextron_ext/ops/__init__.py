@@ -1,5 +1,7 @@
 """One file per op: typed wrapper, fake, gradient, autocast. Importing this package registers them all."""
 
+from .. import _C
+from . import _common
 from .elastic_forward import HeldForward, elastic_forward
 from .elastic_linear import elastic_linear
 from .elastic_mlp import elastic_mlp, elastic_mlp_with_hidden
@@ -8,6 +10,10 @@ from .head_attention_decode import head_attention_decode
 from .packed_linear import pack_linear, packed_linear
 from .packed_mlp import pack_mlp, packed_mlp
 from .route import Routing, route
+
+for _op in (schema.split("(")[0] for schema in _C.schemas()):
+    if _op != "elastic_forward_drop":  # which has no tensors
+        _common.refuse_other_tensors(_op)
 
 __all__ = [
     "HeldForward",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import _common as common
@@ -11,10 +10,9 @@ from . import _common as common
 def check_inputs(op: str, q: Tensor, **keys: Tensor) -> None:
     """q [..., H, D] and two tensors [..., G, D] of its dtype and device, of one shape, H a multiple of G."""
     common.check_tensor(op, "q", q, common.FLOATING)
-    autocast = torch.is_autocast_enabled(q.device.type)
     for name, value in keys.items():
         common.check_tensor(op, name, value, common.FLOATING)
-        if value.dtype != q.dtype and not autocast:
+        if value.dtype != q.dtype and not common.will_cast(q):
             raise TypeError(f"{op}: {name} must have the dtype of q, {q.dtype}, got {value.dtype}")
         if value.device != q.device:
             raise ValueError(f"{op}: {name} must be on {q.device}, got {value.device}")

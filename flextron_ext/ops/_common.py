@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -22,6 +23,12 @@ def check_tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype
     if value.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{op}: {name} must be {names}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def check_finite(op: str, name: str, value: float | None) -> None:
+    """A setting that the kernels take as a float32; None passes."""
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
 
 
 def check_shape(op: str, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
@@ -227,3 +234,44 @@ def refuse_gradient_of_mutating(op: str) -> None:
         raise NotImplementedError(f"{op}: inputs must not need a gradient through it: it has none")
 
     register_autograd_kernel(op, refuse)
+
+
+def register_fake(op: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
+    """Register what gives the shapes. It computes nothing: where tensors lie on several devices, it refuses them."""
+
+    def register(shapes: Callable[..., object]) -> Callable[..., object]:
+        def fake(*inputs: object, **named: object) -> object:
+            check_one_device(op, inputs)
+            return shapes(*inputs, **named)
+
+        torch.library.register_fake(f"flextron::{op}", fake)
+        return shapes
+
+    return register
+
+
+def check_one_device(op: str, inputs: Sequence[object]) -> None:
+    devices = [(name, value.device) for name, value in named_tensors(op, inputs)]
+    expected = next((device for _, device in devices if device.type != "meta"), devices[0][1])
+    for name, device in devices:
+        if device != expected:
+            raise ValueError(f"{op}: {name} must be on {expected}, got {device}")
+
+
+def refuse_other_tensors(op: str) -> None:
+    """Where torch finds no kernel, for a device or for a layout, one sentence says for which argument."""
+
+    def refuse(*inputs: object) -> None:
+        for name, value in named_tensors(op, inputs):
+            if value is None:
+                raise TypeError(f"{op}: {name} must be a tensor, got None")
+            if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+                kind = "quantized" if value.is_quantized else "nested" if value.is_nested else value.layout
+                raise TypeError(f"{op}: {name} must be a dense tensor, got {kind}")
+        devices = {str(value.device) for _, value in named_tensors(op, inputs)}
+        raise NotImplementedError(
+            f"{op}: tensors must be on a device that this build has kernels for, got {', '.join(sorted(devices))}"
+        )
+
+    for key in ("CompositeExplicitAutograd", "NestedTensorCPU", "NestedTensorCUDA"):
+        _library.impl(op, refuse, key)

@@ -61,7 +61,8 @@ def elastic_forward(
         parts: names of a layer's weights, in order, separated by spaces: in_norm q k v o mlp_norm up down, and where
             the model has them gate, q_bias k_bias v_bias o_bias gate_bias up_bias down_bias, q_norm k_norm, and
             q_scales k_scales v_scales o_scales up_scales down_scales of int8 panels.
-        keys: of each layer [B, room, G', D], room >= cached + T: the cache, the first `cached` tokens valid.
+        keys: of each layer [B, room, G', D], room >= cached + T: the cache, the first `cached` tokens valid. No two
+            elements share memory.
         values: the same.
         cached: tokens in the cache.
         widths: neurons used in each layer: L of them, or for each layer in turn one for each sequence, L * B.
@@ -73,12 +74,12 @@ def elastic_forward(
         head: [vocabulary, K], or its panels.
         head_scales: of int8 panels.
         vocabulary: logits of a token.
-        eps: of the norms.
+        eps: of the norms, at least 0.
         keep: how many of the last tokens of each sequence get logits.
         unit: "kv_group" or "query".
         activation: one of "relu", "relu2", "gelu", "gelu_tanh", "silu".
         k_start: int32 or int64 [B], the first key seen in each sequence (left padding).
-        scale: of the scores; D ** -0.5 where None.
+        scale: of the scores, any finite number; D ** -0.5 where None.
         router: what chooses widths and heads for every token (they are then empty), float32: W1 [L, hidden, K],
             W2 [L, C, hidden], and of R requests, each of B / R sequences in a row, state [L, R, hidden] and
             base [L, R, C]. C counts the choices of the MLP, then those of the heads. Formula in
@@ -121,10 +122,18 @@ def elastic_forward(
         mlp_choices,
         head_choices,
     )
+    _check_settings(eps, scale)
     return common.call_writing([*keys, *values], torch.ops.flextron.elastic_forward.default, *given)
 
 
-@torch.library.register_fake("flextron::elastic_forward")
+def _check_settings(eps: float, scale: float | None) -> None:
+    common.check_finite(OP, "eps", eps)
+    if eps < 0:
+        raise ValueError(f"{OP}: eps must not be negative, got {eps}")
+    common.check_finite(OP, "scale", scale)
+
+
+@common.register_fake("elastic_forward")
 def _shape(
     x,
     cos,
@@ -188,6 +197,7 @@ class HeldForward:
         common.check_tensor(OP, "embedding", embedding, DTYPES)
         for name, value in (("norm", norm), ("head", head)):
             common.check_tensor(OP, name, value, (*DTYPES, torch.int8))
+        _check_settings(eps, scale)
         shape = (neurons, query_heads, groups, head_size)
         with torch.no_grad():
             self.number = torch.ops.flextron.elastic_forward_hold(

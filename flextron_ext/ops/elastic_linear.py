@@ -88,14 +88,14 @@ def _check(x, weight, bias, in_features, out_features, in_extent, out_extent, in
     return math.prod(shape[:-1])  # not numel(): it would fix a symbolic size
 
 
-@torch.library.register_fake("flextron::elastic_linear")
+@common.register_fake("elastic_linear")
 def _shape(
     x, weight, bias, in_features, out_features, in_extent=None, out_extent=None, in_blocks=1, out_blocks=1
 ):
     return x.new_empty(x.shape[0], out_blocks * out_features)
 
 
-@torch.library.register_fake("flextron::elastic_linear_backward")
+@common.register_fake("elastic_linear_backward")
 def _backward_shape(
     dy, x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, out_blocks, output_mask
 ):

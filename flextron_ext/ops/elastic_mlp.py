@@ -161,7 +161,7 @@ def _check_gate(x, rows, width, extent, gate, choices) -> None:
         raise ValueError(f"{OP}: gate must be on {x.device}, got {gate.device}")
 
 
-@torch.library.register_fake("flextron::elastic_mlp")
+@common.register_fake("elastic_mlp")
 def _shape(
     x,
     w_gate,
@@ -179,7 +179,7 @@ def _shape(
     return x.new_empty(x.shape[0], w_down.shape[0])
 
 
-@torch.library.register_fake("flextron::elastic_mlp_with_hidden")
+@common.register_fake("elastic_mlp_with_hidden")
 def _shapes(
     x,
     w_gate,
@@ -202,7 +202,7 @@ def _shapes(
     )
 
 
-@torch.library.register_fake("flextron::elastic_mlp_backward")
+@common.register_fake("elastic_mlp_backward")
 def _backward_shape(
     dy, x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation, extent, gate, *rest
 ):

@@ -49,7 +49,7 @@ def head_attention(
         cu_seqlens_k: the same for k and v.
         k_start: int32 or int64 [B], the first key seen in each sequence (left padding).
         causal: queries see the keys up to their own, counted from the end.
-        scale: D ** -0.5 where None.
+        scale: any finite number; D ** -0.5 where None.
         return_lse: also return the logarithm of the softmax's denominator.
 
     Returns:
@@ -61,6 +61,7 @@ def head_attention(
             on the CPU; on a GPU, where the host reads none, a value out of range is moved into it.
     """
     _check(q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start)
+    common.check_finite(OP, "scale", scale)
     which = heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start, causal, scale
     out, lse = common.call(torch.ops.flextron.head_attention.default, q, k, v, *which)
     return (out, lse) if return_lse else out
@@ -102,12 +103,12 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("flextron::head_attention")
+@common.register_fake("head_attention")
 def _shape(q, *arguments, **options):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=_lse_dtype(q))
 
 
-@torch.library.register_fake("flextron::head_attention_backward")
+@common.register_fake("head_attention_backward")
 def _backward_shape(dout, q, k, v, *arguments):
     mask = arguments[-1]
     return tuple(t.new_empty(t.shape if mask >> i & 1 else (0,)) for i, t in enumerate((q, k, v)))

@@ -42,7 +42,7 @@ def head_attention_decode(
         block_table: int32 or int64 [B, max_pages]: key j of sequence b is in row ``j % page`` of page
             ``block_table[b, j // page]``. Entries beyond seqlens are not looked at. Pages may be shared.
         k_start: int32 or int64 [B], the first key seen in each sequence (left padding).
-        scale: D ** -0.5 where None.
+        scale: any finite number; D ** -0.5 where None.
 
     Returns:
         out: [B, T, H, D], the dtype of q.
@@ -52,6 +52,7 @@ def head_attention_decode(
             on the CPU; on a GPU, where the host reads none, a value out of range is moved into it.
     """
     _check(q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start)
+    common.check_finite(OP, "scale", scale)
     which = seqlens, heads, unit, extent, block_table, k_start, scale
     return common.call(torch.ops.flextron.head_attention_decode.default, q, k_cache, v_cache, *which)
 
@@ -78,12 +79,12 @@ def _check(q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_sta
     common.check_shape(OP, "block_table", block_table, (B, block_table.shape[1]))
 
 
-@torch.library.register_fake("flextron::head_attention_decode")
+@common.register_fake("head_attention_decode")
 def _shape(q, *arguments, **options):
     return q.new_empty(q.shape)
 
 
-@torch.library.register_fake("flextron::head_attention_decode_backward")
+@common.register_fake("head_attention_decode_backward")
 def _backward_shape(dout, q, k_cache, v_cache, *arguments):
     mask = arguments[-1]
     return tuple(t.new_empty(t.shape if mask >> i & 1 else (0,)) for i, t in enumerate((q, k_cache, v_cache)))

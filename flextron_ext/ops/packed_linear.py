@@ -130,7 +130,7 @@ def check_panels(
         raise TypeError(f"{op}: {name} must have the dtype of x, {x.dtype}, or be int8, got {panels.dtype}")
 
 
-@torch.library.register_fake("flextron::packed_linear")
+@common.register_fake("packed_linear")
 def _shape(x, panels, scales, bias, in_features, out_features, in_extent=None, out_extent=None, in_blocks=1):
     return x.new_empty(x.shape[0], panels.shape[0] * out_features)
 

@@ -111,7 +111,7 @@ def packed_mlp(
     return common.shaped_as(x, y)
 
 
-@torch.library.register_fake("flextron::packed_mlp")
+@common.register_fake("packed_mlp")
 def _shape(
     x,
     up_panels,

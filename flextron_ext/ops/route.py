@@ -41,7 +41,7 @@ def route(logits: Tensor, seed: int | None = None) -> Routing:
     return Routing(*torch.ops.flextron.route(logits.detach(), seed))
 
 
-@torch.library.register_fake("flextron::route")
+@common.register_fake("route")
 def _shape(logits, seed=None):
     def integers(count):
         return logits.new_empty(count, dtype=torch.int64)
