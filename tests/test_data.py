@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
 import subprocess
 import sys
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+import zstandard
 
 from flextron import data
-from flextron.data import Batches, encode, read_documents, split_documents, stdlib_documents, windows
+from flextron.data import Batches, Text, encode, read_documents, split_documents, stdlib_documents, windows
+
+
+def zst(text: str) -> bytes:
+    return zstandard.ZstdCompressor().compress(text.encode())
 
 
 class Letters:
@@ -39,11 +48,20 @@ def test_every_kind_of_file_is_read(tmp_path):
     (tmp_path / "c.TXT").write_text("three")
     (tmp_path / "d.md.gz").write_bytes(gzip.compress("vier: fünf".encode(), mtime=0))
     (tmp_path / "e.xz").write_bytes(lzma.compress(b"six"))
+    (tmp_path / "g.json").write_text(json.dumps([{"text": "eight", "n": 1}, {"text": None}]))
+    (tmp_path / "h.json").write_text(json.dumps(["nine", "ten"]))
+    (tmp_path / "i.json").write_text('{"body": "eleven"}\n{"body": "twelve"}\n')  # lines, as many call .json
+    (tmp_path / "j.csv").write_text('id,body\n1,"thirteen, in\n""quotes"""\n2,fourteen\n')
+    (tmp_path / "k.jsonl.zst").write_bytes(zst('{"text": "fifteen"}\n') + zst('{"text": "sixteen"}\n'))
+    table = pyarrow.table({"id": [1, 2, 3], "story": ["seventeen", None, "eighteen"]})
+    pyarrow.parquet.write_table(table, tmp_path / "l.parquet")
     (tmp_path / "ignored.png").write_bytes(b"\x89PNG")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "f.txt").write_text("seven")
     (tmp_path / "sub" / "blank.txt").write_text(" \n ")
-    expected = ["one", "two\u2028lines", "one", "two\u2028lines", "three", "vier: fünf", "six", "seven"]
+    expected = ["one", "two\u2028lines", "one", "two\u2028lines", "three", "vier: fünf", "six"]
+    expected += ["eight", "nine", "ten", "eleven", "twelve", 'thirteen, in\n"quotes"', "fourteen"]
+    expected += ["fifteen", "sixteen", "seventeen", "eighteen", "seven"]
     assert read_documents(tmp_path) == expected
     assert read_documents(str(tmp_path / "d.md.gz")) == ["vier: fünf"]
 
@@ -65,6 +83,19 @@ def test_every_kind_of_file_is_read(tmp_path):
         ),
         ("a.jsonl", b'{"text": "fine"}\n\n{"te', "line 3 of"),
         ("a.jsonl", b'["text"]', "line 1 of"),
+        ("a.json", b'[{"text": "fine"}, 3]', "entry 2 of .* must be a JSON object"),
+        (
+            "a.json",
+            b'{"a": "x", "b": "y", "n": 1}',
+            'entry 1 of .* a field "text", or just one with strings, got a, b, n',
+        ),
+        ("a.json", b'{"text": ', "line 1 of"),
+        ("a.csv", b"a,b\nx,y\n", 'must have a field "text", or just one with strings, got a, b; .*--field'),
+        ("a.csv", b'text\n"open', "must be readable, got unexpected end of data"),
+        ("a.csv", b"", "must have a field .* got none"),
+        ("a.parquet", b"PAR1 not parquet", "must be readable, got .*Parquet"),
+        ("a.txt.zst", b"not zst", "must be readable, got zstd"),
+        ("a.txt.zst", zst("text" * 100)[:-5], "must be readable, got a truncated file"),
     ],
 )
 def test_bad_file_gives_one_sentence(tmp_path, name, content, says):
@@ -72,6 +103,86 @@ def test_bad_file_gives_one_sentence(tmp_path, name, content, says):
     with pytest.raises(ValueError, match=says) as caught:
         read_documents(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_field_may_be_named(tmp_path):
+    rows = [{"title": "A", "body": "one", "n": 1}, {"title": "B", "body": "two", "n": 2}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.csv").write_text("title,body,n\nA,one,1\nB,two,2\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.json", "a.csv", "a.parquet"):
+        path = tmp_path / name
+        assert read_documents(Text(path, "body")) == ["one", "two"]
+        assert read_documents(Text(path, "title")) == ["A", "B"]
+        with pytest.raises(
+            ValueError, match=r'"text", or just one with strings, got title, body, n; Text\(path, field'
+        ):
+            read_documents(path)
+        with pytest.raises(ValueError, match='"speech"'):
+            read_documents(Text(path, "speech"))
+    assert read_documents(Text(tmp_path, "body")) == ["one", "two"] * 4
+    (tmp_path / "b.txt").write_text("plain")
+    assert read_documents(Text(tmp_path, "body"))[-1] == "plain"
+    with pytest.raises(ValueError, match="field must be given for files that have fields, got 'body' for"):
+        read_documents(Text(tmp_path / "b.txt", "body"))
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "expected"),
+    [
+        ("one\n\ntwo: {3}\n", None, ["one\n\ntwo: {3}\n"]),
+        ('{"text": "one"}\n{"text": "two"}\n', None, ["one", "two"]),
+        ('{"a": "one", "b": "two"}\n', "b", ["two"]),
+    ],
+)
+def test_standard_input_is_text_or_lines_of_json(monkeypatch, given, field, expected):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+    data._piped.cache_clear()
+    assert read_documents(Text("-", field)) == expected
+    assert read_documents(Text("-", field)) == expected  # a second stage in the same run
+    data._piped.cache_clear()
+
+
+def test_a_dataset_of_the_hub_is_read(tmp_path, monkeypatch):
+    """The library reads folders of files as it reads the hub: no network is needed to see that it is asked rightly."""
+    folder = tmp_path / "stories"
+    folder.mkdir()
+    for split, rows in (("train", [f"document {i}" for i in range(9)]), ("test", ["one", "two"])):
+        lines = "\n".join(json.dumps({"n": i, "story": text}) for i, text in enumerate(rows))
+        (folder / f"{split}.jsonl").write_text(lines)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert read_documents(f"hf:{folder}[test]") == ["one", "two"]
+    assert read_documents(f"hf:{folder}[train[:2]]") == ["document 0", "document 1"]
+    assert len(read_documents(Text(f"hf:{folder}", "story"))) == 9
+    for source, says in (
+        (f"hf:{folder}[dev]", 'must be a dataset that can be read, got: Unknown split "dev"'),
+        (f"hf:{folder}/nothing", "must be a dataset that can be read, got: "),
+        ("hf:", "must be named as hf:owner/name.split., got hf:"),
+    ):
+        with pytest.raises(ValueError, match=says) as caught:
+            read_documents(source)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match='must have a field "speech", with strings, got n, story'):
+        read_documents(Text(f"hf:{folder}[test]", "speech"))
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or 1 / 0)
+    for source, wanted in (
+        ("hf:owner/name", ("owner/name", None, "train")),
+        ("hf:owner/name:en[test+validation]", ("owner/name", "en", "test+validation")),
+    ):
+        with pytest.raises(ValueError, match="got: division by zero"):
+            read_documents(source)
+        (name, config), options = asked.pop()
+        assert (name, config, options["split"]) == wanted
+
+
+@pytest.mark.parametrize(("name", "library"), [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
+def test_a_missing_library_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch, name, library):
+    (tmp_path / name).write_bytes(b"something")
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"{name} needs {library}; pip install 'flextron\[data\]'"):
+        read_documents(tmp_path / name)
 
 
 def test_missing_path_is_named(tmp_path):

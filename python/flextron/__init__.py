@@ -10,6 +10,7 @@ from typing import Any
 _HOME = {
     "AdaptiveConfig": "flextron.route.adaptive",
     "ElasticConfig": "flextron.config",
+    "Text": "flextron.data",
     "RouteConfig": "flextron.route.trainer",
     "TrainConfig": "flextron.train",
     "TuneConfig": "flextron.train",

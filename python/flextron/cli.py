@@ -105,6 +105,7 @@ def _main(argv: Sequence[str] | None) -> int:
         print(f"flextron: {error}", file=sys.stderr)
         return 2
     try:
+        _join_field(args)
         result = args.run(args)
     except ModuleNotFoundError as error:
         if (error.name or "flextron").partition(".")[0] in ("flextron", "flextron_ext"):
@@ -459,9 +460,24 @@ def _parser() -> argparse.ArgumentParser:
 def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
-        metavar="FILE",
-        help="text (.txt, .md, .jsonl, .xz, .gz, or a folder); default: Python's documentation",
+        metavar="TEXT",
+        help="file or folder (.txt, .md, .jsonl, .json, .csv, .parquet; also .xz, .gz, .zst), - for standard input, "
+        "or hf:owner/name[split]; default: Python's documentation",
     )
+    parser.add_argument(
+        "--field", help='of --data: the column or key that holds the text; default "text", or the only one'
+    )
+
+
+def _join_field(args: argparse.Namespace) -> None:
+    """Make of --data and --field what the stages take."""
+    if getattr(args, "field", None) is None:
+        return
+    if args.data is None:
+        raise ValueError(f"{args.command}: --field must be given with --data, got no --data")
+    from flextron.data import Text
+
+    args.data = Text(args.data, args.field)
 
 
 def _dtype(parser: argparse.ArgumentParser, auto: str) -> None:

@@ -3,27 +3,55 @@
 from __future__ import annotations
 
 import ast
+import csv
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
 import re
+import sys
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
+_WHOLE = (".txt", ".md")  # one document
+TEXT_SUFFIXES = (*_WHOLE, ".jsonl", ".json", ".csv", ".parquet")
+_HUB = "hf:"
+_LONGEST_FIELD = (
+    2**31 - 1
+)  # characters of a field of a .csv file; the library's own limit is for typing errors
+
+
+def _unzst(path: Path) -> io.BytesIO:
+    """The content of a file of zstandard frames; the library's own reader takes a truncated one for a whole one."""
+    zstandard, content, parts = _library("zstandard", path), path.read_bytes(), []
+    while content or not parts:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            parts.append(frame.decompress(content))
+        except zstandard.ZstdError as error:
+            raise OSError(str(error)) from None
+        if not frame.eof:
+            raise EOFError("a truncated file")
+        content = frame.unused_data
+    return io.BytesIO(b"".join(parts))
+
+
 _OPENERS: dict[str, Callable[[Path], Any]] = {
     "": lambda path: path.open("rb"),
     ".xz": lzma.open,
     ".gz": gzip.open,
+    ".zst": _unzst,
 }
 _DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
@@ -34,21 +62,42 @@ _SHORTEST_PARAGRAPH = 40  # characters; shorter ones are headings and signatures
 _SHORTEST_DOCUMENT = 200  # characters
 
 
-def read_documents(path: str | Path) -> list[str]:
-    """Read the documents of a file, or of every known file below a folder, in the order of their paths.
+@dataclass(frozen=True)
+class Text:
+    """Where documents are, for what has columns: ``Text("reviews.parquet", field="body")``.
 
-    A ``.txt`` or ``.md`` file is one document; each line of a ``.jsonl`` file is one, in its ``"text"``
-    field. Any of them may be compressed (``.xz``, ``.gz``). Blank documents are dropped.
+    Attributes:
+        path: as for `read_documents`.
+        field: the column, or key of JSON objects, that holds the text; None: ``"text"``, else the only one of strings.
+    """
+
+    path: str | Path
+    field: str | None = None
+
+
+def read_documents(source: str | Path | Text) -> list[str]:
+    """Read the documents of a file, of every known file below a folder in the order of their paths, or of a dataset.
+
+    A ``.txt`` or ``.md`` file is one document. ``.jsonl`` has one in each line, ``.json`` in each object (or string)
+    of its list, ``.csv`` and ``.parquet`` in each row: in the field that `Text` names. Any file may be compressed
+    (``.xz``, ``.gz``, ``.zst``). ``"-"`` is standard input: lines of JSON objects where the first one is, else one
+    document. ``"hf:owner/name[split]"``, with a configuration ``"hf:owner/name:config[split]"``, is a dataset of the
+    ``datasets`` library, by default its split ``train``. Blank documents are dropped, as are missing values.
 
     Raises:
-        FileNotFoundError: nothing is at ``path``.
-        ValueError: unknown kind of file, damaged, not UTF-8, a line without text, or no document at all.
+        FileNotFoundError: nothing is at the path.
+        ModuleNotFoundError: a library of the extra ``data`` is needed, and is not there.
+        ValueError: unknown kind of file, damaged, not UTF-8, a line without text, no field of that name, none or
+            several that might be meant, or no document at all.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"read_documents: path must exist, got {path}")
-    files = sorted(f for f in path.rglob("*") if _kind(f) and f.is_file()) if path.is_dir() else [path]
-    documents = [d for file in files for d in _read_file(file) if d.strip()]
+    path, field = (source.path, source.field) if isinstance(source, Text) else (source, None)
+    if str(path) == "-":
+        found = _standard_input(field)
+    elif str(path).startswith(_HUB):
+        found = _dataset(str(path), field)
+    else:
+        found = _below(Path(path), field)
+    documents = [d for d in found if d and d.strip()]
     if not documents:
         raise ValueError(f"read_documents: path must hold text ({_kinds()}), got none in {path}")
     return documents
@@ -175,7 +224,7 @@ def seeded(purpose: str) -> torch.Generator:
 
 
 def _kinds() -> str:
-    return ", ".join(TEXT_SUFFIXES) + "; alone or with .xz, .gz"
+    return ", ".join(TEXT_SUFFIXES) + "; alone or with " + ", ".join(filter(None, _OPENERS))
 
 
 def _kind(path: Path) -> tuple[str, str] | None:
@@ -187,40 +236,187 @@ def _kind(path: Path) -> tuple[str, str] | None:
     return (".txt", packed) if packed and not suffix else None
 
 
-def _read_file(path: Path) -> list[str]:
+def _below(path: Path, field: str | None) -> list[str | None]:
+    """The documents of a file or folder."""
+    if not path.exists():
+        raise FileNotFoundError(f"read_documents: path must exist, got {path}")
+    files = sorted(f for f in path.rglob("*") if _kind(f) and f.is_file()) if path.is_dir() else [path]
+    if field is not None and files and all((_kind(f) or ("",))[0] in _WHOLE for f in files):
+        raise ValueError(
+            f"read_documents: field must be given for files that have fields, got {field!r} for {path}"
+        )
+    return [d for file in files for d in _read_file(file, field)]
+
+
+def _read_file(path: Path, field: str | None) -> list[str | None]:
     kind = _kind(path)
     if kind is None:
         raise ValueError(f"read_documents: path must be a text file ({_kinds()}), got {path}")
     suffix, packed = kind
     try:
         with _OPENERS[packed](path) as file:
-            text = file.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"read_documents: {path} must be UTF-8 text, got another byte at {error.start}"
-        ) from None
+            content = file.read()
     except _DAMAGED as error:
         raise ValueError(
             f"read_documents: {path} must be readable, got {error or type(error).__name__}"
         ) from None
-    if suffix != ".jsonl":
+    if suffix == ".parquet":
+        return _parquet(path, content, field)
+    text = _utf8(path, content)
+    if suffix in _WHOLE:
         return [text]
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
-    lines = enumerate(text.split("\n"), start=1)
-    return [_json_text(path, number, line) for number, line in lines if line.strip()]
+    return {".jsonl": _json_lines, ".json": _json, ".csv": _csv}[suffix](path, text, field)
 
 
-def _json_text(path: Path, number: int, line: str) -> str:
+def _utf8(path: str | Path, content: bytes) -> str:
     try:
-        record = json.loads(line)
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        place = f"line {number} of {path}"
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise ValueError(
-            f'read_documents: {place} must be a JSON object with a "text" string, got {line[:60]!r}'
+            f"read_documents: {path} must be UTF-8 text, got another byte at {error.start}"
+        ) from None
+
+
+def _json_lines(path: str | Path, text: str, field: str | None) -> list[str | None]:
+    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
+    lines = (
+        (f"line {i} of {path}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()
+    )
+    return _texts(((place, _parsed(line), line) for place, line in lines), field)
+
+
+def _json(path: Path, text: str, field: str | None) -> list[str | None]:
+    records = _parsed(text)
+    if records is None:  # many call lines of JSON so
+        return _json_lines(path, text, field)
+    records = records if isinstance(records, list) else [records]
+    return _texts(((f"entry {i} of {path}", r, json.dumps(r)) for i, r in enumerate(records, start=1)), field)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _texts(records: Iterable[tuple[str, Any, str]], field: str | None) -> list[str | None]:
+    """The texts of (place, JSON value, as it stands there), which are objects, or strings themselves."""
+    records = list(records)
+    objects = [record for _, record, _ in records if isinstance(record, dict)]
+    if field is None and objects and not any("text" in record for record in objects):
+        names = dict.fromkeys(key for record in objects for key in record)
+        strings = [key for key in names if any(isinstance(record.get(key), str) for record in objects)]
+        field = _field(records[0][0], names, strings, None)
+    found: list[str | None] = []
+    for place, record, shown in records:
+        value = record.get(field or "text", 0) if isinstance(record, dict) else record
+        if not (isinstance(value, str) or (value is None and isinstance(record, dict))):
+            raise ValueError(
+                f'read_documents: {place} must be a JSON object with a "{field or "text"}" string, got {shown[:60]!r}'
+            )
+        found.append(value)
+    return found
+
+
+def _csv(path: Path, text: str, field: str | None) -> list[str | None]:
+    longest = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        names, rows = list(reader.fieldnames or ()), list(reader)
+        strings = [name for name in names if not all(_is_number(row[name]) for row in rows)]
+        field = _field(path, names, strings, field)
+        return [row[field] for row in rows]
+    except csv.Error as error:
+        raise ValueError(f"read_documents: {path} must be readable, got {error}") from None
+    finally:
+        csv.field_size_limit(longest)
+
+
+def _is_number(value: str | None) -> bool:
+    """Whether a cell of a .csv file, which has no types, is a number or empty."""
+    try:
+        return not value or float(value) is not None
+    except ValueError:
+        return False
+
+
+def _parquet(path: Path, content: bytes, field: str | None) -> list[str | None]:
+    arrow, parquet = (_library(name, path) for name in ("pyarrow", "pyarrow.parquet"))
+    try:
+        file = parquet.ParquetFile(arrow.BufferReader(content))
+        kinds = {c.name: c.type for c in file.schema_arrow}
+        strings = [n for n, t in kinds.items() if arrow.types.is_string(t) or arrow.types.is_large_string(t)]
+        field = _field(path, kinds, strings, field)
+        return file.read(columns=[field]).column(field).to_pylist()
+    except arrow.ArrowException as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise ValueError(f"read_documents: {path} must be readable, got {reason}") from None
+
+
+def _dataset(source: str, field: str | None) -> list[str | None]:
+    """``hf:name[split]``, ``hf:name:config[split]``."""
+    found = re.fullmatch(_HUB + r"([^\[\]:]+)(?::([^\[\]]+))?(?:\[(.+)\])?", source)
+    if not found:
+        raise ValueError(f"read_documents: a dataset must be named as hf:owner/name[split], got {source}")
+    name, config, split = found.groups()
+    datasets = _library("datasets", source)
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(name, config, split=split or "train")
+    except (
+        Exception
+    ) as error:  # of the network, the hub, file systems, builders: the library has no base class
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
         )
-    return record["text"]
+        raise ValueError(
+            f"read_documents: {source} must be a dataset that can be read, got: {reason}"
+        ) from None
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    kinds = {n: getattr(kind, "dtype", None) for n, kind in rows.features.items()}
+    strings = [n for n, kind in kinds.items() if kind in ("string", "large_string")]
+    return list(rows[_field(source, kinds, strings, field)])
+
+
+@cache  # a stage may read its text more than once; the pipe, once
+def _piped() -> bytes:
+    return sys.stdin.buffer.read()
+
+
+def _standard_input(field: str | None) -> list[str | None]:
+    text = _utf8("standard input", _piped())
+    first = next((line for line in text.split("\n") if line.strip()), "")
+    if field is not None or isinstance(_parsed(first), dict):
+        return _json_lines("standard input", text, field)
+    return [text]
+
+
+def _field(place: str | Path, names: Iterable[str], strings: Sequence[str], field: str | None) -> str:
+    """The field that holds the text: the one asked for, ``"text"``, or the only one of strings."""
+    if field is None and "text" in strings:
+        return "text"
+    if field is None and len(strings) == 1:
+        return strings[0]
+    if field in strings:
+        return field
+    wanted = '"text", or just one with strings' if field is None else f'"{field}", with strings'
+    raise ValueError(
+        f"read_documents: {place} must have a field {wanted}, got {', '.join(map(str, names)) or 'none'}"
+        + "; Text(path, field) (on the command line --field) chooses" * (field is None and bool(strings))
+    )
+
+
+def _library(name: str, source: str | Path) -> Any:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"read_documents: {source} needs {error.name}; pip install 'flextron[data]'", name=error.name
+        ) from None
 
 
 @cache  # parsing takes some five seconds, and a run asks more than once

@@ -60,10 +60,12 @@ class Corpus:
     held_out: Tensor
 
 
-Data = str | Path | Corpus | None  # a file or folder of text, a corpus, or Python's own documentation
+Data = (
+    str | Path | text.Text | Corpus | None
+)  # as read_documents takes it, a corpus, or Python's own documentation
 
 
-def documents(data: str | Path | None = None) -> tuple[list[str], list[str]]:
+def documents(data: str | Path | text.Text | None = None) -> tuple[list[str], list[str]]:
     """Read ``data``, by default the documentation that comes with Python: (to train on, to judge by)."""
     return text.split_documents(text.stdlib_documents() if data is None else text.read_documents(data))
 
