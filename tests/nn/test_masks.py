@@ -85,6 +85,9 @@ WAYS = {
     "sampled": generation(do_sample=True, temperature=0.8, num_return_sequences=2),
     "beams": generation(num_beams=3),
     "without a cache": generation(use_cache=False),
+    "embeddings": lambda model, ids, mask: model.generate(
+        inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask, **GREEDY
+    ),
     "in chunks": generation(prefill_chunk_size=4),
     "hidden states": hidden,
     "assisted": assisted,
@@ -184,6 +187,17 @@ def test_positions_may_be_given(width):
             )
 
 
+def test_a_mask_may_be_shorter_or_longer_than_the_keys():
+    (model, stock), ids, found = pair("full"), tokens(B, T), []
+    for m in (model, stock):
+        with torch.no_grad():
+            past = m(ids[:, :6], attention_mask=PATTERNS["left"][:, :6], use_cache=True).cache
+            short = m(ids[:, 6:8], attention_mask=PATTERNS["left"][:, :7], cache=past).logits
+            longer = torch.cat([PATTERNS["left"], PATTERNS["right"]], 1)
+            found.append(torch.cat([short, m(ids[:, 8:], attention_mask=longer, cache=past).logits], 1))
+    agree(*found)
+
+
 @pytest.mark.parametrize("way", ["greedy", "sampled", "beams"])
 @pytest.mark.parametrize("width", ["full", "reduced"])
 def test_a_padding_token_inside_a_prompt_is_hidden(width, way):
@@ -233,6 +247,7 @@ def test_left_padding_is_read_off_a_mask():
 def test_what_is_no_mask_is_said():
     (model, _), ids = pair("full"), tokens(B, T)
     for mask, error, text in (
+        ([[1] * T] * B, TypeError, "attention_mask must be a tensor, got list"),
         (torch.ones(1, T), ValueError, r"attention_mask must have shape \[3, 9\] or \[3, 1, 9, 9\], got \[1, 9\]"),
         (torch.ones(B, T, T), ValueError, r"attention_mask must have shape .*, got \[3, 9, 9\]"),
         (torch.ones(B, 1, T, T).long(), TypeError, "attention_mask of four dimensions must be boolean or"),

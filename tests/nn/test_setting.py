@@ -159,6 +159,35 @@ def test_a_compiled_model_keeps_each_threads_budget():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_threads_get_rotary_tables_of_their_own_positions(kind):
+    rope: dict[str, Any] = {"rope_type": kind, "factor": 4.0, "rope_theta": 10000.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8, "original_max_position_embeddings": 16}
+
+    def fresh() -> Any:
+        return elastic(rope_parameters=rope, max_position_embeddings=16 if kind == "dynamic" else 64)
+
+    def tables(model: Any, length: int) -> Any:
+        return model.model.rotary_emb(torch.zeros(1), torch.arange(length)[None])
+
+    lengths = [4, 30, 12, 40, 8, 20, 15, 34]
+    alone = {length: tables(fresh(), length) for length in lengths}
+    model = fresh()
+
+    def run(length: int) -> bool:
+        return all(
+            torch.equal(*both)
+            for _ in range(50)
+            for both in zip(tables(model, length), alone[length], strict=True)
+        )
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        assert all(pool.map(run, lengths))
+    ids = tokens(1, 20)
+    assert torch.equal(model.generate(ids, **GREEDY), fresh().generate(ids, **GREEDY))
+
+
 def test_layers_that_are_run_again_need_a_budget_that_stays():
     model, ids = elastic().train(), tokens()
     model.activation_checkpointing_enable()

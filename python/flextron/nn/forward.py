@@ -71,7 +71,9 @@ class _Found:
     def __init__(self, model: nn.Module) -> None:
         inner = model.model
         parts = [part for layer in inner.layers for part in (layer, *layer.children())]
-        leaves = [*inner.children(), *(leaf for part in parts for leaf in part.children()), model.lm_head]
+        # the rotary tables are made by their own module here too
+        own = [part for name, part in inner.named_children() if name != "rotary_emb"]
+        leaves = [*own, *(leaf for part in parts for leaf in part.children()), model.lm_head]
         modules = list(dict.fromkeys((inner, *parts, *leaves)))
         self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.dicts = [d for m in (model, *modules) for d in (m._modules, m._parameters, m._buffers) if d]
@@ -268,7 +270,8 @@ def _weight(module: Any) -> tuple[Tensor, Tensor | None]:
 def try_forward(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast | None:
     """The output of a causal LM's forward by `elastic_forward`, or None where its modules must run."""
     ids, cache = arguments.get("input_ids"), arguments.get("cache")
-    if ids is None or ids.numel() == 0:
+    mask, k_start = arguments.get("attention_mask"), None
+    if ids is None or ids.numel() == 0 or not (mask is None or isinstance(mask, Tensor)):
         return None
     if wants_cache(model, arguments) if cache is None else not isinstance(cache, ElasticCache):
         return None
@@ -288,7 +291,6 @@ def try_forward(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast
         return None
 
     past, T = 0 if cache is None else cache.get_seq_length(), ids.shape[1]
-    mask, k_start = arguments.get("attention_mask"), None
     if mask is not None:
         if mask.shape != (ids.shape[0], past + T) or not is_left_padded(mask):
             return None

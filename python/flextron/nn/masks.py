@@ -35,9 +35,11 @@ def with_form(given: dict[str, Any]) -> dict[str, Any]:
     mask = given.get("attention_mask")
     if mask is None:
         return given
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"flextron: attention_mask must be a tensor, got {type(mask).__name__}")
     tokens = given.get("input_ids")
     tokens = given.get("inputs_embeds") if tokens is None else tokens
-    if not isinstance(mask, Tensor) or tokens is None:
+    if tokens is None:
         return given
     cache = given_cache(given)
     past = cache.get_seq_length() if isinstance(cache, ElasticCache) else 0
@@ -109,7 +111,7 @@ def _form(
     """What transformers asks for where it got no mask of four dimensions: None where all is seen, else such a one."""
     if attention_mask is None and mask_function is causal_mask_function:
         return None
-    kwargs["allow_is_causal_skip"] = False
+    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(
         batch_size, q_length, kv_length, mask_function=mask_function, attention_mask=attention_mask, **kwargs
     )

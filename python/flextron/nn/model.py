@@ -23,6 +23,7 @@ from flextron.nn.generation import is_plain, sample
 from flextron.nn.masks import is_left_padded, with_form, with_none
 from flextron.nn.policy import Dial, PerRequest, PerToken, Policy
 from flextron.nn.projection import PackedLinear, check_conversion, check_parts, named
+from flextron.nn.rotary import forget
 from flextron.nn.router import AdaptiveRouter, Choices
 from flextron.nn.setting import Setting, Settings
 
@@ -454,6 +455,8 @@ def make_elastic(model: nn.Module, config: ElasticConfig | None = None) -> Any:
             f"make_elastic: sliding_window must be None, got {hf.sliding_window}; for contexts within the window, "
             "load the model with sliding_window=None"
         )
+    if not getattr(hf, "is_causal", True):
+        raise NotImplementedError("make_elastic: is_causal must be True, got False")
     if getattr(hf, "attention_dropout", 0.0):
         raise NotImplementedError(f"make_elastic: attention_dropout must be 0, got {hf.attention_dropout}")
 
@@ -464,6 +467,7 @@ def make_elastic(model: nn.Module, config: ElasticConfig | None = None) -> Any:
                 f"make_elastic: model.layers.{i}.mlp.act_fn must be {hf.hidden_act!r} as configured, got "
                 f"{named(layer.mlp.act_fn)}"
             )
+    forget(model.model.rotary_emb)
     settings = Settings()
     for i, layer in enumerate(model.model.layers):
         layer.self_attn = ElasticAttention(layer.self_attn, own, settings)
