@@ -189,6 +189,22 @@ def test_trained_model_is_known_as_the_runs_own(finished):
     assert report.resumed_from == 12
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_trained_model_that_was_stored_rounded_is_known_and_goes_on_unrounded(tmp_path, dtype):
+    config = replace(tiny_run.CONFIG, steps=2, distillation=0.0, warmup=0.0, min_lr_ratio=1.0)
+    model = tiny_run.elastic()
+    train(model, tiny_run.tokens(), config, tmp_path / "run")
+    for p in model.parameters():
+        p.data = p.data.to(dtype).float()
+    assert train(model, tiny_run.tokens(), config, tmp_path / "run").resumed_from == 2
+    for p in model.parameters():
+        p.data = p.data.to(dtype).float()
+    train(model, tiny_run.tokens(), replace(config, steps=3), tmp_path / "run")
+    train(tiny_run.elastic(), tiny_run.tokens(), replace(config, steps=3), tmp_path / "whole")
+    a, b = weights_of(tmp_path / "run"), weights_of(tmp_path / "whole")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_what_changes_no_weight_may_change(finished):
     model = tiny_run.elastic()
     config = replace(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from flextron.config import Widths, check_numbers, number
 from flextron.data import Batches
+from flextron.nn.storage import storage
 from flextron.train.losses import cross_entropy, distillation
 from flextron.train.metrics import evaluate, restored
 from flextron.train.resume import (
@@ -231,7 +232,9 @@ class Run:
         for widths in self.eval_widths:
             model.elastic.check(widths)
         self.directory = directory
-        self.checkpoints = Checkpoints(directory, self._identity(tokens), fingerprint(model.state_dict()))
+        self.checkpoints = Checkpoints(
+            directory, self._identity(tokens), fingerprint(model.state_dict()), _stored(model)
+        )
 
     def to_the_end(
         self, resume: bool, progress: Progress | None, begun: Callable[[], object] | None
@@ -446,6 +449,13 @@ def check_teacher(model: nn.Module, teacher: nn.Module | None, config: TrainConf
     if devices:
         raise ValueError(f"train: teacher must be on the model's device, got {devices.pop()}")
     teacher.eval().requires_grad_(False)
+
+
+def _stored(model: nn.Module) -> dict[str, torch.dtype]:
+    """The dtype that each parameter is stored in by default, under every name that it has."""
+    dtypes = storage("train", model)
+    of = {id(p): dtypes[name] for name, p in model.named_parameters()}
+    return {name: of[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def _parameters(model: nn.Module) -> int:

@@ -26,6 +26,7 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 TEACHER_FILE = "teacher.safetensors"
 CLEANED = "cleaned"  # key of run.json: the last step, whose checkpoint `clean` removed
+_ROUNDINGS = (torch.bfloat16, torch.float16)  # dtypes that a model may be stored in when it is told so
 KEPT = 2  # checkpoints: the newest, and one in case that is damaged
 
 
@@ -46,11 +47,15 @@ class Checkpoints:
         identity: JSON that must be the same when the run is resumed.
         weights: fingerprint of the model as it was given; when the run is resumed, that of its first step or of
             a checkpoint, for otherwise the run would replace some other model's weights unasked.
+        stored: the dtypes in which a model is stored by default, by name: a trained one comes back rounded to them.
     """
 
-    def __init__(self, directory: Path, identity: Mapping[str, Any], weights: str) -> None:
+    def __init__(
+        self, directory: Path, identity: Mapping[str, Any], weights: str, stored: Mapping[str, torch.dtype]
+    ) -> None:
         self.directory = directory
         self.weights = weights
+        self.stored = stored
         self.identity = json.loads(json.dumps(identity))  # as it will be read back: lists, not tuples
 
     def begin(self) -> None:
@@ -72,7 +77,10 @@ class Checkpoints:
     def save(self, step: int, tensors: Mapping[str, Tensor], position: Mapping[str, Any]) -> None:
         """Write one checkpoint, then drop those older than the last two."""
         checksum = save_tensors(self._path(step, "safetensors"), tensors)
-        weights = fingerprint(_below("model.", tensors))
+        model = _below("model.", tensors)
+        # as it is, and as it may be stored
+        roundings = ({}, self.stored, *(dict.fromkeys(model, dtype) for dtype in _ROUNDINGS))
+        weights = list(dict.fromkeys(fingerprint(model, dtypes) for dtypes in roundings))
         meta = {"step": step, "sha256": checksum, "weights": weights, "position": dict(position)}
         write_json(self._path(step, "json"), meta)
         self._keep(self._steps()[-KEPT:])
@@ -120,7 +128,8 @@ class Checkpoints:
             )
         for step in steps:
             with suppress(CheckpointError):  # damaged: told when it is read
-                known.add(read_json(self._path(step, "json")).get("weights"))
+                weights = read_json(self._path(step, "json")).get("weights")
+                known |= {w for w in weights if isinstance(w, str)} if isinstance(weights, list) else set()
         if self.weights not in known:
             raise ValueError(
                 f"train: the run in {self.directory} must be resumed with the weights it started from or saved, "
@@ -227,11 +236,15 @@ class MetricsLog:
             return [json.loads(line) for line in file]
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, shapes and some values of each tensor: cheap, and another model has another."""
+def fingerprint(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype] | None = None) -> str:
+    """A hash of names, shapes and some values of each tensor: cheap, and another model has another.
+
+    With ``dtypes``, of the tensors after they were stored in these and read back.
+    """
     digest = hashlib.sha256()
     for name, value in tensors.items():
         sample = value.detach().flatten()[:: max(1, value.numel() // 1024)].cpu().contiguous()
+        sample = sample.to((dtypes or {}).get(name, value.dtype)).to(value.dtype)
         digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
         digest.update(sample.view(torch.uint8).numpy())
     return digest.hexdigest()
