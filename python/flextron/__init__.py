@@ -20,7 +20,7 @@ _HOME = {
     "extract": "flextron.export",
     "from_pretrained": "flextron.pipeline",
     "load_plain": "flextron.export",
-    "make_elastic": "flextron.nn",
+    "make_elastic": "flextron.convert",
     "pack": "flextron.nn",
     "profile": "flextron.pipeline",
     "route_adaptive": "flextron.pipeline",

@@ -3,7 +3,7 @@
 from flextron.convert.elastify import ORDERS, convert
 from flextron.convert.importance import AGGREGATES, Importance, score
 from flextron.convert.reorder import LayerOrder, identity_orders, random_orders, reorder, sorted_orders
-from flextron.convert.store import load_elastic, save_elastic
+from flextron.convert.store import load_elastic, make_elastic, save_elastic
 from flextron.nn.proof import ParityError
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "convert",
     "identity_orders",
     "load_elastic",
+    "make_elastic",
     "random_orders",
     "reorder",
     "save_elastic",

@@ -15,9 +15,9 @@ from flextron.config import ElasticConfig, Widths
 from flextron.convert.importance import check_tokens, score
 from flextron.convert.parent import copy_parent, read_parent
 from flextron.convert.reorder import LayerOrder, identity_orders, random_orders, reorder, sorted_orders
-from flextron.convert.store import read_model, save_elastic
+from flextron.convert.store import make_elastic, read_model, save_elastic
 from flextron.data import seeded
-from flextron.nn import ElasticModel, elastic_config, make_elastic
+from flextron.nn import ElasticModel, elastic_config
 from flextron.nn.proof import difference, logits_of, prove_sub_network, require_close
 from flextron.nn.skeleton import skeleton
 from flextron.nn.storage import Dtype, counted, name_of, round_in_place, storage

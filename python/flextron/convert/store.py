@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig
 
+from flextron import nn
 from flextron.checkpoint import (
     ELASTIC_FILE,
     FORMAT,
@@ -28,7 +30,7 @@ from flextron.checkpoint import (
     write_json,
 )
 from flextron.config import ElasticConfig
-from flextron.nn import check_plain, elastic_config, make_elastic
+from flextron.nn import check_plain, elastic_config
 from flextron.nn.skeleton import fill, parameter_shapes, skeleton
 from flextron.nn.stock import read_back
 from flextron.nn.storage import Dtype, common, counted, rounded, storage
@@ -46,6 +48,7 @@ def save_elastic(
     *,
     prove: Callable[[Path, Any], dict[str, Any]] | None = None,
     dtype: Dtype = "auto",
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Origin:
     """Write an elastic model, all of it or nothing; other files in ``directory`` stay.
 
@@ -60,6 +63,7 @@ def save_elastic(
         prove: called with the folder of the new files and the stock model read from it. What it returns joins the
             report; an error that it raises leaves the old files.
         dtype: ``"auto"``: each tensor in its own dtype in the file that the model was loaded from.
+        tensors: the model's parameters by name, where they are not in the model; each is stored in its own dtype.
 
     Returns:
         What files made for these weights are to say they were made for.
@@ -72,8 +76,11 @@ def save_elastic(
     recover(directory)
     if report is None and (directory / ELASTIC_FILE).is_file():
         report = {k: v for k, v in read_json(directory / ELASTIC_FILE).items() if k not in _OWN_KEYS}
-    dtypes = storage("save", model, dtype)
-    tensors = rounded("save", dict(model.named_parameters()), dtypes)
+    if tensors is None:
+        dtypes = storage("save", model, dtype)
+        tensors = rounded("save", dict(model.named_parameters()), dtypes)
+    else:
+        dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     with commit(directory) as stage:
         _stock_config(model, common(dtypes.values())).save_pretrained(stage)
         if model.generation_config is not None:
@@ -100,6 +107,18 @@ def save_elastic(
         if beside is not None:
             beside(stage, origin)
     return origin
+
+
+def write(model: Any, directory: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """What ``save_pretrained`` of a model calls: see `flextron.nn.model.Writer`."""
+    save_elastic(model, directory, tensors=tensors)
+
+
+def make_elastic(model: Any, config: ElasticConfig | None = None) -> Any:
+    """`flextron.nn.make_elastic`, of a model that ``save_pretrained`` stores as an elastic checkpoint."""
+    model = nn.make_elastic(model, config)
+    model.writer = write
+    return model
 
 
 def load_elastic(directory: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Any]]:

@@ -7,11 +7,13 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, wraps
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.utils.hub import convert_file_size_to_int
 
 from flextron.config import ElasticConfig, Widths, number, plain
 from flextron.nn.cache import ElasticCache, given_cache
@@ -22,12 +24,15 @@ from flextron.nn.forward import try_forward, wants_cache
 from flextron.nn.generation import is_plain, sample
 from flextron.nn.masks import is_left_padded, with_form, with_none
 from flextron.nn.policy import Dial, PerRequest, PerToken, Policy
-from flextron.nn.projection import PackedLinear, check_conversion, check_parts, named
+from flextron.nn.projection import PackedLinear, check_conversion, check_parts, check_plain, named
 from flextron.nn.rotary import forget
 from flextron.nn.router import AdaptiveRouter, Choices
 from flextron.nn.setting import Setting, Settings
 
 KV_MODES = ("selected", "all")
+_SHARD = "50GB"  # transformers' own default
+_REFUSED = {"push_to_hub": False, "distributed_checkpoint": False, "safe_serialization": True}
+_IGNORED = ("token", "save_peft_format", "save_original_format", "save_function")  # of what is not there
 _CACHE = 3  # place of cache among the arguments of a causal LM's forward, in every family
 
 
@@ -44,6 +49,12 @@ class Planner(Protocol):
     def target(self, fraction: float | None = None, **budget: Any) -> float: ...
 
 
+class Writer(Protocol):
+    """What stores a model as an elastic checkpoint: its files, and whatever else such a one has."""
+
+    def __call__(self, model: Any, directory: str | Path, tensors: Mapping[str, Tensor]) -> None: ...
+
+
 class ElasticModel:
     """Mixed into the class of a transformers causal LM by `make_elastic`.
 
@@ -55,6 +66,7 @@ class ElasticModel:
         stock: the class of transformers that it is of.
         settings: what it is set to, and its modules with it.
         planner: turns budgets into widths; set by `flextron.from_pretrained`.
+        writer: what `save_pretrained` stores it by; set by `flextron.from_pretrained` and `flextron.make_elastic`.
         adaptive: the router that chooses for every token; see `attach_router`. It is no submodule: the names of
             the ``state_dict`` stay the parent's.
     """
@@ -63,6 +75,7 @@ class ElasticModel:
     stock: type
     settings: Settings
     planner: Planner | None
+    writer: Writer | None
     adaptive: AdaptiveRouter | None
 
     @property
@@ -128,6 +141,69 @@ class ElasticModel:
         for i, (attention, mlp) in enumerate(self.layers_of()):
             check_parts(f"model.layers.{i}.self_attn", attention, attention.PROJECTIONS)
             check_parts(f"model.layers.{i}.mlp", mlp, mlp.PROJECTIONS)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        max_shard_size: int | str = _SHARD,
+        **options: Any,
+    ) -> None:
+        """Write a whole elastic checkpoint, which stock transformers reads as the full parent. Trainer calls it.
+
+        Of what a source directory had beside the weights, latency tables and routers, nothing is taken along.
+
+        Args:
+            save_directory: created when it is not there; other files in it stay.
+            is_main_process: False: write nothing.
+            state_dict: the parameters by name, where they were gathered elsewhere; tied ones may come twice.
+                Each is stored in the dtype that it has in memory, or here.
+            max_shard_size: all lies in one file, which must not be larger than a size that is given.
+            options: transformers' others, at their defaults.
+
+        Raises:
+            NotImplementedError: an option, packed weights, adapters that are not merged (PEFT's own model stores those
+                alone), or a model that has no writer.
+            ValueError: names or shapes in ``state_dict`` are not those of the model.
+        """
+        check_plain("save_pretrained", self)
+        for name, value in options.items():
+            if name not in _IGNORED and value not in (None, _REFUSED.get(name)):
+                raise NotImplementedError(
+                    f"save_pretrained: {name} must be {_REFUSED.get(name)} with an elastic model, got {value!r}"
+                )
+        tensors = self._to_store(state_dict)
+        size = sum(t.nbytes for t in {t.data_ptr(): t for t in tensors.values()}.values())
+        if max_shard_size != _SHARD and size > convert_file_size_to_int(max_shard_size):
+            raise NotImplementedError(
+                f"save_pretrained: max_shard_size must hold the whole model, which is one file of {size} bytes, "
+                f"got {max_shard_size!r}"
+            )
+        if self.writer is None:
+            raise NotImplementedError(
+                "save_pretrained: model must be one of flextron.from_pretrained or flextron.make_elastic, got one of "
+                "flextron.nn.make_elastic, which builds models and writes no files"
+            )
+        if is_main_process:
+            self.writer(self, save_directory, tensors)
+
+    def _to_store(self, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        own = {name: p.detach() for name, p in self.named_parameters()}
+        if state_dict is None:
+            return own
+        missing = [name for name in own if name not in state_dict]
+        unknown = [
+            name for name in state_dict if name not in own and name not in (self._tied_weights_keys or ())
+        ]
+        other = [n for n in own if n in state_dict and state_dict[n].shape != own[n].shape]
+        for fault, names in (("nothing for", missing), ("unknown", unknown), ("another shape of", other)):
+            if names:
+                raise ValueError(
+                    f"save_pretrained: state_dict must have the model's parameters, got {fault} {names[0]}"
+                    + (f" and {len(names) - 1} more" if names[1:] else "")
+                )
+        return {name: state_dict[name].detach() for name in own}
 
     def set_widths(self, widths: Widths | Sequence[Widths], kv: str = "selected") -> None:
         """Let every layer keep what ``widths`` says, one for all or one for each request of a batch.
@@ -477,7 +553,7 @@ def make_elastic(model: nn.Module, config: ElasticConfig | None = None) -> Any:
         raise ValueError(f"make_elastic: model must have {2 * own.num_layers} elastic modules, got {count}")
     hf._attn_implementation = "flextron"
     model.__class__ = _elastic_class(type(model))
-    model.elastic, model.settings, model.planner = own, settings, None
+    model.elastic, model.settings, model.planner, model.writer = own, settings, None, None
     model.attach_router(None)
     model.set_widths(own.full())
     model.register_forward_pre_hook(_guard_cache, with_kwargs=True)
