@@ -329,7 +329,7 @@ def _parser() -> argparse.ArgumentParser:
         "loss and measured latency, or benchmarks, at a list of budgets",
         "flextron eval elastic/ --budgets 0.5,0.75,1",
     )
-    e.add_argument("directory")
+    e.add_argument("directory", help="elastic checkpoint, or the hub id of one")
     _data(e)
     e.add_argument(
         "--budgets",
@@ -363,7 +363,7 @@ def _parser() -> argparse.ArgumentParser:
         "continue a prompt at a budget",
         'flextron generate elastic/ --budget 0.6 --prompt "Once"',
     )
-    g.add_argument("directory")
+    g.add_argument("directory", help="elastic checkpoint, or the hub id of one")
     _budget(g)
     g.add_argument("--adaptive", action="store_true", help="let every token have widths of its own")
     g.add_argument("--prompt", required=True)
@@ -376,7 +376,7 @@ def _parser() -> argparse.ArgumentParser:
         "write one budget as a plain transformers checkpoint",
         "flextron export elastic/ small/ --budget 0.6",
     )
-    x.add_argument("directory")
+    x.add_argument("directory", help="elastic checkpoint, or the hub id of one")
     x.add_argument("out")
     _budget(x)
     x.add_argument(
@@ -387,7 +387,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     i = command("info", _info, "what an elastic checkpoint holds", "flextron info elastic/")
-    i.add_argument("directory")
+    i.add_argument("directory", help="elastic checkpoint, or the hub id of one")
 
     k = command(
         "clean",
@@ -467,6 +467,13 @@ def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--field", help='of --data: the column or key that holds the text; default "text", or the only one'
     )
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    """Let the directory of a command that only reads it be a hub id too."""
+    from flextron.checkpoint.hub import local
+
+    args.directory = str(local(args.directory))
 
 
 def _join_field(args: argparse.Namespace) -> None:
@@ -801,6 +808,7 @@ def _loaded(args: argparse.Namespace) -> Any:
     from flextron import pipeline
     from flextron.nn.packed import pack
 
+    _fetch(args)
     model = pipeline.from_pretrained(args.directory)
     if args.pack:
         pack(model, None if args.pack == "same" else args.pack)
@@ -927,6 +935,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import pipeline
     from flextron.export import export
 
+    _fetch(args)
     model = pipeline.from_pretrained(args.directory)
     widths = model.set_budget(**_given(args), phase=args.phase, context=args.context, batch=args.batch)
     tokenizer = pipeline.tokenizer_of(args.directory)
@@ -945,6 +954,7 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
     from flextron.route import trainer
     from flextron.route.latency import load_tables
 
+    _fetch(args)
     model, meta = load_elastic(args.directory)
     config, origin = model.elastic, Origin.of(meta)
     tables = load_tables(args.directory, config)

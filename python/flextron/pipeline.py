@@ -16,13 +16,16 @@ from transformers import AutoTokenizer
 
 from flextron import data as text
 from flextron.checkpoint import WEIGHTS_FILE, CheckpointError, Origin, load_tensors, locked
+from flextron.checkpoint.hub import local
 from flextron.checkpoint.origin import made_for
 from flextron.config import count
 from flextron.convert import convert as convert_model
 from flextron.convert import load_elastic, save_elastic
 from flextron.nn import Dial
 from flextron.nn.learning import relaxed_loss
+from flextron.nn.placement import one_device
 from flextron.nn.skeleton import parameter_shapes
+from flextron.nn.storage import Dtype
 from flextron.route import adaptive as adaptive_routing
 from flextron.route import latency, trainer
 from flextron.route.adaptive import AdaptiveConfig, AdaptiveResult, train_adaptive
@@ -85,17 +88,27 @@ def tokenizer_of(directory: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(directory)
 
 
-def from_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+def from_pretrained(
+    directory: str | Path, dtype: Dtype = torch.float32, *, device_map: Any = None, **hub: Any
+) -> Any:
     """Load an elastic checkpoint: a transformers causal LM whose layers are elastic, with its budget dial.
 
     Args:
-        directory: written by `convert` (and `train`, `profile`, `route`).
-        dtype: of the weights in memory.
+        directory: written by `convert` (and `train`, `profile`, `route`), or the id of one on the hub.
+        dtype: of the weights in memory: ``"bfloat16"``, a torch dtype, or ``"auto"``: as they are stored.
+        device_map: the one device to load to, such as ``"cuda:0"``; ``"auto"``: the first GPU, else the CPU; None: the
+            CPU.
+        hub: ``revision``, ``cache_dir`` and ``token`` of a hub id.
 
     Raises:
         CheckpointError: one sentence that says what is wrong with which file.
+        ValueError: of ``dtype`` or ``device_map``, in one sentence.
     """
+    device = one_device("from_pretrained", device_map)
+    directory = local(directory, **hub)
     model, meta = load_elastic(directory, dtype)
+    if device is not None:
+        model.to(device)
     origin = Origin.of(meta)
     model.planner = Planner.load(directory, origin)
     if result := adaptive_routing.load(directory, origin):

@@ -31,6 +31,7 @@ from flextron.checkpoint import (
 )
 from flextron.config import ElasticConfig
 from flextron.nn import check_plain, elastic_config
+from flextron.nn.placement import memory_dtype
 from flextron.nn.skeleton import fill, parameter_shapes, skeleton
 from flextron.nn.stock import read_back
 from flextron.nn.storage import Dtype, common, counted, rounded, storage
@@ -121,12 +122,12 @@ def make_elastic(model: Any, config: ElasticConfig | None = None) -> Any:
     return model
 
 
-def load_elastic(directory: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
+def load_elastic(directory: str | Path, dtype: Dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
     """Read an elastic checkpoint; everything is checked before a model is made of it.
 
     Args:
         directory: written by `save_elastic`.
-        dtype: of the weights in memory.
+        dtype: of the weights in memory; ``"auto"``: as stored.
 
     Returns:
         The elastic model at full width, in eval mode, and the contents of ``flextron.json``.
@@ -149,15 +150,13 @@ def load_elastic(directory: str | Path, dtype: torch.dtype = torch.float32) -> t
     return read_model(directory, elastic, dtype, checksums[WEIGHTS_FILE]), meta
 
 
-def read_model(
-    directory: Path, elastic: ElasticConfig, dtype: torch.dtype, checksum: str | None = None
-) -> Any:
+def read_model(directory: Path, elastic: ElasticConfig, dtype: Dtype, checksum: str | None = None) -> Any:
     """The elastic model of a directory, once its ``flextron.json`` is read or where it is still to be written.
 
     Its ``stored`` has the dtype of each parameter in the file, by name.
     """
     config = _read_config(directory / _CONFIG_FILE, elastic)
-    config.dtype = dtype
+    config.dtype = dtype = memory_dtype("load", dtype, config.dtype)
     model = skeleton(config)
     tensors = load_tensors(directory / WEIGHTS_FILE, parameter_shapes(model), checksum)
     # Copied, for the file's tensors may lie in a mapping of it, and aligned to 8 bytes only.

@@ -23,9 +23,12 @@ from flextron.checkpoint import (
     verify_checksums,
     write_json,
 )
+from flextron.checkpoint.hub import local
 from flextron.config import ElasticConfig, Widths
+from flextron.nn.placement import memory_dtype, one_device
 from flextron.nn.plain import LAYOUT_KEY, SIZES, build, layout_of, resize, stock_problem, widths_of
 from flextron.nn.skeleton import fill, parameter_shapes, skeleton
+from flextron.nn.storage import Dtype
 
 EXPORT_FILE = "export.json"
 _CONFIG_FILE = "config.json"
@@ -85,13 +88,22 @@ def export(
     return report
 
 
-def load_plain(directory: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_plain(
+    directory: str | Path, dtype: Dtype = torch.float32, *, device_map: Any = None, **hub: Any
+) -> Any:
     """Read an exported sub-network of any layout, or what ``save_pretrained`` of an extracted one wrote.
+
+    Args:
+        directory: of the export, or a hub id.
+        dtype: of the weights in memory; ``"auto"``: as stored.
+        device_map: the one device to load to, or ``"auto"``; None: the CPU.
+        hub: ``revision``, ``cache_dir`` and ``token`` of a hub id.
 
     Raises:
         CheckpointError: one sentence that says what is wrong with which file.
     """
-    directory = Path(directory)
+    device = one_device("load_plain", device_map)
+    directory = local(directory, **hub)
     recover(directory)
     checksums: dict[str, str] = {}
     if (directory / EXPORT_FILE).is_file():
@@ -108,7 +120,7 @@ def load_plain(directory: str | Path, dtype: torch.dtype = torch.float32) -> Any
             f"{path}: model_type must be known to transformers, got {values.get('model_type')!r}"
         )
     config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
-    config.dtype = dtype
+    config.dtype = dtype = memory_dtype("load_plain", dtype, config.dtype)
     model = skeleton(config)
     layers = _layers_in(values, path)
     if layers is not None:
@@ -121,7 +133,7 @@ def load_plain(directory: str | Path, dtype: torch.dtype = torch.float32) -> Any
     fill(model, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()})
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    return model
+    return model if device is None else model.to(device)
 
 
 def _note(config: ElasticConfig, widths: Widths, layout: str, params: int) -> str | None:

@@ -1,0 +1,66 @@
+"""A directory here, or the id of a checkpoint on the Hugging Face hub, which is fetched into the hub's cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from flextron.checkpoint.format import CheckpointError
+
+_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
+_READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_LEFT = ("training/*", "tuning/*")  # what runs need to be resumed
+
+
+def local(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """The directory that ``source`` names.
+
+    What may be a mistyped path is not looked for on the hub: an id is ``owner/name``, where ``owner`` is no folder
+    of the working directory.
+
+    Args:
+        source: a directory, or an id.
+        revision: branch, tag or commit of an id.
+        cache_dir, token: as for ``huggingface_hub.snapshot_download``.
+
+    Raises:
+        CheckpointError: neither is there.
+        ValueError: a revision of a directory.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise ValueError(f"{source}: revision must be given of a hub id only, got {revision!r} of a path")
+        return path
+    if not isinstance(source, str) or not _ID.fullmatch(source) or source.startswith((".", "-")):
+        raise CheckpointError(f"{source}: must be a directory, or a hub id as owner/name, got nothing there")
+    if path.parent.is_dir():
+        raise CheckpointError(f"{source}: must be a directory, got nothing of that name in {path.parent}")
+    return _fetched(source, revision, cache_dir, token)
+
+
+def _fetched(name: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            allow_patterns=list(_READ),
+            ignore_patterns=list(_LEFT),
+        )
+    except Exception as error:  # of the network, the hub or the disk: they have no class in common
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(
+            f"{name}: must be a directory, or the id of a checkpoint that the hub gives, got: "
+            f"{said.removeprefix('Got: ')}"
+        ) from None
+    return Path(found)
