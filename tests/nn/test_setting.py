@@ -120,6 +120,30 @@ def test_a_block_is_its_threads_and_set_budget_is_everybodys():
     assert model.widths == mixed(c)
 
 
+def test_what_another_thread_sets_comes_with_the_next_forward():
+    model, ids = elastic(), tokens()
+    c = model.elastic
+
+    def logits() -> Any:
+        return model(ids, use_cache=False).logits  # with gradients: the modules run
+
+    wanted = {}
+    for widths in (c.smallest(), mixed(c), c.full()):
+        model.set_widths(widths)
+        wanted[widths] = logits()
+    with ThreadPoolExecutor(1) as pool:
+        handle = model.model.layers[0].register_forward_hook(
+            lambda *_: pool.submit(model.set_widths, c.smallest()).result() and None
+        )
+        assert torch.equal(logits(), wanted[c.full()])
+        handle.remove()
+    assert torch.equal(logits(), wanted[c.smallest()])
+    handle = model.model.layers[0].register_forward_hook(lambda *_: model.set_widths(c.full()))
+    begun = logits()  # what its own thread sets comes with the next layer
+    handle.remove()
+    assert not torch.equal(begun, wanted[c.smallest()]) and model.widths == c.full()
+
+
 def test_a_block_is_its_tasks_and_what_they_give_to_threads():
     model, ids = elastic(), tokens()
     small, other = model.elastic.smallest(), mixed(model.elastic)

@@ -58,8 +58,9 @@ class Writer(Protocol):
 class ElasticModel:
     """Mixed into the class of a transformers causal LM by `make_elastic`.
 
-    `set_budget` and its kin set the model, for all threads. Inside ``with model.budget(...)`` or a ``generate(...,
-    budget=)`` there is a setting of that block alone, which no other thread sees, and they set that one.
+    `set_budget` and its kin set the model, for all threads, each from its next forward on. Inside ``with
+    model.budget(...)`` or a ``generate(..., budget=)`` there is a setting of that block alone, which no other thread
+    sees, and they set that one.
 
     Attributes:
         elastic: the menus of widths, and the shape of the full model.
@@ -486,7 +487,8 @@ def _elastic_class(cls: type) -> type:
         if taken is not None:
             return taken
         self.check_projections()
-        return cls.forward(self, **with_form(given))
+        with self.settings.forward():
+            return cls.forward(self, **with_form(given))
 
     # the parent's own name: save_pretrained writes it to the configuration, where stock transformers looks it up
     own = {"__module__": cls.__module__, "forward": forward, "stock": cls}

@@ -51,6 +51,7 @@ class Settings:
 
     def __init__(self) -> None:
         self._context: ContextVar[Setting | None] = ContextVar("flextron.setting", default=None)
+        self._begun: ContextVar[Setting | None] = ContextVar("flextron.begun", default=None)
         self._thread = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -61,8 +62,7 @@ class Settings:
         self.own = state["own"]
 
     def now(self) -> Setting:
-        local = self.local()
-        return self.own if local is None else local
+        return self.local() or (None if torch.compiler.is_compiling() else self._begun.get()) or self.own
 
     def local(self) -> Setting | None:
         """That of the block or call which runs."""
@@ -74,9 +74,23 @@ class Settings:
         """Be set to this: inside a block or call until its end, elsewhere for good and in all threads."""
         if self._context.get() is None:
             self.own = setting
+            if self._begun.get() is not None:
+                self._begun.set(setting)
         else:
             self._context.set(setting)
             self._thread.setting = setting
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """A forward, whose layers all see the model's own setting as it was at its beginning.
+
+        What another thread sets meanwhile comes with the next one.
+        """
+        token = self._begun.set(self.own)
+        try:
+            yield
+        finally:
+            self._begun.reset(token)
 
     @contextlib.contextmanager
     def block(self, setting: Setting | None = None) -> Iterator[None]:
