@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from flextron import data as text
-from flextron.checkpoint import WEIGHTS_FILE, CheckpointError, Origin, load_tensors, locked
+from flextron.checkpoint import WEIGHTS_FILE, CheckpointError, Origin, load_tensors, locked, opened
+from flextron.checkpoint.hf import read_tokenizer
 from flextron.checkpoint.hub import local
 from flextron.checkpoint.origin import made_for
+from flextron.checkpoint.schema import checking
 from flextron.config import count
 from flextron.convert import convert as convert_model
 from flextron.convert import load_elastic, save_elastic
@@ -85,7 +86,7 @@ def corpus(tokenizer: Any, data: Data = None) -> Corpus:
 
 def tokenizer_of(directory: str | Path) -> Any:
     """The tokenizer stored in a model directory."""
-    return AutoTokenizer.from_pretrained(directory)
+    return read_tokenizer(directory)
 
 
 def from_pretrained(
@@ -106,13 +107,16 @@ def from_pretrained(
     """
     device = one_device("from_pretrained", device_map)
     directory = local(directory, **hub)
-    model, meta = load_elastic(directory, dtype)
-    if device is not None:
-        model.to(device)
-    origin = Origin.of(meta)
-    model.planner = Planner.load(directory, origin)
-    if result := adaptive_routing.load(directory, origin):
-        result.router.check(model.elastic)
+    with opened(directory) as files:
+        model, meta = load_elastic(files, dtype)
+        if device is not None:
+            model.to(device)
+        origin = Origin.of(meta)
+        model.planner = Planner.load(files, origin)
+        result = adaptive_routing.load(files, origin)
+    if result is not None:
+        with checking(Path(directory) / adaptive_routing.DESCRIPTION):
+            result.router.check(model.elastic)
         model.attach_router(result.router)
         if result.costs != adaptive_routing.costs_of(model.planner.tables):
             warnings.warn(

@@ -319,11 +319,20 @@ def test_a_sidecar_that_is_none_is_refused(damaged: Path) -> None:
     good = json.loads(path.read_text())
     for broken, words in (
         (good | {"format": 99}, "format must be 1, got 99"),
-        ({k: v for k, v in good.items() if k != "elastic"}, "must describe an elastic model"),
+        ({k: v for k, v in good.items() if k != "elastic"}, "elastic must be an object, got None"),
         (good | {"elastic": good["elastic"] | {"unit": "head"}}, "unit must be one of"),
-        (good | {"elastic": {"family": "llama"}}, "must describe an elastic model"),
+        (good | {"elastic": {"family": "llama"}}, "must be there, got nothing"),
         (good | {"checksums": {}}, "checksums must name model.safetensors and config.json"),
-        (good | {"checksums": 3}, "must describe an elastic model"),
+        (good | {"checksums": 3}, "checksums must be an object, got 3"),
+        (
+            good | {"checksums": good["checksums"] | {"config.json": 3}},
+            "checksums.config.json must be a string",
+        ),
+        (
+            good | {"checksums": good["checksums"] | {"model.safetensors": ""}},
+            "must be 64 hexadecimal digits",
+        ),
+        (good | {"parity": None}, "parity must be an object, got None"),
     ):
         path.write_text(json.dumps(broken))
         assert words in refused(damaged)
@@ -331,7 +340,7 @@ def test_a_sidecar_that_is_none_is_refused(damaged: Path) -> None:
     assert "must be a JSON file" in refused(damaged)
     path.unlink()
     assert "must be an elastic checkpoint" in refused(damaged)
-    assert "must be an elastic checkpoint" in refused(damaged / "nowhere")
+    assert "must be a directory, got nothing there" in refused(damaged / "nowhere")
 
 
 @torch.no_grad()

@@ -378,8 +378,14 @@ def test_damaged_exports_are_refused(tmp_path: Path) -> None:
     for own, words in (
         ({"layers": smaller}, "wrong shape model.layers."),
         ({"layers": layers[:2]}, "must size 3 layers, got 2"),
-        ({"layers": [{}] * 3}, "flextron.layers must give intermediate_size"),
-        ([], "flextron.layers must give"),
+        ({"layers": [{}] * 3}, "flextron.layers[0] must give intermediate_size"),
+        ([], "flextron must be an object, got []"),
+        ({"layers": 3}, "flextron.layers must be a list, got 3"),
+        (
+            {"layers": [layers[0] | {"num_key_value_heads": "2"}, *layers[1:]]},
+            "must be a whole number, got '2'",
+        ),
+        ({"layers": [layers[0] | {"num_key_value_heads": 10**12}, *layers[1:]]}, "that fit the weights"),
     ):
         config.write_text(json.dumps(values | {"flextron": own}))
         assert words in refused()

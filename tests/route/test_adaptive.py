@@ -268,8 +268,11 @@ def test_a_damaged_or_foreign_file_is_refused(trained, model, tmp_path):
         ({"format": 2}, "format must be 1, got 2"),
         ({"router": {**described["router"], "hidden": 4}}, "wrong shape"),
         ({"checksum": "0" * 64}, "sha256 must be"),
-        ({"calibration": None}, "must describe an adaptive router"),
-        ({"config": {"speed": 1}}, "must describe an adaptive router"),
+        ({"calibration": None}, "calibration must be an object, got None"),
+        ({"config": {"speed": 1}}, "config.speed must not be there"),
+        ({"checksum": None}, "checksum must be a string, got None"),
+        ({"phase": 3}, "phase must be a string, got 3"),
+        ({"router": {**described["router"], "hidden": 10**12}}, "router must fit the weights"),
     ):
         (tmp_path / "adaptive.json").write_text(json.dumps({**described, **change}))
         with pytest.raises(ValueError, match=words):

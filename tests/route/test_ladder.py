@@ -7,6 +7,7 @@ import pytest
 import torch
 from synthetic import make_config, make_table
 
+from flextron.checkpoint.schema import build
 from flextron.nn.router import StaticRouter
 from flextron.route.ladder import Ladder, router_ladder, uniform_ladder
 
@@ -124,7 +125,7 @@ def test_the_uniform_ladder_is_even():
 
 def test_ladders_survive_a_dictionary():
     for ladder in ladders():
-        assert Ladder.from_dict(ladder.to_dict()) == ladder
+        assert build(Ladder, ladder.to_dict(), "routers.json") == ladder
 
 
 def test_a_ladder_that_misses_a_step_is_refused():

@@ -226,5 +226,5 @@ def test_menus_without_a_choice_cannot_be_profiled():
 def test_table_from_another_version_names_the_field():
     values = TABLE.to_dict()
     del values["base"]
-    with pytest.raises(TypeError, match="base"):
+    with pytest.raises(ValueError, match="base must be there, got nothing"):
         LatencyTable.from_dict(values)

@@ -1,6 +1,13 @@
 """Files on disk: safetensors and JSON, written atomically and read strictly. Builds no model."""
 
-from flextron.checkpoint.format import ELASTIC_FILE, FORMAT, WEIGHTS_FILE, CheckpointError, check_format
+from flextron.checkpoint.format import (
+    CONFIG_FILE,
+    ELASTIC_FILE,
+    FORMAT,
+    WEIGHTS_FILE,
+    CheckpointError,
+    check_format,
+)
 from flextron.checkpoint.io import (
     Files,
     checksum_of,
@@ -18,6 +25,7 @@ from flextron.checkpoint.lock import BusyError, locked
 from flextron.checkpoint.origin import Origin
 
 __all__ = [
+    "CONFIG_FILE",
     "ELASTIC_FILE",
     "FORMAT",
     "WEIGHTS_FILE",

@@ -135,6 +135,13 @@ class Files:
         """As `load_tensors`."""
         return _tensors(self / name, self._handle(name), expected, checksum)
 
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the tensors of a safetensors file, which are not read."""
+        path, handle = self / name, self._handle(name)
+        check_safetensors(path, handle)
+        with _reading(path), safe_open(_reopened(path, handle), framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
     def verify(self, checksums: Mapping[str, str]) -> None:
         """As `verify_checksums`."""
         for name, checksum in checksums.items():
@@ -348,16 +355,22 @@ def _tensors(
     check_safetensors(path, file)
     if checksum is not None:
         _check_checksum(path, file, checksum)
-    try:
+    with _reading(path):
         with safe_open(_reopened(path, file), framework="pt", device="cpu") as opened_file:
             shared = json.loads((opened_file.metadata() or {}).get(_SHARED, "{}"))
             tensors = {name: opened_file.get_tensor(name) for name in opened_file.keys()}  # noqa: SIM118 (not a dict)
         tensors |= {second: tensors[first] for second, first in shared.items()}
-    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: must be a readable safetensors file, got {error!r}") from None
     if expected is not None:
         _check_tensors(path, tensors, expected)
     return tensors
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: must be a readable safetensors file, got {error!r}") from None
 
 
 def _reopened(path: Path, file: BinaryIO) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from flextron.checkpoint.format import ELASTIC_FILE, CheckpointError, check_format, listed
-from flextron.checkpoint.io import read_json, recover
+from flextron.checkpoint.io import Files, opened
+from flextron.checkpoint.schema import build, checksums_of
 from flextron.config import ElasticConfig
 
 KEY = "made_for"  # in the JSON of such a file
@@ -34,46 +35,35 @@ class Origin:
         return cls(ElasticConfig.from_dict(meta["elastic"]), ",".join(weights))
 
     @classmethod
-    def read(cls, directory: str | Path) -> Origin:
+    def read(cls, directory: str | Path | Files) -> Origin:
         """The origin of an elastic checkpoint."""
-        recover(directory)
-        path = Path(directory) / ELASTIC_FILE
-        meta = read_json(path)
+        with opened(directory) as files:
+            path, meta = files / ELASTIC_FILE, files.read_json(ELASTIC_FILE)
         check_format(meta, path)
-        try:
-            return cls.of(meta)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: must describe an elastic model, got {error!r}") from None
+        checksums_of(meta, path)
+        build(ElasticConfig, meta.get("elastic"), path, "elastic")
+        return cls.of(meta)
 
     def to_dict(self) -> dict[str, Any]:
         return {"elastic": self.elastic.to_dict(), "weights": self.weights}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Origin:
-        return cls(ElasticConfig.from_dict(values["elastic"]), values["weights"])
 
-
-def made_for(directory: str | Path, name: str) -> Origin | None:
+def made_for(directory: str | Path | Files, name: str) -> Origin | None:
     """The origin of the JSON file ``name`` of a checkpoint; None where there is no such file, or it says none.
 
     Raises:
         CheckpointError: the file is damaged.
     """
-    recover(directory)
-    path = Path(directory) / name
-    if not path.exists():
-        return None
-    values = read_json(path)
+    with opened(directory) as files:
+        if name not in files:
+            return None
+        path, values = files / name, files.read_json(name)
     check_format(values, path)
-    if KEY not in values:  # of a version that did not write it
-        return None
-    try:
-        return Origin.from_dict(values[KEY])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {KEY} must describe a model, got {error!r}") from None
+    # one of a version that did not write it says nothing
+    return build(Origin, values[KEY], path, KEY) if KEY in values else None
 
 
-def fits(directory: str | Path, name: str, origin: Origin, mend: str) -> bool:
+def fits(directory: str | Path | Files, name: str, origin: Origin, mend: str) -> bool:
     """Whether the JSON file ``name`` is there and was made for these weights.
 
     One of the same model at other weights, or of unknown ones, is left out with a warning: the checkpoint was trained
@@ -88,12 +78,13 @@ def fits(directory: str | Path, name: str, origin: Origin, mend: str) -> bool:
     Raises:
         CheckpointError: the file is damaged, or another model's.
     """
-    path = Path(directory) / name
-    found = made_for(directory, name)
-    if found is None and path.exists():
-        warnings.warn(
-            f"{path}: does not say which weights it was made for, and is left out; run `{mend}`", stacklevel=3
-        )
+    with opened(directory) as files:
+        found, path = made_for(files, name), files / name
+        if found is None and name in files:
+            warnings.warn(
+                f"{path}: does not say which weights it was made for, and is left out; run `{mend}`",
+                stacklevel=3,
+            )
     if found is None:
         return False
     check_model(path, found.elastic, origin.elastic, mend)

@@ -10,25 +10,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, GenerationConfig
 
 from flextron import nn
 from flextron.checkpoint import (
+    CONFIG_FILE,
     ELASTIC_FILE,
     FORMAT,
     WEIGHTS_FILE,
     CheckpointError,
+    Files,
     Origin,
     check_format,
     checksum_of,
     commit,
-    load_tensors,
+    opened,
     read_json,
     recover,
     save_tensors,
-    verify_checksums,
     write_json,
 )
+from flextron.checkpoint.hf import read_config, read_generation_config
+from flextron.checkpoint.schema import build, checksums_of
 from flextron.config import ElasticConfig
 from flextron.nn import check_plain, elastic_config
 from flextron.nn.placement import memory_dtype
@@ -36,7 +38,6 @@ from flextron.nn.skeleton import fill, parameter_shapes, skeleton
 from flextron.nn.stock import read_back
 from flextron.nn.storage import Dtype, common, counted, rounded, storage
 
-_CONFIG_FILE = "config.json"
 _OWN_KEYS = ("format", "elastic", "dtypes", "checksums", "versions")
 
 
@@ -90,7 +91,7 @@ def save_elastic(
             tokenizer.save_pretrained(stage)
         checksums = {
             WEIGHTS_FILE: save_tensors(stage / WEIGHTS_FILE, tensors),
-            _CONFIG_FILE: checksum_of(stage / _CONFIG_FILE),
+            CONFIG_FILE: checksum_of(stage / CONFIG_FILE),
         }
         stock = read_back("save", stage, tensors)
         del tensors
@@ -122,11 +123,11 @@ def make_elastic(model: Any, config: ElasticConfig | None = None) -> Any:
     return model
 
 
-def load_elastic(directory: str | Path, dtype: Dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
+def load_elastic(directory: str | Path | Files, dtype: Dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
     """Read an elastic checkpoint; everything is checked before a model is made of it.
 
     Args:
-        directory: written by `save_elastic`.
+        directory: written by `save_elastic`; or its files, opened.
         dtype: of the weights in memory; ``"auto"``: as stored.
 
     Returns:
@@ -135,34 +136,34 @@ def load_elastic(directory: str | Path, dtype: Dtype = torch.float32) -> tuple[A
     Raises:
         CheckpointError: one sentence that says what is wrong with which file.
     """
-    directory = Path(directory)
-    if not (
-        directory.is_dir() and ((directory / ELASTIC_FILE).is_file() or (directory / ".committed").is_dir())
-    ):
-        raise CheckpointError(
-            f"{directory}: must be an elastic checkpoint (flextron convert makes one), got no {ELASTIC_FILE}"
-        )
-    recover(directory)
-    meta = read_json(directory / ELASTIC_FILE)
-    check_format(meta, directory / ELASTIC_FILE)
-    elastic, checksums = _described(meta, directory / ELASTIC_FILE)
-    verify_checksums(directory, {k: v for k, v in checksums.items() if k != WEIGHTS_FILE})
-    return read_model(directory, elastic, dtype, checksums[WEIGHTS_FILE]), meta
+    with opened(directory) as files:
+        path = files / ELASTIC_FILE
+        if ELASTIC_FILE not in files:
+            raise CheckpointError(
+                f"{files.directory}: must be an elastic checkpoint (flextron convert makes one), got no {ELASTIC_FILE}"
+            )
+        meta = files.read_json(ELASTIC_FILE)
+        check_format(meta, path)
+        elastic, checksums = _described(meta, path)
+        files.verify({k: v for k, v in checksums.items() if k != WEIGHTS_FILE})
+        return read_model(files, elastic, dtype, checksums[WEIGHTS_FILE]), meta
 
 
-def read_model(directory: Path, elastic: ElasticConfig, dtype: Dtype, checksum: str | None = None) -> Any:
+def read_model(
+    directory: str | Path | Files, elastic: ElasticConfig, dtype: Dtype, checksum: str | None = None
+) -> Any:
     """The elastic model of a directory, once its ``flextron.json`` is read or where it is still to be written.
 
     Its ``stored`` has the dtype of each parameter in the file, by name.
     """
-    config = _read_config(directory / _CONFIG_FILE, elastic)
-    config.dtype = dtype = memory_dtype("load", dtype, config.dtype)
-    model = skeleton(config)
-    tensors = load_tensors(directory / WEIGHTS_FILE, parameter_shapes(model), checksum)
-    # Copied, for the file's tensors may lie in a mapping of it, and aligned to 8 bytes only.
-    fill(model, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()})
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    with opened(directory) as files:
+        config = _read_config(files, elastic)
+        config.dtype = dtype = memory_dtype("load", dtype, config.dtype)
+        model = skeleton(config)
+        tensors = files.load_tensors(WEIGHTS_FILE, parameter_shapes(model), checksum)
+        # Copied, for the file's tensors may lie in a mapping of it, and aligned to 8 bytes only.
+        fill(model, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()})
+        model.generation_config = read_generation_config(files) or model.generation_config
     model.stored = {name: tensor.dtype for name, tensor in tensors.items()}
     return make_elastic(model, elastic)
 
@@ -179,24 +180,22 @@ def _stock_config(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _described(meta: dict[str, Any], path: Path) -> tuple[ElasticConfig, dict[str, str]]:
-    try:
-        elastic = ElasticConfig.from_dict(meta["elastic"])
-        checksums = dict(meta["checksums"])
-        if not {WEIGHTS_FILE, _CONFIG_FILE} <= checksums.keys():
-            raise ValueError(f"checksums must name {WEIGHTS_FILE} and {_CONFIG_FILE}")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: must describe an elastic model, got {error!r}") from None
+    """The parts of ``flextron.json`` that a model is made of; those that are shown are checked too."""
+    elastic = build(ElasticConfig, meta.get("elastic"), path, "elastic")
+    checksums = checksums_of(meta, path)
+    if "parity" in meta:
+        parity = build(dict[str, Any], meta["parity"], path, "parity")
+        build(float, parity.get("max_rel"), path, "parity.max_rel")
     return elastic, checksums
 
 
-def _read_config(path: Path, elastic: ElasticConfig) -> Any:
-    values = read_json(path)
-    family = values.get("model_type")
-    if family != elastic.family:
+def _read_config(files: Files, elastic: ElasticConfig) -> Any:
+    path = files / CONFIG_FILE
+    config, _ = read_config(files, files.shapes(WEIGHTS_FILE))
+    if config.model_type != elastic.family:
         raise CheckpointError(
-            f"{path}: model_type must be {elastic.family!r} as in {ELASTIC_FILE}, got {family!r}"
+            f"{path}: model_type must be {elastic.family!r} as in {ELASTIC_FILE}, got {config.model_type!r}"
         )
-    config = CONFIG_MAPPING[family].from_dict(values)
     own = elastic_config(config, elastic.unit, elastic.mlp_choices, elastic.head_choices).to_dict()
     wrong = [f"{key} {own[key]!r}" for key, value in elastic.to_dict().items() if own[key] != value]
     if wrong:

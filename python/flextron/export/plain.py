@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, GenerationConfig
 
 from flextron.checkpoint import (
+    CONFIG_FILE,
     ELASTIC_FILE,
     FORMAT,
     WEIGHTS_FILE,
     CheckpointError,
+    Files,
     check_format,
     checksum_of,
     commit,
-    load_tensors,
-    read_json,
-    recover,
+    opened,
     save_tensors,
-    verify_checksums,
     write_json,
 )
+from flextron.checkpoint.hf import foreign, read_config, read_generation_config
 from flextron.checkpoint.hub import local
+from flextron.checkpoint.schema import build as build_from
+from flextron.checkpoint.schema import checksums_of
 from flextron.config import ElasticConfig, Widths
 from flextron.nn.placement import memory_dtype, one_device
 from flextron.nn.plain import LAYOUT_KEY, SIZES, build, layout_of, resize, stock_problem, widths_of
@@ -31,7 +34,6 @@ from flextron.nn.skeleton import fill, parameter_shapes, skeleton
 from flextron.nn.storage import Dtype
 
 EXPORT_FILE = "export.json"
-_CONFIG_FILE = "config.json"
 
 
 def export(
@@ -83,7 +85,7 @@ def export(
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         weights = save_tensors(stage / WEIGHTS_FILE, dict(plain.named_parameters()))
-        report["checksums"] = {WEIGHTS_FILE: weights, _CONFIG_FILE: checksum_of(stage / _CONFIG_FILE)}
+        report["checksums"] = {WEIGHTS_FILE: weights, CONFIG_FILE: checksum_of(stage / CONFIG_FILE)}
         write_json(stage / EXPORT_FILE, report)
     return report
 
@@ -104,36 +106,30 @@ def load_plain(
     """
     device = one_device("load_plain", device_map)
     directory = local(directory, **hub)
-    recover(directory)
-    checksums: dict[str, str] = {}
-    if (directory / EXPORT_FILE).is_file():
-        report = read_json(directory / EXPORT_FILE)
-        check_format(report, directory / EXPORT_FILE)
-        checksums = dict(report.get("checksums", {}))
-    weights = checksums.pop(WEIGHTS_FILE, None)
-    verify_checksums(directory, checksums)
-
-    path = directory / _CONFIG_FILE
-    values = read_json(path)
-    if values.get("model_type") not in CONFIG_MAPPING:
-        raise CheckpointError(
-            f"{path}: model_type must be known to transformers, got {values.get('model_type')!r}"
-        )
-    config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
-    config.dtype = dtype = memory_dtype("load_plain", dtype, config.dtype)
-    model = skeleton(config)
-    layers = _layers_in(values, path)
-    if layers is not None:
-        if len(layers) != config.num_hidden_layers:
-            raise CheckpointError(
-                f"{path}: {LAYOUT_KEY} must size {config.num_hidden_layers} layers, got {len(layers)}"
-            )
-        resize(model, layers)
-    tensors = load_tensors(directory / WEIGHTS_FILE, parameter_shapes(model), weights)
-    fill(model, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()})
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    with opened(directory) as files:
+        weights = _checked(files) if EXPORT_FILE in files else None
+        shapes = files.shapes(WEIGHTS_FILE)
+        config, values = read_config(files, shapes)
+        config.dtype = dtype = memory_dtype("load_plain", dtype, config.dtype)
+        layers = _layers_in(values, files / CONFIG_FILE, config.num_hidden_layers, shapes)
+        with foreign(files / CONFIG_FILE, "the configuration of a model that can be built"):
+            model = skeleton(config)
+            if layers is not None:
+                resize(model, layers)
+        tensors = files.load_tensors(WEIGHTS_FILE, parameter_shapes(model), weights)
+        fill(model, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()})
+        model.generation_config = read_generation_config(files) or model.generation_config
     return model if device is None else model.to(device)
+
+
+def _checked(files: Files) -> str:
+    """Check an export's own files but the weights, whose checksum is returned."""
+    path, report = files / EXPORT_FILE, files.read_json(EXPORT_FILE)
+    check_format(report, path)
+    checksums = checksums_of(report, path)
+    weights = checksums.pop(WEIGHTS_FILE)
+    files.verify(checksums)
+    return weights
 
 
 def _note(config: ElasticConfig, widths: Widths, layout: str, params: int) -> str | None:
@@ -145,15 +141,25 @@ def _note(config: ElasticConfig, widths: Widths, layout: str, params: int) -> st
     return f"Padded from {config.params(widths)} to {params} parameters for stock transformers: {why}."
 
 
-def _layers_in(values: dict[str, Any], path: Path) -> list[dict[str, int]] | None:
-    own = values.get(LAYOUT_KEY)
-    if own is None:
+def _layers_in(
+    values: dict[str, Any], path: Path, count: int, weights: Mapping[str, tuple[int, ...]]
+) -> list[dict[str, int]] | None:
+    """The sizes of each layer of a ragged model; None where all are the configuration's own."""
+    if values.get(LAYOUT_KEY) is None:
         return None
-    layers = own.get("layers") if isinstance(own, dict) else None
-    if not isinstance(layers, list) or not all(
-        isinstance(x, dict) and x.keys() == set(SIZES) for x in layers
-    ):
-        raise CheckpointError(
-            f"{path}: {LAYOUT_KEY}.layers must give {', '.join(SIZES)} of each layer, got something else"
-        )
-    return layers
+    own = build_from(dict[str, Any], values[LAYOUT_KEY], path, LAYOUT_KEY)
+    place = f"{LAYOUT_KEY}.layers"
+    layers = build_from(tuple[dict[str, int], ...], own.get("layers"), path, place)
+    if len(layers) != count:
+        raise CheckpointError(f"{path}: {LAYOUT_KEY} must size {count} layers, got {len(layers)}")
+    most = sum(map(prod, weights.values()))
+    for i, layer in enumerate(layers):
+        if layer.keys() != set(SIZES) or not all(1 <= size <= most for size in layer.values()):
+            raise CheckpointError(
+                f"{path}: {place}[{i}] must give {', '.join(SIZES)} that fit the weights, got something else"
+            )
+        if layer["num_attention_heads"] % layer["num_key_value_heads"]:
+            raise CheckpointError(
+                f"{path}: {place}[{i}].num_attention_heads must be a multiple of num_key_value_heads, got {layer}"
+            )
+    return list(layers)

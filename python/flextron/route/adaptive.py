@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
-from flextron.checkpoint.io import commit, load_tensors, read_json, recover, save_tensors, write_json
+from flextron.checkpoint.io import Files, commit, opened, save_tensors, write_json
 from flextron.checkpoint.origin import KEY, Origin, fits
+from flextron.checkpoint.schema import build, checking
 from flextron.config import ElasticConfig, Widths, check_numbers, number
 from flextron.nn import Dial
 from flextron.nn.learning import (
@@ -115,13 +117,6 @@ class AdaptiveConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"AdaptiveConfig: {name} must be at least 0, got {getattr(self, name)}")
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> AdaptiveConfig:
-        unknown = sorted(values.keys() - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"AdaptiveConfig: fields must be known ones, got {', '.join(unknown)}")
-        return cls(**values)
-
 
 @dataclass(frozen=True)
 class AdaptiveReport:
@@ -199,40 +194,62 @@ class AdaptiveResult:
         write_json(folder / DESCRIPTION, {**self.to_dict(), KEY: origin.to_dict(), "checksum": checksum})
 
     @classmethod
-    def load(cls, directory: str | Path) -> AdaptiveResult:
+    def load(cls, directory: str | Path | Files) -> AdaptiveResult:
         """Read a stored router; CheckpointError says in one sentence what is wrong with which file."""
-        recover(directory)
-        path = Path(directory) / DESCRIPTION
-        values = read_json(path)
-        check_format(values, path)
-        try:
-            router = AdaptiveRouter(**values["router"])
-            tensors = load_tensors(Path(directory) / TENSORS, router.state_dict(), values["checksum"])
-            router.load_state_dict(tensors)
-            router.calibration = {p: tuple(map(tuple, grid)) for p, grid in values["calibration"].items()}
-            return cls(
-                router=router.requires_grad_(False),
-                targets=tuple(AdaptiveReport(**t) for t in values["targets"]),
-                dropped_targets=tuple(values["dropped_targets"]),
-                full_loss=values["full_loss"],
-                history=tuple(values["history"]),
-                config=AdaptiveConfig.from_dict(values["config"]),
-                phase=values["phase"],
-                costs=values["costs"],
-                # checkpoints from before there was a choice have neither
-                surrogate=FitReport(**values["surrogate"]) if values.get("surrogate") else None,
-                gate=GateReport(**values["gate"]) if values.get("gate") else None,
-            )
-        except CheckpointError:
-            raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: must describe an adaptive router, got {error!r}") from None
+        with opened(directory) as files:
+            path, values = files / DESCRIPTION, files.read_json(DESCRIPTION)
+            check_format(values, path)
+            size = build(_Size, values.get("router"), path, "router")
+            weights = sum(map(prod, files.shapes(TENSORS).values()))
+            if not all(
+                1 <= n <= weights for n in (size.num_layers, size.hidden_size, size.hidden, size.parameters)
+            ):
+                raise CheckpointError(f"{path}: router must fit the weights, got {size}")
+            with checking(path):
+                router = AdaptiveRouter(**asdict(size))
+            checksum = build(str, values.get("checksum"), path, "checksum")
+            router.load_state_dict(files.load_tensors(TENSORS, router.state_dict(), checksum))
+        router.calibration = build(dict[str, Grid], values.get("calibration"), path, "calibration")
+        for phase, (grid, offsets) in router.calibration.items():
+            if len(grid) != len(offsets) or len(grid) < 2 or any(a >= b for a, b in pairwise(grid)):
+                raise CheckpointError(
+                    f"{path}: calibration.{phase} must be ascending fractions and an offset for each, got others"
+                )
+        hints = get_type_hints(cls)
+        # checkpoints from before there was a choice have neither surrogate nor gate
+        stored = {
+            f.name: build(hints[f.name], values.get(f.name), path, f.name)
+            for f in fields(cls)
+            if f.name != "router"
+        }
+        return cls(router=router.requires_grad_(False), **stored)
 
 
-def load(directory: str | Path, origin: Origin) -> AdaptiveResult | None:
+Grid = tuple[tuple[float, ...], tuple[float, ...]]  # fractions, and the offset of each
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What ``adaptive.json`` says of its router."""
+
+    num_layers: int
+    hidden_size: int
+    mlp_choices: int
+    head_choices: int
+    hidden: int
+    targets: tuple[float, ...]
+
+    @property
+    def parameters(self) -> int:
+        """At least so many."""
+        return self.num_layers * self.hidden * max(self.hidden_size, self.mlp_choices + self.head_choices)
+
+
+def load(directory: str | Path | Files, origin: Origin) -> AdaptiveResult | None:
     """The router of an elastic checkpoint that was made for its weights; another is left out, with a warning."""
-    fitting = fits(directory, DESCRIPTION, origin, f"flextron route {directory} --adaptive")
-    return AdaptiveResult.load(directory) if fitting else None
+    with opened(directory) as files:
+        fitting = fits(files, DESCRIPTION, origin, f"flextron route {files.directory} --adaptive")
+        return AdaptiveResult.load(files) if fitting else None
 
 
 def costs_of(tables: dict[str, LatencyTable]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flextron.checkpoint.io import Files, opened
 from flextron.checkpoint.origin import Origin
 from flextron.config import ElasticConfig, Widths, count, number
 from flextron.route.ladder import Ladder, uniform_ladder
@@ -54,10 +55,11 @@ class Planner:
             table.check(self.config)
 
     @classmethod
-    def load(cls, directory: str | Path, origin: Origin) -> Planner:
+    def load(cls, directory: str | Path | Files, origin: Origin) -> Planner:
         """The planner of an elastic checkpoint: with what tables and routers in it were made for ``origin``."""
-        tables = load_tables(directory, origin.elastic)
-        return cls(origin.elastic, tables, load_ladder(directory, origin, tables))
+        with opened(directory) as files:
+            tables = load_tables(files, origin.elastic)
+            return cls(origin.elastic, tables, load_ladder(files, origin, tables))
 
     def table(self, phase: str) -> LatencyTable:
         """The latency table of a phase.

@@ -42,7 +42,8 @@ class Ladder:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "upgrades", tuple((str(axis), int(layer)) for axis, layer in self.upgrades))
-        if sorted(self.upgrades) != sorted(
+        steps = self.num_layers * (len(self.mlp_choices) + len(self.head_choices) - 2)
+        if len(self.upgrades) != steps or sorted(self.upgrades) != sorted(
             _all_upgrades(self.mlp_choices, self.head_choices, self.num_layers)
         ):
             raise ValueError(
@@ -99,16 +100,6 @@ class Ladder:
             "upgrades": [list(upgrade) for upgrade in self.upgrades],
             "origin": self.origin,
         }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Ladder:
-        return cls(
-            mlp_choices=tuple(values["mlp_choices"]),
-            head_choices=tuple(values["head_choices"]),
-            num_layers=values["num_layers"],
-            upgrades=tuple((axis, layer) for axis, layer in values["upgrades"]),
-            origin=values["origin"],
-        )
 
 
 def uniform_ladder(config: ElasticConfig) -> Ladder:

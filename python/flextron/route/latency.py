@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from flextron.checkpoint.format import FORMAT, CheckpointError, check_format, listed
-from flextron.checkpoint.io import read_json, write_json
+from flextron.checkpoint.io import Files, opened, write_json
 from flextron.checkpoint.origin import check_model
+from flextron.checkpoint.schema import build
 from flextron.config import ElasticConfig, Widths, check_numbers
 from flextron.nn import Dial, ElasticCache
 from flextron.nn.cache import ElasticCacheLayer
@@ -245,19 +246,24 @@ class LatencyTable:
         return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LatencyTable:
-        values = {k: v for k, v in values.items() if k not in ("residual_median", "residual_worst")}
-        values["warnings"] = tuple(values["warnings"])
-        values["elastic"] = ElasticConfig.from_dict(values["elastic"])
-        for name in ("mlp", "heads", "raw_mlp", "raw_heads"):
-            values[name] = tuple(tuple(row) for row in values[name])
-        if values.get("adaptive") is not None:
-            values["adaptive"] = tuple(values["adaptive"])
-        for name in ("fitted", "held_out"):
-            values[name] = tuple(
-                Check(Widths(**c["widths"]), c["predicted"], c["measured"]) for c in values[name]
-            )
-        return cls(**{**values, "workload": Workload(**values["workload"])})
+    def from_dict(cls, values: dict[str, Any], path: str | Path = FILE, place: str = "") -> LatencyTable:
+        """What `to_dict` returned; CheckpointError says what in ``path`` is not so."""
+        kept = {k: v for k, v in values.items() if k not in ("residual_median", "residual_worst")}
+        table = build(cls, kept, path, place)
+        for axis, menu in zip(AXES, (table.elastic.mlp_choices, table.elastic.head_choices), strict=True):
+            for name in (axis, f"raw_{axis}"):
+                rows = getattr(table, name)
+                shape = len(rows) == table.elastic.num_layers and all(len(row) == len(menu) for row in rows)
+                if not shape or (name == axis and any(list(row) != sorted(row) for row in rows)):
+                    raise CheckpointError(
+                        f"{path}: {place}.{name} must be a cost for each of {table.elastic.num_layers} layers and "
+                        f"{len(menu)} choices, which never falls, got another"
+                    )
+        if table.full_ms <= 0:
+            raise CheckpointError(f"{path}: {place} must predict a time above 0, got {table.full_ms:g}")
+        if any(c.measured <= 0 for c in (*table.fitted, *table.held_out)):
+            raise CheckpointError(f"{path}: {place} must have measured times above 0, got others")
+        return table
 
 
 def save_tables(tables: dict[str, LatencyTable], directory: str | Path) -> None:
@@ -266,7 +272,7 @@ def save_tables(tables: dict[str, LatencyTable], directory: str | Path) -> None:
     write_json(Path(directory) / FILE, content)
 
 
-def load_tables(directory: str | Path, config: ElasticConfig) -> dict[str, LatencyTable]:
+def load_tables(directory: str | Path | Files, config: ElasticConfig) -> dict[str, LatencyTable]:
     """The tables of an elastic checkpoint, by phase; empty when it was never profiled.
 
     A table that does not say which model it is of is left out with a warning.
@@ -274,24 +280,27 @@ def load_tables(directory: str | Path, config: ElasticConfig) -> dict[str, Laten
     Raises:
         CheckpointError: the file is damaged, or a table is of a model that is not ``config``.
     """
-    path = Path(directory) / FILE
-    if not path.exists():
-        return {}
-    content = read_json(path)
+    with opened(directory) as files:
+        if FILE not in files:
+            return {}
+        path, content = files / FILE, files.read_json(FILE)
+        mend = f"flextron profile {files.directory}"
     check_format(content, path)
-    mend = f"flextron profile {directory}"
-    try:
-        known = {phase: table for phase, table in content["tables"].items() if "elastic" in table}
-        if len(known) < len(content["tables"]):
+    found = build(dict[str, dict[str, Any]], content.get("tables"), path, "tables")
+    tables = {}
+    for phase, values in found.items():
+        if "elastic" not in values:
             warnings.warn(
                 f"{path}: a table does not say which model it is of, and is left out; run `{mend}`",
                 stacklevel=2,
             )
-        tables = {phase: LatencyTable.from_dict(table) for phase, table in known.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: must hold latency tables, got {error!r}") from None
-    for table in tables.values():
-        check_model(path, table.elastic, config, mend)
+            continue
+        tables[phase] = LatencyTable.from_dict(values, path, f"tables.{phase}")
+        if tables[phase].workload.phase != phase:
+            raise CheckpointError(
+                f"{path}: tables.{phase} must be of {phase}, got {tables[phase].workload.phase}"
+            )
+        check_model(path, tables[phase].elastic, config, mend)
     return tables
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
-from flextron.checkpoint.io import commit, load_tensors, read_json, recover, save_tensors, write_json
+from flextron.checkpoint.io import Files, commit, opened, save_tensors, write_json
 from flextron.checkpoint.origin import KEY, Origin, fits
+from flextron.checkpoint.schema import build, checking
 from flextron.config import ElasticConfig, Widths, check_numbers, number
 from flextron.nn.router import Choices, GumbelSampler, StaticRouter, anneal
 from flextron.route.ladder import Ladder, router_ladder, uniform_ladder
@@ -112,13 +113,6 @@ class RouteConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RouteConfig:
-        unknown = sorted(values.keys() - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"RouteConfig: fields must be known ones, got {', '.join(unknown)}")
-        return cls(**values)
-
 
 @dataclass(frozen=True)
 class GateReport:
@@ -171,10 +165,6 @@ class TargetReport:
     uniform_observed: float
     search_observed: float
     search_widths: Widths
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TargetReport:
-        return cls(**{**values, "search_widths": Widths(**values["search_widths"])})
 
 
 @dataclass(frozen=True)
@@ -236,26 +226,35 @@ class RouterResult:
         write_json(folder / DESCRIPTION, {**self.to_dict(), KEY: origin.to_dict(), "checksum": checksum})
 
     @classmethod
-    def load(cls, directory: str | Path) -> RouterResult:
-        with _reading(directory) as values:
-            ladder = Ladder.from_dict(values["ladder"])
+    def load(cls, directory: str | Path | Files) -> RouterResult:
+        """Read stored routers; CheckpointError says in one sentence what is wrong with which file."""
+        with opened(directory) as files:
+            path, values = _read(files)
+            ladder = build(Ladder, values.get("ladder"), path, "ladder")
+            size = build(_Size, values.get("router"), path, "router")
             counts = len(ladder.mlp_choices), len(ladder.head_choices)
-            router = StaticRouter(ladder.num_layers, *counts, **values["router"])
-            tensors = load_tensors(Path(directory) / TENSORS, router.state_dict(), values["checksum"])
-            router.load_state_dict(tensors)
-            return cls(
-                router=router,
-                ladder=ladder,
-                surrogate=FitReport(**values["surrogate"]),
-                gate=GateReport(**values["gate"]),
-                targets=tuple(TargetReport.from_dict(t) for t in values["targets"]),
-                dropped_targets=tuple(values["dropped_targets"]),
-                evaluations=values["evaluations"],
-                history=tuple(values["history"]),
-                config=RouteConfig.from_dict(values["config"]),
-                phase=values["phase"],
-                costs=values["costs"],
-            )
+            weights = sum(map(prod, files.shapes(TENSORS).values()))
+            if not 1 <= size.hidden <= weights or ladder.num_layers > weights:
+                raise CheckpointError(f"{path}: router.hidden must fit the weights, got {size.hidden}")
+            with checking(path):
+                router = StaticRouter(ladder.num_layers, *counts, size.targets, size.hidden)
+            checksum = build(str, values.get("checksum"), path, "checksum")
+            router.load_state_dict(files.load_tensors(TENSORS, router.state_dict(), checksum))
+        hints = get_type_hints(cls)
+        stored = {
+            f.name: build(hints[f.name], values.get(f.name), path, f.name)
+            for f in fields(cls)
+            if f.name not in ("router", "ladder")
+        }
+        return cls(router=router, ladder=ladder, **stored)
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What ``routers.json`` says of its router."""
+
+    targets: tuple[float, ...]
+    hidden: int
 
 
 def refreshed(
@@ -279,46 +278,43 @@ def refreshed(
     return replace(result, ladder=ladder, targets=tuple(targets))
 
 
-def load(directory: str | Path, origin: Origin) -> RouterResult | None:
+def load(directory: str | Path | Files, origin: Origin) -> RouterResult | None:
     """The routers of an elastic checkpoint that were made for its weights; others are left out, with a warning."""
-    return RouterResult.load(directory) if _stored(directory, origin) else None
+    with opened(directory) as files:
+        return RouterResult.load(files) if _stored(files, origin) else None
 
 
 def load_ladder(
-    directory: str | Path, origin: Origin, tables: Mapping[str, LatencyTable] | None = None
+    directory: str | Path | Files, origin: Origin, tables: Mapping[str, LatencyTable] | None = None
 ) -> Ladder | None:
     """The routed ladder of an elastic checkpoint; None when no routers were trained for its weights.
 
     Where ``tables`` are given and it rests on another one, a warning says so: budgets are met by the new table.
     """
-    if not _stored(directory, origin):
-        return None
-    with _reading(directory) as values:
-        ladder, phase, costs = Ladder.from_dict(values["ladder"]), values["phase"], values["costs"]
-    if tables is not None and (phase not in tables or tables[phase].costs != costs):
-        warnings.warn(
-            f"{Path(directory) / DESCRIPTION}: was trained on another latency table of {phase} than the one here; "
-            f"run `flextron route {directory}`",
-            stacklevel=3,
-        )
+    with opened(directory) as files:
+        if not _stored(files, origin):
+            return None
+        path, values = _read(files)
+        ladder = build(Ladder, values.get("ladder"), path, "ladder")
+        phase = build(str, values.get("phase"), path, "phase")
+        if tables is not None and (phase not in tables or tables[phase].costs != values.get("costs")):
+            warnings.warn(
+                f"{path}: was trained on another latency table of {phase} than the one here; "
+                f"run `flextron route {files.directory}`",
+                stacklevel=3,
+            )
     return ladder
 
 
-def _stored(directory: str | Path, origin: Origin) -> bool:
-    return fits(directory, DESCRIPTION, origin, f"flextron route {directory}")
+def _stored(files: Files, origin: Origin) -> bool:
+    return fits(files, DESCRIPTION, origin, f"flextron route {files.directory}")
 
 
-@contextlib.contextmanager
-def _reading(directory: str | Path) -> Iterator[dict[str, Any]]:
-    """The contents of ``routers.json``; what is wrong with them becomes one sentence."""
-    recover(directory)
-    path = Path(directory) / DESCRIPTION
-    values = read_json(path)
+def _read(files: Files) -> tuple[Path, dict[str, Any]]:
+    """The path and contents of ``routers.json``."""
+    path, values = files / DESCRIPTION, files.read_json(DESCRIPTION)
     check_format(values, path)
-    try:
-        yield values
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: must describe routers, got {error!r}") from None
+    return path, values
 
 
 def train_routers(

@@ -1,0 +1,86 @@
+"""Hugging Face's files in a checkpoint: configurations and tokenizers, read so that a damaged one is one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from flextron.checkpoint.format import CONFIG_FILE, CheckpointError
+from flextron.checkpoint.io import Files
+
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    "head_dim",
+)
+_LAYERS = "num_hidden_layers"
+
+
+@contextlib.contextmanager
+def foreign(path: str | Path, what: str) -> Iterator[None]:
+    """Whatever another library raises over a user's file becomes: ``path`` must be ``what``, got its first line."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, CheckpointError):
+        raise
+    except BaseException as error:  # a panic of tokenizers' is no Exception
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"{path}: must be {what}, got {said[:200]}") from None
+
+
+def read_config(files: Files, weights: Mapping[str, tuple[int, ...]]) -> tuple[Any, dict[str, Any]]:
+    """The configuration of a model, and the JSON that it is made of.
+
+    Args:
+        files: of the checkpoint.
+        weights: name -> shape of the tensors beside it: a configuration that asks for more is not built.
+
+    Raises:
+        CheckpointError: one sentence that says what is wrong with it.
+    """
+    from transformers import CONFIG_MAPPING
+
+    path, values = files / CONFIG_FILE, files.read_json(CONFIG_FILE)
+    family = values.get("model_type")
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        raise CheckpointError(f"{path}: model_type must be known to transformers, got {family!r}")
+    with foreign(path, "a configuration that transformers reads"):
+        config = CONFIG_MAPPING[family].from_dict(values)
+    most = {name: sum(map(prod, weights.values())) for name in _SIZES} | {_LAYERS: len(weights)}
+    for name, limit in most.items():
+        size = getattr(config, name, 1)
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= max(1, limit):
+            raise CheckpointError(
+                f"{path}: {name} must be a whole number that fits the weights, got {size!r:.40}"
+            )
+    return config, values
+
+
+def read_generation_config(files: Files) -> Any:
+    """The defaults of ``generate()``; None where there are none."""
+    from transformers import GenerationConfig
+
+    if GENERATION_FILE not in files:
+        return None
+    values = files.read_json(GENERATION_FILE)
+    with foreign(files / GENERATION_FILE, "a generation configuration that transformers reads"):
+        config = GenerationConfig.from_dict(values)
+        config.validate(strict=False)
+    return config
+
+
+def read_tokenizer(directory: str | Path) -> Any:
+    """The tokenizer of a model directory."""
+    from transformers import AutoTokenizer
+
+    if Path(directory).is_dir() and not any((Path(directory) / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{directory}: must hold a tokenizer ({' or '.join(TOKENIZER_FILES[:2])}), got none; save the parent's "
+            "there with its save_pretrained"
+        )
+    with foreign(directory, "a directory with a tokenizer that transformers reads"):
+        return AutoTokenizer.from_pretrained(directory)
