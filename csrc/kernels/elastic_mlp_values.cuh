@@ -28,11 +28,12 @@ __device__ __forceinline__ accumulate_t<scalar_t> activate_as(accumulate_t<scala
 }
 template <class scalar_t, Activation activation>
 __device__ __forceinline__ accumulate_t<scalar_t> activate_derivative_as(accumulate_t<scalar_t> x) {
-  if constexpr (sizeof(scalar_t) == 2) x = near_enough(x);
   if constexpr (sizeof(scalar_t) == 2 && activation == Activation::kSilu) {
+    x = near_enough(x);
     const float s = __fdividef(1, 1 + __expf(-x));
     return s * (1 + x * (1 - s));
   } else if constexpr (sizeof(scalar_t) == 2 && activation == Activation::kGeluTanh) {
+    x = near_enough(x);
     const float s = __fdividef(1, 1 + __expf(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
     return s + x * s * (1 - s) * 1.5957691216057308f * (1 + 3 * 0.044715f * x * x);
   } else {
