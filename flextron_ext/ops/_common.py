@@ -20,6 +20,8 @@ _library = torch.library.Library("flextron", "IMPL")
 def check_tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {value.layout}")
     if value.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{op}: {name} must be {names}, got {str(value.dtype).removeprefix('torch.')}")
@@ -27,7 +29,13 @@ def check_tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype
 
 def check_finite(op: str, name: str, value: float | None) -> None:
     """A setting that the kernels take as a float32; None passes."""
-    if value is not None and not math.isfinite(value):
+    if value is None:
+        return
+    try:
+        finite = math.isfinite(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}") from None
+    if not finite:
         raise ValueError(f"{op}: {name} must be finite, got {value}")
 
 

@@ -57,6 +57,16 @@ def test_a_sparse_tensor_is_refused_by_name(row):
             assert sentence_of(op, spoiled) == f"{op}: {name} must be a dense tensor, got torch.sparse_coo"
 
 
+def test_a_sparse_tensor_is_refused_before_it_is_reshaped():
+    sparse, dense = torch.randn(2, 3, 8).to_sparse(), torch.randn(8, 8)
+    with pytest.raises(TypeError, match=r"^elastic_linear: x must be a dense tensor, got torch.sparse_coo$"):
+        flextron_ext.elastic_linear(sparse, dense, None, 8, 8)
+    with pytest.raises(
+        TypeError, match=r"^pack_linear: weight must be a dense tensor, got torch.sparse_coo$"
+    ):
+        flextron_ext.pack_linear(dense.to_sparse())
+
+
 @each_op
 def test_none_for_a_tensor_is_refused_by_name(row):
     for op, case in calls(row):
@@ -86,6 +96,8 @@ def test_a_scale_that_is_no_number_is_refused(name, value):
     case = next(iter(calls(row)))[1]
     with pytest.raises(ValueError, match=f"^{name}: scale must be finite, got {value}$"):
         getattr(flextron_ext, name)(**case | {"scale": value})
+    with pytest.raises(TypeError, match=f"^{name}: scale must be a number, got str$"):
+        getattr(flextron_ext, name)(**case | {"scale": str(value)})
 
 
 @pytest.mark.parametrize("value", [-1.0, -0.0, 0.0])
