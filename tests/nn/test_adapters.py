@@ -288,6 +288,15 @@ def own_forward(model: Any) -> None:
     proj.forward = lambda x: x
 
 
+class Odd(torch.Tensor):
+    """As torchao's quantised weights are: a tensor of another class in an ordinary linear layer."""
+
+
+def odd_weight(model: Any) -> None:
+    proj = model.model.layers[1].self_attn.k_proj
+    proj.weight = nn.Parameter(proj.weight.detach().as_subclass(Odd), requires_grad=False)
+
+
 def adapted_by(**settings: Any) -> Any:
     return lambda model: adapted(model, **settings)
 
@@ -324,6 +333,19 @@ FOREIGN = {
     "DoRA": (
         adapted_by(use_dora=True),
         r"q_proj .* got peft.*DoraLinearVariant of adapter 'default'; merge it first, by merge_and_unload\(\)",
+    ),
+    "another forward": (
+        lambda m: setattr(m.model.layers[1].mlp, "forward", lambda x: x),
+        r"layers.1.mlp must run the forward of its class, flextron.*ElasticMLP, which .* got .*<lambda>",
+    ),
+    "a quantised weight": (odd_weight, r"layers.1.self_attn.k_proj .* with a weight that is a .*Odd"),
+    "mixed adapters": (
+        lambda m: (
+            adapted(m)
+            .base_model.model.model.layers[0]
+            .self_attn.q_proj.register_forward_pre_hook(lambda *_: None)
+        ),
+        r"q_proj .* hook in _forward_pre_hooks",
     ),
     "LoRA with a hook": (
         lambda m: (
@@ -417,6 +439,15 @@ def test_hooks_of_accelerate_that_only_move_inputs_are_let_be():
     model = dispatch_model(model, places, main_device="cpu", force_hooks=True)
     with torch.no_grad():
         assert relative(model(ids).logits, exact) < 1e-5
+
+
+def test_a_disabled_adapter_is_unmerged_before_a_layer_reads_its_weight():
+    model, x = adapted(elastic()), torch.randn(2, 5, 72, generator=torch.Generator().manual_seed(1))
+    mlp = model.base_model.model.model.layers[0].mlp
+    exact = elastic().model.layers[0].mlp(x)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert relative(mlp(x), exact) < 1e-5
 
 
 def test_an_activation_that_the_configuration_does_not_name_is_refused():

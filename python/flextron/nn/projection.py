@@ -6,7 +6,7 @@ know all that a call would do: `fault` names what it does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that can b
 _LORA = ("peft.tuners.lora.layer", "Linear")  # PEFT's, which need not be installed
 _ALIGN = ("accelerate.hooks", "AlignDevicesHook")
 _PLAIN = ("torch.nn.modules.", "transformers.", "flextron.nn.")
+_FAKE = "torch._subclasses."  # what stands for a weight while a compiler looks
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -86,7 +87,9 @@ def is_adapted(proj: Any) -> bool:
 
 def is_alone(proj: Any) -> bool:
     """Whether a weight and a bias, plain or packed, are all there is to its class."""
-    return (type(proj) is nn.Linear and "weight" in proj._parameters) or type(proj) is PackedLinear
+    if type(proj) is PackedLinear:
+        return True
+    return type(proj) is nn.Linear and type(proj._parameters.get("weight")) in (nn.Parameter, Tensor)
 
 
 def linear(
@@ -109,10 +112,10 @@ def linear(
         return packed_linear(x, proj.panels, proj.scales, proj.bias, *sizes)
     if not is_adapted(proj):
         return elastic_linear(x, proj.weight, proj.bias, *sizes, out_blocks)
-    base = proj.base_layer
+    base, active = proj.base_layer, _active(proj)
     y = elastic_linear(x, base.weight, base.bias, *sizes, out_blocks)
     dtype = y.dtype
-    for name in _active(proj):
+    for name in active:
         a, b = proj.lora_A[name].weight, proj.lora_B[name]
         low = proj.lora_dropout[name](x.to(a.dtype))
         low = elastic_linear(low, a, None, in_features, len(a), in_extent, None, in_blocks)
@@ -121,12 +124,13 @@ def linear(
     return y.to(dtype)
 
 
-def _active(proj: Any) -> Iterator[str]:
+def _active(proj: Any) -> list[str]:
     """The adapters that a call would add now; as a call does, undo a merge where adapters are disabled."""
     if proj.disable_adapters and proj.merged:
         proj.unmerge()
-    if not (proj.disable_adapters or proj.merged):
-        yield from (name for name in proj.active_adapters if name in proj.lora_A)
+    if proj.disable_adapters or proj.merged:
+        return []
+    return [name for name in proj.active_adapters if name in proj.lora_A]
 
 
 def check_parts(path: str, part: nn.Module, names: tuple[str, ...]) -> None:
@@ -135,6 +139,11 @@ def check_parts(path: str, part: nn.Module, names: tuple[str, ...]) -> None:
     Raises:
         NotImplementedError: it names the module's path and class.
     """
+    if (forward := part.__dict__.get("forward")) is not None and not _goes_on(part):
+        raise NotImplementedError(
+            f"flextron: {path} must run the forward of its class, {named(part)}, which keeps to the budget, got "
+            f"{getattr(forward, '__qualname__', forward)}"
+        )
     for name, module in part._modules.items():
         if module is None:
             continue
@@ -163,6 +172,9 @@ def check_plain(op: str, model: Any) -> None:
         if path and not type(module).__module__.startswith(_PLAIN):
             how = "; merge it first, by merge_and_unload()" if is_adapted(module) else ""
             raise NotImplementedError(f"{op}: weights must be plain, got {path}, {named(module)}{how}")
+    for path, p in model.named_parameters():
+        if type(p) is not nn.Parameter:
+            raise NotImplementedError(f"{op}: weights must be plain, got {path}, {named(p)}")
 
 
 def fault(proj: Any) -> str | None:
@@ -183,18 +195,26 @@ def fault(proj: Any) -> str | None:
 
 def _called(module: nn.Module) -> str | None:
     """What waits for a call of the module: a hook, or a forward put in its place."""
-    own, by = module.__dict__.get("forward"), module.__dict__.get("_hf_hook")
-    if own is not None and not _only_moves(module, by):
-        return f"{named(module)} with a forward of its own" + (f" ({named(by)})" if by else "")
+    hook = module.__dict__.get("_hf_hook")
+    # one that brings inputs to the module's device, and no weights, does what the layer's own does
+    if "forward" in module.__dict__ and not (_goes_on(module) and not hook.offload):
+        return f"{named(module)} with a forward of its own" + (f" ({named(hook)})" if hook else "")
+    weight = module._parameters.get("weight")
+    if (
+        weight is not None
+        and type(weight) not in (nn.Parameter, Tensor)
+        and not named(weight).startswith(_FAKE)
+    ):
+        return f"{named(module)} with a weight that is a {named(weight)}"
     kind = next((kind for kind in _HOOKS if getattr(module, kind)), None)
     return None if kind is None else f"{named(module)} with a hook in {kind}"
 
 
-def _only_moves(module: nn.Module, hook: Any) -> bool:
-    """Whether accelerate's hook brings inputs to the module's device, as the layer's own does, and no weights."""
-    kind, before = type(hook), getattr(module, "_old_forward", None)
-    mover = (kind.__module__, kind.__name__) == _ALIGN and not hook.offload
-    return mover and getattr(before, "__func__", None) is type(module).forward
+def _goes_on(module: nn.Module) -> bool:
+    """Whether the forward in the place of the module's own is accelerate's, which calls that one."""
+    kind, before = type(module.__dict__.get("_hf_hook")), module.__dict__.get("_old_forward")
+    own = getattr(before, "__func__", None) is type(module).forward
+    return own and (kind.__module__, kind.__name__) == _ALIGN
 
 
 def named(thing: Any) -> str:
