@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from nn.models import small_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -76,6 +77,48 @@ def converted(tmp_path_factory, parent, text):
         == 0
     )
     return path
+
+
+def test_dtypes_and_certificate_are_said(parent, text, tmp_path, capsys):
+    """A bfloat16 parent stays one in every file, and each command says so; a compiled one is told the mend."""
+    tensors = load_file(parent / "model.safetensors")
+    halves, compiled = (shutil.copytree(parent, tmp_path / name) for name in ("halves", "compiled"))
+    save_file({k: v.bfloat16() for k, v in tensors.items()}, halves / "model.safetensors", {"format": "pt"})
+    save_file(
+        {f"_orig_mod.{k}": v for k, v in tensors.items()}, compiled / "model.safetensors", {"format": "pt"}
+    )
+    options = ("--data", text, "--samples", 8, "--length", 32)
+    assert main([*map(str, ("convert", halves, tmp_path / "elastic", *options))]) == 0
+    said = capsys.readouterr().out
+    assert re.search(
+        r"stored in bfloat16; read back as bfloat16 by stock transformers, within \d.*e-0\d of", said
+    )
+    assert (
+        re.search(r"; 2 sub-networks within \d.*e-0\d of plain models$", said.strip())
+        and "rounding" not in said
+    )
+    facts = answer(capsys, "info", tmp_path / "elastic")
+    assert facts["stored in"] == {"bfloat16": 29} and facts["parity, of it rounding"] == 0
+    assert main([*map(str, ("export", tmp_path / "elastic", tmp_path / "small"))]) == 0
+    assert "stored in bfloat16; read back within" in capsys.readouterr().out
+    assert main([*map(str, ("export", tmp_path / "elastic", tmp_path / "wide", "--dtype", "float32"))]) == 0
+    assert "stored in float32" in (said := capsys.readouterr().out) and "rounding" not in said
+    sizes = [(tmp_path / d / "model.safetensors").stat().st_size for d in ("elastic", "small", "wide")]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01) and sizes[2] > 1.8 * sizes[1]
+    told = complaint(capsys, "convert", compiled, tmp_path / "out", *options)
+    assert "missing lm_head.weight" in told and "; --strip-prefix _orig_mod. " in told
+    made = answer(
+        capsys,
+        "convert",
+        compiled,
+        tmp_path / "out",
+        *options,
+        "--strip-prefix",
+        "_orig_mod.",
+        "--dtype",
+        "float16",
+    )
+    assert made["dtypes"] == {"float16": 29} and made["parity"]["rounding"]["max_rel"] > 1e-5
 
 
 @pytest.fixture
@@ -206,8 +249,12 @@ def test_what_was_measured_on_other_weights_does_not_survive(elastic, parent, te
         "0.8,1",
     )
     answer(capsys, *route)
-    answer(capsys, "train", elastic, *common, "--steps", 1, "--batch-size", 2)
     facts = answer(capsys, "info", elastic)
+    assert facts["parity is of"] == "these weights" and len(facts["parity of sub-networks"]) == 2
+    answer(capsys, "train", elastic, *common, "--steps", 1, "--batch-size", 2, "--dtype", "float16")
+    facts = answer(capsys, "info", elastic)
+    assert facts["parity is of"] == "the weights before they were trained or saved again"
+    assert facts["stored in"] == {"float16": 29} and facts["stock transformers loads"] == "float16"
     assert facts["routers"] == facts["adaptive router"] == "none"
     assert set(facts["latency tables"]) == {"prefill"}
     answer(capsys, *route)

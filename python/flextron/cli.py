@@ -216,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     t.add_argument("--eval-every", type=_number, default=100, help="steps between evaluations, 0 for none")
     t.add_argument("--checkpoint-every", type=_number, default=100, help="steps between checkpoints")
     t.add_argument("--restart", action="store_true", help="discard an unfinished run instead of resuming it")
+    _dtype(t, "each tensor's own in the checkpoint; training itself is in float32")
     t.add_argument("--seed", type=_seed, default=0)
 
     p = command(
@@ -385,6 +386,7 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="uniform and padded load in stock transformers; ragged keeps a width for every layer",
     )
+    _dtype(x, "each tensor's own in the checkpoint")
 
     i = command("info", _info, "what an elastic checkpoint holds", "flextron info elastic/")
     i.add_argument("directory", help="elastic checkpoint, or the hub id of one")
@@ -600,13 +602,18 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
 def _certified(report: dict[str, Any]) -> str:
     """What a conversion proved, in one sentence."""
     parity = report["parity"]
-    rounding = f", {r:.1e} of it from rounding" if (r := parity["rounding"]["max_rel"]) else ""
     widest = max(s["max_rel"] for s in parity["sub_networks"])
     return (
         f"stored in {_dtypes(report['dtypes'])}; read back as {parity['dtype']} by stock transformers, within "
-        f"{parity['max_rel']:.1e} of the parent's largest logit{rounding}; {len(parity['sub_networks'])} sub-networks "
-        f"within {widest:.1e} of plain models"
+        f"{parity['max_rel']:.1e} of the parent's largest logit{_rounding(parity)}; "
+        f"{len(parity['sub_networks'])} sub-networks within {widest:.1e} of plain models"
     )
+
+
+def _rounding(parity: dict[str, Any]) -> str:
+    """How much of a certificate's figure is that of a narrower dtype, where one was asked for."""
+    rounding = parity["rounding"]["max_rel"]
+    return f" ({rounding:.1e} of it from rounding)" if rounding else ""
 
 
 def _dtypes(counts: dict[str, int]) -> str:
@@ -633,12 +640,12 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     config = pipeline.TrainConfig(**{name: getattr(args, name) for name in names})
     with ui.reporter() as progress:
         report = pipeline.train(
-            args.directory, config, data=args.data, restart=args.restart, progress=progress
+            args.directory, config, data=args.data, restart=args.restart, dtype=args.dtype, progress=progress
         )
     if not args.json and report.evaluations:
         rows = [
             [
-                str(record["step"]),
+                f"{record['step']}, as stored" if record.get("stored") else str(record["step"]),
                 *(f"{row['loss']:.3f}" for row in record["sub_networks"]),
             ]
             for record in report.evaluations
@@ -939,8 +946,13 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     model = pipeline.from_pretrained(args.directory)
     widths = model.set_budget(**_given(args), phase=args.phase, context=args.context, batch=args.batch)
     tokenizer = pipeline.tokenizer_of(args.directory)
-    report = export(model, args.out, widths, layout=args.layout, tokenizer=tokenizer)
-    _say(args, f"{args.out}: {report['params']} parameters, {report['layout']}")
+    report = export(model, args.out, widths, layout=args.layout, tokenizer=tokenizer, dtype=args.dtype)
+    parity = report["parity"]
+    _say(
+        args,
+        f"{args.out}: {report['params']} parameters, {report['layout']}, stored in {_dtypes(report['dtypes'])}; "
+        f"read back within {parity['max_rel']:.1e} of the elastic model's largest logit{_rounding(parity)}",
+    )
     if report.get("note"):
         _say(args, report["note"])
     return report
@@ -950,6 +962,7 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import ui
     from flextron.checkpoint import Origin
     from flextron.convert import load_elastic
+    from flextron.nn.storage import common, counted, name_of
     from flextron.route import adaptive as adaptive_routing
     from flextron.route import trainer
     from flextron.route.latency import load_tables
@@ -967,7 +980,9 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
         f"head choices ({config.unit})": list(config.head_choices),
         "parameters, full": config.params(config.full()),
         "parameters, smallest": config.params(config.smallest()),
-        "parity": meta.get("parity", {}).get("max_rel"),
+        "stored in": counted(model.stored),
+        "stock transformers loads": name_of(common(model.stored.values())),
+        **_parity_facts(meta),
         "latency tables": {n: f"{t.smallest_ms:.1f} .. {t.full_ms:.1f} ms" for n, t in tables.items()},
         "routers": f"trained for {routers.phase}" if routers else "none",
         "adaptive router": f"trained for {adaptive.phase}" if adaptive else "none",
@@ -977,6 +992,18 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
             str(args.directory), ["what", "value"], [[name, str(value)] for name, value in facts.items()]
         )
     return facts
+
+
+def _parity_facts(meta: dict[str, Any]) -> dict[str, Any]:
+    """What ``info`` says of the certificate, and of which weights it is."""
+    parity = meta.get("parity", {})
+    now = parity.get("weights") == meta["checksums"]["model.safetensors"]
+    return {
+        "parity": parity.get("max_rel"),
+        "parity is of": "these weights" if now else "the weights before they were trained or saved again",
+        "parity, of it rounding": (parity.get("rounding") or {}).get("max_rel"),
+        "parity of sub-networks": [proven["max_rel"] for proven in parity.get("sub_networks") or ()],
+    }
 
 
 def _clean(args: argparse.Namespace) -> dict[str, Any]:

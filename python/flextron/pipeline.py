@@ -19,14 +19,14 @@ from flextron.checkpoint.hf import read_tokenizer
 from flextron.checkpoint.hub import local
 from flextron.checkpoint.origin import made_for
 from flextron.checkpoint.schema import checking
-from flextron.config import count
+from flextron.config import Widths, count
 from flextron.convert import convert as convert_model
 from flextron.convert import load_elastic, save_elastic
 from flextron.nn import Dial
 from flextron.nn.learning import relaxed_loss
 from flextron.nn.placement import one_device
 from flextron.nn.skeleton import parameter_shapes
-from flextron.nn.storage import Dtype
+from flextron.nn.storage import Dtype, round_in_place, storage
 from flextron.route import adaptive as adaptive_routing
 from flextron.route import latency, trainer
 from flextron.route.adaptive import AdaptiveConfig, AdaptiveResult, train_adaptive
@@ -179,9 +179,14 @@ def train(
     data: Data = None,
     restart: bool = False,
     validation_windows: int = 8,
+    dtype: Dtype = "auto",
     progress: Progress = _silent,
 ) -> TrainReport:
     """Elastic continued training of a checkpoint, in place. A killed run goes on when it is called again.
+
+    Training computes in float32, and so does the run's own folder store it: nothing is lost when it is resumed or
+    given more steps. The checkpoint is stored in ``dtype``: ``"auto"``, each tensor in the one it had there,
+    ``"float32"``, ``"bfloat16"`` or ``"float16"``. What that rounds off is in the report's last evaluation.
 
     Latency tables stay, since no size changes; routers are dropped, since every loss does.
 
@@ -189,8 +194,10 @@ def train(
     parent itself. The run keeps it, for more steps later (see `flextron.train.train`).
     """
     model, _ = load_elastic(directory)
+    model.stored = storage("train", model, dtype)
     teacher, keep_teacher = _teacher(directory, TRAINING_FOLDER, config, restart)
     tokens = corpus(tokenizer_of(directory), data)
+    validation = _judging(tokens.held_out, validation_windows, config.length)
     report = train_model(
         model,
         tokens.train,
@@ -198,14 +205,25 @@ def train(
         Path(directory) / TRAINING_FOLDER,
         teacher=teacher,
         resume=not restart,
-        validation=_judging(tokens.held_out, validation_windows, config.length),
+        validation=validation,
         progress=lambda step, steps, _: progress("elastic training", step, steps),
         begun=keep_teacher,
     )
+    if round_in_place("train", model, model.stored) and report.evaluations:
+        report.evaluations.append(_evaluated_again(model, report, validation))
     _discard_unfit(directory, save_elastic(model, directory))
     if report.resumed_from < config.steps:
         _discard(directory, TUNING_FOLDER)  # its run began at other weights
     return report
+
+
+def _evaluated_again(model: Any, report: TrainReport, validation: Tensor) -> dict[str, Any]:
+    """The last evaluation of a run, of the weights as they are stored."""
+    last = report.evaluations[-1]
+    widths = [Widths(row["mlp"], row["heads"]) for row in last["sub_networks"]]
+    losses = evaluate(model, validation, widths, report.config.batch_size)
+    rows = [row | {"loss": loss} for row, loss in zip(last["sub_networks"], losses, strict=True)]
+    return {"step": last["step"], "stored": True, "sub_networks": rows}
 
 
 def profile(
@@ -373,6 +391,7 @@ def tune(
         progress=lambda step, steps, _: progress("joint tuning", step, steps),
         begun=keep_teacher,
     )
+    round_in_place("tune", model, model.stored)  # what follows is measured on what will be stored
     windows = _judging(tokens.train, samples, config.length)
     tables, ladder, fresh = model.planner.tables, model.planner.ladder, []
     if static and static.phase in tables:

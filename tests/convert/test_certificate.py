@@ -126,7 +126,7 @@ def test_a_hole_in_the_index_of_shards_is_refused(tmp_path: Path) -> None:
         convert(parent, tmp_path / "out", calibration=calibration())
     path.unlink()
     with pytest.raises(
-        ValueError, match=r"must hold its weights as model\.safetensors or in shards, got neither"
+        FileNotFoundError, match=r"must hold its weights as model\.safetensors or in shards, got neither"
     ):
         convert(parent, tmp_path / "out", calibration=calibration())
     assert not (tmp_path / "out").exists()
@@ -267,6 +267,17 @@ def test_two_sub_networks_are_certified(tmp_path: Path, family: str) -> None:
     assert drawn[0] != drawn[1] and any(len(set(mlp)) > 1 for mlp, _ in drawn) and parity["seed"] == 0
     again = convert(small_model(family), tmp_path / "b", calibration=calibration(), seed=1)["parity"]
     assert [(s["mlp"], s["heads"]) for s in again["sub_networks"]] != drawn and again["seed"] == 1
+
+
+def test_a_prompt_of_any_token_is_certified(tmp_path: Path) -> None:
+    """Also of the one whose number serves as padding, and by a parent whose own settings would stop at once."""
+    parent = small_model()
+    parent.generation_config.eos_token_id = list(range(61))
+    parent.generation_config.repetition_penalty = 9.0
+    report = convert(parent, tmp_path, calibration=torch.zeros(8, 16, dtype=torch.int64))
+    assert [s["generated"] for s in report["parity"]["sub_networks"]] == [8, 8]
+    short = convert(small_model(), tmp_path / "short", calibration=calibration()[:, :1])
+    assert [s["tokens"] for s in short["parity"]["sub_networks"]] == [2, 2]
 
 
 def wrong_below_full_width(model: Any) -> None:

@@ -12,10 +12,13 @@ from nn.models import FAMILIES, GQA, small_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from flextron.checkpoint import CheckpointError
+from flextron.checkpoint import CheckpointError, stored_dtypes
 from flextron.config import ElasticConfig, Widths
+from flextron.convert import ParityError, convert, load_elastic
 from flextron.export import export, extract, load_plain, stock_problem
+from flextron.export import plain as written
 from flextron.nn import ElasticCache, elastic_config, make_elastic
+from flextron.nn.plain import build
 
 UNITS = ("kv_group", "query")
 every_model = pytest.mark.parametrize("gqa", GQA)
@@ -348,6 +351,95 @@ def test_generation_settings_and_tokenizer_go_along(tmp_path: Path) -> None:
     export(model, tmp_path, tokenizer=Tokenizer())
     assert (tmp_path / "tokenizer.json").exists()
     assert load_plain(tmp_path).generation_config.eos_token_id == 7
+
+
+def loaded(directory: Path, dtype: torch.dtype) -> Any:
+    """An elastic model of a checkpoint whose matrices are bfloat16, whose norms float32."""
+    parent = small_model()
+    for p in parent.parameters():
+        p.data = p.data if p.dim() < 2 else p.data.bfloat16()
+    calibration = torch.randint(0, 61, (4, 16), generator=torch.Generator().manual_seed(3))
+    convert(parent, directory, calibration=calibration)
+    return load_elastic(directory, dtype)[0]
+
+
+@pytest.mark.parametrize("layout", ["uniform", "padded", "ragged"])
+@torch.no_grad()
+def test_an_export_is_in_the_dtypes_of_its_checkpoint(tmp_path: Path, layout: str) -> None:
+    model = loaded(tmp_path / "elastic", torch.float32)
+    widths = model.elastic.uniform(0, 1) if layout == "uniform" else mixed(model.elastic)
+    report = export(model, tmp_path / "small", widths, layout=layout)
+    assert report["dtypes"] == {"bfloat16": 22, "float32": 7}
+    whole, small = (tmp_path / d / "model.safetensors" for d in ("elastic", "small"))
+    assert small.stat().st_size <= whole.stat().st_size  # a padded one has the widest layers' size
+    kinds = stored_dtypes(small)
+    assert all(kinds[name] == kind for name, kind in stored_dtypes(whole).items())
+    parity = report["parity"]
+    assert parity["dtype"] == "float32" and parity["max_rel"] <= 2e-5 and parity["rounding"]["max_rel"] == 0
+    assert parity["tokens"] == 128 and json.loads((tmp_path / "small" / "export.json").read_text()) == report
+    with model.budget(widths=widths):
+        expected = model(tokens()).logits
+    assert close(load_plain(tmp_path / "small")(tokens()).logits, expected)
+    if layout != "ragged":
+        assert close(AutoModelForCausalLM.from_pretrained(tmp_path / "small")(tokens()).logits, expected)
+
+
+@torch.no_grad()
+def test_rounding_that_was_asked_for_is_in_the_certificate(tmp_path: Path) -> None:
+    model = elastic()
+    widths = mixed(model.elastic)
+    exact = export(model, tmp_path / "exact", widths)
+    assert exact["dtypes"] == {"float32": 29 + 21} and exact["parity"]["max_rel"] <= 2e-5  # 7 biases a layer
+    report = export(model, tmp_path / "rounded", widths, dtype="bfloat16")
+    assert set(report["dtypes"]) == {"bfloat16"} and report["parity"]["dtype"] == "bfloat16"
+    assert report["parity"]["max_rel"] > 1e-4
+    assert report["parity"]["rounding"]["max_rel"] == pytest.approx(report["parity"]["max_rel"], rel=1e-2)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "rounded")
+    assert stock.dtype == torch.bfloat16
+    x = torch.randint(61, (2, 64), generator=torch.Generator().manual_seed(0))
+    with model.budget(widths=widths):
+        apart = (stock.float()(x).logits - model(x).logits).abs().max()
+    assert apart.item() == pytest.approx(report["parity"]["max_abs"], rel=1e-3)
+    with pytest.raises(
+        ValueError, match="export: dtype must be one of auto, float32, bfloat16, float16, got 'int4'"
+    ):
+        export(model, tmp_path / "out", widths, dtype="int4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_holds_less_than_the_file_did_is_not_stored_as_more(tmp_path: Path) -> None:
+    model = loaded(tmp_path / "elastic", torch.bfloat16)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    report = export(model, tmp_path / "small", model.elastic.smallest())
+    assert report["dtypes"] == {"bfloat16": 29} and report["parity"]["max_rel"] <= 2e-5
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def wrong_weights(plain: Any) -> None:
+    plain.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1
+
+
+def wrong_settings(plain: Any) -> None:
+    plain.config.rms_norm_eps = 0.5
+
+
+@pytest.mark.parametrize("layout", ["uniform", "padded", "ragged"])
+@pytest.mark.parametrize("fault", [wrong_weights, wrong_settings])
+def test_an_export_that_computes_something_else_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Any, layout: str
+) -> None:
+    def planted(*args: Any) -> Any:
+        model = build(*args)
+        fault(model)
+        return model
+
+    model = elastic()
+    monkeypatch.setattr(written, "build", planted)
+    with pytest.raises(
+        ParityError, match=r"export: logits must stay within 0\.0001 of the elastic model's at the budget"
+    ):
+        export(model, tmp_path / "out", model.elastic.smallest(), layout=layout)
+    assert not (tmp_path / "out").exists()
 
 
 def test_damaged_exports_are_refused(tmp_path: Path) -> None:

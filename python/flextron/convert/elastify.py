@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
+from flextron.checkpoint import WEIGHTS_FILE, checksum_of
 from flextron.config import ElasticConfig, Widths
 from flextron.convert.importance import check_tokens, score
 from flextron.convert.parent import copy_parent, read_parent
@@ -71,7 +72,7 @@ def convert(
         are between the parent and what stock transformers read back, in ``dtype``, on ``tokens`` tokens. ``rounding``
         is the part that another dtype than the parent's brought, ``elastic`` is for the full model of our own loader,
         and each of ``sub_networks`` is the elastic model at widths drawn with ``seed`` against the plain model taken
-        out of it.
+        out of it. ``weights`` is the sha256 of the file that all this is about.
 
     Raises:
         ParityError: beside that rounding, one of them differs by more than 1e-4 of the largest logit.
@@ -153,6 +154,7 @@ def _prove(
         "dtype": name_of(dtype),
         "elastic": full,
         "rounding": difference(parent, expected),
+        "weights": checksum_of(stage / WEIGHTS_FILE),
         "seed": seed,
         "sub_networks": [
             prove_sub_network("convert", elastic, widths, proof) for widths in _drawn(config, seed)

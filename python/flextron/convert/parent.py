@@ -32,6 +32,7 @@ def read_parent(source: str | Path, strip_prefix: str | None = None) -> Any:
         strip_prefix: taken off the beginning of every tensor's name.
 
     Raises:
+        FileNotFoundError: there are no weights.
         ValueError: a tensor is missing, of another shape, no floating-point number, or unknown to the model.
     """
     found = _dtypes_in(source)
@@ -94,7 +95,9 @@ def _weight_files(source: str | Path) -> Iterable[str]:
         return [single]
     index = cached_file(source, _INDEX_FILE, _raise_exceptions_for_missing_entries=False)
     if index is None:
-        raise CheckpointError(f"{source}: must hold its weights as {WEIGHTS_FILE} or in shards, got neither")
+        raise FileNotFoundError(
+            f"{source}: must hold its weights as {WEIGHTS_FILE} or in shards, got neither"
+        )
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(v, str) for v in shards.values()):
         raise CheckpointError(f"{index}: weight_map must name the file of each tensor, got something else")

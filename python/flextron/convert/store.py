@@ -38,6 +38,12 @@ from flextron.nn.skeleton import fill, parameter_shapes, skeleton
 from flextron.nn.stock import read_back
 from flextron.nn.storage import Dtype, common, counted, rounded, storage
 
+# what is shown of a certificate beside its main figure; one of an earlier version has none of it
+_SHOWN = {
+    "weights": str | None,
+    "rounding": dict[str, float] | None,
+    "sub_networks": tuple[dict[str, Any], ...] | None,
+}
 _OWN_KEYS = ("format", "elastic", "dtypes", "checksums", "versions")
 
 
@@ -186,6 +192,10 @@ def _described(meta: dict[str, Any], path: Path) -> tuple[ElasticConfig, dict[st
     if "parity" in meta:
         parity = build(dict[str, Any], meta["parity"], path, "parity")
         build(float, parity.get("max_rel"), path, "parity.max_rel")
+        for name, kind in _SHOWN.items():
+            build(kind, parity.get(name), path, f"parity.{name}")
+        for i, proven in enumerate(parity.get("sub_networks") or ()):
+            build(float, proven.get("max_rel"), path, f"parity.sub_networks[{i}].max_rel")
     return elastic, checksums
 
 

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from flextron.convert.parent import read_parent
 from flextron.data import split_documents, stdlib_documents
 from flextron.demo import smollm2, stories, tiny
 from flextron.nn.families import family_of
+from flextron.nn.stock import load_stock
 
 Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
 
@@ -130,7 +132,7 @@ def _stories_folder(name: str, files: tuple[str, ...]) -> Path:
 def _stories15m(progress: Progress) -> Parent:
     folder = _stories_folder("stories15m", stories.FILES_15M)
     progress("reading stories15M", 0, 1)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    model = load_stock("load_parent", "stories15m", folder, torch.float32)
     tokenizer = stories.read_tokenizer(folder / stories.FILES_15M[2])
     progress("reading stories15M", 1, 1)
     return Parent(
@@ -163,8 +165,7 @@ def _checkpoint(name: str) -> Parent:
         )
     try:
         family_of(AutoConfig.from_pretrained(source))
-        # safetensors only: a pickled checkpoint runs whatever code its author put there.
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+        model = read_parent(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]

@@ -30,10 +30,14 @@ from flextron.checkpoint.schema import checksums_of
 from flextron.config import ElasticConfig, Widths
 from flextron.nn.placement import memory_dtype, one_device
 from flextron.nn.plain import LAYOUT_KEY, SIZES, build, layout_of, resize, stock_problem, widths_of
+from flextron.nn.proof import difference, in_dtype, logits_of, require_close
 from flextron.nn.skeleton import fill, parameter_shapes, skeleton
-from flextron.nn.storage import Dtype
+from flextron.nn.stock import read_back
+from flextron.nn.storage import Dtype, common, counted, name_of, round_in_place, rounded, storage
 
 EXPORT_FILE = "export.json"
+_PROOF_SHAPE = (2, 64)  # sequences, tokens
+_WHOSE = "the elastic model's at the budget"
 
 
 def export(
@@ -43,9 +47,13 @@ def export(
     *,
     layout: str = "auto",
     tokenizer: Any = None,
+    dtype: Dtype = "auto",
     **units: Any,
 ) -> dict[str, Any]:
     """Write a sub-network as a Hugging Face directory, all of it or nothing.
+
+    Before the new files begin to count they are read back, by stock transformers where it can: every tensor must be
+    what was meant, and the logits those of the elastic model at the budget.
 
     Args:
         model, budget, units: as for `extract`.
@@ -53,12 +61,17 @@ def export(
         layout: as for `extract`, but ``"auto"`` is padded where it cannot be uniform: what it writes always
             loads in stock transformers.
         tokenizer: stored too when given.
+        dtype: to store in: ``"auto"``, each tensor's own in the checkpoint that the model was loaded from;
+            ``"float32"``, ``"bfloat16"`` or ``"float16"``.
 
     Returns:
-        What ``export.json`` says: ``layout``, ``widths``, ``params``, ``loads_in`` and, where the layout is
-        not uniform, ``note``: one sentence on why and what it costs.
+        What ``export.json`` says: ``layout``, ``widths``, ``params``, ``dtypes``, ``loads_in``, ``parity`` and, where
+        the layout is not uniform, ``note``: one sentence on why and what it costs. ``parity`` is between the elastic
+        model and what was read back: ``max_abs``, ``max_rel`` to the largest logit, ``tokens``, ``dtype`` read in, and
+        ``rounding``, the part that a narrower dtype than the model's brought.
 
     Raises:
+        ParityError: what was read back computes something else.
         ValueError: the layout cannot hold these widths, or ``directory`` is an elastic checkpoint.
     """
     directory = Path(directory)
@@ -67,27 +80,69 @@ def export(
     widths = widths_of(model, budget, units)
     chosen = layout_of(layout, model.elastic, widths, "padded")
     plain = build(model, widths, chosen)
+    proof = _Proof(model, widths, plain, storage("export", model, dtype))
     report: dict[str, Any] = {
         "format": FORMAT,
         "layout": chosen,
         "widths": {"mlp": list(widths.mlp), "heads": list(widths.heads), "unit": model.elastic.unit},
         "params": sum(p.numel() for p in plain.parameters()),
+        "dtypes": counted(proof.dtypes),
         "loads_in": ["flextron.load_plain"]
         if chosen == "ragged"
         else ["transformers", "flextron.load_plain"],
     }
     if note := _note(model.elastic, widths, chosen, report["params"]):
         report["note"] = note
+    tensors = rounded("export", dict(plain.named_parameters()), proof.dtypes)
+    plain.config.dtype = common(proof.dtypes.values())
     with commit(directory) as stage:
         plain.config.save_pretrained(stage)
         if plain.generation_config is not None:
             plain.generation_config.save_pretrained(stage)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
-        weights = save_tensors(stage / WEIGHTS_FILE, dict(plain.named_parameters()))
+        weights = save_tensors(stage / WEIGHTS_FILE, tensors)
         report["checksums"] = {WEIGHTS_FILE: weights, CONFIG_FILE: checksum_of(stage / CONFIG_FILE)}
+        ragged = chosen == "ragged"
+        read = load_plain(stage, plain.config.dtype) if ragged else read_back("export", stage, tensors)
+        report["parity"] = proof.of(read)
         write_json(stage / EXPORT_FILE, report)
     return report
+
+
+class _Proof:
+    """That what an export reads back computes what the elastic model does at the budget, in float32 at least.
+
+    Attributes:
+        dtypes: that each parameter is to be stored in. ``plain`` is rounded to them, in float32 or wider.
+    """
+
+    def __init__(self, model: Any, widths: Widths, plain: Any, dtypes: dict[str, torch.dtype]) -> None:
+        self.dtypes = dtypes
+        self.work = common([torch.float32, *(p.dtype for p in model.parameters())])
+        draw = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(model.elastic.vocab_size, _PROOF_SHAPE, generator=draw)
+        full = in_dtype(model, self.work)
+        with full.budget(widths=widths):
+            self.elastic = logits_of(full, self.tokens)
+        plain.to(self.work)
+        exact = self.expected = logits_of(plain, self.tokens)
+        require_close("export", _WHOSE, self.elastic, exact)
+        if round_in_place("export", plain, dtypes):
+            self.expected = logits_of(plain, self.tokens)
+        self.rounding = difference(exact, self.expected)
+
+    def of(self, read: Any) -> dict[str, Any]:
+        """The certificate of a model that was read back."""
+        dtype = name_of(read.dtype)
+        logits = logits_of(read.to(self.work), self.tokens)
+        require_close("export", _WHOSE, self.expected, logits)
+        return {
+            **difference(self.elastic, logits),
+            "tokens": self.tokens.numel(),
+            "dtype": dtype,
+            "rounding": self.rounding,
+        }
 
 
 def load_plain(

@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from flextron.config import Widths
+from flextron.nn.model import make_elastic
 from flextron.nn.plain import extract
+from flextron.nn.skeleton import fill, skeleton
 
 BOUND = 1e-4  # of the largest logit, float32: above the rounding of another summation order
 _PROMPT, _GENERATED = 16, 8  # tokens
@@ -48,6 +50,15 @@ def logits_of(model: Any, tokens: Tensor) -> Tensor:
     """[n, L, V] on the CPU; one sequence at a time, for logits of a large vocabulary are big."""
     rows = [model(input_ids=row[None].to(model.device), use_cache=False).logits.cpu() for row in tokens]
     return torch.cat(rows)
+
+
+def in_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """The elastic model with its parameters in ``dtype``: itself where they are, otherwise another."""
+    if all(p.dtype == dtype for p in model.parameters()):
+        return model
+    other = skeleton(type(model.config).from_dict(model.config.to_dict()))  # without what makes it elastic
+    fill(other, {name: p.detach().to(dtype) for name, p in model.named_parameters()}).to(model.device)
+    return make_elastic(other, model.elastic)
 
 
 def prove_sub_network(who: str, model: Any, widths: Widths, tokens: Tensor) -> dict[str, Any]:
@@ -98,6 +109,8 @@ def _greedy(model: Any, prompt: Tensor) -> Tensor:
     settings, model.generation_config = model.generation_config, GenerationConfig()
     try:
         prompt = prompt.to(model.device)
-        return model.generate(prompt, max_new_tokens=_GENERATED, do_sample=False, pad_token_id=0).cpu()
+        # a mask, or transformers takes every token of the padding's number for padding
+        options = {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0, "do_sample": False}
+        return model.generate(prompt, max_new_tokens=_GENERATED, **options).cpu()
     finally:
         model.generation_config = settings

@@ -123,7 +123,8 @@ class TrainReport:
         tokens: trained on in the whole run.
         seconds: of this call.
         losses: of every step of the whole run.
-        evaluations: ``{"step", "sub_networks": [{"mlp", "heads", "size", "loss"}]}``, in order.
+        evaluations: ``{"step", "sub_networks": [{"mlp", "heads", "size", "loss"}]}``, in order; one more with
+            ``"stored": True`` where the last weights were rounded to be stored.
     """
 
     config: TrainConfig
