@@ -307,21 +307,24 @@ def test_files_of_another_model_are_refused_until_the_named_command_is_run(
 ):
     """The menus are the same; the other model has another vocabulary, so every forward takes other time."""
     monkeypatch.setattr("flextron.route.adaptive._BISECTIONS", 2)
-    asked = ("info", elastic)
-    stages = (
+    answer(capsys, "profile", elastic, *PROFILE)
+    path = elastic / "latency.json"
+    path.write_text(path.read_text().replace('"vocab_size": 300', '"vocab_size": 302'))
+    here = json.loads((elastic / "flextron.json").read_text())["elastic"]
+    other = {"format": 1, "made_for": {"elastic": {**here, "vocab_size": 302}, "weights": "0" * 64}}
+    for name in ("routers.json", "adaptive.json"):
+        (elastic / name).write_text(json.dumps(other))
+    asked = ("generate", elastic, "--params", 1e9, "--prompt", "the cat", "--max-new-tokens", 1)
+    for name, stage, mend in (
         ("latency.json", ("profile", elastic, *PROFILE), f"profile {elastic}`"),
         ("routers.json", ("route", elastic, "--data", text, *ROUTE), f"route {elastic}`"),
         ("adaptive.json", ("route", elastic, "--data", text, *ADAPTIVE), f"route {elastic} --adaptive`"),
-    )
-    for name, stage, mend in stages:
-        answer(capsys, *stage)
-        path = elastic / name
-        path.write_text(path.read_text().replace('"vocab_size": 300', '"vocab_size": 302'))
+    ):
         said = complaint(capsys, *asked)
         assert f"{name}: must be made for the model here, got one of vocab_size 302 instead of 300;" in said
         assert said.endswith(f"run `flextron {mend}\n")
         answer(capsys, *stage)
-        answer(capsys, *asked)
+    answer(capsys, *asked)
 
 
 def test_tuning_stores_weights_and_routers_together(elastic, text, monkeypatch, capsys):
