@@ -446,6 +446,19 @@ def test_bad_input_gives_one_sentence(elastic, parent, text, tmp_path, capsys):
         ("route", elastic, "--adaptive", "--prefill", 20): "--prefill must be given",
         ("route", elastic, "--adaptive", "--form", "search"): "form must be one of gumbel, surrogate",
         ("eval", elastic, "--limit", 3): "--limit must be given with --tasks only",
+        ("eval", elastic, "--tasks", "piqa", "--data", text): "--data must be given without --tasks",
+        ("generate", elastic, "--prompt", ""): "prompt must have at least one token, got ''",
+        (
+            "generate",
+            elastic,
+            "--params",
+            1e9,
+            "--context",
+            9,
+            "--prompt",
+            "x",
+        ): "must not be given with params",
+        ("convert", parent, tmp_path / "x", "--field", "text"): "--field must be given with --data",
         ("eval", elastic, "--tasks", "boolq"): "tasks must be among arc_easy",
         ("eval", elastic, "--tasks", "piqa", "--data-dir", tmp_path): "must hold piqa_val.jsonl.gz",
         ("report", elastic, "--data", text): "flextron profile",
@@ -477,6 +490,18 @@ def test_a_demonstration_replaces_nothing_but_a_demonstration(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert "got" in complaint(capsys, "demo", "--parent", "tiny", "--out", tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_less_text_than_was_asked_for_is_said(elastic, text, tmp_path):
+    tokenizer = pipeline.tokenizer_of(elastic)
+    with pytest.warns(
+        UserWarning, match=r"the text has \d+ sequences of 32 tokens where 999 of 32 were asked for"
+    ):
+        pipeline.held_out_windows(tokenizer, text, 999, 32)
+    with pytest.warns(
+        UserWarning, match=r"the text has 1 sequences of \d+ tokens where 2 of 99999 were asked for"
+    ):
+        pipeline.held_out_windows(tokenizer, text, 2, 99999)
 
 
 def test_the_version_says_what_is_installed_and_what_the_ops_were_built_for(capsys):

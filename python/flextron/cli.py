@@ -832,6 +832,7 @@ def _eval(args: argparse.Namespace) -> list[dict[str, Any]]:
         if getattr(args, name) is not None:
             raise ValueError(f"eval: --{name.replace('_', '-')} must be given with --tasks only")
     model = _loaded(args)
+    model.planner.table(args.phase)
     tokens = pipeline.held_out_windows(
         pipeline.tokenizer_of(args.directory), args.data, args.samples, args.length
     )
@@ -855,6 +856,10 @@ def _eval_tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
     from flextron import pipeline, tasks, ui
     from flextron.demo import stories
 
+    if args.data is not None:
+        raise ValueError(
+            "eval: --data must be given without --tasks, which have a text of their own, got both"
+        )
     folder = Path(args.data_dir) if args.data_dir else stories.data_folder() / "benchmarks"
     tasks.check(args.tasks, folder)
     model = _loaded(args)

@@ -290,7 +290,7 @@ def route(
             f"route: {directory} must have a latency table of {phase}; run `flextron profile {directory}`"
         )
     # Of the training text: what the routers are judged by must not have chosen them.
-    tokens = _judging(corpus(tokenizer_of(directory), data).train, samples, length)
+    tokens = _judging(corpus(tokenizer_of(directory), data).train, samples, length, "route")
     model.requires_grad_(False)
     result = train_routers(
         model.elastic,
@@ -329,8 +329,8 @@ def route_adaptive(
     model, meta = load_elastic(directory)
     origin = Origin.of(meta)
     model.planner = Planner.load(directory, origin)
-    tokens = _judging(corpus(tokenizer_of(directory), data).train, samples, length)
     model.planner.table(phase)
+    tokens = _judging(corpus(tokenizer_of(directory), data).train, samples, length, "route")
     tables = _profile_adaptive(directory, model, progress, hidden=config.hidden if config else None)
     result = train_adaptive(model, tables, model.planner.ladder, tokens, config, phase, progress)
     result.save(directory, origin)
@@ -485,6 +485,8 @@ def _workload_tokens(tokens: Tensor, workload: Workload) -> Tensor:
 def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) -> str:
     """Greedy continuation of a prompt at the model's present budget."""
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if not encoded["input_ids"].numel():
+        raise ValueError(f"generate: prompt must have at least one token, got {prompt!r}")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     wanted = count("generate: max_new_tokens", max_new_tokens)
     out = model.generate(**encoded, max_new_tokens=wanted, do_sample=False, pad_token_id=pad)
@@ -493,7 +495,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) 
 
 def held_out_windows(tokenizer: Any, data: Data, samples: int, length: int) -> Tensor:
     """[n, length] windows of the text that no stage trains on."""
-    return _judging(corpus(tokenizer, data).held_out, samples, length)
+    return _judging(corpus(tokenizer, data).held_out, samples, length, "held out")
 
 
 def clean(directory: str | Path, *, unfinished: bool = False, dry_run: bool = False) -> dict[str, int]:
@@ -562,7 +564,14 @@ def _discard(directory: str | Path, *names: str) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _judging(stream: Tensor, samples: int, length: int) -> Tensor:
+def _judging(stream: Tensor, samples: int, length: int, who: str | None = None) -> Tensor:
+    """[n, length] windows of a stream, as far as it reaches; ``who`` asked for so many, and is told if it does not."""
     samples, length = count("text: samples", samples), count("text: length", length)
-    length = min(length, stream.numel())
-    return text.windows(stream, min(samples, stream.numel() // length), length)
+    there = min(length, stream.numel())
+    found = text.windows(stream, min(samples, stream.numel() // there), there)
+    if who is not None and found.shape != (samples, length):
+        warnings.warn(
+            f"{who}: the text has {len(found)} sequences of {there} tokens where {samples} of {length} were asked for",
+            stacklevel=3,
+        )
+    return found

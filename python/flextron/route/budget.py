@@ -120,6 +120,11 @@ class Planner:
             return widths
         value = _positive(name, value)
         batch, context = _workload(batch, context)
+        if name == "params" and (batch is not None or context is not None):
+            raise ValueError(
+                "budget: batch and context must not be given with params, which counts no cache, "
+                f"got {batch} and {context}"
+            )
         if name in ("params", "memory_gb"):
             limit = self._size_limit(name, value, batch or 1, context or 0, kv, bytes_per_value)
         else:
