@@ -48,4 +48,4 @@ try:
 except Exception as error:
     print(type(error).__name__)
 """
-    assert run(code) == "OSError"
+    assert run(code) == "CheckpointError"
