@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from flextron.checkpoint import read_json, stored_dtypes
 from flextron.convert import ParityError, convert, elastify, load_elastic, store
+from flextron.nn import ElasticMLP
 from flextron.nn.proof import difference, require_close
 
 Tensors = dict[str, Tensor]
@@ -262,7 +263,7 @@ def test_two_sub_networks_are_certified(tmp_path: Path, family: str) -> None:
     parity = convert(small_model(family), tmp_path / "a", calibration=calibration())["parity"]
     first, second = parity["sub_networks"]
     for proven in (first, second):
-        assert proven["max_rel"] <= 1e-5 and proven["tokens"] == 32 and proven["generated"] == 8
+        assert proven["max_rel"] <= 1e-5 and proven["tokens"] == 16 and proven["generated"] == 8
     drawn = [(s["mlp"], s["heads"]) for s in (first, second)]
     assert drawn[0] != drawn[1] and any(len(set(mlp)) > 1 for mlp, _ in drawn) and parity["seed"] == 0
     again = convert(small_model(family), tmp_path / "b", calibration=calibration(), seed=1)["parity"]
@@ -277,17 +278,20 @@ def test_a_prompt_of_any_token_is_certified(tmp_path: Path) -> None:
     report = convert(parent, tmp_path, calibration=torch.zeros(8, 16, dtype=torch.int64))
     assert [s["generated"] for s in report["parity"]["sub_networks"]] == [8, 8]
     short = convert(small_model(), tmp_path / "short", calibration=calibration()[:, :1])
-    assert [s["tokens"] for s in short["parity"]["sub_networks"]] == [2, 2]
+    assert [s["tokens"] for s in short["parity"]["sub_networks"]] == [1, 1]
 
 
-def wrong_below_full_width(model: Any) -> None:
+def wrong_below_full_width(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that is right at full width alone."""
-    mlp = model.model.layers[1].mlp
-    forward = mlp.forward
-    mlp.forward = lambda x: forward(x) * (1 if mlp.width == 40 else 1.01)
+    forward, mlp = ElasticMLP.forward, model.model.layers[1].mlp
+
+    def wrong(self: Any, x: Tensor) -> Tensor:
+        return forward(self, x) * (1.01 if self is mlp and self.width < 40 else 1)
+
+    monkeypatch.setattr(ElasticMLP, "forward", wrong)
 
 
-def wrong_with_a_cache(model: Any) -> None:
+def wrong_with_a_cache(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right logits of whole sequences, wrong ones of what comes after."""
     model.model.norm.register_forward_hook(lambda _, args, out: out if out.shape[1] > 1 else -out)
 
@@ -306,13 +310,13 @@ def wrong_with_a_cache(model: Any) -> None:
     ],
 )
 def test_a_wrong_layer_cannot_hide_behind_a_right_full_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], None], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., None], message: str
 ) -> None:
     read = store.read_model
 
     def planted(*args: Any) -> Any:
         model = read(*args)
-        fault(model)
+        fault(model, monkeypatch)
         return model
 
     monkeypatch.setattr(elastify, "read_model", planted)

@@ -44,12 +44,12 @@ def rounded(who: str, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.
     """The tensors in their ``dtypes``; those that are in theirs already are not copied.
 
     Raises:
-        ValueError: a finite value is too large for its dtype.
+        ValueError: a tensor of finite values has one that is too large for its dtype.
     """
     found = {}
     for name, tensor in tensors.items():
         found[name] = tensor.detach().to(dtypes[name])
-        if dtypes[name] != tensor.dtype and (found[name].isinf() & tensor.isfinite()).any():
+        if dtypes[name] != tensor.dtype and found[name].isinf().any() and tensor.isfinite().all():
             raise ValueError(
                 f"{who}: dtype must hold every weight, got {name_of(dtypes[name])}, whose largest number is "
                 f"{torch.finfo(dtypes[name]).max:.4g}, for {name} with {tensor.abs().max().item():.4g}"
@@ -60,14 +60,17 @@ def rounded(who: str, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.
 @torch.no_grad()
 def round_in_place(who: str, model: Any, dtypes: Mapping[str, torch.dtype]) -> bool:
     """Let the parameters of a model be what storing them would leave, in the dtypes they have; whether one changed."""
-    values = rounded(who, dict(model.named_parameters()), dtypes)
-    changed = False
-    for name, p in model.named_parameters():
-        value = values[name].to(p.dtype)
-        if not torch.equal(value, p):
-            p.copy_(value)
-            changed = True
-    return changed
+    parameters = dict(model.named_parameters())
+    lossy = {
+        name: p
+        for name, p in parameters.items()
+        if torch.promote_types(dtypes[name], p.dtype) != dtypes[name]
+    }
+    # one at a time, and those that round to themselves are not looked at again
+    lossy = {name: p for name, p in lossy.items() if not torch.equal(p.to(dtypes[name]).to(p.dtype), p)}
+    for name, value in rounded(who, lossy, dtypes).items():
+        parameters[name].copy_(value)
+    return bool(lossy)
 
 
 def name_of(dtype: torch.dtype) -> str:
