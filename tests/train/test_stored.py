@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from flextron.checkpoint import load_tensors, read_json, stored_dtypes
 from flextron.config import Widths
 from flextron.convert import convert, load_elastic
 from flextron.pipeline import Corpus
-from flextron.train import TrainConfig, evaluate, resume
+from flextron.train import TrainConfig, TuneConfig, evaluate, resume
 
 OPTIONS = {"batch_size": 2, "length": 16, "eval_every": 2, "checkpoint_every": 2, "learning_rate": 1e-3}
 NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -115,6 +116,36 @@ def test_the_dtype_can_be_chosen(checkpoint: Path, dtype: str) -> None:
     assert again.resumed_from == 2 and set(dtypes(checkpoint).values()) == {getattr(torch, dtype)}
     with pytest.raises(ValueError, match=r"train: dtype must be one of auto, .*, got 'int8'"):
         train(checkpoint, 2, dtype="int8")
+
+
+def test_what_tuning_reads_off_a_router_is_of_the_weights_as_stored(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the router and for its training: what is measured afterwards must be of what lies there."""
+    model, _ = load_elastic(checkpoint)
+    table = SimpleNamespace(full_ms=1.0)
+    ladder = SimpleNamespace(origin="router")
+    model.planner = SimpleNamespace(ladder=ladder, table=lambda _: table, tables={"prefill": table})
+    found = SimpleNamespace(phase="prefill", router=None, ladder=ladder, write=lambda stage, origin: None)
+    said = []
+
+    def moved(model: Any, *_: Any, **__: Any) -> None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.001)
+
+    def refreshed(found: Any, elastic: Any, table: Any, loss: Any) -> Any:
+        said.append(loss(elastic.full()))
+        return found
+
+    monkeypatch.setattr(pipeline, "from_pretrained", lambda _: model)
+    monkeypatch.setattr(pipeline.RouterResult, "load", lambda _: found)
+    monkeypatch.setattr(pipeline, "tune_model", moved)
+    monkeypatch.setattr(pipeline.trainer, "refreshed", refreshed)
+    pipeline.tune(checkpoint, TuneConfig(length=16), data=corpus(), samples=4)
+    windows = pipeline.held_out_windows(None, Corpus(corpus().train, corpus().train), 4, 16)
+    stored, _ = load_elastic(checkpoint)
+    assert said == evaluate(stored, windows, [stored.elastic.full()])
 
 
 def test_another_models_weights_are_still_refused(checkpoint: Path) -> None:
