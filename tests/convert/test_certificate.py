@@ -85,6 +85,7 @@ REFUSED = {
         {},
         r"wrong shape model\.embed_tokens\.weight \[64, 72\] instead of \[61, 72\]$",
     ),
+    "another head, tied": (lambda t: t | {"lm_head.weight": torch.randn(64, 72)}, {}, {}, r"an lm_head of one shape, "),
     "another depth": (lambda t: t | {UP.replace("1", "3"): t[UP]}, {}, {}, r"got unexpected model\.layers\.3\.\S+$"),
     "integers": (lambda t: t | {UP: t[UP].to(torch.int8)}, {}, {}, r"weights, got I8 in .*; dequantise it first"),
     "float8": (lambda t: t | {UP: t[UP].to(torch.float8_e4m3fn)}, {}, {}, r"weights, got F8_E4M3 in "),
@@ -147,6 +148,40 @@ def test_a_loaded_parent_must_be_what_its_configuration_says(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="strip_prefix must be None when parent is a loaded model"):
         convert(small_model(), tmp_path / "out", calibration=calibration(), strip_prefix="module.")
     assert not (tmp_path / "out").exists()
+
+
+def negative(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(**given: Any) -> Any:
+        found = forward(**given)
+        found.logits = -found.logits
+        return found
+
+    return run
+
+
+ODD: dict[str, Callable[[Any], Any]] = {
+    "a hook": lambda m: m.model.layers[1].mlp.register_forward_hook(lambda _, args, out: 1.5 * out),
+    "a forward": lambda m: setattr(m, "forward", negative(m.forward)),
+    "a module": lambda m: setattr(m.model.layers[1].mlp, "act_fn", torch.nn.ReLU()),
+    "an attribute": lambda m: setattr(m.model.layers[1].self_attn, "scaling", 1.0),
+    "a buffer": lambda m: m.model.rotary_emb.inv_freq.mul_(0.5),
+    "a configuration changed": lambda m: setattr(m.config, "rms_norm_eps", 0.3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("what", ODD)
+def test_a_loaded_parent_that_computes_something_else_is_refused(
+    tmp_path: Path, what: str, dtype: torch.dtype
+) -> None:
+    """What is stored is its configuration and parameters; a certificate of those would not be about the parent."""
+    parent = small_model().to(dtype).train()
+    ODD[what](parent)
+    with pytest.raises(
+        ParityError, match=r"logits must stay within 0\.0001 of the parent's own, with .* hooks"
+    ):
+        convert(parent, tmp_path / "out", calibration=calibration())
+    assert not (tmp_path / "out").exists() and parent.training
 
 
 @torch.no_grad()
@@ -248,6 +283,15 @@ def test_a_weight_that_its_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
     ):
         convert(parent, tmp_path / "out", calibration=calibration(), dtype="float16")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_loaded_parent_in_sixteen_bits_is_taken(tmp_path: Path) -> None:
+    """Also where `half` rounded its rotary frequencies, which are stored nowhere, or attention is another."""
+    for i, dtype in enumerate((torch.bfloat16, torch.float16)):
+        parent = small_model("qwen3", "3:1").to(dtype)
+        parent.set_attn_implementation(("eager", "sdpa")[i])
+        assert parent.model.rotary_emb.inv_freq.dtype == dtype
+        convert(parent, tmp_path / str(i), calibration=calibration())
 
 
 def test_a_wider_dtype_changes_nothing_but_the_file(tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def convert(
         out of it. ``weights`` is the sha256 of the file that all this is about.
 
     Raises:
-        ParityError: beside that rounding, one of them differs by more than 1e-4 of the largest logit.
+        ParityError: beside that rounding, one of them differs by more than 1e-4 of the largest logit; or a parent in
+            memory does, from what its configuration and parameters say.
         ValueError: an argument, or a tensor of the parent, is not what it must be. Nothing was written.
     """
     if order not in ORDERS:
@@ -92,19 +93,19 @@ def convert(
     )  # refuses, before any work, what cannot be elastic
     check_tokens("convert", calibration, config.vocab_size, sequences=2)
 
+    held_out = min(_HELD_OUT, max(1, len(calibration) // 4))
+    proof = calibration[-held_out:, :_HELD_OUT_TOKENS]
     if stored is not None:
         model = read_parent(stored, strip_prefix)
         tokenizer = tokenizer or _tokenizer_of(stored)
     elif strip_prefix is not None:
         raise ValueError("convert: strip_prefix must be None when parent is a loaded model")
     else:
-        model = copy_parent(parent)
+        model = copy_parent(parent, proof)
     # now it is known whether the weights are tied
     config = elastic_config(model.config, unit, mlp_choices, head_choices)
     model.stored = storage("convert", model, dtype)
 
-    held_out = min(_HELD_OUT, max(1, len(calibration) // 4))
-    proof = calibration[-held_out:, :_HELD_OUT_TOKENS]
     before = expected = logits_of(model, proof)
     if round_in_place("convert", model, model.stored):
         expected = logits_of(model, proof)

@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 from flextron.checkpoint import WEIGHTS_FILE, CheckpointError, read_json, stored_dtypes
 from flextron.checkpoint.format import listed
+from flextron.nn.proof import logits_of, require_close
 from flextron.nn.skeleton import fill, parameter_shapes, skeleton
 from flextron.nn.stock import load_stock
 from flextron.nn.storage import common, storage
@@ -57,8 +58,14 @@ def read_parent(source: str | Path, strip_prefix: str | None = None) -> Any:
     return model.eval()
 
 
-def copy_parent(parent: Any) -> Any:
-    """A copy of a loaded model as `read_parent` would give it: of its parameters and configuration, nothing else."""
+def copy_parent(parent: Any, proof: Tensor) -> Any:
+    """A copy of a loaded model as `read_parent` would give it: of its parameters and configuration, nothing else.
+
+    Raises:
+        ValueError: the parent has other parameters than its configuration says.
+        ParityError: on the tokens ``proof`` [n, L] it computes something else with them: a hook, a forward, a module or
+            a buffer of its own. A parent of several dtypes, which mostly cannot run, is not asked.
+    """
     stored = storage("convert", parent)
     widest = common([torch.float32, *(p.dtype for p in parent.parameters())])
     config = copy.deepcopy(parent.config)
@@ -69,11 +76,22 @@ def copy_parent(parent: Any) -> Any:
         raise ValueError(
             f"convert: parent must have the parameters that its configuration says, got others: {listed(wrong)}"
         )
-    tensors = {name: given[name].detach().to(widest, copy=True) for name in parameter_shapes(model)}
-    fill(model, tensors).to(parent.device)
+    given = {name: given[name].detach() for name in parameter_shapes(model)}
+    if len({tensor.dtype for tensor in given.values()}) == 1:
+        _require_stock(parent, fill(skeleton(config), given).to(parent.device), proof)
+    fill(model, {name: tensor.to(widest, copy=True) for name, tensor in given.items()}).to(parent.device)
     model.generation_config = copy.deepcopy(parent.generation_config)
     model.stored = stored
     return model
+
+
+def _require_stock(parent: Any, plain: Any, proof: Tensor) -> None:
+    """Raise unless a parent computes what transformers does with its configuration and very parameters."""
+    theirs = dict(parent.named_buffers())
+    for name, buffer in plain.named_buffers():  # `half` rounds rotary frequencies, which loading does not
+        buffer.data = buffer.to(theirs[name].dtype) if name in theirs else buffer
+    whose = "the parent's own, with whatever hooks, modules and buffers it has beside its configuration and parameters"
+    require_close("convert", whose, logits_of(parent, proof), logits_of(plain, proof))
 
 
 def _say_tied(model: Any, config: Any) -> None:

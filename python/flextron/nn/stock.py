@@ -40,14 +40,22 @@ def load_stock(
     mapping = None if strip_prefix is None else {f"^{re.escape(strip_prefix)}": ""}
     with _quiet():
         # safetensors only: a pickled checkpoint runs whatever code its author put there.
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            use_safetensors=True,
-            key_mapping=mapping,
-            ignore_mismatched_sizes=True,  # so that they are told, below
-            output_loading_info=True,
-        )
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                key_mapping=mapping,
+                ignore_mismatched_sizes=True,  # so that they are told, below
+                output_loading_info=True,
+            )
+        except NotImplementedError as error:
+            if "aten::equal" not in str(error):
+                raise
+            # it compares what it is to tie, and one of wrong shape has no values
+            raise ValueError(
+                f"{who}: {what} must hold embeddings and an lm_head of one shape, which its configuration ties, got two"
+            ) from error
     if faults := _faults(info):
         raise ValueError(f"{who}: {what} must hold the tensors of a {type(model).__name__}, got {faults}")
     return model
