@@ -455,3 +455,38 @@ def test_an_activation_that_the_configuration_does_not_name_is_refused():
     model.model.layers[1].mlp.act_fn = nn.Tanh()
     with pytest.raises(NotImplementedError, match=r"model.layers.1.mlp.act_fn must be .*silu.*, got .*Tanh"):
         flextron.make_elastic(model)
+
+
+def scaled(module: Any) -> None:
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: 2 * forward(*args, **kwargs)
+
+
+def subclassed(module: Any) -> None:
+    module.__class__ = type("Own", (type(module),), {"__module__": "own"})
+
+
+@pytest.mark.parametrize("place", ["self_attn", "mlp", "mlp.act_fn"])
+@pytest.mark.parametrize(
+    ("accident", "message"),
+    [
+        (lambda m: m.register_forward_hook(lambda _, args, out: 2 * out), "a hook in _forward_hooks"),
+        (lambda m: m.register_forward_pre_hook(lambda _, args: None), "a hook in _forward_pre_hooks"),
+        (scaled, "a forward of its own"),
+        (subclassed, "own.Own"),
+    ],
+)
+def test_a_part_that_does_more_than_what_takes_its_place_is_refused(place, accident, message):
+    model = small_model()
+    accident(model.model.layers[1].get_submodule(place))
+    with pytest.raises(NotImplementedError, match=rf"make_elastic: .*model\.layers\.1.* got .*{message}"):
+        flextron.make_elastic(model)
+    assert not hasattr(model, "elastic") and type(model.model.layers[0].mlp).__name__ == "LlamaMLP"
+
+
+def test_what_only_writes_hidden_states_and_attention_down_stays_and_is_no_hindrance():
+    model, ids = small_model(), tokens()
+    model.set_attn_implementation("eager")
+    exact = model(ids, output_attentions=True, output_hidden_states=True).logits
+    assert any(module._forward_hooks for module in model.modules())
+    assert relative(flextron.make_elastic(model)(ids).logits, exact) < 1e-5

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from nn.models import FAMILIES, GQA
+from nn.models import FAMILIES, GQA, small_model
 from nn.test_elastic_model import UNITS, elastic, mixed, relative, tokens
 from nn.test_policy import routed, three, turned
 from torch import nn
 
 import flextron
-from flextron.nn import ElasticCache
+from flextron.nn import ElasticCache, make_elastic
 from flextron.nn.policy import Mixed
 from flextron.nn.router import Choices
 
@@ -236,6 +236,43 @@ def test_the_modules_run_where_a_step_would_miss_something(monkeypatch):
     with counted(monkeypatch) as steps, torch.no_grad():
         model(inputs_embeds=model.model.embed_tokens(ids))
     assert steps == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m.model.norm, "variance_epsilon", 0.5),
+        lambda m: setattr(m.model.layers[1].input_layernorm, "variance_epsilon", 0.5),
+        lambda m: setattr(m.model.layers[1].self_attn.k_norm, "variance_epsilon", 0.5),
+        lambda m: setattr(m.model.layers[1].self_attn, "scaling", 0.9),
+    ],
+)
+def test_the_modules_run_where_layers_differ_in_what_a_step_takes_once(change):
+    stock, ids = small_model("qwen3"), tokens()
+    with torch.no_grad():
+        before = stock(ids).logits
+        change(stock)
+        exact = stock(ids).logits
+        assert relative(before, exact) > 1e-3
+        assert relative(make_elastic(stock)(ids).logits, exact) < 1e-5
+
+
+def test_a_layer_that_was_moved_is_known_by_its_place():
+    """A model put together of another's layers, whose attentions say where they came from."""
+    model, ids = small_model(), tokens()
+    layers = [model.model.layers[i] for i in (2, 0)]
+    model.model.layers = nn.ModuleList([*layers, copy.deepcopy(layers[0])])
+    exact = copy.deepcopy(model)
+    for i, layer in enumerate(exact.model.layers):
+        layer.self_attn.layer_idx = i
+    settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    model = make_elastic(model)
+    model.set_widths(mixed(model.elastic))
+    right = make_elastic(exact)
+    right.set_widths(mixed(model.elastic))
+    with torch.enable_grad():
+        assert torch.equal(model(ids).logits, right(ids).logits)
+    assert torch.equal(model.generate(ids, **settings), right.generate(ids, **settings))
 
 
 @pytest.mark.parametrize("dial", ["all", "requests", "tokens"])

@@ -40,15 +40,17 @@ class ElasticAttention(nn.Module):
 
     PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-    def __init__(self, attention: nn.Module, config: ElasticConfig, settings: Settings) -> None:
+    def __init__(
+        self, attention: nn.Module, config: ElasticConfig, settings: Settings, layer_idx: int
+    ) -> None:
         super().__init__()
         self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
         self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
         self.q_norm = attention.q_norm if config.qk_norm else None
         self.k_norm = attention.k_norm if config.qk_norm else None
-        self.layer_idx = attention.layer_idx
         self.scaling = attention.scaling
-        self.elastic, self.settings = config, settings
+        # its place, which is not what a layer moved from another one says of itself
+        self.elastic, self.settings, self.layer_idx = config, settings, layer_idx
 
     @property
     def heads(self) -> int:

@@ -17,13 +17,11 @@ from flextron.nn.elastic_attention import ElasticAttention
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.masks import first_keys, is_left_padded
 from flextron.nn.policy import PerRequest, PerToken
-from flextron.nn.projection import PackedLinear, is_alone
+from flextron.nn.projection import RECORDER, PackedLinear, is_alone
 from flextron_ext import HeldForward
 
 _END = object()
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# transformers' own hooks, which stay once hidden states were asked for; they act when asked again
-_RECORDER = "transformers.utils.output_capturing"
 _TAKEN = (
     "input_ids",
     "attention_mask",
@@ -121,6 +119,13 @@ def _parts_of(layer: nn.Module) -> dict[str, nn.Module] | None:
     return parts if understood else None
 
 
+def _is_one(norm: Any, layers: Sequence[dict[str, Any]], modules: Sequence[tuple[Any, Any]]) -> bool:
+    """Whether what the op takes once for all layers is the same in all: the norms' epsilon and attention's scale."""
+    norms = (module for parts in layers for part, module in parts.items() if part.endswith("norm"))
+    eps = {getattr(each, "variance_epsilon", None) for each in (norm, *norms)}
+    return len(eps) == 1 and len({attention.scaling for attention, _ in modules}) == 1
+
+
 class ElasticForward:
     """The weights of a model, gathered and handed to the op once; `found` says whether they are still the model's.
 
@@ -144,6 +149,7 @@ class ElasticForward:
             and _is_stock(inner)
             and _is_norm(norm)
             and None not in parts
+            and _is_one(norm, parts, self.modules)
             and self._gather(embed, norm, head, parts)
         )
 
@@ -186,7 +192,7 @@ class ElasticForward:
     def is_watched(self) -> bool:
         """Whether somebody's hook waits for a module that a step does not call."""
         hooks = self.found.hooks
-        return any(hooks) and any(hook.__module__ != _RECORDER for each in hooks for hook in each.values())
+        return any(hooks) and any(hook.__module__ != RECORDER for each in hooks for hook in each.values())
 
     def used(self, model: Any, B: int) -> Used | None:
         """What the layers keep of B sequences; None where the modules must run."""

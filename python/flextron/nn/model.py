@@ -24,7 +24,15 @@ from flextron.nn.forward import try_forward, wants_cache
 from flextron.nn.generation import is_plain, sample
 from flextron.nn.masks import is_left_padded, with_form, with_none
 from flextron.nn.policy import Dial, PerRequest, PerToken, Policy
-from flextron.nn.projection import PackedLinear, check_conversion, check_parts, check_plain, named
+from flextron.nn.projection import (
+    PackedLinear,
+    check_conversion,
+    check_parts,
+    check_plain,
+    fault_of_call,
+    fault_of_stock,
+    named,
+)
 from flextron.nn.rotary import forget
 from flextron.nn.router import AdaptiveRouter, Choices
 from flextron.nn.setting import Setting, Settings
@@ -540,15 +548,20 @@ def make_elastic(model: nn.Module, config: ElasticConfig | None = None) -> Any:
 
     activation = type(ACT2FN[hf.hidden_act])
     for i, layer in enumerate(model.model.layers):
-        if type(layer.mlp.act_fn) is not activation:
+        if wrong := fault_of_stock(layer.self_attn) or fault_of_stock(layer.mlp):
+            raise NotImplementedError(
+                f"make_elastic: attention and MLP of model.layers.{i} must be transformers' own, for elastic ones take "
+                f"their places and call neither, got {wrong}"
+            )
+        if type(layer.mlp.act_fn) is not activation or fault_of_call(layer.mlp.act_fn):
             raise NotImplementedError(
                 f"make_elastic: model.layers.{i}.mlp.act_fn must be {hf.hidden_act!r} as configured, got "
-                f"{named(layer.mlp.act_fn)}"
+                f"{fault_of_call(layer.mlp.act_fn) or named(layer.mlp.act_fn)}"
             )
     forget(model.model.rotary_emb)
     settings = Settings()
     for i, layer in enumerate(model.model.layers):
-        layer.self_attn = ElasticAttention(layer.self_attn, own, settings)
+        layer.self_attn = ElasticAttention(layer.self_attn, own, settings, i)
         layer.mlp = ElasticMLP(layer.mlp, hf.hidden_act, own, settings, i)
     count = sum(isinstance(m, ElasticAttention | ElasticMLP) for m in model.modules())
     if count != 2 * own.num_layers:

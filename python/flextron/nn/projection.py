@@ -19,6 +19,7 @@ _LORA = ("peft.tuners.lora.layer", "Linear")  # PEFT's, which need not be instal
 _ALIGN = ("accelerate.hooks", "AlignDevicesHook")
 _PLAIN = ("torch.nn.modules.", "transformers.", "flextron.nn.")
 _FAKE = "torch._subclasses."  # what stands for a weight while a compiler looks
+RECORDER = "transformers.utils.output_capturing"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -180,12 +181,12 @@ def check_plain(op: str, model: Any) -> None:
 def fault(proj: Any) -> str | None:
     """What of a projection an elastic layer would pass over; None where there is nothing."""
     if not is_adapted(proj):
-        return _called(proj) if type(proj) in (nn.Linear, PackedLinear) else named(proj)
+        return fault_of_call(proj) if type(proj) in (nn.Linear, PackedLinear) else named(proj)
     for module in (proj.base_layer, *proj.lora_A.values(), *proj.lora_B.values()):
         if type(module) is not nn.Linear:
             return f"{named(proj)} of {named(module)}"
     for module in (proj, proj.base_layer, *proj.lora_A.values(), *proj.lora_B.values()):
-        if found := _called(module):
+        if found := fault_of_call(module):
             return found
     for name in _active(proj):
         if variant := proj.lora_variant.get(name):
@@ -193,7 +194,12 @@ def fault(proj: Any) -> str | None:
     return None
 
 
-def _called(module: nn.Module) -> str | None:
+def fault_of_stock(module: nn.Module) -> str | None:
+    """What of a module of transformers something that takes its place would pass over; None where there is nothing."""
+    return fault_of_call(module) if type(module).__module__.startswith("transformers.") else named(module)
+
+
+def fault_of_call(module: nn.Module) -> str | None:
     """What waits for a call of the module: a hook, or a forward put in its place."""
     hook = module.__dict__.get("_hf_hook")
     # one that brings inputs to the module's device, and no weights, does what the layer's own does
@@ -206,8 +212,13 @@ def _called(module: nn.Module) -> str | None:
         and not named(weight).startswith(_FAKE)
     ):
         return f"{named(module)} with a weight that is a {named(weight)}"
-    kind = next((kind for kind in _HOOKS if getattr(module, kind)), None)
+    kind = next((kind for kind in _HOOKS if any(map(_acts, getattr(module, kind).values()))), None)
     return None if kind is None else f"{named(module)} with a hook in {kind}"
+
+
+def _acts(hook: Any) -> bool:
+    """Whether it may change something: those of transformers only write down, and stay once they were asked to."""
+    return hook.__module__ != RECORDER
 
 
 def _goes_on(module: nn.Module) -> bool:
