@@ -258,7 +258,7 @@ def test_what_was_measured_on_other_weights_does_not_survive(elastic, parent, te
     assert facts["routers"] == facts["adaptive router"] == "none"
     assert set(facts["latency tables"]) == {"prefill"}
     answer(capsys, *route)
-    answer(capsys, "convert", parent, elastic, *common, "--samples", 8, "--mlp-choices", "16,40")
+    answer(capsys, "convert", parent, elastic, *common, "--samples", 8, "--mlp-choices", "16,40", "--force")
     facts = answer(capsys, "info", elastic)
     assert facts["routers"] == "none" and facts["latency tables"] == {}
     assert not (elastic / "training").exists()

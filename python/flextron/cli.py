@@ -180,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=_seed, default=0, help="of the random order and of the widths that are proven"
     )
     _dtype(c, "each tensor's own in the source")
+    c.add_argument("--force", action="store_true", help="replace the model that is in DIRECTORY")
     c.add_argument(
         "--strip-prefix",
         metavar="PREFIX",
@@ -380,6 +381,7 @@ def _parser() -> argparse.ArgumentParser:
     x.add_argument("directory", help="elastic checkpoint, or the hub id of one")
     x.add_argument("out")
     _budget(x)
+    x.add_argument("--force", "--overwrite", action="store_true", help="replace the model that is in OUT")
     x.add_argument(
         "--layout",
         choices=("auto", "uniform", "padded", "ragged"),
@@ -594,6 +596,7 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
             seed=args.seed,
             dtype=args.dtype,
             strip_prefix=args.strip_prefix,
+            force=args.force,
         )
     _say(args, f"{args.directory}: {_certified(report)}")
     return report
@@ -951,7 +954,9 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     model = pipeline.from_pretrained(args.directory)
     widths = model.set_budget(**_given(args), phase=args.phase, context=args.context, batch=args.batch)
     tokenizer = pipeline.tokenizer_of(args.directory)
-    report = export(model, args.out, widths, layout=args.layout, tokenizer=tokenizer, dtype=args.dtype)
+    report = export(
+        model, args.out, widths, layout=args.layout, tokenizer=tokenizer, dtype=args.dtype, force=args.force
+    )
     parity = report["parity"]
     _say(
         args,

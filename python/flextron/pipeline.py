@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import warnings
@@ -22,13 +23,14 @@ from flextron.checkpoint.schema import checking
 from flextron.config import Widths, count
 from flextron.convert import convert as convert_model
 from flextron.convert import load_elastic, save_elastic
+from flextron.convert.source import room_beside, source_of
 from flextron.nn import Dial
 from flextron.nn.learning import relaxed_loss
 from flextron.nn.placement import one_device
 from flextron.nn.skeleton import parameter_shapes
 from flextron.nn.storage import Dtype, round_in_place, storage
 from flextron.route import adaptive as adaptive_routing
-from flextron.route import latency, trainer
+from flextron.route import trainer
 from flextron.route.adaptive import AdaptiveConfig, AdaptiveResult, train_adaptive
 from flextron.route.budget import Planner
 from flextron.route.ladder import uniform_ladder
@@ -50,6 +52,21 @@ from flextron.train import tune as tune_model
 TRAINING_FOLDER, TUNING_FOLDER = "training", "tuning"
 _ROUTERS = (*trainer.FILES, *adaptive_routing.FILES)
 Progress = Callable[[str, int, int], Any]
+
+
+def _alone(stage: Callable[..., Any]) -> Callable[..., Any]:
+    """The stage as the only one that writes into its directory, from beginning to end."""
+
+    @functools.wraps(stage)
+    def run(directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        if not Path(directory).is_dir():  # where a lock would make one
+            raise CheckpointError(
+                f"{stage.__name__}: {directory} must be an elastic checkpoint, got no directory"
+            )
+        with locked(directory, stage.__name__):
+            return stage(directory, *args, **kwargs)
+
+    return run
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -141,6 +158,7 @@ def convert(
     length: int = 256,
     tokenizer: Any = None,
     progress: Progress = _silent,
+    force: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Make an elastic checkpoint of a stock one: score, sort, prove that the full model is unchanged.
@@ -151,27 +169,29 @@ def convert(
         data: text to calibrate on; by default Python's own documentation.
         samples: sequences.
         length: tokens of each.
+        force: replace the model that is in ``directory``, which must be new or empty otherwise.
         options: ``unit``, ``aggregate``, ``mlp_choices``, ``head_choices``, ``order``, ``seed``, ``batch_size``,
             ``dtype``, ``strip_prefix`` of `flextron.convert.elastify.convert`.
 
     Returns:
         The parity certificate, the dtypes that are stored and how importance was scored, as in ``flextron.json``.
     """
-    if tokenizer is None:
-        tokenizer = tokenizer_of(parent)
-    report = convert_model(
-        parent,
-        directory,
-        calibration=_judging(corpus(tokenizer, data).train, samples, length),
-        tokenizer=tokenizer,
-        progress=lambda done, total: progress("scoring neurons and heads", done, total),
-        **options,
-    )
-    # What an earlier model in this directory was measured and trained to is not about this one.
-    _discard(directory, latency.FILE, *_ROUTERS, TRAINING_FOLDER, TUNING_FOLDER)
-    return report
+    room_beside(parent, directory, force)  # before the work, too
+    with locked(directory, "convert"):
+        if tokenizer is None:
+            tokenizer = tokenizer_of(source_of(parent))
+        return convert_model(
+            parent,
+            directory,
+            calibration=_judging(corpus(tokenizer, data).train, samples, length),
+            tokenizer=tokenizer,
+            progress=lambda done, total: progress("scoring neurons and heads", done, total),
+            force=force,
+            **options,
+        )
 
 
+@_alone
 def train(
     directory: str | Path,
     config: TrainConfig,
@@ -226,6 +246,7 @@ def _evaluated_again(model: Any, report: TrainReport, validation: Tensor) -> dic
     return {"step": last["step"], "stored": True, "sub_networks": rows}
 
 
+@_alone
 def profile(
     directory: str | Path, workloads: Sequence[Workload], *, progress: Progress = _silent, **options: Any
 ) -> dict[str, LatencyTable]:
@@ -247,6 +268,7 @@ def profile(
     return tables
 
 
+@_alone
 def profile_adaptive(
     directory: str | Path, *, progress: Progress = _silent, **options: Any
 ) -> dict[str, LatencyTable]:
@@ -272,6 +294,7 @@ def _profile_adaptive(
     return tables | found
 
 
+@_alone
 def route(
     directory: str | Path,
     config: RouteConfig,
@@ -304,6 +327,7 @@ def route(
     return result
 
 
+@_alone
 def route_adaptive(
     directory: str | Path,
     config: AdaptiveConfig | None = None,
@@ -337,6 +361,7 @@ def route_adaptive(
     return result
 
 
+@_alone
 def tune(
     directory: str | Path,
     config: TuneConfig | None = None,

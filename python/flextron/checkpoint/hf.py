@@ -9,27 +9,48 @@ from pathlib import Path
 from typing import Any
 
 from flextron.checkpoint.format import CONFIG_FILE, CheckpointError
-from flextron.checkpoint.io import Files
+from flextron.checkpoint.io import Files, read_json
+from flextron.checkpoint.schema import build
 
 GENERATION_FILE = "generation_config.json"
+_TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
     "head_dim",
 )
 _LAYERS = "num_hidden_layers"
+# Of a generation configuration, which transformers reads without looking.
+_SETTINGS: dict[type, tuple[str, ...]] = {
+    int: ("max_length", "max_new_tokens", "min_length", "top_k", "num_beams", "num_return_sequences"),
+    float: ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"),
+    bool: ("do_sample", "use_cache"),
+}
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @contextlib.contextmanager
-def foreign(path: str | Path, what: str) -> Iterator[None]:
-    """Whatever another library raises over a user's file becomes: ``path`` must be ``what``, got its first line."""
+def foreign(
+    path: str | Path, what: str, passed: tuple[type[Exception], ...] = (CheckpointError,)
+) -> Iterator[None]:
+    """Whatever another library raises over a user's file becomes: ``path`` must be ``what``, got its first line.
+
+    Errors of the classes in ``passed`` are sentences already.
+    """
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, CheckpointError):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, *passed):
         raise
     except BaseException as error:  # a panic of tokenizers' is no Exception
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(f"{path}: must be {what}, got {said[:200]}") from None
+        raise CheckpointError(f"{path}: must be {what}, got {_said(error)[:200]}") from None
+
+
+def _said(error: BaseException) -> str:
+    """An error's first line, and the second where that only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(error).__name__
 
 
 def read_config(files: Files, weights: Mapping[str, tuple[int, ...]]) -> tuple[Any, dict[str, Any]]:
@@ -66,11 +87,15 @@ def read_generation_config(files: Files) -> Any:
 
     if GENERATION_FILE not in files:
         return None
-    values = files.read_json(GENERATION_FILE)
-    with foreign(files / GENERATION_FILE, "a generation configuration that transformers reads"):
-        config = GenerationConfig.from_dict(values)
-        config.validate(strict=False)
-    return config
+    path, values = files / GENERATION_FILE, files.read_json(GENERATION_FILE)
+    for kind, names in _SETTINGS.items():
+        for name in names:
+            build(kind | None, values.get(name), path, name)
+    for name in _TOKENS:
+        ids = values.get(name)
+        build(tuple[int, ...] if isinstance(ids, list) else int | None, ids, path, name)
+    with foreign(path, "a generation configuration that transformers reads"):
+        return GenerationConfig.from_dict(values)
 
 
 def read_tokenizer(directory: str | Path) -> Any:
@@ -82,5 +107,8 @@ def read_tokenizer(directory: str | Path) -> Any:
             f"{directory}: must hold a tokenizer ({' or '.join(TOKENIZER_FILES[:2])}), got none; save the parent's "
             "there with its save_pretrained"
         )
+    for name in _TOKENIZER_JSON:
+        if (Path(directory) / name).is_file():
+            read_json(Path(directory) / name)
     with foreign(directory, "a directory with a tokenizer that transformers reads"):
         return AutoTokenizer.from_pretrained(directory)

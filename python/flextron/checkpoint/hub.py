@@ -8,7 +8,7 @@ from pathlib import Path
 from flextron.checkpoint.format import CheckpointError
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
-_READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
 _LEFT = ("training/*", "tuning/*")  # what runs need to be resumed
 
 

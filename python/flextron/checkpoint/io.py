@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flextron.checkpoint.format import CheckpointError, check_safetensors, listed
+from flextron.checkpoint.format import LFS_POINTER, CheckpointError, check_safetensors, listed
 from flextron.checkpoint.lock import BusyError, locked
 
 _STAGE, _COMMITTED = ".staged", ".committed"
@@ -61,6 +61,17 @@ def read_json(path: str | Path) -> dict[str, Any]:
     path = _existing(path)
     with path.open("rb") as file:
         return _json(path, file)
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Read a file of JSON objects, one a line; a last line without its end, which a killed run left, is none.
+
+    Raises:
+        CheckpointError: no such file, or another line is no such object.
+    """
+    path = _existing(path)
+    *lines, _ = path.read_bytes().split(b"\n")
+    return [_parsed(line, f"{path}: line {number}", "a JSON object") for number, line in enumerate(lines, 1)]
 
 
 def save_tensors(
@@ -333,12 +344,21 @@ def _existing(path: str | Path) -> Path:
 
 
 def _json(path: Path, file: BinaryIO) -> dict[str, Any]:
+    content = file.read()
+    if content.startswith(LFS_POINTER):
+        raise CheckpointError(
+            f"{path}: must be a JSON file, got a git-lfs pointer (`git lfs pull` fetches the file itself)"
+        )
+    return _parsed(content, f"{path}:", "a JSON file")
+
+
+def _parsed(content: bytes, who: str, what: str) -> dict[str, Any]:
     try:
-        obj = json.loads(file.read().decode("utf-8"), parse_float=_finite, parse_constant=_finite)
+        obj = json.loads(content.decode("utf-8"), parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
-        raise CheckpointError(f"{path}: must be a JSON file, got something else or a damaged one") from None
+        raise CheckpointError(f"{who} must be {what}, got something else or a damaged one") from None
     if not isinstance(obj, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, got {type(obj).__name__}")
+        raise CheckpointError(f"{who} must hold a JSON object, got {type(obj).__name__}")
     return obj
 
 

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
-from flextron.checkpoint import WEIGHTS_FILE, checksum_of
+from flextron.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Origin, checksum_of
+from flextron.checkpoint.card import write_card
+from flextron.checkpoint.hf import TOKENIZER_FILES, foreign, read_tokenizer
 from flextron.config import ElasticConfig, Widths
 from flextron.convert.importance import check_tokens, score
 from flextron.convert.parent import copy_parent, read_parent
 from flextron.convert.reorder import LayerOrder, identity_orders, random_orders, reorder, sorted_orders
+from flextron.convert.source import room_beside, source_of
 from flextron.convert.store import make_elastic, read_model, save_elastic
 from flextron.data import seeded
 from flextron.nn import ElasticModel, elastic_config
@@ -27,7 +30,6 @@ ORDERS = ("importance", "none", "random")
 _HELD_OUT = 4  # sequences kept from scoring, for the proof
 _HELD_OUT_TOKENS = 128  # of each: logits of a large vocabulary are big
 _SUB_NETWORKS = 2  # drawn for the proof
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 def convert(
@@ -46,6 +48,7 @@ def convert(
     progress: Callable[[int, int], None] | None = None,
     dtype: Dtype = "auto",
     strip_prefix: str | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Make an elastic checkpoint of a stock one.
 
@@ -66,6 +69,7 @@ def convert(
         progress: called after each scoring pass with sequences done and in all.
         dtype: to store in: ``"auto"``, each tensor's own in the parent; ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         strip_prefix: taken off the beginning of every tensor's name in the directory: ``"_orig_mod."``, ``"module."``.
+        force: replace the model that is in ``out_dir``, which must be new or empty otherwise.
 
     Returns:
         What ``flextron.json`` stores: ``dtypes``, ``importance`` and ``parity``. In that, ``max_abs`` and ``max_rel``
@@ -84,20 +88,25 @@ def convert(
     if isinstance(parent, ElasticModel):
         raise ValueError("convert: parent must be a stock model, got one that is elastic already")
     stored = parent if isinstance(parent, str | Path) else None
-    if stored is not None and Path(stored).resolve() == Path(out_dir).resolve():
-        raise ValueError(f"convert: out_dir must be another directory than the parent's, got {out_dir}")
-    hf_config = AutoConfig.from_pretrained(stored) if stored is not None else parent.config
+    drop = room_beside(parent, out_dir, force)
+    where = _home(parent) if stored is None else source_of(stored)
+    if stored is not None:
+        with foreign(where / CONFIG_FILE, "a configuration that transformers reads"):
+            hf_config = AutoConfig.from_pretrained(where)
+    else:
+        hf_config = parent.config
     config = elastic_config(hf_config, unit, mlp_choices, head_choices)
-    make_elastic(
-        skeleton(copy.deepcopy(hf_config)), config
-    )  # refuses, before any work, what cannot be elastic
+    # refuses, before any work, what cannot be elastic
+    with foreign("convert: parent", "a model that can be built", passed=(ValueError, NotImplementedError)):
+        make_elastic(skeleton(copy.deepcopy(hf_config)), config)
     check_tokens("convert", calibration, config.vocab_size, sequences=2)
 
     held_out = min(_HELD_OUT, max(1, len(calibration) // 4))
     proof = calibration[-held_out:, :_HELD_OUT_TOKENS]
     if stored is not None:
-        model = read_parent(stored, strip_prefix)
-        tokenizer = tokenizer or _tokenizer_of(stored)
+        with foreign(where, "a model that transformers reads", passed=(ValueError, OSError)):
+            model = read_parent(where, strip_prefix)
+        tokenizer = tokenizer or _tokenizer_of(where)
     elif strip_prefix is not None:
         raise ValueError("convert: strip_prefix must be None when parent is a loaded model")
     else:
@@ -121,8 +130,37 @@ def convert(
         report["parity"] = _prove(stage, stock, config, proof, before, expected, seed)
         return report
 
-    save_elastic(model, out_dir, tokenizer, {}, prove=prove)
+    def beside(stage: Path, _: Origin) -> None:
+        base = str(stored) if stored is not None and not Path(stored).exists() else None
+        write_card(stage, where, f"{Path(out_dir).resolve().name}, elastic", _card(config, report), base)
+
+    save_elastic(model, out_dir, tokenizer, {}, beside, prove=prove, drop=drop)
     return report
+
+
+def _home(parent: Any) -> Path | None:
+    """The directory that a loaded model was read from, where it is one."""
+    name = getattr(parent, "name_or_path", "")
+    return Path(name) if name and Path(name).is_dir() else None
+
+
+def _card(config: ElasticConfig, report: dict[str, Any]) -> list[str]:
+    """What the card of an elastic checkpoint says."""
+    parity, full, small = report["parity"], config.params(config.full()), config.params(config.smallest())
+    return [
+        "One set of weights that holds a nested family of smaller models, made by "
+        f"flextron: {full / 1e6:.2f} M parameters at full width, "
+        f"{small / 1e6:.2f} M at the smallest.",
+        f"At conversion, stock transformers read these files in {parity['dtype']} with logits within "
+        f"{parity['max_rel']:.1e} of the parent's largest logit, on {parity['tokens']} tokens. `flextron info` tells "
+        "what was done since.",
+        f"MLP widths: {', '.join(map(str, config.mlp_choices))}. Heads (unit `{config.unit}`): "
+        f"{', '.join(map(str, config.head_choices))}.",
+        '```python\nimport flextron\n\nmodel = flextron.from_pretrained("DIRECTORY")\n'
+        f"model.set_budget(params={(full + small) / 2:.0f})  # or memory_gb=; once profiled, a share of the latency\n"
+        "```",
+        "Stock transformers loads this directory as the full model.",
+    ]
 
 
 def _prove(
@@ -194,7 +232,5 @@ def _orders(
     return sorted_orders(importance, config), found
 
 
-def _tokenizer_of(source: str | Path) -> Any:
-    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    return AutoTokenizer.from_pretrained(source)
+def _tokenizer_of(source: Path) -> Any:
+    return read_tokenizer(source) if any((source / name).is_file() for name in TOKENIZER_FILES) else None

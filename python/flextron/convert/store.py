@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ def save_elastic(
     prove: Callable[[Path, Any], dict[str, Any]] | None = None,
     dtype: Dtype = "auto",
     tensors: Mapping[str, Tensor] | None = None,
+    drop: Iterable[str] = (),
 ) -> Origin:
     """Write an elastic model, all of it or nothing; other files in ``directory`` stay.
 
@@ -72,6 +73,7 @@ def save_elastic(
             report; an error that it raises leaves the old files.
         dtype: ``"auto"``: each tensor in its own dtype in the file that the model was loaded from.
         tensors: the model's parameters by name, where they are not in the model; each is stored in its own dtype.
+        drop: names in ``directory`` that go when the new files begin to count.
 
     Returns:
         What files made for these weights are to say they were made for.
@@ -89,7 +91,7 @@ def save_elastic(
         tensors = rounded("save", dict(model.named_parameters()), dtypes)
     else:
         dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    with commit(directory) as stage:
+    with commit(directory, drop) as stage:
         _stock_config(model, common(dtypes.values())).save_pretrained(stage)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(stage)
@@ -170,6 +172,7 @@ def read_model(
         # Copied, for the file's tensors may lie in a mapping of it, and aligned to 8 bytes only.
         fill(model, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()})
         model.generation_config = read_generation_config(files) or model.generation_config
+        model.name_or_path = str(files.directory)
     model.stored = {name: tensor.dtype for name, tensor in tensors.items()}
     return make_elastic(model, elastic)
 

@@ -16,6 +16,7 @@ import torch
 
 from flextron import pipeline
 from flextron.checkpoint.io import read_json, write_json
+from flextron.checkpoint.lock import LOCK_FILE, locked
 from flextron.demo.parents import Parent, load_parent
 from flextron.demo.report import draw
 from flextron.export import export
@@ -135,6 +136,11 @@ def run(
     """
     out = Path(out)
     _check_room(out)
+    with locked(out, "demo"):
+        return _run(parent, out, data, seed, progress)
+
+
+def _run(parent: str, out: Path, data: str | Path | None, seed: int, progress: Progress) -> dict[str, Any]:
     clock = _Clock()
     began = time.perf_counter()
     with clock.stage("parent"):
@@ -223,9 +229,11 @@ def _check_room(out: Path) -> None:
 
 def _clear(out: Path) -> None:
     """Remove an earlier demonstration."""
-    if out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+    for path in out.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK_FILE:  # ours
+            path.unlink()
     (out / _MARK).touch()
 
 

@@ -23,8 +23,10 @@ from flextron.checkpoint import (
     save_tensors,
     write_json,
 )
+from flextron.checkpoint.card import write_card
 from flextron.checkpoint.hf import foreign, read_config, read_generation_config
 from flextron.checkpoint.hub import local
+from flextron.checkpoint.room import room_for_model
 from flextron.checkpoint.schema import build as build_from
 from flextron.checkpoint.schema import checksums_of
 from flextron.config import ElasticConfig, Widths
@@ -48,6 +50,7 @@ def export(
     layout: str = "auto",
     tokenizer: Any = None,
     dtype: Dtype = "auto",
+    force: bool = False,
     **units: Any,
 ) -> dict[str, Any]:
     """Write a sub-network as a Hugging Face directory, all of it or nothing.
@@ -63,6 +66,7 @@ def export(
         tokenizer: stored too when given.
         dtype: to store in: ``"auto"``, each tensor's own in the checkpoint that the model was loaded from;
             ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        force: replace the model that is in ``directory``, which must be new or empty otherwise.
 
     Returns:
         What ``export.json`` says: ``layout``, ``widths``, ``params``, ``dtypes``, ``loads_in``, ``parity`` and, where
@@ -77,6 +81,7 @@ def export(
     directory = Path(directory)
     if (directory / ELASTIC_FILE).is_file():
         raise ValueError(f"export: directory must not be an elastic checkpoint, got {directory}")
+    drop = room_for_model(directory, "export", force)
     widths = widths_of(model, budget, units)
     chosen = layout_of(layout, model.elastic, widths, "padded")
     plain = build(model, widths, chosen)
@@ -95,7 +100,7 @@ def export(
         report["note"] = note
     tensors = rounded("export", dict(plain.named_parameters()), proof.dtypes)
     plain.config.dtype = common(proof.dtypes.values())
-    with commit(directory) as stage:
+    with commit(directory, drop) as stage:
         plain.config.save_pretrained(stage)
         if plain.generation_config is not None:
             plain.generation_config.save_pretrained(stage)
@@ -107,6 +112,7 @@ def export(
         read = load_plain(stage, plain.config.dtype) if ragged else read_back("export", stage, tensors)
         report["parity"] = proof.of(read)
         write_json(stage / EXPORT_FILE, report)
+        write_card(stage, model.name_or_path or None, directory.resolve().name, _card(report))
     return report
 
 
@@ -185,6 +191,19 @@ def _checked(files: Files) -> str:
     weights = checksums.pop(WEIGHTS_FILE)
     files.verify(checksums)
     return weights
+
+
+def _card(report: dict[str, Any]) -> list[str]:
+    """What the card of an export says."""
+    load = "flextron.load_plain" if report["layout"] == "ragged" else "AutoModelForCausalLM.from_pretrained"
+    module = load.partition(".")[0] if report["layout"] == "ragged" else "transformers"
+    line = f"import {module}" if module == "flextron" else f"from {module} import {load.partition('.')[0]}"
+    return [
+        "One sub-network of an elastic model, as a plain one, made by "
+        f"flextron: {report['params'] / 1e6:.2f} M parameters, "
+        f"layout `{report['layout']}`.{' ' + report['note'] if 'note' in report else ''}",
+        f'```python\n{line}\n\nmodel = {load}("DIRECTORY")\n```',
+    ]
 
 
 def _note(config: ElasticConfig, widths: Widths, layout: str, params: int) -> str | None:

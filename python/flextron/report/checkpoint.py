@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ from typing import Any
 import torch
 
 from flextron import pipeline
+from flextron.checkpoint import commit
 from flextron.report import figures
 from flextron.report.page import Section, render
 from flextron.route.adaptive import AdaptiveResult
 from flextron.route.trainer import RouterResult
-from flextron.train.resume import METRICS_FILE
+from flextron.train.resume import METRICS_FILE, read_metrics
 
 PAGE = "report.html"
 Progress = Callable[[str, int, int], Any]
@@ -66,9 +66,9 @@ def report(
         f"{model.elastic.params(model.elastic.full()) / 1e6:.2f} M parameters at full width; "
         f"{table.workload.tokens} tokens of prefill on {table.machine['device']}, {table.machine['threads']} threads"
     )
-    path = Path(directory) / PAGE
-    path.write_text(render(Path(directory).resolve().name, lead, sections), encoding="utf-8")
-    return path
+    with commit(directory) as stage:
+        (stage / PAGE).write_text(render(Path(directory).resolve().name, lead, sections), encoding="utf-8")
+    return Path(directory) / PAGE
 
 
 def _losses(rows: Sequence[dict[str, Any]], table: Any) -> Section:
@@ -207,9 +207,7 @@ def _adaptive(result: AdaptiveResult) -> Section:
 
 def _training(folder: Path) -> list[Section]:
     path = folder / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    # a line that a killed run left half written has no end
-    records = [r for r in (json.loads(line) for line in lines if line.endswith("\n")) if "loss" in r]
+    records = [r for r in (read_metrics(path) if path.is_file() else []) if "loss" in r]
     if not records:
         return []
     steps = [r["step"] for r in records]

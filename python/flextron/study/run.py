@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from flextron import data as text
 from flextron import pipeline
-from flextron.checkpoint import Origin
+from flextron.checkpoint import Origin, locked, read_lines
+from flextron.checkpoint.schema import build
 from flextron.config import Widths
 from flextron.convert import load_elastic, save_elastic
 from flextron.demo import stories
@@ -74,6 +75,10 @@ class Study:
         Returns:
             Whether all of it is done.
         """
+        with locked(self.out, "reproduce"):
+            return self._run(stages, deadline)
+
+    def _run(self, stages: Sequence[str], deadline: float | None) -> bool:
         if unknown := [stage for stage in stages if stage not in STAGES]:
             raise ValueError(f"reproduce: stages must be among {', '.join(STAGES)}, got {', '.join(unknown)}")
         for stage in STAGES:
@@ -94,8 +99,11 @@ class Study:
     def done(self) -> dict[str, Row]:
         """What is recorded: job -> {"rows", "seconds"}."""
         path = self.out / RUNS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return {record["job"]: record for record in map(json.loads, lines)}
+        records = read_lines(path) if path.exists() else []
+        for number, record in enumerate(records, 1):
+            build(str, record.get("job"), f"{path}: line {number}", "job")
+            build(tuple[Row, ...], record.get("rows"), f"{path}: line {number}", "rows")
+        return {record["job"]: record for record in records}
 
     def _record(self, job: str, rows: list[Row], seconds: float) -> None:
         line = json.dumps({"job": job, "seconds": round(seconds, 2), "rows": rows})
@@ -146,6 +154,7 @@ class Study:
                     self._converted(order, seed),
                     data=corpus,
                     tokenizer=parent.tokenizer,
+                    force=True,  # what a killed run left
                     samples=self.plan.calibration,
                     length=self.plan.length,
                     order=order,

@@ -13,14 +13,15 @@ import json
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flextron.checkpoint import CheckpointError, load_tensors, read_json, save_tensors, write_json
+from flextron.checkpoint import CheckpointError, load_tensors, read_json, read_lines, save_tensors, write_json
+from flextron.checkpoint.schema import build
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -218,11 +219,11 @@ class MetricsLog:
         """Go on after step ``resumed``: later lines, and one cut off by a crash, are dropped."""
         self.path = directory / METRICS_FILE
         self.path.touch()
+        records = read_metrics(self.path)  # a damaged one is refused before anything is cut off
         with self.path.open("rb+") as file:
             size = 0
-            for line in file:
-                record = _record(line)
-                if record is None or record["step"] > resumed:
+            for record, line in zip(records, file, strict=False):
+                if record["step"] > resumed:
                     break
                 size += len(line)
             file.truncate(size)
@@ -232,8 +233,49 @@ class MetricsLog:
             file.write(json.dumps(record) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        with self.path.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        return read_metrics(self.path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``: of a step, with its ``loss``, or of an evaluation, with ``sub_networks``.
+
+    Raises:
+        CheckpointError: one sentence that says which line is neither.
+    """
+    records = read_lines(path)
+    for number, record in enumerate(records, 1):
+        kind = _Evaluation if "sub_networks" in record else _Step
+        known = {f.name for f in fields(kind)}
+        build(kind, {k: v for k, v in record.items() if k in known}, f"{path}: line {number}")
+    return records
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is read of a step's line."""
+
+    step: int
+    loss: float
+    size: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What is read of an evaluation's line."""
+
+    step: int
+    sub_networks: tuple[dict[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        for row in self.sub_networks:
+            for name, kind in (
+                ("size", float),
+                ("loss", float),
+                ("mlp", tuple[int, ...]),
+                ("heads", tuple[int, ...]),
+            ):
+                build(kind, row.get(name), METRICS_FILE, name)
 
 
 def fingerprint(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype] | None = None) -> str:
@@ -283,13 +325,3 @@ def _differing(ours: Mapping[str, Any], found: Mapping[str, Any], prefix: str = 
         elif a != b:
             names.append(prefix + key)
     return names
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

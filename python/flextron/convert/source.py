@@ -1,0 +1,79 @@
+"""The parent's directory, looked at before anything is read: what cannot be converted is told in one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flextron.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, Files, opened
+from flextron.checkpoint.format import listed
+from flextron.checkpoint.hf import read_config, read_generation_config
+from flextron.checkpoint.hub import local
+from flextron.checkpoint.room import room_for_model
+from flextron.nn.families import family_of
+
+_INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+_ADAPTER_FILE = "adapter_config.json"
+
+
+def room_beside(parent: Any, out_dir: str | Path, force: bool) -> list[str]:
+    """As `room_for_model`, for a conversion: the parent itself is never replaced."""
+    if isinstance(parent, str | Path) and Path(parent).resolve() == Path(out_dir).resolve():
+        raise ValueError(f"convert: out_dir must be another directory than the parent's, got {out_dir}")
+    return room_for_model(out_dir, "convert", force)
+
+
+def source_of(parent: str | Path) -> Path:
+    """The directory of a parent, fetched from the hub where ``parent`` is an id; its files are checked.
+
+    Raises:
+        CheckpointError: it is an adapter, quantised, or not all there.
+    """
+    directory = local(parent)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: must be the directory of a model, got a file")
+    if (directory / _ADAPTER_FILE).exists():
+        raise CheckpointError(
+            f"{directory}: must hold a whole model, got an adapter ({_ADAPTER_FILE}); merge it into its base first "
+            "(peft's merge_and_unload and save_pretrained)"
+        )
+    with opened(directory) as files:
+        _refuse_quantised(files)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in _weights(files):
+            shapes |= files.shapes(name)
+        config, _ = read_config(files, shapes)
+        family_of(config)
+        read_generation_config(files)
+    return directory
+
+
+def _refuse_quantised(files: Files) -> None:
+    quantised: Any = files.read_json(CONFIG_FILE).get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise CheckpointError(
+            f"{files / CONFIG_FILE}: must describe weights that are not quantised, got quantization_config of "
+            f"{str(method or 'an unknown method')[:40]}; dequantise the model first"
+        )
+
+
+def _weights(files: Files) -> list[str]:
+    """The names of a model's safetensors files."""
+    if WEIGHTS_FILE in files:
+        return [WEIGHTS_FILE]
+    if _INDEX_FILE not in files:
+        kinds = (".bin", ".pt", ".pth", ".gguf")
+        other = sorted(p.name for p in files.directory.iterdir() if p.suffix in kinds)
+        raise CheckpointError(
+            f"{files.directory}: must hold its weights as {WEIGHTS_FILE} or in shards, got {listed(other) or 'neither'}"
+        )
+    shards = files.read_json(_INDEX_FILE).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(v, str) for v in shards.values()):
+        raise CheckpointError(
+            f"{files / _INDEX_FILE}: weight_map must name the file of each tensor, got something else"
+        )
+    names = sorted(set(shards.values()))
+    if missing := [name for name in names if name not in files]:
+        raise CheckpointError(f"{files / _INDEX_FILE}: every shard must be there, got no {listed(missing)}")
+    return names
