@@ -128,7 +128,7 @@ def test_a_hole_in_the_index_of_shards_is_refused(tmp_path: Path) -> None:
         convert(parent, tmp_path / "out", calibration=calibration())
     path.unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"must hold its weights as model\.safetensors or in shards, got neither"
+        ValueError, match=r"must hold its weights as model\.safetensors or in shards, got neither"
     ):
         convert(parent, tmp_path / "out", calibration=calibration())
     assert not (tmp_path / "out").exists()

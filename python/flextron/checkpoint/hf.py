@@ -98,6 +98,12 @@ def read_generation_config(files: Files) -> Any:
         return GenerationConfig.from_dict(values)
 
 
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer; what the library that writes it says of a full disk is one sentence."""
+    with foreign(folder, "written whole", passed=(CheckpointError, OSError)):
+        tokenizer.save_pretrained(folder)
+
+
 def read_tokenizer(directory: str | Path) -> Any:
     """The tokenizer of a model directory."""
     from transformers import AutoTokenizer
@@ -111,4 +117,6 @@ def read_tokenizer(directory: str | Path) -> Any:
         if (Path(directory) / name).is_file():
             read_json(Path(directory) / name)
     with foreign(directory, "a directory with a tokenizer that transformers reads"):
-        return AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer("a")  # settings of a wrong type are noticed when they are used
+    return tokenizer

@@ -11,6 +11,7 @@ Checksums in the JSON sidecar catch what happens outside these rules. One writer
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -34,6 +35,7 @@ _STAGE, _COMMITTED = ".staged", ".committed"
 _DROPPED = ".dropped.json"  # in a stage: names that go when the new set begins to count
 _PATIENCE = 60.0  # seconds that a reader waits for a save to be moved into place
 _STEP = 0.002  # seconds between two looks
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OPENED = (".json", ".safetensors")  # what a reader of a directory opens
 _SHARED = "flextron.shared"  # key in the safetensors metadata: {second name: first name} of tied tensors
 
@@ -273,8 +275,10 @@ def commit(directory: str | Path, drop: Iterable[str] = ()) -> Iterator[Path]:
                 _sync(path)
             _sync(stage)
             os.replace(stage, directory / _COMMITTED)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(stage, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                raise CheckpointError(f"{directory}: must have room for what is saved, got {error}") from None
             raise
         _sync(directory)
         recover(directory)

@@ -29,7 +29,7 @@ from flextron.checkpoint import (
     save_tensors,
     write_json,
 )
-from flextron.checkpoint.hf import read_config, read_generation_config
+from flextron.checkpoint.hf import read_config, read_generation_config, write_tokenizer
 from flextron.checkpoint.schema import build, checksums_of
 from flextron.config import ElasticConfig
 from flextron.nn import check_plain, elastic_config
@@ -96,7 +96,7 @@ def save_elastic(
         if model.generation_config is not None:
             model.generation_config.save_pretrained(stage)
         if tokenizer is not None:
-            tokenizer.save_pretrained(stage)
+            write_tokenizer(tokenizer, stage)
         checksums = {
             WEIGHTS_FILE: save_tensors(stage / WEIGHTS_FILE, tensors),
             CONFIG_FILE: checksum_of(stage / CONFIG_FILE),

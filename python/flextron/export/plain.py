@@ -24,7 +24,7 @@ from flextron.checkpoint import (
     write_json,
 )
 from flextron.checkpoint.card import write_card
-from flextron.checkpoint.hf import foreign, read_config, read_generation_config
+from flextron.checkpoint.hf import foreign, read_config, read_generation_config, write_tokenizer
 from flextron.checkpoint.hub import local
 from flextron.checkpoint.room import room_for_model
 from flextron.checkpoint.schema import build as build_from
@@ -105,7 +105,7 @@ def export(
         if plain.generation_config is not None:
             plain.generation_config.save_pretrained(stage)
         if tokenizer is not None:
-            tokenizer.save_pretrained(stage)
+            write_tokenizer(tokenizer, stage)
         weights = save_tensors(stage / WEIGHTS_FILE, tensors)
         report["checksums"] = {WEIGHTS_FILE: weights, CONFIG_FILE: checksum_of(stage / CONFIG_FILE)}
         ragged = chosen == "ragged"
