@@ -6,6 +6,9 @@ import copy
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -420,3 +423,61 @@ def test_sorting_helps_a_trained_parent(tmp_path: Path) -> None:
         model.set_widths(config.uniform(len(config.mlp_choices) // 2 - 1, -1))
         losses[order] = model(input_ids=judged, labels=judged).loss.item()
     assert full < losses["importance"] < losses["random"]
+
+
+def test_a_model_is_replaced_whole_and_only_when_asked(tmp_path: Path) -> None:
+    """Nothing of the old one is left: a stale shard would be loaded by what looks for shards first."""
+    parent, out = tmp_path / "parent", tmp_path / "out"
+    small_model().save_pretrained(parent)
+    (parent / "LICENSE").write_text("MIT")
+    (parent / "README.md").write_text("---\nlicense: mit\n---\n# Parent\n")
+    out.mkdir()
+    for name in ("config.json", "model-00001-of-00002.safetensors", "routers.json", "mine.txt"):
+        (out / name).write_text("old")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(CheckpointError, match="must be new or empty"):
+        convert(parent, out, calibration=calibration())
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    convert(parent, out, calibration=calibration(), force=True)
+    assert (out / "mine.txt").read_text() == "old" and load_elastic(out)
+    left = {path.name for path in out.iterdir()}
+    assert left == {
+        *("config.json", "flextron.json", "generation_config.json", "model.safetensors", "mine.txt"),
+        *("README.md", "parent_README.md", "LICENSE"),
+    }
+    card = (out / "README.md").read_text()
+    assert "license: mit" in card and "within" in card and "flextron.from_pretrained" in card
+
+
+def test_a_checkpoint_loads_while_another_process_saves_it(tmp_path: Path) -> None:
+    """The old one or the new one: every layer's first weight is the number of its save."""
+    convert(small_model(), tmp_path, calibration=calibration())
+    script = f"""
+import torch
+from pathlib import Path
+from flextron.convert import load_elastic, save_elastic
+torch.set_num_threads(1)
+model, _ = load_elastic({str(tmp_path)!r})
+number = 0
+while True:
+    number += 1
+    with torch.no_grad():
+        for p in model.parameters():
+            p.flatten()[0] = number
+    save_elastic(model, {str(tmp_path)!r})
+    if number == 1:
+        print("saving", flush=True)
+"""
+    seen = []
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as saver:
+        try:
+            assert saver.stdout.readline()
+            end = time.monotonic() + 4
+            while time.monotonic() < end or len(set(seen)) < 3:
+                model, _ = load_elastic(tmp_path)
+                numbers = {float(p.flatten()[0]) for p in model.parameters()}
+                assert len(numbers) == 1
+                seen += numbers
+        finally:
+            saver.kill()
+    assert seen == sorted(seen)
