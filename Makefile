@@ -4,12 +4,14 @@
 #   make resources                    registers, spills and build cost of every CUDA kernel against the kept table
 #   make demo ARGS="--parent tiny"    ARGS is handed to the command
 #   make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"    what pip installs as torch
+#   make test JOBS=8                  so many processes side by side; each takes a GB and two threads
 #   make test PYTHON=python3.12       the Python that .venv is made from (3.11 or newer)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -26,7 +28,7 @@ demo: setup
 	$(BIN)/flextron demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 emulate: setup
 	PYTHON=$(BIN)/python bash tests/emulator/run.sh $(ARGS)
