@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from nn.models import small_model
 from nn.test_elastic_model import elastic, mixed, tokens
 from nn.test_policy import left_padded, routed, three, turned
-from transformers import StoppingCriteria
+from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from transformers import LlamaForCausalLM, StoppingCriteria
 from transformers.generation import LogitsProcessorList, MinPLogitsWarper
 
 import flextron.nn.model as model_module
-from flextron.nn import ElasticCache
+from flextron.nn import ElasticCache, make_elastic
 
 
 @contextmanager
@@ -188,3 +190,58 @@ def test_transformers_runs_where_ours_would_not_do(monkeypatch):
     with torch.no_grad():
         model(ids[:, :3], cache=(filled := ElasticCache()))
     assert taken(cache=filled) == []
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig])
+def test_virtual_tokens_before_a_prompt_are_seen(kind):
+    """PEFT puts them there by a method of its own in the place of one of the model's."""
+    found = []
+    ids, mask = left_padded()
+    for model in (small_model(), elastic()):
+        torch.manual_seed(2)
+        wrapped = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+        settings = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        found.append(wrapped.generate(input_ids=ids, **settings))
+        found.append(model.generate(ids, **settings))  # as it was
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+    assert not torch.equal(found[0], found[1])
+
+
+class Negative(LlamaForCausalLM):
+    def forward(self, *, input_ids: Any = None, **kwargs: Any) -> Any:
+        found = super().forward(input_ids, **kwargs)
+        found.logits = -found.logits
+        return found
+
+
+class Called(LlamaForCausalLM):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().__call__(*args, **kwargs)
+        found.logits = -found.logits
+        return found
+
+
+class Shifted(LlamaForCausalLM):
+    def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> Any:
+        found = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        return found | {"input_ids": (found["input_ids"] + 1) % 61}
+
+
+class Ended(LlamaForCausalLM):
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._sample(*args, **kwargs)[:, :-1]
+
+
+@pytest.mark.parametrize("kind", [Negative, Called, Shifted, Ended])
+def test_what_a_class_of_ones_own_does_otherwise_is_done(kind):
+    (ids, mask), models = left_padded(), [small_model(), small_model()]
+    for model in models:
+        model.__class__ = kind
+    stock, model = models[0], make_elastic(models[1])
+    settings = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    expected = stock.generate(ids, **settings)
+    assert not torch.equal(expected, small_model().generate(ids, **settings))
+    assert torch.equal(model.generate(ids, **settings), expected)
+    with torch.no_grad():
+        logits = [m(input_ids=ids, attention_mask=mask).logits for m in (stock, model)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=2e-5)

@@ -95,6 +95,11 @@ class _Found:
         )
 
 
+def is_known(method: Any) -> bool:
+    """Whether a method of a model's class is transformers' own (or torch's), and so one that we know."""
+    return method.__module__.startswith(("transformers.", "torch."))
+
+
 def _is_stock(module: nn.Module) -> bool:
     """Whether it is transformers' own, and computes what it says."""
     return type(module).__module__.startswith("transformers.models.")

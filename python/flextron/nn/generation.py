@@ -6,6 +6,7 @@ Prompts, processors, criteria and streamers are transformers' here too.
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -14,11 +15,20 @@ from transformers import MaxLengthCriteria, StoppingCriteria, StoppingCriteriaLi
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from flextron.nn.cache import ElasticCache
-from flextron.nn.forward import ElasticForward, Used
+from flextron.nn.forward import ElasticForward, Used, is_known
 from flextron.nn.masks import first_keys, is_left_padded
 from flextron.nn.setting import Setting
 
 _TAKEN = ("cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep")
+# of transformers' loop: what ours does in their place
+_CALLED = (
+    "forward",
+    "__call__",
+    "prepare_inputs_for_generation",
+    "_update_model_kwargs_for_generation",
+    "_prefill",
+    "_sample",
+)
 _AHEAD = 64  # positions whose rotary tables are made at once
 
 
@@ -36,7 +46,15 @@ def is_plain(model: Any, input_ids: Tensor, config: Any, inputs: dict[str, Any])
         and not any(value is not None for name, value in inputs.items() if name not in _TAKEN)
         and not (config.output_attentions or config.output_hidden_states or config.is_assistant)
         and config.prefill_chunk_size is None
-        and "forward" not in model.__dict__  # nobody has put another in its place
+        and not any(map(_is_replaced, repeat(model), _CALLED))
+    )
+
+
+def _is_replaced(model: Any, name: str) -> bool:
+    """Whether somebody put a method of theirs in the place of one, in the model (as PEFT does) or in a subclass."""
+    own = model.__dict__.get(name)
+    return not is_known(getattr(model.stock, name)) or (
+        own is not None and getattr(own, "__func__", None) is not getattr(type(model), name)
     )
 
 

@@ -20,7 +20,7 @@ from flextron.nn.cache import ElasticCache, given_cache
 from flextron.nn.elastic_attention import ElasticAttention
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.families import elastic_config, family_of
-from flextron.nn.forward import try_forward, wants_cache
+from flextron.nn.forward import is_known, try_forward, wants_cache
 from flextron.nn.generation import is_plain, sample
 from flextron.nn.masks import is_left_padded, with_form, with_none
 from flextron.nn.policy import Dial, PerRequest, PerToken, Policy
@@ -482,6 +482,7 @@ def _runs_layers_again(model: Any) -> bool:
 def _elastic_class(cls: type) -> type:
     own = inspect.signature(cls.forward).parameters.values()
     names = [p.name for p in own if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
+    known = is_known(cls.forward)
 
     @wraps(cls.forward)  # transformers reads the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -491,7 +492,7 @@ def _elastic_class(cls: type) -> type:
         if torch.compiler.is_compiling():
             self.check_projections()
             return cls.forward(self, **with_none(with_form(given)))
-        taken = try_forward(self, given)
+        taken = try_forward(self, given) if known else None
         if taken is not None:
             return taken
         self.check_projections()
