@@ -212,6 +212,7 @@ def test_the_modules_run_where_a_step_would_miss_something(monkeypatch):
     assert run(output_hidden_states=True) == []
     assert run(return_dict=False) == []
     assert run(logits_to_keep=torch.tensor([0])) == []
+    assert run(logits_to_keep=-1) == []
     seen: list[Any] = []
     handle = hooked(model, seen)
     assert run() == [] and len(seen) == 2  # the prompt's pass, and the step's

@@ -184,6 +184,7 @@ def test_transformers_runs_where_ours_would_not_do(monkeypatch):
     assert taken(num_beams=2) == []
     assert taken(use_cache=False) == []
     assert taken(prefill_chunk_size=2) == []
+    assert taken(attention_mask=torch.ones(2, 8, dtype=torch.int64)) == []
     assert taken(return_dict_in_generate=True, output_hidden_states=True) == []
     cache = ElasticCache()
     assert taken(cache=cache) == [1]

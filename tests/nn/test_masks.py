@@ -174,6 +174,14 @@ def test_masks_go_together_with_every_dial():
             agree(tokens_of[row], model.generate(ids[row], attention_mask=mask[row], **GREEDY))
 
 
+@pytest.mark.parametrize("way", ["greedy", "beams"])
+@pytest.mark.parametrize("hidden", [0, 2])
+def test_a_mask_may_be_longer_than_a_prompt(hidden, way):
+    (model, stock), ids, mask = pair("full"), tokens(B, T), torch.ones(B, T + 3, dtype=torch.int64)
+    mask[1, :hidden] = 0
+    agree(WAYS[way](model, ids, mask), WAYS[way](stock, ids, mask))
+
+
 @pytest.mark.parametrize("width", ["full", "reduced"])
 def test_positions_may_be_given(width):
     (model, stock), ids = pair(width), tokens(B, T)

@@ -294,7 +294,7 @@ def try_forward(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast
     plain = (
         arguments.get("return_dict") is not False and config.return_dict and not config.output_hidden_states
     )
-    if not plain or not isinstance(keep, int) or torch.is_autocast_enabled("cpu"):
+    if not plain or not isinstance(keep, int) or keep < 0 or torch.is_autocast_enabled("cpu"):
         return None
     step = ElasticForward.of(model)
     used = step.used(model, ids.shape[0])

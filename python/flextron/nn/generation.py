@@ -34,13 +34,15 @@ _AHEAD = 64  # positions whose rotary tables are made at once
 
 def is_plain(model: Any, input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> bool:
     """Whether `sample` gives what transformers' loop gives for a new prompt."""
-    cache, mask = inputs.get("cache"), inputs.get("attention_mask")
+    cache, mask, positions = (inputs.get(name) for name in ("cache", "attention_mask", "position_ids"))
     return (
         input_ids.device.type == "cpu"
         and input_ids.numel() > 0
         and isinstance(cache, ElasticCache)
         and cache.get_seq_length() == 0
         and (mask is None or mask.shape == input_ids.shape)
+        # a longer mask has more positions, and is no longer there where it hid nothing
+        and (positions is None or positions.shape[-1] == input_ids.shape[1])
         and inputs.get("use_cache") is True
         and inputs.get("logits_to_keep", 1) == 1
         and not any(value is not None for name, value in inputs.items() if name not in _TAKEN)
