@@ -22,11 +22,37 @@ _SIZES = (
 _LAYERS = "num_hidden_layers"
 # Of a generation configuration, which transformers reads without looking.
 _SETTINGS: dict[type, tuple[str, ...]] = {
-    int: ("max_length", "max_new_tokens", "min_length", "top_k", "num_beams", "num_return_sequences"),
-    float: ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"),
-    bool: ("do_sample", "use_cache"),
+    int: (
+        *(
+            "max_length",
+            "max_new_tokens",
+            "min_length",
+            "min_new_tokens",
+            "top_k",
+            "num_beams",
+            "num_beam_groups",
+        ),
+        *("num_return_sequences", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+    ),
+    float: (
+        *("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty"),
+        *("length_penalty", "diversity_penalty", "penalty_alpha", "guidance_scale", "max_time"),
+    ),
+    bool: (
+        *(
+            "do_sample",
+            "use_cache",
+            "output_attentions",
+            "output_hidden_states",
+            "output_scores",
+            "output_logits",
+        ),
+        *("return_dict_in_generate", "remove_invalid_values", "renormalize_logits", "low_memory"),
+    ),
+    str: ("cache_implementation",),
+    tuple[int, ...]: ("suppress_tokens", "begin_suppress_tokens"),
 }
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id")
 
 
 @contextlib.contextmanager
