@@ -12,6 +12,8 @@ from nn.models import FAMILIES, GQA, small_model
 from nn.test_elastic_model import UNITS, elastic, mixed, relative, tokens
 from nn.test_policy import routed, three, turned
 from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, jvp, vmap
 
 import flextron
 from flextron.nn import ElasticCache, make_elastic
@@ -256,6 +258,33 @@ def test_the_modules_run_where_layers_differ_in_what_a_step_takes_once(change):
         exact = stock(ids).logits
         assert relative(before, exact) > 1e-3
         assert relative(make_elastic(stock)(ids).logits, exact) < 1e-5
+
+
+def test_the_modules_run_under_transforms(monkeypatch):
+    model, ids = elastic(), tokens()
+    model.set_widths(mixed(model.elastic))
+    own = {name: p.detach() for name, p in model.named_parameters()}
+
+    def logits(parameters: Any, ids: Any = ids) -> Any:
+        return functional_call(model, parameters, (ids,), {"use_cache": False}).logits
+
+    with torch.no_grad():
+        model(ids)
+        with counted(monkeypatch) as steps:
+            ensemble = {name: torch.stack([p, 1.2 * p]) for name, p in own.items()}
+            together = vmap(logits)(ensemble)
+            assert relative(vmap(logits, (None, 0))(own, ids[:, None]), model(ids)[0][:, None]) < 1e-5
+        assert steps == [12]
+        for i in range(2):
+            alone = logits({name: p[i] for name, p in ensemble.items()})
+            assert relative(together[i], alone) < 1e-5
+        ones = {name: torch.ones_like(p) for name, p in own.items()}
+        with pytest.raises(NotImplementedError, match=r"elastic_linear: .* no forward-mode gradient"):
+            jvp(logits, (own,), (ones,))
+        with forward_ad.dual_level():
+            dual = {name: forward_ad.make_dual(p, ones[name]) for name, p in own.items()}
+            with pytest.raises(NotImplementedError, match=r"elastic_linear: .* no forward-mode gradient"):
+                logits(dual)
 
 
 def test_a_layer_that_was_moved_is_known_by_its_place():

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flextron.config import ElasticConfig
@@ -93,6 +95,11 @@ class _Found:
             and list(map(Tensor.data_ptr, self.tensors)) == self.places
             and self._replaced() == self.replaced
         )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is on, of which the modules' ops know."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def is_known(method: Any) -> bool:
@@ -286,7 +293,7 @@ def try_forward(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast
         return None
     if wants_cache(model, arguments) if cache is None else not isinstance(cache, ElasticCache):
         return None
-    if torch.is_grad_enabled() or ids.device.type != "cpu":
+    if torch.is_grad_enabled() or ids.device.type != "cpu" or is_transformed():
         return None
     if any(value is not None for name, value in arguments.items() if name not in _TAKEN):
         return None

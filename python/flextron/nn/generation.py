@@ -15,7 +15,7 @@ from transformers import MaxLengthCriteria, StoppingCriteria, StoppingCriteriaLi
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from flextron.nn.cache import ElasticCache
-from flextron.nn.forward import ElasticForward, Used, is_known
+from flextron.nn.forward import ElasticForward, Used, is_known, is_transformed
 from flextron.nn.masks import first_keys, is_left_padded
 from flextron.nn.setting import Setting
 
@@ -49,6 +49,7 @@ def is_plain(model: Any, input_ids: Tensor, config: Any, inputs: dict[str, Any])
         and not (config.output_attentions or config.output_hidden_states or config.is_assistant)
         and config.prefill_chunk_size is None
         and not any(map(_is_replaced, repeat(model), _CALLED))
+        and not is_transformed()
     )
 
 
