@@ -265,6 +265,8 @@ def test_what_is_not_supported_is_refused():
         make_elastic(small_model(attention_dropout=0.1))
     with pytest.raises(NotImplementedError, match="is_causal must be True, got False"):
         make_elastic(small_model(is_causal=False))
+    with pytest.raises(NotImplementedError, match="return_dict must be True, got False"):
+        make_elastic(small_model(return_dict=False))
     with pytest.raises(NotImplementedError, match="activation must be one of"):
         make_elastic(small_model(hidden_act="tanh"))
     model = elastic()

@@ -542,8 +542,9 @@ def make_elastic(model: nn.Module, config: ElasticConfig | None = None) -> Any:
             f"make_elastic: sliding_window must be None, got {hf.sliding_window}; for contexts within the window, "
             "load the model with sliding_window=None"
         )
-    if not getattr(hf, "is_causal", True):
-        raise NotImplementedError("make_elastic: is_causal must be True, got False")
+    for name in ("is_causal", "return_dict"):  # transformers' own forward fails without the second
+        if not getattr(hf, name, True):
+            raise NotImplementedError(f"make_elastic: {name} must be True, got False")
     if getattr(hf, "attention_dropout", 0.0):
         raise NotImplementedError(f"make_elastic: attention_dropout must be 0, got {hf.attention_dropout}")
 
