@@ -80,11 +80,11 @@ READERS = (
             "tokenizer_config.json",
         ),
         ("generate", "{}", "--budget", "0.8", "--adaptive", "--prompt", "the cat", "--max-new-tokens", "2"),
-        0.15,
+        0.1,
     ),
-    Reader("uniform", ("export.json", *_WEIGHTS, "generation_config.json"), ("plain", "{}"), 0.1, _WEIGHTS),
-    Reader("ragged", ("export.json", *_WEIGHTS), ("plain", "{}"), 0.1, _WEIGHTS),
-    Reader("bare", ("config.json", "model.safetensors"), ("plain", "{}"), 0.05),
+    Reader("uniform", ("export.json", *_WEIGHTS, "generation_config.json"), ("plain", "{}"), 0.12, _WEIGHTS),
+    Reader("ragged", ("export.json", *_WEIGHTS), ("plain", "{}"), 0.12, _WEIGHTS),
+    Reader("bare", ("config.json", "model.safetensors"), ("plain", "{}"), 0.06),
     Reader(
         "training", ("run.json", "metrics.jsonl", "step-*.json", "step-*.safetensors"), ("resume", "{}"), 0.1
     ),
@@ -92,10 +92,10 @@ READERS = (
         "parent",
         ("*.json", "*.safetensors"),
         ("convert", "{}", "{}/../out", "--data", "{}/../text.jsonl", "--samples", "4", "--length", "16"),
-        0.07,
+        0.04,
     ),
-    Reader("text", ("*",), ("documents", "{}"), 0.05),
-    Reader("study", ("runs.jsonl",), ("study", "{}"), 0.03),
+    Reader("text", ("*",), ("documents", "{}"), 0.06),
+    Reader("study", ("runs.jsonl",), ("study", "{}"), 0.05),
 )
 
 
