@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from flextron.checkpoint import read_json, stored_dtypes
 from flextron.convert import ParityError, convert, elastify, load_elastic, store
-from flextron.nn import ElasticMLP
+from flextron.nn import ElasticMLP, elastic_config
 from flextron.nn.proof import difference, require_close
 
 Tensors = dict[str, Tensor]
@@ -312,6 +312,15 @@ def test_two_sub_networks_are_certified(tmp_path: Path, family: str) -> None:
     assert drawn[0] != drawn[1] and any(len(set(mlp)) > 1 for mlp, _ in drawn) and parity["seed"] == 0
     again = convert(small_model(family), tmp_path / "b", calibration=calibration(), seed=1)["parity"]
     assert [(s["mlp"], s["heads"]) for s in again["sub_networks"]] != drawn and again["seed"] == 1
+
+
+def test_every_layer_is_proven_below_its_full_width() -> None:
+    for unit, mlp, heads in (("query", (20, 40), (1, 2)), ("kv_group", (40,), (1, 2, 3, 4))):
+        config = elastic_config(small_model(), unit, mlp, heads)
+        for seed in range(40):
+            first, second = elastify._drawn(config, seed)
+            assert all(min(pair) < 40 for pair in zip(first.mlp, second.mlp, strict=True)) or mlp == (40,)
+            assert all(min(pair) < heads[-1] for pair in zip(first.heads, second.heads, strict=True))
 
 
 def test_a_prompt_of_any_token_is_certified(tmp_path: Path) -> None:

@@ -203,14 +203,21 @@ def _prove(
 
 
 def _drawn(config: ElasticConfig, seed: int) -> list[Widths]:
-    """The sub-networks to prove: each layer at a width of its own, so that none is spared."""
+    """The sub-networks to prove: each layer at a width of its own, and no layer at its full one in all of them."""
     generator = seeded(f"certificate/{seed}")
 
-    def draw(menu: tuple[int, ...]) -> tuple[int, ...]:
-        picks = torch.randint(len(menu), (config.num_layers,), generator=generator)
-        return tuple(menu[i] for i in picks.tolist())
+    def draw(menu: tuple[int, ...], before: list[tuple[int, ...]]) -> tuple[int, ...]:
+        def one(layer: int) -> int:
+            is_spared = len(menu) > 1 and before and all(widths[layer] == menu[-1] for widths in before)
+            return menu[torch.randint(len(menu) - bool(is_spared), (), generator=generator)]
 
-    return [Widths(draw(config.mlp_choices), draw(config.head_choices)) for _ in range(_SUB_NETWORKS)]
+        return tuple(map(one, range(config.num_layers)))
+
+    found: list[Widths] = []
+    for _ in range(_SUB_NETWORKS):
+        mlp, heads = ([getattr(widths, axis) for widths in found] for axis in ("mlp", "heads"))
+        found.append(Widths(draw(config.mlp_choices, mlp), draw(config.head_choices, heads)))
+    return found
 
 
 def _orders(
