@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import flextron
 from flextron.checkpoint import CheckpointError, Origin
 from flextron.convert import save_elastic
+from flextron.nn.proof import in_dtype
 
 UNTIED = dict(tie_word_embeddings=False)
 
@@ -174,3 +175,21 @@ def test_a_model_without_a_writer_says_where_there_is_one(tmp_path):
         elastic().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"got no flextron.json"):
         flextron.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["more tokens", "untied"])
+def test_embeddings_that_changed_since_are_stored_and_taken_out(tmp_path: Path, change: str) -> None:
+    model, ids = made(), torch.arange(12)[None]
+    if change == "untied":
+        model.lm_head.weight = torch.nn.Parameter(1.5 * model.lm_head.weight.detach())
+    else:
+        model.resize_token_embeddings(70, mean_resizing=False)
+        ids = ids + 58
+    with torch.no_grad():
+        exact = model(ids).logits
+        model.save_pretrained(tmp_path / "saved")
+        again = flextron.from_pretrained(tmp_path / "saved")
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        for other in (again, stock, flextron.extract(model), in_dtype(model, torch.float64)):
+            torch.testing.assert_close(other(ids).logits.float(), exact, rtol=1e-4, atol=1e-5)
+    assert again.elastic.tied == (change != "untied") and again.elastic.vocab_size == exact.shape[-1]

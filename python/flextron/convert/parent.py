@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 from flextron.checkpoint import WEIGHTS_FILE, CheckpointError, read_json, stored_dtypes
 from flextron.checkpoint.format import listed
 from flextron.nn.proof import logits_of, require_close
-from flextron.nn.skeleton import fill, parameter_shapes, skeleton
+from flextron.nn.skeleton import fill, parameter_shapes, say_tied, skeleton
 from flextron.nn.stock import load_stock
 from flextron.nn.storage import common, storage
 
@@ -54,7 +54,7 @@ def read_parent(source: str | Path, strip_prefix: str | None = None) -> Any:
             f"convert: parent must hold {', '.join(_DTYPES)} weights, got {listed(strange)}; dequantise it first"
         )
     model.stored = {name: _DTYPES[dtype] if dtype else common(floating) for name, dtype in said.items()}
-    _say_tied(model, model.config)
+    say_tied(model, model.config)
     return model.eval()
 
 
@@ -69,7 +69,7 @@ def copy_parent(parent: Any, proof: Tensor) -> Any:
     stored = storage("convert", parent)
     widest = common([torch.float32, *(p.dtype for p in parent.parameters())])
     config = copy.deepcopy(parent.config)
-    _say_tied(parent, config)
+    say_tied(parent, config)
     model = skeleton(config)
     wanted, given = (dict(m.named_parameters(remove_duplicate=False)) for m in (model, parent))
     if wrong := [name for name in wanted | given if _shape(wanted, name) != _shape(given, name)]:
@@ -92,11 +92,6 @@ def _require_stock(parent: Any, plain: Any, proof: Tensor) -> None:
         buffer.data = buffer.to(theirs[name].dtype) if name in theirs else buffer
     whose = "the parent's own, with whatever hooks, modules and buffers it has beside its configuration and parameters"
     require_close("convert", whose, logits_of(parent, proof), logits_of(plain, proof))
-
-
-def _say_tied(model: Any, config: Any) -> None:
-    """Let a configuration say what is true of the weights: transformers itself does not tie two that differ."""
-    config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _shape(parameters: Mapping[str, Tensor], name: str) -> torch.Size | None:

@@ -34,7 +34,7 @@ from flextron.checkpoint.schema import build, checksums_of
 from flextron.config import ElasticConfig
 from flextron.nn import check_plain, elastic_config
 from flextron.nn.placement import memory_dtype
-from flextron.nn.skeleton import fill, parameter_shapes, skeleton
+from flextron.nn.skeleton import fill, parameter_shapes, say_tied, skeleton
 from flextron.nn.stock import read_back
 from flextron.nn.storage import Dtype, common, counted, rounded, storage
 
@@ -91,8 +91,11 @@ def save_elastic(
         tensors = rounded("save", dict(model.named_parameters()), dtypes)
     else:
         dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    config, own = _stock_config(model, common(dtypes.values())), model.elastic
+    # which tokens there are, and whether they are tied, may have changed since it was made elastic
+    own = elastic_config(config, own.unit, own.mlp_choices, own.head_choices)
     with commit(directory, drop) as stage:
-        _stock_config(model, common(dtypes.values())).save_pretrained(stage)
+        config.save_pretrained(stage)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(stage)
         if tokenizer is not None:
@@ -105,7 +108,7 @@ def save_elastic(
         del tensors
         meta = {
             "format": FORMAT,
-            "elastic": model.elastic.to_dict(),
+            "elastic": own.to_dict(),
             **(report or {}),
             **(prove(stage, stock) if prove else {}),
             "dtypes": counted(dtypes),
@@ -185,6 +188,7 @@ def _stock_config(model: Any, dtype: torch.dtype) -> Any:
         del config.quantization_config
     config.architectures = [type(model).__name__]
     config.dtype = dtype
+    say_tied(model, config)
     return config
 
 

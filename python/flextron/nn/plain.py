@@ -22,7 +22,7 @@ from transformers import CONFIG_MAPPING
 
 from flextron.config import ElasticConfig, Widths
 from flextron.nn.projection import check_plain
-from flextron.nn.skeleton import fill, skeleton
+from flextron.nn.skeleton import fill, say_tied, skeleton
 
 LAYOUTS = ("auto", "uniform", "padded", "ragged")
 LAYOUT_KEY = "flextron"  # in config.json: the sizes of each layer of a ragged model
@@ -110,7 +110,9 @@ def build(model: Any, widths: Widths, layout: str) -> Any:
         values[LAYOUT_KEY] = {"layout": layout, "layers": layers}
     else:
         values.update(layers[0])
-    plain = skeleton(CONFIG_MAPPING[elastic.family].from_dict(values))
+    config = CONFIG_MAPPING[elastic.family].from_dict(values)
+    say_tied(model, config)
+    plain = skeleton(config)
     if layout == "ragged":
         resize(plain, layers)
     fill(plain, _tensors(model, kept, held))

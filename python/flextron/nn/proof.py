@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from flextron.config import Widths
+from flextron.nn.families import elastic_config
 from flextron.nn.model import make_elastic
 from flextron.nn.plain import extract
-from flextron.nn.skeleton import fill, skeleton
+from flextron.nn.skeleton import fill, say_tied, skeleton
 
 BOUND = 1e-4  # of the largest logit, float32: above the rounding of another summation order
 _PROMPT, _GENERATED = 16, 8  # tokens
@@ -56,9 +57,12 @@ def in_dtype(model: Any, dtype: torch.dtype) -> Any:
     """The elastic model with its parameters in ``dtype``: itself where they are, otherwise another."""
     if all(p.dtype == dtype for p in model.parameters()):
         return model
-    other = skeleton(type(model.config).from_dict(model.config.to_dict()))  # without what makes it elastic
+    config = type(model.config).from_dict(model.config.to_dict())  # without what makes it elastic
+    say_tied(model, config)
+    other = skeleton(config)
     fill(other, {name: p.detach().to(dtype) for name, p in model.named_parameters()}).to(model.device)
-    return make_elastic(other, model.elastic)
+    own = model.elastic  # which tokens there are, and whether they are tied, may have changed since
+    return make_elastic(other, elastic_config(config, own.unit, own.mlp_choices, own.head_choices))
 
 
 def prove_sub_network(who: str, model: Any, widths: Widths, tokens: Tensor) -> dict[str, Any]:

@@ -20,6 +20,11 @@ def skeleton(hf_config: Any) -> Any:
     return model.eval()
 
 
+def say_tied(model: Any, config: Any) -> None:
+    """Let a configuration say what is true of a model's weights: transformers itself does not tie two that differ."""
+    config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 def parameter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """What `fill` takes: name -> shape of each parameter, a tied one once."""
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
