@@ -25,18 +25,28 @@ def test_a_new_or_empty_directory_needs_no_force(tmp_path: Path) -> None:
 
 
 def test_a_model_is_replaced_only_with_force_and_its_owners_files_stay(tmp_path: Path) -> None:
-    for name in (*OURS, "notes.md", "thesis.tex"):
+    for name in (*OURS, "notes.md", "thesis.tex", "my_lora.safetensors"):
         (tmp_path / name).touch()
-    (tmp_path / "training").mkdir()
+    for name in ("training", "tokenizer-src"):
+        (tmp_path / name).mkdir()
     with pytest.raises(CheckpointError, match=r"must be new or empty, got .* more; --force"):
         room_for_model(tmp_path, "convert")
-    assert room_for_model(tmp_path, "convert", force=True) == sorted([*OURS, "training"])
+    ours_alone = {"routers.json", "latency.json", "training"}  # where no elastic checkpoint is: its owner's
+    assert room_for_model(tmp_path, "convert", force=True) == sorted({*OURS} - ours_alone)
+    (tmp_path / "flextron.json").touch()
+    assert room_for_model(tmp_path, "convert", force=True) == sorted([*OURS, "training", "flextron.json"])
 
 
 def test_what_is_no_model_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "README.md").touch()
     (tmp_path / "LICENSE").touch()
     with pytest.raises(CheckpointError, match=r"must hold a model to be replaced, got no config\.json"):
+        room_for_model(tmp_path, "export", force=True)
+    (tmp_path / "config.json").touch()  # many programs have one
+    (tmp_path / "training").mkdir()
+    with pytest.raises(
+        CheckpointError, match=r"must hold a model to be replaced, got no weights beside LICENSE"
+    ):
         room_for_model(tmp_path, "export", force=True)
     with pytest.raises(CheckpointError, match="must be a directory, got a file"):
         room_for_model(tmp_path / "LICENSE", "export", force=True)

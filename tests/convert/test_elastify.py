@@ -432,7 +432,8 @@ def test_a_model_is_replaced_whole_and_only_when_asked(tmp_path: Path) -> None:
     (parent / "LICENSE").write_text("MIT")
     (parent / "README.md").write_text("---\nlicense: mit\n---\n# Parent\n")
     out.mkdir()
-    for name in ("config.json", "model-00001-of-00002.safetensors", "routers.json", "mine.txt"):
+    names = ("config.json", "flextron.json", "model-00001-of-00002.safetensors", "routers.json", "mine.txt")
+    for name in names:
         (out / name).write_text("old")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(CheckpointError, match="must be new or empty"):

@@ -9,14 +9,29 @@ from flextron.checkpoint.format import CONFIG_FILE, ELASTIC_FILE, CheckpointErro
 from flextron.checkpoint.io import recover
 from flextron.checkpoint.lock import LOCK_FILE
 
-# What belongs to a model, by its name: ours, transformers', the hub's. Anything else in a directory is its owner's.
+# Weights, of a model that transformers or we have written: where these are, beside config.json, a model is.
+_WEIGHTS = (
+    *("model*.safetensors", "model*.safetensors.index.json", "consolidated*.safetensors"),
+    *("pytorch_model*.bin", "pytorch_model*.bin.index.json", "pytorch_model*.safetensors"),
+)
+# What else belongs to a model, by its name: transformers' and the hub's. Anything else in a directory is its owner's.
 _MODEL = (
-    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json"),
-    *(CONFIG_FILE, "generation_config.json", ELASTIC_FILE, "export.json", "latency.json"),
-    *("routers.json", "adaptive.json", "report.html", "training", "tuning"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *_WEIGHTS,
+    *(CONFIG_FILE, "generation_config.json", "export.json"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model*", "tokenizer.txt", "spiece.model"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("chat_template*", "additional_chat_templates", "README.md", "parent_README.md"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*"),
+)
+# What only an elastic checkpoint has.
+_ELASTIC = (
+    ELASTIC_FILE,
+    "latency.json",
+    "routers.json",
+    "adaptive.json",
+    "report.html",
+    "training",
+    "tuning",
 )
 _IGNORED = (LOCK_FILE, ".staged")  # of a writer that was killed, or that asks
 
@@ -44,8 +59,18 @@ def room_for_model(directory: str | Path, who: str, force: bool = False) -> list
         raise CheckpointError(
             f"{who}: {directory} must be new or empty, got {listed(names)}; --force (force=True) replaces a model"
         )
-    if CONFIG_FILE not in names:
+    if not _holds_model(names):
+        lacks = "weights" if CONFIG_FILE in names else CONFIG_FILE
         raise CheckpointError(
-            f"{who}: {directory} must hold a model to be replaced, got no {CONFIG_FILE} beside {listed(names)}"
+            f"{who}: {directory} must hold a model to be replaced, got no {lacks} beside {listed(names)}"
         )
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in _MODEL)]
+    return _matching(names, (*_MODEL, *(_ELASTIC if ELASTIC_FILE in names else ())))
+
+
+def _holds_model(names: list[str]) -> bool:
+    """Whether these are a model's: a configuration alone may be another program's, in its user's own folder."""
+    return CONFIG_FILE in names and (ELASTIC_FILE in names or bool(_matching(names, _WEIGHTS)))
+
+
+def _matching(names: list[str], patterns: tuple[str, ...]) -> list[str]:
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
