@@ -90,6 +90,11 @@ def test_every_kind_of_file_is_read(tmp_path):
             'entry 1 of .* a field "text", or just one with strings, got a, b, n',
         ),
         ("a.json", b'{"text": ', "line 1 of"),
+        (
+            "a.jsonl",
+            b'{"text": "fine"}\n{"text": "half \\ud83d"}',
+            "line 2 of .* half of a surrogate pair at 5",
+        ),
         ("a.csv", b"a,b\nx,y\n", 'must have a field "text", or just one with strings, got a, b; .*--field'),
         ("a.csv", b'text\n"open', "must be readable, got unexpected end of data"),
         ("a.csv", b"", "must have a field .* got none"),

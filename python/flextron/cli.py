@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Progress is ours to show, and what transformers tells of files that are used anyway helps nobody.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # ten lines of tries before our sentence
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         return _main(argv)

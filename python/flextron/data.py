@@ -315,8 +315,19 @@ def _texts(records: Iterable[tuple[str, Any, str]], field: str | None) -> list[s
             raise ValueError(
                 f'read_documents: {place} must be a JSON object with a "{field or "text"}" string, got {shown[:60]!r}'
             )
+        if value is not None:
+            _check_encodable(place, value)
         found.append(value)
     return found
+
+
+def _check_encodable(place: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may hold half of a pair, which no tokenizer takes
+        raise ValueError(
+            f"read_documents: {place} must hold Unicode text, got half of a surrogate pair at {error.start}"
+        ) from None
 
 
 def _csv(path: Path, text: str, field: str | None) -> list[str | None]:

@@ -5,10 +5,12 @@ import itertools
 import math
 import zipfile
 
+import huggingface_hub
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from flextron.checkpoint import CheckpointError
 from flextron.data import split_documents, stdlib_documents
 from flextron.demo import smollm2, stories, tiny
 from flextron.demo.parents import load_parent, tiny_parents
@@ -219,7 +221,7 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_an_unsupported_family_is_named(tmp_path):
-    GPT2Config().save_pretrained(tmp_path)
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)).save_pretrained(tmp_path)
     with pytest.raises(
         NotImplementedError, match=r"model_type must be one of llama, mistral, qwen2, qwen3, got 'gpt2'"
     ):
@@ -229,7 +231,9 @@ def test_an_unsupported_family_is_named(tmp_path):
 def test_pickled_weights_are_refused(tmp_path):
     tiny.config().save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"any code at all")
-    with pytest.raises(FileNotFoundError, match=r"must be a complete model directory"):
+    with pytest.raises(
+        CheckpointError, match=r"must hold its weights as model.safetensors .*got pytorch_model.bin"
+    ):
         load_parent(str(tmp_path))
 
 
@@ -237,6 +241,27 @@ def test_pickled_weights_are_refused(tmp_path):
 def test_a_name_of_nothing_lists_what_there_is(name):
     with pytest.raises(
         FileNotFoundError,
-        match=r"^load_parent: parent must be smollm2, tiny, stories260k, stories15m, a directory",
+        match=r"^load_parent: parent must be smollm2, tiny, stories260k, stories15m, a model directory",
     ):
         load_parent(name)
+
+
+def test_what_the_hub_does_not_give_is_one_sentence(tmp_path, monkeypatch):
+    """A mistyped directory is not asked for there at all; an id once."""
+    asked = []
+
+    def refused(name, **_):
+        asked.append(name)
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
+    with pytest.raises(
+        CheckpointError, match=r"^elastc/: must be a directory, or a hub id .* got nothing there$"
+    ):
+        load_parent("elastc/")
+    with pytest.raises(
+        CheckpointError, match=r"^owner/name: must be a directory, or the id .* got: no route$"
+    ):
+        load_parent("owner/name")
+    assert asked == ["owner/name"]

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flextron.checkpoint.hf import read_tokenizer
 from flextron.convert.parent import read_parent
+from flextron.convert.source import source_of
 from flextron.data import split_documents, stdlib_documents
 from flextron.demo import smollm2, stories, tiny
-from flextron.nn.families import family_of
 from flextron.nn.stock import load_stock
 
 Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
@@ -57,6 +58,7 @@ def load_parent(
 
     Raises:
         FileNotFoundError: no such directory or model, or its data is not on this machine.
+        CheckpointError: a directory or a hub's model that is not whole, or nothing that the hub gives.
         NotImplementedError: a model family that cannot be made elastic.
         ConnectionError: something must be downloaded and cannot be.
     """
@@ -156,25 +158,12 @@ def _stories260k(progress: Progress) -> Parent:
 
 
 def _checkpoint(name: str) -> Parent:
-    is_path = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
-    source = str(Path(name).expanduser()) if is_path else name
-    if is_path and not (Path(source) / "config.json").is_file():
+    is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not name or not (is_id or Path(name).expanduser().exists()):
         raise FileNotFoundError(
-            "load_parent: parent must be smollm2, tiny, stories260k, stories15m, a directory with a config.json "
-            f"or a hub id such as HuggingFaceTB/SmolLM2-135M, got {name!r}"
+            "load_parent: parent must be smollm2, tiny, stories260k, stories15m, a model directory or a hub id such "
+            f"as HuggingFaceTB/SmolLM2-135M, got {name!r}"
         )
-    try:
-        family_of(AutoConfig.from_pretrained(source))
-        model = read_parent(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        if is_path:
-            raise FileNotFoundError(
-                f"load_parent: parent must be a complete model directory, got {name!r}: {reason}"
-            ) from error
-        raise ConnectionError(
-            f"load_parent: {name!r} could not be fetched from the hub; check its name and the network, "
-            f"or download it elsewhere and give its directory: {reason}"
-        ) from error
-    return Parent(model, tokenizer, name, f"{type(model).__name__} from {name}")
+    folder = source_of(name)
+    model = read_parent(folder)
+    return Parent(model, read_tokenizer(folder), name, f"{type(model).__name__} from {name}")
