@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -237,7 +238,20 @@ def test_more_steps_go_on_from_a_finished_run(tmp_path, constant):
     a, b = weights_of(tmp_path / "extended"), weights_of(tmp_path / "whole")
     assert all(torch.equal(a[name], b[name]) for name in a) == constant
     run = json.loads((tmp_path / "extended" / "run.json").read_text())
-    assert run["config"]["steps"] == 7 and run["extended"] == [{"step": 4, "steps": 4}]
+    assert run["config"]["steps"] == 7
+    assert [(e["step"], e["steps"]) for e in run["extended"]] == [(4, 4)]
+
+
+def test_a_longer_run_that_is_killed_goes_on_from_the_weights_of_the_shorter(tmp_path):
+    """What the user has until it ends are those, when their checkpoint is long gone."""
+    short = replace(tiny_run.CONFIG, steps=2, distillation=0.0, checkpoint_every=1)
+    model, long = tiny_run.elastic(), replace(short, steps=6)
+    train(model, tiny_run.tokens(), short, tmp_path)
+    stored = copy.deepcopy(model)
+    train(model, tiny_run.tokens(), long, tmp_path)
+    for path in tmp_path.glob("step-*6.*"):  # killed before its last step was written
+        path.unlink()
+    assert train(stored, tiny_run.tokens(), long, tmp_path).resumed_from == 5
 
 
 def test_fewer_steps_are_refused(finished):

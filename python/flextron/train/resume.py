@@ -72,7 +72,8 @@ class Checkpoints:
         found = read_json(self.directory / RUN_FILE)
         had = found["config"]["steps"]
         if had != self.identity["config"]["steps"]:
-            extended = [*found.get("extended", []), {"step": step, "steps": had}]
+            # its weights too: they stay the model's until the run ends, longer than that step's checkpoint does
+            extended = [*found.get("extended", []), {"step": step, "steps": had, "weights": self.weights}]
             write_json(self.directory / RUN_FILE, {**found, **self.identity, "extended": extended})
 
     def save(self, step: int, tensors: Mapping[str, Tensor], position: Mapping[str, Any]) -> None:
@@ -119,8 +120,9 @@ class Checkpoints:
 
     def _check_identity(self, steps: list[int]) -> None:
         found = read_json(self.directory / RUN_FILE)
-        known = {found.pop("weights", None)}
-        found.pop("extended", None)
+        began = [found, *(e for e in found.get("extended", ()) if isinstance(e, dict))]
+        known = {w for start in began if isinstance(w := start.get("weights"), str)}
+        found = {name: value for name, value in found.items() if name not in ("weights", "extended")}
         differing = _differing(self.identity, found)
         if differing and not (differing == ["config.steps"] and self._is_longer(found["config"]["steps"])):
             raise ValueError(
