@@ -59,3 +59,22 @@ def test_an_error_of_the_system_names_its_file(
     monkeypatch.setattr(cli, "_info", run)
     assert cli.main(["info", "elastic/"]) == 2
     assert capsys.readouterr().err == "flextron: elastic/x.json must be usable, got no space left on device\n"
+
+
+def test_too_little_memory_is_told_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    monkeypatch.setattr(cli, "_info", lambda args: torch.empty(2**60, dtype=torch.uint8))
+    assert cli.main(["info", "elastic/"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("flextron: info: lengths, batches and models must fit into memory, got ")
+    assert len(said.splitlines()) == 1
+
+    def broken(args: object) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(cli, "_info", broken)
+    with pytest.raises(RuntimeError, match="ours"):  # keeps its traceback
+        cli.main(["info", "elastic/"])

@@ -116,12 +116,26 @@ def _main(argv: Sequence[str] | None) -> int:
     except _EXPECTED as error:
         print(f"flextron: {_said(error)}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            f"flextron: {args.command}: lengths, batches and models must fit into memory, got {_sentence(str(error))}",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print(f"flextron: {args.command} interrupted", file=sys.stderr)
         return 130
     if args.json:
         print(json.dumps(result, indent=2))
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, torch's allocator for the CPU (which has no class of its own) or that of a GPU found none."""
+    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return named or "can't allocate memory" in str(error)
 
 
 def _said(error: Exception) -> str:
