@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from flextron import pipeline
-from flextron.cli import main
+from flextron.cli import _shown, main
 from flextron_ext import build_info
 
 SENTENCE = "the cat sat on the mat and the dog ran far away from the old red house by the sea while it rained"
@@ -98,7 +98,7 @@ def test_dtypes_and_certificate_are_said(parent, text, tmp_path, capsys):
         and "rounding" not in said
     )
     facts = answer(capsys, "info", tmp_path / "elastic")
-    assert facts["stored in"] == {"bfloat16": 29} and facts["parity, of it rounding"] == 0
+    assert facts["stored in"] == {"bfloat16": 29} and facts["parity, rounding alone"] == 0
     assert main([*map(str, ("export", tmp_path / "elastic", tmp_path / "small"))]) == 0
     assert "stored in bfloat16; read back within" in capsys.readouterr().out
     assert main([*map(str, ("export", tmp_path / "elastic", tmp_path / "wide", "--dtype", "float32"))]) == 0
@@ -527,3 +527,19 @@ def test_every_command_has_help_with_an_example(capsys):
         with pytest.raises(SystemExit):
             main([name, "--help"])
         assert f"example: flextron {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "fact, shown",
+    [
+        ({"float32": 2, "bfloat16": 27}, "2 × float32, 27 × bfloat16"),
+        ({"prefill": "1.0 .. 2.0 ms"}, "prefill 1.0 .. 2.0 ms"),
+        ([2.0616579e-06, 0.0], "2.1e-06, 0.0e+00"),
+        ([384, 768], "384, 768"),
+        ({}, "none"),
+        (None, "not known"),
+        (135, "135"),
+    ],
+)
+def test_a_fact_is_shown_to_be_read(fact, shown):
+    assert _shown(fact) == shown

@@ -1014,9 +1014,21 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
     }
     if not args.json:
         ui.print_table(
-            str(args.directory), ["what", "value"], [[name, str(value)] for name, value in facts.items()]
+            str(args.directory), ["what", "value"], [[name, _shown(value)] for name, value in facts.items()]
         )
     return facts
+
+
+def _shown(value: Any) -> str:
+    """A fact as a reader wants it: {"float32": 272} is 272 x float32, figures of a proof have two digits."""
+    if isinstance(value, dict):
+        parts = [f"{n} × {name}" if isinstance(n, int) else f"{name} {n}" for name, n in value.items()]
+        return ", ".join(parts) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value)) or "none"
+    if value is None:
+        return "not known"
+    return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
 def _parity_facts(meta: dict[str, Any]) -> dict[str, Any]:
@@ -1026,7 +1038,7 @@ def _parity_facts(meta: dict[str, Any]) -> dict[str, Any]:
     return {
         "parity": parity.get("max_rel"),
         "parity is of": "these weights" if now else "the weights before they were trained or saved again",
-        "parity, of it rounding": (parity.get("rounding") or {}).get("max_rel"),
+        "parity, rounding alone": (parity.get("rounding") or {}).get("max_rel"),
         "parity of sub-networks": [proven["max_rel"] for proven in parity.get("sub_networks") or ()],
     }
 
