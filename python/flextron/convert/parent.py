@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import cached_file
 
-from flextron.checkpoint import WEIGHTS_FILE, CheckpointError, read_json, stored_dtypes
+from flextron.checkpoint import opened, stored_dtypes
 from flextron.checkpoint.format import listed
+from flextron.convert.source import weight_names
 from flextron.nn.proof import logits_of, require_close
 from flextron.nn.skeleton import fill, parameter_shapes, say_tied, skeleton
 from flextron.nn.stock import load_stock
 from flextron.nn.storage import common, storage
 
-_INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def read_parent(source: str | Path, strip_prefix: str | None = None) -> Any:
-    """The stock model in a directory or of a hub id, in eval mode.
+    """The stock model in a directory, in eval mode.
 
     Its weights are float32 (float64 where one of them is stored so): what is stored in fewer bits is there exactly.
     ``stored`` has the dtype of each parameter in the files, by name; the configuration says tied where the weights are.
 
     Args:
-        source: directory or hub id; safetensors only.
+        source: directory, as `source_of` gives it; safetensors only.
         strip_prefix: taken off the beginning of every tensor's name.
 
     Raises:
-        FileNotFoundError: there are no weights.
+        CheckpointError: there are no weights.
         ValueError: a tensor is missing, of another shape, no floating-point number, or unknown to the model.
     """
     found = _dtypes_in(source)
@@ -98,20 +97,8 @@ def _shape(parameters: Mapping[str, Tensor], name: str) -> torch.Size | None:
     return parameters[name].shape if name in parameters else None
 
 
-def _dtypes_in(source: str | Path) -> dict[str, str]:
+def _dtypes_in(directory: str | Path) -> dict[str, str]:
     """What the headers of a model's safetensors files say of each tensor."""
-    return {name: dtype for file in _weight_files(source) for name, dtype in stored_dtypes(file).items()}
-
-
-def _weight_files(source: str | Path) -> Iterable[str]:
-    if single := cached_file(source, WEIGHTS_FILE, _raise_exceptions_for_missing_entries=False):
-        return [single]
-    index = cached_file(source, _INDEX_FILE, _raise_exceptions_for_missing_entries=False)
-    if index is None:
-        raise FileNotFoundError(
-            f"{source}: must hold its weights as {WEIGHTS_FILE} or in shards, got neither"
-        )
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(v, str) for v in shards.values()):
-        raise CheckpointError(f"{index}: weight_map must name the file of each tensor, got something else")
-    return [cached_file(source, name) for name in sorted(set(shards.values()))]
+    with opened(directory) as files:
+        paths = [files / name for name in weight_names(files)]
+    return {name: dtype for path in paths for name, dtype in stored_dtypes(path).items()}

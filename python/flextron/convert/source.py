@@ -40,7 +40,7 @@ def source_of(parent: str | Path) -> Path:
     with opened(directory) as files:
         _refuse_quantised(files)
         shapes: dict[str, tuple[int, ...]] = {}
-        for name in _weights(files):
+        for name in weight_names(files):
             shapes |= files.shapes(name)
         config, _ = read_config(files, shapes)
         family_of(config)
@@ -58,7 +58,7 @@ def _refuse_quantised(files: Files) -> None:
         )
 
 
-def _weights(files: Files) -> list[str]:
+def weight_names(files: Files) -> list[str]:
     """The names of a model's safetensors files."""
     if WEIGHTS_FILE in files:
         return [WEIGHTS_FILE]
