@@ -44,14 +44,14 @@ PYTHON = {
     "flextron.testing": {"flextron.testing"},
     "flextron.checkpoint": {"flextron.checkpoint", "flextron.config"},
     "flextron.nn": {"flextron.nn", "flextron.config", "flextron_ext"},
-    "flextron.convert": {"flextron.convert", *STAGES},
-    "flextron.train": {"flextron.train", *STAGES},
-    "flextron.route": {
-        "flextron.route",
+    "flextron.conversion": {"flextron.conversion", *STAGES},
+    "flextron.training": {"flextron.training", *STAGES},
+    "flextron.routing": {
+        "flextron.routing",
         "flextron.testing",
         *STAGES,
     },  # it measures with the benchmarks' own clock
-    "flextron.export": {"flextron.export", *STAGES},
+    "flextron.exporting": {"flextron.exporting", *STAGES},
     "flextron.pipeline": EVERYTHING,  # the stages in a row
     "flextron.demo": EVERYTHING,
     "flextron.report": EVERYTHING,
@@ -108,7 +108,7 @@ def may_import(layer: str, name: str) -> bool:
 
 
 def layer_of(module: str) -> str:
-    """flextron.route.latency -> flextron.route; flextron_ext.ops.route -> flextron_ext."""
+    """flextron.routing.latency -> flextron.routing; flextron_ext.ops.route -> flextron_ext."""
     first, *rest = module.split(".")
     return f"{first}.{rest[0]}" if first == "flextron" and rest else first
 
@@ -186,15 +186,15 @@ def test_a_planted_include_is_caught(file, line):
         ("flextron.data", "from flextron.config import Widths"),
         ("flextron.checkpoint.io", "from flextron.nn import make_elastic"),
         ("flextron.nn.model", "from flextron.checkpoint import load"),
-        ("flextron.nn.model", "import flextron.route.budget"),
-        ("flextron.convert.reorder", "from flextron.train.loop import train"),
-        ("flextron.train.loop", "from flextron import route"),
-        ("flextron.train.loop", "from ..route import budget"),
-        ("flextron.route.latency", "def f():\n    from flextron.export import extract"),
-        ("flextron.export.plain", "from flextron.cli import main"),
-        ("flextron.export.plain", "from tests.cases import CASES"),
-        ("flextron.train.loop", "from flextron_ext import elastic_mlp"),
-        ("flextron.train.loop", "torch.ops.flextron.route(logits)"),
+        ("flextron.nn.model", "import flextron.routing.budget"),
+        ("flextron.conversion.reorder", "from flextron.training.loop import train"),
+        ("flextron.training.loop", "from flextron import routing"),
+        ("flextron.training.loop", "from ..routing import budget"),
+        ("flextron.routing.latency", "def f():\n    from flextron.exporting import extract"),
+        ("flextron.exporting.plain", "from flextron.cli import main"),
+        ("flextron.exporting.plain", "from tests.cases import CASES"),
+        ("flextron.training.loop", "from flextron_ext import elastic_mlp"),
+        ("flextron.training.loop", "torch.ops.flextron.route(logits)"),
         ("flextron.helpers", ""),
     ],
 )
@@ -209,7 +209,9 @@ def test_right_arrows_pass():
     device = '#include "emulator/emulator.h"\n#include <cuda_runtime.h>'
     assert not wrong_includes("kernels/device/instruction.cuh", device)
     assert not wrong_imports("flextron.nn", "from .model import make_elastic", is_package=True)
-    assert not wrong_imports("flextron.train.loop", "from .losses import distillation\nfrom ..nn import Dial")
+    assert not wrong_imports(
+        "flextron.training.loop", "from .losses import distillation\nfrom ..nn import Dial"
+    )
 
 
 def without_comments(text: str) -> str:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import flextron
 from flextron.checkpoint import CheckpointError, hub
 from flextron.cli import main
-from flextron.convert import save_elastic
+from flextron.conversion import save_elastic
 from flextron.nn import elastic_config, make_elastic
 
 IDS = torch.tensor([[5, 6, 7, 8]])

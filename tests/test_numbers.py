@@ -17,9 +17,9 @@ from nn.test_setting import planned
 import flextron
 from flextron import pipeline
 from flextron.nn import Dial
-from flextron.route.budget import Planner
-from flextron.route.ladder import uniform_ladder
-from flextron.route.latency import Workload
+from flextron.routing.budget import Planner
+from flextron.routing.ladder import uniform_ladder
+from flextron.routing.latency import Workload
 
 WIDTHS = {"mlp": (24, 40, 40), "heads": (1, 4, 2)}
 

@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flextron.config import Widths
 from flextron.nn import elastic_config, make_elastic
-from flextron.route.latency import machine_of
+from flextron.routing.latency import machine_of
 from flextron.testing.timing import compare, wait_until_idle
-from flextron.train import cross_entropy
+from flextron.training import cross_entropy
 
 
 def smollm2_shape() -> LlamaConfig:

@@ -963,7 +963,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import pipeline
-    from flextron.export import export
+    from flextron.exporting import export
 
     _fetch(args)
     model = pipeline.from_pretrained(args.directory)
@@ -986,11 +986,11 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
 def _info(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import ui
     from flextron.checkpoint import Origin
-    from flextron.convert import load_elastic
+    from flextron.conversion import load_elastic
     from flextron.nn.storage import common, counted, name_of
-    from flextron.route import adaptive as adaptive_routing
-    from flextron.route import trainer
-    from flextron.route.latency import load_tables
+    from flextron.routing import adaptive as adaptive_routing
+    from flextron.routing import trainer
+    from flextron.routing.latency import load_tables
 
     _fetch(args)
     model, meta = load_elastic(args.directory)

@@ -21,20 +21,20 @@ from flextron.checkpoint.hub import local
 from flextron.checkpoint.origin import made_for
 from flextron.checkpoint.schema import checking
 from flextron.config import Widths, count
-from flextron.convert import convert as convert_model
-from flextron.convert import load_elastic, save_elastic
-from flextron.convert.source import room_beside, source_of
+from flextron.conversion import convert as convert_model
+from flextron.conversion import load_elastic, save_elastic
+from flextron.conversion.source import room_beside, source_of
 from flextron.nn import Dial
 from flextron.nn.learning import relaxed_loss
 from flextron.nn.placement import one_device
 from flextron.nn.skeleton import parameter_shapes
 from flextron.nn.storage import Dtype, round_in_place, storage
-from flextron.route import adaptive as adaptive_routing
-from flextron.route import trainer
-from flextron.route.adaptive import AdaptiveConfig, AdaptiveResult, train_adaptive
-from flextron.route.budget import Planner
-from flextron.route.ladder import uniform_ladder
-from flextron.route.latency import (
+from flextron.routing import adaptive as adaptive_routing
+from flextron.routing import trainer
+from flextron.routing.adaptive import AdaptiveConfig, AdaptiveResult, train_adaptive
+from flextron.routing.budget import Planner
+from flextron.routing.ladder import uniform_ladder
+from flextron.routing.latency import (
     LatencyTable,
     Workload,
     load_tables,
@@ -43,11 +43,11 @@ from flextron.route.latency import (
     measure_adaptive,
     save_tables,
 )
-from flextron.route.latency import profile as profile_model
-from flextron.route.trainer import RouteConfig, RouterResult, train_routers
-from flextron.train import TrainConfig, TrainReport, TuneConfig, evaluate, resume
-from flextron.train import train as train_model
-from flextron.train import tune as tune_model
+from flextron.routing.latency import profile as profile_model
+from flextron.routing.trainer import RouteConfig, RouterResult, train_routers
+from flextron.training import TrainConfig, TrainReport, TuneConfig, evaluate, resume
+from flextron.training import train as train_model
+from flextron.training import tune as tune_model
 
 TRAINING_FOLDER, TUNING_FOLDER = "training", "tuning"
 _ROUTERS = (*trainer.FILES, *adaptive_routing.FILES)
@@ -171,7 +171,7 @@ def convert(
         length: tokens of each.
         force: replace the model that is in ``directory``, which must be new or empty otherwise.
         options: ``unit``, ``aggregate``, ``mlp_choices``, ``head_choices``, ``order``, ``seed``, ``batch_size``,
-            ``dtype``, ``strip_prefix`` of `flextron.convert.elastify.convert`.
+            ``dtype``, ``strip_prefix`` of `flextron.conversion.elastify.convert`.
 
     Returns:
         The parity certificate, the dtypes that are stored and how importance was scored, as in ``flextron.json``.
@@ -211,7 +211,7 @@ def train(
     Latency tables stay, since no size changes; routers are dropped, since every loss does.
 
     The teacher of a distillation is the checkpoint as it was when the run began: right after `convert` that is the
-    parent itself. The run keeps it, for more steps later (see `flextron.train.train`).
+    parent itself. The run keeps it, for more steps later (see `flextron.training.train`).
     """
     model, _ = load_elastic(directory)
     model.stored = storage("train", model, dtype)

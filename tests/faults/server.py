@@ -26,7 +26,7 @@ _MEMORY = 8 << 30  # bytes of address space: what a forged size asks for is refu
 def resume(directory: str) -> str:
     """What a run reads before it goes on, but the weights of the model that it belongs to."""
     from flextron.report.checkpoint import _training
-    from flextron.train.resume import Checkpoints, read_metrics
+    from flextron.training.resume import Checkpoints, read_metrics
 
     run = json.loads((Path(directory) / "run.pristine").read_text())
     weights = run.pop("weights")

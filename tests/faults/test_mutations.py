@@ -22,13 +22,13 @@ from typing import Any
 import pytest
 from mutations import mutated
 from nn.models import small_model
-from route.synthetic import make_table
+from routing.synthetic import make_table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from flextron import pipeline
-from flextron.export import export
-from flextron.route.latency import machine_of, save_tables
+from flextron.exporting import export
+from flextron.routing.latency import machine_of, save_tables
 
 CASES = int(os.environ.get("FLEXTRON_FAULT_CASES", "1000"))
 WORKERS = 2

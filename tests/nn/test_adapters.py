@@ -250,7 +250,7 @@ def test_an_adapted_model_is_not_packed_stored_or_extracted(tmp_path):
         lambda: flextron.pack(model),
         lambda: flextron.extract(model),
         lambda: flextron.export(model, tmp_path / "exported"),
-        lambda: flextron.convert.save_elastic(model, tmp_path / "saved"),
+        lambda: flextron.conversion.save_elastic(model, tmp_path / "saved"),
     ):
         with pytest.raises(NotImplementedError, match=r"mlp.up_proj, peft.*merge_and_unload"):
             needs()

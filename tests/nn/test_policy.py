@@ -14,7 +14,7 @@ from flextron.nn import Dial, ElasticCache, elastic_mlp
 from flextron.nn.learning import relaxed_loss
 from flextron.nn.policy import Gated, PerToken
 from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler
-from flextron.route.search import one_hot
+from flextron.routing.search import one_hot
 
 UNITS = ("kv_group", "query")
 GREEDY = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flextron.checkpoint.hf import read_tokenizer
-from flextron.convert.parent import read_parent
-from flextron.convert.source import source_of
+from flextron.conversion.parent import read_parent
+from flextron.conversion.source import source_of
 from flextron.data import split_documents, stdlib_documents
 from flextron.demo import smollm2, stories, tiny
 from flextron.nn.stock import load_stock

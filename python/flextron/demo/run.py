@@ -19,7 +19,7 @@ from flextron.checkpoint.io import read_json, write_json
 from flextron.checkpoint.lock import LOCK_FILE, locked
 from flextron.demo.parents import Parent, load_parent
 from flextron.demo.report import draw
-from flextron.export import export
+from flextron.exporting import export
 from flextron.pipeline import Progress, RouteConfig, TrainConfig, Workload
 
 REPORT = "report.json"

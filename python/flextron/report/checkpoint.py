@@ -13,9 +13,9 @@ from flextron import pipeline
 from flextron.checkpoint import commit
 from flextron.report import figures
 from flextron.report.page import Section, render
-from flextron.route.adaptive import AdaptiveResult
-from flextron.route.trainer import RouterResult
-from flextron.train.resume import METRICS_FILE, read_metrics
+from flextron.routing.adaptive import AdaptiveResult
+from flextron.routing.trainer import RouterResult
+from flextron.training.resume import METRICS_FILE, read_metrics
 
 PAGE = "report.html"
 Progress = Callable[[str, int, int], Any]

@@ -21,17 +21,17 @@ from flextron import pipeline
 from flextron.checkpoint import Origin, locked, read_lines
 from flextron.checkpoint.schema import build
 from flextron.config import Widths
-from flextron.convert import load_elastic, save_elastic
+from flextron.conversion import load_elastic, save_elastic
 from flextron.demo import stories
 from flextron.demo.parents import load_parent
 from flextron.nn import Dial, make_elastic
 from flextron.pipeline import Progress, RouteConfig, RouterResult
-from flextron.route import adaptive as adaptive_routing
-from flextron.route.ladder import uniform_ladder
-from flextron.route.latency import LatencyTable, load_tables, measure
+from flextron.routing import adaptive as adaptive_routing
+from flextron.routing.ladder import uniform_ladder
+from flextron.routing.latency import LatencyTable, load_tables, measure
 from flextron.study.plan import PLANS, Arm, Plan
-from flextron.train import evaluate
-from flextron.train import train as train_model
+from flextron.training import evaluate
+from flextron.training import train as train_model
 
 RUNS = "runs.jsonl"
 TEXT = "tinystories_sample.txt.xz"

@@ -1,0 +1,243 @@
+"""Turn a stock checkpoint into an elastic one: score, sort, store, prove that what was stored is the parent."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from flextron.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Origin, checksum_of
+from flextron.checkpoint.card import write_card
+from flextron.checkpoint.hf import TOKENIZER_FILES, foreign, read_tokenizer
+from flextron.config import ElasticConfig, Widths
+from flextron.conversion.importance import check_tokens, score
+from flextron.conversion.parent import copy_parent, read_parent
+from flextron.conversion.reorder import LayerOrder, identity_orders, random_orders, reorder, sorted_orders
+from flextron.conversion.source import room_beside, source_of
+from flextron.conversion.store import make_elastic, read_model, save_elastic
+from flextron.data import seeded
+from flextron.nn import ElasticModel, elastic_config
+from flextron.nn.proof import difference, logits_of, prove_sub_network, require_close
+from flextron.nn.skeleton import skeleton
+from flextron.nn.storage import Dtype, counted, name_of, round_in_place, storage
+
+ORDERS = ("importance", "none", "random")
+_HELD_OUT = 4  # sequences kept from scoring, for the proof
+_HELD_OUT_TOKENS = 128  # of each: logits of a large vocabulary are big
+_SUB_NETWORKS = 2  # drawn for the proof
+
+
+def convert(
+    parent: Any,
+    out_dir: str | Path,
+    *,
+    calibration: Tensor,
+    tokenizer: Any = None,
+    unit: str = "kv_group",
+    aggregate: str = "l2",
+    mlp_choices: tuple[int, ...] | None = None,
+    head_choices: tuple[int, ...] | None = None,
+    order: str = "importance",
+    seed: int = 0,
+    batch_size: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+    dtype: Dtype = "auto",
+    strip_prefix: str | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Make an elastic checkpoint of a stock one.
+
+    What is certified is what lies on the disk: before the new files begin to count, stock transformers reads them back
+    as it does by default, and so does our own loader. Arithmetic is float32 (float64 for a parent that is).
+
+    Args:
+        parent: a loaded transformers causal LM (left as it is), a directory, or the id of a model on the hub.
+        out_dir: the elastic checkpoint; still loads in stock transformers as the full parent.
+        calibration: [n, L] int64 token ids, at least two sequences; a few are held out for the proof.
+        tokenizer: stored with the model; read from the directory when ``parent`` is one.
+        unit: ``"kv_group"`` or ``"query"``: what the head axis counts.
+        aggregate: of importance over tokens: ``"l2"``, ``"mean_abs"`` or ``"variance"``.
+        mlp_choices, head_choices: menus of widths; by default quarters.
+        order: ``"importance"``; ``"none"`` and ``"random"`` are for comparison.
+        seed: of the random order, and of the sub-networks that are proven.
+        batch_size: sequences in a scoring pass.
+        progress: called after each scoring pass with sequences done and in all.
+        dtype: to store in: ``"auto"``, each tensor's own in the parent; ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        strip_prefix: taken off the beginning of every tensor's name in the directory: ``"_orig_mod."``, ``"module."``.
+        force: replace the model that is in ``out_dir``, which must be new or empty otherwise.
+
+    Returns:
+        What ``flextron.json`` stores: ``dtypes``, ``importance`` and ``parity``. In that, ``max_abs`` and ``max_rel``
+        are between the parent and what stock transformers read back, in ``dtype``, on ``tokens`` tokens. ``rounding``
+        is the part that another dtype than the parent's brought, ``elastic`` is for the full model of our own loader,
+        and each of ``sub_networks`` is the elastic model at widths drawn with ``seed`` against the plain model taken
+        out of it. ``weights`` is the sha256 of the file that all this is about.
+
+    Raises:
+        ParityError: beside that rounding, one of them differs by more than 1e-4 of the largest logit; or a parent in
+            memory does, from what its configuration and parameters say.
+        ValueError: an argument, or a tensor of the parent, is not what it must be. Nothing was written.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"convert: order must be one of {', '.join(ORDERS)}, got {order!r}")
+    if isinstance(parent, ElasticModel):
+        raise ValueError("convert: parent must be a stock model, got one that is elastic already")
+    stored = parent if isinstance(parent, str | Path) else None
+    drop = room_beside(parent, out_dir, force)
+    where = _home(parent) if stored is None else source_of(stored)
+    if stored is not None:
+        with foreign(where / CONFIG_FILE, "a configuration that transformers reads"):
+            hf_config = AutoConfig.from_pretrained(where)
+    else:
+        hf_config = parent.config
+    config = elastic_config(hf_config, unit, mlp_choices, head_choices)
+    # refuses, before any work, what cannot be elastic
+    with foreign("convert: parent", "a model that can be built", passed=(ValueError, NotImplementedError)):
+        make_elastic(skeleton(copy.deepcopy(hf_config)), config)
+    check_tokens("convert", calibration, config.vocab_size, sequences=2)
+
+    held_out = min(_HELD_OUT, max(1, len(calibration) // 4))
+    proof = calibration[-held_out:, :_HELD_OUT_TOKENS]
+    if stored is not None:
+        with foreign(where, "a model that transformers reads", passed=(ValueError, OSError)):
+            model = read_parent(where, strip_prefix)
+        tokenizer = tokenizer or _tokenizer_of(where)
+    elif strip_prefix is not None:
+        raise ValueError("convert: strip_prefix must be None when parent is a loaded model")
+    else:
+        model = copy_parent(parent, proof)
+    # now it is known whether the weights are tied
+    config = elastic_config(model.config, unit, mlp_choices, head_choices)
+    model.stored = storage("convert", model, dtype)
+
+    before = expected = logits_of(model, proof)
+    if round_in_place("convert", model, model.stored):
+        expected = logits_of(model, proof)
+    orders, found = _orders(
+        model, config, calibration[:-held_out], order, aggregate, seed, batch_size, progress
+    )
+    reorder(model, orders, config)
+    make_elastic(model, config)
+    report = {"importance": found, "dtypes": counted(model.stored)}
+
+    def prove(stage: Path, stock: Any) -> dict[str, Any]:
+        model.to("meta")  # it is on the disk by now: room for what is read back
+        report["parity"] = _prove(stage, stock, config, proof, before, expected, seed)
+        return report
+
+    def beside(stage: Path, _: Origin) -> None:
+        base = str(stored) if stored is not None and not Path(stored).exists() else None
+        write_card(stage, where, f"{Path(out_dir).resolve().name}, elastic", _card(config, report), base)
+
+    save_elastic(model, out_dir, tokenizer, {}, beside, prove=prove, drop=drop)
+    return report
+
+
+def _home(parent: Any) -> Path | None:
+    """The directory that a loaded model was read from, where it is one."""
+    name = getattr(parent, "name_or_path", "")
+    return Path(name) if name and Path(name).is_dir() else None
+
+
+def _card(config: ElasticConfig, report: dict[str, Any]) -> list[str]:
+    """What the card of an elastic checkpoint says."""
+    parity, full, small = report["parity"], config.params(config.full()), config.params(config.smallest())
+    return [
+        "One set of weights that holds a nested family of smaller models, made by "
+        f"flextron: {full / 1e6:.2f} M parameters at full width, "
+        f"{small / 1e6:.2f} M at the smallest.",
+        f"At conversion, stock transformers read these files in {parity['dtype']} with logits within "
+        f"{parity['max_rel']:.1e} of the parent's largest logit, on {parity['tokens']} tokens. `flextron info` tells "
+        "what was done since.",
+        f"MLP widths: {', '.join(map(str, config.mlp_choices))}. Heads (unit `{config.unit}`): "
+        f"{', '.join(map(str, config.head_choices))}.",
+        '```python\nimport flextron\n\nmodel = flextron.from_pretrained("DIRECTORY")\n'
+        f"model.set_budget(params={(full + small) / 2:.0f})  # or memory_gb=; once profiled, a share of the latency\n"
+        "```",
+        "Stock transformers loads this directory as the full model.",
+    ]
+
+
+def _prove(
+    stage: Path,
+    stock: Any,
+    config: ElasticConfig,
+    proof: Tensor,
+    parent: Tensor,
+    expected: Tensor,
+    seed: int,
+) -> dict[str, Any]:
+    """The certificate of a staged checkpoint, in float32 arithmetic on the very values that are on the disk.
+
+    Args:
+        stock: what stock transformers read from the stage, by default.
+        proof: [n, L] token ids.
+        parent, expected: [n, L, V] logits of the parent; of what the stage must hold, which is the parent unless a
+            narrower dtype was asked for.
+    """
+    dtype = stock.dtype
+    read = logits_of(stock.to(parent.dtype), proof)
+    whose = "the parent's"
+    require_close("convert", whose, expected, read)
+    stock.to("meta")  # room for the next
+    elastic = read_model(stage, config, parent.dtype)
+    first = proof[:1]  # a wrong layer shows in one sequence
+    full = require_close("convert", whose, expected[:1], logits_of(elastic, first))
+    return {
+        **difference(parent, read),
+        "tokens": proof.numel(),
+        "dtype": name_of(dtype),
+        "elastic": full,
+        "rounding": difference(parent, expected),
+        "weights": checksum_of(stage / WEIGHTS_FILE),
+        "seed": seed,
+        "sub_networks": [
+            prove_sub_network("convert", elastic, widths, first) for widths in _drawn(config, seed)
+        ],
+    }
+
+
+def _drawn(config: ElasticConfig, seed: int) -> list[Widths]:
+    """The sub-networks to prove: each layer at a width of its own, and no layer at its full one in all of them."""
+    generator = seeded(f"certificate/{seed}")
+
+    def draw(menu: tuple[int, ...], before: list[tuple[int, ...]]) -> tuple[int, ...]:
+        def one(layer: int) -> int:
+            is_spared = len(menu) > 1 and before and all(widths[layer] == menu[-1] for widths in before)
+            return menu[torch.randint(len(menu) - bool(is_spared), (), generator=generator)]
+
+        return tuple(map(one, range(config.num_layers)))
+
+    found: list[Widths] = []
+    for _ in range(_SUB_NETWORKS):
+        mlp, heads = ([getattr(widths, axis) for widths in found] for axis in ("mlp", "heads"))
+        found.append(Widths(draw(config.mlp_choices, mlp), draw(config.head_choices, heads)))
+    return found
+
+
+def _orders(
+    model: Any,
+    config: ElasticConfig,
+    calibration: Tensor,
+    order: str,
+    aggregate: str,
+    seed: int,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[list[LayerOrder], dict[str, Any]]:
+    if order == "none":
+        return identity_orders(config), {"order": order}
+    if order == "random":
+        return random_orders(config, seed), {"order": order, "seed": seed}
+    importance = score(model, calibration, aggregate=aggregate, batch_size=batch_size, progress=progress)
+    found = {"order": order, "aggregate": aggregate, "tokens": importance.tokens}
+    return sorted_orders(importance, config), found
+
+
+def _tokenizer_of(source: Path) -> Any:
+    return read_tokenizer(source) if any((source / name).is_file() for name in TOKENIZER_FILES) else None

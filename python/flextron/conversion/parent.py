@@ -1,0 +1,104 @@
+"""The parent of a conversion: every tensor there, none drawn at random, and in which dtype each was stored."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flextron.checkpoint import opened, stored_dtypes
+from flextron.checkpoint.format import listed
+from flextron.conversion.source import weight_names
+from flextron.nn.proof import logits_of, require_close
+from flextron.nn.skeleton import fill, parameter_shapes, say_tied, skeleton
+from flextron.nn.stock import load_stock
+from flextron.nn.storage import common, storage
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def read_parent(source: str | Path, strip_prefix: str | None = None) -> Any:
+    """The stock model in a directory, in eval mode.
+
+    Its weights are float32 (float64 where one of them is stored so): what is stored in fewer bits is there exactly.
+    ``stored`` has the dtype of each parameter in the files, by name; the configuration says tied where the weights are.
+
+    Args:
+        source: directory, as `source_of` gives it; safetensors only.
+        strip_prefix: taken off the beginning of every tensor's name.
+
+    Raises:
+        CheckpointError: there are no weights.
+        ValueError: a tensor is missing, of another shape, no floating-point number, or unknown to the model.
+    """
+    found = _dtypes_in(source)
+    if strip_prefix is not None:
+        if other := [name for name in found if not name.startswith(strip_prefix)]:
+            raise ValueError(
+                f"convert: strip_prefix must begin every name of the parent, got {strip_prefix!r} and {listed(other)}"
+            )
+        found = {name.removeprefix(strip_prefix): dtype for name, dtype in found.items()}
+    floating = [_DTYPES[dtype] for dtype in found.values() if dtype in _DTYPES]
+    widest = common([torch.float32, *floating])
+    model = load_stock("convert", "parent", source, widest, strip_prefix)
+    # A name that is not the model's own (of a tied tensor, say) leaves the widest dtype of the files: nothing is lost.
+    names = [name for name, _ in model.named_parameters()]
+    said = {name: found.get(name, found.get(name.removeprefix("model."))) for name in names}
+    if strange := [f"{dtype} in {name}" for name, dtype in said.items() if dtype and dtype not in _DTYPES]:
+        raise ValueError(
+            f"convert: parent must hold {', '.join(_DTYPES)} weights, got {listed(strange)}; dequantise it first"
+        )
+    model.stored = {name: _DTYPES[dtype] if dtype else common(floating) for name, dtype in said.items()}
+    say_tied(model, model.config)
+    return model.eval()
+
+
+def copy_parent(parent: Any, proof: Tensor) -> Any:
+    """A copy of a loaded model as `read_parent` would give it: of its parameters and configuration, nothing else.
+
+    Raises:
+        ValueError: the parent has other parameters than its configuration says.
+        ParityError: on the tokens ``proof`` [n, L] it computes something else with them: a hook, a forward, a module or
+            a buffer of its own. A parent of several dtypes, which mostly cannot run, is not asked.
+    """
+    stored = storage("convert", parent)
+    widest = common([torch.float32, *(p.dtype for p in parent.parameters())])
+    config = copy.deepcopy(parent.config)
+    say_tied(parent, config)
+    model = skeleton(config)
+    wanted, given = (dict(m.named_parameters(remove_duplicate=False)) for m in (model, parent))
+    if wrong := [name for name in wanted | given if _shape(wanted, name) != _shape(given, name)]:
+        raise ValueError(
+            f"convert: parent must have the parameters that its configuration says, got others: {listed(wrong)}"
+        )
+    given = {name: given[name].detach() for name in parameter_shapes(model)}
+    if len({tensor.dtype for tensor in given.values()}) == 1:
+        _require_stock(parent, fill(skeleton(config), given).to(parent.device), proof)
+    fill(model, {name: tensor.to(widest, copy=True) for name, tensor in given.items()}).to(parent.device)
+    model.generation_config = copy.deepcopy(parent.generation_config)
+    model.stored = stored
+    return model
+
+
+def _require_stock(parent: Any, plain: Any, proof: Tensor) -> None:
+    """Raise unless a parent computes what transformers does with its configuration and very parameters."""
+    theirs = dict(parent.named_buffers())
+    for name, buffer in plain.named_buffers():  # `half` rounds rotary frequencies, which loading does not
+        buffer.data = buffer.to(theirs[name].dtype) if name in theirs else buffer
+    whose = "the parent's own, with whatever hooks, modules and buffers it has beside its configuration and parameters"
+    require_close("convert", whose, logits_of(parent, proof), logits_of(plain, proof))
+
+
+def _shape(parameters: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return parameters[name].shape if name in parameters else None
+
+
+def _dtypes_in(directory: str | Path) -> dict[str, str]:
+    """What the headers of a model's safetensors files say of each tensor."""
+    with opened(directory) as files:
+        paths = [files / name for name in weight_names(files)]
+    return {name: dtype for path in paths for name, dtype in stored_dtypes(path).items()}

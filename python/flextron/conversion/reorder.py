@@ -1,0 +1,138 @@
+"""Permute neurons and heads inside each layer, in place, so that the model computes the same function.
+
+Neurons: rows of the gate and up projections and columns of the down projection move together.
+Heads: key/value groups move as units, with all their query heads; query heads move only inside their group,
+so the map from heads to groups holds. Norms of queries and keys are shared by all heads, and stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flextron.config import ElasticConfig
+from flextron.conversion.importance import Importance
+
+
+@dataclass(frozen=True)
+class LayerOrder:
+    """The permutation of one layer: position i of the new order holds what stood at entry i.
+
+    Attributes:
+        neurons: [F] int64.
+        groups: [G] int64, key/value groups.
+        heads: [G, M] int64, for each new group the places of its query heads inside the old group.
+    """
+
+    neurons: Tensor
+    groups: Tensor
+    heads: Tensor
+
+    def query_heads(self) -> Tensor:
+        """[H] int64: the old query head at each new place."""
+        return (self.groups[:, None] * self.heads.shape[1] + self.heads).flatten()
+
+    def inverse(self) -> LayerOrder:
+        """The order that undoes this one."""
+        groups = self.groups.argsort()
+        return LayerOrder(self.neurons.argsort(), groups, self.heads.argsort(dim=1)[groups])
+
+
+def sorted_orders(importance: Importance, config: ElasticConfig) -> list[LayerOrder]:
+    """The most important first: neurons, groups, query heads inside each group; ties keep their order."""
+    orders = []
+    layers = zip(importance.neurons, importance.heads, importance.groups(config.num_kv_heads), strict=True)
+    for neurons, heads, groups in layers:
+        order = _descending(groups)
+        inside = _descending(heads.view(config.num_kv_heads, config.heads_per_group))
+        orders.append(LayerOrder(_descending(neurons), order, inside[order]))
+    return orders
+
+
+def random_orders(config: ElasticConfig, seed: int) -> list[LayerOrder]:
+    """Any order, legal for the head-to-group map: what sorting by importance is compared with."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def shuffled(n: int) -> Tensor:
+        return torch.randperm(n, generator=generator)
+
+    G, M = config.num_kv_heads, config.heads_per_group
+    return [
+        LayerOrder(
+            shuffled(config.intermediate_size), shuffled(G), torch.stack([shuffled(M) for _ in range(G)])
+        )
+        for _ in range(config.num_layers)
+    ]
+
+
+def identity_orders(config: ElasticConfig) -> list[LayerOrder]:
+    """The parent's own order."""
+    G, M = config.num_kv_heads, config.heads_per_group
+    order = LayerOrder(
+        torch.arange(config.intermediate_size), torch.arange(G), torch.arange(M).expand(G, M).contiguous()
+    )
+    return [order] * config.num_layers
+
+
+def reorder(model: Any, orders: list[LayerOrder], config: ElasticConfig) -> None:
+    """Permute the weights of ``model``, in place.
+
+    Raises:
+        ValueError: an order is no permutation of what the model has; nothing was changed.
+    """
+    if len(orders) != config.num_layers:
+        raise ValueError(
+            f"reorder: orders must be one for each of {config.num_layers} layers, got {len(orders)}"
+        )
+    for layer, order in enumerate(orders):
+        _check_order(layer, order, config)
+    for layer, order in zip(model.model.layers, orders, strict=True):
+        mlp, attention = layer.mlp, layer.self_attn
+        query = _rows_of_heads(order.query_heads(), config.head_dim)
+        keys = _rows_of_heads(order.groups, config.head_dim)
+        _permute_outputs(mlp.gate_proj, order.neurons)
+        _permute_outputs(mlp.up_proj, order.neurons)
+        _permute_inputs(mlp.down_proj, order.neurons)
+        _permute_outputs(attention.q_proj, query)
+        _permute_outputs(attention.k_proj, keys)
+        _permute_outputs(attention.v_proj, keys)
+        _permute_inputs(attention.o_proj, query)
+
+
+def _descending(scores: Tensor) -> Tensor:
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices
+
+
+def _rows_of_heads(heads: Tensor, D: int) -> Tensor:
+    return (heads[:, None] * D + torch.arange(D)).flatten()
+
+
+@torch.no_grad()
+def _permute_outputs(linear: Any, order: Tensor) -> None:
+    order = order.to(linear.weight.device)
+    linear.weight.copy_(linear.weight[order])
+    if linear.bias is not None:
+        linear.bias.copy_(linear.bias[order])
+
+
+@torch.no_grad()
+def _permute_inputs(linear: Any, order: Tensor) -> None:
+    linear.weight.copy_(linear.weight[:, order.to(linear.weight.device)])
+
+
+def _check_order(layer: int, order: LayerOrder, config: ElasticConfig) -> None:
+    G, M = config.num_kv_heads, config.heads_per_group
+    for name, values, shape in (
+        ("neurons", order.neurons, (config.intermediate_size,)),
+        ("groups", order.groups, (G,)),
+        ("heads", order.heads, (G, M)),
+    ):
+        straight = torch.arange(shape[-1]).expand(shape)
+        if tuple(values.shape) != shape or not torch.equal(values.sort(dim=-1).values, straight):
+            raise ValueError(
+                f"reorder: {name} of layer {layer} must permute {shape[-1]} places in shape {list(shape)}, "
+                f"got shape {list(values.shape)}"
+            )

@@ -1,6 +1,0 @@
-"""A sub-network as a model of its own, without flextron."""
-
-from flextron.export.plain import export, load_plain
-from flextron.nn.plain import LAYOUTS, extract, stock_problem
-
-__all__ = ["LAYOUTS", "export", "extract", "load_plain", "stock_problem"]

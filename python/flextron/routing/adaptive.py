@@ -1,0 +1,683 @@
+"""The adaptive router: how it is trained, calibrated to budgets, stored and read back."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
+from flextron.checkpoint.io import Files, commit, opened, save_tensors, write_json
+from flextron.checkpoint.origin import KEY, Origin, fits
+from flextron.checkpoint.schema import build, checking
+from flextron.config import ElasticConfig, Widths, check_numbers, number
+from flextron.nn import Dial
+from flextron.nn.learning import (
+    GATES,
+    TOLERANCE,
+    latency_miss,
+    learning_policies,
+    mean_choices,
+    sequence_losses,
+)
+from flextron.nn.policy import Given, menus_of
+from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, anneal, default_hidden
+from flextron.routing.ladder import Ladder
+from flextron.routing.latency import LatencyTable, random_widths
+from flextron.routing.search import one_hot
+from flextron.routing.surrogate import FitReport, ReplayBuffer, Surrogate, SurrogateFitter, judge
+from flextron.routing.trainer import GateReport
+
+FORMS = ("gumbel", "surrogate")
+FILES = TENSORS, DESCRIPTION = "adaptive.safetensors", "adaptive.json"
+_CONFIDENCE = 0.6  # probability of the static choice at the start: one to leave, but not at once
+_GRID = 0.05  # largest step between fractions at which the offset is calibrated
+_BISECTIONS = 16
+_CLOSE = 1e-3  # of the full latency: how far below its fraction an offset may stay
+_SURROGATE_STEPS, _REFIT_STEPS = 600, 30  # of its first fit, and after each observation
+_HELD_OUT = 6  # every sixth observation judges the surrogate, which is not trained on it
+_EMA = 0.9
+_REACH = 64.0  # offsets tried: in units of one step of a layer's choice, far beyond any difference of logits
+
+Progress = Callable[[str, int, int], object]
+
+
+@dataclass(frozen=True)
+class AdaptiveConfig:
+    """How an adaptive router is trained.
+
+    Attributes:
+        form: ``"gumbel"``: the router's loss is the model's own, end to end through its gates. ``"surrogate"``: it is
+            what a surrogate predicts of the shares of tokens that make each choice. That takes no backward pass, but
+            shares do not say which tokens: they teach how much of each layer a target is best spent on.
+        targets: trained latency targets, ascending, the last one 1; those below the fastest network's are left out.
+        gates: how a layer mixes its widths while the router learns: ``"soft"``, at the cost of the widest, or
+            ``"hard"``, straight-through, at the cost of each token's choice.
+        steps: router steps.
+        lr: of the router.
+        hidden: width of its hidden layer; None: that of `default_hidden`.
+        batch: sequences in a step, each with a target of its own.
+        latency_weight: of relu(|T / (target T_full) - 1| - 0.02), T the mean over the tokens of a target.
+        prefill: random choices whose loss the surrogate learns before the router moves.
+        threshold: nats; the router moves while the moving average of the surrogate's |error| is below it.
+        patience: observations that may be spent waiting for the threshold, as a share of the steps. When they are
+            spent the router moves all the same, and the result says how many steps it moved so.
+        calibration: sequences on which offsets are calibrated, of those that are trained on.
+        judged: sequences, of those given, that nothing is trained or calibrated on, and the report is about.
+        seed: of everything random.
+    """
+
+    form: str = "gumbel"
+    targets: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    gates: str = "soft"
+    steps: int = 400
+    lr: float = 3e-3
+    hidden: int | None = None
+    batch: int = 8
+    latency_weight: float = 5.0
+    prefill: int = 200
+    threshold: float = 0.02
+    patience: float = 0.5
+    calibration: int = 8
+    judged: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        object.__setattr__(self, "targets", tuple(number("AdaptiveConfig: targets", t) for t in self.targets))
+        ascending = all(a < b for a, b in pairwise(self.targets))
+        if len(self.targets) < 2 or not ascending or self.targets[0] <= 0 or self.targets[-1] != 1:
+            raise ValueError(
+                f"AdaptiveConfig: targets must ascend from above 0 to 1, got {list(self.targets)}"
+            )
+        if self.gates not in GATES:
+            raise ValueError(f"AdaptiveConfig: gates must be one of {', '.join(GATES)}, got {self.gates!r}")
+        if self.form not in FORMS:
+            raise ValueError(f"AdaptiveConfig: form must be one of {', '.join(FORMS)}, got {self.form!r}")
+        if self.form == "surrogate" and self.gates != "soft":
+            raise ValueError(
+                f"AdaptiveConfig: gates must be soft with the form surrogate, got {self.gates!r}"
+            )
+        if self.prefill < 2 * _HELD_OUT:
+            raise ValueError(f"AdaptiveConfig: prefill must be at least {2 * _HELD_OUT}, got {self.prefill}")
+        for name in ("steps", "lr", "hidden", "batch", "threshold", "calibration", "judged"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"AdaptiveConfig: {name} must be positive, got {getattr(self, name)}")
+        for name in ("latency_weight", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"AdaptiveConfig: {name} must be at least 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class AdaptiveReport:
+    """One trained target below 1, on sequences that nothing was trained on.
+
+    Attributes:
+        target: fraction of the full latency.
+        fraction: mean over the tokens, by the table, of what the router chose.
+        loss: in nats.
+        static_fraction, static_loss: of the static ladder's rung for the target.
+    """
+
+    target: float
+    fraction: float
+    loss: float
+    static_fraction: float
+    static_loss: float
+
+
+@dataclass(frozen=True)
+class AdaptiveResult:
+    """A trained adaptive router and how it did.
+
+    Attributes:
+        router: calibrated.
+        targets: comparison at every trained target below 1.
+        dropped_targets: asked for, but faster than the fastest network.
+        full_loss: of the full model on the same sequences, in nats.
+        history: one entry for about every fiftieth step.
+        config: what it was trained with.
+        phase: whose latency the training was about; the calibration covers every phase that was profiled.
+        costs: of the tables it is calibrated for, by phase: ``LatencyTable.costs`` and ``adaptive``.
+        surrogate: fit on observations that it was never trained on; None where there was none.
+        gate: when the router moved; None where there was no surrogate.
+    """
+
+    router: AdaptiveRouter
+    targets: tuple[AdaptiveReport, ...]
+    dropped_targets: tuple[float, ...]
+    full_loss: float
+    history: tuple[dict[str, float], ...]
+    config: AdaptiveConfig
+    phase: str
+    costs: dict[str, Any]
+    surrogate: FitReport | None = None
+    gate: GateReport | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the router's weights."""
+        r = self.router
+        sizes = ("num_layers", "hidden_size", "mlp_choices", "head_choices", "hidden")
+        return {
+            "format": FORMAT,
+            "router": {name: getattr(r, name) for name in sizes} | {"targets": list(r.targets)},
+            "calibration": {phase: [list(v) for v in grid] for phase, grid in r.calibration.items()},
+            "targets": [asdict(t) for t in self.targets],
+            "dropped_targets": list(self.dropped_targets),
+            "full_loss": self.full_loss,
+            "history": list(self.history),
+            "config": {**asdict(self.config), "targets": list(self.config.targets)},
+            "phase": self.phase,
+            "costs": self.costs,
+            "surrogate": None if self.surrogate is None else self.surrogate.to_dict(),
+            "gate": None if self.gate is None else asdict(self.gate),
+        }
+
+    def save(self, directory: str | Path, origin: Origin) -> None:
+        """Write ``adaptive.safetensors`` and ``adaptive.json`` into an elastic checkpoint, both or neither."""
+        with commit(directory) as stage:
+            self.write(stage, origin)
+
+    def write(self, folder: Path, origin: Origin) -> None:
+        """Write both files; ``origin`` is the model that they were made for."""
+        checksum = save_tensors(folder / TENSORS, self.router.state_dict())
+        write_json(folder / DESCRIPTION, {**self.to_dict(), KEY: origin.to_dict(), "checksum": checksum})
+
+    @classmethod
+    def load(cls, directory: str | Path | Files) -> AdaptiveResult:
+        """Read a stored router; CheckpointError says in one sentence what is wrong with which file."""
+        with opened(directory) as files:
+            path, values = files / DESCRIPTION, files.read_json(DESCRIPTION)
+            check_format(values, path)
+            size = build(_Size, values.get("router"), path, "router")
+            weights = sum(map(prod, files.shapes(TENSORS).values()))
+            if not all(
+                1 <= n <= weights for n in (size.num_layers, size.hidden_size, size.hidden, size.parameters)
+            ):
+                raise CheckpointError(f"{path}: router must fit the weights, got {size}")
+            with checking(path):
+                router = AdaptiveRouter(**asdict(size))
+            checksum = build(str, values.get("checksum"), path, "checksum")
+            router.load_state_dict(files.load_tensors(TENSORS, router.state_dict(), checksum))
+        router.calibration = build(dict[str, Grid], values.get("calibration"), path, "calibration")
+        for phase, (grid, offsets) in router.calibration.items():
+            if len(grid) != len(offsets) or len(grid) < 2 or any(a >= b for a, b in pairwise(grid)):
+                raise CheckpointError(
+                    f"{path}: calibration.{phase} must be ascending fractions and an offset for each, got others"
+                )
+        hints = get_type_hints(cls)
+        # checkpoints from before there was a choice have neither surrogate nor gate
+        stored = {
+            f.name: build(hints[f.name], values.get(f.name), path, f.name)
+            for f in fields(cls)
+            if f.name != "router"
+        }
+        return cls(router=router.requires_grad_(False), **stored)
+
+
+Grid = tuple[tuple[float, ...], tuple[float, ...]]  # fractions, and the offset of each
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What ``adaptive.json`` says of its router."""
+
+    num_layers: int
+    hidden_size: int
+    mlp_choices: int
+    head_choices: int
+    hidden: int
+    targets: tuple[float, ...]
+
+    @property
+    def parameters(self) -> int:
+        """At least so many."""
+        return self.num_layers * self.hidden * max(self.hidden_size, self.mlp_choices + self.head_choices)
+
+
+def load(directory: str | Path | Files, origin: Origin) -> AdaptiveResult | None:
+    """The router of an elastic checkpoint that was made for its weights; another is left out, with a warning."""
+    with opened(directory) as files:
+        fitting = fits(files, DESCRIPTION, origin, f"flextron route {files.directory} --adaptive")
+        return AdaptiveResult.load(files) if fitting else None
+
+
+def costs_of(tables: dict[str, LatencyTable]) -> dict[str, Any]:
+    """What a calibration rests on, of each phase, as it is stored."""
+    return {
+        phase: {**t.costs, "adaptive": None if t.adaptive is None else list(t.adaptive)}
+        for phase, t in tables.items()
+    }
+
+
+def train_adaptive(
+    model: Any,
+    tables: dict[str, LatencyTable],
+    ladder: Ladder,
+    tokens: Tensor,
+    config: AdaptiveConfig | None = None,
+    phase: str = "prefill",
+    progress: Progress | None = None,
+) -> AdaptiveResult:
+    """Train the adaptive router of a frozen elastic model, and calibrate it.
+
+    Loss: cross-entropy of the model with relaxed choices (`flextron.nn.policy.Gated`) at a target drawn for each
+    sequence, or what the surrogate predicts of it, and the latency term on the mean over the tokens of each target.
+
+    Args:
+        model: elastic; its dial and its parameters' ``requires_grad`` are restored.
+        tables: by phase; all are calibrated for.
+        ladder: the static routers' readout, where the router starts.
+        tokens: [n, length] int64, sequences to train, calibrate and judge on.
+        config: see `AdaptiveConfig`.
+        phase: whose latency is trained for.
+        progress: called with (what is being done, done, total).
+    """
+    options = config or AdaptiveConfig()
+    needed = options.judged + max(options.calibration, 1)
+    if tokens.dim() != 2 or len(tokens) < needed:
+        raise ValueError(
+            f"train_adaptive: tokens must be at least {needed} sequences (judged and calibration), "
+            f"got {list(tokens.shape)}"
+        )
+    quiet = progress or (lambda *_: None)
+    kind = _SurrogateTraining if options.form == "surrogate" else _Training
+    training = kind(model, tables[phase], ladder, tokens[: -options.judged], options, quiet)
+    with _frozen(model):
+        training.run()
+        router = training.router.requires_grad_(False)
+        model.attach_router(router)
+        calibrate(router, model, tables, tokens[: options.calibration], quiet)
+        full, reports = report(model, tables[phase], ladder, tokens[-options.judged :], router.targets[:-1])
+    return AdaptiveResult(
+        router,
+        reports,
+        training.dropped,
+        full,
+        tuple(training.history),
+        options,
+        phase,
+        costs_of(tables),
+        *training.surrogate_reports(),
+    )
+
+
+def refreshed(
+    result: AdaptiveResult,
+    model: Any,
+    tables: dict[str, LatencyTable],
+    ladder: Ladder,
+    tokens: Tensor,
+    progress: Progress = lambda *_: None,
+) -> AdaptiveResult:
+    """The result after router and model have moved: calibrated on one half of ``tokens``, judged on the other."""
+    half = len(tokens) // 2
+    with _frozen(model):
+        model.attach_router(result.router)
+        calibrate(result.router, model, tables, tokens[:half], progress)
+        table = tables[result.phase]
+        full, reports = report(model, table, ladder, tokens[half:], result.router.targets[:-1])
+    return replace(result, targets=reports, full_loss=full, costs=costs_of(tables))
+
+
+@contextlib.contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """In eval mode, no parameter wants a gradient; what was set is set again at the end."""
+    dial, router, training = model.dial, model.adaptive, model.training
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in wanted:
+            p.requires_grad_(False)
+        model.eval()
+        yield
+    finally:
+        for p in wanted:
+            p.requires_grad_(True)
+        model.train(training)
+        model.attach_router(router)
+        model.turn(dial)
+
+
+def start_router(
+    config: ElasticConfig, table: LatencyTable, ladder: Ladder, options: AdaptiveConfig
+) -> tuple[AdaptiveRouter, tuple[float, ...]]:
+    """A router that does what the ladder does, and the targets that no network is fast enough for."""
+    fastest = table.smallest_adaptive_ms / table.full_ms
+    targets = tuple(t for t in options.targets if t >= fastest)
+    if len(targets) < 2:
+        raise ValueError(
+            f"train_adaptive: some target below 1 must be at least {fastest:.3f}, the fastest network's "
+            f"fraction of the full latency, got {list(options.targets)}"
+        )
+    router = AdaptiveRouter(
+        config.num_layers,
+        config.hidden_size,
+        len(config.mlp_choices),
+        len(config.head_choices),
+        targets,
+        options.hidden or default_hidden(config),
+        options.seed,
+    )
+    adaptive = partial(table.predict, adaptive=True)
+    # the full model's own time may be above 1 with a router
+    rungs = [ladder.highest(adaptive, t * table.full_ms) for t in targets[:-1]] + [config.full()]
+    parts = []
+    for axis in one_hot(config, rungs):  # [targets, L, C]
+        count = axis.shape[-1]
+        rest = (1 - _CONFIDENCE) / max(1, count - 1)
+        parts.append((axis * (_CONFIDENCE - rest) + rest).log())
+    with torch.no_grad():
+        router.base.copy_(torch.cat(parts, dim=-1).transpose(0, 1))
+        router.ramp.copy_(torch.cat([_ramp(table.mlp[0]), _ramp(table.heads[0])]) / _mean_step(table))
+    return router, tuple(t for t in options.targets if t < fastest)
+
+
+def _ramp(costs: Sequence[float]) -> Tensor:
+    return torch.tensor(costs) - costs[0]
+
+
+def _mean_step(table: LatencyTable) -> float:
+    """Milliseconds that one step of a choice costs, on average: the unit of an offset."""
+    steps = len(table.mlp[0]) + len(table.heads[0]) - 2
+    return max(
+        (table.mlp[0][-1] - table.mlp[0][0] + table.heads[0][-1] - table.heads[0][0]) / max(1, steps), 1e-12
+    )
+
+
+class _Training:
+    """The state of the training in one call of `train_adaptive`."""
+
+    def __init__(
+        self,
+        model: Any,
+        table: LatencyTable,
+        ladder: Ladder,
+        tokens: Tensor,
+        options: AdaptiveConfig,
+        progress: Progress,
+    ) -> None:
+        table.check(model.elastic)
+        self.model, self.table, self.tokens = model, table, tokens
+        self.options, self.progress = options, progress
+        self.device = next(model.parameters()).device
+        router, self.dropped = start_router(model.elastic, table, ladder, options)
+        self.router = router.to(self.device)
+        # one generator for each purpose: what one draws more or less moves none of the others
+        self.noise = GumbelSampler(options.seed * 4 + 1)
+        self.draws = torch.Generator().manual_seed(options.seed * 4 + 2)
+        self.optimiser = torch.optim.Adam(self.router.parameters(), lr=options.lr)
+        self.history: list[dict[str, float]] = []
+
+    def run(self) -> None:
+        for step in range(self.options.steps):
+            ids, tau = self._draw()
+            self._step(step, *self._losses(step, ids, tau))
+
+    def surrogate_reports(self) -> tuple[FitReport | None, GateReport | None]:
+        return None, None
+
+    def _step(self, step: int, loss: Tensor, miss: Tensor) -> None:
+        steps = self.options.steps
+        self.optimiser.zero_grad()
+        (loss + self.options.latency_weight * miss).backward()
+        self.optimiser.step()
+        if (step + 1) % max(1, steps // 50) == 0:
+            self.history.append({"step": step + 1, "loss": loss.item(), "latency_miss": miss.item()})
+        self.progress("adaptive router steps", step + 1, steps)
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        """Sequences [B, T], and for each a trained target below 1."""
+        B, below = self.options.batch, self.router.targets[:-1]
+        picks = torch.randint(len(self.tokens), (B,), generator=self.draws)
+        which = torch.randint(len(below), (B,), generator=self.draws)
+        return self.tokens[picks].to(self.device), torch.tensor(below)[which].to(self.device)
+
+    def _fraction(self, p: Choices) -> Tensor:
+        return self.table.expected(*p, adaptive=True) / self.table.full_ms
+
+    def _losses(self, step: int, ids: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+        annealed = anneal(step, self.options.steps)
+        policies = learning_policies(self.model, self.router, tau, self.noise, *annealed, self.options.gates)
+        self.model.set_policies(policies, self.model.elastic.full(), "all")
+        logits = self.model(input_ids=ids, use_cache=False).logits
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        return loss, latency_miss(self._fraction, mean_choices(policies, len(ids)), tau)
+
+
+class _SurrogateTraining(_Training):
+    """The same on what a surrogate predicts: from the model come losses alone, at the cost of the choices.
+
+    A step runs ``batch`` sequences at one target without a gradient, at the router's noisy choices. Their loss above
+    the full model's, and the shares of tokens that made each choice, judge the surrogate, which then learns them; the
+    router learns from what it predicts at the probabilities of the choices, mean over the tokens.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        config, seed = self.model.elastic, self.options.seed * 4 + 3
+        counts = len(config.mlp_choices), len(config.head_choices)
+        self.surrogate = Surrogate(config.num_layers, *counts, seed=seed, mixed=True)
+        self.fitter = SurrogateFitter(self.surrogate, seed)
+        self.train, self.held_out = ReplayBuffer(config), ReplayBuffer(config)
+        self.rng, self.menus = random.Random(seed), menus_of(config, self.device)
+        self.error = 0.0
+        self.observed = self.waited = self.steps_below = self.steps_above = 0
+
+    def run(self) -> None:
+        options = self.options
+        self.full = self._full_losses()
+        for done in range(options.prefill):
+            ids, full, _ = self._one_target()
+            choices = self._random_choices(ids.numel())
+            layers = range(self.model.elastic.num_layers)
+            given = [Given(Choices(choices.mlp[:, i], choices.heads[:, i]), self.menus) for i in layers]
+            self._remember(self._shares(choices), float((self._losses_of(ids, given) - full).mean()))
+            self.progress("random choices", done + 1, options.prefill)
+        self.surrogate.start(*self.train.tensors())
+        self.fitter.fit(*self.train.tensors(), _SURROGATE_STEPS)
+        self.error = judge(self.surrogate, *self.held_out.tensors()).mean_error
+        step = 0
+        while step < options.steps:
+            p, tau = self._observe(step)
+            below = self.error < options.threshold
+            if not below and self.waited < options.patience * options.steps:
+                self.waited += 1
+                continue
+            fraction = self._fraction(p)
+            self._step(step, self.surrogate.loss(p, fraction).mean(), latency_miss(self._fraction, p, tau))
+            self.steps_below += below
+            self.steps_above += not below
+            step += 1
+
+    def surrogate_reports(self) -> tuple[FitReport | None, GateReport | None]:
+        gate = GateReport(self.options.threshold, self.error, self.steps_below, self.steps_above, self.waited)
+        return judge(self.surrogate, *self.held_out.tensors()), gate
+
+    def _observe(self, step: int) -> tuple[Choices, Tensor]:
+        """Run the router's own choices, judge the surrogate by them, and let it learn them.
+
+        Returns the probabilities of the choices, mean over all tokens, [1, L, C] with a gradient, and the target [1].
+        """
+        ids, full, tau = self._one_target()
+        annealed = anneal(step, self.options.steps)
+        policies = learning_policies(
+            self.model, self.router, tau.expand(len(ids)), self.noise, *annealed, "sampled"
+        )
+        loss = float((self._losses_of(ids, policies) - full).mean())
+        by_axis = zip(*(p.chosen for p in policies), strict=True)
+        shares = self._shares(Choices(*(torch.stack(axis, 1) for axis in by_axis)))
+        with torch.no_grad():
+            predicted = float(self.surrogate.loss(shares, self._fraction(shares)))
+        self.error = _EMA * self.error + (1 - _EMA) * abs(predicted - loss)
+        self._remember(shares, loss)
+        self.fitter.fit(*self.train.tensors(), _REFIT_STEPS)
+        return mean_choices(policies, 1), tau
+
+    def _one_target(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sequences [B, T], the full model's loss of each [B], and one trained target below 1 [1]."""
+        below = self.router.targets[:-1]
+        picks = torch.randint(len(self.tokens), (self.options.batch,), generator=self.draws)
+        which = torch.randint(len(below), (1,), generator=self.draws)
+        return (
+            self.tokens[picks].to(self.device),
+            self.full[picks],
+            torch.tensor(below)[which].to(self.device),
+        )
+
+    def _random_choices(self, count: int) -> Choices:
+        """Two random networks, one of them for each token by a probability of each layer's own: [N, L]."""
+        config = self.model.elastic
+        found = []
+        for axis, menu in (("mlp", config.mlp_choices), ("heads", config.head_choices)):
+            a, b = (
+                torch.tensor([menu.index(n) for n in getattr(random_widths(config, self.rng), axis)])
+                for _ in range(2)
+            )
+            share = torch.rand(config.num_layers, generator=self.draws)
+            found.append(
+                torch.where(torch.rand(count, config.num_layers, generator=self.draws) < share, a, b)
+            )
+        return Choices(*(axis.to(self.device) for axis in found))
+
+    def _shares(self, choices: Choices) -> Choices:
+        """Places in the menus [N, L] -> shares of the tokens, [L, C]."""
+        return Choices(
+            *(
+                functional.one_hot(axis, len(menu)).float().mean(0)
+                for axis, menu in zip(choices, self.menus, strict=True)
+            )
+        )
+
+    def _remember(self, shares: Choices, loss: float) -> None:
+        self.observed += 1
+        buffer = self.train if self.observed % _HELD_OUT else self.held_out
+        buffer.add_shares(shares, float(self._fraction(shares)), loss)
+
+    def _full_losses(self) -> Tensor:
+        nobody = [None] * self.model.elastic.num_layers
+        return torch.cat([self._losses_of(ids, nobody) for ids in self.tokens.split(self.options.batch)])
+
+    @torch.no_grad()
+    def _losses_of(self, ids: Tensor, policies: Sequence[Any]) -> Tensor:
+        """Each sequence's mean loss, [B]."""
+        ids = ids.to(self.device)
+        self.model.set_policies(policies, self.model.elastic.full(), "all")
+        return sequence_losses(self.model, ids)
+
+
+@torch.no_grad()
+def fractions(
+    model: Any,
+    table: LatencyTable,
+    tokens: Tensor,
+    targets: Sequence[float],
+    phase: str,
+    batch_size: int = 64,
+) -> Tensor:
+    """Fraction of the full latency, by the table, that the model's adaptive router takes at each target, [R].
+
+    Every target sees all sequences of ``tokens`` [n, T]: R * n sequences, at most ``batch_size`` at once.
+    """
+    group = table.workload.batch if phase == "decode" else 1
+    n = len(tokens) // group * group
+    if n == 0:
+        raise ValueError(
+            f"fractions: tokens must be at least {group} sequences, the decode batch, got {len(tokens)}"
+        )
+    device, dial = next(model.parameters()).device, model.dial
+    found = []
+    try:
+        for some in torch.tensor(targets, dtype=torch.float64).split(max(1, batch_size // n)):
+            model.turn(Dial.adaptive(model.elastic, some.tolist(), phase))
+            with model.watched() as forwards:
+                model(tokens[:n].to(device).repeat(len(some), 1), use_cache=False, logits_to_keep=1)
+            choices = Choices(*(axis.unflatten(0, (len(some), n)) for axis in forwards[0]))
+            found.append(table.of_tokens(choices) / table.full_ms)
+    finally:
+        model.turn(dial)
+    return torch.cat(found).cpu()
+
+
+def calibrate(
+    router: AdaptiveRouter,
+    model: Any,
+    tables: dict[str, LatencyTable],
+    tokens: Tensor,
+    progress: Progress = lambda *_: None,
+) -> None:
+    """Settle the router's offsets, for each phase, so that the mean over ``tokens`` meets every fraction.
+
+    At a grid of fractions from the fastest network's to 1, at most 0.05 apart and with the trained targets in
+    it, the offset is bisected until the mean is at most 0.001 below: a larger one never narrows a token's choice in
+    the first layer, and in the others only by way of what wider layers below change in their input.
+    """
+    for phase, table in tables.items():
+        grid = calibration_grid(table.smallest_adaptive_ms / table.full_ms, router.targets)
+        low, high = torch.full((len(grid),), -_REACH), torch.full((len(grid),), _REACH)
+        left = torch.arange(len(grid))  # of the grid, what is not close yet
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            router.calibration[phase] = (grid, tuple(middle.tolist()))
+            targets = torch.tensor(grid, dtype=torch.float64)[left]
+            short = targets - fractions(model, table, tokens, targets.tolist(), phase)
+            low[left] = torch.where(short < 0, low[left], middle[left])
+            is_close = (short >= 0) & (short < _CLOSE)
+            high[left] = torch.where((short < 0) | is_close, middle[left], high[left])
+            left = left[~is_close]
+            progress(f"calibrating {phase}", len(grid) - len(left), len(grid))
+            if not len(left):
+                break
+        router.calibration[phase] = (grid, tuple(low.tolist()))
+
+
+def calibration_grid(fastest: float, targets: Sequence[float]) -> tuple[float, ...]:
+    """Fractions from the fastest network's up to just below 1, the trained targets among them."""
+    ends = sorted({fastest, *(t for t in targets if fastest < t < 1), 1.0})
+    grid: list[float] = []
+    for a, b in pairwise(ends):
+        pieces = max(1, -int(-(b - a) // _GRID))
+        grid += [a + (b - a) * i / pieces for i in range(pieces)]
+    return (*grid, 1 - TOLERANCE / 4)
+
+
+def report(
+    model: Any, table: LatencyTable, ladder: Ladder, tokens: Tensor, targets: Sequence[float]
+) -> tuple[float, tuple[AdaptiveReport, ...]]:
+    """(the full model's loss, each target's comparison with the ladder) on sequences of their own."""
+    phase = table.workload.phase
+    found = fractions(model, table, tokens, targets, phase).tolist()
+    static = [ladder.highest(table.predict, t * table.full_ms) for t in targets]
+    dials = [Dial.adaptive(model.elastic, [t], phase) for t in targets]
+    full, *losses = losses_at(model, tokens, [model.elastic.full(), *dials, *static])
+    n = len(targets)
+    return full, tuple(
+        AdaptiveReport(targets[i], found[i], losses[i], table.fraction(static[i]), losses[n + i])
+        for i in range(n)
+    )
+
+
+@torch.no_grad()
+def losses_at(model: Any, tokens: Tensor, chosen: Sequence[Widths | Dial]) -> list[float]:
+    """Mean loss of the next token at each dial; all sequences at once."""
+    dial, ids = model.dial, tokens.to(next(model.parameters()).device)
+    found = []
+    try:
+        for one in chosen:
+            model.turn(Dial.of(one))
+            logits = model(ids, use_cache=False).logits
+            found.append(
+                float(functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()))
+            )
+    finally:
+        model.turn(dial)
+    return found

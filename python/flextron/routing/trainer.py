@@ -1,0 +1,626 @@
+"""Training of the static routers: through the surrogate and the latency table, the LLM itself frozen."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from math import prod
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
+from flextron.checkpoint.io import Files, commit, opened, save_tensors, write_json
+from flextron.checkpoint.origin import KEY, Origin, fits
+from flextron.checkpoint.schema import build, checking
+from flextron.config import ElasticConfig, Widths, check_numbers, number
+from flextron.nn.router import Choices, GumbelSampler, StaticRouter, anneal
+from flextron.routing.ladder import Ladder, router_ladder, uniform_ladder
+from flextron.routing.latency import LatencyTable, random_widths
+from flextron.routing.search import one_hot, predicted_losses, search
+from flextron.routing.surrogate import FitReport, ReplayBuffer, Surrogate, SurrogateFitter, judge
+
+FORMS = ("surrogate", "gumbel", "search")
+FILES = TENSORS, DESCRIPTION = "routers.safetensors", "routers.json"
+_TOLERANCE = 0.02  # relative distance from the aim that costs nothing
+_WARM_STEPS = 200  # of imitation, before anything else is learnt
+_WARM_CONFIDENCE = 0.5  # probability it should give to the imitated choice: a start, not a decision
+_SURE = 0.95  # probability of a choice that nothing will improve on
+_EMA = 0.9
+_LEAST_STAKE = 0.02  # nats: differences below this are noise, and get no more weight for being small
+_REPORTED = 3  # evaluations that the report takes at each target below 1: routed, uniform, searched
+_REFIT = 20  # a new observation is worth one twentieth of the first fit's steps
+
+LossFn = Callable[[Widths], float]
+Progress = Callable[[str, int, int], object]
+
+
+@dataclass(frozen=True)
+class RouteConfig:
+    """How routers are trained.
+
+    Attributes:
+        form: ``"surrogate"``: the routers' loss is what the surrogate predicts. ``"gumbel"``: it is the LLM's own, end
+            to end through its soft gates; the surrogate only judges and is judged. ``"search"``: the routers take no
+            step, but imitate what search over table and surrogate finds at each target.
+        targets: trained latency targets, ascending, the last one 1. Those that no network is fast enough
+            for are left out, and the result says so.
+        evaluations: calls of the LLM's loss in all.
+        prefill: how many of them are random configurations, before any router moves.
+        held_out: share of the random ones that the surrogate never trains on, and is judged by.
+        threshold: nats; routers move while the moving average of the surrogate's |error| is below it.
+        patience: share of the evaluations after the prefill that may be spent waiting for the threshold. When
+            they are spent the routers move all the same, and the result says how many steps they moved so.
+        steps: router steps.
+        lr: of the routers.
+        hidden, surrogate_hidden: widths of the networks.
+        batch: targets drawn for one step.
+        latency_weight: of relu(|T / (aim T_full) - 1| - 0.02), aim = target / 1.02, over 1 - target: close to
+            the full model, a little more latency buys a larger share of what is left to gain.
+        nesting_weight: of what a layer's expected choice falls from one target to the next, so that the
+            ladder need not correct it.
+        surrogate_steps: of the first fit; later ones take a twentieth of them.
+        seed: of everything random.
+    """
+
+    form: str = "surrogate"
+    targets: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    evaluations: int = 700
+    prefill: int = 500
+    held_out: float = 0.15
+    threshold: float = 0.02
+    patience: float = 0.5
+    steps: int = 1500
+    lr: float = 1e-2
+    hidden: int = 256
+    surrogate_hidden: int = 256
+    batch: int = 16
+    latency_weight: float = 5.0
+    nesting_weight: float = 1.0
+    surrogate_steps: int = 600
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        object.__setattr__(self, "targets", tuple(number("RouteConfig: targets", t) for t in self.targets))
+        ascending = all(a < b for a, b in zip(self.targets, self.targets[1:], strict=False))
+        if len(self.targets) < 2 or not ascending or self.targets[0] <= 0 or self.targets[-1] != 1:
+            raise ValueError(f"RouteConfig: targets must ascend from above 0 to 1, got {list(self.targets)}")
+        if self.form not in FORMS:
+            raise ValueError(f"RouteConfig: form must be one of {', '.join(FORMS)}, got {self.form!r}")
+        if self.prefill < 8:
+            raise ValueError(f"RouteConfig: prefill must be at least 8, got {self.prefill}")
+        needed = self.prefill + 1 + _REPORTED * (len(self.targets) - 1)
+        if self.evaluations < needed:
+            raise ValueError(
+                f"RouteConfig: evaluations must be at least {needed} (the prefill, the full model, "
+                f"{_REPORTED} for each target at the end), got {self.evaluations}"
+            )
+        for name, low, high in (("held_out", 1 / self.prefill, 0.5), ("patience", 0.0, 1.0)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(
+                    f"RouteConfig: {name} must be within [{low}, {high}], got {getattr(self, name)}"
+                )
+        for name in ("threshold", "steps", "lr", "hidden", "surrogate_hidden", "batch", "surrogate_steps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"RouteConfig: {name} must be positive, got {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """What the surrogate's gate did; its error is a moving average over what it had not been trained on.
+
+    Attributes:
+        threshold: nats.
+        error: the moving average at the end.
+        steps_below: router steps taken while the error was below the threshold; without a surrogate in the way, all.
+        steps_above: router steps taken above it, when the evaluations for waiting had been spent.
+        waited: evaluations spent waiting.
+    """
+
+    threshold: float
+    error: float
+    steps_below: int
+    steps_above: int
+    waited: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether every step of the routers was taken below the threshold."""
+        return self.steps_above == 0
+
+
+@dataclass(frozen=True)
+class TargetReport:
+    """One trained target at the end; losses in nats above the full model's.
+
+    Attributes:
+        target: fraction of the full latency.
+        choice_fraction: predicted fraction of the router's arg-max choice.
+        rung_fraction: predicted fraction of the ladder's rung for the target.
+        distance: steps (choices of layers) by which the two differ.
+        choice_loss, routed_loss, uniform_loss, search_loss: predicted for the router's choice, the routed
+            ladder, the uniform ladder and plain search.
+        routed_observed, uniform_observed, search_observed: what the LLM says of them.
+        search_widths: what search found.
+    """
+
+    target: float
+    choice_fraction: float
+    rung_fraction: float
+    distance: int
+    choice_loss: float
+    routed_loss: float
+    uniform_loss: float
+    search_loss: float
+    routed_observed: float
+    uniform_observed: float
+    search_observed: float
+    search_widths: Widths
+
+
+@dataclass(frozen=True)
+class RouterResult:
+    """Trained routers, what budgets are read off, and how far to trust them.
+
+    Attributes:
+        router: arg-max without noise is its choice.
+        ladder: the readout that budgets use.
+        surrogate: fit on configurations that were never trained on.
+        gate: when the routers moved.
+        targets: comparison at every trained target below 1.
+        dropped_targets: asked for, but faster than the fastest network.
+        evaluations: calls of the LLM's loss.
+        history: one entry for about every fiftieth step.
+        config: what it was trained with.
+        phase: whose latency the targets are fractions of.
+        costs: of the table that they were trained on: ``LatencyTable.costs``.
+    """
+
+    router: StaticRouter
+    ladder: Ladder
+    surrogate: FitReport
+    gate: GateReport
+    targets: tuple[TargetReport, ...]
+    dropped_targets: tuple[float, ...]
+    evaluations: int
+    history: tuple[dict[str, float], ...]
+    config: RouteConfig
+    phase: str
+    costs: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the router's weights."""
+        r = self.router
+        return {
+            "format": FORMAT,
+            "router": {"targets": list(r.targets), "hidden": r.hidden},
+            "ladder": self.ladder.to_dict(),
+            "surrogate": self.surrogate.to_dict(),
+            "gate": asdict(self.gate),
+            "targets": [asdict(t) for t in self.targets],
+            "dropped_targets": list(self.dropped_targets),
+            "evaluations": self.evaluations,
+            "history": list(self.history),
+            "config": self.config.to_dict(),
+            "phase": self.phase,
+            "costs": self.costs,
+        }
+
+    def save(self, directory: str | Path, origin: Origin) -> None:
+        """Write ``routers.safetensors`` and ``routers.json`` into an elastic checkpoint, both or neither."""
+        with commit(directory) as stage:
+            self.write(stage, origin)
+
+    def write(self, folder: Path, origin: Origin) -> None:
+        """Write both files; ``origin`` is the model that they were made for."""
+        checksum = save_tensors(folder / TENSORS, self.router.state_dict())
+        write_json(folder / DESCRIPTION, {**self.to_dict(), KEY: origin.to_dict(), "checksum": checksum})
+
+    @classmethod
+    def load(cls, directory: str | Path | Files) -> RouterResult:
+        """Read stored routers; CheckpointError says in one sentence what is wrong with which file."""
+        with opened(directory) as files:
+            path, values = _read(files)
+            ladder = build(Ladder, values.get("ladder"), path, "ladder")
+            size = build(_Size, values.get("router"), path, "router")
+            counts = len(ladder.mlp_choices), len(ladder.head_choices)
+            weights = sum(map(prod, files.shapes(TENSORS).values()))
+            if not 1 <= size.hidden <= weights or ladder.num_layers > weights:
+                raise CheckpointError(f"{path}: router.hidden must fit the weights, got {size.hidden}")
+            with checking(path):
+                router = StaticRouter(ladder.num_layers, *counts, size.targets, size.hidden)
+            checksum = build(str, values.get("checksum"), path, "checksum")
+            router.load_state_dict(files.load_tensors(TENSORS, router.state_dict(), checksum))
+        hints = get_type_hints(cls)
+        stored = {
+            f.name: build(hints[f.name], values.get(f.name), path, f.name)
+            for f in fields(cls)
+            if f.name not in ("router", "ladder")
+        }
+        return cls(router=router, ladder=ladder, **stored)
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What ``routers.json`` says of its router."""
+
+    targets: tuple[float, ...]
+    hidden: int
+
+
+def refreshed(
+    result: RouterResult, config: ElasticConfig, table: LatencyTable, loss_fn: LossFn
+) -> RouterResult:
+    """The result after its router and the model have moved: a new ladder, and losses observed again."""
+    ladder, full = router_ladder(config, result.router), loss_fn(config.full())
+    targets = []
+    for t in result.targets:
+        limit = t.target * table.full_ms
+        routed, uniform = (r.highest(table.predict, limit) for r in (ladder, uniform_ladder(config)))
+        targets.append(
+            replace(
+                t,
+                rung_fraction=table.fraction(routed),
+                routed_observed=loss_fn(routed) - full,
+                uniform_observed=loss_fn(uniform) - full,
+                search_observed=loss_fn(t.search_widths) - full,
+            )
+        )
+    return replace(result, ladder=ladder, targets=tuple(targets))
+
+
+def load(directory: str | Path | Files, origin: Origin) -> RouterResult | None:
+    """The routers of an elastic checkpoint that were made for its weights; others are left out, with a warning."""
+    with opened(directory) as files:
+        return RouterResult.load(files) if _stored(files, origin) else None
+
+
+def load_ladder(
+    directory: str | Path | Files, origin: Origin, tables: Mapping[str, LatencyTable] | None = None
+) -> Ladder | None:
+    """The routed ladder of an elastic checkpoint; None when no routers were trained for its weights.
+
+    Where ``tables`` are given and it rests on another one, a warning says so: budgets are met by the new table.
+    """
+    with opened(directory) as files:
+        if not _stored(files, origin):
+            return None
+        path, values = _read(files)
+        ladder = build(Ladder, values.get("ladder"), path, "ladder")
+        phase = build(str, values.get("phase"), path, "phase")
+        if tables is not None and (phase not in tables or tables[phase].costs != values.get("costs")):
+            warnings.warn(
+                f"{path}: was trained on another latency table of {phase} than the one here; "
+                f"run `flextron route {files.directory}`",
+                stacklevel=3,
+            )
+    return ladder
+
+
+def _stored(files: Files, origin: Origin) -> bool:
+    return fits(files, DESCRIPTION, origin, f"flextron route {files.directory}")
+
+
+def _read(files: Files) -> tuple[Path, dict[str, Any]]:
+    """The path and contents of ``routers.json``."""
+    path, values = files / DESCRIPTION, files.read_json(DESCRIPTION)
+    check_format(values, path)
+    return path, values
+
+
+def train_routers(
+    config: ElasticConfig,
+    table: LatencyTable,
+    loss_fn: LossFn,
+    route_config: RouteConfig | None = None,
+    progress: Progress | None = None,
+    relaxed: Callable[[Choices], Tensor] | None = None,
+) -> RouterResult:
+    """Train the static routers of a frozen elastic model.
+
+    The surrogate is filled with random configurations; then the routers take steps on its prediction and the
+    latency term, while their own proposals are now and then evaluated for real and added. Deterministic: the
+    same ``loss_fn`` and seed give the same routers.
+
+    Args:
+        config: the menus.
+        table: of the phase that the targets are about.
+        loss_fn: the LLM's loss in nats with these widths, always on the same tokens (the full model's is
+            subtracted).
+        route_config: see `RouteConfig`.
+        progress: called with (what is being done, done, total).
+        relaxed: for the form ``"gumbel"``: the LLM's loss, [n] nats with a gradient, of n rows of choice probabilities
+            [n, L, C], on any tokens (`flextron.nn.learning.relaxed_loss`).
+
+    Raises:
+        ValueError: no target below 1 can be met by any network, or ``relaxed`` is given for another form.
+    """
+    table.check(config)
+    options = route_config or RouteConfig()
+    if (relaxed is not None) != (options.form == "gumbel"):
+        given = "none" if relaxed is None else "one"
+        raise ValueError(
+            f"train_routers: relaxed must be given exactly for the form gumbel, got {given} for {options.form}"
+        )
+    return _Training(config, table, loss_fn, options, progress or (lambda *_: None), relaxed).run()
+
+
+class _Training:
+    """The state of one call of `train_routers`."""
+
+    def __init__(
+        self,
+        config: ElasticConfig,
+        table: LatencyTable,
+        loss_fn: LossFn,
+        options: RouteConfig,
+        progress: Progress,
+        relaxed: Callable[[Choices], Tensor] | None,
+    ) -> None:
+        self.relaxed = relaxed
+        fastest = table.smallest_ms / table.full_ms
+        targets = tuple(t for t in options.targets if t >= fastest)
+        if len(targets) < 2:
+            raise ValueError(
+                f"train_routers: some target below 1 must be at least {fastest:.3f}, the fastest network's "
+                f"fraction of the full latency, got {list(options.targets)}"
+            )
+        self.config, self.table, self.loss_fn = config, table, loss_fn
+        self.options, self.progress = options, progress
+        self.dropped = tuple(t for t in options.targets if t < fastest)
+        self.targets = torch.tensor(targets)
+        layers, counts = config.num_layers, (len(config.mlp_choices), len(config.head_choices))
+        # one generator for each purpose: what one draws more or less moves none of the others
+        seeds = [options.seed * 8 + i for i in range(6)]
+        self.router = StaticRouter(layers, *counts, targets, options.hidden, seed=seeds[0])
+        self.surrogate = Surrogate(layers, *counts, options.surrogate_hidden, seed=seeds[1])
+        self.fitter = SurrogateFitter(self.surrogate, seeds[2])
+        self.noise = GumbelSampler(seeds[3])
+        self.draws = torch.Generator().manual_seed(seeds[4])
+        self.rng = random.Random(seeds[5])
+        self.optimiser = torch.optim.Adam(self.router.parameters(), lr=options.lr)
+        self.train, self.held_out = ReplayBuffer(config), ReplayBuffer(config)
+        self.uniform = uniform_ladder(config)
+        self.full_loss = 0.0
+        self.evaluations = self.waited = 0
+        self.steps_below = self.steps_above = 0
+        self.error = 0.0
+        self.history: list[dict[str, float]] = []
+
+    def run(self) -> RouterResult:
+        self._fill()
+        self._imitate_first()
+        if self.options.form != "search":
+            self._train()
+        ladder = router_ladder(self.config, self.router)
+        return RouterResult(
+            router=self.router,
+            ladder=ladder,
+            surrogate=judge(self.surrogate, *self.held_out.tensors()),
+            gate=GateReport(
+                self.options.threshold, self.error, self.steps_below, self.steps_above, self.waited
+            ),
+            targets=tuple(self._report(ladder, t) for t in self.router.targets[:-1]),
+            dropped_targets=self.dropped,
+            evaluations=self.evaluations,
+            history=tuple(self.history),
+            config=self.options,
+            phase=self.table.workload.phase,
+            costs=self.table.costs,
+        )
+
+    def _loss(self, widths: Widths) -> float:
+        """Nats above the full model's loss, by the LLM."""
+        self.evaluations += 1
+        return float(self.loss_fn(widths)) - self.full_loss
+
+    def _fill(self) -> None:
+        """Fill the replay buffers with random configurations, and fit the surrogate for the first time."""
+        self.full_loss = self._loss(self.config.full())
+        total = self.options.prefill
+        every = max(2, round(1 / self.options.held_out))
+        for done in range(total):
+            widths = self._new(lambda _: random_widths(self.config, self.rng))
+            if widths is None:
+                break
+            held_out = done % every == every - 1
+            (self.held_out if held_out else self.train).add(
+                widths, self.table.fraction(widths), self._loss(widths)
+            )
+            self.progress("random configurations", done + 1, total)
+        self.surrogate.start(*self.train.tensors())
+        self._fit(self.options.surrogate_steps)
+        self.error = judge(self.surrogate, *self.held_out.tensors()).mean_error
+
+    def _new(self, draw: Callable[[int], Widths]) -> Widths | None:
+        """The first that is in no buffer, of those that ``draw`` gives at its 0th, 1st, .. try, if any is."""
+        for tries in range(20):
+            widths = draw(tries)
+            if widths not in self.train and widths not in self.held_out and widths != self.config.full():
+                return widths
+        return None
+
+    def _fit(self, steps: int) -> None:
+        self.fitter.fit(*self.train.tensors(), steps)
+
+    def _imitate_first(self) -> None:
+        """Start the routers near what search finds on the surrogate as it is now, where the targets are met.
+
+        Started near the uniform ladder they ended 1 to 2 % of the loss above what search finds, at the small
+        targets most: few steps are left there, and a better network differs from theirs by several at once.
+        End to end, where no surrogate is used, they do start there; and search alone ends where it starts.
+        """
+        limits = [t * self.table.full_ms for t in self.router.targets]
+        rungs = [self.uniform.highest(self.table.predict, limit) for limit in limits]
+        self.urgency = 1 / (1 - self.targets).clamp_min(0.05)
+        self.stakes = predicted_losses(self.config, self.table, self.surrogate, rungs).clamp_min(_LEAST_STAKE)
+        if self.options.form == "gumbel":
+            self._imitate(rungs, _WARM_CONFIDENCE)
+            return
+        found = [self._search(t, [rung]) for t, rung in zip(self.router.targets, rungs, strict=True)]
+        self._imitate(found, _SURE if self.options.form == "search" else _WARM_CONFIDENCE)
+
+    def _imitate(self, found: list[Widths], confidence: float) -> None:
+        """Let the router choose ``found`` at its targets, with this probability."""
+        wanted = one_hot(self.config, found)
+        for _ in range(_WARM_STEPS):
+            loss = torch.zeros(())
+            for logits, choice in zip(self.router(self.targets), wanted, strict=True):
+                count = choice.shape[-1]
+                if count > 1:
+                    soft = (1 - confidence) / (count - 1)
+                    p = choice * (confidence - soft) + soft
+                    loss = loss - (p * logits.log_softmax(-1)).sum(-1).mean()
+            self._step(loss)
+        self.optimiser = torch.optim.Adam(self.router.parameters(), lr=self.options.lr)
+
+    def _train(self) -> None:
+        """Take the router's steps; evaluate its proposals on the way, and wait where the gate says so."""
+        steps = self.options.steps
+        active = self.options.evaluations - self.evaluations - _REPORTED * (len(self.targets) - 1)
+        patience = int(active * self.options.patience)
+        step = observed = 0
+        while step < steps:
+            below = self.relaxed is not None or self.error < self.options.threshold
+            if not below and self.waited < patience and self._observe(step):
+                self.waited += 1
+                self.progress("waiting for the surrogate", self.waited, patience)
+                continue
+            logged = self._router_step(step)
+            self.steps_below += below
+            self.steps_above += not below
+            step += 1
+            if self.relaxed is None and observed < (active - self.waited) * step / steps:
+                observed += self._observe(step)
+            if step % max(1, steps // 50) == 0:
+                self.history.append({"step": step, **logged, "surrogate_error": self.error})
+            self.progress("router steps", step, steps)
+
+    def _observe(self, step: int) -> bool:
+        """Evaluate a proposal of the router, and learn from it. False: there is nothing new to see."""
+        proposal = self._propose(step)
+        widths = self._new(lambda tries: self._jittered(proposal, tries))
+        if widths is None:
+            return False
+        predicted = float(predicted_losses(self.config, self.table, self.surrogate, [widths])[0])
+        loss = self._loss(widths)
+        self.error = _EMA * self.error + (1 - _EMA) * abs(predicted - loss)
+        self.train.add(widths, self.table.fraction(widths), loss)
+        self._fit(max(1, self.options.surrogate_steps // _REFIT))
+        return True
+
+    @torch.no_grad()
+    def _propose(self, step: int) -> Widths:
+        """What the router would choose now, with noise, for some trained target below 1."""
+        target = self.targets[torch.randint(len(self.targets) - 1, (), generator=self.draws)]
+        drawn = self.noise(self.router(target), *anneal(step, self.options.steps))
+        return self._widths(Choices(*(p.argmax(-1) for p in drawn)))
+
+    def _jittered(self, widths: Widths, changes: int) -> Widths:
+        """``widths`` with random choices in some layers: its neighbourhood, once it is itself known."""
+        axes = {"mlp": list(widths.mlp), "heads": list(widths.heads)}
+        for _ in range(changes):
+            axis, menu = self.rng.choice(
+                (("mlp", self.config.mlp_choices), ("heads", self.config.head_choices))
+            )
+            axes[axis][self.rng.randrange(self.config.num_layers)] = self.rng.choice(menu)
+        return Widths(**axes)
+
+    def _widths(self, indices: Choices) -> Widths:
+        return Widths(
+            tuple(self.config.mlp_choices[i] for i in indices.mlp.tolist()),
+            tuple(self.config.head_choices[i] for i in indices.heads.tolist()),
+        )
+
+    def _router_step(self, step: int) -> dict[str, float]:
+        temperature, scale = anneal(step, self.options.steps)
+        logits = self.router(self.targets)
+        pick = torch.randint(len(self.targets), (self.options.batch,), generator=self.draws)
+        p = self.noise(Choices(*(axis[pick] for axis in logits)), temperature, scale)
+        fraction = self.table.expected(*p) / self.table.full_ms
+        loss = self.surrogate.loss(p, fraction) if self.relaxed is None else self.relaxed(p) - self.full_loss
+        quality = (loss / self.stakes[pick]).mean()
+        miss = self._latency_miss(logits, scale)
+        self._step(
+            quality
+            + self.options.latency_weight * miss
+            + self.options.nesting_weight * _falls(logits)
+            + _anchor(logits)
+        )
+        return {"quality": float(quality.detach()), "latency_miss": float(miss.detach())}
+
+    def _latency_miss(self, logits: Choices, scale: float) -> Tensor:
+        """relu(|T / (aim T_full) - 1| - 0.02), mean over the targets.
+
+        T is that of the probabilities themselves, not of one draw: the table is linear, so this is the mean
+        over all draws, without their noise.
+        """
+        p = Choices(*(torch.softmax(scale * axis, dim=-1) for axis in logits))
+        aim = self.targets / (
+            1 + _TOLERANCE
+        )  # the band that costs nothing ends at the target: a budget is a bound
+        ratio = self.table.expected(*p) / (aim * self.table.full_ms)
+        miss = functional.relu((ratio - 1).abs() - _TOLERANCE)
+        return (miss * self.urgency).mean()
+
+    def _step(self, loss: Tensor) -> None:
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+
+    def _report(self, ladder: Ladder, target: float) -> TargetReport:
+        limit = target * self.table.full_ms
+        choice = self._widths(self.router.choose(target))
+        routed, uniform = (rungs.highest(self.table.predict, limit) for rungs in (ladder, self.uniform))
+        found = self._search(target, [uniform, routed])
+        losses = predicted_losses(
+            self.config, self.table, self.surrogate, [choice, routed, uniform, found]
+        ).tolist()
+        return TargetReport(
+            target=target,
+            choice_fraction=self.table.fraction(choice),
+            rung_fraction=self.table.fraction(routed),
+            distance=_distance(self.config, choice, routed),
+            choice_loss=losses[0],
+            routed_loss=losses[1],
+            uniform_loss=losses[2],
+            search_loss=losses[3],
+            routed_observed=self._loss(routed),
+            uniform_observed=self._loss(uniform),
+            search_observed=self._loss(found),
+            search_widths=found,
+        )
+
+    def _search(self, target: float, start: list[Widths]) -> Widths:
+        return search(self.config, self.table, self.surrogate, target, start, seed=self.options.seed)
+
+
+def _anchor(logits: Choices) -> Tensor:
+    """Cross-entropy of the last target, which is 1, with the full model."""
+    return -sum(axis[-1].log_softmax(-1)[:, -1].mean() for axis in logits)
+
+
+def _falls(logits: Choices) -> Tensor:
+    """How much P(choice >= c) falls from a target to the next, mean over layers and choices, both axes."""
+    total = torch.zeros(())
+    for axis in logits:
+        at_least = axis.softmax(-1).flip(-1).cumsum(-1).flip(-1)
+        total = total + functional.relu(at_least[:-1] - at_least[1:]).mean()
+    return total
+
+
+def _distance(config: ElasticConfig, a: Widths, b: Widths) -> int:
+    """Steps between two configurations, summed over layers and axes."""
+    pairs = ((config.mlp_choices, a.mlp, b.mlp), (config.head_choices, a.heads, b.heads))
+    return sum(
+        abs(menu.index(x) - menu.index(y)) for menu, xs, ys in pairs for x, y in zip(xs, ys, strict=True)
+    )

@@ -1,0 +1,463 @@
+"""Elastic continued training: every micro-batch trains another sub-network of the same weights.
+
+``sampler.py`` draws the sub-networks, ``losses.py`` has the objective, ``resume.py`` what a killed run needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flextron.config import Widths, check_numbers, number
+from flextron.data import Batches
+from flextron.nn.storage import storage
+from flextron.training.losses import cross_entropy, distillation
+from flextron.training.metrics import evaluate, restored
+from flextron.training.resume import (
+    Checkpoints,
+    MetricsLog,
+    fingerprint,
+    load_training_tensors,
+    training_tensors,
+)
+from flextron.training.sampler import WidthSampler, homogeneous
+
+# Fields that change what a run reports and when it saves, but no weight; a resumed run may have others.
+_FREE_FIELDS = {"eval_every", "eval_widths", "checkpoint_every"}
+
+# (step, steps, the step's line of metrics.jsonl)
+Progress = Callable[[int, int, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        steps: optimiser steps in all. A run that is resumed with more takes them at the rates of the longer one.
+        batch_size: windows in a micro-batch.
+        length: tokens in a window.
+        accumulation: micro-batches in a step, each with a sub-network of its own.
+        learning_rate: at its peak.
+        warmup: share of the steps over which the learning rate rises linearly.
+        min_lr_ratio: of the peak, reached at the last step by a cosine.
+        weight_decay: decoupled, on matrices (embeddings included); none on norms and biases.
+        betas: of AdamW.
+        clip: norm to which the gradient is clipped; None leaves it.
+        cross_entropy: weight of the next-token loss.
+        distillation: weight of the KL divergence from the teacher.
+        temperature: of the distillation.
+        bf16: autocast to bfloat16; None: where the device computes it fast.
+        eval_every: steps between evaluations, with one before the first step and one after the last; 0: none.
+        eval_widths: sub-networks to evaluate; none: the smallest, the middle and the full homogeneous one.
+        checkpoint_every: steps between checkpoints, with one after the last; 0: none at all.
+        full_probability: of the full model in a micro-batch.
+        only: one sub-network to train alone, in every micro-batch: no weight beyond it gets a gradient.
+        seed: of data order, sub-networks and torch.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    length: int = 512
+    accumulation: int = 1
+    learning_rate: float = 1e-4
+    warmup: float = 0.05
+    min_lr_ratio: float = 0.1
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float | None = 1.0
+    cross_entropy: float = 1.0
+    distillation: float = 0.0
+    temperature: float = 1.0
+    bf16: bool | None = None
+    eval_every: int = 100
+    eval_widths: tuple[Widths, ...] = ()
+    checkpoint_every: int = 100
+    full_probability: float = 0.3
+    only: Widths | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        object.__setattr__(self, "betas", tuple(number("TrainConfig: betas", b) for b in self.betas))
+        object.__setattr__(self, "eval_widths", tuple(self.eval_widths))
+        for name, least in (("steps", 1), ("batch_size", 1), ("length", 2), ("accumulation", 1)):
+            self._require(name, getattr(self, name) >= least, f"be at least {least}")
+        for name in ("eval_every", "checkpoint_every", "weight_decay", "cross_entropy", "distillation"):
+            self._require(name, getattr(self, name) >= 0, "be at least 0")
+        for name in ("warmup", "min_lr_ratio", "full_probability"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "lie in [0, 1]")
+        for name in ("learning_rate", "temperature"):
+            self._require(name, getattr(self, name) > 0, "be above 0")
+        self._require(
+            "betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "be two in [0, 1)"
+        )
+        self._require("clip", self.clip is None or self.clip > 0, "be above 0, or None")
+        if not self.cross_entropy + self.distillation > 0:
+            raise ValueError(
+                "TrainConfig: one of cross_entropy and distillation must be above 0, got 0 and 0"
+            )
+
+    def _require(self, name: str, holds: bool, requirement: str) -> None:
+        if not holds:
+            raise ValueError(f"TrainConfig: {name} must {requirement}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a run did. Its ``run.json`` records the same configuration, ``metrics.jsonl`` every step.
+
+    Attributes:
+        config: as it was run.
+        bf16: whether the forward passes were autocast to bfloat16.
+        distilled: whether there was a teacher.
+        resumed_from: step at which this call took the run up; 0 at its beginning.
+        tokens: trained on in the whole run.
+        seconds: of this call.
+        losses: of every step of the whole run.
+        evaluations: ``{"step", "sub_networks": [{"mlp", "heads", "size", "loss"}]}``, in order; one more with
+            ``"stored": True`` where the last weights were rounded to be stored.
+    """
+
+    config: TrainConfig
+    bf16: bool
+    distilled: bool
+    resumed_from: int
+    tokens: int
+    seconds: float
+    losses: list[float]
+    evaluations: list[dict[str, Any]]
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of step 1, 2 .. ``steps``: linear warm-up, then half a cosine down to ``min_lr_ratio``."""
+    warm = round(config.warmup * config.steps)
+    if step <= warm:
+        return config.learning_rate * step / warm
+    progress = (step - warm) / (config.steps - warm)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def train(
+    model: Any,
+    tokens: Tensor,
+    config: TrainConfig,
+    directory: str | Path,
+    *,
+    teacher: nn.Module | None = None,
+    resume: bool = True,
+    progress: Progress | None = None,
+    validation: Tensor | None = None,
+    begun: Callable[[], object] | None = None,
+) -> TrainReport:
+    """Train an elastic model in place, each micro-batch at another sub-network.
+
+    A killed run that is started again with the same arguments goes on from its last checkpoint and ends with
+    the very weights it would have had (same torch, machine and number of threads). Afterwards the model's
+    widths and mode, and torch's global generator, are what they were before.
+
+    A run that is started again with more ``config.steps`` goes on to them, finished or not: each new step has the
+    learning rate that it has in a run of so many. The steps before had those of the shorter run, and nothing else is
+    different: where the rate is constant (``warmup=0, min_lr_ratio=1``) the weights are those of one long run.
+
+    Args:
+        model: from `flextron.nn.make_elastic`, with float32 weights.
+        tokens: [tokens] int64, the stream to train on.
+        config: how.
+        directory: folder of the run's checkpoints and metrics, its own.
+        teacher: frozen model to distil from; given exactly when ``config.distillation`` is above 0.
+        resume: take up the run in ``directory``, which wants the model with the weights that the run started from
+            or saved; otherwise what is there is replaced.
+        progress: called after every step with (step, steps, the step's metrics).
+        validation: [n, length] int64, for the evaluations; none without it.
+        begun: called once ``directory`` is the folder of a run that begins, before its first step.
+
+    Raises:
+        ValueError: an argument does not fit, or ``directory`` holds another run.
+        CheckpointError: no checkpoint in ``directory`` is intact.
+        FloatingPointError: loss or gradient became infinite or NaN; the weights are those before that step.
+    """
+    check_model(model)
+    check_teacher(model, teacher, config)
+    run = Run(model, tokens, config, Path(directory), teacher, validation)
+    return run_to_the_end(run, resume, progress, begun)
+
+
+def run_to_the_end(
+    run: Run, resume: bool, progress: Progress | None, begun: Callable[[], object] | None
+) -> TrainReport:
+    """Run, and leave the model's dial and mode, and torch's global generator, as they were."""
+    devices = [run.device] if run.device.type == "cuda" else []
+    with restored(run.model), torch.random.fork_rng(devices=devices):
+        return run.to_the_end(resume, progress, begun)
+
+
+class Run:
+    """The moving parts of one call of :func:`train`; ``tune.py`` has a router among them."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokens: Tensor,
+        config: TrainConfig,
+        directory: Path,
+        teacher: nn.Module | None,
+        validation: Tensor | None,
+    ) -> None:
+        self.model, self.config, self.teacher, self.validation = model, config, teacher, validation
+        self.device = next(model.parameters()).device
+        self.bf16 = bf16_is_fast(self.device) if config.bf16 is None else config.bf16
+        self.optimizer, self.names = _optimizer(model, config)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.batches = Batches(tokens, config.batch_size, config.length, config.seed)
+        self.sampler = WidthSampler(model.elastic, config.full_probability, config.seed, config.only)
+        self.eval_widths = config.eval_widths or _default_eval_widths(model)
+        for widths in self.eval_widths:
+            model.elastic.check(widths)
+        self.directory = directory
+        self.checkpoints = Checkpoints(
+            directory, self._identity(tokens), fingerprint(model.state_dict()), _stored(model)
+        )
+
+    def to_the_end(
+        self, resume: bool, progress: Progress | None, begun: Callable[[], object] | None
+    ) -> TrainReport:
+        began = time.perf_counter()
+        steps, every = self.config.steps, self.config.checkpoint_every
+        start = self._start(resume)
+        log = MetricsLog(self.directory, start)
+        self.optimizer.zero_grad()  # a gradient the caller left would be taken for ours
+        if start == 0:
+            if begun is not None:
+                begun()
+            self._evaluate(0, log)
+        for step in range(start + 1, steps + 1):
+            record = self._step(step)
+            log.write(record)
+            self._evaluate(step, log)
+            if every and (step % every == 0 or step == steps):
+                self._save(step)
+            if progress is not None:
+                progress(step, steps, record)
+        records = log.read()
+        return TrainReport(
+            config=self.config,
+            bf16=self.bf16,
+            distilled=self.teacher is not None,
+            resumed_from=start,
+            tokens=steps * self._tokens_per_step(),
+            seconds=time.perf_counter() - began,
+            losses=[r["loss"] for r in records if "loss" in r],
+            evaluations=[r for r in records if "sub_networks" in r],
+        )
+
+    def _step(self, step: int) -> dict[str, Any]:
+        began = time.perf_counter()
+        rate = learning_rate(self.config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("rate", 1.0)  # of the model's
+        self.model.train()
+        terms, size = self._accumulate()
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        record = {"step": step, **{name: float(term) for name, term in terms.items()}}
+        record |= {"learning_rate": rate, "gradient_norm": float(norm), "size": size}
+        self._require_finite(record)
+        if self.config.clip is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return record | {"tokens": step * self._tokens_per_step(), "seconds": time.perf_counter() - began}
+
+    def _require_finite(self, record: dict[str, Any]) -> None:
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(record[name]):
+                self.optimizer.zero_grad()
+                raise FloatingPointError(
+                    f"train: {name} must be finite, got {record[name]} at step {record['step']}; "
+                    "the weights are those before that step"
+                )
+
+    def _accumulate(self) -> tuple[dict[str, Tensor], float]:
+        """Add up the gradient of one step; the means of the loss terms and of the sub-networks' size."""
+        count = self.config.accumulation
+        sums: dict[str, Tensor] = {}
+        size = 0.0
+        for _ in range(count):
+            batch = next(self.batches).to(self.device)
+            terms, share = self._micro_batch(batch)
+            (terms["loss"] / count).backward()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + term.detach() / count
+            size += share / count
+        return sums, size
+
+    def _micro_batch(self, batch: Tensor) -> tuple[dict[str, Tensor], float]:
+        """The loss terms of a batch at another sub-network, and its size."""
+        widths = self.sampler.draw()
+        self.model.set_widths(widths)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self._losses(batch), self._size(widths)
+
+    def _losses(self, batch: Tensor) -> dict[str, Tensor]:
+        c = self.config
+        logits = self.model(input_ids=batch, use_cache=False).logits
+        terms: dict[str, Tensor] = {}
+        if c.cross_entropy:
+            terms["cross_entropy"] = cross_entropy(logits, batch)
+        if self.teacher is not None:
+            with torch.no_grad():
+                wanted = self.teacher(input_ids=batch, use_cache=False).logits
+            terms["distillation"] = distillation(logits, wanted, c.temperature)
+        loss = sum(getattr(c, name) * term for name, term in terms.items())
+        return {"loss": loss, **terms}
+
+    def _evaluate(self, step: int, log: MetricsLog) -> None:
+        every = self.config.eval_every
+        if self.validation is None or not every or (step % every and step != self.config.steps):
+            return
+        losses = evaluate(self.model, self.validation, self.eval_widths, self.config.batch_size)
+        rows = [
+            {"mlp": w.mlp, "heads": w.heads, "size": self._size(w), "loss": loss}
+            for w, loss in zip(self.eval_widths, losses, strict=True)
+        ]
+        log.write({"step": step, "sub_networks": rows})
+
+    def _start(self, resume: bool) -> int:
+        """Begin, or take the run up; returns the step that is done."""
+        saved = self.checkpoints.latest() if resume else None
+        if saved is None:
+            self.checkpoints.begin()
+            torch.manual_seed(self.config.seed)
+            return 0
+        load_training_tensors(saved.tensors, self.model, self.optimizer, self.names)
+        self._load_more(saved.tensors)
+        self.sampler.load_state_dict({"generator": saved.tensors["sampler"]})
+        self.batches.load_state_dict(saved.position)
+        torch.set_rng_state(saved.tensors["rng.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(saved.tensors["rng.cuda"], self.device)
+        self.checkpoints.extend(saved.step)
+        return saved.step
+
+    def _save(self, step: int) -> None:
+        tensors = training_tensors(self.model, self.optimizer, self.names)
+        tensors |= {"sampler": self.sampler.state_dict()["generator"], "rng.cpu": torch.get_rng_state()}
+        tensors |= self._more_tensors()
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        self.checkpoints.save(step, tensors, self.batches.state_dict())
+
+    def _more_tensors(self) -> dict[str, Tensor]:
+        """What else a checkpoint holds: nothing here, a router in ``tune.py``."""
+        return {}
+
+    def _load_more(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `_more_tensors` returned."""
+
+    def _identity(self, tokens: Tensor) -> dict[str, Any]:
+        """What must be the same for a run to be the same."""
+        trajectory = asdict(self.config)
+        for name in _FREE_FIELDS:
+            del trajectory[name]
+        teacher = None
+        if self.teacher is not None:
+            teacher = {
+                "class": type(self.teacher).__name__,
+                "parameters": _parameters(self.teacher),
+                "weights": fingerprint(self.teacher.state_dict()),
+            }
+        return {
+            "config": trajectory | {"bf16": self.bf16},
+            "elastic": self.model.elastic.to_dict(),
+            "teacher": teacher,
+            "trained": self.names,
+            "tokens": hashlib.sha256(tokens.cpu().contiguous().numpy()).hexdigest(),
+        }
+
+    def _size(self, widths: Widths) -> float:
+        """Parameters of a sub-network as a share of the full model's."""
+        elastic = self.model.elastic
+        return elastic.params(widths) / elastic.params(elastic.full())
+
+    def _tokens_per_step(self) -> int:
+        return self.config.accumulation * self.config.batch_size * self.config.length
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> tuple[torch.optim.AdamW, list[str]]:
+    """AdamW, and the names of its parameters in its order.
+
+    Matrices decay, embeddings among them, vectors (norms, biases) do not: the habit of GPT-3 and Megatron-LM.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained.sort(key=lambda member: member[1].dim() < 2)  # stable: matrices, then vectors
+    matrices = {"params": [p for _, p in trained if p.dim() >= 2], "weight_decay": config.weight_decay}
+    vectors = {"params": [p for _, p in trained if p.dim() < 2], "weight_decay": 0.0}
+    fused = all(p.device.type in ("cpu", "cuda", "mps", "xpu") for _, p in trained)
+    optimizer = torch.optim.AdamW((matrices, vectors), config.learning_rate, config.betas, fused=fused)
+    return optimizer, [name for name, _ in trained]
+
+
+def _default_eval_widths(model: Any) -> tuple[Widths, ...]:
+    alike = homogeneous(model.elastic)
+    return tuple(dict.fromkeys((alike[0], alike[(len(alike) - 1) // 2], alike[-1])))
+
+
+def check_model(model: Any) -> None:
+    if not hasattr(model, "elastic"):
+        raise ValueError(
+            f"train: model must be elastic (flextron.nn.make_elastic), got {type(model).__name__}"
+        )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("train: model must have a parameter that requires a gradient, got none")
+    # AdamW's small steps vanish in the 8 bits of a bfloat16 weight.
+    if half := [p.dtype for p in trained if p.dtype not in (torch.float32, torch.float64)]:
+        raise ValueError(
+            f"train: model must have float32 weights, got {half[0]}; bf16 is the autocast's business"
+        )
+
+
+def check_teacher(model: nn.Module, teacher: nn.Module | None, config: TrainConfig) -> None:
+    if (teacher is not None) != (config.distillation > 0):
+        given = "none" if teacher is None else type(teacher).__name__
+        raise ValueError(
+            "train: teacher must be given exactly when distillation is above 0, "
+            f"got {given} and {config.distillation}"
+        )
+    if teacher is None:
+        return
+    if teacher is model:
+        raise ValueError("train: teacher must be another module than model, got model itself")
+    devices = {p.device for p in teacher.parameters()} - {p.device for p in model.parameters()}
+    if devices:
+        raise ValueError(f"train: teacher must be on the model's device, got {devices.pop()}")
+    teacher.eval().requires_grad_(False)
+
+
+def _stored(model: nn.Module) -> dict[str, torch.dtype]:
+    """The dtype that each parameter is stored in by default, under every name that it has."""
+    dtypes = storage("train", model)
+    of = {id(p): dtypes[name] for name, p in model.named_parameters()}
+    return {name: of[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

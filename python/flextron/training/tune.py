@@ -1,0 +1,144 @@
+"""Joint tuning: the model and a router, each learning through the other; the surrogate has no part in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flextron.data import seeded
+from flextron.nn.learning import GATES, Fraction, latency_miss, learning_policies, mean_choices
+from flextron.nn.router import AdaptiveRouter, GumbelSampler, StaticRouter
+from flextron.training.loop import (
+    Progress,
+    Run,
+    TrainConfig,
+    TrainReport,
+    check_model,
+    check_teacher,
+    run_to_the_end,
+)
+
+_SHARPNESS = (
+    0.3,
+    3.0,
+)  # temperature and scale of logits: sharper than where a router starts to learn, not decided
+
+
+@dataclass(frozen=True)
+class TuneConfig(TrainConfig):
+    """How to tune; what `TrainConfig` has besides is the same here.
+
+    Attributes:
+        router_rate: the router's learning rate, as a multiple of the model's.
+        gates: ``"hard"``: each token (static router: each sequence) pays for its choice alone, with straight-through
+            gradients. ``"soft"``: mixtures of all widths, at the cost of the widest.
+        latency_weight: of relu(|T / (target T_full) - 1| - 0.02), T the mean over the tokens of a target.
+    """
+
+    steps: int = 200
+    router_rate: float = 30.0
+    gates: str = "hard"
+    latency_weight: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("gates", self.gates in GATES, f"be one of {', '.join(GATES)}")
+        for name in ("router_rate", "latency_weight"):
+            self._require(name, getattr(self, name) >= 0, "be at least 0")
+
+
+def tune(
+    model: Any,
+    router: StaticRouter | AdaptiveRouter,
+    fraction: Fraction,
+    tokens: Tensor,
+    config: TuneConfig,
+    directory: str | Path,
+    *,
+    teacher: nn.Module | None = None,
+    resume: bool = True,
+    progress: Progress | None = None,
+    validation: Tensor | None = None,
+    begun: Callable[[], object] | None = None,
+) -> TrainReport:
+    """Train an elastic model and its router together, in place; a killed run resumes as `train`'s does.
+
+    A micro-batch runs the full model with ``config.full_probability``; otherwise every sequence draws a trained
+    target below 1 and the router's noisy choices are the sub-network. Loss: that of `train`, and the latency term.
+
+    Args:
+        model: elastic, with float32 weights.
+        router: on the model's device; its last trained target is the full model.
+        fraction: share of the full latency of choice probabilities: ``table.expected(*p) / table.full_ms``.
+        tokens, config, directory, teacher, resume, progress, validation, begun: as for `train`.
+    """
+    check_model(model)
+    check_teacher(model, teacher, config)
+    router.requires_grad_(True)
+    try:
+        run = _Tuning(model, tokens, config, Path(directory), teacher, validation, router, fraction)
+        return run_to_the_end(run, resume, progress, begun)
+    finally:
+        router.requires_grad_(False)
+
+
+class _Tuning(Run):
+    """The moving parts of one call of `tune`."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokens: Tensor,
+        config: TuneConfig,
+        directory: Path,
+        teacher: nn.Module | None,
+        validation: Tensor | None,
+        router: StaticRouter | AdaptiveRouter,
+        fraction: Fraction,
+    ) -> None:
+        self.router, self.fraction = router, fraction
+        self.noise = GumbelSampler(config.seed)
+        self.draws = seeded(f"targets/{config.seed}")
+        super().__init__(model, tokens, config, directory, teacher, validation)
+        named = [(f"router.{name}", p) for name, p in router.named_parameters()]
+        self.names += [name for name, _ in named]
+        # not among self.parameters: the model's gradient is clipped by its own norm
+        self.optimizer.add_param_group(
+            {"params": [p for _, p in named], "weight_decay": 0.0, "rate": config.router_rate}
+        )
+
+    def _micro_batch(self, batch: Tensor) -> tuple[dict[str, Tensor], float]:
+        c = self.config
+        if float(torch.rand((), dtype=torch.float64, generator=self.draws)) < c.full_probability:
+            self.model.set_widths(self.model.elastic.full())
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                return self._losses(batch), 1.0
+        below = torch.tensor(self.router.targets[:-1])
+        tau = below[torch.randint(len(below), (len(batch),), generator=self.draws)].to(self.device)
+        policies = learning_policies(self.model, self.router, tau, self.noise, *_SHARPNESS, c.gates)
+        self.model.set_policies(policies, self.model.elastic.full(), "all")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            terms = self._losses(batch)
+        p = mean_choices(policies, len(batch))
+        miss = latency_miss(self.fraction, p, tau)
+        terms |= {"loss": terms["loss"] + c.latency_weight * miss, "latency_miss": miss}
+        return terms, float(self.fraction(p).detach().mean())
+
+    def _more_tensors(self) -> dict[str, Tensor]:
+        state = {f"router.{name}": value for name, value in self.router.state_dict().items()}
+        return state | {"noise": self.noise.generator.get_state(), "targets": self.draws.get_state()}
+
+    def _load_more(self, tensors: Mapping[str, Tensor]) -> None:
+        state = {name.removeprefix("router."): t for name, t in tensors.items() if name.startswith("router.")}
+        self.router.load_state_dict(state)
+        self.noise.generator.set_state(tensors["noise"])
+        self.draws.set_state(tensors["targets"])
+
+    def _identity(self, tokens: Tensor) -> dict[str, Any]:
+        router = {"class": type(self.router).__name__, "targets": list(self.router.targets)}
+        return super()._identity(tokens) | {"router": router}

@@ -1,0 +1,180 @@
+"""Profile and measure a real, tiny elastic model: what is in the table, not how long it took."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from synthetic import make_table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flextron.nn import make_elastic
+from flextron.routing.latency import (
+    Workload,
+    _filled_cache,
+    _whole_model,
+    load_tables,
+    machine_of,
+    measure,
+    measure_adaptive,
+    profile,
+    save_tables,
+)
+from flextron.routing.trainer import RouteConfig, train_routers
+
+WORKLOADS = [Workload.prefill(8, batch=2), Workload.decode(5, batch=2)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    hf = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    return make_elastic(LlamaForCausalLM(hf).eval())
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.phase)
+def test_a_profile_has_a_cost_for_every_choice(model, workload, tmp_path):
+    config, seen = model.elastic, []
+    model.set_widths(config.smallest())
+    table = profile(
+        model,
+        workload,
+        rounds=2,
+        min_seconds=0,
+        fit=4,
+        held_out=3,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert model.widths == config.smallest()  # put back
+    table.check(config)
+    for rows, raw, menu in (
+        (table.mlp, table.raw_mlp, config.mlp_choices),
+        (table.heads, table.raw_heads, config.head_choices),
+    ):
+        assert len(rows) == config.num_layers and all(len(row) == len(menu) for row in rows)
+        assert all(0 <= a <= b for row in rows for a, b in pairwise(row))
+        assert all(row[0] == 0 for row in rows)
+        assert all(ms > 0 for row in raw for ms in row)
+    assert (len(table.fitted), len(table.held_out)) == (4, 3)
+    assert math.isfinite(table.residual_worst)
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert table.differs(machine_of(model)) == []
+    save_tables({workload.phase: table}, tmp_path)
+    assert load_tables(tmp_path, model.elastic) == {workload.phase: table}
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.phase)
+def test_measuring_runs_each_network_at_its_own_widths(model, workload):
+    config, seen = model.elastic, set()
+    handle = model.register_forward_pre_hook(lambda module, _: seen.add(module.widths))
+    asked = [config.smallest(), config.uniform(0, -1)]
+    full_ms, others = measure(model, asked, workload, rounds=1, min_seconds=0)
+    handle.remove()
+    assert seen == {config.full(), *asked}
+    assert full_ms > 0 and all(ms > 0 for ms in others)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.phase)
+def test_a_table_times_what_inference_takes(model, workload, monkeypatch):
+    """On a CPU that is one op: no module of a layer runs while a table is measured."""
+
+    def runs(*_, **__):
+        raise AssertionError("a module ran")
+
+    for part in {type(part) for pair in model.layers_of() for part in pair}:
+        monkeypatch.setattr(part, "forward", runs)
+    profile(model, workload, rounds=1, min_seconds=0, fit=2, held_out=1)
+    with pytest.raises(AssertionError, match="a module ran"):
+        model(torch.tensor([[1, 2]]))  # with a gradient
+
+
+def test_decoding_leaves_the_cache_as_it_was(model):
+    config = model.elastic
+    cache = _filled_cache(model, config.smallest(), WORKLOADS[1])
+    assert [layer.length for layer in cache.layers] == [5, 5]
+    assert [layer.groups for layer in cache.layers] == list(config.smallest().heads)
+    model.set_widths(config.full())
+    seen = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["cache"].get_seq_length()), with_kwargs=True
+    )
+    run = _whole_model(model, config.full(), WORKLOADS[1])
+    for _ in range(3):
+        run()
+    handle.remove()
+    assert seen == [5, 5, 5]
+
+
+def test_routers_train_on_a_real_model(model):
+    config = model.elastic
+    measured = profile(model, WORKLOADS[0], rounds=1, min_seconds=0, fit=4, held_out=3)
+    table = replace(  # what a quiet machine would say: no test hangs on a measured time
+        measured,
+        mlp=(tuple(map(float, config.mlp_choices)),) * config.num_layers,
+        heads=(tuple(map(float, config.head_choices)),) * config.num_layers,
+        base=10.0,
+        slope=1.0,
+    )
+    ids = torch.arange(24).view(2, 12) % 50
+
+    @torch.no_grad()
+    def loss(widths) -> float:
+        model.set_widths(widths)
+        return float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+
+    fastest = table.smallest_ms / table.full_ms
+    options = RouteConfig(
+        targets=((1 + fastest) / 2, 1.0), evaluations=30, prefill=16, steps=20, surrogate_steps=20
+    )
+    result = train_routers(config, table, loss, options)
+    assert result.ladder.rungs[-1] == config.full()
+    assert result.targets[0].rung_fraction <= result.targets[0].target * (1 + 1e-8)
+
+
+def test_a_profile_needs_something_to_judge_by(model):
+    with pytest.raises(ValueError, match="held_out at least 1, got 4 and 0"):
+        profile(model, WORKLOADS[0], fit=4, held_out=0)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.phase)
+def test_the_cost_of_choosing_for_every_token_is_fitted_on_mixtures(model, workload, monkeypatch):
+    """Times of a paper machine, where a router costs 4 ms and a layer's own cost counts 1.5 times: both are found."""
+    config = model.elastic
+    table = replace(make_table(config), workload=workload)
+    taken = []
+
+    def paper(model, dials, workload, **_):
+        times = []
+        for dial in dials:
+            run = _whole_model(model, dial, workload)
+            model.turn(dial)
+            with model.watched() as forwards:
+                run()
+            sums = float(replace(table, base=0.0, slope=1.0).of_tokens(forwards[0]))
+            taken.append((forwards[0], sums))
+            times.append(4 + 1.5 * sums)
+        return table.full_ms, times
+
+    monkeypatch.setattr("flextron.routing.latency.measure", paper)
+    model.attach_router(None)
+    model.set_widths(config.smallest())
+    found = measure_adaptive(model, table)
+    assert found.adaptive == pytest.approx((4, 1.5))
+    assert replace(found, adaptive=None) == table
+    assert model.adaptive is None and model.widths == config.smallest()
+    (low, least), (_, most), *mixed = taken
+    assert all((axis == 0).all() for axis in low)
+    assert most > max(sums for _, sums in mixed) > min(sums for _, sums in mixed) > least
+    if workload.phase == "prefill":
+        assert any(
+            len(axis[..., layer].unique()) == 2 for one, _ in mixed for axis in one for layer in range(2)
+        )

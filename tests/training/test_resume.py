@@ -1,0 +1,271 @@
+"""Promises of resuming: a killed run ends where it would have ended, and damage is told, never trained on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+
+from flextron.checkpoint import CheckpointError, load_tensors
+from flextron.training import learning_rate, train
+
+SCRIPT = Path(tiny_run.__file__)
+LAST = "step-00000012.safetensors"
+
+# Moments to kill at: between two checkpoints; before a checkpoint's tensors have their place; before the very
+# first checkpoint counts, as its tensors are there and its record is not.
+MOMENTS = {
+    "between": ("stop-after-step", "8"),
+    "tensors": ("stop-before-file", "step-00000009.safetensors"),
+    "first": ("stop-before-file", "step-00000003.json"),
+}
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    path = os.pathsep.join(p for p in sys.path if p)
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of one run: undisturbed ("whole"), and killed at each moment, then resumed."""
+    root = tmp_path_factory.mktemp("runs")
+    killed = {name: start(*command, str(root / name)) for name, command in MOMENTS.items()}
+    for name, process in killed.items():
+        assert process.stdout.readline() == "waiting\n"
+        process.kill()
+        assert process.wait(60) == -9
+        shutil.copytree(root / name, root / f"{name}-as-killed")
+    process = start("run", str(root / "whole"), *(str(root / name) for name in killed))
+    assert process.wait(300) == 0
+    return root
+
+
+def metrics(directory: Path) -> list[dict]:
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_run_resumes_bit_for_bit(runs, moment):
+    whole, resumed = load_tensors(runs / "whole" / LAST), load_tensors(runs / moment / LAST)
+    assert whole.keys() == resumed.keys()
+    for kind in ("model.", "optimizer.", "sampler", "rng."):
+        assert any(name.startswith(kind) for name in whole)
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+    positions = [
+        json.loads((runs / name / "step-00000012.json").read_text())["position"] for name in ("whole", moment)
+    ]
+    assert positions == [{"drawn": 48}] * 2
+    assert metrics(runs / "whole") == metrics(runs / moment)
+
+
+def test_kill_really_came_in_the_middle(runs):
+    def saved(moment):
+        return sorted(p.name for p in (runs / f"{moment}-as-killed").glob("step-*"))
+
+    assert saved("between") == sorted(f"step-{n:08d}.{s}" for n in (3, 6) for s in ("json", "safetensors"))
+    assert len(metrics(runs / "between-as-killed")) > 8
+    assert saved("tensors") == saved("between")
+    assert list((runs / "tensors-as-killed").glob(".step-*.tmp"))
+    assert saved("first") == ["step-00000003.safetensors"]
+
+
+def test_two_checkpoints_are_kept_and_no_litter(runs):
+    for moment in ("whole", *MOMENTS):
+        names = sorted(p.name for p in (runs / moment).iterdir())
+        expected = [f"step-{n:08d}.{s}" for n in (9, 12) for s in ("json", "safetensors")]
+        assert names == sorted([*expected, "metrics.jsonl", "run.json"])
+
+
+def test_every_step_is_logged_once(runs):
+    records = metrics(runs / "between")
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
+    assert [r["step"] for r in records if "sub_networks" in r] == [0, 5, 10, 12]
+
+
+@pytest.fixture
+def finished(runs, tmp_path):
+    return Path(shutil.copytree(runs / "whole", tmp_path / "run"))
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate])
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_damaged_checkpoint_is_passed_over_and_named(runs, finished, damage, suffix):
+    if (damage, suffix) == (flip_a_bit, "json"):
+        (finished / "step-00000012.json").write_text('{"step": 11, "position": {"drawn": 0}, "sha256": "0"}')
+    else:
+        damage(finished / f"step-00000012.{suffix}")
+    with pytest.warns(UserWarning, match=f"passing over the checkpoint of step 12: .*step-00000012.{suffix}"):
+        tiny_run.run(finished)
+    whole, resumed = load_tensors(runs / "whole" / LAST), load_tensors(finished / LAST)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert metrics(runs / "whole") == metrics(finished)
+
+
+@pytest.mark.filterwarnings("ignore:train. passing over")
+def test_no_intact_checkpoint_is_an_error_that_changes_nothing(finished):
+    for path in finished.glob("step-*.safetensors"):
+        flip_a_bit(path)
+    before = {p.name: p.read_bytes() for p in finished.iterdir()}
+    with pytest.raises(CheckpointError, match=r"must hold an intact checkpoint to resume from, got .*sha256"):
+        tiny_run.run(finished)
+    assert before == {p.name: p.read_bytes() for p in finished.iterdir()}
+
+
+def test_finished_run_is_not_run_again(finished):
+    calls = []
+    model = tiny_run.run(finished, lambda *call: calls.append(call))
+    assert not calls
+    weights = load_tensors(finished / LAST)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[f"model.{name}"])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"learning_rate": 1e-3, "seed": 3}, "config.learning_rate, config.seed;"),
+        ({"bf16": True}, "config.bf16;"),
+    ],
+)
+def test_another_configuration_is_refused(finished, change, named):
+    config = replace(tiny_run.CONFIG, **change)
+    with pytest.raises(ValueError, match=f"must be resumed as it was started, got other values of {named}"):
+        train(tiny_run.elastic(), tiny_run.tokens(), config, finished, teacher=tiny_run.parent(1))
+
+
+def test_other_data_model_or_teacher_is_refused(finished):
+    model, data, teacher = tiny_run.elastic(), tiny_run.tokens(), tiny_run.parent(1)
+    wider, query = tiny_run.parent(1, intermediate_size=32), tiny_run.elastic("query")
+    for arguments, named in (
+        ((model, data + 0 * data + (data == 1), teacher), "tokens;"),
+        ((query, data, teacher), "elastic.unit;"),
+        ((model, data, wider), "teacher.parameters, teacher.weights;"),
+        ((model, data, tiny_run.parent(2)), "teacher.weights;"),
+    ):
+        with pytest.raises(ValueError, match=f"got other values of {named}"):
+            train(arguments[0], arguments[1], tiny_run.CONFIG, finished, teacher=arguments[2])
+
+
+def test_another_models_weights_are_not_replaced(finished):
+    for damage in (lambda p: p.mul_(1.001), lambda p: p.copy_(p.flip(0))):
+        model = tiny_run.elastic()
+        with torch.no_grad():
+            damage(model.model.layers[0].mlp.up_proj.weight)
+        with pytest.raises(
+            ValueError, match=r"must be resumed with the weights it started from or saved, got another"
+        ):
+            train(model, tiny_run.tokens(), tiny_run.CONFIG, finished, teacher=tiny_run.parent(1))
+
+
+def test_trained_model_is_known_as_the_runs_own(finished):
+    model = tiny_run.run(finished)
+    report = train(model, tiny_run.tokens(), tiny_run.CONFIG, finished, teacher=tiny_run.parent(1))
+    assert report.resumed_from == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_trained_model_that_was_stored_rounded_is_known_and_goes_on_unrounded(tmp_path, dtype):
+    config = replace(tiny_run.CONFIG, steps=2, distillation=0.0, warmup=0.0, min_lr_ratio=1.0)
+    model = tiny_run.elastic()
+    train(model, tiny_run.tokens(), config, tmp_path / "run")
+    for p in model.parameters():
+        p.data = p.data.to(dtype).float()
+    assert train(model, tiny_run.tokens(), config, tmp_path / "run").resumed_from == 2
+    for p in model.parameters():
+        p.data = p.data.to(dtype).float()
+    train(model, tiny_run.tokens(), replace(config, steps=3), tmp_path / "run")
+    train(tiny_run.elastic(), tiny_run.tokens(), replace(config, steps=3), tmp_path / "whole")
+    a, b = weights_of(tmp_path / "run"), weights_of(tmp_path / "whole")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_what_changes_no_weight_may_change(finished):
+    model = tiny_run.elastic()
+    config = replace(
+        tiny_run.CONFIG, eval_every=3, checkpoint_every=7, eval_widths=(model.elastic.smallest(),)
+    )
+    report = train(model, tiny_run.tokens(), config, finished, teacher=tiny_run.parent(1))
+    assert report.resumed_from == 12
+
+
+def weights_of(directory: Path) -> dict[str, torch.Tensor]:
+    last = max(directory.glob("step-*.safetensors"))
+    return {name: value for name, value in load_tensors(last).items() if not name.startswith("rng.")}
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_more_steps_go_on_from_a_finished_run(tmp_path, constant):
+    """At a constant rate bit for bit as one long run; else each new step has the rate that it has in such a run."""
+    rates = {"warmup": 0.0, "min_lr_ratio": 1.0} if constant else {}
+    short = replace(tiny_run.CONFIG, steps=4, distillation=0.0, **rates)
+    long = replace(short, steps=7)
+    model = tiny_run.elastic()
+    for config, resumed in ((short, 0), (long, 4), (long, 7)):
+        report = train(model, tiny_run.tokens(), config, tmp_path / "extended")
+        assert report.resumed_from == resumed and len(report.losses) == config.steps
+    train(tiny_run.elastic(), tiny_run.tokens(), long, tmp_path / "whole")
+    logged = metrics(tmp_path / "extended")
+    assert [r["learning_rate"] for r in logged] == [
+        learning_rate(short if step <= 4 else long, step) for step in range(1, 8)
+    ]
+    a, b = weights_of(tmp_path / "extended"), weights_of(tmp_path / "whole")
+    assert all(torch.equal(a[name], b[name]) for name in a) == constant
+    run = json.loads((tmp_path / "extended" / "run.json").read_text())
+    assert run["config"]["steps"] == 7
+    assert [(e["step"], e["steps"]) for e in run["extended"]] == [(4, 4)]
+
+
+def test_a_longer_run_that_is_killed_goes_on_from_the_weights_of_the_shorter(tmp_path):
+    """What the user has until it ends are those, when their checkpoint is long gone."""
+    short = replace(tiny_run.CONFIG, steps=2, distillation=0.0, checkpoint_every=1)
+    model, long = tiny_run.elastic(), replace(short, steps=6)
+    train(model, tiny_run.tokens(), short, tmp_path)
+    stored = copy.deepcopy(model)
+    train(model, tiny_run.tokens(), long, tmp_path)
+    for path in tmp_path.glob("step-*6.*"):  # killed before its last step was written
+        path.unlink()
+    assert train(stored, tiny_run.tokens(), long, tmp_path).resumed_from == 5
+
+
+def test_fewer_steps_are_refused(finished):
+    config = replace(tiny_run.CONFIG, steps=11)
+    with pytest.raises(ValueError, match=r"got other values of config\.steps;"):
+        train(tiny_run.elastic(), tiny_run.tokens(), config, finished, teacher=tiny_run.parent(1))
+
+
+def test_resume_false_begins_again(finished):
+    config = replace(tiny_run.CONFIG, steps=2, distillation=0.0)
+    report = train(tiny_run.elastic(), tiny_run.tokens(), config, finished, resume=False)
+    assert report.resumed_from == 0
+    assert len(report.losses) == 2
+    assert sorted(p.name for p in finished.glob("step-*")) == [
+        "step-00000002.json",
+        "step-00000002.safetensors",
+    ]
