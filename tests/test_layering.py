@@ -44,13 +44,10 @@ PYTHON = {
     "flextron.testing": {"flextron.testing"},
     "flextron.checkpoint": {"flextron.checkpoint", "flextron.config"},
     "flextron.nn": {"flextron.nn", "flextron.config", "flextron_ext"},
+    "flextron.judge": {"flextron.judge", "flextron.nn", "flextron.config"},
     "flextron.conversion": {"flextron.conversion", *STAGES},
-    "flextron.training": {"flextron.training", *STAGES},
-    "flextron.routing": {
-        "flextron.routing",
-        "flextron.testing",
-        *STAGES,
-    },  # it measures with the benchmarks' own clock
+    "flextron.training": {"flextron.training", "flextron.judge", *STAGES},
+    "flextron.routing": {"flextron.routing", "flextron.judge", *STAGES},
     "flextron.exporting": {"flextron.exporting", *STAGES},
     "flextron.pipeline": EVERYTHING,  # the stages in a row
     "flextron.demo": EVERYTHING,
@@ -187,6 +184,9 @@ def test_a_planted_include_is_caught(file, line):
         ("flextron.checkpoint.io", "from flextron.nn import make_elastic"),
         ("flextron.nn.model", "from flextron.checkpoint import load"),
         ("flextron.nn.model", "import flextron.routing.budget"),
+        ("flextron.nn.model", "from flextron.judge.loss import evaluate"),
+        ("flextron.judge.loss", "from flextron.training import train"),
+        ("flextron.judge.timing", "from flextron.testing import numerics"),
         ("flextron.conversion.reorder", "from flextron.training.loop import train"),
         ("flextron.training.loop", "from flextron import routing"),
         ("flextron.training.loop", "from ..routing import budget"),

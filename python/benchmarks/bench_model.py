@@ -29,8 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, Stoppi
 
 import flextron
 from flextron.config import Widths
+from flextron.judge.timing import processor, wait_until_idle
 from flextron.nn import elastic_config, make_elastic
-from flextron.testing.timing import processor, wait_until_idle
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 DTYPES = {

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flextron_ext as ops
+from flextron.judge.timing import bench, device_clock, processor, wait_until_idle, wall_clock
 from flextron.testing.numerics import assert_no_worse
-from flextron.testing.timing import bench, device_clock, processor, wait_until_idle, wall_clock
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 TOKENS = {"cpu": (1, 8, 64, 256), "cuda": (1, 16, 64, 1024, 2048, 4096, 8192)}

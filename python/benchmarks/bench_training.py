@@ -8,10 +8,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flextron.config import Widths
+from flextron.judge.objectives import cross_entropy
+from flextron.judge.timing import compare, wait_until_idle
 from flextron.nn import elastic_config, make_elastic
 from flextron.routing.latency import machine_of
-from flextron.testing.timing import compare, wait_until_idle
-from flextron.training import cross_entropy
 
 
 def smollm2_shape() -> LlamaConfig:

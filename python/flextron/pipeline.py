@@ -24,6 +24,7 @@ from flextron.config import Widths, count
 from flextron.conversion import convert as convert_model
 from flextron.conversion import load_elastic, save_elastic
 from flextron.conversion.source import room_beside, source_of
+from flextron.judge.loss import evaluate
 from flextron.nn import Dial
 from flextron.nn.learning import relaxed_loss
 from flextron.nn.placement import one_device
@@ -45,7 +46,7 @@ from flextron.routing.latency import (
 )
 from flextron.routing.latency import profile as profile_model
 from flextron.routing.trainer import RouteConfig, RouterResult, train_routers
-from flextron.training import TrainConfig, TrainReport, TuneConfig, evaluate, resume
+from flextron.training import TrainConfig, TrainReport, TuneConfig, resume
 from flextron.training import train as train_model
 from flextron.training import tune as tune_model
 

@@ -27,10 +27,10 @@ from flextron.checkpoint.io import Files, opened, write_json
 from flextron.checkpoint.origin import check_model
 from flextron.checkpoint.schema import build
 from flextron.config import ElasticConfig, Widths, check_numbers
+from flextron.judge.timing import compare
 from flextron.nn import Dial, ElasticCache
 from flextron.nn.cache import ElasticCacheLayer
 from flextron.nn.router import AdaptiveRouter, Choices, default_hidden
-from flextron.testing.timing import compare
 
 FILE = "latency.json"
 PHASES = ("prefill", "decode")

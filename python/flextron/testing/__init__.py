@@ -1,1 +1,1 @@
-"""What tests and benchmarks share: how close is close enough, and how long it takes."""
+"""What tests and benchmarks share: how close is close enough."""

@@ -1,6 +1,6 @@
 """Elastic continued training: every micro-batch trains another sub-network of the same weights.
 
-``sampler.py`` draws the sub-networks, ``losses.py`` has the objective, ``resume.py`` what a killed run needs.
+``sampler.py`` draws the sub-networks, ``resume.py`` has what a killed run needs.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from flextron.config import Widths, check_numbers, number
 from flextron.data import Batches
+from flextron.judge.loss import evaluate, restored
+from flextron.judge.objectives import cross_entropy, distillation
 from flextron.nn.storage import storage
-from flextron.training.losses import cross_entropy, distillation
-from flextron.training.metrics import evaluate, restored
 from flextron.training.resume import (
     Checkpoints,
     MetricsLog,

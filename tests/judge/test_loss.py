@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
-import tiny_run
 import torch
+from training import tiny_run
 
 from flextron.config import Widths
 from flextron.data import windows
-from flextron.training import evaluate, perplexity
+from flextron.judge.loss import evaluate, perplexity
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 import pytest
 
-from flextron.testing import timing
-from flextron.testing.timing import Timing, bench, compare, wait_until_idle
+from flextron.judge import timing
+from flextron.judge.timing import Timing, bench, compare, wait_until_idle
 
 
 @pytest.fixture

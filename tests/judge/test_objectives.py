@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flextron.training import cross_entropy, distillation, losses
+from flextron.judge import objectives
+from flextron.judge.objectives import cross_entropy, distillation
 
 SHAPES = [(1, 2, 3), (2, 5, 7), (3, 4, 33)]
 
@@ -15,7 +16,7 @@ SHAPES = [(1, 2, 3), (2, 5, 7), (3, 4, 33)]
 @pytest.fixture(params=[1, 20, 1 << 23], ids=["row", "few", "all"])
 def chunk(request, monkeypatch):
     """Run with one row in a chunk, a few (and a short last chunk), and all at once."""
-    monkeypatch.setattr(losses, "_CHUNK_VALUES", request.param)
+    monkeypatch.setattr(objectives, "_CHUNK_VALUES", request.param)
 
 
 def gradient_of(loss, logits):
@@ -125,7 +126,7 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("wanted", [True, False])
 def test_chunks_keep_the_memory_small(wanted, monkeypatch):
     """Nothing of the logits' size is made but their gradient, and that only when it is wanted."""
-    monkeypatch.setattr(losses, "_CHUNK_VALUES", 64)
+    monkeypatch.setattr(objectives, "_CHUNK_VALUES", 64)
     logits, labels = torch.randn(4, 16, 32, requires_grad=wanted), torch.randint(32, (4, 16))
     teacher = torch.randn_like(logits)
     for loss in (lambda: cross_entropy(logits, labels), lambda: distillation(logits, teacher)):

@@ -1,4 +1,4 @@
-"""Training losses: next-token cross-entropy, and distillation from a frozen parent's logits.
+"""Objectives of logits: next-token cross-entropy, and distillation from a frozen parent's logits.
 
 Both are means over tokens, in nats. Both go through the tokens in chunks and write the gradient of the logits
 as they read them, so beside logits and gradient only one chunk of float32 is alive: with a vocabulary of 49k

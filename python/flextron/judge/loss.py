@@ -1,4 +1,4 @@
-"""Measures of a model at given sub-networks: loss in nats per token, and perplexity."""
+"""The loss of a model at given sub-networks, in nats per token, and perplexity."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from flextron.config import Widths
+from flextron.judge.objectives import cross_entropy
 from flextron.nn import Dial
-from flextron.training.losses import cross_entropy
 
 
 def perplexity(loss: float) -> float:
