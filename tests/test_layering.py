@@ -35,7 +35,7 @@ LIBRARIES = {
 
 # Each Python layer and the layers of ours it may import; a module directly in flextron is a layer of its own.
 STAGES = {"flextron.nn", "flextron.config", "flextron.data", "flextron.checkpoint", "flextron.ui"}
-EVERYTHING = "everything"
+EVERYTHING = "everything of the library"
 PYTHON = {
     "flextron_ext": {"flextron_ext"},
     "flextron.config": set(),
@@ -50,14 +50,12 @@ PYTHON = {
     "flextron.routing": {"flextron.routing", "flextron.judge", *STAGES},
     "flextron.exporting": {"flextron.exporting", *STAGES},
     "flextron.pipeline": EVERYTHING,  # the stages in a row
-    "flextron.demo": EVERYTHING,
-    "flextron.report": EVERYTHING,
-    "flextron.study": EVERYTHING,
-    "flextron.tasks": set(),  # a model and a tokenizer are all it is given
     "flextron.cli": EVERYTHING,
     "flextron.__main__": EVERYTHING,
     "flextron": EVERYTHING,  # the public names, listed
+    "flextron_lab": EVERYTHING,
 }
+MAY_IMPORT_THE_LAB = {"flextron_lab", "flextron.cli"}
 
 
 def wrong_includes(file: str, text: str) -> list[str]:
@@ -82,12 +80,11 @@ def wrong_imports(module: str, text: str, is_package: bool = False) -> list[str]
     layer = layer_of(module)
     if layer not in PYTHON:
         return [f"{module}: no layer of this name"]
-    if PYTHON[layer] == EVERYTHING:
-        return []
     nodes = list(ast.walk(ast.parse(text)))
     found = (name for node in nodes for name in imported(node, module, is_package))
     wrong = [f"{module} may not import {name}" for name in found if not may_import(layer, name)]
-    if layer != "flextron_ext" and any(ast.unparse(n) == "torch.ops.flextron" for n in nodes if is_chain(n)):
+    free = layer == "flextron_ext" or PYTHON[layer] == EVERYTHING
+    if not free and any(ast.unparse(n) == "torch.ops.flextron" for n in nodes if is_chain(n)):
         wrong.append(f"{module} may not call torch.ops.flextron")
     return wrong
 
@@ -98,7 +95,11 @@ def is_chain(node: ast.AST) -> bool:
 
 def may_import(layer: str, name: str) -> bool:
     first = name.split(".")[0]
+    if first == "flextron_lab":
+        return layer in MAY_IMPORT_THE_LAB
     if first in ("flextron", "flextron_ext", "tests", "benchmarks"):
+        if PYTHON[layer] == EVERYTHING:
+            return first in ("flextron", "flextron_ext")
         return layer_of(name) in PYTHON[layer]
     # A user who wants only the ops needs torch and nothing else.
     return layer != "flextron_ext" or first == "torch" or first in sys.stdlib_module_names
@@ -124,7 +125,7 @@ def imported(node: ast.AST, module: str, is_package: bool) -> list[str]:
 
 
 def python_modules():
-    for root in (ROOT / "flextron_ext", ROOT / "python" / "flextron"):
+    for root in (ROOT / "flextron_ext", ROOT / "python" / "flextron", ROOT / "python" / "flextron_lab"):
         for file in sorted(root.rglob("*.py")):
             parts = file.relative_to(root.parent).with_suffix("").parts
             is_package = parts[-1] == "__init__"
@@ -144,7 +145,7 @@ def test_no_include_points_the_wrong_way():
 
 def test_no_import_points_the_wrong_way():
     modules = list(python_modules())
-    assert {"flextron", "flextron_ext"} <= {layer_of(name) for name, _, _ in modules}
+    assert {"flextron", "flextron_ext", "flextron_lab"} <= {layer_of(name) for name, _, _ in modules}
     wrong = [w for name, file, package in modules for w in wrong_imports(name, file.read_text(), package)]
     assert not wrong, "\n".join(wrong)
 
@@ -195,6 +196,9 @@ def test_a_planted_include_is_caught(file, line):
         ("flextron.exporting.plain", "from tests.cases import CASES"),
         ("flextron.training.loop", "from flextron_ext import elastic_mlp"),
         ("flextron.training.loop", "torch.ops.flextron.route(logits)"),
+        ("flextron.pipeline", "def f():\n    from flextron_lab.demo import stories"),
+        ("flextron.nn.model", "import flextron_lab"),
+        ("flextron_lab.demo.run", "from tests.cases import CASES"),
         ("flextron.helpers", ""),
     ],
 )

@@ -65,8 +65,8 @@ def test_table_of_ops_in_the_first_lines_lists_every_op():
 
 
 def test_example_runs(tmp_path, monkeypatch):
-    from flextron.demo import tiny
-    from flextron.demo.parents import load_parent
+    from flextron_lab.demo import tiny
+    from flextron_lab.demo.parents import load_parent
 
     monkeypatch.setattr(tiny, "STEPS", 20)
     calls = [node for node in ast.walk(ast.parse(example())) if isinstance(node, ast.Call)]

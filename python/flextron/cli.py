@@ -842,7 +842,6 @@ def _loaded(args: argparse.Namespace) -> Any:
 
 def _eval(args: argparse.Namespace) -> list[dict[str, Any]]:
     from flextron import pipeline, ui
-    from flextron.demo.report import HEADER, rows
 
     if args.tasks:
         return _eval_tasks(args)
@@ -866,13 +865,14 @@ def _eval(args: argparse.Namespace) -> list[dict[str, Any]]:
             progress=progress,
         )
     if not args.json:
-        ui.print_table("held-out loss and measured latency", HEADER, rows(found))
+        ui.print_budgets("held-out loss and measured latency", found)
     return found
 
 
 def _eval_tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from flextron import pipeline, tasks, ui
-    from flextron.demo import stories
+    from flextron import pipeline, ui
+    from flextron_lab import tasks
+    from flextron_lab.demo import stories
 
     if args.data is not None:
         raise ValueError(
@@ -909,7 +909,7 @@ def _eval_tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _report(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import ui
-    from flextron.report import report
+    from flextron_lab.report import report
 
     with ui.reporter() as progress:
         path = report(
@@ -927,8 +927,8 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
 
 def _reproduce(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import ui
-    from flextron.study.results import write
-    from flextron.study.run import STAGES, Study
+    from flextron_lab.study.results import write
+    from flextron_lab.study.run import STAGES, Study
 
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     with ui.reporter() as progress:
@@ -1059,9 +1059,8 @@ def _clean(args: argparse.Namespace) -> dict[str, Any]:
 
 def _demo(args: argparse.Namespace) -> dict[str, Any] | list[dict[str, Any]]:
     from flextron import ui
-    from flextron.demo import report as picture
-    from flextron.demo.parents import tiny_parents
-    from flextron.demo.run import run
+    from flextron_lab.demo.parents import tiny_parents
+    from flextron_lab.demo.run import run
 
     out = Path(args.out or Path("demo-out") / Path(args.parent).name)
     # "tiny" also takes the real small model where its data is
@@ -1074,9 +1073,7 @@ def _demo(args: argparse.Namespace) -> dict[str, Any] | list[dict[str, Any]]:
         reports.append(found)
         if args.json:
             continue
-        ui.print_table(
-            f"{found['parent']}: {found['workload']}", picture.HEADER, picture.rows(found["budgets"])
-        )
+        ui.print_budgets(f"{found['parent']}: {found['workload']}", found["budgets"])
         table, fit, gate = found["table"], found["surrogate"], found["gate"]
         print(
             f"parity {found['parity']['max_rel']:.1e}; latency table error median "

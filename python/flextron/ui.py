@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -69,3 +70,21 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_row(*row)
     out = Console()
     out.print(table, width=max(out.width, 100) if not out.is_terminal else None)
+
+
+def print_budgets(title: str, budgets: Sequence[Mapping[str, Any]]) -> None:
+    """What `pipeline.budgets` found, one row for each budget."""
+    header = ("budget", "target", "loss", "predicted ms", "measured ms", "of full", "parameters")
+    rows = [
+        [
+            b["kind"],
+            f"{b['target']:.2f}",
+            f"{b['loss']:.3f}",
+            f"{b['predicted_ms']:.1f}",
+            f"{b['measured_ms']:.1f}",
+            f"{b['measured_fraction']:.3f}",
+            f"{b['params'] / 1e6:.2f} M",
+        ]
+        for b in budgets
+    ]
+    print_table(title, header, rows)

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from flextron.checkpoint import CheckpointError, read_json
 from flextron.conversion import ORDERS, ParityError, convert, elastify, load_elastic, save_elastic, score
-from flextron.demo import stories
 from flextron.nn import elastic_config, make_elastic
+from flextron_lab.demo import stories
 
 
 def calibration(n: int = 8, L: int = 16) -> Tensor:

@@ -25,8 +25,8 @@ _MEMORY = 8 << 30  # bytes of address space: what a forged size asks for is refu
 
 def resume(directory: str) -> str:
     """What a run reads before it goes on, but the weights of the model that it belongs to."""
-    from flextron.report.checkpoint import _training
     from flextron.training.resume import Checkpoints, read_metrics
+    from flextron_lab.report.checkpoint import _training
 
     run = json.loads((Path(directory) / "run.pristine").read_text())
     weights = run.pop("weights")
@@ -48,7 +48,7 @@ def documents(path: str) -> str:
 
 
 def study(directory: str) -> str:
-    from flextron.study.run import Study
+    from flextron_lab.study.run import Study
 
     return str(Study("stories260k", directory, (0,), lambda *_: None).done())
 

@@ -12,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flextron.checkpoint import CheckpointError
 from flextron.conversion import convert, load_elastic
-from flextron.demo import stories
 from flextron.nn import Dial, elastic_config, make_elastic
 from flextron.nn.router import Choices
 from flextron.routing import adaptive
@@ -20,6 +19,7 @@ from flextron.routing.adaptive import AdaptiveConfig, AdaptiveResult, fractions,
 from flextron.routing.budget import Planner
 from flextron.routing.ladder import uniform_ladder
 from flextron.routing.latency import Workload
+from flextron_lab.demo import stories
 
 VOCAB = 32
 OPTIONS = AdaptiveConfig(targets=(0.3, 0.6, 0.8, 1.0), steps=60, batch=8, calibration=16, judged=16)

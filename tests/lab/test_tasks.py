@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from flextron import tasks
-from flextron.demo import stories
-from flextron.demo.parents import load_parent
 from flextron.nn import make_elastic
+from flextron_lab import tasks
+from flextron_lab.demo import stories
+from flextron_lab.demo.parents import load_parent
 
 DATA = stories.data_folder() / "benchmarks"
 

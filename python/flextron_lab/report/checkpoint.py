@@ -11,11 +11,11 @@ import torch
 
 from flextron import pipeline
 from flextron.checkpoint import commit
-from flextron.report import figures
-from flextron.report.page import Section, render
 from flextron.routing.adaptive import AdaptiveResult
 from flextron.routing.trainer import RouterResult
 from flextron.training.resume import METRICS_FILE, read_metrics
+from flextron_lab.report import figures
+from flextron_lab.report.page import Section, render
 
 PAGE = "report.html"
 Progress = Callable[[str, int, int], Any]

@@ -31,7 +31,7 @@ class Plan:
     """How much of everything for one parent: what a CPU of two cores does in an hour.
 
     Attributes:
-        parent: a name for `flextron.demo.parents.load_parent`.
+        parent: a name for `flextron_lab.demo.parents.load_parent`.
         pretraining_tokens: that the parent has seen; None where nobody says.
         workload: whose latency budgets are fractions of.
         budgets: fractions of the full model's latency.

@@ -17,10 +17,10 @@ import torch
 from flextron import pipeline
 from flextron.checkpoint.io import read_json, write_json
 from flextron.checkpoint.lock import LOCK_FILE, locked
-from flextron.demo.parents import Parent, load_parent
-from flextron.demo.report import draw
 from flextron.exporting import export
 from flextron.pipeline import Progress, RouteConfig, TrainConfig, Workload
+from flextron_lab.demo.parents import Parent, load_parent
+from flextron_lab.demo.report import draw
 
 REPORT = "report.json"
 _MARK = ".flextron-demo"  # says that what is in a folder may be replaced

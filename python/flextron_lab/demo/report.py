@@ -1,28 +1,11 @@
-"""The picture and the table of a demonstration."""
+"""The picture of a demonstration."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-HEADER = ("budget", "target", "loss", "predicted ms", "measured ms", "of full", "parameters")
 _COLOURS = {"full": "#222222", "routed": "#1f6fb4", "uniform": "#d95f02"}
-
-
-def rows(budgets: list[dict[str, Any]]) -> list[list[str]]:
-    """One row per budget, as text."""
-    return [
-        [
-            b["kind"],
-            f"{b['target']:.2f}",
-            f"{b['loss']:.3f}",
-            f"{b['predicted_ms']:.1f}",
-            f"{b['measured_ms']:.1f}",
-            f"{b['measured_fraction']:.3f}",
-            f"{b['params'] / 1e6:.2f} M",
-        ]
-        for b in budgets
-    ]
 
 
 def draw(report: dict[str, Any], path: str | Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from flextron.report import Section, figures, render
-from flextron.study.plan import PLANS
-from flextron.study.run import Row, Study
+from flextron_lab.report import Section, figures, render
+from flextron_lab.study.plan import PLANS
+from flextron_lab.study.run import Row, Study
 
 COLUMNS = (
     "parent", "comparison", "arm", "seed", "budget", "tokens", "loss", "measured_ms", "full_ms", "predicted_ms",

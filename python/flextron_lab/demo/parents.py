@@ -16,8 +16,8 @@ from flextron.checkpoint.hf import read_tokenizer
 from flextron.conversion.parent import read_parent
 from flextron.conversion.source import source_of
 from flextron.data import split_documents, stdlib_documents
-from flextron.demo import smollm2, stories, tiny
 from flextron.nn.stock import load_stock
+from flextron_lab.demo import smollm2, stories, tiny
 
 Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
 

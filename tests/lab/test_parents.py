@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from flextron.checkpoint import CheckpointError
 from flextron.data import split_documents, stdlib_documents
-from flextron.demo import smollm2, stories, tiny
-from flextron.demo.parents import load_parent, tiny_parents
+from flextron_lab.demo import smollm2, stories, tiny
+from flextron_lab.demo.parents import load_parent, tiny_parents
 
 
 def silent(what, done, total):

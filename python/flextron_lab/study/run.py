@@ -22,16 +22,16 @@ from flextron.checkpoint import Origin, locked, read_lines
 from flextron.checkpoint.schema import build
 from flextron.config import Widths
 from flextron.conversion import load_elastic, save_elastic
-from flextron.demo import stories
-from flextron.demo.parents import load_parent
 from flextron.judge.loss import evaluate
 from flextron.nn import Dial, make_elastic
 from flextron.pipeline import Progress, RouteConfig, RouterResult
 from flextron.routing import adaptive as adaptive_routing
 from flextron.routing.ladder import uniform_ladder
 from flextron.routing.latency import LatencyTable, load_tables, measure
-from flextron.study.plan import PLANS, Arm, Plan
 from flextron.training import train as train_model
+from flextron_lab.demo import stories
+from flextron_lab.demo.parents import load_parent
+from flextron_lab.study.plan import PLANS, Arm, Plan
 
 RUNS = "runs.jsonl"
 TEXT = "tinystories_sample.txt.xz"

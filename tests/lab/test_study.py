@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from flextron import pipeline
-from flextron.demo import stories
 from flextron.pipeline import AdaptiveConfig, RouteConfig, Workload
-from flextron.study import results, run
-from flextron.study.plan import PLANS, Arm
+from flextron_lab.demo import stories
+from flextron_lab.study import results, run
+from flextron_lab.study.plan import PLANS, Arm
 
 TINY = replace(
     PLANS["stories260k"],
