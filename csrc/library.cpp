@@ -45,6 +45,9 @@ constexpr const char* kSchemas[] = {
     "Tensor? k_start=None, Tensor[]? router=None, int[]? mlp_choices=None, int[]? head_choices=None) "
     "-> (Tensor, Tensor)",
     "elastic_forward_drop(int held) -> ()",
+    "prefix_gate(Tensor x, Tensor gate, Tensor width) -> Tensor",
+    "prefix_gate_backward(Tensor dy, Tensor x, Tensor gate, Tensor width, int output_mask) -> (Tensor, "
+    "Tensor)",
     "route(Tensor logits, SymInt? seed=None) -> (Tensor, Tensor, Tensor)",
     "head_attention(Tensor q, Tensor k, Tensor v, SymInt heads, str unit=\"kv_group\", Tensor? extent=None, "
     "str extent_per=\"sequence\", Tensor? index=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
@@ -99,6 +102,8 @@ STABLE_TORCH_LIBRARY_IMPL(flextron, CPU, m) {
   m.impl("elastic_forward", TORCH_BOX(&flextron::elastic_forward));
   m.impl("elastic_forward_hold", TORCH_BOX(&flextron::elastic_forward_hold));
   m.impl("elastic_forward_held", TORCH_BOX(&flextron::elastic_forward_held));
+  m.impl("prefix_gate", TORCH_BOX(&flextron::prefix_gate));
+  m.impl("prefix_gate_backward", TORCH_BOX(&flextron::prefix_gate_backward));
   m.impl("route", TORCH_BOX(&flextron::route));
   m.impl("head_attention", TORCH_BOX(&flextron::head_attention));
   m.impl("head_attention_backward", TORCH_BOX(&flextron::head_attention_backward));
@@ -118,6 +123,8 @@ STABLE_TORCH_LIBRARY_IMPL(flextron, CUDA, m) {
   m.impl("elastic_mlp", TORCH_BOX(&flextron::elastic_mlp));
   m.impl("elastic_mlp_with_hidden", TORCH_BOX(&flextron::elastic_mlp_with_hidden));
   m.impl("elastic_mlp_backward", TORCH_BOX(&flextron::elastic_mlp_backward));
+  m.impl("prefix_gate", TORCH_BOX(&flextron::prefix_gate));
+  m.impl("prefix_gate_backward", TORCH_BOX(&flextron::prefix_gate_backward));
   m.impl("route", TORCH_BOX(&flextron::route));
   m.impl("head_attention", TORCH_BOX(&flextron::head_attention));
   m.impl("head_attention_backward", TORCH_BOX(&flextron::head_attention_backward));

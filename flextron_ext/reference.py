@@ -423,6 +423,12 @@ def _mlp_of(x: Tensor, w: dict[str, Tensor], neurons: int, extent: Tensor, activ
     return elastic_mlp(x.flatten(0, 1), gate, up, down, *biases, neurons, activation, extent).view(x.shape)
 
 
+def prefix_gate(x: Tensor, gate: Tensor, width: Tensor) -> Tensor:
+    """The worked example of docs/add-an-op.md."""
+    kept = torch.arange(x.shape[1], device=x.device) < width[:, None]  # [T, N]
+    return torch.where(kept, gate[:, None] * x, 0).to(x.dtype)
+
+
 _PHILOX_KEY_STEP = (0x9E3779B9, 0xBB67AE85)
 _PHILOX_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 

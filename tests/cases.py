@@ -295,6 +295,16 @@ def elastic_forward(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]
     yield case([8, 24], [2], requests=1, kv=[2], B=0)
 
 
+def prefix_gate(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    for T, N in [(1, 1), (7, 33), (64, 300), (0, 8), (4, 0)]:
+        width = torch.randint(0, N + 1, (T,), device=device)
+        gate = torch.rand(T, device=device)
+        yield dict(x=torch.randn(N, T, device=device, dtype=dtype).T, gate=gate, width=width)
+    x = torch.randn(3, 128, device=device, dtype=dtype)
+    width = torch.tensor([0, 128, 127], device=device)  # nothing, everything, everything but one
+    yield dict(x=x, gate=torch.tensor([1.0, 0.0, -2.0], device=device), width=width)
+
+
 def route(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     for T, C in [(1, 1), (7, 3), (300, 5), (0, 4), (64, 1)]:
         yield dict(logits=torch.randn(C, T, device=device, dtype=dtype).T)
@@ -318,5 +328,6 @@ CASES = [
     OpCase("head_attention_decode", head_attention_decode, devices=("cpu", "cuda")),
     OpCase("packed_linear", packed_linear, FLOATING[:3], differentiable=False),
     OpCase("packed_mlp", packed_mlp, FLOATING[:3], differentiable=False),
+    OpCase("prefix_gate", prefix_gate, devices=("cpu", "cuda")),
     OpCase("route", route, differentiable=False, devices=("cpu", "cuda")),
 ]

@@ -136,6 +136,16 @@ except RuntimeError as error:
     assert "not be dropped" in str(error), error
     check("elastic_forward_drop", [], [])
 
+# The worked example: a gate and a width for each token.
+x, gate = leaf(5, 8), leaf(5)
+width = torch.tensor([0, 8, 3, 7, 1])
+y = gate[:, None] * x * (torch.arange(8) < width[:, None])
+dy = torch.randn_like(y)
+with torch.no_grad():
+    check("prefix_gate", [ops.prefix_gate(x, gate, width)], [y])
+    grads = torch.autograd.grad(y, (x, gate), dy)
+    check("prefix_gate_backward", ops.prefix_gate_backward(dy, x, gate, width, 3), grads)
+
 logits = torch.randn(9, 4)
 choice = logits.argmax(1)
 order = torch.argsort(choice, descending=True, stable=True)

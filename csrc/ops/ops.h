@@ -81,6 +81,11 @@ std::tuple<Tensor, Tensor> elastic_forward_held(
     const std::optional<std::vector<int64_t>>& head_choices);
 void elastic_forward_drop(int64_t held);
 
+// The worked example of docs/add-an-op.md.
+Tensor prefix_gate(const Tensor& x, const Tensor& gate, const Tensor& width);
+std::tuple<Tensor, Tensor> prefix_gate_backward(const Tensor& dy, const Tensor& x, const Tensor& gate,
+                                                const Tensor& width, int64_t output_mask);
+
 // choice, order, offsets
 std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, std::optional<int64_t> seed);
 

@@ -9,6 +9,7 @@ from .head_attention import head_attention
 from .head_attention_decode import head_attention_decode
 from .packed_linear import pack_linear, packed_linear
 from .packed_mlp import pack_mlp, packed_mlp
+from .prefix_gate import prefix_gate
 from .route import Routing, route
 
 for _op in (schema.split("(")[0] for schema in _C.schemas()):
@@ -28,5 +29,6 @@ __all__ = [
     "pack_mlp",
     "packed_linear",
     "packed_mlp",
+    "prefix_gate",
     "route",
 ]

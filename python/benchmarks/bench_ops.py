@@ -608,6 +608,26 @@ def _as_packed(w: Tensor, packed: torch.dtype | None) -> Tensor:
     return values.flatten(0, 2)[: len(w)].to(w.dtype)
 
 
+def prefix_gate(s: Shape, T: int, target: Target) -> Iterator[Case]:
+    """The worked example of docs/add-an-op.md: bound by the bytes that it moves."""
+    _, extents = _mix(s.K, T, target)
+    kept = sum(extents.tolist())
+    yield Case(
+        f"{s.K}",
+        T,
+        "mix",
+        kept / (T * s.K),
+        kept,
+        _size(target) * (kept + T * s.K),
+        lambda: SimpleNamespace(
+            x=target.randn(T, s.K), gate=torch.rand(T, device=target.device), extents=_copy(extents)
+        ),
+        lambda i: ops.prefix_gate(i.x, i.gate, i.extents),
+        {"masked": lambda i: (i.gate[:, None] * i.x).to(i.x.dtype).masked_fill(_beyond(i.extents, s.K), 0)},
+        ("x", "gate"),
+    )
+
+
 def route(s: Shape, T: int, target: Target) -> Iterator[Case]:
     C = len(WIDTHS)
     yield Case(
@@ -633,12 +653,13 @@ BENCHES = {
         head_attention,
         head_attention_decode,
         elastic_forward,
+        prefix_gate,
         route,
     )
 }
 CPU_ALONE = ("packed_linear", "packed_mlp")
 
-DIFFERENTIABLE = ("elastic_linear", "elastic_mlp", "head_attention")
+DIFFERENTIABLE = ("elastic_linear", "elastic_mlp", "head_attention", "prefix_gate")
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
