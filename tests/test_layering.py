@@ -34,11 +34,19 @@ LIBRARIES = {
 }
 
 # Each Python layer and the layers of ours it may import; a module directly in flextron is a layer of its own.
-STAGES = {"flextron.nn", "flextron.config", "flextron.data", "flextron.checkpoint", "flextron.ui"}
+STAGES = {
+    "flextron.nn",
+    "flextron.config",
+    "flextron.recipes",
+    "flextron.data",
+    "flextron.checkpoint",
+    "flextron.ui",
+}
 EVERYTHING = "everything of the library"
 PYTHON = {
     "flextron_ext": {"flextron_ext"},
     "flextron.config": set(),
+    "flextron.recipes": {"flextron.config"},
     "flextron.data": set(),
     "flextron.ui": set(),
     "flextron.testing": {"flextron.testing"},

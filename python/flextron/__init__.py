@@ -6,12 +6,12 @@ from typing import Any
 # Public names and where they live. Loaded on first use: transformers alone takes seconds, and
 # `flextron --help` needs none of it.
 _HOME = {
-    "AdaptiveConfig": "flextron.routing.adaptive",
+    "AdaptiveConfig": "flextron.recipes",
     "ElasticConfig": "flextron.config",
     "Text": "flextron.data",
-    "RouteConfig": "flextron.routing.trainer",
-    "TrainConfig": "flextron.training",
-    "TuneConfig": "flextron.training",
+    "RouteConfig": "flextron.recipes",
+    "TrainConfig": "flextron.recipes",
+    "TuneConfig": "flextron.recipes",
     "Widths": "flextron.config",
     "Workload": "flextron.routing.latency",
     "convert": "flextron.pipeline",

@@ -30,9 +30,10 @@ from flextron.nn.learning import relaxed_loss
 from flextron.nn.placement import one_device
 from flextron.nn.skeleton import parameter_shapes
 from flextron.nn.storage import Dtype, round_in_place, storage
+from flextron.recipes import AdaptiveConfig, RouteConfig, TrainConfig, TuneConfig
 from flextron.routing import adaptive as adaptive_routing
 from flextron.routing import trainer
-from flextron.routing.adaptive import AdaptiveConfig, AdaptiveResult, train_adaptive
+from flextron.routing.adaptive import AdaptiveResult, train_adaptive
 from flextron.routing.budget import Planner
 from flextron.routing.ladder import uniform_ladder
 from flextron.routing.latency import (
@@ -45,8 +46,8 @@ from flextron.routing.latency import (
     save_tables,
 )
 from flextron.routing.latency import profile as profile_model
-from flextron.routing.trainer import RouteConfig, RouterResult, train_routers
-from flextron.training import TrainConfig, TrainReport, TuneConfig, resume
+from flextron.routing.trainer import RouterResult, train_routers
+from flextron.training import TrainReport, resume
 from flextron.training import train as train_model
 from flextron.training import tune as tune_model
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from flextron import pipeline
-from flextron.pipeline import AdaptiveConfig, RouteConfig, Workload
+from flextron.pipeline import Workload
+from flextron.recipes import AdaptiveConfig, RouteConfig
 from flextron_lab.demo import stories
 from flextron_lab.study import results, run
 from flextron_lab.study.plan import PLANS, Arm

@@ -14,8 +14,9 @@ from flextron.checkpoint import CheckpointError
 from flextron.conversion import convert, load_elastic
 from flextron.nn import Dial, elastic_config, make_elastic
 from flextron.nn.router import Choices
+from flextron.recipes import AdaptiveConfig
 from flextron.routing import adaptive
-from flextron.routing.adaptive import AdaptiveConfig, AdaptiveResult, fractions, train_adaptive
+from flextron.routing.adaptive import AdaptiveResult, fractions, train_adaptive
 from flextron.routing.budget import Planner
 from flextron.routing.ladder import uniform_ladder
 from flextron.routing.latency import Workload

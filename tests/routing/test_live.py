@@ -10,6 +10,7 @@ from synthetic import make_table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flextron.nn import make_elastic
+from flextron.recipes import RouteConfig
 from flextron.routing.latency import (
     Workload,
     _filled_cache,
@@ -21,7 +22,7 @@ from flextron.routing.latency import (
     profile,
     save_tables,
 )
-from flextron.routing.trainer import RouteConfig, train_routers
+from flextron.routing.trainer import train_routers
 
 WORKLOADS = [Workload.prefill(8, batch=2), Workload.decode(5, batch=2)]
 

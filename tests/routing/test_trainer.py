@@ -11,10 +11,11 @@ from synthetic import SyntheticLoss, make_config, make_origin, make_table
 from flextron.checkpoint import CheckpointError
 from flextron.checkpoint.schema import build
 from flextron.nn.router import Choices
+from flextron.recipes import RouteConfig
 from flextron.routing.budget import Planner
 from flextron.routing.ladder import Ladder, router_ladder
 from flextron.routing.latency import save_tables
-from flextron.routing.trainer import RouteConfig, RouterResult, load, load_ladder, refreshed, train_routers
+from flextron.routing.trainer import RouterResult, load, load_ladder, refreshed, train_routers
 
 CONFIG = make_config(layers=8)
 TABLE = make_table(CONFIG)

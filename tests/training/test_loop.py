@@ -16,7 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from flextron.checkpoint import load_tensors
 from flextron.config import Widths
 from flextron.data import Batches, windows
-from flextron.training import TrainConfig, learning_rate, train
+from flextron.recipes import TrainConfig
+from flextron.training import learning_rate, train
 
 BASE = TrainConfig(
     steps=3,

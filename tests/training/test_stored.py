@@ -19,7 +19,8 @@ from flextron.config import Widths
 from flextron.conversion import convert, load_elastic
 from flextron.judge.loss import evaluate
 from flextron.pipeline import Corpus
-from flextron.training import TrainConfig, TuneConfig, resume
+from flextron.recipes import TrainConfig, TuneConfig
+from flextron.training import resume
 
 OPTIONS = {"batch_size": 2, "length": 16, "eval_every": 2, "checkpoint_every": 2, "learning_rate": 1e-3}
 NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -10,7 +10,8 @@ from training.tiny_run import elastic, parent, tokens
 
 from flextron.nn.policy import Gated
 from flextron.nn.router import AdaptiveRouter, Choices, StaticRouter
-from flextron.training import TrainConfig, TuneConfig, tune
+from flextron.recipes import TrainConfig, TuneConfig
+from flextron.training import tune
 
 CONFIG = TuneConfig(
     steps=6,
@@ -148,7 +149,7 @@ def test_static_sequences_share_one_draw(monkeypatch, tmp_path):
 
 
 def test_bad_options_are_refused():
-    with pytest.raises(ValueError, match="gates must be one of soft, hard, got none"):
+    with pytest.raises(ValueError, match="gates must be one of soft, hard, got 'none'"):
         TuneConfig(gates="none")
     with pytest.raises(ValueError, match="router_rate must be at least 0, got -1"):
         TuneConfig(router_rate=-1)

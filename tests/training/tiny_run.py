@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flextron.nn import elastic_config, make_elastic
-from flextron.training import TrainConfig, train
+from flextron.recipes import TrainConfig
+from flextron.training import train
 
 VOCAB = 41
 CONFIG = TrainConfig(

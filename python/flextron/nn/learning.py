@@ -12,8 +12,6 @@ from torch.nn import functional
 from flextron.nn.policy import Gated, Mixed, Sampled, menus_of
 from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, StaticRouter
 
-# And "sampled": choices that nothing is learnt by but the router's own probabilities.
-GATES = ("soft", "hard")
 TOLERANCE = 0.02  # relative distance from a target that costs nothing
 
 Fraction = Callable[[Choices], Tensor]  # choice probabilities [..., L, C] -> share of the full latency [...]
@@ -30,7 +28,8 @@ def learning_policies(
 ) -> list[Gated]:
     """The policies of a step in which each sequence of the batch has its own target, tau [B].
 
-    The adaptive router draws for every token, the static one once for each sequence.
+    The adaptive router draws for every token, the static one once for each sequence. ``gates`` is one of
+    `flextron.recipes.GATES`, or ``"sampled"``: choices from which only the router's own probabilities learn.
     """
     menus = menus_of(model.elastic, tau.device)
     rows = router(tau) if isinstance(router, StaticRouter) else None

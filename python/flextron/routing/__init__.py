@@ -3,13 +3,12 @@
 from flextron.routing.budget import Planner
 from flextron.routing.ladder import Ladder, router_ladder, uniform_ladder
 from flextron.routing.latency import LatencyTable, Workload, load_tables, measure, profile, save_tables
-from flextron.routing.trainer import RouteConfig, RouterResult, train_routers
+from flextron.routing.trainer import RouterResult, train_routers
 
 __all__ = [
     "Ladder",
     "LatencyTable",
     "Planner",
-    "RouteConfig",
     "RouterResult",
     "Workload",
     "load_tables",

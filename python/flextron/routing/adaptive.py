@@ -20,10 +20,9 @@ from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
 from flextron.checkpoint.io import Files, commit, opened, save_tensors, write_json
 from flextron.checkpoint.origin import KEY, Origin, fits
 from flextron.checkpoint.schema import build, checking
-from flextron.config import ElasticConfig, Widths, check_numbers, number
+from flextron.config import ElasticConfig, Widths
 from flextron.nn import Dial
 from flextron.nn.learning import (
-    GATES,
     TOLERANCE,
     latency_miss,
     learning_policies,
@@ -32,90 +31,23 @@ from flextron.nn.learning import (
 )
 from flextron.nn.policy import Given, menus_of
 from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, anneal, default_hidden
+from flextron.recipes import JUDGING, AdaptiveConfig
 from flextron.routing.ladder import Ladder
 from flextron.routing.latency import LatencyTable, random_widths
 from flextron.routing.search import one_hot
 from flextron.routing.surrogate import FitReport, ReplayBuffer, Surrogate, SurrogateFitter, judge
 from flextron.routing.trainer import GateReport
 
-FORMS = ("gumbel", "surrogate")
 FILES = TENSORS, DESCRIPTION = "adaptive.safetensors", "adaptive.json"
 _CONFIDENCE = 0.6  # probability of the static choice at the start: one to leave, but not at once
 _GRID = 0.05  # largest step between fractions at which the offset is calibrated
 _BISECTIONS = 16
 _CLOSE = 1e-3  # of the full latency: how far below its fraction an offset may stay
 _SURROGATE_STEPS, _REFIT_STEPS = 600, 30  # of its first fit, and after each observation
-_HELD_OUT = 6  # every sixth observation judges the surrogate, which is not trained on it
 _EMA = 0.9
 _REACH = 64.0  # offsets tried: in units of one step of a layer's choice, far beyond any difference of logits
 
 Progress = Callable[[str, int, int], object]
-
-
-@dataclass(frozen=True)
-class AdaptiveConfig:
-    """How an adaptive router is trained.
-
-    Attributes:
-        form: ``"gumbel"``: the router's loss is the model's own, end to end through its gates. ``"surrogate"``: it is
-            what a surrogate predicts of the shares of tokens that make each choice. That takes no backward pass, but
-            shares do not say which tokens: they teach how much of each layer a target is best spent on.
-        targets: trained latency targets, ascending, the last one 1; those below the fastest network's are left out.
-        gates: how a layer mixes its widths while the router learns: ``"soft"``, at the cost of the widest, or
-            ``"hard"``, straight-through, at the cost of each token's choice.
-        steps: router steps.
-        lr: of the router.
-        hidden: width of its hidden layer; None: that of `default_hidden`.
-        batch: sequences in a step, each with a target of its own.
-        latency_weight: of relu(|T / (target T_full) - 1| - 0.02), T the mean over the tokens of a target.
-        prefill: random choices whose loss the surrogate learns before the router moves.
-        threshold: nats; the router moves while the moving average of the surrogate's |error| is below it.
-        patience: observations that may be spent waiting for the threshold, as a share of the steps. When they are
-            spent the router moves all the same, and the result says how many steps it moved so.
-        calibration: sequences on which offsets are calibrated, of those that are trained on.
-        judged: sequences, of those given, that nothing is trained or calibrated on, and the report is about.
-        seed: of everything random.
-    """
-
-    form: str = "gumbel"
-    targets: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    gates: str = "soft"
-    steps: int = 400
-    lr: float = 3e-3
-    hidden: int | None = None
-    batch: int = 8
-    latency_weight: float = 5.0
-    prefill: int = 200
-    threshold: float = 0.02
-    patience: float = 0.5
-    calibration: int = 8
-    judged: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        object.__setattr__(self, "targets", tuple(number("AdaptiveConfig: targets", t) for t in self.targets))
-        ascending = all(a < b for a, b in pairwise(self.targets))
-        if len(self.targets) < 2 or not ascending or self.targets[0] <= 0 or self.targets[-1] != 1:
-            raise ValueError(
-                f"AdaptiveConfig: targets must ascend from above 0 to 1, got {list(self.targets)}"
-            )
-        if self.gates not in GATES:
-            raise ValueError(f"AdaptiveConfig: gates must be one of {', '.join(GATES)}, got {self.gates!r}")
-        if self.form not in FORMS:
-            raise ValueError(f"AdaptiveConfig: form must be one of {', '.join(FORMS)}, got {self.form!r}")
-        if self.form == "surrogate" and self.gates != "soft":
-            raise ValueError(
-                f"AdaptiveConfig: gates must be soft with the form surrogate, got {self.gates!r}"
-            )
-        if self.prefill < 2 * _HELD_OUT:
-            raise ValueError(f"AdaptiveConfig: prefill must be at least {2 * _HELD_OUT}, got {self.prefill}")
-        for name in ("steps", "lr", "hidden", "batch", "threshold", "calibration", "judged"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"AdaptiveConfig: {name} must be positive, got {getattr(self, name)}")
-        for name in ("latency_weight", "patience"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"AdaptiveConfig: {name} must be at least 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -560,7 +492,7 @@ class _SurrogateTraining(_Training):
 
     def _remember(self, shares: Choices, loss: float) -> None:
         self.observed += 1
-        buffer = self.train if self.observed % _HELD_OUT else self.held_out
+        buffer = self.train if self.observed % JUDGING else self.held_out
         buffer.add_shares(shares, float(self._fraction(shares)), loss)
 
     def _full_losses(self) -> Tensor:

@@ -18,14 +18,14 @@ from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
 from flextron.checkpoint.io import Files, commit, opened, save_tensors, write_json
 from flextron.checkpoint.origin import KEY, Origin, fits
 from flextron.checkpoint.schema import build, checking
-from flextron.config import ElasticConfig, Widths, check_numbers, number
+from flextron.config import ElasticConfig, Widths
 from flextron.nn.router import Choices, GumbelSampler, StaticRouter, anneal
+from flextron.recipes import REPORTED, RouteConfig
 from flextron.routing.ladder import Ladder, router_ladder, uniform_ladder
 from flextron.routing.latency import LatencyTable, random_widths
 from flextron.routing.search import one_hot, predicted_losses, search
 from flextron.routing.surrogate import FitReport, ReplayBuffer, Surrogate, SurrogateFitter, judge
 
-FORMS = ("surrogate", "gumbel", "search")
 FILES = TENSORS, DESCRIPTION = "routers.safetensors", "routers.json"
 _TOLERANCE = 0.02  # relative distance from the aim that costs nothing
 _WARM_STEPS = 200  # of imitation, before anything else is learnt
@@ -33,85 +33,10 @@ _WARM_CONFIDENCE = 0.5  # probability it should give to the imitated choice: a s
 _SURE = 0.95  # probability of a choice that nothing will improve on
 _EMA = 0.9
 _LEAST_STAKE = 0.02  # nats: differences below this are noise, and get no more weight for being small
-_REPORTED = 3  # evaluations that the report takes at each target below 1: routed, uniform, searched
 _REFIT = 20  # a new observation is worth one twentieth of the first fit's steps
 
 LossFn = Callable[[Widths], float]
 Progress = Callable[[str, int, int], object]
-
-
-@dataclass(frozen=True)
-class RouteConfig:
-    """How routers are trained.
-
-    Attributes:
-        form: ``"surrogate"``: the routers' loss is what the surrogate predicts. ``"gumbel"``: it is the LLM's own, end
-            to end through its soft gates; the surrogate only judges and is judged. ``"search"``: the routers take no
-            step, but imitate what search over table and surrogate finds at each target.
-        targets: trained latency targets, ascending, the last one 1. Those that no network is fast enough
-            for are left out, and the result says so.
-        evaluations: calls of the LLM's loss in all.
-        prefill: how many of them are random configurations, before any router moves.
-        held_out: share of the random ones that the surrogate never trains on, and is judged by.
-        threshold: nats; routers move while the moving average of the surrogate's |error| is below it.
-        patience: share of the evaluations after the prefill that may be spent waiting for the threshold. When
-            they are spent the routers move all the same, and the result says how many steps they moved so.
-        steps: router steps.
-        lr: of the routers.
-        hidden, surrogate_hidden: widths of the networks.
-        batch: targets drawn for one step.
-        latency_weight: of relu(|T / (aim T_full) - 1| - 0.02), aim = target / 1.02, over 1 - target: close to
-            the full model, a little more latency buys a larger share of what is left to gain.
-        nesting_weight: of what a layer's expected choice falls from one target to the next, so that the
-            ladder need not correct it.
-        surrogate_steps: of the first fit; later ones take a twentieth of them.
-        seed: of everything random.
-    """
-
-    form: str = "surrogate"
-    targets: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    evaluations: int = 700
-    prefill: int = 500
-    held_out: float = 0.15
-    threshold: float = 0.02
-    patience: float = 0.5
-    steps: int = 1500
-    lr: float = 1e-2
-    hidden: int = 256
-    surrogate_hidden: int = 256
-    batch: int = 16
-    latency_weight: float = 5.0
-    nesting_weight: float = 1.0
-    surrogate_steps: int = 600
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        object.__setattr__(self, "targets", tuple(number("RouteConfig: targets", t) for t in self.targets))
-        ascending = all(a < b for a, b in zip(self.targets, self.targets[1:], strict=False))
-        if len(self.targets) < 2 or not ascending or self.targets[0] <= 0 or self.targets[-1] != 1:
-            raise ValueError(f"RouteConfig: targets must ascend from above 0 to 1, got {list(self.targets)}")
-        if self.form not in FORMS:
-            raise ValueError(f"RouteConfig: form must be one of {', '.join(FORMS)}, got {self.form!r}")
-        if self.prefill < 8:
-            raise ValueError(f"RouteConfig: prefill must be at least 8, got {self.prefill}")
-        needed = self.prefill + 1 + _REPORTED * (len(self.targets) - 1)
-        if self.evaluations < needed:
-            raise ValueError(
-                f"RouteConfig: evaluations must be at least {needed} (the prefill, the full model, "
-                f"{_REPORTED} for each target at the end), got {self.evaluations}"
-            )
-        for name, low, high in (("held_out", 1 / self.prefill, 0.5), ("patience", 0.0, 1.0)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(
-                    f"RouteConfig: {name} must be within [{low}, {high}], got {getattr(self, name)}"
-                )
-        for name in ("threshold", "steps", "lr", "hidden", "surrogate_hidden", "batch", "surrogate_steps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"RouteConfig: {name} must be positive, got {getattr(self, name)}")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -486,7 +411,7 @@ class _Training:
     def _train(self) -> None:
         """Take the router's steps; evaluate its proposals on the way, and wait where the gate says so."""
         steps = self.options.steps
-        active = self.options.evaluations - self.evaluations - _REPORTED * (len(self.targets) - 1)
+        active = self.options.evaluations - self.evaluations - REPORTED * (len(self.targets) - 1)
         patience = int(active * self.options.patience)
         step = observed = 0
         while step < steps:

@@ -1,13 +1,11 @@
 """Elastic continued training, joint tuning with routers: sampler, loop, checkpoints of a run."""
 
-from flextron.training.loop import TrainConfig, TrainReport, bf16_is_fast, learning_rate, train
+from flextron.training.loop import TrainReport, bf16_is_fast, learning_rate, train
 from flextron.training.sampler import WidthSampler, homogeneous
-from flextron.training.tune import TuneConfig, tune
+from flextron.training.tune import tune
 
 __all__ = [
-    "TrainConfig",
     "TrainReport",
-    "TuneConfig",
     "WidthSampler",
     "bf16_is_fast",
     "homogeneous",

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flextron.config import Widths, check_numbers, number
+from flextron.config import Widths
 from flextron.data import Batches
 from flextron.judge.loss import evaluate, restored
 from flextron.judge.objectives import cross_entropy, distillation
 from flextron.nn.storage import storage
+from flextron.recipes import TrainConfig
 from flextron.training.resume import (
     Checkpoints,
     MetricsLog,
@@ -35,80 +36,6 @@ _FREE_FIELDS = {"eval_every", "eval_widths", "checkpoint_every"}
 
 # (step, steps, the step's line of metrics.jsonl)
 Progress = Callable[[int, int, dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train.
-
-    Attributes:
-        steps: optimiser steps in all. A run that is resumed with more takes them at the rates of the longer one.
-        batch_size: windows in a micro-batch.
-        length: tokens in a window.
-        accumulation: micro-batches in a step, each with a sub-network of its own.
-        learning_rate: at its peak.
-        warmup: share of the steps over which the learning rate rises linearly.
-        min_lr_ratio: of the peak, reached at the last step by a cosine.
-        weight_decay: decoupled, on matrices (embeddings included); none on norms and biases.
-        betas: of AdamW.
-        clip: norm to which the gradient is clipped; None leaves it.
-        cross_entropy: weight of the next-token loss.
-        distillation: weight of the KL divergence from the teacher.
-        temperature: of the distillation.
-        bf16: autocast to bfloat16; None: where the device computes it fast.
-        eval_every: steps between evaluations, with one before the first step and one after the last; 0: none.
-        eval_widths: sub-networks to evaluate; none: the smallest, the middle and the full homogeneous one.
-        checkpoint_every: steps between checkpoints, with one after the last; 0: none at all.
-        full_probability: of the full model in a micro-batch.
-        only: one sub-network to train alone, in every micro-batch: no weight beyond it gets a gradient.
-        seed: of data order, sub-networks and torch.
-    """
-
-    steps: int = 1000
-    batch_size: int = 8
-    length: int = 512
-    accumulation: int = 1
-    learning_rate: float = 1e-4
-    warmup: float = 0.05
-    min_lr_ratio: float = 0.1
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float | None = 1.0
-    cross_entropy: float = 1.0
-    distillation: float = 0.0
-    temperature: float = 1.0
-    bf16: bool | None = None
-    eval_every: int = 100
-    eval_widths: tuple[Widths, ...] = ()
-    checkpoint_every: int = 100
-    full_probability: float = 0.3
-    only: Widths | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        object.__setattr__(self, "betas", tuple(number("TrainConfig: betas", b) for b in self.betas))
-        object.__setattr__(self, "eval_widths", tuple(self.eval_widths))
-        for name, least in (("steps", 1), ("batch_size", 1), ("length", 2), ("accumulation", 1)):
-            self._require(name, getattr(self, name) >= least, f"be at least {least}")
-        for name in ("eval_every", "checkpoint_every", "weight_decay", "cross_entropy", "distillation"):
-            self._require(name, getattr(self, name) >= 0, "be at least 0")
-        for name in ("warmup", "min_lr_ratio", "full_probability"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "lie in [0, 1]")
-        for name in ("learning_rate", "temperature"):
-            self._require(name, getattr(self, name) > 0, "be above 0")
-        self._require(
-            "betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "be two in [0, 1)"
-        )
-        self._require("clip", self.clip is None or self.clip > 0, "be above 0, or None")
-        if not self.cross_entropy + self.distillation > 0:
-            raise ValueError(
-                "TrainConfig: one of cross_entropy and distillation must be above 0, got 0 and 0"
-            )
-
-    def _require(self, name: str, holds: bool, requirement: str) -> None:
-        if not holds:
-            raise ValueError(f"TrainConfig: {name} must {requirement}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

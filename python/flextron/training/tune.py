@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from flextron.data import seeded
-from flextron.nn.learning import GATES, Fraction, latency_miss, learning_policies, mean_choices
+from flextron.nn.learning import Fraction, latency_miss, learning_policies, mean_choices
 from flextron.nn.router import AdaptiveRouter, GumbelSampler, StaticRouter
+from flextron.recipes import TuneConfig
 from flextron.training.loop import (
     Progress,
     Run,
-    TrainConfig,
     TrainReport,
     check_model,
     check_teacher,
@@ -27,29 +26,6 @@ _SHARPNESS = (
     0.3,
     3.0,
 )  # temperature and scale of logits: sharper than where a router starts to learn, not decided
-
-
-@dataclass(frozen=True)
-class TuneConfig(TrainConfig):
-    """How to tune; what `TrainConfig` has besides is the same here.
-
-    Attributes:
-        router_rate: the router's learning rate, as a multiple of the model's.
-        gates: ``"hard"``: each token (static router: each sequence) pays for its choice alone, with straight-through
-            gradients. ``"soft"``: mixtures of all widths, at the cost of the widest.
-        latency_weight: of relu(|T / (target T_full) - 1| - 0.02), T the mean over the tokens of a target.
-    """
-
-    steps: int = 200
-    router_rate: float = 30.0
-    gates: str = "hard"
-    latency_weight: float = 5.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("gates", self.gates in GATES, f"be one of {', '.join(GATES)}")
-        for name in ("router_rate", "latency_weight"):
-            self._require(name, getattr(self, name) >= 0, "be at least 0")
 
 
 def tune(

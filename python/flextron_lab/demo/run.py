@@ -18,7 +18,8 @@ from flextron import pipeline
 from flextron.checkpoint.io import read_json, write_json
 from flextron.checkpoint.lock import LOCK_FILE, locked
 from flextron.exporting import export
-from flextron.pipeline import Progress, RouteConfig, TrainConfig, Workload
+from flextron.pipeline import Progress, Workload
+from flextron.recipes import RouteConfig, TrainConfig
 from flextron_lab.demo.parents import Parent, load_parent
 from flextron_lab.demo.report import draw
 

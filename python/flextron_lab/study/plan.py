@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flextron.config import Widths
-from flextron.pipeline import AdaptiveConfig, RouteConfig, TrainConfig, Workload
+from flextron.pipeline import Workload
+from flextron.recipes import AdaptiveConfig, RouteConfig, TrainConfig
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from flextron.config import Widths
 from flextron.conversion import load_elastic, save_elastic
 from flextron.judge.loss import evaluate
 from flextron.nn import Dial, make_elastic
-from flextron.pipeline import Progress, RouteConfig, RouterResult
+from flextron.pipeline import Progress, RouterResult
+from flextron.recipes import RouteConfig
 from flextron.routing import adaptive as adaptive_routing
 from flextron.routing.ladder import uniform_ladder
 from flextron.routing.latency import LatencyTable, load_tables, measure
