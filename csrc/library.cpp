@@ -26,20 +26,21 @@ constexpr const char* kSchemas[] = {
     "Tensor? b_up, Tensor? b_down, SymInt width, str activation, Tensor? extent, Tensor? gate, int[]? "
     "choices, Tensor hidden_up, Tensor hidden_gate, int output_mask) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "packed_linear(Tensor x, Tensor panels, Tensor? scales, Tensor? bias, SymInt in_features, "
+    "packed_linear(Tensor x, Tensor panels, Tensor? scales, str format, Tensor? bias, SymInt in_features, "
     "SymInt out_features, Tensor? in_extent=None, Tensor? out_extent=None, SymInt in_blocks=1) -> Tensor",
     "packed_mlp(Tensor x, Tensor up_panels, Tensor down_panels, Tensor? up_scales, Tensor? down_scales, "
-    "Tensor? b_gate, Tensor? b_up, Tensor? b_down, SymInt width, SymInt out_features, bool gated=True, "
+    "str format, Tensor? b_gate, Tensor? b_up, Tensor? b_down, SymInt width, SymInt out_features, bool "
+    "gated=True, "
     "str activation=\"silu\", Tensor? extent=None) -> Tensor",
     "elastic_forward(Tensor x, Tensor cos, Tensor sin, Tensor[] weights, str parts, Tensor(a!)[] keys, "
     "Tensor(b!)[] values, SymInt cached, int[] widths, int[] heads, int[] kv_heads, SymInt neurons, "
     "SymInt query_heads, SymInt groups, Tensor norm, Tensor head, Tensor? head_scales, SymInt vocabulary, "
     "float eps, SymInt keep=1, str unit=\"kv_group\", str activation=\"silu\", Tensor? k_start=None, "
-    "float? scale=None, Tensor[]? router=None, int[]? mlp_choices=None, int[]? head_choices=None) "
-    "-> Tensor",
+    "float? scale=None, Tensor[]? router=None, int[]? mlp_choices=None, int[]? head_choices=None, "
+    "str format=\"plain\") -> Tensor",
     "elastic_forward_hold(Tensor embedding, Tensor[] weights, str parts, SymInt neurons, SymInt query_heads, "
     "SymInt groups, SymInt head_size, Tensor norm, Tensor head, Tensor? head_scales, float eps, "
-    "str unit=\"kv_group\", str activation=\"silu\", float? scale=None) -> int",
+    "str unit=\"kv_group\", str activation=\"silu\", float? scale=None, str format=\"plain\") -> int",
     "elastic_forward_held(Tensor ids, Tensor cos, Tensor sin, int held, Tensor(a!)[] keys, "
     "Tensor(b!)[] values, SymInt cached, int[] widths, int[] heads, int[] kv_heads, SymInt keep=1, "
     "Tensor? k_start=None, Tensor[]? router=None, int[]? mlp_choices=None, int[]? head_choices=None) "

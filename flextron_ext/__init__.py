@@ -16,6 +16,7 @@ except ImportError as error:
 
 from .ops import *  # noqa: F403
 from .ops import __all__ as _ops
+from .panels import PanelFormat
 
 OP_LIBRARY = str(
     Path(__file__).with_name("libflextron.so")
@@ -24,4 +25,4 @@ OP_LIBRARY = str(
 build_info = _C.build_info
 schemas = _C.schemas
 
-__all__ = ["OP_LIBRARY", "build_info", "schemas", *_ops]
+__all__ = ["OP_LIBRARY", "PanelFormat", "build_info", "schemas", *_ops]

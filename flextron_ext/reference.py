@@ -166,6 +166,7 @@ def packed_linear(
     x: Tensor,
     panels: Tensor,
     scales: Tensor | None,
+    format: str,
     bias: Tensor | None,
     in_features: int,
     out_features: int,
@@ -190,6 +191,7 @@ def packed_mlp(
     down_panels: Tensor,
     up_scales: Tensor | None,
     down_scales: Tensor | None,
+    format: str,
     b_gate: Tensor | None,
     b_up: Tensor | None,
     b_down: Tensor | None,
@@ -316,6 +318,7 @@ def elastic_forward(
     router: list[Tensor] | None = None,
     mlp_choices: list[int] | None = None,
     head_choices: list[int] | None = None,
+    format: str = "plain",
 ) -> Tensor:
     names, (B, T) = parts.split(), x.shape[:2]
     for i, stored in enumerate(kv_heads):
@@ -352,7 +355,7 @@ def elastic_forward(
         )
         x = x + out.view(x.shape)
         x = x + _mlp_of(_rms(x, w["mlp_norm"], eps), w, neurons, width.flatten(), activation)
-    if head.dim() == 4:
+    if format != "plain":
         head = _unpacked(head, head_scales, x.dtype)[:vocabulary]
     return F.linear(_rms(x, norm, eps)[:, x.shape[1] - keep :], head)
 

@@ -100,9 +100,9 @@ def packed_linear(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """The rows of elastic_linear, their weights packed in their dtype and as int8."""
     for case in elastic_linear(device, dtype):
         weight, blocks = case.pop("weight"), case.pop("out_blocks")
-        for packed in (None, torch.int8):
-            panels, scales = pack_linear(weight, blocks, packed)
-            yield dict(x=case["x"], panels=panels, scales=scales) | case
+        for packed in (None, "int8"):
+            panels = pack_linear(weight, blocks, packed)._asdict()
+            yield dict(x=case["x"]) | panels | case
 
 
 def packed_mlp(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -111,9 +111,8 @@ def packed_mlp(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         if "gate" in case:
             continue
         w_gate, w_up, w_down = (case.pop(name) for name in ("w_gate", "w_up", "w_down"))
-        for packed in (None, torch.int8):
-            names = ("up_panels", "down_panels", "up_scales", "down_scales")
-            panels = dict(zip(names, pack_mlp(w_gate, w_up, w_down, packed), strict=True))
+        for packed in (None, "int8"):
+            panels = pack_mlp(w_gate, w_up, w_down, packed)._asdict()
             yield dict(x=case["x"], **panels, out_features=w_down.shape[0], gated=w_gate is not None) | case
 
 
@@ -215,19 +214,19 @@ def elastic_forward(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]
             if packed is not False:
                 blocks = dict(q=G if unit == "query" else 1)
                 mlp = pack_mlp(w.pop("gate"), w["up"], w["down"], packed)
-                w["up"], w["down"], *scales = mlp
+                w["up"], w["down"], *scales, options["format"] = mlp
                 w |= {
                     name: s
                     for name, s in zip(("up_scales", "down_scales"), scales, strict=True)
                     if s is not None
                 }
                 for name in "qkvo":
-                    w[name], s = pack_linear(w[name], blocks.get(name, 1), packed)
+                    w[name], s, _ = pack_linear(w[name], blocks.get(name, 1), packed)
                     w |= {} if s is None else {f"{name}_scales": s}
             names, weights = list(w), weights + list(w.values())
         head, scales = tensor(37, K, scale=K**-0.5), None
         if packed is not False:
-            head, scales = pack_linear(head, 1, packed)
+            head, scales, _ = pack_linear(head, 1, packed)
         angle = torch.rand(tables, T, R // 2, device=device).repeat(1, 1, 2) * 6
         if requests:  # a router chooses among the widths and heads
             L, hidden, C = len(kv_heads), 5, len(widths) + len(heads)
@@ -276,7 +275,7 @@ def elastic_forward(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]
     yield case([40, 8], [2, 1], H=6, G=2, D=6, R=4, head_norm=True, T=8, keep=8, eps=1e-3)
     yield case([40, 24], [2, 1], packed=None, bias=True, B=2)
     yield case([40, 24], [3, 1], H=6, unit="query", packed=None, T=3)
-    yield case([24], [2], packed=torch.int8, B=9)
+    yield case([24], [2], packed="int8", B=9)
     yield case([0], [0], B=2)
     yield case([40], [2], cached=0)
     yield case([40], [2], cached=600, k_start=torch.tensor([3], device=device, dtype=torch.int32))
@@ -291,7 +290,7 @@ def elastic_forward(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]
     both["B"] = 4
     yield case([8, 24, 40], [1, 2], requests=1, kv=[2, 2])
     yield case([40, 0, 16], [0, 1, 2], requests=4, head_norm=True, bias=True, **both)
-    yield case([8, 24, 40], [1, 2, 3], requests=2, H=6, unit="query", packed=torch.int8, keep=2, **both)
+    yield case([8, 24, 40], [1, 2, 3], requests=2, H=6, unit="query", packed="int8", keep=2, **both)
     yield case([8, 24], [2], requests=1, kv=[2], B=0)
 
 

@@ -95,10 +95,14 @@ def norm(x):
 
 
 x, w, gate, up, down = (torch.randn(*s) for s in ((5, 8), (20, 8), (16, 8), (16, 8), (8, 16)))
-check("packed_linear", [ops.packed_linear(x, panels(w), None, None, 6, 18)], [x[:, :6] @ w[:18, :6].T])
+check(
+    "packed_linear",
+    [ops.packed_linear(x, panels(w), None, "float32", None, 6, 18)],
+    [x[:, :6] @ w[:18, :6].T],
+)
 both = torch.stack((panels(gate), panels(up)), 2).flatten(1, 2)
 y = (F.silu(x @ gate[:9].T) * (x @ up[:9].T)) @ down[:, :9].T
-check("packed_mlp", [ops.packed_mlp(x, both, panels(down), *[None] * 5, 9, 8)], [y])
+check("packed_mlp", [ops.packed_mlp(x, both, panels(down), None, None, "float32", *[None] * 3, 9, 8)], [y])
 
 # A token behind three, through one layer of two heads of four, and 9 of 16 neurons; by numbers, then by a router.
 q, k, v, o, head = (torch.randn(*s) for s in ((8, 8), (8, 8), (8, 8), (8, 8), (5, 8)))

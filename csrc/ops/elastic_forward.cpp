@@ -105,14 +105,21 @@ void check_vector(const char* name, const Tensor& t, int64_t size, const Tensor&
   if (size > 1 && t.stride(0) != 1) fail(kOp, ": ", name, " must be contiguous, got strides");
 }
 
+// The format of a model's panels; nothing where its weights are plain.
+using Format = std::optional<PanelFormat>;
+Format format_of(const std::string& name) {
+  return name == "plain" ? std::nullopt : Format(panel_format(kOp, name));
+}
+
 // A layer of N = out_blocks * nw outputs and in_blocks * kw inputs: plain [N, inputs], or panels of it.
-ElasticGemmParams linear(const char* name, const Tensor& weight, const Tensor* scales, int64_t out_blocks,
-                         int64_t nw, int64_t in_blocks, int64_t kw, const Tensor& x) {
-  if (weight.dim() == 4) {
+ElasticGemmParams linear(const Format& format, const char* name, const Tensor& weight, const Tensor* scales,
+                         int64_t out_blocks, int64_t nw, int64_t in_blocks, int64_t kw, const Tensor& x) {
+  if (format) {
     const OptionalTensor given = scales ? OptionalTensor(*scales) : std::nullopt;
-    check_panels(kOp, name, weight, "scales", given, x);
+    const PackedWeight packed{*format, name, weight, "scales", given};
+    check_panels(kOp, packed, x);
     check_shape(kOp, name, weight, {out_blocks, (nw + kPanel - 1) / kPanel, in_blocks * kw, kPanel});
-    return on_panels(weight, given, in_blocks);
+    return on_panels(packed, in_blocks);
   }
   if (scales) fail(kOp, ": ", name, "_scales must not be given for a plain weight, got a tensor");
   check_like(kOp, name, weight, {out_blocks * nw, in_blocks * kw}, x.scalar_type(), x.device());
@@ -132,27 +139,28 @@ void check_bias(const Layer& layer, Part part, int64_t size, const Tensor& x) {
   if (const Tensor* const t = layer.find(part)) check_vector(kPartNames[part], *t, size, x);
 }
 
-ElasticGemmParams prepare_up(const Layer& layer, int64_t neurons, int64_t K, const Tensor& x) {
+ElasticGemmParams prepare_up(const Format& format, const Layer& layer, int64_t neurons, int64_t K,
+                             const Tensor& x) {
   const Tensor &up = layer.get(kUp), *const gate = layer.find(kGate), *const scales = layer.find(kUpScales);
-  const bool packed = up.dim() == 4;
-  if (packed == (gate != nullptr))
+  if (format.has_value() == (gate != nullptr))
     fail(kOp, ": gate must be given with a plain up, and be among the panels of a packed one, got ",
          gate ? "both" : "neither");
-  if (!packed) {
-    ElasticGemmParams p = linear("gate", *gate, nullptr, 1, neurons, 1, K, x);
-    const ElasticGemmParams second = linear("up", up, scales, 1, neurons, 1, K, x);
+  if (!format) {
+    ElasticGemmParams p = linear(format, "gate", *gate, nullptr, 1, neurons, 1, K, x);
+    const ElasticGemmParams second = linear(format, "up", up, scales, 1, neurons, 1, K, x);
     if (second.weight_stride != p.weight_stride) fail(kOp, ": up must have the strides of gate, got others");
     p.weight[1] = second.weight[0];
     return p;
   }
   const OptionalTensor given = scales ? OptionalTensor(*scales) : std::nullopt;
-  check_panels(kOp, "up", up, "scales", given, x);
+  const PackedWeight packed{*format, "up", up, "scales", given};
+  check_panels(kOp, packed, x);
   check_shape(kOp, "up", up, {1, 2 * ((neurons + kPanel - 1) / kPanel), K, kPanel});
-  return on_panels(up, given, 1);
+  return on_panels(packed, 1);
 }
 
-Prepared prepare(const Layer& layer, const Shape& s, int64_t neurons, Activation activation,
-                 const Tensor& x) {
+Prepared prepare(const Format& format, const Layer& layer, const Shape& s, int64_t neurons,
+                 Activation activation, const Tensor& x) {
   const int64_t blocks = s.by_group ? 1 : s.G, queries = s.H * s.D, groups = s.G * s.D;
   check_vector("in_norm", layer.get(kInNorm), s.K, x);
   check_vector("mlp_norm", layer.get(kMlpNorm), s.K, x);
@@ -161,12 +169,13 @@ Prepared prepare(const Layer& layer, const Shape& s, int64_t neurons, Activation
   check_bias(layer, kGateBias, neurons, x), check_bias(layer, kUpBias, neurons, x);
   check_bias(layer, kDownBias, s.K, x);
   check_bias(layer, kQNorm, s.D, x), check_bias(layer, kKNorm, s.D, x);
-  Prepared p{.q = linear("q", layer.get(kQ), layer.find(kQScales), blocks, queries / blocks, 1, s.K, x),
-             .k = linear("k", layer.get(kK), layer.find(kKScales), 1, groups, 1, s.K, x),
-             .v = linear("v", layer.get(kV), layer.find(kVScales), 1, groups, 1, s.K, x),
-             .o = linear("o", layer.get(kO), layer.find(kOScales), 1, s.K, blocks, queries / blocks, x),
-             .up = prepare_up(layer, neurons, s.K, x),
-             .down = linear("down", layer.get(kDown), layer.find(kDownScales), 1, s.K, 1, neurons, x)};
+  Prepared p{
+      .q = linear(format, "q", layer.get(kQ), layer.find(kQScales), blocks, queries / blocks, 1, s.K, x),
+      .k = linear(format, "k", layer.get(kK), layer.find(kKScales), 1, groups, 1, s.K, x),
+      .v = linear(format, "v", layer.get(kV), layer.find(kVScales), 1, groups, 1, s.K, x),
+      .o = linear(format, "o", layer.get(kO), layer.find(kOScales), 1, s.K, blocks, queries / blocks, x),
+      .up = prepare_up(format, layer, neurons, s.K, x),
+      .down = linear(format, "down", layer.get(kDown), layer.find(kDownScales), 1, s.K, 1, neurons, x)};
   p.up.hidden = p.up.gated = true;
   p.up.activation = activation;
   return p;
@@ -189,7 +198,7 @@ struct Model {
   Model(const Tensor& like, const Shape& s, int64_t layer_count, std::vector<Tensor> given,
         const Layout& parts, const Tensor& last_norm, const Tensor& logits, const OptionalTensor& scales,
         int64_t neuron_count, int64_t words, double epsilon, const std::string& activation,
-        std::optional<double> score_scale)
+        std::optional<double> score_scale, const Format& format)
       : layout(parts),
         weights(std::move(given)),
         norm(last_norm),
@@ -208,9 +217,10 @@ struct Model {
     if (epsilon < 0) fail(kOp, ": eps must not be negative, got ", epsilon);
     check_finite(kOp, "scale", scale);
     const Activation curve = activation_of(kOp, activation);
-    for (int64_t l = 0; l < layers; ++l) prepared.push_back(prepare(layer(l), s, neurons, curve, like));
+    for (int64_t l = 0; l < layers; ++l)
+      prepared.push_back(prepare(format, layer(l), s, neurons, curve, like));
     check_vector("norm", norm, s.K, like);
-    last = linear("head", head, head_scales ? &*head_scales : nullptr, 1, vocabulary, 1, s.K, like);
+    last = linear(format, "head", head, head_scales ? &*head_scales : nullptr, 1, vocabulary, 1, s.K, like);
   }
 
   Layer layer(int64_t l) const { return {weights.data() + l * layout.count, layout}; }
@@ -794,14 +804,14 @@ Tensor elastic_forward(const Tensor& x, const Tensor& cos, const Tensor& sin,
                        int64_t keep, const Text& unit, const Text& activation, const OptionalTensor& k_start,
                        std::optional<double> scale, const std::optional<std::vector<Tensor>>& router,
                        const std::optional<std::vector<int64_t>>& mlp_choices,
-                       const std::optional<std::vector<int64_t>>& head_choices) {
+                       const std::optional<std::vector<int64_t>>& head_choices, const Text& format) {
   const NoGrad no_grad;
   check_dim(kOp, "x", x, 3);
   if (!x.is_cpu()) fail(kOp, ": x must be on cpu, got ", device_text(x.device()));
   const int64_t D = keys.empty() ? 1 : keys[0].dim() == 4 ? keys[0].size(3) : 0;
   const Shape shape = shape_of_weights(x.size(2), query_heads, groups, D, unit.value);
   const Model model(x, shape, kv_heads.size(), weights, Layout(parts.value), norm, head, head_scales, neurons,
-                    vocabulary, eps, activation.value, scale);
+                    vocabulary, eps, activation.value, scale, format_of(format.value));
   return forward(model, x.size(0), x.size(1), torch::stable::contiguous(x), nullptr, cos, sin, keys, values,
                  cached, widths, heads, kv_heads, keep, k_start, router, mlp_choices, head_choices, false)
       .logits;
@@ -811,17 +821,17 @@ int64_t elastic_forward_hold(const Tensor& embedding, const std::vector<Tensor>&
                              int64_t neurons, int64_t query_heads, int64_t groups, int64_t head_size,
                              const Tensor& norm, const Tensor& head, const OptionalTensor& head_scales,
                              double eps, const Text& unit, const Text& activation,
-                             std::optional<double> scale) {
+                             std::optional<double> scale, const Text& format) {
   check_dim(kOp, "embedding", embedding, 2);
   if (!embedding.is_cpu()) fail(kOp, ": embedding must be on cpu, got ", device_text(embedding.device()));
   if (!embedding.is_contiguous()) fail(kOp, ": embedding must be contiguous, got strides");
   const Layout layout(parts.value);
   const int64_t layers = (static_cast<int64_t>(weights.size()) + layout.count - 1) / layout.count;
   const Shape shape = shape_of_weights(embedding.size(1), query_heads, groups, head_size, unit.value);
-  auto held =
-      std::make_shared<const Held>(Model(embedding, shape, layers, weights, layout, norm, head, head_scales,
-                                         neurons, embedding.size(0), eps, activation.value, scale),
-                                   embedding);
+  auto held = std::make_shared<const Held>(
+      Model(embedding, shape, layers, weights, layout, norm, head, head_scales, neurons, embedding.size(0),
+            eps, activation.value, scale, format_of(format.value)),
+      embedding);
   return HeldOnes::get().add(std::move(held));
 }
 

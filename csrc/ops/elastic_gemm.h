@@ -17,6 +17,7 @@
 
 namespace flextron {
 
+// A plain operand's; panels have a format.
 inline GemmDtype gemm_dtype(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
@@ -26,7 +27,8 @@ inline GemmDtype gemm_dtype(const Tensor& t) {
     case ScalarType::Half:
       return GemmDtype::kFp16;
     default:
-      return GemmDtype::kInt8;
+      fail("flextron: a GEMM's operand must be float32, bfloat16 or float16, got ",
+           toString(t.scalar_type()));
   }
 }
 

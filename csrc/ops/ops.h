@@ -44,11 +44,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> elast
     const std::optional<std::vector<int64_t>>& choices, const Tensor& hidden_up, const Tensor& hidden_gate,
     int64_t output_mask);
 
-Tensor packed_linear(const Tensor& x, const Tensor& panels, const OptionalTensor& scales,
+Tensor packed_linear(const Tensor& x, const Tensor& panels, const OptionalTensor& scales, const Text& format,
                      const OptionalTensor& bias, int64_t in_features, int64_t out_features,
                      const OptionalTensor& in_extent, const OptionalTensor& out_extent, int64_t in_blocks);
 Tensor packed_mlp(const Tensor& x, const Tensor& up_panels, const Tensor& down_panels,
-                  const OptionalTensor& up_scales, const OptionalTensor& down_scales,
+                  const OptionalTensor& up_scales, const OptionalTensor& down_scales, const Text& format,
                   const OptionalTensor& b_gate, const OptionalTensor& b_up, const OptionalTensor& b_down,
                   int64_t width, int64_t out_features, bool gated, const Text& activation,
                   const OptionalTensor& extent);
@@ -63,7 +63,7 @@ Tensor elastic_forward(const Tensor& x, const Tensor& cos, const Tensor& sin,
                        int64_t keep, const Text& unit, const Text& activation, const OptionalTensor& k_start,
                        std::optional<double> scale, const std::optional<std::vector<Tensor>>& router,
                        const std::optional<std::vector<int64_t>>& mlp_choices,
-                       const std::optional<std::vector<int64_t>>& head_choices);
+                       const std::optional<std::vector<int64_t>>& head_choices, const Text& format);
 
 // Keeps the weights and the tokens' embeddings for elastic_forward_held, which is what elastic_forward is
 // with them, and of each sequence's last logits the place of the greatest.
@@ -71,7 +71,7 @@ int64_t elastic_forward_hold(const Tensor& embedding, const std::vector<Tensor>&
                              int64_t neurons, int64_t query_heads, int64_t groups, int64_t head_size,
                              const Tensor& norm, const Tensor& head, const OptionalTensor& head_scales,
                              double eps, const Text& unit, const Text& activation,
-                             std::optional<double> scale);
+                             std::optional<double> scale, const Text& format);
 std::tuple<Tensor, Tensor> elastic_forward_held(
     const Tensor& ids, const Tensor& cos, const Tensor& sin, int64_t held, const std::vector<Tensor>& keys,
     const std::vector<Tensor>& values, int64_t cached, const std::vector<int64_t>& widths,

@@ -1,9 +1,35 @@
-// What packed_linear and packed_mlp share: the checks of panels, and the parameters that follow from them.
+// Weights in panels as arguments of an op: their format, their checks, and what a GEMM is told of them.
 #pragma once
 
+#include <string>
+
+#include "kernels/panel_format.h"
 #include "ops/elastic_gemm.h"
 
 namespace flextron {
+
+// The format of this name.
+inline PanelFormat panel_format(const char* op, const std::string& name) {
+  std::string names;
+  for (const PanelFacts& facts : kPanelFormats) {
+    if (name == facts.name) return static_cast<PanelFormat>(&facts - kPanelFormats);
+    names += (names.empty() ? "" : ", ") + std::string(facts.name);
+  }
+  fail(op, ": format must be one of ", names, ", got ", name);
+}
+
+// One weight in panels, with the names that an op gives its tensors.
+struct PackedWeight {
+  PanelFormat format;
+  const char* name;
+  const Tensor& panels;  // [out_blocks, P, inputs of all blocks, kPanel]
+  const char* scales_name;
+  const std::optional<Tensor>& scales;  // [out_blocks, P, kPanel]
+
+  int64_t out_blocks() const { return panels.size(0); }
+  int64_t features() const { return panels.size(1) * kPanel; }  // of a block, the last panel filled up
+  int64_t inputs() const { return panels.size(2); }
+};
 
 inline void check_rows(const char* op, const Tensor& x) {
   check_dim(op, "x", x, 2);
@@ -13,23 +39,34 @@ inline void check_rows(const char* op, const Tensor& x) {
   if (!x.is_cpu()) fail(op, ": x must be on cpu, got ", device_text(x.device()));
 }
 
-// Panels of the dtype of x, or int8 with scales.
-inline void check_panels(const char* op, const char* name, const Tensor& panels, const char* scales_name,
-                         const std::optional<Tensor>& scales, const Tensor& x) {
-  check_dim(op, name, panels, 4);
-  check_device(op, name, panels, x.device());
-  if (panels.size(3) != kPanel) fail(op, ": ", name, ".size(3) must be ", kPanel, ", got ", panels.size(3));
-  if (!panels.is_contiguous()) fail(op, ": ", name, " must be contiguous, got strides");
-  if (panels.scalar_type() != ScalarType::Char) {
-    check_dtype(op, name, panels, x.scalar_type());
-    if (scales) fail(op, ": ", scales_name, " must be None unless ", name, " are int8, got a tensor");
+inline void check_scales(const char* op, const PackedWeight& w, const Device& device) {
+  if (!facts_of(w.format).scaled) {
+    if (w.scales) fail(op, ": ", w.scales_name, " must be None unless format has scales, got a tensor");
     return;
   }
-  if (!scales) fail(op, ": ", scales_name, " must be given with int8 ", name, ", got None");
-  check_shape(op, scales_name, *scales, {panels.size(0), panels.size(1), kPanel});
-  check_dtype(op, scales_name, *scales, ScalarType::Float);
-  check_device(op, scales_name, *scales, x.device());
-  if (!scales->is_contiguous()) fail(op, ": ", scales_name, " must be contiguous, got strides");
+  if (!w.scales)
+    fail(op, ": ", w.scales_name, " must be given in format ", facts_of(w.format).name, ", got None");
+  check_shape(op, w.scales_name, *w.scales, {w.panels.size(0), w.panels.size(1), kPanel});
+  check_dtype(op, w.scales_name, *w.scales, ScalarType::Float);
+  check_device(op, w.scales_name, *w.scales, device);
+  if (!w.scales->is_contiguous()) fail(op, ": ", w.scales_name, " must be contiguous, got strides");
+}
+
+// Whether the tensors are what the format says, for inputs x.
+inline void check_panels(const char* op, const PackedWeight& w, const Tensor& x) {
+  const PanelFacts& facts = facts_of(w.format);
+  check_dim(op, w.name, w.panels, 4);
+  check_device(op, w.name, w.panels, x.device());
+  if (w.panels.size(3) != kPanel)
+    fail(op, ": ", w.name, ".size(3) must be ", kPanel, ", got ", w.panels.size(3));
+  if (!w.panels.is_contiguous()) fail(op, ": ", w.name, " must be contiguous, got strides");
+  if (w.panels.scalar_type() != facts.storage)
+    fail(op, ": ", w.name, " must have dtype ", toString(facts.storage), " in format ", facts.name, ", got ",
+         toString(w.panels.scalar_type()));
+  if (!facts.scaled && facts.storage != x.scalar_type())
+    fail(op, ": format must have scales or store the dtype of x, ", toString(x.scalar_type()), ", got ",
+         facts.name);
+  check_scales(op, w, x.device());
 }
 
 // A bias has the features of all blocks, of each at least those used.
@@ -45,18 +82,17 @@ inline void check_packed_bias(const char* op, const std::optional<Tensor>& bias,
          ", got ", size);
 }
 
-// The fields that follow from the panels of a layer.
-inline ElasticGemmParams on_panels(const Tensor& panels, const std::optional<Tensor>& scales,
-                                   int64_t in_blocks) {
+// The fields of a GEMM that follow from a layer's panels.
+inline ElasticGemmParams on_panels(const PackedWeight& w, int64_t in_blocks) {
   ElasticGemmParams p = no_gemm();
   p.layout = GemmLayout::kPanels;
-  p.weight_dtype = gemm_dtype(panels);
-  p.weight[0] = panels.const_data_ptr();
+  p.weight_dtype = facts_of(w.format).element;
+  p.weight[0] = w.panels.const_data_ptr();
   p.in_blocks = in_blocks;
-  p.in_stride = panels.size(2) / in_blocks;
-  p.out_blocks = panels.size(0);
-  p.out_stride = panels.size(1);
-  p.scales = scales ? static_cast<const float*>(scales->const_data_ptr()) : nullptr;
+  p.in_stride = w.inputs() / in_blocks;
+  p.out_blocks = w.out_blocks();
+  p.out_stride = w.panels.size(1);
+  p.scales = w.scales ? static_cast<const float*>(w.scales->const_data_ptr()) : nullptr;
   return p;
 }
 

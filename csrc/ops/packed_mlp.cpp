@@ -13,30 +13,32 @@
 namespace flextron {
 
 Tensor packed_mlp(const Tensor& x, const Tensor& up_panels, const Tensor& down_panels,
-                  const OptionalTensor& up_scales, const OptionalTensor& down_scales,
+                  const OptionalTensor& up_scales, const OptionalTensor& down_scales, const Text& format,
                   const OptionalTensor& b_gate, const OptionalTensor& b_up, const OptionalTensor& b_down,
                   int64_t width, int64_t out_features, bool gated, const Text& activation,
                   const OptionalTensor& extent) {
   constexpr auto op = "packed_mlp";
   const NoGrad guard;
   check_rows(op, x);
-  check_panels(op, "up_panels", up_panels, "up_scales", up_scales, x);
-  check_panels(op, "down_panels", down_panels, "down_scales", down_scales, x);
-  const int64_t K = x.size(1), F = down_panels.size(2), panels = gated ? 2 : 1;
+  const PanelFormat stored = panel_format(op, format.value);
+  const PackedWeight up_weight{stored, "up_panels", up_panels, "up_scales", up_scales};
+  const PackedWeight down_weight{stored, "down_panels", down_panels, "down_scales", down_scales};
+  check_panels(op, up_weight, x);
+  check_panels(op, down_weight, x);
+  const int64_t K = x.size(1), F = down_weight.inputs(), panels = gated ? 2 : 1;
   check_shape(op, "up_panels", up_panels, {1, panels * ((F + kPanel - 1) / kPanel), K, kPanel});
   check_shape(op, "down_panels", down_panels, {1, down_panels.size(1), F, kPanel});
   check_range(op, "width", width, 0, F);
-  check_range(op, "out_features", out_features, 0, down_panels.size(1) * kPanel);
+  check_range(op, "out_features", out_features, 0, down_weight.features());
   if (b_gate && !gated) fail(op, ": b_gate must be None unless gated, got a tensor");
   if (b_gate) check_like(op, "b_gate", *b_gate, {F}, x.scalar_type(), x.device());
   if (b_up) check_like(op, "b_up", *b_up, {F}, x.scalar_type(), x.device());
   if (b_down) check_like(op, "b_down", *b_down, {out_features}, x.scalar_type(), x.device());
   const Activation act = activation_of(op, activation.value);
   const Extents extents = read_extents(op, "extent", extent, x, width);
-  ElasticGemmParams up = on_panels(up_panels, up_scales, 1);
+  ElasticGemmParams up = on_panels(up_weight, 1);
   up.gated = gated;
-  return mlp_on_cpu(up, on_panels(down_panels, down_scales, 1), x, b_gate, b_up, b_down, out_features, act,
-                    extents);
+  return mlp_on_cpu(up, on_panels(down_weight, 1), x, b_gate, b_up, b_down, out_features, act, extents);
 }
 
 }  // namespace flextron

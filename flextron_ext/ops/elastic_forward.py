@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from ..panels import PanelFormat
 from . import _common as common
 
 OP = "elastic_forward"
@@ -43,6 +44,7 @@ def elastic_forward(
     router: Sequence[Tensor] | None = None,
     mlp_choices: Sequence[int] | None = None,
     head_choices: Sequence[int] | None = None,
+    format: PanelFormat | str = "plain",
 ) -> Tensor:
     """Take tokens through all layers of a Llama-family model on a CPU, and return their logits; no gradient.
 
@@ -86,6 +88,7 @@ def elastic_forward(
             csrc/kernels/elastic_forward.h.
         mlp_choices: neurons of each choice.
         head_choices: heads of each choice.
+        format: how all weights are stored: "plain", or in panels of this format.
 
     Returns:
         logits: [B, keep, vocabulary], the dtype of x.
@@ -121,6 +124,7 @@ def elastic_forward(
         router,
         mlp_choices,
         head_choices,
+        str(format),
     )
     _check_settings(eps, scale)
     return common.call_writing([*keys, *values], torch.ops.flextron.elastic_forward.default, *given)
@@ -172,8 +176,8 @@ class HeldForward:
 
     Args:
         embedding: [vocabulary, K], contiguous: the tokens' embeddings. Its dtype is the model's.
-        weights, parts, neurons, query_heads, groups, norm, head, head_scales, eps, unit, activation, scale: as of
-            `elastic_forward`.
+        weights, parts, neurons, query_heads, groups, norm, head, head_scales, eps, unit, activation, scale, format: as
+            of `elastic_forward`.
         head_size: D, at most 1024.
     """
 
@@ -193,6 +197,7 @@ class HeldForward:
         unit: str = "kv_group",
         activation: str = "silu",
         scale: float | None = None,
+        format: PanelFormat | str = "plain",
     ) -> None:
         common.check_tensor(OP, "embedding", embedding, DTYPES)
         for name, value in (("norm", norm), ("head", head)):
@@ -201,7 +206,18 @@ class HeldForward:
         shape = (neurons, query_heads, groups, head_size)
         with torch.no_grad():
             self.number = torch.ops.flextron.elastic_forward_hold(
-                embedding, weights, parts, *shape, norm, head, head_scales, eps, unit, activation, scale
+                embedding,
+                weights,
+                parts,
+                *shape,
+                norm,
+                head,
+                head_scales,
+                eps,
+                unit,
+                activation,
+                scale,
+                str(format),
             )
         # at the end of the process the memory goes by itself
         weakref.finalize(self, torch.ops.flextron.elastic_forward_drop, self.number).atexit = False

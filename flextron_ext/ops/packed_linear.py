@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..panels import PanelFormat, check_format
 from . import _common as common
 
 OP = "packed_linear"
@@ -14,20 +16,21 @@ PANEL = 16  # features of a panel: kPanel of csrc/kernels/elastic_gemm.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def pack_linear(
-    weight: Tensor, out_blocks: int = 1, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor | None]:
+class PackedWeight(NamedTuple):
+    """A linear layer's weight in panels, in the order that `packed_linear` takes them."""
+
+    panels: Tensor  # [out_blocks, ceil(nw / 16), K, 16]; features that fill up the last panel are zeros
+    scales: Tensor | None  # [out_blocks, ceil(nw / 16), 16] float32 where the format has scales
+    format: PanelFormat
+
+
+def pack_linear(weight: Tensor, out_blocks: int = 1, format: PanelFormat | str | None = None) -> PackedWeight:
     """Copy a linear layer's weight into panels, in which a prefix of its features and of its inputs is contiguous.
 
     Args:
         weight: [out_blocks * nw, K], float32, bfloat16 or float16, on the CPU.
         out_blocks: blocks the outputs are cut into; each has panels of its own.
-        dtype: of the panels: None for that of the weight, or torch.int8: each row divided by its scale, the largest of
-            its values over 127, and rounded.
-
-    Returns:
-        panels: [out_blocks, ceil(nw / 16), K, 16]; features that fill up the last panel are zeros.
-        scales: [out_blocks, ceil(nw / 16), 16] float32 with int8, None otherwise.
+        format: how the panels store the weight; None stores it in its own dtype.
     """
     common.check_tensor("pack_linear", "weight", weight, DTYPES)
     if weight.dim() != 2 or weight.device.type != "cpu":
@@ -38,14 +41,18 @@ def pack_linear(
         raise ValueError(
             f"pack_linear: weight.shape[0] must be divisible by out_blocks ({out_blocks}), got {weight.shape[0]}"
         )
-    if dtype not in (None, weight.dtype, torch.int8):
-        raise ValueError(f"pack_linear: dtype must be None or torch.int8, got {dtype}")
+    plain = PanelFormat.plain(weight.dtype)
+    stored = plain if format is None else check_format("pack_linear", format)
+    if not stored.scaled and stored is not plain:
+        raise ValueError(
+            f"pack_linear: format must be {plain}, the weight's dtype, or have scales, got {stored}"
+        )
     weight = weight.detach()
-    if dtype is not torch.int8:
-        return panels_of(weight, out_blocks), None
+    if not stored.scaled:
+        return PackedWeight(panels_of(weight, out_blocks), None, stored)
     scales = weight.float().abs().amax(1, keepdim=True) / 127
-    rows = (weight.float() / scales.where(scales > 0, 1)).round().to(torch.int8)
-    return panels_of(rows, out_blocks), panels_of(scales, out_blocks).squeeze(2)
+    rows = (weight.float() / scales.where(scales > 0, 1)).round().to(stored.storage)
+    return PackedWeight(panels_of(rows, out_blocks), panels_of(scales, out_blocks).squeeze(2), stored)
 
 
 def panels_of(weight: Tensor, out_blocks: int) -> Tensor:
@@ -60,6 +67,7 @@ def packed_linear(
     x: Tensor,
     panels: Tensor,
     scales: Tensor | None,
+    format: PanelFormat | str,
     bias: Tensor | None,
     in_features: int,
     out_features: int,
@@ -74,8 +82,9 @@ def packed_linear(
 
     Args:
         x: [..., in_blocks * kx], float32, bfloat16 or float16, on the CPU; kx >= in_features.
-        panels: [out_blocks, P, in_blocks * kw, 16], the dtype of x or int8; from `pack_linear`.
-        scales: [out_blocks, P, 16] float32 with int8 panels, None otherwise.
+        panels: [out_blocks, P, in_blocks * kw, 16], from `pack_linear`.
+        scales: [out_blocks, P, 16] float32 where the format has scales, None otherwise.
+        format: how the panels store the weight: in the dtype of x, or in any format that has scales.
         bias: [out_blocks * nw] or None.
         in_features: inputs used per block; ``in_t`` where in_extent is None.
         out_features: outputs made per block; ``out_t`` where out_extent is None.
@@ -89,7 +98,8 @@ def packed_linear(
     common.check_tensor(OP, "x", x, DTYPES)
     if x.dim() < 1:
         raise ValueError(f"{OP}: x must have at least 1 dimension, got 0")
-    check_panels(OP, "panels", panels, "scales", scales, x)
+    stored = check_format(OP, format)
+    check_panels(OP, stored, "panels", panels, "scales", scales, x)
     common.check_range(OP, "in_blocks", in_blocks, 1, max(1, x.shape[-1]))
     for name, size in (("x.shape[-1]", x.shape[-1]), ("panels.shape[2]", panels.shape[2])):
         if size % in_blocks:
@@ -105,6 +115,7 @@ def packed_linear(
         common.as_rows(x, rows),
         panels,
         scales,
+        stored.value,
         bias,
         in_features,
         out_features,
@@ -116,22 +127,36 @@ def packed_linear(
 
 
 def check_panels(
-    op: str, name: str, panels: Tensor, scales_name: str, scales: Tensor | None, x: Tensor
+    op: str,
+    format: PanelFormat,
+    name: str,
+    panels: Tensor,
+    scales_name: str,
+    scales: Tensor | None,
+    x: Tensor,
 ) -> None:
-    common.check_tensor(op, name, panels, (*DTYPES, torch.int8))
+    """Whether the tensors are what the format says, for inputs x."""
+    common.check_tensor(op, name, panels, tuple(each.storage for each in PanelFormat))
     if panels.dim() != 4 or panels.shape[3] != PANEL:
         raise ValueError(f"{op}: {name} must have shape [blocks, P, K, {PANEL}], got {list(panels.shape)}")
-    if panels.dtype == torch.int8:
+    if not format.scaled and panels.dtype != x.dtype:
+        raise TypeError(
+            f"{op}: {name} must have the dtype of x, {x.dtype}, in format {format}, got {panels.dtype}"
+        )
+    if panels.dtype != format.storage:
+        raise TypeError(f"{op}: {name} must be {format.storage} in format {format}, got {panels.dtype}")
+    if format.scaled:
         common.check_tensor(op, scales_name, scales, (torch.float32,))
         common.check_shape(op, scales_name, scales, (*panels.shape[:2], PANEL))
     elif scales is not None:
-        raise ValueError(f"{op}: {scales_name} must be None unless {name} are int8, got a tensor")
-    elif panels.dtype != x.dtype:
-        raise TypeError(f"{op}: {name} must have the dtype of x, {x.dtype}, or be int8, got {panels.dtype}")
+        scaled = " or ".join(each for each in PanelFormat if each.scaled)
+        raise ValueError(f"{op}: {scales_name} must be None unless {name} are {scaled}, got a tensor")
 
 
 @common.register_fake("packed_linear")
-def _shape(x, panels, scales, bias, in_features, out_features, in_extent=None, out_extent=None, in_blocks=1):
+def _shape(
+    x, panels, scales, format, bias, in_features, out_features, in_extent=None, out_extent=None, in_blocks=1
+):
     return x.new_empty(x.shape[0], panels.shape[0] * out_features)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..panels import PanelFormat, check_format
 from . import _common as common
 from .elastic_mlp import ACTIVATIONS
 from .packed_linear import DTYPES, PANEL, check_panels, pack_linear
@@ -14,30 +16,35 @@ from .packed_linear import DTYPES, PANEL, check_panels, pack_linear
 OP = "packed_mlp"
 
 
+class PackedMlp(NamedTuple):
+    """An MLP's weights in panels, in the order that `packed_mlp` takes them."""
+
+    up_panels: Tensor  # [1, 2 * ceil(F / 16), K, 16], the gate's and the up projection's in turn; half as many if plain
+    down_panels: Tensor  # [1, ceil(N / 16), F, 16]
+    up_scales: Tensor | None  # [1, panels, 16] float32 where the format has scales
+    down_scales: Tensor | None
+    format: PanelFormat
+
+
 def pack_mlp(
-    w_gate: Tensor | None, w_up: Tensor, w_down: Tensor, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    w_gate: Tensor | None, w_up: Tensor, w_down: Tensor, format: PanelFormat | str | None = None
+) -> PackedMlp:
     """Copy an MLP's weights into panels, the gate's and the up projection's in turn.
 
     Args:
         w_gate: [F, K], or None for a plain MLP.
         w_up: [F, K], float32, bfloat16 or float16, on the CPU.
         w_down: [N, F].
-        dtype: as in `pack_linear`.
-
-    Returns:
-        up_panels: [1, 2 * ceil(F / 16), K, 16], half as many in a plain MLP.
-        down_panels: [1, ceil(N / 16), F, 16].
-        up_scales, down_scales: float32, as many values as the panels have features, with int8; None otherwise.
+        format: how the panels store the weights, as in `pack_linear`.
     """
-    up, up_scales = pack_linear(w_up, dtype=dtype)
-    down, down_scales = pack_linear(w_down, dtype=dtype)
+    up, up_scales, stored = pack_linear(w_up, format=format)
+    down, down_scales, _ = pack_linear(w_down, format=format)
     if w_gate is not None:
-        gate, gate_scales = pack_linear(w_gate, dtype=dtype)
+        gate, gate_scales, _ = pack_linear(w_gate, format=format)
         up = torch.stack((gate, up), 2).flatten(1, 2)
         if up_scales is not None:
             up_scales = torch.stack((gate_scales, up_scales), 2).flatten(1, 2)
-    return up, down, up_scales, down_scales
+    return PackedMlp(up, down, up_scales, down_scales, stored)
 
 
 def packed_mlp(
@@ -46,6 +53,7 @@ def packed_mlp(
     down_panels: Tensor,
     up_scales: Tensor | None,
     down_scales: Tensor | None,
+    format: PanelFormat | str,
     b_gate: Tensor | None,
     b_up: Tensor | None,
     b_down: Tensor | None,
@@ -63,10 +71,11 @@ def packed_mlp(
 
     Args:
         x: [..., K], float32, bfloat16 or float16, on the CPU.
-        up_panels: [1, P, K, 16], the dtype of x or int8, P panels of the gate and the up projection in turn.
-        down_panels: [1, ceil(N / 16), F, 16]; all four from `pack_mlp`.
-        up_scales: [1, P, 16] float32 with int8 panels, None otherwise.
+        up_panels: [1, P, K, 16], P panels of the gate and the up projection in turn, from `pack_mlp`.
+        down_panels: [1, ceil(N / 16), F, 16].
+        up_scales: [1, P, 16] float32 where the format has scales, None otherwise.
         down_scales: [1, ceil(N / 16), 16] likewise.
+        format: how the panels store the weights: in the dtype of x, or in any format that has scales.
         b_gate: [F] or None.
         b_up: [F] or None.
         b_down: [N] or None.
@@ -82,8 +91,9 @@ def packed_mlp(
     common.check_tensor(OP, "x", x, DTYPES)
     if x.dim() < 1:
         raise ValueError(f"{OP}: x must have at least 1 dimension, got 0")
-    check_panels(OP, "up_panels", up_panels, "up_scales", up_scales, x)
-    check_panels(OP, "down_panels", down_panels, "down_scales", down_scales, x)
+    stored = check_format(OP, format)
+    check_panels(OP, stored, "up_panels", up_panels, "up_scales", up_scales, x)
+    check_panels(OP, stored, "down_panels", down_panels, "down_scales", down_scales, x)
     F = down_panels.shape[2]
     count = -(-F // PANEL) * (2 if gated else 1)
     common.check_shape(OP, "up_panels", up_panels, (1, count, x.shape[-1], PANEL))
@@ -99,6 +109,7 @@ def packed_mlp(
         down_panels,
         up_scales,
         down_scales,
+        stored.value,
         b_gate,
         b_up,
         b_down,
@@ -118,6 +129,7 @@ def _shape(
     down_panels,
     up_scales,
     down_scales,
+    format,
     b_gate,
     b_up,
     b_down,

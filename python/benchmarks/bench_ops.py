@@ -503,13 +503,13 @@ def elastic_forward(s: Shape, T: int, target: Target) -> Iterator[Case]:
 
 def packed_linear(s: Shape, T: int, target: Target) -> Iterator[Case]:
     """The widths of elastic_linear, panels in the dtype and as int8; there the rivals have the same rounded weights."""
-    for packed, share in itertools.product((None, torch.int8), WIDTHS):
+    for packed, share in itertools.product((None, "int8"), WIDTHS):
         n = _width(s.K, share)
 
-        def make(packed: torch.dtype | None = packed) -> SimpleNamespace:
+        def make(packed: str | None = packed) -> SimpleNamespace:
             w = _as_packed(target.randn(s.K, s.K, scale=s.K**-0.5), packed)
-            panels, scales = ops.pack_linear(w, dtype=packed)
-            return SimpleNamespace(x=target.randn(T, s.K), w=w, w32=w.float(), panels=panels, scales=scales)
+            panels = ops.pack_linear(w, format=packed)
+            return SimpleNamespace(x=target.randn(T, s.K), w=w, w32=w.float(), panels=panels)
 
         yield Case(
             f"out {s.K}x{s.K}{', int8' if packed else ''}",
@@ -517,9 +517,9 @@ def packed_linear(s: Shape, T: int, target: Target) -> Iterator[Case]:
             f"{share:g}",
             n / s.K,
             2 * T * s.K * n,
-            (packed or target.dtype).itemsize * n * s.K + _size(target) * T * (s.K + n),
+            _stored(packed, target).itemsize * n * s.K + _size(target) * T * (s.K + n),
             make,
-            lambda i, n=n: ops.packed_linear(i.x, i.panels, i.scales, None, s.K, n),
+            lambda i, n=n: ops.packed_linear(i.x, *i.panels, None, s.K, n),
             {
                 "views": lambda i, n=n: F.linear(i.x, i.w[:n]),
                 "views, float32": lambda i, n=n: F.linear(i.x.to(i.w32.dtype), i.w32[:n]),
@@ -540,7 +540,7 @@ def packed_mlp(s: Shape, T: int, target: Target) -> Iterator[Case]:
     def wide(i: SimpleNamespace) -> tuple[Tensor, ...]:
         return i.gate32, i.up32, i.down32
 
-    def make(packed: torch.dtype | None, extents: Tensor | None = None) -> SimpleNamespace:
+    def make(packed: str | None, extents: Tensor | None = None) -> SimpleNamespace:
         gate, up, down = (
             _as_packed(target.randn(*shape, scale=shape[1] ** -0.5), packed)
             for shape in ((s.neurons, s.K), (s.neurons, s.K), (s.K, s.neurons))
@@ -553,7 +553,7 @@ def packed_mlp(s: Shape, T: int, target: Target) -> Iterator[Case]:
     def ours(i: SimpleNamespace, d: int) -> Tensor:
         return ops.packed_mlp(i.x, *i.panels, None, None, None, d, s.K, extent=i.extents)
 
-    for packed, share in itertools.product((None, torch.int8), WIDTHS):
+    for packed, share in itertools.product((None, "int8"), WIDTHS):
         d = _width(s.neurons, share)
         yield Case(
             f"swiglu {s.K}x{s.neurons}{', int8' if packed else ''}",
@@ -561,7 +561,7 @@ def packed_mlp(s: Shape, T: int, target: Target) -> Iterator[Case]:
             f"{share:g}",
             d / s.neurons,
             6 * T * s.K * d,
-            (packed or target.dtype).itemsize * 3 * s.K * d + _size(target) * 2 * T * s.K,
+            _stored(packed, target).itemsize * 3 * s.K * d + _size(target) * 2 * T * s.K,
             lambda packed=packed: make(packed),
             lambda i, d=d: ours(i, d),
             {
@@ -599,11 +599,15 @@ def packed_mlp(s: Shape, T: int, target: Target) -> Iterator[Case]:
     )
 
 
-def _as_packed(w: Tensor, packed: torch.dtype | None) -> Tensor:
-    """The weight that panels of this dtype stand for, in its own dtype."""
+def _stored(packed: str | None, target: Target) -> torch.dtype:
+    return target.dtype if packed is None else ops.PanelFormat(packed).storage
+
+
+def _as_packed(w: Tensor, packed: str | None) -> Tensor:
+    """The weight that panels of this format stand for, in its own dtype."""
     if packed is None:
         return w
-    panels, scales = ops.pack_linear(w, dtype=packed)
+    panels, scales, _ = ops.pack_linear(w, format=packed)
     values = panels.transpose(2, 3).float() * scales[..., None]  # [1, P, 16, K]
     return values.flatten(0, 2)[: len(w)].to(w.dtype)
 

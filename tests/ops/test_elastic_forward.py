@@ -141,13 +141,14 @@ def test_panels_give_what_plain_weights_give():
     names, weights, parts = case["parts"].split(), [], "in_norm q k v o mlp_norm up down"
     for i in range(2):
         w = dict(zip(names, case["weights"][i * len(names) : (i + 1) * len(names)], strict=True))
-        w["up"], w["down"], _, _ = flextron_ext.pack_mlp(w["gate"], w["up"], w["down"])
+        w["up"], w["down"], *_ = flextron_ext.pack_mlp(w["gate"], w["up"], w["down"])
         w |= {name: flextron_ext.pack_linear(w[name])[0] for name in "qkvo"}
         weights += [w[name] for name in parts.split()]
     packed = copied(case) | {
         "weights": weights,
         "parts": parts,
         "head": flextron_ext.pack_linear(case["head"])[0],
+        "format": "float32",
     }
     torch.testing.assert_close(
         elastic_forward(**packed), elastic_forward(**copied(case)), rtol=1e-5, atol=1e-5
@@ -162,7 +163,7 @@ def held(case: dict) -> tuple[HeldForward, dict, dict]:
     B, T, K = case["x"].shape
     embedding = torch.randn(case["vocabulary"], K, dtype=case["x"].dtype)
     ids = torch.randint(0, case["vocabulary"], (B, T))
-    own = [*OF_A_MODEL, "unit", "activation", "scale"]
+    own = [*OF_A_MODEL, "unit", "activation", "scale", "format"]
     model = {name: case[name] for name in own if name in case}
     whole = case | {"x": embedding[ids]}
     call = {name: value for name, value in case.items() if name not in {*own, "x", "vocabulary"}} | {

@@ -47,12 +47,12 @@ def linear():
     plain = (x, strided(weight), bias, k, n, *extents, ib, ob)
     if random.random() < 0.4:
         return "elastic_linear", plain, plain
-    packed = random.choice((None, torch.int8))
-    panels, scales = pack_linear(weight, ob, packed)
+    packed = random.choice((None, "int8"))
+    panels, scales, format = pack_linear(weight, ob, packed)
     rows = (
         reference._unpacked(panels, scales, torch.float64).view(ob, -1, ib * K)[:, :N].reshape(ob * N, ib * K)
     )
-    return "packed_linear", (x, panels, scales, bias, k, n, *extents, ib), (x, rows, *plain[2:])
+    return "packed_linear", (x, panels, scales, format, bias, k, n, *extents, ib), (x, rows, *plain[2:])
 
 
 def mlp():

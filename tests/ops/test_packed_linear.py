@@ -7,10 +7,10 @@ import torch
 from instruction_sets import INSTRUCTION_SETS, run_python
 
 from flextron.testing.numerics import assert_no_worse
-from flextron_ext import pack_linear, packed_linear, reference
+from flextron_ext import PanelFormat, pack_linear, packed_linear, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PACKED = [None, torch.int8]
+PACKED = [None, "int8"]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_packing = pytest.mark.parametrize("packed", PACKED, ids=["same", "int8"])
 
@@ -32,15 +32,15 @@ def test_a_prefix_has_the_bits_of_the_sliced_weight(T, dtype, packed):
     x, weight, bias = draw(T, K, N, dtype, ib, ob)
     y = packed_linear(x, *pack_linear(weight, ob, packed), bias, k, n, in_blocks=ib)
     sliced = weight.view(ob, N, ib, K)[:, :n, :, :k].reshape(ob * n, ib * k)
-    panels, scales = pack_linear(sliced, ob, packed)
+    panels, scales, format = pack_linear(sliced, ob, packed)
     if packed:  # the scales are those of the whole rows
-        whole, scales = pack_linear(weight, ob, packed)
+        whole, scales, _ = pack_linear(weight, ob, packed)
         scales = scales.flatten(1)[:, :32].reshape(ob, 2, 16).contiguous()
         rows = whole.view(ob, -1, ib, K, 16)[:, :2, :, :k].reshape(ob, 2, ib * k, 16)
         panels = rows.contiguous()
     narrow = x.view(T, ib, K)[:, :, :k].reshape(T, ib * k)
     bias = bias.view(ob, N)[:, :n].flatten()
-    assert torch.equal(y, packed_linear(narrow, panels, scales, bias, k, n, in_blocks=ib))
+    assert torch.equal(y, packed_linear(narrow, panels, scales, format, bias, k, n, in_blocks=ib))
 
 
 @each_dtype
@@ -49,7 +49,7 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype, packed):
     """Alone, among few and among many, in any order, with any extents beside it."""
     K, N = 530, 75
     x, weight, bias = draw(300, K, N, dtype)
-    panels = pack_linear(weight, dtype=packed)
+    panels = pack_linear(weight, format=packed)
     y = packed_linear(x, *panels, bias, K, N)
     for T in (1, 2, 3, 5, 6, 7, 8, 12, 13, 64):
         assert torch.equal(packed_linear(x[-T:], *panels, bias, K, N), y[-T:])
@@ -68,7 +68,7 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype, packed):
 @each_packing
 def test_threads_do_not_change_a_bit(packed, set_threads):
     x, weight, bias = draw(70, 300, 100, torch.bfloat16)
-    panels, extent = pack_linear(weight, dtype=packed), torch.randint(0, 101, (70,))
+    panels, extent = pack_linear(weight, format=packed), torch.randint(0, 101, (70,))
     run = lambda: packed_linear(x, *panels, bias, 300, 100, out_extent=extent)  # noqa: E731
     several = run()
     for threads in (1, 5):
@@ -113,8 +113,8 @@ def test_int8_is_as_near_as_its_step():
     """Each weight is off by at most half a step of its row, 1/254 of the row's largest."""
     x, weight, _ = draw(64, 256, 100, torch.float32)
     weight[3] = 0
-    panels, scales = pack_linear(weight, dtype=torch.int8)
-    y = packed_linear(x, panels, scales, None, 256, 100)
+    panels, scales, format = pack_linear(weight, format="int8")
+    y = packed_linear(x, panels, scales, format, None, 256, 100)
     step = weight.abs().amax(1) / 127
     assert ((y - x @ weight.T).abs() <= x.abs().sum(1, keepdim=True) * step / 2 + 1e-3).all()
     assert not y[:, 3].any()
@@ -143,7 +143,19 @@ BAD = [
     (dict(out_features=17), ValueError, r"out_features must lie in \[0, 16\], got 17"),
     (dict(panels=torch.randn(1, 1, 12, 8)), ValueError, r"panels must have shape \[blocks, P, K, 16\]"),
     (dict(panels=torch.randn(1, 1, 12, 16).bfloat16()), TypeError, "panels must have the dtype of x"),
-    (dict(panels=torch.ones(1, 1, 12, 16, dtype=torch.int8)), TypeError, "scales must be a tensor"),
+    (
+        dict(panels=torch.ones(1, 1, 12, 16, dtype=torch.int8), format="int8"),
+        TypeError,
+        "scales must be a tensor",
+    ),
+    (dict(panels=torch.ones(1, 1, 12, 16, dtype=torch.int8)), TypeError, "panels must have the dtype of x"),
+    (dict(format="int8"), TypeError, "panels must be torch.int8 in format int8, got torch.float32"),
+    (
+        dict(format="bfloat16"),
+        TypeError,
+        "panels must be torch.bfloat16 in format bfloat16, got torch.float32",
+    ),
+    (dict(format="int3"), ValueError, "format must be one of float32, bfloat16, float16, int8, got int3"),
     (dict(scales=torch.ones(1, 1, 16)), ValueError, "scales must be None unless panels are int8"),
     (dict(in_blocks=5), ValueError, r"x.shape\[-1\] must be divisible by in_blocks \(5\), got 12"),
     (dict(x=torch.randn(3, 12).double()), TypeError, "x must be float32, bfloat16, float16, got float64"),
@@ -153,9 +165,7 @@ BAD = [
 @pytest.mark.parametrize("change, error, message", BAD, ids=[message[:30] for _, _, message in BAD])
 def test_bad_arguments_get_one_sentence(change, error, message):
     x, weight, bias = draw(11, 12, 10, torch.float32)
-    arguments = dict(
-        x=x, panels=pack_linear(weight)[0], scales=None, bias=bias, in_features=12, out_features=10
-    )
+    arguments = dict(x=x, **pack_linear(weight)._asdict(), bias=bias, in_features=12, out_features=10)
     with pytest.raises(error, match=f"packed_linear: {message}"):
         packed_linear(**arguments | change)
     with pytest.raises(RuntimeError, match="packed_linear: "):  # the op itself checks too
@@ -167,12 +177,40 @@ def test_bad_arguments_get_one_sentence(change, error, message):
     [
         ((torch.ones(3),), "weight must have 2 dimensions"),
         ((torch.ones(3, 4), 2), r"weight.shape\[0\] must be divisible by out_blocks \(2\), got 3"),
-        ((torch.ones(4, 4), 1, torch.float16), "dtype must be None or torch.int8, got torch.float16"),
+        (
+            (torch.ones(4, 4), 1, "float16"),
+            "format must be float32, the weight's dtype, or have scales, got float16",
+        ),
+        ((torch.ones(4, 4), 1, "int3"), "format must be one of float32, bfloat16, float16, int8, got int3"),
     ],
 )
 def test_packing_refuses_what_it_cannot_pack(arguments, message):
     with pytest.raises(ValueError, match=f"pack_linear: {message}"):
         pack_linear(*arguments)
+
+
+def test_the_op_and_python_list_the_same_formats():
+    x, weight, bias = draw(11, 12, 10, torch.float32)
+    panels, scales, _ = pack_linear(weight)
+    names = ", ".join(PanelFormat)
+    with pytest.raises(RuntimeError, match=f"packed_linear: format must be one of {names}, got int3"):
+        torch.ops.flextron.packed_linear(x, panels, scales, "int3", bias, 12, 10)
+
+
+@pytest.mark.parametrize("given", PanelFormat)
+@pytest.mark.parametrize("format", PanelFormat)
+def test_the_op_itself_refuses_panels_of_another_format(format, given):
+    dtype = torch.float32 if format.scaled else format.storage
+    x, weight, bias = draw(11, 12, 10, dtype)
+    panels, scales, _ = pack_linear(weight, format=format)
+    arguments = (x, panels, scales, given.value, bias, 12, 10)
+    if given is format:
+        torch.ops.flextron.packed_linear(*arguments)
+        return
+    with pytest.raises(
+        RuntimeError, match=f"packed_linear: panels must have dtype .* in format {given}, got"
+    ):
+        torch.ops.flextron.packed_linear(*arguments)
 
 
 FILES = [

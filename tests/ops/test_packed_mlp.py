@@ -8,7 +8,7 @@ from flextron_ext import elastic_mlp, pack_linear, pack_mlp, packed_mlp, referen
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_packing = pytest.mark.parametrize("packed", [None, torch.int8], ids=["same", "int8"])
+each_packing = pytest.mark.parametrize("packed", [None, "int8"], ids=["same", "int8"])
 K, F, N = 300, 88, 50
 
 
@@ -19,8 +19,7 @@ def draw(T, dtype, gated=True):
 
 
 def run(x, packed, width=F, **more):
-    up, down, up_scales, down_scales = packed
-    return packed_mlp(x, up, down, up_scales, down_scales, None, None, None, width, N, **more)
+    return packed_mlp(x, *packed, None, None, None, width, N, **more)
 
 
 @each_dtype
@@ -80,9 +79,9 @@ def test_it_is_elastic_mlp(dtype):
 def test_int8_is_the_mlp_of_the_rounded_weights(T):
     x, *weights = draw(T, torch.float32)
     weights[1] *= 7  # no two weights have the same scales
-    packed, rounded = pack_mlp(*weights, torch.int8), []
+    packed, rounded = pack_mlp(*weights, "int8"), []
     for weight in weights:
-        panels, scales = pack_linear(weight, dtype=torch.int8)
+        panels, scales, _ = pack_linear(weight, format="int8")
         rounded.append((panels.transpose(2, 3).float() * scales[..., None]).flatten(0, 2)[: len(weight)])
     plain, exact = (
         reference.elastic_mlp(*(t.to(dtype) for t in (x, *rounded)), None, None, None, 61)
@@ -112,10 +111,7 @@ BAD = [
 @pytest.mark.parametrize("change, message", BAD, ids=[message[:20] for _, message in BAD])
 def test_bad_arguments_get_one_sentence(change, message):
     x, *weights = draw(3, torch.float32)
-    up, down, _, _ = pack_mlp(*weights)
-    arguments = dict(
-        x=x, up_panels=up, down_panels=down, up_scales=None, down_scales=None, b_gate=None, b_up=None
-    )
+    arguments = dict(x=x, **pack_mlp(*weights)._asdict(), b_gate=None, b_up=None)
     arguments |= dict(b_down=None, width=F, out_features=N) | change
     with pytest.raises(ValueError, match=f"packed_mlp: {message}"):
         packed_mlp(**arguments)

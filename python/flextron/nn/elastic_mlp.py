@@ -76,8 +76,9 @@ class ElasticMLP(nn.Module):
         if isinstance(up, PackedLinear):
             if soft:
                 raise NotImplementedError("ElasticMLP: gate must be None with packed weights, got a soft one")
-            weights = (up.panels, down.panels, up.scales, down.scales, up.gate_bias, up.bias, down.bias)
-            return packed_mlp(x, *weights, width, down.out_features, True, self.activation, extent)
+            weights = (up.panels, down.panels, up.scales, down.scales, up.format)
+            biases = (up.gate_bias, up.bias, down.bias)
+            return packed_mlp(x, *weights, *biases, width, down.out_features, True, self.activation, extent)
         weights = (gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
         return elastic_mlp(x, *weights, width, self.activation, extent, **soft)
 

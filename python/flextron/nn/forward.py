@@ -174,6 +174,7 @@ class ElasticForward:
                 self._add(part, module)
         self.embedding, self.norm, self.eps = embed.weight, norm.weight, norm.variance_epsilon
         self.head, self.head_scales = _weight(head)
+        self.format = head.format if isinstance(head, PackedLinear) else "plain"  # `pack` packs all, or none
         self.dtype = self.norm.dtype
         return (
             self.dtype in _DTYPES
@@ -248,6 +249,7 @@ class ElasticForward:
             config.unit,
             mlp.activation,
             attention.scaling,
+            self.format,
         )
 
     def __call__(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flextron.nn.projection import DTYPES, PackedLinear, check_plain
+from flextron_ext import PanelFormat
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def pack(model: Any, dtype: torch.dtype | str | None = None) -> Packing:
         raise ValueError(
             f"pack: model must be float32, bfloat16 or float16 on cpu, got {weight.dtype} on {weight.device}"
         )
-    packed = torch.int8 if dtype is not None else None
+    format = None if dtype is None else PanelFormat.INT8
     tied = weight is model.get_input_embeddings().weight
     before = 0 if tied else weight.nbytes
     after = 0
@@ -54,7 +55,7 @@ def pack(model: Any, dtype: torch.dtype | str | None = None) -> Packing:
         before += sum(
             part.weight.nbytes for part in (old, gate) if part is not None and part is not model.lm_head
         )
-        new = PackedLinear(old, out_blocks, packed, gate)
+        new = PackedLinear(old, out_blocks, format, gate)
         after += new.panels.nbytes + (0 if new.scales is None else new.scales.nbytes)
         return new
 

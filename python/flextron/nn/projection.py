@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from flextron_ext import elastic_linear, pack_linear, pack_mlp, packed_linear
+from flextron_ext import PanelFormat, elastic_linear, pack_linear, pack_mlp, packed_linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that can be packed
 _LORA = ("peft.tuners.lora.layer", "Linear")  # PEFT's, which need not be installed
@@ -27,23 +27,24 @@ class PackedLinear(nn.Module):
     """A linear layer in panels; with ``gate`` both halves of a gated one, panel by panel.
 
     Attributes:
-        panels, scales: as `flextron_ext.pack_linear` returns them.
-        gate_bias: of ``gate``.
+        panels, scales, format: what `flextron_ext.pack_linear` returns.
+        gate_bias: the bias of ``gate``.
     """
 
     def __init__(
         self,
         linear: nn.Linear,
         out_blocks: int = 1,
-        dtype: torch.dtype | None = None,
+        format: PanelFormat | None = None,
         gate: nn.Linear | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         if gate is None:
-            panels, scales = pack_linear(linear.weight, out_blocks, dtype)
+            panels, scales, self.format = pack_linear(linear.weight, out_blocks, format)
         else:
-            panels, _, scales, _ = pack_mlp(gate.weight, linear.weight, linear.weight[:0], dtype)
+            both = pack_mlp(gate.weight, linear.weight, linear.weight[:0], format)
+            panels, scales, self.format = both.up_panels, both.up_scales, both.format
         self.register_buffer("panels", panels, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
         self.bias, self.gate_bias = linear.bias, None if gate is None else gate.bias
@@ -55,19 +56,22 @@ class PackedLinear(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Panels are laid out alike in every dtype; the scales of int8 stay float32."""
+        """Panels without scales take the format of their new dtype, of the same layout; scales stay float32."""
         check_conversion(fn)
         scales = self.scales
         super()._apply(fn, recurse)
-        if scales is not None and self.scales.dtype != scales.dtype:
+        if not self.format.scaled:
+            self.format = PanelFormat.plain(self.panels.dtype)
+        elif self.scales.dtype != scales.dtype:
             self.scales = scales
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.panels, self.scales, self.bias, self.in_features, self.out_features)
+        sizes = self.in_features, self.out_features
+        return packed_linear(x, self.panels, self.scales, self.format, self.bias, *sizes)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {str(self.panels.dtype).removeprefix('torch.')}"
+        return f"{self.in_features}, {self.out_features}, {self.format}"
 
 
 def check_conversion(fn: Callable[[Tensor], Tensor]) -> None:
@@ -110,7 +114,7 @@ def linear(
     """
     sizes = (in_features, out_features, in_extent, out_extent, in_blocks)
     if isinstance(proj, PackedLinear):
-        return packed_linear(x, proj.panels, proj.scales, proj.bias, *sizes)
+        return packed_linear(x, proj.panels, proj.scales, proj.format, proj.bias, *sizes)
     if not is_adapted(proj):
         return elastic_linear(x, proj.weight, proj.bias, *sizes, out_blocks)
     base, active = proj.base_layer, _active(proj)
