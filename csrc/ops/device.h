@@ -63,14 +63,14 @@ void on_device_of(const char* op, const Tensor& t, Cpu&& cpu, Cuda&& cuda) {
 }
 
 // f(begin, end) over [0, count) on torch's threads; `cost` is roughly how many elementary operations one
-// index takes.
+// index takes, a multiply-add of a GEMM being one.
 template <class F>
 void parallel_for(int64_t count, int64_t cost, const F& f) {
-  constexpr int64_t kGrain =
-      32768;  // operations below which a thread is not worth waking: torch's own figure
-  const int64_t grain = kGrain / (cost > 0 ? cost : 1) + 1;
+  constexpr int64_t kPart = 32768;  // operations that a thread gets at least: torch's own figure
   if (count <= 0) return;
+  const int64_t each = cost > 0 ? cost : 1, grain = kPart / each + 1;
   if (Team* const team = Team::led()) return team->share(count, grain, f);
+  if (count < kOneThreadsWork / each) return f(int64_t{0}, count);
   torch::stable::parallel_for(0, count, grain, f);
 }
 

@@ -715,7 +715,11 @@ Answer forward(const Model& model, int64_t B, int64_t T, const Tensor& x, const 
     pass.logits(model.last, keep, answer.logits);
     if (wants_best) pass.best(answer.logits, answer.best);
   };
-  Team::lead([&] { dispatch_dtype(ElasticForwardTypes{}, kOp, x.scalar_type(), run); });
+  // Operations of a row in a layer: its projections, and the keys that it meets.
+  const int64_t each =
+      layers == 0 ? 0 : s.K * (3 * neurons + 2 * (s.H + s.G) * s.D) + s.H * s.D * (cached + T);
+  Team::lead(s.R * (layers * each + model.vocabulary * s.K),
+             [&] { dispatch_dtype(ElasticForwardTypes{}, kOp, x.scalar_type(), run); });
   return answer;
 }
 

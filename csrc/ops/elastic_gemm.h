@@ -303,7 +303,8 @@ inline Tensor mlp_on_cpu(ElasticGemmParams up, ElasticGemmParams down, const Ten
   const auto inputs = [&](const Step&) { return K; };
   const auto neurons = [](const Step& step) { return step.extent; };
   const auto outputs = [&](const Step&) { return out_features; };
-  Team::lead([&] {
+  const int64_t each = (up.gated ? 2 : 1) * K + out_features;  // operations of a row for each neuron
+  Team::lead(T * widest * each, [&] {
     run_gemm({up, gemm_schedule(steps, inputs, neurons)});
     run_gemm({down, gemm_schedule(steps, neurons, outputs)});
   });

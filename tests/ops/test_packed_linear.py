@@ -67,8 +67,8 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype, packed):
 
 @each_packing
 def test_threads_do_not_change_a_bit(packed, set_threads):
-    x, weight, bias = draw(70, 300, 100, torch.bfloat16)
-    panels, extent = pack_linear(weight, format=packed), torch.randint(0, 101, (70,))
+    x, weight, bias = draw(140, 300, 100, torch.bfloat16)
+    panels, extent = pack_linear(weight, format=packed), torch.randint(0, 101, (140,))
     run = lambda: packed_linear(x, *panels, bias, 300, 100, out_extent=extent)  # noqa: E731
     several = run()
     for threads in (1, 5):
