@@ -306,7 +306,7 @@ def test_files_of_another_model_are_refused_until_the_named_command_is_run(
     elastic, text, monkeypatch, capsys
 ):
     """The menus are the same; the other model has another vocabulary, so every forward takes other time."""
-    monkeypatch.setattr("flextron.routing.adaptive._BISECTIONS", 2)
+    monkeypatch.setattr("flextron.routing.calibrate._BISECTIONS", 2)
     answer(capsys, "profile", elastic, *PROFILE)
     path = elastic / "latency.json"
     path.write_text(path.read_text().replace('"vocab_size": 300', '"vocab_size": 302'))
@@ -329,7 +329,7 @@ def test_files_of_another_model_are_refused_until_the_named_command_is_run(
 
 def test_tuning_stores_weights_and_routers_together(elastic, text, monkeypatch, capsys):
     """Killed in between it changes nothing, and afterwards both routers are calibrated for the new weights."""
-    monkeypatch.setattr("flextron.routing.adaptive._BISECTIONS", 2)
+    monkeypatch.setattr("flextron.routing.calibrate._BISECTIONS", 2)
     answer(capsys, "profile", elastic, *PROFILE)
     answer(capsys, "route", elastic, "--data", text, *ROUTE)
     answer(capsys, "route", elastic, "--data", text, *ADAPTIVE)

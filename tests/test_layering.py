@@ -35,12 +35,8 @@ LIBRARIES = {
 
 # Each Python layer and the layers of ours it may import; a module directly in flextron is a layer of its own.
 STAGES = {
-    "flextron.nn",
-    "flextron.config",
-    "flextron.recipes",
-    "flextron.data",
-    "flextron.checkpoint",
-    "flextron.ui",
+    *("flextron.artefacts", "flextron.judge", "flextron.nn"),
+    *("flextron.config", "flextron.recipes", "flextron.data", "flextron.checkpoint", "flextron.ui"),
 }
 EVERYTHING = "everything of the library"
 PYTHON = {
@@ -52,10 +48,15 @@ PYTHON = {
     "flextron.testing": {"flextron.testing"},
     "flextron.checkpoint": {"flextron.checkpoint", "flextron.config"},
     "flextron.nn": {"flextron.nn", "flextron.config", "flextron_ext"},
-    "flextron.judge": {"flextron.judge", "flextron.nn", "flextron.config"},
+    "flextron.artefacts": {
+        *("flextron.artefacts", "flextron.nn", "flextron.checkpoint"),
+        *("flextron.config", "flextron.recipes"),
+    },
+    "flextron.judge": {"flextron.judge", "flextron.artefacts", "flextron.nn", "flextron.config"},
     "flextron.conversion": {"flextron.conversion", *STAGES},
-    "flextron.training": {"flextron.training", "flextron.judge", *STAGES},
-    "flextron.routing": {"flextron.routing", "flextron.judge", *STAGES},
+    "flextron.training": {"flextron.training", *STAGES},
+    "flextron.routing": {"flextron.routing", *STAGES},
+    "flextron.tuning": {"flextron.training", "flextron.routing", *STAGES},  # both learn at once
     "flextron.exporting": {"flextron.exporting", *STAGES},
     "flextron.pipeline": EVERYTHING,  # the stages in a row
     "flextron.cli": EVERYTHING,
@@ -114,7 +115,7 @@ def may_import(layer: str, name: str) -> bool:
 
 
 def layer_of(module: str) -> str:
-    """flextron.routing.latency -> flextron.routing; flextron_ext.ops.route -> flextron_ext."""
+    """flextron.routing.profile -> flextron.routing; flextron_ext.ops.route -> flextron_ext."""
     first, *rest = module.split(".")
     return f"{first}.{rest[0]}" if first == "flextron" and rest else first
 
@@ -192,14 +193,18 @@ def test_a_planted_include_is_caught(file, line):
         ("flextron.data", "from flextron.config import Widths"),
         ("flextron.checkpoint.io", "from flextron.nn import make_elastic"),
         ("flextron.nn.model", "from flextron.checkpoint import load"),
-        ("flextron.nn.model", "import flextron.routing.budget"),
+        ("flextron.nn.model", "import flextron.routing.static"),
         ("flextron.nn.model", "from flextron.judge.loss import evaluate"),
         ("flextron.judge.loss", "from flextron.training import train"),
+        ("flextron.artefacts.planner", "from flextron.judge.latency import measure"),
+        ("flextron.artefacts.static_router", "from flextron.routing.static import train_routers"),
+        ("flextron.routing.static", "from flextron.training.loop import train"),
+        ("flextron.training.loop", "from flextron import tuning"),
         ("flextron.judge.timing", "from flextron.testing import numerics"),
         ("flextron.conversion.reorder", "from flextron.training.loop import train"),
         ("flextron.training.loop", "from flextron import routing"),
-        ("flextron.training.loop", "from ..routing import budget"),
-        ("flextron.routing.latency", "def f():\n    from flextron.exporting import extract"),
+        ("flextron.training.loop", "from ..routing import static"),
+        ("flextron.routing.profile", "def f():\n    from flextron.exporting import extract"),
         ("flextron.exporting.plain", "from flextron.cli import main"),
         ("flextron.exporting.plain", "from tests.cases import CASES"),
         ("flextron.training.loop", "from flextron_ext import elastic_mlp"),

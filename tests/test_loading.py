@@ -12,9 +12,9 @@ from nn.models import small_model
 from transformers import AutoModelForCausalLM
 
 import flextron
+from flextron.artefacts.elastic_model import save_elastic
 from flextron.checkpoint import CheckpointError, hub
 from flextron.cli import main
-from flextron.conversion import save_elastic
 from flextron.nn import elastic_config, make_elastic
 
 IDS = torch.tensor([[5, 6, 7, 8]])

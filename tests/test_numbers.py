@@ -16,10 +16,10 @@ from nn.test_setting import planned
 
 import flextron
 from flextron import pipeline
+from flextron.artefacts.ladder import uniform_ladder
+from flextron.artefacts.latency_table import Workload
+from flextron.artefacts.planner import Planner
 from flextron.nn import Dial
-from flextron.routing.budget import Planner
-from flextron.routing.ladder import uniform_ladder
-from flextron.routing.latency import Workload
 
 WIDTHS = {"mlp": (24, 40, 40), "heads": (1, 4, 2)}
 

@@ -7,11 +7,11 @@ import argparse
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from flextron.artefacts.latency_table import machine_of
 from flextron.config import Widths
 from flextron.judge.objectives import cross_entropy
 from flextron.judge.timing import compare, wait_until_idle
 from flextron.nn import elastic_config, make_elastic
-from flextron.routing.latency import machine_of
 
 
 def smollm2_shape() -> LlamaConfig:

@@ -985,19 +985,18 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
 
 def _info(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import ui
+    from flextron.artefacts import adaptive_router, static_router
+    from flextron.artefacts.elastic_model import load_elastic
+    from flextron.artefacts.latency_table import load_tables
     from flextron.checkpoint import Origin
-    from flextron.conversion import load_elastic
     from flextron.nn.storage import common, counted, name_of
-    from flextron.routing import adaptive as adaptive_routing
-    from flextron.routing import trainer
-    from flextron.routing.latency import load_tables
 
     _fetch(args)
     model, meta = load_elastic(args.directory)
     config, origin = model.elastic, Origin.of(meta)
     tables = load_tables(args.directory, config)
-    routers = trainer.load(args.directory, origin)
-    adaptive = adaptive_routing.load(args.directory, origin)
+    routers = static_router.load(args.directory, origin)
+    adaptive = adaptive_router.load(args.directory, origin)
     facts = {
         "family": config.family,
         "layers": config.num_layers,

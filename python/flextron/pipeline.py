@@ -15,6 +15,13 @@ import torch
 from torch import Tensor
 
 from flextron import data as text
+from flextron.artefacts import adaptive_router, static_router
+from flextron.artefacts.adaptive_router import AdaptiveResult
+from flextron.artefacts.elastic_model import load_elastic, save_elastic
+from flextron.artefacts.ladder import uniform_ladder
+from flextron.artefacts.latency_table import LatencyTable, Workload, load_tables, machine_of, save_tables
+from flextron.artefacts.planner import Planner
+from flextron.artefacts.static_router import RouterResult
 from flextron.checkpoint import WEIGHTS_FILE, CheckpointError, Origin, load_tensors, locked, opened
 from flextron.checkpoint.hf import read_tokenizer
 from flextron.checkpoint.hub import local
@@ -22,37 +29,27 @@ from flextron.checkpoint.origin import made_for
 from flextron.checkpoint.schema import checking
 from flextron.config import Widths, count
 from flextron.conversion import convert as convert_model
-from flextron.conversion import load_elastic, save_elastic
 from flextron.conversion.source import room_beside, source_of
+from flextron.judge.latency import fractions, measure
 from flextron.judge.loss import evaluate
 from flextron.nn import Dial
-from flextron.nn.learning import relaxed_loss
 from flextron.nn.placement import one_device
 from flextron.nn.skeleton import parameter_shapes
 from flextron.nn.storage import Dtype, round_in_place, storage
 from flextron.recipes import AdaptiveConfig, RouteConfig, TrainConfig, TuneConfig
 from flextron.routing import adaptive as adaptive_routing
-from flextron.routing import trainer
-from flextron.routing.adaptive import AdaptiveResult, train_adaptive
-from flextron.routing.budget import Planner
-from flextron.routing.ladder import uniform_ladder
-from flextron.routing.latency import (
-    LatencyTable,
-    Workload,
-    load_tables,
-    machine_of,
-    measure,
-    measure_adaptive,
-    save_tables,
-)
-from flextron.routing.latency import profile as profile_model
-from flextron.routing.trainer import RouterResult, train_routers
+from flextron.routing import static as static_routing
+from flextron.routing.adaptive import train_adaptive
+from flextron.routing.learning import relaxed_loss
+from flextron.routing.profile import measure_adaptive
+from flextron.routing.profile import profile as profile_model
+from flextron.routing.static import train_routers
 from flextron.training import TrainReport, resume
 from flextron.training import train as train_model
-from flextron.training import tune as tune_model
+from flextron.tuning import tune as tune_model
 
 TRAINING_FOLDER, TUNING_FOLDER = "training", "tuning"
-_ROUTERS = (*trainer.FILES, *adaptive_routing.FILES)
+_ROUTERS = (*static_router.FILES, *adaptive_router.FILES)
 Progress = Callable[[str, int, int], Any]
 
 
@@ -132,12 +129,12 @@ def from_pretrained(
             model.to(device)
         origin = Origin.of(meta)
         model.planner = Planner.load(files, origin)
-        result = adaptive_routing.load(files, origin)
+        result = adaptive_router.load(files, origin)
     if result is not None:
-        with checking(Path(directory) / adaptive_routing.DESCRIPTION):
+        with checking(Path(directory) / adaptive_router.DESCRIPTION):
             result.router.check(model.elastic)
         model.attach_router(result.router)
-        if result.costs != adaptive_routing.costs_of(model.planner.tables):
+        if result.costs != adaptive_router.costs_of(model.planner.tables):
             warnings.warn(
                 f"{directory}: the adaptive router is calibrated for other latency tables; run "
                 f"`flextron route {directory} --adaptive`",
@@ -422,7 +419,7 @@ def tune(
     windows = _judging(tokens.train, samples, config.length)
     tables, ladder, fresh = model.planner.tables, model.planner.ladder, []
     if static and static.phase in tables:
-        static = trainer.refreshed(
+        static = static_routing.refreshed(
             static, model.elastic, tables[static.phase], lambda w: evaluate(model, windows, [w])[0]
         )
         ladder = static.ladder
@@ -471,7 +468,7 @@ def budgets(
     predicted = [table.predict(widths) for _, _, widths in chosen]
     if adaptive:
         chosen += [("adaptive", t, Dial.adaptive(model.elastic, [t], phase)) for t in targets]
-        found = adaptive_routing.fractions(model, table, tokens, targets, phase)
+        found = fractions(model, table, tokens, targets, phase)
         predicted += (found * table.full_ms).tolist()
     full_ms, others = measure(
         model,
@@ -576,7 +573,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _discard_unfit(directory: str | Path, origin: Origin) -> None:
     """Drop the routers that were made for other weights than those of ``origin``, which are stored by now."""
-    for module in (trainer, adaptive_routing):
+    for module in (static_router, adaptive_router):
         try:
             found = made_for(directory, module.DESCRIPTION)
         except CheckpointError:  # damaged

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from flextron.artefacts import elastic_model
+from flextron.artefacts.elastic_model import load_elastic
 from flextron.checkpoint import read_json, stored_dtypes
-from flextron.conversion import ParityError, convert, elastify, load_elastic, store
+from flextron.conversion import ParityError, convert, elastify
 from flextron.nn import ElasticMLP, elastic_config
 from flextron.nn.proof import difference, require_close
 
@@ -365,7 +367,7 @@ def wrong_with_a_cache(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_layer_cannot_hide_behind_a_right_full_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., None], message: str
 ) -> None:
-    read = store.read_model
+    read = elastic_model.read_model
 
     def planted(*args: Any) -> Any:
         model = read(*args)
@@ -380,7 +382,7 @@ def test_a_wrong_layer_cannot_hide_behind_a_right_full_model(
 
 def test_what_the_disk_made_of_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault between the model in memory and the bytes in the file."""
-    save = store.save_tensors
+    save = elastic_model.save_tensors
 
     def damaged(path: Path, tensors: Tensors) -> str:
         tensors = dict(tensors)
@@ -388,7 +390,7 @@ def test_what_the_disk_made_of_it_is_refused(tmp_path: Path, monkeypatch: pytest
         tensors[UP][3, 5] += 1
         return save(path, tensors)
 
-    monkeypatch.setattr(store, "save_tensors", damaged)
+    monkeypatch.setattr(elastic_model, "save_tensors", damaged)
     with pytest.raises(
         ValueError, match=rf"must read back the tensors that were written, got others: {UP}; nothing"
     ):

@@ -12,9 +12,10 @@ from nn.models import FAMILIES, GQA, small_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from flextron.artefacts.elastic_model import load_elastic
 from flextron.checkpoint import CheckpointError, stored_dtypes
 from flextron.config import ElasticConfig, Widths
-from flextron.conversion import ParityError, convert, load_elastic
+from flextron.conversion import ParityError, convert
 from flextron.exporting import export, extract, load_plain, stock_problem
 from flextron.exporting import plain as written
 from flextron.nn import ElasticCache, elastic_config, make_elastic

@@ -27,8 +27,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from flextron import pipeline
+from flextron.artefacts.latency_table import machine_of, save_tables
 from flextron.exporting import export
-from flextron.routing.latency import machine_of, save_tables
 
 CASES = int(os.environ.get("FLEXTRON_FAULT_CASES", "1000"))
 WORKERS = 2

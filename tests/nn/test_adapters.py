@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import flextron
+from flextron.artefacts.elastic_model import save_elastic
 from flextron.nn.router import Choices
 
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -250,7 +251,7 @@ def test_an_adapted_model_is_not_packed_stored_or_extracted(tmp_path):
         lambda: flextron.pack(model),
         lambda: flextron.extract(model),
         lambda: flextron.export(model, tmp_path / "exported"),
-        lambda: flextron.conversion.save_elastic(model, tmp_path / "saved"),
+        lambda: save_elastic(model, tmp_path / "saved"),
     ):
         with pytest.raises(NotImplementedError, match=r"mlp.up_proj, peft.*merge_and_unload"):
             needs()

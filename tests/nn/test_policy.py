@@ -11,9 +11,9 @@ from torch import Tensor
 
 from flextron.config import Widths
 from flextron.nn import Dial, ElasticCache, elastic_mlp
-from flextron.nn.learning import relaxed_loss
 from flextron.nn.policy import Gated, PerToken
 from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler
+from flextron.routing.learning import relaxed_loss
 from flextron.routing.search import one_hot
 
 UNITS = ("kv_group", "query")

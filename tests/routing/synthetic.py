@@ -6,9 +6,9 @@ import random
 from dataclasses import dataclass
 from itertools import pairwise
 
+from flextron.artefacts.latency_table import LatencyTable, Workload
 from flextron.checkpoint import Origin
 from flextron.config import ElasticConfig, Widths
-from flextron.routing.latency import LatencyTable, Workload
 
 
 def make_config(layers: int = 12, mlp_choices=(16, 32, 48, 64), head_choices=(1, 2, 3)) -> ElasticConfig:

@@ -10,16 +10,20 @@ from synthetic import make_origin, make_table
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from flextron.artefacts import adaptive_router
+from flextron.artefacts.adaptive_router import AdaptiveResult
+from flextron.artefacts.elastic_model import load_elastic
+from flextron.artefacts.ladder import uniform_ladder
+from flextron.artefacts.latency_table import Workload
+from flextron.artefacts.planner import Planner
 from flextron.checkpoint import CheckpointError
-from flextron.conversion import convert, load_elastic
+from flextron.conversion import convert
+from flextron.judge.latency import fractions
 from flextron.nn import Dial, elastic_config, make_elastic
 from flextron.nn.router import Choices
 from flextron.recipes import AdaptiveConfig
 from flextron.routing import adaptive
-from flextron.routing.adaptive import AdaptiveResult, fractions, train_adaptive
-from flextron.routing.budget import Planner
-from flextron.routing.ladder import uniform_ladder
-from flextron.routing.latency import Workload
+from flextron.routing.adaptive import train_adaptive
 from flextron_lab.demo import stories
 
 VOCAB = 32
@@ -244,18 +248,18 @@ def test_an_untrained_router_is_the_static_one(model, tables):
 def test_a_router_survives_the_file(trained, by_surrogate, form, model, tmp_path):
     trained = by_surrogate if form == "surrogate" else trained
     origin = make_origin(model.elastic)
-    assert adaptive.load(tmp_path, origin) is None
+    assert adaptive_router.load(tmp_path, origin) is None
     trained.save(tmp_path, origin)
-    loaded = adaptive.load(tmp_path, origin)
+    loaded = adaptive_router.load(tmp_path, origin)
     assert loaded.to_dict() == trained.to_dict()
     with pytest.warns(
         UserWarning, match=r"adaptive\.json: was made for other .* run `flextron route .* --adaptive`"
     ):
-        assert adaptive.load(tmp_path, make_origin(model.elastic, "cd" * 32)) is None
+        assert adaptive_router.load(tmp_path, make_origin(model.elastic, "cd" * 32)) is None
     with pytest.raises(
         CheckpointError, match=r"adaptive\.json: must be made for the model here, got one of tied"
     ):
-        adaptive.load(tmp_path, make_origin(replace(model.elastic, tied=not model.elastic.tied)))
+        adaptive_router.load(tmp_path, make_origin(replace(model.elastic, tied=not model.elastic.tied)))
     for a, b in zip(loaded.router.state_dict().values(), trained.router.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert loaded.config == replace(OPTIONS, form=form, threshold=trained.config.threshold)

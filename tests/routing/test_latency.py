@@ -11,19 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import make_config, make_table
 
+from flextron.artefacts.latency_table import LatencyTable, Workload, load_tables, save_tables
 from flextron.checkpoint import CheckpointError
 from flextron.config import Widths
-from flextron.routing.latency import (
-    LatencyTable,
-    Workload,
-    calibrate,
-    calibration_widths,
-    fit_line,
-    isotonic,
-    load_tables,
-    random_widths,
-    save_tables,
-)
+from flextron.routing.fit import calibration_widths, fit_line, fit_table, isotonic, random_widths
 from flextron.routing.search import one_hot
 
 CONFIG = make_config()
@@ -98,13 +89,13 @@ def _measured(fraction_noise: float, seed: int = 0) -> tuple[list, list]:
 
 
 def test_calibration_recovers_the_machine():
-    table = calibrate(replace(TABLE, base=0.0, slope=1.0), *_measured(0.0))
+    table = fit_table(replace(TABLE, base=0.0, slope=1.0), *_measured(0.0))
     assert (table.base, table.slope) == pytest.approx((5.0, 0.8))
     assert table.residual_worst == pytest.approx(0.0, abs=1e-9)
 
 
 def test_residual_is_taken_on_configurations_that_were_not_fitted():
-    table = calibrate(TABLE, *_measured(0.05))
+    table = fit_table(TABLE, *_measured(0.05))
     assert {c.widths for c in table.fitted}.isdisjoint(c.widths for c in table.held_out)
     assert len(table.held_out) == 6
     errors = sorted(abs(c.predicted - c.measured) / c.measured for c in table.held_out)
@@ -115,7 +106,7 @@ def test_residual_is_taken_on_configurations_that_were_not_fitted():
 def test_calibration_says_so_when_time_does_not_follow_the_table():
     to_fit, to_judge = _measured(0.0)
     upside_down = [(w, 100.0 - ms) for w, ms in to_fit]
-    table = calibrate(TABLE, upside_down, to_judge)
+    table = fit_table(TABLE, upside_down, to_judge)
     assert any("does not follow" in warning for warning in table.warnings)
     assert table.full_ms == pytest.approx(upside_down[0][1])
 
@@ -140,7 +131,7 @@ def test_random_configurations_cover_the_range_of_sizes():
 
 
 def test_tables_survive_the_file(tmp_path):
-    table = calibrate(TABLE, *_measured(0.02))
+    table = fit_table(TABLE, *_measured(0.02))
     tables = {"prefill": table, "decode": make_table(CONFIG, "decode")}
     save_tables(tables, tmp_path)
     assert load_tables(tmp_path, CONFIG) == tables

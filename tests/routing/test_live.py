@@ -9,20 +9,12 @@ import torch
 from synthetic import make_table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from flextron.artefacts.latency_table import Workload, load_tables, machine_of, save_tables
+from flextron.judge.latency import _filled_cache, measure, whole_model
 from flextron.nn import make_elastic
 from flextron.recipes import RouteConfig
-from flextron.routing.latency import (
-    Workload,
-    _filled_cache,
-    _whole_model,
-    load_tables,
-    machine_of,
-    measure,
-    measure_adaptive,
-    profile,
-    save_tables,
-)
-from flextron.routing.trainer import train_routers
+from flextron.routing.profile import measure_adaptive, profile
+from flextron.routing.static import train_routers
 
 WORKLOADS = [Workload.prefill(8, batch=2), Workload.decode(5, batch=2)]
 
@@ -108,7 +100,7 @@ def test_decoding_leaves_the_cache_as_it_was(model):
     handle = model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["cache"].get_seq_length()), with_kwargs=True
     )
-    run = _whole_model(model, config.full(), WORKLOADS[1])
+    run = whole_model(model, config.full(), WORKLOADS[1])
     for _ in range(3):
         run()
     handle.remove()
@@ -156,7 +148,7 @@ def test_the_cost_of_choosing_for_every_token_is_fitted_on_mixtures(model, workl
     def paper(model, dials, workload, **_):
         times = []
         for dial in dials:
-            run = _whole_model(model, dial, workload)
+            run = whole_model(model, dial, workload)
             model.turn(dial)
             with model.watched() as forwards:
                 run()
@@ -165,7 +157,7 @@ def test_the_cost_of_choosing_for_every_token_is_fitted_on_mixtures(model, workl
             times.append(4 + 1.5 * sums)
         return table.full_ms, times
 
-    monkeypatch.setattr("flextron.routing.latency.measure", paper)
+    monkeypatch.setattr("flextron.routing.profile.measure", paper)
     model.attach_router(None)
     model.set_widths(config.smallest())
     found = measure_adaptive(model, table)

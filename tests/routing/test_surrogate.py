@@ -9,7 +9,7 @@ from synthetic import SyntheticLoss, make_config, make_table
 
 from flextron.config import Widths
 from flextron.nn.router import Choices
-from flextron.routing.latency import random_widths
+from flextron.routing.fit import random_widths
 from flextron.routing.search import one_hot, predicted_losses, search
 from flextron.routing.surrogate import ReplayBuffer, Surrogate, SurrogateFitter, judge, r2_score, spearman
 

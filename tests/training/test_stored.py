@@ -14,9 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from flextron import pipeline
+from flextron.artefacts.elastic_model import load_elastic
 from flextron.checkpoint import load_tensors, read_json, stored_dtypes
 from flextron.config import Widths
-from flextron.conversion import convert, load_elastic
+from flextron.conversion import convert
 from flextron.judge.loss import evaluate
 from flextron.pipeline import Corpus
 from flextron.recipes import TrainConfig, TuneConfig
@@ -143,7 +144,7 @@ def test_what_tuning_reads_off_a_router_is_of_the_weights_as_stored(
     monkeypatch.setattr(pipeline, "from_pretrained", lambda _: model)
     monkeypatch.setattr(pipeline.RouterResult, "load", lambda _: found)
     monkeypatch.setattr(pipeline, "tune_model", moved)
-    monkeypatch.setattr(pipeline.trainer, "refreshed", refreshed)
+    monkeypatch.setattr(pipeline.static_routing, "refreshed", refreshed)
     pipeline.tune(checkpoint, TuneConfig(length=16), data=corpus(), samples=4)
     windows = pipeline.held_out_windows(None, Corpus(corpus().train, corpus().train), 4, 16)
     stored, _ = load_elastic(checkpoint)

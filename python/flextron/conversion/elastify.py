@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from flextron.artefacts.elastic_model import make_elastic, read_model, save_elastic
 from flextron.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Origin, checksum_of
 from flextron.checkpoint.card import write_card
 from flextron.checkpoint.hf import TOKENIZER_FILES, foreign, read_tokenizer
@@ -19,7 +20,6 @@ from flextron.conversion.importance import check_tokens, score
 from flextron.conversion.parent import copy_parent, read_parent
 from flextron.conversion.reorder import LayerOrder, identity_orders, random_orders, reorder, sorted_orders
 from flextron.conversion.source import room_beside, source_of
-from flextron.conversion.store import make_elastic, read_model, save_elastic
 from flextron.data import seeded
 from flextron.nn import ElasticModel, elastic_config
 from flextron.nn.proof import difference, logits_of, prove_sub_network, require_close

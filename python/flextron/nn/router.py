@@ -152,7 +152,7 @@ class AdaptiveRouter(nn.Module):
     starts at what the static router found, and W2 starts at 0: an untrained router is the static one. ``ramp``
     grows with the cost of a choice, so the offset moves the mean latency without asking for anything else: the
     choice ``argmax(u_c + offset * cost_c)`` of a token never falls as the offset grows. It is calibrated on
-    text at a grid of fractions (`calibrate` in ``flextron.routing.adaptive``), a line between them.
+    text at a grid of fractions (`calibrate` in ``flextron.routing.calibrate``), a line between them.
 
     Args:
         num_layers, hidden_size: L and K.

@@ -5,191 +5,40 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from functools import partial
-from itertools import pairwise
-from math import prod
-from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
-from flextron.checkpoint.io import Files, commit, opened, save_tensors, write_json
-from flextron.checkpoint.origin import KEY, Origin, fits
-from flextron.checkpoint.schema import build, checking
+from flextron.artefacts.adaptive_router import AdaptiveReport, AdaptiveResult, costs_of
+from flextron.artefacts.ladder import Ladder
+from flextron.artefacts.latency_table import LatencyTable
+from flextron.artefacts.reports import FitReport, GateReport
 from flextron.config import ElasticConfig, Widths
+from flextron.judge.latency import fractions
 from flextron.nn import Dial
-from flextron.nn.learning import (
-    TOLERANCE,
+from flextron.nn.policy import Given, menus_of
+from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, anneal, default_hidden
+from flextron.recipes import JUDGING, AdaptiveConfig
+from flextron.routing.calibrate import calibrate
+from flextron.routing.fit import random_widths
+from flextron.routing.learning import (
     latency_miss,
     learning_policies,
     mean_choices,
     sequence_losses,
 )
-from flextron.nn.policy import Given, menus_of
-from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, anneal, default_hidden
-from flextron.recipes import JUDGING, AdaptiveConfig
-from flextron.routing.ladder import Ladder
-from flextron.routing.latency import LatencyTable, random_widths
 from flextron.routing.search import one_hot
-from flextron.routing.surrogate import FitReport, ReplayBuffer, Surrogate, SurrogateFitter, judge
-from flextron.routing.trainer import GateReport
+from flextron.routing.surrogate import ReplayBuffer, Surrogate, SurrogateFitter, judge
 
-FILES = TENSORS, DESCRIPTION = "adaptive.safetensors", "adaptive.json"
 _CONFIDENCE = 0.6  # probability of the static choice at the start: one to leave, but not at once
-_GRID = 0.05  # largest step between fractions at which the offset is calibrated
-_BISECTIONS = 16
-_CLOSE = 1e-3  # of the full latency: how far below its fraction an offset may stay
 _SURROGATE_STEPS, _REFIT_STEPS = 600, 30  # of its first fit, and after each observation
 _EMA = 0.9
-_REACH = 64.0  # offsets tried: in units of one step of a layer's choice, far beyond any difference of logits
 
 Progress = Callable[[str, int, int], object]
-
-
-@dataclass(frozen=True)
-class AdaptiveReport:
-    """One trained target below 1, on sequences that nothing was trained on.
-
-    Attributes:
-        target: fraction of the full latency.
-        fraction: mean over the tokens, by the table, of what the router chose.
-        loss: in nats.
-        static_fraction, static_loss: of the static ladder's rung for the target.
-    """
-
-    target: float
-    fraction: float
-    loss: float
-    static_fraction: float
-    static_loss: float
-
-
-@dataclass(frozen=True)
-class AdaptiveResult:
-    """A trained adaptive router and how it did.
-
-    Attributes:
-        router: calibrated.
-        targets: comparison at every trained target below 1.
-        dropped_targets: asked for, but faster than the fastest network.
-        full_loss: of the full model on the same sequences, in nats.
-        history: one entry for about every fiftieth step.
-        config: what it was trained with.
-        phase: whose latency the training was about; the calibration covers every phase that was profiled.
-        costs: of the tables it is calibrated for, by phase: ``LatencyTable.costs`` and ``adaptive``.
-        surrogate: fit on observations that it was never trained on; None where there was none.
-        gate: when the router moved; None where there was no surrogate.
-    """
-
-    router: AdaptiveRouter
-    targets: tuple[AdaptiveReport, ...]
-    dropped_targets: tuple[float, ...]
-    full_loss: float
-    history: tuple[dict[str, float], ...]
-    config: AdaptiveConfig
-    phase: str
-    costs: dict[str, Any]
-    surrogate: FitReport | None = None
-    gate: GateReport | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """All but the router's weights."""
-        r = self.router
-        sizes = ("num_layers", "hidden_size", "mlp_choices", "head_choices", "hidden")
-        return {
-            "format": FORMAT,
-            "router": {name: getattr(r, name) for name in sizes} | {"targets": list(r.targets)},
-            "calibration": {phase: [list(v) for v in grid] for phase, grid in r.calibration.items()},
-            "targets": [asdict(t) for t in self.targets],
-            "dropped_targets": list(self.dropped_targets),
-            "full_loss": self.full_loss,
-            "history": list(self.history),
-            "config": {**asdict(self.config), "targets": list(self.config.targets)},
-            "phase": self.phase,
-            "costs": self.costs,
-            "surrogate": None if self.surrogate is None else self.surrogate.to_dict(),
-            "gate": None if self.gate is None else asdict(self.gate),
-        }
-
-    def save(self, directory: str | Path, origin: Origin) -> None:
-        """Write ``adaptive.safetensors`` and ``adaptive.json`` into an elastic checkpoint, both or neither."""
-        with commit(directory) as stage:
-            self.write(stage, origin)
-
-    def write(self, folder: Path, origin: Origin) -> None:
-        """Write both files; ``origin`` is the model that they were made for."""
-        checksum = save_tensors(folder / TENSORS, self.router.state_dict())
-        write_json(folder / DESCRIPTION, {**self.to_dict(), KEY: origin.to_dict(), "checksum": checksum})
-
-    @classmethod
-    def load(cls, directory: str | Path | Files) -> AdaptiveResult:
-        """Read a stored router; CheckpointError says in one sentence what is wrong with which file."""
-        with opened(directory) as files:
-            path, values = files / DESCRIPTION, files.read_json(DESCRIPTION)
-            check_format(values, path)
-            size = build(_Size, values.get("router"), path, "router")
-            weights = sum(map(prod, files.shapes(TENSORS).values()))
-            if not all(
-                1 <= n <= weights for n in (size.num_layers, size.hidden_size, size.hidden, size.parameters)
-            ):
-                raise CheckpointError(f"{path}: router must fit the weights, got {size}")
-            with checking(path):
-                router = AdaptiveRouter(**asdict(size))
-            checksum = build(str, values.get("checksum"), path, "checksum")
-            router.load_state_dict(files.load_tensors(TENSORS, router.state_dict(), checksum))
-        router.calibration = build(dict[str, Grid], values.get("calibration"), path, "calibration")
-        for phase, (grid, offsets) in router.calibration.items():
-            if len(grid) != len(offsets) or len(grid) < 2 or any(a >= b for a, b in pairwise(grid)):
-                raise CheckpointError(
-                    f"{path}: calibration.{phase} must be ascending fractions and an offset for each, got others"
-                )
-        hints = get_type_hints(cls)
-        # checkpoints from before there was a choice have neither surrogate nor gate
-        stored = {
-            f.name: build(hints[f.name], values.get(f.name), path, f.name)
-            for f in fields(cls)
-            if f.name != "router"
-        }
-        return cls(router=router.requires_grad_(False), **stored)
-
-
-Grid = tuple[tuple[float, ...], tuple[float, ...]]  # fractions, and the offset of each
-
-
-@dataclass(frozen=True)
-class _Size:
-    """What ``adaptive.json`` says of its router."""
-
-    num_layers: int
-    hidden_size: int
-    mlp_choices: int
-    head_choices: int
-    hidden: int
-    targets: tuple[float, ...]
-
-    @property
-    def parameters(self) -> int:
-        """At least so many."""
-        return self.num_layers * self.hidden * max(self.hidden_size, self.mlp_choices + self.head_choices)
-
-
-def load(directory: str | Path | Files, origin: Origin) -> AdaptiveResult | None:
-    """The router of an elastic checkpoint that was made for its weights; another is left out, with a warning."""
-    with opened(directory) as files:
-        fitting = fits(files, DESCRIPTION, origin, f"flextron route {files.directory} --adaptive")
-        return AdaptiveResult.load(files) if fitting else None
-
-
-def costs_of(tables: dict[str, LatencyTable]) -> dict[str, Any]:
-    """What a calibration rests on, of each phase, as it is stored."""
-    return {
-        phase: {**t.costs, "adaptive": None if t.adaptive is None else list(t.adaptive)}
-        for phase, t in tables.items()
-    }
 
 
 def train_adaptive(
@@ -505,81 +354,6 @@ class _SurrogateTraining(_Training):
         ids = ids.to(self.device)
         self.model.set_policies(policies, self.model.elastic.full(), "all")
         return sequence_losses(self.model, ids)
-
-
-@torch.no_grad()
-def fractions(
-    model: Any,
-    table: LatencyTable,
-    tokens: Tensor,
-    targets: Sequence[float],
-    phase: str,
-    batch_size: int = 64,
-) -> Tensor:
-    """Fraction of the full latency, by the table, that the model's adaptive router takes at each target, [R].
-
-    Every target sees all sequences of ``tokens`` [n, T]: R * n sequences, at most ``batch_size`` at once.
-    """
-    group = table.workload.batch if phase == "decode" else 1
-    n = len(tokens) // group * group
-    if n == 0:
-        raise ValueError(
-            f"fractions: tokens must be at least {group} sequences, the decode batch, got {len(tokens)}"
-        )
-    device, dial = next(model.parameters()).device, model.dial
-    found = []
-    try:
-        for some in torch.tensor(targets, dtype=torch.float64).split(max(1, batch_size // n)):
-            model.turn(Dial.adaptive(model.elastic, some.tolist(), phase))
-            with model.watched() as forwards:
-                model(tokens[:n].to(device).repeat(len(some), 1), use_cache=False, logits_to_keep=1)
-            choices = Choices(*(axis.unflatten(0, (len(some), n)) for axis in forwards[0]))
-            found.append(table.of_tokens(choices) / table.full_ms)
-    finally:
-        model.turn(dial)
-    return torch.cat(found).cpu()
-
-
-def calibrate(
-    router: AdaptiveRouter,
-    model: Any,
-    tables: dict[str, LatencyTable],
-    tokens: Tensor,
-    progress: Progress = lambda *_: None,
-) -> None:
-    """Settle the router's offsets, for each phase, so that the mean over ``tokens`` meets every fraction.
-
-    At a grid of fractions from the fastest network's to 1, at most 0.05 apart and with the trained targets in
-    it, the offset is bisected until the mean is at most 0.001 below: a larger one never narrows a token's choice in
-    the first layer, and in the others only by way of what wider layers below change in their input.
-    """
-    for phase, table in tables.items():
-        grid = calibration_grid(table.smallest_adaptive_ms / table.full_ms, router.targets)
-        low, high = torch.full((len(grid),), -_REACH), torch.full((len(grid),), _REACH)
-        left = torch.arange(len(grid))  # of the grid, what is not close yet
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            router.calibration[phase] = (grid, tuple(middle.tolist()))
-            targets = torch.tensor(grid, dtype=torch.float64)[left]
-            short = targets - fractions(model, table, tokens, targets.tolist(), phase)
-            low[left] = torch.where(short < 0, low[left], middle[left])
-            is_close = (short >= 0) & (short < _CLOSE)
-            high[left] = torch.where((short < 0) | is_close, middle[left], high[left])
-            left = left[~is_close]
-            progress(f"calibrating {phase}", len(grid) - len(left), len(grid))
-            if not len(left):
-                break
-        router.calibration[phase] = (grid, tuple(low.tolist()))
-
-
-def calibration_grid(fastest: float, targets: Sequence[float]) -> tuple[float, ...]:
-    """Fractions from the fastest network's up to just below 1, the trained targets among them."""
-    ends = sorted({fastest, *(t for t in targets if fastest < t < 1), 1.0})
-    grid: list[float] = []
-    for a, b in pairwise(ends):
-        pieces = max(1, -int(-(b - a) // _GRID))
-        grid += [a + (b - a) * i / pieces for i in range(pieces)]
-    return (*grid, 1 - TOLERANCE / 4)
 
 
 def report(

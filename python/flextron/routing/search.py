@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flextron.artefacts.latency_table import LatencyTable
 from flextron.config import ElasticConfig, Widths
 from flextron.nn.router import Choices
-from flextron.routing.latency import LatencyTable
 from flextron.routing.surrogate import Surrogate
 
 _POPULATION = 64

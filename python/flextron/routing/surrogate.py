@@ -4,51 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import skip_init
 
+from flextron.artefacts.reports import FitReport
 from flextron.config import ElasticConfig, Widths
 from flextron.nn.router import Choices
 
 _PENALTIES = (1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of the ridge regression that starts a surrogate
 _TINY = 1e-12  # a probability whose logarithm still has a gradient
-
-
-@dataclass(frozen=True)
-class FitReport:
-    """How well a surrogate predicts what it was not trained on; losses are nats above the full model's.
-
-    Attributes:
-        n: configurations judged.
-        r2: share of the variance explained.
-        rank: Spearman's rank correlation.
-        mean_error, worst_error: of |predicted - observed|.
-        worst_fraction: latency fraction of the configuration with the worst error.
-        predicted, observed, fractions: of each configuration.
-    """
-
-    n: int
-    r2: float
-    rank: float
-    mean_error: float
-    worst_error: float
-    worst_fraction: float
-    predicted: tuple[float, ...]
-    observed: tuple[float, ...]
-    fractions: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        for name in ("predicted", "observed", "fractions"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class ReplayBuffer:

@@ -1,8 +1,7 @@
-"""Elastic continued training, joint tuning with routers: sampler, loop, checkpoints of a run."""
+"""Elastic continued training: sampler, loop, checkpoints of a run."""
 
 from flextron.training.loop import TrainReport, bf16_is_fast, learning_rate, train
 from flextron.training.sampler import WidthSampler, homogeneous
-from flextron.training.tune import tune
 
 __all__ = [
     "TrainReport",
@@ -11,5 +10,4 @@ __all__ = [
     "homogeneous",
     "learning_rate",
     "train",
-    "tune",
 ]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from flextron import pipeline
+from flextron.artefacts.adaptive_router import AdaptiveResult
+from flextron.artefacts.static_router import RouterResult
 from flextron.checkpoint import commit
-from flextron.routing.adaptive import AdaptiveResult
-from flextron.routing.trainer import RouterResult
 from flextron.training.resume import METRICS_FILE, read_metrics
 from flextron_lab.report import figures
 from flextron_lab.report.page import Section, render

@@ -18,17 +18,17 @@ from transformers import AutoModelForCausalLM
 
 from flextron import data as text
 from flextron import pipeline
+from flextron.artefacts.elastic_model import load_elastic, save_elastic
+from flextron.artefacts.ladder import uniform_ladder
+from flextron.artefacts.latency_table import LatencyTable, load_tables
 from flextron.checkpoint import Origin, locked, read_lines
 from flextron.checkpoint.schema import build
 from flextron.config import Widths
-from flextron.conversion import load_elastic, save_elastic
+from flextron.judge.latency import fractions, measure
 from flextron.judge.loss import evaluate
 from flextron.nn import Dial, make_elastic
 from flextron.pipeline import Progress, RouterResult
 from flextron.recipes import RouteConfig
-from flextron.routing import adaptive as adaptive_routing
-from flextron.routing.ladder import uniform_ladder
-from flextron.routing.latency import LatencyTable, load_tables, measure
 from flextron.training import train as train_model
 from flextron_lab.demo import stories
 from flextron_lab.demo.parents import load_parent
@@ -255,13 +255,13 @@ class Study:
         # the others are too fast for it
         budgets = [b for b in self.plan.budgets if b in result.router.targets]
         dials = [Dial.adaptive(model.elastic, [b]) for b in budgets]
-        fractions = adaptive_routing.fractions(model, table, tokens, budgets, "prefill").tolist()
+        shares = fractions(model, table, tokens, budgets, "prefill").tolist()
         losses = evaluate(model, tokens, dials, batch_size=4)
         trained = self._trained_tokens(seed)
         return [
             {"arm": ADAPTIVE[form], "seed": seed, "budget": budget, "tokens": trained, "loss": loss,
              "predicted_ms": fraction * table.full_ms, **cost}
-            for budget, loss, fraction in zip(budgets, losses, fractions, strict=True)
+            for budget, loss, fraction in zip(budgets, losses, shares, strict=True)
         ]  # fmt: skip
 
     def _measure_all(self) -> list[Row]:

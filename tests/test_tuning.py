@@ -11,7 +11,7 @@ from training.tiny_run import elastic, parent, tokens
 from flextron.nn.policy import Gated
 from flextron.nn.router import AdaptiveRouter, Choices, StaticRouter
 from flextron.recipes import TrainConfig, TuneConfig
-from flextron.training import tune
+from flextron.tuning import tune
 
 CONFIG = TuneConfig(
     steps=6,

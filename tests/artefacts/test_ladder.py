@@ -5,11 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from synthetic import make_config, make_table
+from routing.synthetic import make_config, make_table
 
+from flextron.artefacts.ladder import Ladder, router_ladder, uniform_ladder
 from flextron.checkpoint.schema import build
 from flextron.nn.router import StaticRouter
-from flextron.routing.ladder import Ladder, router_ladder, uniform_ladder
 
 CONFIG = make_config()
 TABLE = make_table(CONFIG)

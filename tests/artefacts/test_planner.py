@@ -5,12 +5,12 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from synthetic import make_config, make_origin, make_table
+from routing.synthetic import make_config, make_origin, make_table
 
+from flextron.artefacts.ladder import Ladder, uniform_ladder
+from flextron.artefacts.latency_table import save_tables
+from flextron.artefacts.planner import Planner
 from flextron.config import Widths
-from flextron.routing.budget import Planner
-from flextron.routing.ladder import Ladder, uniform_ladder
-from flextron.routing.latency import save_tables
 
 CONFIG = make_config()
 TABLES = {"prefill": make_table(CONFIG), "decode": make_table(CONFIG, "decode", base=0.5)}

@@ -8,14 +8,15 @@ import pytest
 import torch
 from synthetic import SyntheticLoss, make_config, make_origin, make_table
 
+from flextron.artefacts.ladder import Ladder, router_ladder
+from flextron.artefacts.latency_table import save_tables
+from flextron.artefacts.planner import Planner
+from flextron.artefacts.static_router import RouterResult, load, load_ladder
 from flextron.checkpoint import CheckpointError
 from flextron.checkpoint.schema import build
 from flextron.nn.router import Choices
 from flextron.recipes import RouteConfig
-from flextron.routing.budget import Planner
-from flextron.routing.ladder import Ladder, router_ladder
-from flextron.routing.latency import save_tables
-from flextron.routing.trainer import RouterResult, load, load_ladder, refreshed, train_routers
+from flextron.routing.static import refreshed, train_routers
 
 CONFIG = make_config(layers=8)
 TABLE = make_table(CONFIG)

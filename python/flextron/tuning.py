@@ -10,17 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from flextron.data import seeded
-from flextron.nn.learning import Fraction, latency_miss, learning_policies, mean_choices
 from flextron.nn.router import AdaptiveRouter, GumbelSampler, StaticRouter
 from flextron.recipes import TuneConfig
-from flextron.training.loop import (
-    Progress,
-    Run,
-    TrainReport,
-    check_model,
-    check_teacher,
-    run_to_the_end,
-)
+from flextron.routing.learning import Fraction, latency_miss, learning_policies, mean_choices
+from flextron.training.loop import Progress, Run, TrainReport, check_model, check_teacher, run_to_the_end
 
 _SHARPNESS = (
     0.3,

@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import flextron
+from flextron.artefacts.elastic_model import save_elastic
 from flextron.checkpoint import CheckpointError, Origin
-from flextron.conversion import save_elastic
 from flextron.nn.proof import in_dtype
 
 UNTIED = dict(tie_word_embeddings=False)

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import random
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from math import prod
-from pathlib import Path
-from typing import Any, get_type_hints
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
-from flextron.checkpoint.io import Files, commit, opened, save_tensors, write_json
-from flextron.checkpoint.origin import KEY, Origin, fits
-from flextron.checkpoint.schema import build, checking
+from flextron.artefacts.ladder import Ladder, router_ladder, uniform_ladder
+from flextron.artefacts.latency_table import LatencyTable
+from flextron.artefacts.reports import GateReport
+from flextron.artefacts.static_router import RouterResult, TargetReport
 from flextron.config import ElasticConfig, Widths
 from flextron.nn.router import Choices, GumbelSampler, StaticRouter, anneal
 from flextron.recipes import REPORTED, RouteConfig
-from flextron.routing.ladder import Ladder, router_ladder, uniform_ladder
-from flextron.routing.latency import LatencyTable, random_widths
+from flextron.routing.fit import random_widths
+from flextron.routing.learning import TOLERANCE
 from flextron.routing.search import one_hot, predicted_losses, search
-from flextron.routing.surrogate import FitReport, ReplayBuffer, Surrogate, SurrogateFitter, judge
+from flextron.routing.surrogate import ReplayBuffer, Surrogate, SurrogateFitter, judge
 
-FILES = TENSORS, DESCRIPTION = "routers.safetensors", "routers.json"
-_TOLERANCE = 0.02  # relative distance from the aim that costs nothing
 _WARM_STEPS = 200  # of imitation, before anything else is learnt
 _WARM_CONFIDENCE = 0.5  # probability it should give to the imitated choice: a start, not a decision
 _SURE = 0.95  # probability of a choice that nothing will improve on
@@ -37,149 +31,6 @@ _REFIT = 20  # a new observation is worth one twentieth of the first fit's steps
 
 LossFn = Callable[[Widths], float]
 Progress = Callable[[str, int, int], object]
-
-
-@dataclass(frozen=True)
-class GateReport:
-    """What the surrogate's gate did; its error is a moving average over what it had not been trained on.
-
-    Attributes:
-        threshold: nats.
-        error: the moving average at the end.
-        steps_below: router steps taken while the error was below the threshold; without a surrogate in the way, all.
-        steps_above: router steps taken above it, when the evaluations for waiting had been spent.
-        waited: evaluations spent waiting.
-    """
-
-    threshold: float
-    error: float
-    steps_below: int
-    steps_above: int
-    waited: int
-
-    @property
-    def passed(self) -> bool:
-        """Whether every step of the routers was taken below the threshold."""
-        return self.steps_above == 0
-
-
-@dataclass(frozen=True)
-class TargetReport:
-    """One trained target at the end; losses in nats above the full model's.
-
-    Attributes:
-        target: fraction of the full latency.
-        choice_fraction: predicted fraction of the router's arg-max choice.
-        rung_fraction: predicted fraction of the ladder's rung for the target.
-        distance: steps (choices of layers) by which the two differ.
-        choice_loss, routed_loss, uniform_loss, search_loss: predicted for the router's choice, the routed
-            ladder, the uniform ladder and plain search.
-        routed_observed, uniform_observed, search_observed: what the LLM says of them.
-        search_widths: what search found.
-    """
-
-    target: float
-    choice_fraction: float
-    rung_fraction: float
-    distance: int
-    choice_loss: float
-    routed_loss: float
-    uniform_loss: float
-    search_loss: float
-    routed_observed: float
-    uniform_observed: float
-    search_observed: float
-    search_widths: Widths
-
-
-@dataclass(frozen=True)
-class RouterResult:
-    """Trained routers, what budgets are read off, and how far to trust them.
-
-    Attributes:
-        router: arg-max without noise is its choice.
-        ladder: the readout that budgets use.
-        surrogate: fit on configurations that were never trained on.
-        gate: when the routers moved.
-        targets: comparison at every trained target below 1.
-        dropped_targets: asked for, but faster than the fastest network.
-        evaluations: calls of the LLM's loss.
-        history: one entry for about every fiftieth step.
-        config: what it was trained with.
-        phase: whose latency the targets are fractions of.
-        costs: of the table that they were trained on: ``LatencyTable.costs``.
-    """
-
-    router: StaticRouter
-    ladder: Ladder
-    surrogate: FitReport
-    gate: GateReport
-    targets: tuple[TargetReport, ...]
-    dropped_targets: tuple[float, ...]
-    evaluations: int
-    history: tuple[dict[str, float], ...]
-    config: RouteConfig
-    phase: str
-    costs: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """All but the router's weights."""
-        r = self.router
-        return {
-            "format": FORMAT,
-            "router": {"targets": list(r.targets), "hidden": r.hidden},
-            "ladder": self.ladder.to_dict(),
-            "surrogate": self.surrogate.to_dict(),
-            "gate": asdict(self.gate),
-            "targets": [asdict(t) for t in self.targets],
-            "dropped_targets": list(self.dropped_targets),
-            "evaluations": self.evaluations,
-            "history": list(self.history),
-            "config": self.config.to_dict(),
-            "phase": self.phase,
-            "costs": self.costs,
-        }
-
-    def save(self, directory: str | Path, origin: Origin) -> None:
-        """Write ``routers.safetensors`` and ``routers.json`` into an elastic checkpoint, both or neither."""
-        with commit(directory) as stage:
-            self.write(stage, origin)
-
-    def write(self, folder: Path, origin: Origin) -> None:
-        """Write both files; ``origin`` is the model that they were made for."""
-        checksum = save_tensors(folder / TENSORS, self.router.state_dict())
-        write_json(folder / DESCRIPTION, {**self.to_dict(), KEY: origin.to_dict(), "checksum": checksum})
-
-    @classmethod
-    def load(cls, directory: str | Path | Files) -> RouterResult:
-        """Read stored routers; CheckpointError says in one sentence what is wrong with which file."""
-        with opened(directory) as files:
-            path, values = _read(files)
-            ladder = build(Ladder, values.get("ladder"), path, "ladder")
-            size = build(_Size, values.get("router"), path, "router")
-            counts = len(ladder.mlp_choices), len(ladder.head_choices)
-            weights = sum(map(prod, files.shapes(TENSORS).values()))
-            if not 1 <= size.hidden <= weights or ladder.num_layers > weights:
-                raise CheckpointError(f"{path}: router.hidden must fit the weights, got {size.hidden}")
-            with checking(path):
-                router = StaticRouter(ladder.num_layers, *counts, size.targets, size.hidden)
-            checksum = build(str, values.get("checksum"), path, "checksum")
-            router.load_state_dict(files.load_tensors(TENSORS, router.state_dict(), checksum))
-        hints = get_type_hints(cls)
-        stored = {
-            f.name: build(hints[f.name], values.get(f.name), path, f.name)
-            for f in fields(cls)
-            if f.name not in ("router", "ladder")
-        }
-        return cls(router=router, ladder=ladder, **stored)
-
-
-@dataclass(frozen=True)
-class _Size:
-    """What ``routers.json`` says of its router."""
-
-    targets: tuple[float, ...]
-    hidden: int
 
 
 def refreshed(
@@ -201,45 +52,6 @@ def refreshed(
             )
         )
     return replace(result, ladder=ladder, targets=tuple(targets))
-
-
-def load(directory: str | Path | Files, origin: Origin) -> RouterResult | None:
-    """The routers of an elastic checkpoint that were made for its weights; others are left out, with a warning."""
-    with opened(directory) as files:
-        return RouterResult.load(files) if _stored(files, origin) else None
-
-
-def load_ladder(
-    directory: str | Path | Files, origin: Origin, tables: Mapping[str, LatencyTable] | None = None
-) -> Ladder | None:
-    """The routed ladder of an elastic checkpoint; None when no routers were trained for its weights.
-
-    Where ``tables`` are given and it rests on another one, a warning says so: budgets are met by the new table.
-    """
-    with opened(directory) as files:
-        if not _stored(files, origin):
-            return None
-        path, values = _read(files)
-        ladder = build(Ladder, values.get("ladder"), path, "ladder")
-        phase = build(str, values.get("phase"), path, "phase")
-        if tables is not None and (phase not in tables or tables[phase].costs != values.get("costs")):
-            warnings.warn(
-                f"{path}: was trained on another latency table of {phase} than the one here; "
-                f"run `flextron route {files.directory}`",
-                stacklevel=3,
-            )
-    return ladder
-
-
-def _stored(files: Files, origin: Origin) -> bool:
-    return fits(files, DESCRIPTION, origin, f"flextron route {files.directory}")
-
-
-def _read(files: Files) -> tuple[Path, dict[str, Any]]:
-    """The path and contents of ``routers.json``."""
-    path, values = files / DESCRIPTION, files.read_json(DESCRIPTION)
-    check_format(values, path)
-    return path, values
 
 
 def train_routers(
@@ -264,7 +76,7 @@ def train_routers(
         route_config: see `RouteConfig`.
         progress: called with (what is being done, done, total).
         relaxed: for the form ``"gumbel"``: the LLM's loss, [n] nats with a gradient, of n rows of choice probabilities
-            [n, L, C], on any tokens (`flextron.nn.learning.relaxed_loss`).
+            [n, L, C], on any tokens (`flextron.routing.learning.relaxed_loss`).
 
     Raises:
         ValueError: no target below 1 can be met by any network, or ``relaxed`` is given for another form.
@@ -491,10 +303,10 @@ class _Training:
         """
         p = Choices(*(torch.softmax(scale * axis, dim=-1) for axis in logits))
         aim = self.targets / (
-            1 + _TOLERANCE
+            1 + TOLERANCE
         )  # the band that costs nothing ends at the target: a budget is a bound
         ratio = self.table.expected(*p) / (aim * self.table.full_ms)
-        miss = functional.relu((ratio - 1).abs() - _TOLERANCE)
+        miss = functional.relu((ratio - 1).abs() - TOLERANCE)
         return (miss * self.urgency).mean()
 
     def _step(self, loss: Tensor) -> None:

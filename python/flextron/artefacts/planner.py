@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flextron.artefacts.ladder import Ladder, uniform_ladder
+from flextron.artefacts.latency_table import LatencyTable, load_tables
+from flextron.artefacts.static_router import load_ladder
 from flextron.checkpoint.io import Files, opened
 from flextron.checkpoint.origin import Origin
 from flextron.config import ElasticConfig, Widths, count, number
-from flextron.routing.ladder import Ladder, uniform_ladder
-from flextron.routing.latency import LatencyTable, load_tables
-from flextron.routing.trainer import load_ladder
 
 BUDGETS = ("fraction", "latency_ms", "tokens_per_s", "params", "memory_gb", "widths")
 _GB = 1e9

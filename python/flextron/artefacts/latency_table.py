@@ -1,0 +1,325 @@
+"""The latency table: what every choice of every layer costs here, and how well the sum predicts the whole.
+
+    T(config) = base + slope * sum over layers ( heads[layer, n_c] + mlp[layer, d_c] )
+
+All times are milliseconds. `flextron.routing.profile` measures a table.
+"""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flextron.checkpoint.format import FORMAT, CheckpointError, check_format, listed
+from flextron.checkpoint.io import Files, opened, write_json
+from flextron.checkpoint.origin import check_model
+from flextron.checkpoint.schema import build
+from flextron.config import ElasticConfig, Widths, check_numbers
+from flextron.nn.router import Choices
+
+FILE = "latency.json"
+PHASES = ("prefill", "decode")
+AXES = ("mlp", "heads")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed.
+
+    Attributes:
+        phase: ``"prefill"``: ``length`` tokens at once, without a cache. ``"decode"``: one new token per
+            sequence.
+        batch: sequences.
+        length: tokens of each sequence in the prefill phase; 1 in the decode phase.
+        context: tokens cached before the new one in the decode phase; 0 in the prefill phase.
+    """
+
+    phase: str
+    batch: int = 1
+    length: int = 1
+    context: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.phase not in PHASES:
+            raise ValueError(f"Workload: phase must be one of {', '.join(PHASES)}, got {self.phase!r}")
+        if self.batch < 1:
+            raise ValueError(f"Workload: batch must be at least 1, got {self.batch}")
+        if self.phase == "prefill" and (self.length < 1 or self.context):
+            raise ValueError(
+                "Workload: prefill must have a length and no context, "
+                f"got length={self.length}, context={self.context}"
+            )
+        if self.phase == "decode" and (self.length != 1 or self.context < 1):
+            raise ValueError(
+                "Workload: decode must have length 1 and a context, "
+                f"got length={self.length}, context={self.context}"
+            )
+
+    @classmethod
+    def prefill(cls, length: int, batch: int = 1) -> Workload:
+        return cls("prefill", batch=batch, length=length)
+
+    @classmethod
+    def decode(cls, context: int, batch: int = 1) -> Workload:
+        return cls("decode", batch=batch, context=context)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one forward takes in."""
+        return self.batch * self.length
+
+
+@dataclass(frozen=True)
+class Check:
+    """One whole configuration: predicted by the table and measured, in milliseconds."""
+
+    widths: Widths
+    predicted: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """|predicted - measured|, as a fraction of measured."""
+        return abs(self.predicted - self.measured) / self.measured
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Measured costs of the choices of one phase on one machine.
+
+    Attributes:
+        workload, machine: what was timed, and where: the key of the table.
+        elastic: shape and menus of the model that was timed. Its latency does not depend on the weights' values.
+        mlp, heads: [L, C], cost of a choice in a layer, never falling with the width; in the decode phase what it
+            costs above the narrowest.
+        raw_mlp, raw_heads: the same before the repair of `isotonic`.
+        base, slope: the end-to-end fit.
+        adaptive: the same of forwards in which a router chooses for every token, which also run the router, project
+            the keys and values of all groups and move rows; None where that was not measured: `base` and `slope`.
+        fitted, held_out: the configurations used for the fit, and those that judge it.
+        warnings: sentences for the user.
+    """
+
+    workload: Workload
+    machine: dict[str, Any]
+    elastic: ElasticConfig
+    mlp: tuple[tuple[float, ...], ...]
+    heads: tuple[tuple[float, ...], ...]
+    raw_mlp: tuple[tuple[float, ...], ...]
+    raw_heads: tuple[tuple[float, ...], ...]
+    base: float
+    slope: float
+    adaptive: tuple[float, float] | None = None
+    fitted: tuple[Check, ...] = ()
+    held_out: tuple[Check, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.mlp, dtype=torch.float64), torch.tensor(self.heads, dtype=torch.float64)
+
+    @property
+    def num_layers(self) -> int:
+        return self.elastic.num_layers
+
+    @cached_property
+    def full_ms(self) -> float:
+        """Predicted time of the full model: what a fraction is a fraction of."""
+        return self.predict(self.elastic.full())
+
+    @cached_property
+    def smallest_ms(self) -> float:
+        return self.predict(self.elastic.smallest())
+
+    @cached_property
+    def smallest_adaptive_ms(self) -> float:
+        """Where every token chooses for itself; not below what is possible without choosing."""
+        return max(self.smallest_ms, self.predict(self.elastic.smallest(), adaptive=True))
+
+    def _line(self, adaptive: bool) -> tuple[float, float]:
+        return self.adaptive if adaptive and self.adaptive is not None else (self.base, self.slope)
+
+    @property
+    def residual_median(self) -> float:
+        """Median relative error on the held-out configurations."""
+        return median(c.error for c in self.held_out)
+
+    @property
+    def residual_worst(self) -> float:
+        return max(c.error for c in self.held_out)
+
+    def expected(self, p_mlp: Tensor, p_heads: Tensor, adaptive: bool = False) -> Tensor:
+        """Expected milliseconds under choice probabilities, differentiable in them.
+
+        Args:
+            p_mlp: [..., L, C_mlp].
+            p_heads: [..., L, C_heads].
+            adaptive: a router chooses for every token.
+
+        Returns:
+            [...]
+        """
+        mlp, heads = (t.to(p_mlp) for t in self._tensors)
+        base, slope = self._line(adaptive)
+        return base + slope * ((p_mlp * mlp).sum((-2, -1)) + (p_heads * heads).sum((-2, -1)))
+
+    def predict(self, widths: Widths, adaptive: bool = False) -> float:
+        """Milliseconds of a configuration; ``adaptive``: which a router chooses for every token."""
+        base, slope = self._line(adaptive)
+        return base + slope * self.layer_sum(widths)
+
+    def layer_sum(self, widths: Widths) -> float:
+        """The costs of a configuration's choices, added up over layers and axes."""
+        total = 0.0
+        for menu, rows, chosen in (
+            (self.elastic.mlp_choices, self.mlp, widths.mlp),
+            (self.elastic.head_choices, self.heads, widths.heads),
+        ):
+            total += sum(row[menu.index(width)] for row, width in zip(rows, chosen, strict=True))
+        return total
+
+    def of_tokens(self, choices: Choices) -> Tensor:
+        """Milliseconds of forwards in which every token has choices of its own, ``mlp``, ``heads`` [..., B, T, L].
+
+        A prefill is bound by arithmetic: it takes the mean over its B * T tokens. A decode step of ``batch``
+        sequences is bound by the weights that it reads, up to the widest of its tokens: the mean over the steps
+        of the maximum over the sequences, in each layer. (B is then a multiple of the workload's batch.)
+        """
+        if self.workload.phase == "decode" and self.workload.batch > 1:
+            batch = self.workload.batch
+            choices = Choices(*(axis.unflatten(-3, (-1, batch)).amax(-3) for axis in choices))
+        layers = torch.arange(self.num_layers, device=choices.mlp.device)
+        sums = sum(
+            costs.to(rows.device)[layers, rows].sum(-1)
+            for costs, rows in zip(self._tensors, choices, strict=True)
+        )
+        base, slope = self._line(adaptive=True)
+        return (base + slope * sums).mean((-2, -1))
+
+    def fraction(self, widths: Widths, adaptive: bool = False) -> float:
+        """The configuration's time over the full model's."""
+        return self.predict(widths, adaptive) / self.full_ms
+
+    def check(self, config: ElasticConfig) -> None:
+        """Raise ValueError unless the table is about a model of these shapes and menus."""
+        if differing := self.elastic.differs(config):
+            raise ValueError(
+                f"latency table: must be of this model, got one of {listed(differing)}; "
+                "run `flextron profile DIR` again"
+            )
+
+    @property
+    def costs(self) -> dict[str, Any]:
+        """What routers and calibrations rest on, as it is stored with them."""
+        return {
+            "mlp": list(self.mlp[0]),
+            "heads": list(self.heads[0]),
+            "base": self.base,
+            "slope": self.slope,
+        }
+
+    def differs(self, machine: dict[str, Any]) -> list[str]:
+        """How ``machine`` (of `machine_of`) is not the one that was measured: one sentence each."""
+        keys = sorted(self.machine.keys() | machine.keys())
+        return [
+            f"the {self.workload.phase} table was measured with {k} {self.machine.get(k)!r}, "
+            f"now it is {machine.get(k)!r}"
+            for k in keys
+            if self.machine.get(k) != machine.get(k)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {**asdict(self), "elastic": self.elastic.to_dict()}
+        values["residual_median"] = self.residual_median if self.held_out else None
+        values["residual_worst"] = self.residual_worst if self.held_out else None
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], path: str | Path = FILE, place: str = "") -> LatencyTable:
+        """What `to_dict` returned; CheckpointError says what in ``path`` is not so."""
+        kept = {k: v for k, v in values.items() if k not in ("residual_median", "residual_worst")}
+        table = build(cls, kept, path, place)
+        for axis, menu in zip(AXES, (table.elastic.mlp_choices, table.elastic.head_choices), strict=True):
+            for name in (axis, f"raw_{axis}"):
+                rows = getattr(table, name)
+                shape = len(rows) == table.elastic.num_layers and all(len(row) == len(menu) for row in rows)
+                if not shape or (name == axis and any(list(row) != sorted(row) for row in rows)):
+                    raise CheckpointError(
+                        f"{path}: {place}.{name} must be a cost for each of {table.elastic.num_layers} layers and "
+                        f"{len(menu)} choices, which never falls, got another"
+                    )
+        if table.full_ms <= 0:
+            raise CheckpointError(f"{path}: {place} must predict a time above 0, got {table.full_ms:g}")
+        if any(c.measured <= 0 for c in (*table.fitted, *table.held_out)):
+            raise CheckpointError(f"{path}: {place} must have measured times above 0, got others")
+        return table
+
+
+def save_tables(tables: dict[str, LatencyTable], directory: str | Path) -> None:
+    """Write tables, by phase, as ``latency.json`` of an elastic checkpoint."""
+    content = {"format": FORMAT, "tables": {phase: table.to_dict() for phase, table in tables.items()}}
+    write_json(Path(directory) / FILE, content)
+
+
+def load_tables(directory: str | Path | Files, config: ElasticConfig) -> dict[str, LatencyTable]:
+    """The tables of an elastic checkpoint, by phase; empty when it was never profiled.
+
+    A table that does not say which model it is of is left out with a warning.
+
+    Raises:
+        CheckpointError: the file is damaged, or a table is of a model that is not ``config``.
+    """
+    with opened(directory) as files:
+        if FILE not in files:
+            return {}
+        path, content = files / FILE, files.read_json(FILE)
+        mend = f"flextron profile {files.directory}"
+    check_format(content, path)
+    found = build(dict[str, dict[str, Any]], content.get("tables"), path, "tables")
+    tables = {}
+    for phase, values in found.items():
+        if "elastic" not in values:
+            warnings.warn(
+                f"{path}: a table does not say which model it is of, and is left out; run `{mend}`",
+                stacklevel=2,
+            )
+            continue
+        tables[phase] = LatencyTable.from_dict(values, path, f"tables.{phase}")
+        if tables[phase].workload.phase != phase:
+            raise CheckpointError(
+                f"{path}: tables.{phase} must be of {phase}, got {tables[phase].workload.phase}"
+            )
+        check_model(path, tables[phase].elastic, config, mend)
+    return tables
+
+
+def machine_of(model: Any) -> dict[str, Any]:
+    """The device, dtype, threads and versions that a measurement of this model holds for."""
+    weight = model.get_input_embeddings().weight
+    on_gpu = weight.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(weight.device) if on_gpu else _cpu_name(),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "flextron": metadata.version("flextron"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

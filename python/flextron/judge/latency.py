@@ -1,0 +1,122 @@
+"""The time of a model at a dial, as measured here and, where a router chooses, as its latency table predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flextron.artefacts.latency_table import LatencyTable, Workload
+from flextron.config import Widths
+from flextron.judge.timing import compare
+from flextron.nn import Dial, ElasticCache
+from flextron.nn.cache import ElasticCacheLayer
+from flextron.nn.router import Choices
+
+
+def measure(
+    model: Any,
+    widths: Sequence[Widths | Dial],
+    workload: Workload,
+    *,
+    rounds: int = 5,
+    min_seconds: float = 0.02,
+    ids: Tensor | None = None,
+    on_round: Callable[[int], object] | None = None,
+) -> tuple[float, list[float]]:
+    """Milliseconds of the whole model: (full, one for each of ``widths``, which may be dials).
+
+    Each configuration is timed between two runs of the full model; what is returned is its median ratio to
+    them times the median of the full model, so the drift of a shared machine cancels. ``ids`` [batch, length] are
+    the tokens; random ones by default, which is all the same unless a router looks at them.
+    """
+    before = model.dial
+    choices = {str(i): Dial.of(w) for i, w in enumerate(widths)}
+    choices["full"] = Dial.of(model.elastic.full())
+    try:
+        runs = {name: whole_model(model, dial, workload, ids) for name, dial in choices.items()}
+        full = ("full", runs.pop("full"))
+        reference, others = compare(
+            full,
+            runs,
+            rounds,
+            min_seconds,
+            setup=lambda name: model.turn(choices[name]),
+            on_round=on_round,
+        )
+    finally:
+        model.turn(before)
+    full_ms = 1e3 * reference.median
+    return full_ms, [full_ms * others[str(i)].ratio for i in range(len(widths))]
+
+
+def whole_model(
+    model: Any, dial: Widths | Dial, workload: Workload, ids: Tensor | None = None
+) -> Callable[[], None]:
+    """The forward whose time is predicted, for a model that will be set to ``dial``."""
+    weight = model.get_input_embeddings().weight
+    shape = (workload.batch, workload.length)
+    if ids is None:
+        ids = torch.randint(model.elastic.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    if ids.shape != shape:
+        raise ValueError(f"measure: ids must have shape {list(shape)} of the workload, got {list(ids.shape)}")
+    ids = ids.to(weight.device)
+    if workload.phase == "prefill":
+        return torch.no_grad()(lambda: model(ids, logits_to_keep=1, use_cache=False))
+    cache = _filled_cache(model, dial, workload)
+
+    @torch.no_grad()
+    def run() -> None:
+        model(ids, cache=cache, use_cache=True, logits_to_keep=1)
+        for layer in cache.layers:
+            layer.crop(-1)
+
+    return run
+
+
+def _filled_cache(model: Any, dial: Widths | Dial, workload: Workload) -> ElasticCache:
+    """A cache of ``context`` random tokens, always the same ones, with the groups that ``dial`` keeps."""
+    weight, config = model.get_input_embeddings().weight, model.elastic
+    cache = ElasticCache()
+    cache.layers.extend(ElasticCacheLayer() for _ in range(config.num_layers))
+    dial, generator = Dial.of(dial), torch.Generator().manual_seed(0)
+    for layer, heads in enumerate(dial.bound().heads):
+        shape = (workload.batch, config.kv_heads(heads, dial.kv), workload.context, config.head_dim)
+        states = torch.randn(shape, generator=generator).to(weight)
+        cache.update(states, states, layer)
+    return cache
+
+
+@torch.no_grad()
+def fractions(
+    model: Any,
+    table: LatencyTable,
+    tokens: Tensor,
+    targets: Sequence[float],
+    phase: str,
+    batch_size: int = 64,
+) -> Tensor:
+    """Fraction of the full latency, by the table, that the model's adaptive router takes at each target, [R].
+
+    Every target sees all sequences of ``tokens`` [n, T]: R * n sequences, at most ``batch_size`` at once.
+    """
+    group = table.workload.batch if phase == "decode" else 1
+    n = len(tokens) // group * group
+    if n == 0:
+        raise ValueError(
+            f"fractions: tokens must be at least {group} sequences, the decode batch, got {len(tokens)}"
+        )
+    device, dial = next(model.parameters()).device, model.dial
+    found = []
+    try:
+        for some in torch.tensor(targets, dtype=torch.float64).split(max(1, batch_size // n)):
+            model.turn(Dial.adaptive(model.elastic, some.tolist(), phase))
+            with model.watched() as forwards:
+                model(tokens[:n].to(device).repeat(len(some), 1), use_cache=False, logits_to_keep=1)
+            choices = Choices(*(axis.unflatten(0, (len(some), n)) for axis in forwards[0]))
+            found.append(table.of_tokens(choices) / table.full_ms)
+    finally:
+        model.turn(dial)
+    return torch.cat(found).cpu()

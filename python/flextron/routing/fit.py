@@ -1,0 +1,118 @@
+"""The fit of a latency table: which networks it is fitted on and judged by, the repair, and the line."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from flextron.artefacts.latency_table import Check, LatencyTable
+from flextron.config import ElasticConfig, Widths
+
+
+def isotonic(values: Sequence[float]) -> tuple[float, ...]:
+    """The closest never-falling sequence in least squares: pool adjacent violators.
+
+    A wider choice that measures faster than a narrower one is noise, and a planner would take it for a gain.
+    """
+    blocks: list[tuple[float, int]] = []  # (mean, how many)
+    for value in values:
+        blocks.append((float(value), 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (a, n), (b, m) = blocks.pop(-2), blocks.pop(-1)
+            blocks.append(((a * n + b * m) / (n + m), n + m))
+    return tuple(mean for mean, count in blocks for _ in range(count))
+
+
+def fit_line(
+    sums: Sequence[float], measured: Sequence[float], weights: Sequence[float]
+) -> tuple[float, float]:
+    """(base, slope) that minimise the weighted squares of (base + slope * sum - measured) / measured.
+
+    Relative errors, because a budget is a fraction: 1 ms matters more on a small network.
+
+    Raises:
+        ValueError: the sums do not differ, or time does not grow with them: no line means anything.
+    """
+    x, y = (torch.tensor(list(v), dtype=torch.float64) for v in (sums, measured))
+    row = torch.tensor(list(weights), dtype=torch.float64).sqrt() / y
+    design = torch.stack([row, row * x], dim=1)
+    if len(x) < 2 or float(x.max() - x.min()) <= 1e-12 * float(x.abs().max()):
+        raise ValueError("fit_line: sums must differ")
+    base, slope = torch.linalg.lstsq(design, (row * y)[:, None]).solution[:, 0].tolist()
+    if slope <= 0:
+        raise ValueError(f"fit_line: measured must grow with sums, got a slope of {slope:.3g}")
+    return base, slope
+
+
+def random_widths(config: ElasticConfig, rng: random.Random) -> Widths:
+    """One draw whose mean size is spread over the whole range.
+
+    Half the time homogeneous with jitter (every layer near one size, each axis its own), half the time every
+    layer
+    independent at a mean that is itself drawn: plain independent draws would all have about the same size.
+    """
+    homogeneous = rng.random() < 0.5
+    chosen = []
+    for menu in (config.mlp_choices, config.head_choices):
+        size, top = rng.random(), len(menu) - 1
+        if homogeneous:
+            places = [size * top + rng.gauss(0, 0.35) for _ in range(config.num_layers)]
+        else:
+            places = [
+                rng.betavariate(0.2 + 1.8 * size, 2 - 1.8 * size) * (top + 1) - 0.5
+                for _ in range(config.num_layers)
+            ]
+        chosen.append(tuple(menu[min(top, max(0, round(place)))] for place in places))
+    return Widths(*chosen)
+
+
+def calibration_widths(
+    config: ElasticConfig, fit: int, held_out: int, seed: int
+) -> tuple[list[Widths], list[Widths]]:
+    """Configurations to fit on (the full and the smallest come first) and to judge with: no one in both.
+
+    A tiny model may have fewer configurations than asked for; then there are fewer, the held-out ones first.
+
+    Raises:
+        ValueError: there are not even three.
+    """
+    rng = random.Random(seed)
+    found = dict.fromkeys((config.full(), config.smallest()))
+    for _ in range(50 * (fit + held_out)):
+        if len(found) >= fit + held_out:
+            break
+        found.setdefault(random_widths(config, rng))
+    if len(found) < 3:
+        raise ValueError(f"profile: the menus must give at least three configurations, got {len(found)}")
+    ends, others = list(found)[:2], list(found)[2:]
+    return ends + others[held_out:], others[:held_out]
+
+
+def fit_table(
+    table: LatencyTable, to_fit: list[tuple[Widths, float]], to_judge: list[tuple[Widths, float]]
+) -> LatencyTable:
+    """The table with base and slope fitted on ``to_fit`` (widths, measured ms), judged on ``to_judge``.
+
+    The first of ``to_fit`` is the full model. It counts as much as all the others together: every ratio was
+    measured against it, and every fraction is a fraction of it.
+    """
+    sums = [table.layer_sum(widths) for widths, _ in to_fit]
+    times = [ms for _, ms in to_fit]
+    warnings = table.warnings
+    try:
+        base, slope = fit_line(sums, times, [len(to_fit) - 1.0] + [1.0] * (len(to_fit) - 1))
+    except ValueError as error:
+        slope = 1.0
+        base = times[0] - sums[0]
+        warnings += (
+            f"the whole model's time does not follow the table ({error}): budgets of latency mean little",
+        )
+    fitted = replace(table, base=base, slope=slope, warnings=warnings)
+
+    def judge(pairs: list[tuple[Widths, float]]) -> tuple[Check, ...]:
+        return tuple(Check(widths, fitted.predict(widths), ms) for widths, ms in pairs)
+
+    return replace(fitted, fitted=judge(to_fit), held_out=judge(to_judge))

@@ -1,0 +1,197 @@
+"""Profiling: measure the latency table of a model on this machine.
+
+The entries are measured through what runs, whole forwards, which on a CPU are one op. Base and slope are fitted on
+whole models of mixed widths, and the residual is taken on others.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from flextron.artefacts.latency_table import AXES, LatencyTable, Workload, machine_of
+from flextron.config import ElasticConfig, Widths
+from flextron.judge.latency import measure, whole_model
+from flextron.nn import Dial
+from flextron.nn.router import AdaptiveRouter, default_hidden
+from flextron.routing.fit import calibration_widths, fit_line, fit_table, isotonic, random_widths
+
+_MIXTURES = 6  # of two networks, from which the cost of choosing for every token is fitted
+_NEVER = 1e6  # below any logit of a choice that may be made
+_SAME_COST = 0.97  # a width that costs this much of the next one up saves nothing worth its loss
+
+Progress = Callable[[int, int], object]
+
+
+def profile(
+    model: Any,
+    workload: Workload,
+    *,
+    rounds: int = 5,
+    min_seconds: float = 0.02,
+    fit: int = 8,
+    held_out: int = 6,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> LatencyTable:
+    """Measure the table of one phase on the device that the model is on.
+
+    For each axis and choice a forward is timed with all layers at the choice, the other axis at its full width. A
+    layer's entry is what that takes more than at the smallest choice, over the number of layers: all layers have the
+    same shapes, and what differs between them would be noise that a planner takes for gain. Every model is timed
+    between two runs of the full one.
+
+    Args:
+        model: an elastic model; its widths are restored.
+        workload: phase, batch and lengths.
+        rounds: samples of each choice and each whole model.
+        min_seconds: least duration of a sample.
+        fit: whole configurations for base and slope, the full and the smallest among them.
+        held_out: whole configurations for the residual.
+        seed: of the configurations.
+        progress: called with (done, total) rounds.
+    """
+    if fit < 2 or held_out < 1:
+        raise ValueError(f"profile: fit must be at least 2 and held_out at least 1, got {fit} and {held_out}")
+    config = model.elastic
+    report = (lambda done: None) if progress is None else (lambda done: progress(done, 2 * rounds))
+    raw = _by_choice(model, workload, rounds, min_seconds, report)
+    repaired = {axis: isotonic(values) for axis, values in raw.items()}
+    costs = {axis: tuple(ms - values[0] for ms in values) for axis, values in repaired.items()}
+    to_fit, to_judge = calibration_widths(config, fit, held_out, seed)
+    full_ms, others = measure(
+        model,
+        to_fit[1:] + to_judge,
+        workload,
+        rounds=rounds,
+        min_seconds=min_seconds,
+        on_round=lambda done: report(rounds + done),
+    )
+    layers = config.num_layers
+    draft = LatencyTable(
+        workload=workload,
+        machine=machine_of(model),
+        elastic=config,
+        mlp=(costs["mlp"],) * layers,
+        heads=(costs["heads"],) * layers,
+        raw_mlp=(raw["mlp"],) * layers,
+        raw_heads=(raw["heads"],) * layers,
+        base=0.0,
+        slope=1.0,
+        warnings=tuple(_warnings(config, costs)),
+    )
+    count = len(to_fit)
+    return fit_table(
+        draft,
+        list(zip(to_fit, [full_ms, *others[: count - 1]], strict=True)),
+        list(zip(to_judge, others[count - 1 :], strict=True)),
+    )
+
+
+def measure_adaptive(
+    model: Any,
+    table: LatencyTable,
+    *,
+    hidden: int | None = None,
+    rounds: int = 5,
+    min_seconds: float = 0.02,
+    progress: Progress | None = None,
+) -> LatencyTable:
+    """The table with `LatencyTable.adaptive` measured, by routers that draw mixtures of two networks.
+
+    Args:
+        model: an elastic model; its dial and router are restored.
+        table: of this model on this machine.
+        hidden: width of the routers' hidden layer, as `AdaptiveRouter`; None: the default of training.
+        rounds, min_seconds: of the measurement.
+        progress: called with (done, total) rounds.
+    """
+    config, workload = model.elastic, table.workload
+    table.check(config)
+    router = _mixing_router(config, hidden or default_hidden(config), workload.phase)
+    dials = [Dial.adaptive(config, [t], workload.phase) for t in router.targets[:-1]]
+    plain = replace(table, base=0.0, slope=1.0, adaptive=None)
+    before, own = model.dial, model.adaptive
+    model.attach_router(router)
+    try:
+        sums = []
+        for dial in dials:
+            run = whole_model(model, dial, workload)
+            model.turn(dial)
+            with model.watched() as forwards:
+                run()
+            sums.append(float(plain.of_tokens(forwards[0])))
+        full_ms, times = measure(
+            model,
+            dials,
+            workload,
+            rounds=rounds,
+            min_seconds=min_seconds,
+            on_round=None if progress is None else lambda done: progress(done, rounds),
+        )
+    finally:
+        model.turn(before)
+        model.attach_router(own)
+    try:
+        line = fit_line(sums, [ms / full_ms * table.full_ms for ms in times], [1.0] * len(sums))
+    except ValueError as error:
+        warning = (
+            f"adaptive budgets are planned as static ones, their own time does not follow the table ({error})"
+        )
+        return replace(table, adaptive=None, warnings=(*table.warnings, warning))
+    return replace(table, adaptive=line)
+
+
+def _mixing_router(config: ElasticConfig, hidden: int, phase: str) -> AdaptiveRouter:
+    """A router whose first target is the smallest network, the second the full one, and each other but the last a
+    mixture of two random ones: in every layer, tokens choose between them by their state."""
+    pairs = [(config.smallest(),) * 2, (config.full(),) * 2]
+    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+    pairs += [(random_widths(config, rng), random_widths(config, rng)) for _ in range(_MIXTURES)]
+    menus = config.mlp_choices, config.head_choices
+    targets = [(i + 1) / (len(pairs) + 1) for i in range(len(pairs))]
+    router = AdaptiveRouter(
+        config.num_layers, config.hidden_size, *map(len, menus), (*targets, 1.0), hidden
+    ).requires_grad_(False)
+    router.base.fill_(-_NEVER)
+    for i, pair in enumerate(pairs):
+        for widths in pair:
+            for layer, kept in enumerate(zip(widths.mlp, widths.heads, strict=True)):
+                mlp, heads = (menu.index(n) for menu, n in zip(menus, kept, strict=True))
+                router.base[layer, i, [mlp, len(menus[0]) + heads]] = 0.0
+    router.w2.copy_(torch.randn(router.w2.shape, generator=generator))
+    router.calibration = {phase: ((targets[0], targets[-1]), (0.0, 0.0))}
+    return router
+
+
+def _choices(config: ElasticConfig) -> dict[tuple[str, int], Widths]:
+    """(axis, choice) -> all layers at it, the other axis full."""
+    found = {("mlp", i): config.uniform(i, -1) for i in range(len(config.mlp_choices))}
+    return found | {("heads", i): config.uniform(-1, i) for i in range(len(config.head_choices))}
+
+
+def _by_choice(
+    model: Any, workload: Workload, rounds: int, min_seconds: float, on_round: Callable[[int], object]
+) -> dict[str, tuple[float, ...]]:
+    """axis -> milliseconds of a whole forward at each choice, over the layers."""
+    choices = _choices(model.elastic)
+    _, times = measure(
+        model, list(choices.values()), workload, rounds=rounds, min_seconds=min_seconds, on_round=on_round
+    )
+    found, layers = dict(zip(choices, times, strict=True)), model.elastic.num_layers
+    return {axis: tuple(ms / layers for (a, _), ms in found.items() if a == axis) for axis in AXES}
+
+
+def _warnings(config: ElasticConfig, costs: dict[str, tuple[float, ...]]) -> list[str]:
+    found = []
+    for axis, menu in (("mlp", config.mlp_choices), ("heads", config.head_choices)):
+        for i, (cost, above) in enumerate(zip(costs[axis], costs[axis][1:], strict=False)):
+            if cost >= _SAME_COST * above:
+                found.append(
+                    f"{axis} {menu[i]} costs as much as {menu[i + 1]} ({cost:.3f}, {above:.3f} ms a layer)"
+                )
+    return found
