@@ -21,7 +21,7 @@ from flextron.exporting import export
 from flextron.pipeline import Progress, Workload
 from flextron.recipes import RouteConfig, TrainConfig
 from flextron_lab.demo.parents import Parent, load_parent
-from flextron_lab.demo.report import draw
+from flextron_lab.demo.report import draw, draw_losses
 
 REPORT = "report.json"
 _MARK = ".flextron-demo"  # says that what is in a folder may be replaced
@@ -219,6 +219,7 @@ def _run(parent: str, out: Path, data: str | Path | None, seed: int, progress: P
     }
     write_json(out / REPORT, report)
     draw(report, out / "report.png")
+    draw_losses(report, out / "losses.png")
     return report
 
 

@@ -1,0 +1,64 @@
+"""The second part of docs/cli.md, made from the parser of the command line: python tests/cli_page.py --update
+
+Without --update it compares, and says whether the page is that of the parser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from flextron.cli import _parser
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
+MARK = "<!-- Everything below is made by: python tests/cli_page.py --update -->\n"
+
+
+def commands() -> dict[str, tuple[str, argparse.ArgumentParser]]:
+    """What each command is for, in the order of --help, and its parser."""
+    action = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    summaries = {choice.dest: choice.help for choice in action._choices_actions}
+    return {name: (summaries[name], parser) for name, parser in action.choices.items()}
+
+
+def rows(parser: argparse.ArgumentParser) -> Iterator[str]:
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction) or action.dest == "json":
+            continue  # every command's
+        name = action.option_strings[-1] if action.option_strings else action.dest
+        value = formatter._format_args(action, action.dest.upper()) if action.option_strings else ""
+        meaning = formatter._expand_help(action) if action.help else ""
+        cell = f"{name} {value}".strip().replace("|", "\\|")
+        yield f"| `{cell}` | {meaning.replace('|', chr(92) + '|')} |"
+
+
+def made() -> str:
+    parts = []
+    for name, (summary, parser) in commands().items():
+        example = (parser.epilog or "").removeprefix("example: ")
+        parts += [f"## `flextron {name}`\n", f"{summary[0].upper()}{summary[1:]}.\n"]
+        parts += [f"```bash\n{example}\n```\n", "| argument | meaning |", "| --- | --- |", *rows(parser), ""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def main() -> int:
+    page = PAGE.read_text(encoding="utf-8")
+    by_hand, mark, rest = page.partition(MARK)
+    if not mark:
+        raise SystemExit(f"{PAGE}: it must hold the line {MARK.strip()}, got none")
+    if sys.argv[1:] == ["--update"]:
+        PAGE.write_text(f"{by_hand}{MARK}\n{made()}", encoding="utf-8")
+    elif rest != f"\n{made()}":
+        print(
+            f"{PAGE.name}: it must be what the parser says; run python tests/cli_page.py --update",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
