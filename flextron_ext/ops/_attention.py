@@ -1,4 +1,4 @@
-"""What the two attention ops check before the call: heads, units, dtypes, and lists of integers."""
+"""Checks that the two attention ops make before the call: heads, units, dtypes, and lists of integers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from . import _common as common
 
 
 def check_inputs(op: str, q: Tensor, **keys: Tensor) -> None:
-    """q [..., H, D] and two tensors [..., G, D] of its dtype and device, of one shape, H a multiple of G."""
+    """Raise unless keys and values [..., G, D] fit q [..., H, D] in dtype, device and D, and G divides H."""
     common.check_tensor(op, "q", q, common.FLOATING)
     for name, value in keys.items():
         common.check_tensor(op, name, value, common.FLOATING)
@@ -39,7 +39,7 @@ def check_heads(op: str, heads: int, unit: str, H: int, G: int) -> None:
 
 
 def check_integers(op: str, name: str, value: Tensor | None, *lengths: int) -> None:
-    """A list of int32 or int64, of one of these lengths; None passes. The values stay on their device."""
+    """Raise unless the value is None or an int32 or int64 list of one of these lengths. Its values are not read."""
     if value is None:
         return
     common.check_tensor(op, name, value, common.INTEGERS)

@@ -1,4 +1,4 @@
-"""What the op files share: argument checks before the call, autocast, gradients, and what is refused by name."""
+"""Shared by the op files: checks of arguments before the call, autocast, gradients, and refusals by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype
 
 
 def check_finite(op: str, name: str, value: float | None) -> None:
-    """A setting that the kernels take as a float32; None passes."""
+    """Raise unless a setting, which the kernels take as float32, is a finite number or None."""
     if value is None:
         return
     try:
@@ -52,7 +52,7 @@ def check_range(op: str, name: str, value: int, low: int, high: int) -> None:
 
 
 def check_extent(op: str, name: str, value: Tensor | None, rows: int) -> Tensor | None:
-    """An extent as one dimension: one value, or one per row (any leading dimensions). Its values stay on its device."""
+    """Flatten an extent, which has one value or one per row (in any dimensions). Its values are not read."""
     if value is None:
         return None
     check_tensor(op, name, value, INTEGERS)
@@ -62,13 +62,13 @@ def check_extent(op: str, name: str, value: Tensor | None, rows: int) -> Tensor 
 
 
 def will_cast(x: Tensor) -> bool:
-    """Whether autocast gives the arguments that come with x their dtype."""
+    """Whether autocast will cast the arguments that come with x."""
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def check_same(op: str, x: Tensor, **others: Tensor | None) -> None:
-    """The dtype and the device of x for every other tensor; autocast, which casts later, excuses the dtype."""
+    """Raise unless the others have the dtype and device of x. Under autocast, which casts later, dtypes may differ."""
     dtype, device = x.dtype, x.device
     for name, value in others.items():
         if value is None:
@@ -81,17 +81,17 @@ def check_same(op: str, x: Tensor, **others: Tensor | None) -> None:
 
 
 def as_rows(x: Tensor, rows: int) -> Tensor:
-    """x [..., K] as [rows, K]; itself where it is that, since a view is one more gradient to go through."""
+    """x [..., K] as [rows, K]. A matrix is returned as it is, since a view would be one more node in the backward."""
     return x if x.dim() == 2 else x.reshape(rows, x.shape[-1])
 
 
 def shaped_as(x: Tensor, y: Tensor) -> Tensor:
-    """y [rows, N] as [..., N], where x is [..., K]."""
+    """y [rows, N] as [..., N], with the leading dimensions of x [..., K]."""
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def call(op: Callable[..., object], *args: object) -> object:
-    """op(*args). Where no gradient is recorded the op goes past its own kernels for autograd, which are Python's."""
+    """op(*args). If no gradient is recorded, the call skips the op's autograd kernel, which is written in Python."""
     if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
@@ -99,7 +99,7 @@ def call(op: Callable[..., object], *args: object) -> object:
 
 
 def call_writing(written: Sequence[Tensor], op: Callable[..., object], *args: object) -> object:
-    """call() of an op that writes into tensors, which get a new version also where autograd's kernel is passed by."""
+    """call() for an op that writes into tensors: their versions are bumped even if the autograd kernel is skipped."""
     output = call(op, *args)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(written)
@@ -137,7 +137,7 @@ def register_autocast(op: str, *positions: int) -> None:
 
 
 def named_tensors(op: str, inputs: Sequence[object]) -> Iterator[tuple[str, object]]:
-    """The names and the values of the inputs that the schema has tensors for, each of a list by itself."""
+    """(name, value) for each input that the schema declares as a tensor; the members of a list come one by one."""
     for argument, value in zip(
         getattr(torch.ops.flextron, op).default._schema.arguments, inputs, strict=False
     ):
@@ -149,7 +149,7 @@ def named_tensors(op: str, inputs: Sequence[object]) -> Iterator[tuple[str, obje
 
 
 def refuse_duals(op: str, inputs: Sequence[object]) -> None:
-    """Forward-mode gradients would silently be zeros."""
+    """Raise on dual tensors, whose forward-mode gradients would silently be zeros."""
     for name, value in named_tensors(op, inputs):
         if forward_ad.unpack_dual(value).tangent is not None:
             raise NotImplementedError(
@@ -158,9 +158,10 @@ def refuse_duals(op: str, inputs: Sequence[object]) -> None:
 
 
 def register_autograd_kernel(op: str, recorded: Callable[..., object], is_constant: bool = False) -> None:
-    """What the op is where autograd sees it: recorded(*inputs) where one needs a gradient, itself elsewhere.
+    """Register the op's autograd kernel: recorded(*inputs) if an input needs a gradient, else the op itself.
 
-    Tangents are refused unless the op is constant, so that zero is theirs. What the op writes into gets a new version.
+    Tangents are refused, unless the op is constant and so their gradient is zero. Tensors that the op writes into get a
+    new version.
     """
     overload = getattr(torch.ops.flextron, op).default
     arguments = overload._schema.arguments
@@ -184,15 +185,15 @@ def register_autograd_kernel(op: str, recorded: Callable[..., object], is_consta
 def register_gradient(
     op: str, setup_context: Callable[..., None], backward: Callable[..., object], is_constant: bool = False
 ) -> Callable[..., object]:
-    """Give the op a formula, and return what records it, which takes all inputs.
+    """Give the op a gradient, and return the function that records it, which takes all inputs.
 
-    As torch.library.register_autograd, which takes twice as long beyond the op and which torch.func does not take, and
-    without zeros for the gradients of outputs that have none: those are None.
+    Replaces torch.library.register_autograd, whose overhead is twice as large and which torch.func does not support. An
+    output without a gradient gives None to ``backward``, not zeros.
     """
     overload = getattr(torch.ops.flextron, op).default
 
     def on_next_level(*inputs: object) -> object:
-        """What a Function's forward is without, the levels of torch.func below this one need."""
+        """Turn on the gradient modes that a Function's forward turns off: torch.func's outer levels need them."""
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             return overload(*inputs)
 
@@ -214,11 +215,11 @@ def register_gradient(
     function = type(f"{op}_function", (torch.autograd.Function,), methods)
     direct = super(
         torch.autograd.Function, function
-    ).apply  # Function's own looks at each input, and refuses torch.func
+    ).apply  # Function.apply inspects each input, and refuses torch.func
 
     def apply(*inputs: object) -> object:
         if torch._C._are_functorch_transforms_active():
-            with enable_single_level_autograd_function():  # a kernel sees one of its levels alone
+            with enable_single_level_autograd_function():  # a kernel sees only one of the levels
                 return direct(*inputs)
         return direct(*inputs)
 
@@ -227,7 +228,7 @@ def register_gradient(
 
 
 def refuse_gradient(op: str) -> None:
-    """An op without a gradient says so, instead of handing out a wrong zero."""
+    """Let an op without a gradient raise in the backward, instead of returning a wrong zero."""
 
     def refuse(ctx, *gradients: Tensor) -> None:
         raise NotImplementedError(f"{op}: inputs must not need a gradient through it: it has none")
@@ -236,7 +237,7 @@ def refuse_gradient(op: str) -> None:
 
 
 def refuse_gradient_of_mutating(op: str) -> None:
-    """The same for an op that writes into its arguments, for which torch takes no formula: it never runs."""
+    """The same for an op that writes into its arguments, to which torch gives no backward: it raises when called."""
 
     def refuse(*inputs: object) -> None:
         raise NotImplementedError(f"{op}: inputs must not need a gradient through it: it has none")
@@ -245,7 +246,7 @@ def refuse_gradient_of_mutating(op: str) -> None:
 
 
 def register_fake(op: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
-    """Register what gives the shapes. It computes nothing: where tensors lie on several devices, it refuses them."""
+    """Register the function that gives shapes without computing; tensors on several devices are refused."""
 
     def register(shapes: Callable[..., object]) -> Callable[..., object]:
         def fake(*inputs: object, **named: object) -> object:
@@ -267,7 +268,7 @@ def check_one_device(op: str, inputs: Sequence[object]) -> None:
 
 
 def refuse_other_tensors(op: str) -> None:
-    """Where torch finds no kernel, for a device or for a layout, one sentence says for which argument."""
+    """If torch has no kernel for a device or a layout, raise one sentence that names the argument."""
 
     def refuse(*inputs: object) -> None:
         for name, value in named_tensors(op, inputs):

@@ -32,12 +32,12 @@ def elastic_linear(
         x: [..., in_blocks * kx], float32, float64, bfloat16 or float16; kx >= in_features.
         weight: [out_blocks * nw, in_blocks * kw], kw >= in_features, nw >= out_features. Never copied.
         bias: [out_blocks * nw] or None.
-        in_features: inputs used per block; ``in_t`` where in_extent is None.
-        out_features: outputs made per block; ``out_t`` where out_extent is None.
+        in_features: how many inputs of each block are used; ``in_t`` if in_extent is None.
+        out_features: how many outputs of each block are made; ``out_t`` if out_extent is None.
         in_extent: int32 or int64, [1] or one per token, each in [0, in_features]: ``in_t``.
         out_extent: int32 or int64, [1] or one per token, each in [0, out_features]: ``out_t``. Not with in_extent.
-        in_blocks: blocks the inputs are cut into.
-        out_blocks: blocks the outputs are cut into.
+        in_blocks: how many blocks the inputs are cut into.
+        out_blocks: how many blocks the outputs are cut into.
 
     Returns:
         y: [..., out_blocks * out_features], the dtype of x.
@@ -61,7 +61,7 @@ def elastic_linear(
 
 
 def _check(x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, out_blocks) -> int:
-    """Raise on what can be known before the call; return the number of rows."""
+    """Raise on what can be checked before the call; return the number of rows."""
     common.check_tensor(OP, "x", x, common.FLOATING)
     common.check_tensor(OP, "weight", weight, common.FLOATING)
     common.check_same(OP, x, weight=weight, bias=bias)

@@ -40,13 +40,13 @@ def elastic_mlp(
         w_down: [N, F].
         b_gate: [F] or None.
         b_up: [F] or None.
-        b_down: [N] or None; added once, whatever the width or the gate.
-        width: neurons used: ``d`` where extent is None.
+        b_down: [N] or None; is added once, whatever the width or the gate.
+        width: how many neurons are used; ``d`` if extent is None.
         activation: one of "relu", "relu2", "gelu", "gelu_tanh", "silu".
         extent: int32 or int64, [1] or one per token, each in [0, width]: ``d`` per token. Not with gate.
-        gate: [..., C] or [1, C], any floating dtype: the weight of each choice. All neurons below the largest
-            choice are computed, also where their weights add up to 0.
-        choices: C ascending widths ``d_c``, none above width; needed with gate.
+        gate: [..., C] or [1, C], any floating dtype: weighs each choice. All neurons below the largest choice are
+            computed, even if their weights add up to 0.
+        choices: C ascending widths ``d_c``, none above width; required with gate.
 
     Returns:
         y: [..., N], the dtype of x.
@@ -72,10 +72,10 @@ def elastic_mlp_with_hidden(
     gate: Tensor | None = None,
     choices: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`elastic_mlp`, and what its gradient is made of. Where an input needs one, elastic_mlp is this op.
+    """:func:`elastic_mlp`, which also returns what its gradient needs. Autograd calls this op for elastic_mlp.
 
     Args:
-        x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation, extent, gate, choices: elastic_mlp's.
+        x, w_gate, w_up, w_down, b_gate, b_up, b_down, width, activation, extent, gate, choices: what elastic_mlp takes.
 
     Returns:
         (y, up, gated): y of elastic_mlp; ``x w_up[:d]^T + b_up`` and ``x w_gate[:d]^T + b_gate`` before the

@@ -27,7 +27,7 @@ def head_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend with the active heads only: the others are zeros, and keys of unused groups are never read.
+    """Attend with the active heads only. The others are zeros, and keys of unused groups are never read.
 
     ``out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h // M]) v[j, h // M]`` with ``M = H // G``, over the
     keys of t's sequence with ``k_start <= j``, and if causal ``j <= i + S - T`` for query i of T and S keys.
@@ -37,28 +37,30 @@ def head_attention(
         q: [T, H, D], float32, float64, bfloat16 or float16. Any strides.
         k: [S, G, D], the dtype of q; G divides H. Any strides.
         v: [S, G, D], the dtype of q. Any strides.
-        heads: how many are active: the first `heads` groups with all their query heads (unit "kv_group"),
-            or the first `heads` query heads of every group (unit "query"); with index, its length.
-        unit: "kv_group" or "query".
-        extent: int32 or int64, each in [0, heads], instead of heads: [1] or [B] (extent_per "sequence"),
-            or [T] (extent_per "token").
-        extent_per: "sequence" or "token".
-        index: int32 or int64 [n], the active query heads in any order, each once; then extent must be None.
-        cu_seqlens_q: int32 or int64 [B + 1], where the sequences begin and end in q, from 0. None: one
-            sequence. Queries beyond the last end are inactive.
+        heads: how many heads are active: the first `heads` groups with all their query heads (unit "kv_group"), or the
+            first `heads` query heads of every group (unit "query"). With index, its length.
+        unit: what `heads` and `extent` count, "kv_group" or "query".
+        extent: int32 or int64, each in [0, heads]: the active heads of each sequence or token, instead of `heads`.
+            [1] or [B] with extent_per "sequence", [T] with extent_per "token".
+        extent_per: what has an extent of its own, "sequence" or "token".
+        index: int32 or int64 [n], lists the active query heads in any order, each once. Not with extent.
+        cu_seqlens_q: int32 or int64 [B + 1], where each sequence begins and ends in q; the first is 0. None means one
+            sequence. Queries behind the last end are inactive.
         cu_seqlens_k: the same for k and v.
-        k_start: int32 or int64 [B], the first key seen in each sequence (left padding).
-        causal: queries see the keys up to their own, counted from the end.
-        scale: any finite number; D ** -0.5 where None.
-        return_lse: also return the logarithm of the softmax's denominator.
+        k_start: int32 or int64 [B], the first key that each sequence sees; the keys before it are left padding.
+        causal: whether a query sees only the keys up to its own; queries and keys are aligned at their ends.
+        scale: multiplies the attention scores, any finite number; None means D ** -0.5.
+        return_lse: also returns the logarithm of the softmax's denominator.
 
     Returns:
         out: [T, H, D], the dtype of q; with return_lse also lse: [T, H], float32 (float64 for float64), -inf
         where a head is inactive or sees no key. lse has no gradient.
 
     Raises:
-        TypeError: a dtype is wrong. ValueError: a shape, unit or heads is. RuntimeError: a tensor's value is,
-            on the CPU; on a GPU, where the host reads none, a value out of range is moved into it.
+        TypeError: a dtype is wrong.
+        ValueError: a shape, the unit or the number of heads is wrong.
+        RuntimeError: on the CPU, a value in a tensor is out of range. On a GPU, where the host reads none, such a value
+            is moved into its range.
     """
     _check(q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start)
     common.check_finite(OP, "scale", scale)
@@ -68,7 +70,7 @@ def head_attention(
 
 
 def _check(q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start) -> None:
-    """Raise on what can be known without reading a device value."""
+    """Raise on what can be checked without reading a value on a device."""
     attention.check_dims(OP, "q", q, 3)
     attention.check_dims(OP, "k", k, 3)
     attention.check_inputs(OP, q, k=k, v=v)

@@ -23,7 +23,7 @@ def head_attention_decode(
     k_start: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attend with a few new tokens per sequence to a cache that holds their keys too, active heads only.
+    """Attend with a few new tokens per sequence to a cache that already holds their keys; active heads only.
 
     ``out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[b, j, h // M]) v[b, j, h // M]``, with
     ``M = H // G``, over ``k_start[b] <= j <= i + seqlens[b] - T``. A query that sees no key, and an inactive
@@ -33,23 +33,25 @@ def head_attention_decode(
         q: [B, T, H, D], float32, float64, bfloat16 or float16. Any strides.
         k_cache: contiguous [B, S_max, G, D], or pages [P, page, G, D] with block_table. The dtype of q, any
             strides.
-        v_cache: the same shape.
-        seqlens: int32 or int64 [B], valid keys of each sequence, its T new ones included.
-        heads: how many are active: the first `heads` groups with all their query heads (unit "kv_group"),
-            or the first `heads` query heads of every group (unit "query").
-        unit: "kv_group" or "query".
-        extent: int32 or int64, [1] or [B], each in [0, heads], instead of heads.
+        v_cache: the values, in the same layout.
+        seqlens: int32 or int64 [B], how many keys of each sequence are valid, its T new ones included.
+        heads: how many heads are active: the first `heads` groups with all their query heads (unit "kv_group"), or the
+            first `heads` query heads of every group (unit "query").
+        unit: what `heads` and `extent` count, "kv_group" or "query".
+        extent: int32 or int64, [1] or [B], each in [0, heads]: the active heads of each sequence, instead of `heads`.
         block_table: int32 or int64 [B, max_pages]: key j of sequence b is in row ``j % page`` of page
-            ``block_table[b, j // page]``. Entries beyond seqlens are not looked at. Pages may be shared.
-        k_start: int32 or int64 [B], the first key seen in each sequence (left padding).
-        scale: any finite number; D ** -0.5 where None.
+            ``block_table[b, j // page]``. Entries beyond seqlens are not read. Sequences may share pages.
+        k_start: int32 or int64 [B], the first key that each sequence sees; the keys before it are left padding.
+        scale: multiplies the attention scores, any finite number; None means D ** -0.5.
 
     Returns:
         out: [B, T, H, D], the dtype of q.
 
     Raises:
-        TypeError: a dtype is wrong. ValueError: a shape, unit or heads is. RuntimeError: a tensor's value is,
-            on the CPU; on a GPU, where the host reads none, a value out of range is moved into it.
+        TypeError: a dtype is wrong.
+        ValueError: a shape, the unit or the number of heads is wrong.
+        RuntimeError: on the CPU, a value in a tensor is out of range. On a GPU, where the host reads none, such a value
+            is moved into its range.
     """
     _check(q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start)
     common.check_finite(OP, "scale", scale)
@@ -58,7 +60,7 @@ def head_attention_decode(
 
 
 def _check(q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start) -> None:
-    """Raise on what can be known without reading a device value."""
+    """Raise on what can be checked without reading a value on a device."""
     attention.check_dims(OP, "q", q, 4)
     attention.check_dims(OP, "k_cache", k_cache, 4)
     attention.check_inputs(OP, q, k_cache=k_cache, v_cache=v_cache)

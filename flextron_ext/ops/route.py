@@ -25,8 +25,8 @@ def route(logits: Tensor, seed: int | None = None) -> Routing:
 
     Args:
         logits: [T, C], float32, float64, bfloat16 or float16.
-        seed: draws standard Gumbel noise from a counter-based generator, the same bits on every device;
-            None: no noise.
+        seed: seeds standard Gumbel noise from a counter-based generator, which gives the same bits on every device.
+            None means no noise.
 
     Returns:
         choice: [T], int64. Not differentiable, like the rest.

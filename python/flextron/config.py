@@ -1,4 +1,4 @@
-"""What an elastic model is made of: its menus of widths, and one choice from them. No torch here."""
+"""The description of an elastic model: its menus of widths, and one choice from them. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ UNITS = ("kv_group", "query")
 
 
 def plain(value: Any) -> Any:
-    """A scalar or row of NumPy or torch as Python's own number or list; anything else as it is."""
+    """A NumPy or torch scalar or array as a Python number or list; anything else unchanged."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def number(name: str, value: Any) -> float:
-    """A number as Python's own, whoever's scalar it is; ValueError for anything else, truth values and NaN too."""
+    """A Python, NumPy or torch number as a Python number; ValueError for anything else, bools and NaN included."""
     own = plain(value)
     if isinstance(own, bool) or not isinstance(own, Real) or own != own:
         raise ValueError(f"{name} must be a number, got {value!r}")
@@ -23,7 +23,7 @@ def number(name: str, value: Any) -> float:
 
 
 def count(name: str, value: Any) -> int:
-    """The same of a whole number."""
+    """The same for a whole number."""
     if type(value) is int:
         return value
     own = plain(value)
@@ -33,7 +33,7 @@ def count(name: str, value: Any) -> int:
 
 
 def check_numbers(config: Any) -> None:
-    """Let a frozen dataclass hold Python's own numbers in its fields of type int and float; ValueError for others."""
+    """Convert the int and float fields of a frozen dataclass to Python numbers; ValueError if one is not a number."""
     for field in fields(config):
         kind, _, optional = field.type.partition(" | ")
         value = getattr(config, field.name)
@@ -48,7 +48,7 @@ class Widths:
 
     Attributes:
         mlp: neurons kept in each layer's MLP.
-        heads: kept in each layer's attention: key/value groups (unit ``kv_group``), or query heads of
+        heads: what each layer's attention keeps, counted in key/value groups (unit ``kv_group``) or in query heads of
             every group (unit ``query``).
     """
 
@@ -69,8 +69,8 @@ class Widths:
 class ElasticConfig:
     """The shape of the parent and the menus of widths its layers choose from.
 
-    Every layer has the same menu; choices are ascending and end at the parent's own size. ``family`` is
-    the ``model_type`` of the parent's configuration.
+    All layers have the same menus. A menu ascends, and ends at the parent's own size. ``family`` is the
+    ``model_type`` of the parent's configuration.
     """
 
     family: str
@@ -117,15 +117,15 @@ class ElasticConfig:
 
     @property
     def max_heads(self) -> int:
-        """The full choice of the head axis, in its unit."""
+        """The number of heads at full width, counted in the unit."""
         return self.num_kv_heads if self.unit == "kv_group" else self.heads_per_group
 
     def query_heads(self, heads: int) -> int:
-        """Query heads that a choice of the head axis keeps."""
+        """How many query heads a width of the head axis keeps."""
         return heads * (self.heads_per_group if self.unit == "kv_group" else self.num_kv_heads)
 
     def kv_heads(self, heads: int, kv: str = "selected") -> int:
-        """Key/value heads projected and cached at a choice of the head axis."""
+        """How many key/value heads are projected and cached at a width of the head axis."""
         return heads if self.unit == "kv_group" and kv == "selected" else self.num_kv_heads
 
     def full(self) -> Widths:
@@ -135,12 +135,12 @@ class ElasticConfig:
         return self.uniform(0, 0)
 
     def uniform(self, index_mlp: int, index_heads: int) -> Widths:
-        """The same choice in every layer, by its index in each menu."""
+        """The widths at these indices of the menus, in every layer."""
         layers = self.num_layers
         return Widths((self.mlp_choices[index_mlp],) * layers, (self.head_choices[index_heads],) * layers)
 
     def check(self, widths: Widths) -> None:
-        """Raise ValueError unless ``widths`` has one entry of the menus for every layer."""
+        """Raise ValueError unless ``widths`` holds an entry of the menu for every layer and axis."""
         if not isinstance(widths, Widths):
             raise ValueError(f"widths: it must be a Widths, got {widths!r}")
         for axis, menu in (("mlp", self.mlp_choices), ("heads", self.head_choices)):
@@ -154,9 +154,9 @@ class ElasticConfig:
                     raise ValueError(f"widths: {axis}[{layer}] must be one of {list(menu)}, got {width}")
 
     def params(self, widths: Widths, kv: str = "selected") -> int:
-        """Parameters of the plain model that ``widths`` describes: what ``sum(p.numel())`` of it returns.
+        """The number of parameters of the plain model that ``widths`` describes: its ``sum(p.numel())``.
 
-        With ``kv="all"`` the key/value projections of unused groups are counted too, as they are read.
+        With ``kv="all"`` the key/value projections of unused groups are read too, and so they count.
         """
         K, D = self.hidden_size, self.head_dim
         total = self.vocab_size * K * (1 if self.tied else 2) + K
@@ -176,12 +176,12 @@ class ElasticConfig:
         bytes_per_value: int = 4,
         kv: str = "selected",
     ) -> int:
-        """Bytes of weights and key/value cache at ``batch`` sequences of ``context`` tokens."""
+        """Bytes that the weights and the KV cache of ``batch`` sequences of ``context`` tokens take."""
         cached = sum(2 * self.kv_heads(n, kv) * self.head_dim for n in widths.heads) * batch * context
         return (self.params(widths, kv) + cached) * bytes_per_value
 
     def differs(self, other: ElasticConfig) -> list[str]:
-        """Every field that ``other`` has otherwise, as "name mine instead of theirs"."""
+        """Every field in which ``other`` differs, as "name mine instead of theirs"."""
         mine, theirs = self.to_dict(), other.to_dict()
         return [f"{k} {mine[k]} instead of {theirs[k]}" for k in mine if mine[k] != theirs[k]]
 

@@ -29,11 +29,11 @@ TEXT_SUFFIXES = (*_WHOLE, ".jsonl", ".json", ".csv", ".parquet")
 _HUB = "hf:"
 _LONGEST_FIELD = (
     2**31 - 1
-)  # characters of a field of a .csv file; the library's own limit is for typing errors
+)  # characters in a field of a .csv file; the csv module's own limit, 131072, is too low for documents
 
 
 def _unzst(path: Path) -> io.BytesIO:
-    """The content of a file of zstandard frames; the library's own reader takes a truncated one for a whole one."""
+    """The content of a .zst file, whole; the library's own reader does not notice that a file is truncated."""
     zstandard, content, parts = _library("zstandard", path), path.read_bytes(), []
     while content or not parts:
         frame = zstandard.ZstdDecompressor().decompressobj()
@@ -55,7 +55,7 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
 }
 _DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
-# Folders of the standard library with test data or other people's packages instead of documentation.
+# Folders below the standard library that hold test data or other packages, not documentation.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
 _PROSE_SHARE = 0.85  # letters and spaces in a paragraph; code, tables and grammar rules fall below it
 _SHORTEST_PARAGRAPH = 40  # characters; shorter ones are headings and signatures
@@ -64,11 +64,12 @@ _SHORTEST_DOCUMENT = 200  # characters
 
 @dataclass(frozen=True)
 class Text:
-    """Where documents are, for what has columns: ``Text("reviews.parquet", field="body")``.
+    """Documents and the column that holds them: ``Text("reviews.parquet", field="body")``.
 
     Attributes:
-        path: as for `read_documents`.
-        field: the column, or key of JSON objects, that holds the text; None: ``"text"``, else the only one of strings.
+        path: the file, folder or dataset, as `read_documents` takes it.
+        field: the column, or the key of JSON objects, that holds the text. None takes ``"text"``, or else the only
+            column of strings.
     """
 
     path: str | Path
@@ -76,19 +77,20 @@ class Text:
 
 
 def read_documents(source: str | Path | Text) -> list[str]:
-    """Read the documents of a file, of every known file below a folder in the order of their paths, or of a dataset.
+    """Read the documents in a file, in a folder (every known file, in the order of the paths), or in a dataset.
 
-    A ``.txt`` or ``.md`` file is one document. ``.jsonl`` has one in each line, ``.json`` in each object (or string)
-    of its list, ``.csv`` and ``.parquet`` in each row: in the field that `Text` names. Any file may be compressed
-    (``.xz``, ``.gz``, ``.zst``). ``"-"`` is standard input: lines of JSON objects where the first one is, else one
-    document. ``"hf:owner/name[split]"``, with a configuration ``"hf:owner/name:config[split]"``, is a dataset of the
-    ``datasets`` library, by default its split ``train``. Blank documents are dropped, as are missing values.
+    A ``.txt`` or ``.md`` file is one document. A ``.jsonl`` file has one in each line, a ``.json`` file one in each
+    object (or string) of its list, ``.csv`` and ``.parquet`` files one in each row, in the field that `Text` names. Any
+    file may be compressed (``.xz``, ``.gz``, ``.zst``). ``"-"`` reads standard input: as lines of JSON if the first
+    line is a JSON object, else as one document. ``"hf:owner/name[split]"`` or ``"hf:owner/name:config[split]"`` loads a
+    dataset with the ``datasets`` library; the split is ``train`` by default. Blank documents and missing values are
+    dropped.
 
     Raises:
         FileNotFoundError: nothing is at the path.
-        ModuleNotFoundError: a library of the extra ``data`` is needed, and is not there.
-        ValueError: unknown kind of file, damaged, not UTF-8, a line without text, no field of that name, none or
-            several that might be meant, or no document at all.
+        ModuleNotFoundError: a library of the extra ``data`` is needed and not installed.
+        ValueError: the kind of a file is unknown, a file is damaged or not UTF-8, a line has no text, the field is
+            missing or ambiguous, or there is no document at all.
     """
     path, field = (source.path, source.field) if isinstance(source, Text) else (source, None)
     if str(path) == "-":
@@ -104,11 +106,11 @@ def read_documents(source: str | Path | Text) -> list[str]:
 
 
 def stdlib_documents() -> list[str]:
-    """The English documentation that every CPython installation has, one document per topic and module.
+    """The English documentation that comes with CPython, one document for each topic and module.
 
     Language topics (``pydoc_data/topics.py``) come first, then the docstrings of each module of the standard
-    library. Files are parsed, never imported. Only paragraphs of prose are kept, each once; the order
-    is that of the file names, so one Python version always gives the same corpus.
+    library. Files are parsed, never imported. Only paragraphs of prose are kept, each once. Files are read in the
+    order of their names, so one version of Python always gives the same corpus.
 
     Raises:
         ValueError: this Python was installed without the sources of its library.
@@ -117,10 +119,10 @@ def stdlib_documents() -> list[str]:
 
 
 def split_documents(documents: Sequence[str], held_out: float = 0.05) -> tuple[list[str], list[str]]:
-    """Part documents into (train, validation) by the hash of their text: equal texts never part.
+    """Split documents into (train, validation) by a hash of their text, so that equal texts stay together.
 
-    A document keeps its side when others are added. Where the share rounds to an empty side, the document
-    nearest to the border changes sides; a single document is cut instead, at a paragraph near its end.
+    A document keeps its side when others are added. If one side would be empty, the document nearest to the border
+    changes sides. A single document is cut at a paragraph near its end.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"split_documents: held_out must lie between 0 and 1, got {held_out}")
@@ -137,10 +139,10 @@ def split_documents(documents: Sequence[str], held_out: float = 0.05) -> tuple[l
 
 
 def encode(documents: Iterable[str], tokenizer: Any, max_tokens: int | None = None) -> Tensor:
-    """Tokenise documents into one stream, [tokens] int64, with EOS after each where the tokenizer has one.
+    """Tokenise documents into one stream, [tokens] int64, with EOS after each document if the tokenizer has one.
 
-    BOS comes before each document where the tokenizer itself would put it. At most ``max_tokens`` are kept,
-    and no more documents are read than they take.
+    BOS precedes each document if the tokenizer itself would put it there. At most ``max_tokens`` tokens are kept, and
+    reading stops when they are full.
     """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"encode: max_tokens must be at least 1, got {max_tokens}")
@@ -156,7 +158,7 @@ def encode(documents: Iterable[str], tokenizer: Any, max_tokens: int | None = No
 
 
 def windows(tokens: Tensor, n: int, length: int) -> Tensor:
-    """Take ``n`` windows evenly spread over the stream, none overlapping: [n, length] int64."""
+    """Take ``n`` windows, spread evenly over the stream, that do not overlap: [n, length] int64."""
     if n < 1:
         raise ValueError(f"windows: n must be at least 1, got {n}")
     _check_stream("windows", tokens, length)
@@ -171,15 +173,15 @@ def windows(tokens: Tensor, n: int, length: int) -> Tensor:
 class Batches:
     """Endless shuffled windows of a token stream: [batch_size, length] int64, every window once an epoch.
 
-    The stream is cut into consecutive windows (a tail shorter than one is left out). The order of an epoch
-    depends on the seed and the epoch's number alone, and a batch may span two epochs, so one integer says
-    exactly where the run is.
+    The stream is cut into consecutive windows; a tail shorter than a window is left out. The order of an epoch
+    depends only on the seed and the number of the epoch. A batch may span two epochs. So one integer says exactly
+    where a run stands.
 
     Args:
         tokens: [tokens] int64.
         batch_size: windows in a batch.
         length: tokens in a window.
-        seed: of the order.
+        seed: decides the order of every epoch.
     """
 
     def __init__(self, tokens: Tensor, batch_size: int, length: int, seed: int = 0) -> None:
@@ -219,7 +221,7 @@ class Batches:
 
 
 def seeded(purpose: str) -> torch.Generator:
-    """A CPU generator for one purpose: its seed is a hash of the text: no two purposes share one."""
+    """A CPU generator whose seed is a hash of ``purpose``, so that no two purposes share random numbers."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:7], "big"))
 
 
@@ -228,7 +230,7 @@ def _kinds() -> str:
 
 
 def _kind(path: Path) -> tuple[str, str] | None:
-    """(kind of text, compression) by the name; a compressed file that does not say its kind is text."""
+    """(kind of text, compression) by the name of the file; a compressed file without another suffix is plain text."""
     packed = path.suffix.lower() if path.suffix.lower() in _OPENERS else ""
     suffix = Path(path.stem).suffix.lower() if packed else path.suffix.lower()
     if suffix in TEXT_SUFFIXES:
@@ -237,7 +239,7 @@ def _kind(path: Path) -> tuple[str, str] | None:
 
 
 def _below(path: Path, field: str | None) -> list[str | None]:
-    """The documents of a file or folder."""
+    """The documents in a file or folder."""
     if not path.exists():
         raise FileNotFoundError(f"read_documents: path must exist, got {path}")
     files = sorted(f for f in path.rglob("*") if _kind(f) and f.is_file()) if path.is_dir() else [path]
@@ -287,7 +289,7 @@ def _json_lines(path: str | Path, text: str, field: str | None) -> list[str | No
 
 def _json(path: Path, text: str, field: str | None) -> list[str | None]:
     records = _parsed(text)
-    if records is None:  # many call lines of JSON so
+    if records is None:  # lines of JSON are often named .json
         return _json_lines(path, text, field)
     records = records if isinstance(records, list) else [records]
     return _texts(((f"entry {i} of {path}", r, json.dumps(r)) for i, r in enumerate(records, start=1)), field)
@@ -301,7 +303,7 @@ def _parsed(text: str) -> Any:
 
 
 def _texts(records: Iterable[tuple[str, Any, str]], field: str | None) -> list[str | None]:
-    """The texts of (place, JSON value, as it stands there), which are objects, or strings themselves."""
+    """The texts in records (place, JSON value, source text); a value is an object that holds the text, or a string."""
     records = list(records)
     objects = [record for _, record, _ in records if isinstance(record, dict)]
     if field is None and objects and not any("text" in record for record in objects):
@@ -324,7 +326,7 @@ def _texts(records: Iterable[tuple[str, Any, str]], field: str | None) -> list[s
 def _check_encodable(place: str, text: str) -> None:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON may hold half of a pair, which no tokenizer takes
+    except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair, which no tokenizer takes
         raise ValueError(
             f"read_documents: {place} must hold Unicode text, got half of a surrogate pair at {error.start}"
         ) from None
@@ -345,7 +347,7 @@ def _csv(path: Path, text: str, field: str | None) -> list[str | None]:
 
 
 def _is_number(value: str | None) -> bool:
-    """Whether a cell of a .csv file, which has no types, is a number or empty."""
+    """Whether a cell of a .csv file is a number or empty; such files have no types."""
     try:
         return not value or float(value) is not None
     except ValueError:
@@ -378,7 +380,7 @@ def _dataset(source: str, field: str | None) -> list[str | None]:
         rows = datasets.load_dataset(name, config, split=split or "train")
     except (
         Exception
-    ) as error:  # of the network, the hub, file systems, builders: the library has no base class
+    ) as error:  # network, hub, file system, builder: the library's errors have no common base class
         reason = next(
             (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
         )
@@ -393,7 +395,7 @@ def _dataset(source: str, field: str | None) -> list[str | None]:
     return list(rows[_field(source, kinds, strings, field)])
 
 
-@cache  # a stage may read its text more than once; the pipe, once
+@cache  # a stage may read its text more than once, but a pipe can be read only once
 def _piped() -> bytes:
     return sys.stdin.buffer.read()
 
@@ -407,7 +409,7 @@ def _standard_input(field: str | None) -> list[str | None]:
 
 
 def _field(place: str | Path, names: Iterable[str], strings: Sequence[str], field: str | None) -> str:
-    """The field that holds the text: the one asked for, ``"text"``, or the only one of strings."""
+    """The field that holds the text: the requested one, ``"text"``, or the only field of strings."""
     if field is None and "text" in strings:
         return "text"
     if field is None and len(strings) == 1:
@@ -430,7 +432,7 @@ def _library(name: str, source: str | Path) -> Any:
         ) from None
 
 
-@cache  # parsing takes some five seconds, and a run asks more than once
+@cache  # parsing takes about five seconds, and a run needs it more than once
 def _stdlib(root: Path) -> tuple[str, ...]:
     seen: set[str] = set()
     documents = [*_topics(root / "pydoc_data" / "topics.py"), *_modules(root)]
@@ -462,7 +464,7 @@ def _modules(root: Path) -> Iterator[str]:
 def _module(path: Path) -> Iterator[str]:
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # templates and samples of bad code are no documentation
+    except (SyntaxError, ValueError):  # templates, and samples of bad code
         return
     yield "\n\n".join(_docstrings(tree))
 
@@ -476,7 +478,7 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 
 
 def _prose(text: str, seen: set[str]) -> str:
-    """The paragraphs of prose in ``text`` that are not in ``seen`` yet; adds them to it."""
+    """The paragraphs of prose in ``text`` that are not in ``seen`` yet; they are added to it."""
     kept = []
     for paragraph in re.split(r"\n\s*\n", text):
         paragraph = paragraph.strip()
@@ -490,13 +492,13 @@ def _prose(text: str, seen: set[str]) -> str:
 
 
 def _rank(document: str) -> float:
-    """A place in [0, 1) that depends on the text alone."""
+    """A number in [0, 1) that depends only on the text."""
     return int.from_bytes(hashlib.sha256(document.encode()).digest()[:6], "big") / 2**48
 
 
 def _cut(document: str, held_out: float) -> tuple[list[str], list[str]]:
     place = round(len(document) * (1 - held_out))
-    # The next paragraph, else line, else word, if it leaves something to hold out.
+    # Cut at the next paragraph, else line, else word, if that leaves something to hold out.
     for mark in ("\n\n", "\n", " "):
         found = document.find(mark, place)
         if 0 < found < len(document.rstrip()):

@@ -1,4 +1,4 @@
-"""What a person sees while something runs: progress bars with the time left, tables, one sentence on an error."""
+"""What is shown while a command runs: progress bars with the time left, and tables."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from rich.table import Table
 
 console = Console(stderr=True)  # standard output is for results
 
-_PLAIN_SECONDS = 10.0  # without a terminal there is no bar, but a line at most this often
+_PLAIN_SECONDS = 10.0  # without a terminal a line is printed instead of a bar, at most this often
 
 
 class Reporter:
-    """Called with (what, done, total); shows one bar per ``what``."""
+    """Shows one progress bar for each ``what`` that it is called with."""
 
     def __init__(self, bars: Progress | None) -> None:
         self._bars = bars
@@ -45,7 +45,7 @@ class Reporter:
 
 @contextmanager
 def reporter() -> Iterator[Reporter]:
-    """Bars on a terminal; elsewhere now and then a line."""
+    """A Reporter that shows bars on a terminal, and elsewhere prints a line now and then."""
     if not console.is_terminal:
         yield Reporter(None)
         return
@@ -62,7 +62,7 @@ def reporter() -> Iterator[Reporter]:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output; its first column to the left, figures to the right."""
+    """Print a table on standard output, the first column left-aligned, the others right-aligned."""
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
@@ -73,7 +73,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def print_budgets(title: str, budgets: Sequence[Mapping[str, Any]]) -> None:
-    """What `pipeline.budgets` found, one row for each budget."""
+    """Print the results of `pipeline.budgets`, one row for each budget."""
     header = ("budget", "target", "loss", "predicted ms", "measured ms", "of full", "parameters")
     rows = [
         [

@@ -1,4 +1,4 @@
-"""Turn a stock checkpoint into an elastic one: score, sort, store, prove that what was stored is the parent."""
+"""Turn a stock checkpoint into an elastic one: score, sort, store, and prove that the stored model is the parent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from flextron.nn.storage import Dtype, counted, name_of, round_in_place, storage
 
 ORDERS = ("importance", "none", "random")
 _HELD_OUT = 4  # sequences kept from scoring, for the proof
-_HELD_OUT_TOKENS = 128  # of each: logits of a large vocabulary are big
+_HELD_OUT_TOKENS = 128  # tokens of each, because logits of a large vocabulary are big
 _SUB_NETWORKS = 2  # drawn for the proof
 
 
@@ -52,23 +52,24 @@ def convert(
 ) -> dict[str, Any]:
     """Make an elastic checkpoint of a stock one.
 
-    What is certified is what lies on the disk: before the new files begin to count, stock transformers reads them back
-    as it does by default, and so does our own loader. Arithmetic is float32 (float64 for a parent that is).
+    The certificate is about the files on disk: before they replace anything, stock transformers reads them back with
+    its defaults, and so does our own loader. Arithmetic is float32, or float64 for a float64 parent.
 
     Args:
         parent: a loaded transformers causal LM (left as it is), a directory, or the id of a model on the hub.
-        out_dir: the elastic checkpoint; still loads in stock transformers as the full parent.
+        out_dir: the elastic checkpoint to write; stock transformers loads it as the full parent.
         calibration: [n, L] int64 token ids, at least two sequences; a few are held out for the proof.
-        tokenizer: stored with the model; read from the directory when ``parent`` is one.
-        unit: ``"kv_group"`` or ``"query"``: what the head axis counts.
-        aggregate: of importance over tokens: ``"l2"``, ``"mean_abs"`` or ``"variance"``.
-        mlp_choices, head_choices: menus of widths; by default quarters.
-        order: ``"importance"``; ``"none"`` and ``"random"`` are for comparison.
-        seed: of the random order, and of the sub-networks that are proven.
+        tokenizer: is stored with the model; None reads it from the directory when ``parent`` is one.
+        unit: what the head axis counts, ``"kv_group"`` or ``"query"``.
+        aggregate: how the scores of all tokens are combined, ``"l2"``, ``"mean_abs"`` or ``"variance"``.
+        mlp_choices, head_choices: the menus of widths; quarters by default.
+        order: how neurons and heads are sorted; ``"importance"``, or ``"none"`` and ``"random"`` for comparison.
+        seed: decides the random order and which sub-networks are proven.
         batch_size: sequences in a scoring pass.
         progress: called after each scoring pass with sequences done and in all.
-        dtype: to store in: ``"auto"``, each tensor's own in the parent; ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        strip_prefix: taken off the beginning of every tensor's name in the directory: ``"_orig_mod."``, ``"module."``.
+        dtype: what weights are stored in: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``, which keeps each
+            tensor's own dtype.
+        strip_prefix: a prefix to remove from every tensor's name, ``"_orig_mod."`` or ``"module."``.
         force: replace the model that is in ``out_dir``, which must be new or empty otherwise.
 
     Returns:
@@ -96,7 +97,7 @@ def convert(
     else:
         hf_config = parent.config
     config = elastic_config(hf_config, unit, mlp_choices, head_choices)
-    # refuses, before any work, what cannot be elastic
+    # what cannot be made elastic is refused before any work
     with foreign("convert: parent", "a model that can be built", passed=(ValueError, NotImplementedError)):
         make_elastic(skeleton(copy.deepcopy(hf_config)), config)
     check_tokens("convert", calibration, config.vocab_size, sequences=2)
@@ -126,7 +127,7 @@ def convert(
     report = {"importance": found, "dtypes": counted(model.stored)}
 
     def prove(stage: Path, stock: Any) -> dict[str, Any]:
-        model.to("meta")  # it is on the disk by now: room for what is read back
+        model.to("meta")  # it is on disk by now; this makes room for what is read back
         report["parity"] = _prove(stage, stock, config, proof, before, expected, seed)
         return report
 
@@ -139,7 +140,7 @@ def convert(
 
 
 def _home(parent: Any) -> Path | None:
-    """The directory that a loaded model was read from, where it is one."""
+    """The directory that a loaded model was read from, if it was read from one."""
     name = getattr(parent, "name_or_path", "")
     return Path(name) if name and Path(name).is_dir() else None
 
@@ -177,8 +178,8 @@ def _prove(
     Args:
         stock: what stock transformers read from the stage, by default.
         proof: [n, L] token ids.
-        parent, expected: [n, L, V] logits of the parent; of what the stage must hold, which is the parent unless a
-            narrower dtype was asked for.
+        parent, expected: [n, L, V], the logits of the parent, and those that the stage must give. They differ only if
+            a narrower dtype was requested.
     """
     dtype = stock.dtype
     read = logits_of(stock.to(parent.dtype), proof)

@@ -1,4 +1,4 @@
-"""How much each neuron and each head of a model does, measured by forward passes; `reorder` sorts by it."""
+"""How important each neuron and each head of a model is, measured in forward passes; `reorder` sorts by it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Progress = Callable[[int, int], None]  # (sequences done, sequences in all)
 
 @dataclass(frozen=True)
 class Importance:
-    """Scores of one model, per layer; larger does more.
+    """The scores of a model, layer by layer; a larger score is more important.
 
     Attributes:
         neurons: [F] float32 for each layer.
         heads: [H] float32 for each layer, query heads in the parent's order.
-        aggregate: how tokens were put together.
-        tokens: how many there were.
+        aggregate: how the scores of all tokens were combined.
+        tokens: how many tokens were scored.
     """
 
     neurons: tuple[Tensor, ...]
@@ -30,7 +30,7 @@ class Importance:
     tokens: int
 
     def groups(self, num_kv_heads: int) -> tuple[Tensor, ...]:
-        """[G] for each layer: a key/value group counts what its query heads do together."""
+        """[G] for each layer: the score of a key/value group is the sum over its query heads."""
         return tuple(heads.view(num_kv_heads, -1).sum(1) for heads in self.heads)
 
 
@@ -74,13 +74,13 @@ def score(
 ) -> Importance:
     """Measure neurons and heads of a stock Llama-family model.
 
-    Neuron i counts ``|act(gate_i x) * (up_i x)|``, what the down projection sees of it; head i counts
-    ``||head_i(x)||_2`` before the output projection; both over all tokens, in float32.
+    The score of neuron i is ``|act(gate_i x) * (up_i x)|``, which is what the down projection sees of it. The score of
+    head i is ``||head_i(x)||_2`` before the output projection. Both are combined over all tokens, in float32.
 
     Args:
         model: transformers causal LM, not elastic yet.
         calibration: [n, L] int64 token ids, no padding.
-        aggregate: ``"l2"``, ``"mean_abs"`` or ``"variance"``.
+        aggregate: how the scores of all tokens are combined, ``"l2"``, ``"mean_abs"`` or ``"variance"``.
         batch_size: sequences in a forward pass.
         progress: called after each pass.
 
@@ -130,7 +130,7 @@ def score(
 
 
 def check_tokens(who: str, calibration: Tensor, vocab_size: int, sequences: int = 1) -> None:
-    """Refuse anything but at least ``sequences`` sequences of token ids."""
+    """Raise ValueError unless ``calibration`` holds at least ``sequences`` sequences of token ids."""
     if not isinstance(calibration, Tensor) or calibration.dim() != 2 or calibration.dtype != torch.int64:
         shape = (
             f"{list(calibration.shape)} {calibration.dtype}"

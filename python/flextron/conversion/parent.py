@@ -1,4 +1,4 @@
-"""The parent of a conversion: every tensor there, none drawn at random, and in which dtype each was stored."""
+"""Reads the parent of a conversion: no tensor may be missing or drawn at random, and each one's dtype is kept."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 
 
 def read_parent(source: str | Path, strip_prefix: str | None = None) -> Any:
-    """The stock model in a directory, in eval mode.
+    """Load the stock model in a directory, in eval mode.
 
-    Its weights are float32 (float64 where one of them is stored so): what is stored in fewer bits is there exactly.
-    ``stored`` has the dtype of each parameter in the files, by name; the configuration says tied where the weights are.
+    Its weights are float32, or float64 if any of them is stored so, which holds every narrower value exactly. Its
+    attribute ``stored`` maps names to the dtypes in the files. Its configuration says that embeddings are tied if the
+    weights are.
 
     Args:
-        source: directory, as `source_of` gives it; safetensors only.
-        strip_prefix: taken off the beginning of every tensor's name.
+        source: the directory that `source_of` gives; its weights must be safetensors.
+        strip_prefix: a prefix to remove from every tensor's name.
 
     Raises:
         CheckpointError: there are no weights.
-        ValueError: a tensor is missing, of another shape, no floating-point number, or unknown to the model.
+        ValueError: a tensor is missing, has another shape, is not floating-point, or is unknown to the model.
     """
     found = _dtypes_in(source)
     if strip_prefix is not None:
@@ -45,7 +46,7 @@ def read_parent(source: str | Path, strip_prefix: str | None = None) -> Any:
     floating = [_DTYPES[dtype] for dtype in found.values() if dtype in _DTYPES]
     widest = common([torch.float32, *floating])
     model = load_stock("convert", "parent", source, widest, strip_prefix)
-    # A name that is not the model's own (of a tied tensor, say) leaves the widest dtype of the files: nothing is lost.
+    # A parameter whose name is not in the files (a tied one, say) gets their widest dtype, so that nothing is lost.
     names = [name for name, _ in model.named_parameters()]
     said = {name: found.get(name, found.get(name.removeprefix("model."))) for name in names}
     if strange := [f"{dtype} in {name}" for name, dtype in said.items() if dtype and dtype not in _DTYPES]:
@@ -58,12 +59,12 @@ def read_parent(source: str | Path, strip_prefix: str | None = None) -> Any:
 
 
 def copy_parent(parent: Any, proof: Tensor) -> Any:
-    """A copy of a loaded model as `read_parent` would give it: of its parameters and configuration, nothing else.
+    """Copy a loaded model's parameters and configuration, and nothing else, into what `read_parent` would give.
 
     Raises:
         ValueError: the parent has other parameters than its configuration says.
-        ParityError: on the tokens ``proof`` [n, L] it computes something else with them: a hook, a forward, a module or
-            a buffer of its own. A parent of several dtypes, which mostly cannot run, is not asked.
+        ParityError: the copy computes something else on the tokens ``proof`` [n, L], because the parent has a hook, a
+            forward, a module or a buffer of its own. A parent with several dtypes is not tested, since most cannot run.
     """
     stored = storage("convert", parent)
     widest = common([torch.float32, *(p.dtype for p in parent.parameters())])
@@ -85,7 +86,7 @@ def copy_parent(parent: Any, proof: Tensor) -> Any:
 
 
 def _require_stock(parent: Any, plain: Any, proof: Tensor) -> None:
-    """Raise unless a parent computes what transformers does with its configuration and very parameters."""
+    """Raise unless a parent computes what transformers computes with the same configuration and parameters."""
     theirs = dict(parent.named_buffers())
     for name, buffer in plain.named_buffers():  # `half` rounds rotary frequencies, which loading does not
         buffer.data = buffer.to(theirs[name].dtype) if name in theirs else buffer
@@ -98,7 +99,7 @@ def _shape(parameters: Mapping[str, Tensor], name: str) -> torch.Size | None:
 
 
 def _dtypes_in(directory: str | Path) -> dict[str, str]:
-    """What the headers of a model's safetensors files say of each tensor."""
+    """The dtype of each tensor, from the headers of a model's safetensors files."""
     with opened(directory) as files:
         paths = [files / name for name in weight_names(files)]
     return {name: dtype for path in paths for name, dtype in stored_dtypes(path).items()}

@@ -1,8 +1,8 @@
 """Permute neurons and heads inside each layer, in place, so that the model computes the same function.
 
-Neurons: rows of the gate and up projections and columns of the down projection move together.
-Heads: key/value groups move as units, with all their query heads; query heads move only inside their group,
-so the map from heads to groups holds. Norms of queries and keys are shared by all heads, and stay.
+Neurons: rows of the gate and up projections move together with columns of the down projection.
+Heads: a key/value group moves as a whole, with all its query heads, and query heads move only inside their group, so
+that the map from heads to groups holds. All heads share the norms of queries and keys, which stay.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from flextron.conversion.importance import Importance
 
 @dataclass(frozen=True)
 class LayerOrder:
-    """The permutation of one layer: position i of the new order holds what stood at entry i.
+    """The permutation of one layer. Entry i says which old place moves to the new place i.
 
     Attributes:
-        neurons: [F] int64.
-        groups: [G] int64, key/value groups.
-        heads: [G, M] int64, for each new group the places of its query heads inside the old group.
+        neurons: [F] int64, the old neurons.
+        groups: [G] int64, the old key/value groups.
+        heads: [G, M] int64, for each new group the places that its query heads had inside the old group.
     """
 
     neurons: Tensor
@@ -42,7 +42,7 @@ class LayerOrder:
 
 
 def sorted_orders(importance: Importance, config: ElasticConfig) -> list[LayerOrder]:
-    """The most important first: neurons, groups, query heads inside each group; ties keep their order."""
+    """Neurons, groups, and query heads inside each group, the most important first; ties keep their order."""
     orders = []
     layers = zip(importance.neurons, importance.heads, importance.groups(config.num_kv_heads), strict=True)
     for neurons, heads, groups in layers:
@@ -53,7 +53,7 @@ def sorted_orders(importance: Importance, config: ElasticConfig) -> list[LayerOr
 
 
 def random_orders(config: ElasticConfig, seed: int) -> list[LayerOrder]:
-    """Any order, legal for the head-to-group map: what sorting by importance is compared with."""
+    """A random order that keeps the map from heads to groups; sorting by importance is compared with it."""
     generator = torch.Generator().manual_seed(seed)
 
     def shuffled(n: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The parent's directory, looked at before anything is read: what cannot be converted is told in one sentence."""
+"""Checks the parent's directory before anything is read: one sentence says why a model cannot be converted."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _ADAPTER_FILE = "adapter_config.json"
 
 
 def room_beside(parent: Any, out_dir: str | Path, force: bool) -> list[str]:
-    """As `room_for_model`, for a conversion: the parent itself is never replaced."""
+    """`room_for_model` for a conversion, which must not replace the parent itself."""
     if isinstance(parent, str | Path) and Path(parent).resolve() == Path(out_dir).resolve():
         raise ValueError(f"convert: out_dir must be another directory than the parent's, got {out_dir}")
     return room_for_model(out_dir, "convert", force)
 
 
 def source_of(parent: str | Path) -> Path:
-    """The directory of a parent, fetched from the hub where ``parent`` is an id; its files are checked.
+    """The directory of a parent, checked; it is fetched from the hub if ``parent`` is an id.
 
     Raises:
-        CheckpointError: it is an adapter, quantised, or not all there.
+        CheckpointError: the parent is an adapter, is quantised, or is incomplete.
     """
     directory = local(parent)
     if not directory.is_dir():

@@ -55,27 +55,27 @@ def export(
 ) -> dict[str, Any]:
     """Write a sub-network as a Hugging Face directory, all of it or nothing.
 
-    Before the new files begin to count they are read back, by stock transformers where it can: every tensor must be
-    what was meant, and the logits those of the elastic model at the budget.
+    The new files are read back before they replace anything, by stock transformers if it can load the layout. Every
+    tensor must be what was meant, and the logits must be those of the elastic model at the budget.
 
     Args:
-        model, budget, units: as for `extract`.
-        directory: created when it is not there.
-        layout: as for `extract`, but ``"auto"`` is padded where it cannot be uniform: what it writes always
-            loads in stock transformers.
-        tokenizer: stored too when given.
-        dtype: to store in: ``"auto"``, each tensor's own in the checkpoint that the model was loaded from;
-            ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        model, budget, units: what `extract` takes.
+        directory: where to write; it is created if it does not exist.
+        layout: what `extract` takes, except that ``"auto"`` pads what cannot be uniform, so that stock transformers
+            loads whatever ``"auto"`` writes.
+        tokenizer: is stored too, if there is one.
+        dtype: what weights are stored in: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``, which keeps each
+            tensor's dtype in the checkpoint that the model was loaded from.
         force: replace the model that is in ``directory``, which must be new or empty otherwise.
 
     Returns:
-        What ``export.json`` says: ``layout``, ``widths``, ``params``, ``dtypes``, ``loads_in``, ``parity`` and, where
-        the layout is not uniform, ``note``: one sentence on why and what it costs. ``parity`` is between the elastic
-        model and what was read back: ``max_abs``, ``max_rel`` to the largest logit, ``tokens``, ``dtype`` read in, and
-        ``rounding``, the part that a narrower dtype than the model's brought.
+        The contents of ``export.json``: ``layout``, ``widths``, ``params``, ``dtypes``, ``loads_in``, ``parity`` and,
+        if the layout is not uniform, ``note``, a sentence on why and what it costs. ``parity`` compares the elastic
+        model with what was read back: ``max_abs``, ``max_rel`` (relative to the largest logit), ``tokens``, the
+        ``dtype`` that was read, and ``rounding``, the part of the difference that a narrower dtype causes.
 
     Raises:
-        ParityError: what was read back computes something else.
+        ParityError: the model that was read back computes something else.
         ValueError: the layout cannot hold these widths, or ``directory`` is an elastic checkpoint.
     """
     directory = Path(directory)
@@ -117,10 +117,10 @@ def export(
 
 
 class _Proof:
-    """That what an export reads back computes what the elastic model does at the budget, in float32 at least.
+    """Proves that the model read back computes what the elastic model computes at the budget, in float32 at least.
 
     Attributes:
-        dtypes: that each parameter is to be stored in. ``plain`` is rounded to them, in float32 or wider.
+        dtypes: the dtype that each parameter is stored in. ``plain`` is rounded to them, in float32 or wider.
     """
 
     def __init__(self, model: Any, widths: Widths, plain: Any, dtypes: dict[str, torch.dtype]) -> None:
@@ -139,7 +139,7 @@ class _Proof:
         self.rounding = difference(exact, self.expected)
 
     def of(self, read: Any) -> dict[str, Any]:
-        """The certificate of a model that was read back."""
+        """The certificate for a model that was read back."""
         dtype = name_of(read.dtype)
         logits = logits_of(read.to(self.work), self.tokens)
         require_close("export", _WHOSE, self.expected, logits)
@@ -154,16 +154,16 @@ class _Proof:
 def load_plain(
     directory: str | Path, dtype: Dtype = torch.float32, *, device_map: Any = None, **hub: Any
 ) -> Any:
-    """Read an exported sub-network of any layout, or what ``save_pretrained`` of an extracted one wrote.
+    """Load an exported sub-network of any layout, or an extracted one that was saved with ``save_pretrained``.
 
     Args:
-        directory: of the export, or a hub id.
-        dtype: of the weights in memory; ``"auto"``: as stored.
-        device_map: the one device to load to, or ``"auto"``; None: the CPU.
-        hub: ``revision``, ``cache_dir`` and ``token`` of a hub id.
+        directory: the directory of the export, or a hub id.
+        dtype: what weights have in memory; ``"auto"`` keeps the stored dtypes.
+        device_map: the one device to load to, or ``"auto"``; None means the CPU.
+        hub: ``revision``, ``cache_dir`` and ``token`` for a hub id.
 
     Raises:
-        CheckpointError: one sentence that says what is wrong with which file.
+        CheckpointError: one sentence that says which file is wrong, and how.
     """
     device = one_device("load_plain", device_map)
     directory = local(directory, **hub)
@@ -184,7 +184,7 @@ def load_plain(
 
 
 def _checked(files: Files) -> str:
-    """Check an export's own files but the weights, whose checksum is returned."""
+    """Check the files of an export, except the weights, whose checksum is returned."""
     path, report = files / EXPORT_FILE, files.read_json(EXPORT_FILE)
     check_format(report, path)
     checksums = checksums_of(report, path)
@@ -194,7 +194,7 @@ def _checked(files: Files) -> str:
 
 
 def _card(report: dict[str, Any]) -> list[str]:
-    """What the card of an export says."""
+    """The paragraphs of an export's model card."""
     load = "flextron.load_plain" if report["layout"] == "ragged" else "AutoModelForCausalLM.from_pretrained"
     module = load.partition(".")[0] if report["layout"] == "ragged" else "transformers"
     line = f"import {module}" if module == "flextron" else f"from {module} import {load.partition('.')[0]}"
@@ -218,7 +218,7 @@ def _note(config: ElasticConfig, widths: Widths, layout: str, params: int) -> st
 def _layers_in(
     values: dict[str, Any], path: Path, count: int, weights: Mapping[str, tuple[int, ...]]
 ) -> list[dict[str, int]] | None:
-    """The sizes of each layer of a ragged model; None where all are the configuration's own."""
+    """The sizes of each layer of a ragged model; None if the configuration describes all layers."""
     if values.get(LAYOUT_KEY) is None:
         return None
     own = build_from(dict[str, Any], values[LAYOUT_KEY], path, LAYOUT_KEY)
