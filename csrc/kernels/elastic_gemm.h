@@ -24,7 +24,7 @@
 namespace flextron {
 
 constexpr int64_t kPanel = 16;
-// Shorter chains lose less to rounding; 256 inputs of a panel as floats are 16 KiB, half of a first cache.
+// Shorter chains lose less to rounding; 256 inputs of a panel as floats are 16 KiB, half of an L1 cache.
 constexpr int64_t kChainInputs = 256;
 
 // Rows that share each load of a weight: as many as leave room for their sums in the registers.
@@ -33,11 +33,11 @@ constexpr int64_t gemm_group_rows(int64_t vector_bytes) {
 }
 
 // Up to here a plain weight's rows are read as they lie, by dot products; beyond, they are turned into panels
-// on the way to the first cache.
+// on the way to the L1 cache.
 constexpr int64_t kDotRows = 8;
 
-// Rows a pass over the panels takes: as many as keep their activations in the second cache (384 KiB of it),
-// but enough of them to be worth widening a panel for.
+// Rows a pass over the panels takes: as many as keep their activations in the L2 cache (384 KiB of it), but
+// enough of them to be worth widening a panel for.
 constexpr int64_t kBlockRows = 256;
 inline int64_t gemm_block_rows(int64_t inputs) {
   const int64_t rows = 98304 / (inputs > 0 ? inputs : 1);

@@ -3,8 +3,8 @@
 //
 // A tile is up to kGroupRows rows by some panels, its sums in registers. Few rows take the panels as they are
 // stored and widen them in registers, several panels at a time; more rows take them widened to float,
-// kChainInputs inputs at a time, from the first cache. Either way each sum is made of the same operations in
-// the same order.
+// kChainInputs inputs at a time, from the L1 cache. Either way each sum is made of the same operations in the
+// same order.
 #pragma once
 
 #include <type_traits>
@@ -377,7 +377,7 @@ struct Batch {
                                    sums_of(*g) + slot * c_panel, c_panel, {});
   }
 
-  // Many rows, panels widened to floats on the way to the first cache.
+  // Many rows, panels widened to floats on the way to the L1 cache.
   void by_cache() const {
     alignas(kLine) float chunk[kTilePanels][kChainInputs * kPanel];
     for (i64 slot = 0; slot < units * panels; slot += kTilePanels) {

@@ -28,9 +28,9 @@ struct ElasticLinearParams {
   bool per_token;  // the extent that is there has T entries
 };
 
-// Gradients for dy: dx = dy W, dweight = dy^T x, dbias = the sum of dy's rows, all as far as extents reach
-// and exact zeros elsewhere. Of two pairs of dy and weight, dx is the sum. A pointer that a launcher does not
-// name may be null.
+// The gradients for dy: dx = dy W, dweight = dy^T x, dbias = the sum of dy's rows, all as far as the extents
+// reach and exact zeros elsewhere. With a second pair of dy and weight, dx is the sum of both. Pointers that
+// a launcher does not name may be null.
 template <class scalar_t>
 struct ElasticLinearBackwardParams {
   const scalar_t* dy;       // [T, out_blocks * out_features], rows dy_stride apart
@@ -48,14 +48,15 @@ struct ElasticLinearBackwardParams {
   bool per_token;
 };
 
-// What an extent on the device says, moved into its range: a wrong one must not become a fault.
+// The value of an extent on the device, moved into its range so that a wrong one causes no memory fault.
 FLEXTRON_HD int64_t extent_at(const int64_t* extent, bool per_token, int64_t t, int64_t features) {
   if (extent == nullptr) return features;
   const int64_t value = extent[per_token ? t : 0];
   return value < 0 ? 0 : value > features ? features : value;
 }
 
-// Inputs and outputs of each block that row t uses. Rows descend, so a row tile's widest is its first.
+// The inputs and outputs of each block that row t uses. Extents descend, so the first row of a tile is its
+// widest.
 template <class scalar_t>
 FLEXTRON_HD int64_t in_extent_at(const ElasticLinearParams<scalar_t>& p, int64_t t) {
   return extent_at(p.in_extent, p.per_token, t, p.in_features);
@@ -65,7 +66,7 @@ FLEXTRON_HD int64_t out_extent_at(const ElasticLinearParams<scalar_t>& p, int64_
   return extent_at(p.out_extent, p.per_token, t, p.out_features);
 }
 
-// Any GPU of sm_80 and up, any address and stride; float, double, bf16, fp16. One launch, none where y is
+// Any GPU from sm_80 up, any address and stride; float, double, bf16, fp16. One launch, or none if y is
 // empty.
 template <class scalar_t>
 void elastic_linear_cuda(const ElasticLinearParams<scalar_t>& p, CUstream_st* stream);
@@ -78,14 +79,14 @@ void elastic_linear_backward_weight_cuda(const ElasticLinearBackwardParams<scala
 template <class scalar_t>
 void elastic_linear_backward_bias_cuda(const ElasticLinearBackwardParams<scalar_t>& p, CUstream_st* stream);
 
-// Up to kDecodeTokens tokens, in any order; bf16, fp16; any GPU of sm_80 and up.
-constexpr int64_t kDecodeTokens = 64;  // as many as its sums fit into registers for
+// Up to kDecodeTokens tokens, in any order; bf16, fp16; any GPU from sm_80 up.
+constexpr int64_t kDecodeTokens = 64;  // more sums do not fit into registers
 template <class scalar_t>
 void elastic_linear_decode_cuda(const ElasticLinearParams<scalar_t>& p, CUstream_st* stream);
 
-// sm_90 alone; bf16, fp16. Whether its copy engine can take these addresses and strides, and the launch where
-// it can. `dependent`: it may start before the launch ahead of it in the stream has ended, of whose results
-// it then reads x alone.
+// sm_90 only; bf16, fp16. `fits` says whether TMA can take these addresses and strides; if so, the launch may
+// be made. `dependent`: it may start before the launch ahead of it in the stream has ended, and then it reads
+// only x of that launch's results.
 template <class scalar_t>
 bool elastic_linear_backward_input_fits_sm90(const ElasticLinearBackwardParams<scalar_t>& p);
 template <class scalar_t>
@@ -99,8 +100,7 @@ bool elastic_linear_fits_sm90(const ElasticLinearParams<scalar_t>& p);
 template <class scalar_t>
 void elastic_linear_sm90(const ElasticLinearParams<scalar_t>& p, CUstream_st* stream, bool dependent = false);
 
-// The same for up to kDecodeTokens tokens, in any order. `x_is_clean`: x is zeros behind every token's
-// extent.
+// The same for up to kDecodeTokens tokens, in any order. `x_is_clean`: x is zero behind every token's extent.
 template <class scalar_t>
 bool elastic_linear_decode_fits_sm90(const ElasticLinearParams<scalar_t>& p);
 template <class scalar_t>

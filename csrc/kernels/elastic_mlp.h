@@ -131,8 +131,8 @@ void elastic_mlp_hidden_cuda(const ElasticMlpHiddenParams<scalar_t>& p, CUstream
 template <class scalar_t>
 void elastic_mlp_decode_cuda(const ElasticMlpHiddenParams<scalar_t>& p, CUstream_st* stream);
 
-// sm_90 alone; bf16, fp16. Whether its copy engine can take these addresses and strides, and the launch where
-// it can. Rows are sorted where each has its own extent; tiles of h that no row needs are left as they are.
+// sm_90 only; bf16, fp16. `fits` says whether TMA can take these addresses and strides; if so, the launch may
+// be made. Rows with extents of their own are sorted. Tiles of h that no row needs are left as they are.
 template <class scalar_t>
 bool elastic_mlp_hidden_fits_sm90(const ElasticMlpHiddenParams<scalar_t>& p);
 template <class scalar_t>

@@ -82,12 +82,12 @@ void product_block(i64 rows, i64 cols, i64 K, const A* a, i64 a_row, i64 a_col, 
   if (n < cols) product_strip<add, 1>(rows, K, a, a_row, a_col, b + n, ldb, c + n, ldc);
 }
 
-// B small enough for the first cache, A streamed: strip after strip.
+// B small enough for the L1 cache, A streamed: strip after strip.
 template <bool add, class A>
 void product_by_strip(i64 rows, i64 cols, i64 K, const A* a, i64 lda, const A* b, i64 ldb, A* c, i64 ldc) {
   product_block<add>(rows, cols, K, a, lda, 1, b, ldb, c, ldc);
 }
-// The same with A transposed, 16 rows (one line of A) at a time: B stays in the first cache, A is read once.
+// The same with A transposed, 16 rows (one line of A) at a time: B stays in the L1 cache, A is read once.
 template <bool add, class A>
 void product_of_transpose(i64 rows, i64 cols, i64 K, const A* a, i64 lda, const A* b, i64 ldb, A* c,
                           i64 ldc) {

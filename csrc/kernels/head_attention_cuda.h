@@ -67,7 +67,7 @@ void head_attention_backward_cuda(const HeadAttentionBackwardCall<scalar_t>& cal
                                   const AttentionSchedule& queries, const AttentionSchedule& keys,
                                   CUstream_st* stream);
 
-// sm_90 alone; bf16, fp16. Whether its copy engine can take these addresses, strides and head size.
+// sm_90 only; bf16, fp16. Whether TMA can take these addresses, strides and this head size.
 template <class scalar_t>
 bool head_attention_fits_sm90(const HeadAttentionCall<scalar_t>& call);
 constexpr int64_t kAttentionRowsSm90 = 128;

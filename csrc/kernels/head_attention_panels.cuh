@@ -1,5 +1,5 @@
-// What head_attention's Hopper kernels share: tiles of a head's rows in shared memory, as the copy engine and
-// the tensor cores take them, and which rows an item of a query schedule has. bf16 and fp16.
+// What head_attention's Hopper kernels share: tiles of a head's rows in shared memory, as TMA and the tensor
+// cores take them, and which rows an item of a query schedule has. bf16 and fp16.
 #pragma once
 
 #include <climits>
@@ -108,8 +108,8 @@ __device__ __forceinline__ void load(Tile<S, rows>& tile, const TensorMap& map, 
     tma_load_3d(tile[panel], map, full, panel * S::kPanel, middle, row);
 }
 
-// Rows from anywhere, by a whole warp, to where the copy engine would put them: the head's elements at
-// row_at(row), zeros where that is null. They are there for the lane that asked when gathered() returns.
+// Rows from anywhere, by a whole warp, to where TMA would put them: the head's elements at row_at(row), zeros
+// where that is null. They are there for the lane that asked when gathered() returns.
 template <class S, int rows, class RowAt>
 __device__ __forceinline__ void gather(Tile<S, rows>& tile, const RowAt& row_at) {
   constexpr int kPieces = S::kPanel / 8;
@@ -217,8 +217,8 @@ __device__ __forceinline__ void put_rows(Tile<S, kRows>& tile, const Place& me, 
   __syncwarp();
 }
 
-// Those rows to global memory: by the copy engine where they are neighbours and all there, from row `first`
-// of the map on; else each to row_at(row of the tile), unless that is null.
+// Those rows to global memory: by TMA where they are neighbours and all there, from row `first` of the map
+// on; else each to row_at(row of the tile), unless that is null.
 template <class S, class RowAt>
 __device__ __forceinline__ void send_rows(const Tile<S, kRows>& tile, const Place& me, bool neighbours,
                                           const TensorMap& map, int middle, int first, const RowAt& row_at) {

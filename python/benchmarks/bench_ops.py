@@ -33,7 +33,7 @@ from flextron.testing.numerics import assert_no_worse
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 TOKENS = {"cpu": (1, 8, 64, 256), "cuda": (1, 16, 64, 1024, 2048, 4096, 8192)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CPU_SETS = 100e6  # bytes of all sets together: more than a large third cache
+CPU_SETS = 100e6  # bytes of all sets together: more than a large L3 cache
 MAX_SETS = 64  # of small tensors: they stay in the cache, as they would in a model
 RIVAL_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative Frobenius
 

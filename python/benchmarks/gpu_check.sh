@@ -168,7 +168,7 @@ sanitize_ops() {
     -k "cuda and bfloat16 and (test_values or test_gradients)"
 }
 
-# What the copy engine writes counts as unwritten for initcheck: the portable kernels alone, and of its findings those
+# What TMA writes counts as unwritten for initcheck: the portable kernels alone, and of its findings those
 # in our kernels, as the vendor's write so too.
 initcheck_ops() {
   local findings="$OUT/.initcheck" ours

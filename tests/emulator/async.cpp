@@ -1,4 +1,4 @@
-// Barriers of every kind, cp.async, and the copy engine.
+// Barriers of every kind, cp.async, and TMA.
 #include "emulator/machine.h"
 #include "kernels/device/tensor_map.h"
 
@@ -61,7 +61,7 @@ void arrive(Block& block, uint32_t offset, int64_t bytes, const Site& site) {
   complete_if_done(*block.grid, barrier);
 }
 
-// The copy engine and other blocks see an initialised barrier only behind a fence.
+// TMA and other blocks see an initialised barrier only behind a fence.
 void check_fenced(const Mbarrier& barrier, uint32_t offset, const Site& site) {
   if (barrier.unfenced)
     fail(site, text("mbarrier at ", offset, ": thread ", barrier.unfenced->number,
@@ -198,7 +198,7 @@ void cp_async_wait(int pending, const Site&) {
   }
 }
 
-// ---- the copy engine ----
+// ---- TMA ----
 
 namespace {
 
@@ -238,8 +238,8 @@ Box box_at(const TensorMap* map, std::initializer_list<int> at, const Site& site
          text("tensor map: rank is ", box.map.rank, ", the instruction has ", at.size(), " coordinates"));
   std::copy(at.begin(), at.end(), box.at);
   if (box.at[0] % 8 != 0)  // seen on an H200: an illegal instruction
-    fail(site, text("the copy engine: the innermost coordinate must be a multiple of 16 bytes, got ",
-                    box.at[0], " elements"));
+    fail(site,
+         text("TMA: the innermost coordinate must be a multiple of 16 bytes, got ", box.at[0], " elements"));
   return box;
 }
 
@@ -247,9 +247,8 @@ uint32_t tile_offset(const void* tile, const Encoded& map, const Site& site) {
   const uint32_t offset = shared_offset(tile, box_bytes(map), site);
   const uint32_t alignment = map.swizzle == 0 ? 128 : 8 * (swizzle_mask(Swizzle{map.swizzle}) + 16);
   if ((kSharedBase + offset) % alignment != 0)
-    fail(site,
-         text("the copy engine: a tile with swizzle mode ", map.swizzle, " must begin at a multiple of ",
-              alignment, " bytes of shared memory, got offset ", offset));
+    fail(site, text("TMA: a tile with swizzle mode ", map.swizzle, " must begin at a multiple of ", alignment,
+                    " bytes of shared memory, got offset ", offset));
   return offset;
 }
 
@@ -347,7 +346,7 @@ void tma_store(const TensorMap* map, const void* tile, std::initializer_list<int
   const Box box = box_at(map, at_, site);
   for (const int64_t at : box.at)
     if (at < 0)  // seen on an H200: an illegal instruction, where a load reads zeros
-      fail(site, text("the copy engine: a store's coordinates must not be negative, got ", at));
+      fail(site, text("TMA: a store's coordinates must not be negative, got ", at));
   Block& block = *current->block;
   const uint32_t offset = tile_offset(tile, box.map, site), size = box_bytes(box.map);
   check_async_read(block, offset, size, site);
@@ -356,7 +355,7 @@ void tma_store(const TensorMap* map, const void* tile, std::initializer_list<int
   ++g.counters.tma_stores;
   const auto land = [=, &g, &block] {
     if (std::memcmp(held.data(), block.shared + offset, size) != 0)
-      fail(site, "shared memory was overwritten while the copy engine was reading it");
+      fail(site, "shared memory was overwritten while TMA was reading it");
     each_piece(box, offset, [&](const unsigned char* to, uint32_t from, uint32_t, size_t bytes) {
       if (bytes == 0) return;
       count_global(g, to, bytes, true);

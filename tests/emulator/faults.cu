@@ -240,7 +240,7 @@ __global__ void pipe_kernel(float* y) {
   }
 }
 
-// ---- the copy engine ----
+// ---- TMA ----
 
 struct alignas(1024) Tile {
   bf16 value[64 * 64];  // 64 rows of 128 bytes

@@ -36,7 +36,7 @@ struct Cell {
     kDirty,    // written through a word by `writer`, not yet ordered towards the asynchronous proxy
     kOrdered,  // the same, and fenced by its writer
     kFlying,   // an asynchronous copy will land here
-    kLanded,   // written by the copy engine, with `swizzle`
+    kLanded,   // written by TMA, with `swizzle`
   };
   Kind kind = kUnknown;
   uint8_t swizzle = 0;
@@ -262,7 +262,7 @@ extern bool counts_banks;  // whether it does
 void count_banks(Counters& counters, const Warp::Access& access);
 void finish_accesses(Block& block);
 void mark(Block& block, uint32_t offset, size_t bytes, Cell cell);
-// An error unless what wgmma or the copy engine is about to read was written for it.
+// An error unless what wgmma or TMA is about to read was written for it.
 void check_async_read(Block& block, uint32_t offset, size_t bytes, const Site& site, int swizzle = -1);
 void poison(Block& block, uint32_t offset, size_t bytes);
 

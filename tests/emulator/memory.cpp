@@ -36,7 +36,7 @@ void check_async_read(Block& block, uint32_t offset, size_t bytes, const Site& s
     const auto where = [&] { return text("shared memory at offset ", 4 * i); };
     if (cell.kind == Cell::kUnknown)
       fail(site, where() +
-                     " is read asynchronously, and was written neither by the copy engine nor through "
+                     " is read asynchronously, and was written neither by TMA nor through "
                      "store_shared, stmatrix or cp.async");
     if (cell.kind == Cell::kFlying)
       fail(site, text(where(), " is read while the copy of line ", cell.line, " is still on its way"));
@@ -44,7 +44,7 @@ void check_async_read(Block& block, uint32_t offset, size_t bytes, const Site& s
       fail(site, text(where(), " was written at line ", cell.line, " by thread ", cell.writer,
                       ", which has not called fence_proxy_async since"));
     if (cell.kind == Cell::kLanded && swizzle >= 0 && cell.swizzle != swizzle)
-      fail(site, text("swizzle: the copy engine wrote offset ", 4 * i, " with mode ", cell.swizzle,
+      fail(site, text("swizzle: TMA wrote offset ", 4 * i, " with mode ", cell.swizzle,
                       ", the descriptor says mode ", swizzle));
   }
 }

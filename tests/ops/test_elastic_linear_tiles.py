@@ -6,7 +6,7 @@ import torch
 from flextron.testing.numerics import assert_no_worse
 from flextron_ext import elastic_linear, reference
 
-# Blocks of x, of weight's rows and columns, and what is used of them. Sides that the copy engine can take (multiples
+# Blocks of x, of weight's rows and columns, and what is used of them. Sides that TMA can take (multiples
 # of 8), and odd ones, for the portable kernel alone.
 SHAPES = {
     "one block": dict(T=270, kx=328, kw=328, nw=392, in_features=328, out_features=392),

@@ -7,7 +7,7 @@ from emulator import build as emulator
 from flextron.testing.numerics import assert_no_worse
 from flextron_ext import elastic_mlp, reference
 
-# Sides that the copy engine can take (multiples of 8), odd ones, and few tokens.
+# Sides that TMA can take (multiples of 8), odd ones, and few tokens.
 SHAPES = {
     "tiles": dict(T=150, K=72, F=208, N=136, width=200),
     "odd": dict(T=70, K=37, F=137, N=45, width=133),

@@ -185,7 +185,7 @@ def test_any_address_and_stride_gives_the_same_bits(shape, device, monkeypatch):
         assert torch.equal(head_attention(*transposed, heads), expected)
 
     check([(8, 0), (16, 8), (0, 8)])
-    monkeypatch.setenv("FLEXTRON_ARCH", "80")  # the others are not for Hopper's copy engine
+    monkeypatch.setenv("FLEXTRON_ARCH", "80")  # the others are not for Hopper's TMA
     check([(8, 0), (1, 7), (0, 3)])
     transposed = [t.transpose(0, 2).contiguous().transpose(0, 2) for t in (q, k, v)]
     assert torch.equal(head_attention(*transposed, heads), head_attention(q, k, v, heads))

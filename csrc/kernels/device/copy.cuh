@@ -59,8 +59,8 @@ __device__ __forceinline__ void cp_async_wait(FLEXTRON_SITE) {
                        emulator::cp_async_wait(pending, site));
 }
 
-// Orders this thread's writes to shared memory before what the tensor cores (wgmma) and the copy engine read
-// next; every writing thread needs it, before the barrier. sm_90.
+// Orders this thread's writes to shared memory before the next reads by the tensor cores (wgmma) and by TMA.
+// Every thread that writes needs it, before the barrier. sm_90.
 __device__ __forceinline__ void fence_proxy_async(FLEXTRON_SITE) {
   FLEXTRON_INSTRUCTION(asm volatile("fence.proxy.async.shared::cta;" :: : "memory"),
                        emulator::fence_proxy_async(site));

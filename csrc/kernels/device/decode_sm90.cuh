@@ -1,21 +1,20 @@
 // Few tokens against many weights on Hopper: a GEMM that is bound by reading the weights, without its
-// operands and its epilogue; what elastic_linear and elastic_mlp's hidden layer share.
+// operands and its epilogue. elastic_linear and the hidden layer of elastic_mlp share it.
 //
-// Rows of the weights are the 64 rows of wgmma's A, tokens the 8 to 64 columns of its B. The rows that some
-// token needs are cut into atoms of 8, and every cluster of the grid, as many as run at once, owns nearly
-// the same number of neighbouring ones: its rows. It passes over the features with as many of them at a time
-// as its sums fit registers, mostly all.
+// Rows of the weights are the 64 rows of wgmma's A, and tokens are the 8 to 64 columns of its B. The rows
+// that any token needs are cut into atoms of 8. The grid has as many clusters as run at once, and each owns
+// nearly the same number of neighbouring atoms: its rows. A cluster passes over the features with as many
+// rows at a time as its registers hold sums for, mostly all.
 //
-// The blocks of a cluster share the features: chunk c of 64 is block c % kSplit's. So tokens are read by
-// every cluster rather than by every block, and few rows still occupy all multiprocessors. At the end of a
-// pass a block leaves its sums in its shared memory; each adds up a part of them, block after block, and
-// finishes it. Which chunk is whose, and the order of the blocks, depend on nothing: a row and a token give
-// the same bits whatever the extents and tokens beside them.
+// The blocks of a cluster share the features: chunk c of 64 belongs to block c % kSplit. So every cluster,
+// not every block, reads the tokens, and few rows still occupy all SMs. At the end of a pass each block
+// leaves its sums in its shared memory; each block then adds up a part of them, in the order of the blocks,
+// and finishes it. Neither the owner of a chunk nor this order depends on the data: a row and a token give
+// the same bits whatever extents and tokens are beside them.
 //
-// One warp of a block is the producer: it keeps a ring of slots filled through the copy engine, over the
-// ends of passes. A warpgroup consumes them. A slot holds one chunk of a pass's rows (of both weights, where
-// there are two) and of all tokens; how large it is, and so how many there are, follows from the cluster's
-// rows.
+// One warp of a block is the producer: it keeps a ring of slots filled through TMA, also across the ends of
+// passes. One warpgroup consumes them. A slot holds one chunk of a pass's rows (of both weights, if there are
+// two) and of all tokens. The number of the cluster's rows decides how large a slot is, and so how many fit.
 #pragma once
 
 #include "kernels/device/pipeline_sm90.cuh"
@@ -64,7 +63,7 @@ struct Shared {
   Mbarrier written, read;  // by all consumers of the cluster: its sums
 };
 
-// What the copy engine is told: all tokens at once; rows of each weight by boxes of 1, 2, 4 and 8 atoms.
+// What TMA is told: all tokens at once; rows of each weight by boxes of 1, 2, 4 and 8 atoms.
 template <class S>
 struct Maps {
   TensorMap x;

@@ -1,14 +1,14 @@
-// A GEMM on Hopper without its operands and its epilogue: what elastic_linear and elastic_mlp's hidden layer
-// share.
+// A GEMM on Hopper without its operands and its epilogue. elastic_linear and the hidden layer of elastic_mlp
+// share it.
 //
 // A block has three warpgroups. One thread of the first is the producer: it fills a ring of stages with tiles
-// of A and B, kDepth features deep, through the copy engine. The other two are the consumers: each multiplies
-// what is in the ring into its registers and hands its part of the result to the copy engine through shared
-// memory. Stores, and the loads for the tile after, go on while the next tile is computed.
+// of A and B, kDepth features deep, through TMA. The other two are the consumers: each multiplies what is in
+// the ring into its registers, and hands its part of the result to TMA through shared memory. Stores of one
+// tile and loads for later ones go on while the next tile is computed.
 //
-// A tile is 128 rows, 64 a consumer, or 64, which both consumers share with half of the columns each. An
-// operand's lines run along the depth, or along its side (Major::kMN): then a stage holds boxes of 64 of the
-// side, one after the other, each kDepth lines deep.
+// A tile has 128 rows, 64 for each consumer, or 64 rows, of which each consumer has half of the columns. The
+// lines of an operand run along the depth, or along its side (Major::kMN). In the second case a stage holds
+// boxes of 64 of the side, one after the other, each kDepth lines deep.
 #pragma once
 
 #include <algorithm>
@@ -322,7 +322,7 @@ TensorMap result_map(const typename S::scalar_t* data, int64_t features, int64_t
                     S::kStoreSwizzle);
 }
 
-// What the copy engine asks of an operand, and of numbers that become its coordinates.
+// What TMA requires of an operand, and of numbers that become its coordinates.
 template <class scalar_t>
 bool address_fits(const scalar_t* data) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0;

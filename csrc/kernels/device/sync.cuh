@@ -28,7 +28,7 @@ __device__ __forceinline__ void mbarrier_init(Mbarrier& barrier, int arrivals FL
                        emulator::mbarrier_init(&barrier, arrivals, site));
 }
 
-// After the inits, before the barrier that shows them to other threads, the copy engine and the cluster.
+// After the inits, before the barrier that shows them to other threads, TMA and the cluster.
 __device__ __forceinline__ void fence_mbarrier_init(FLEXTRON_SITE) {
   FLEXTRON_INSTRUCTION(asm volatile("fence.mbarrier_init.release.cluster;" :: : "memory"),
                        emulator::fence_mbarrier_init(site));
@@ -40,7 +40,7 @@ __device__ __forceinline__ void mbarrier_arrive(Mbarrier& barrier FLEXTRON_AND_S
       emulator::mbarrier_arrive(&barrier, 0, site));
 }
 
-// Arrives, and makes the phase wait for `bytes` more from the copy engine.
+// Arrives, and makes the phase wait for `bytes` more from TMA.
 __device__ __forceinline__ void mbarrier_arrive_expect(Mbarrier& barrier, int bytes FLEXTRON_AND_SITE) {
   FLEXTRON_INSTRUCTION(
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)),

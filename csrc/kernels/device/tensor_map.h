@@ -1,4 +1,4 @@
-// What the copy engine is told of a tensor: made on the host, handed to a kernel by value.
+// A tensor map, TMA's description of a tensor: made on the host, passed to a kernel by value.
 #pragma once
 
 #include <array>
@@ -40,7 +40,7 @@ struct TensorShape {
   Swizzle swizzle;                        // the box's inner bytes: at most 128, 64, 32; multiples of 16
 };
 
-// Throws std::runtime_error where the copy engine cannot take the shape.
+// Throws std::runtime_error where TMA cannot take the shape.
 template <int rank>
 TensorMap make_tensor_map(const TensorShape<rank>& shape, bool is_bf16);
 

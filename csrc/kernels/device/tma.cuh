@@ -1,5 +1,5 @@
-// The copy engine (TMA): tiles of a tensor between global and shared memory, asynchronously. One thread asks.
-// PTX ISA, "cp.async.bulk.tensor". sm_90.
+// TMA, the Tensor Memory Accelerator, Hopper's copy engine: moves tiles of a tensor between global and shared
+// memory, asynchronously; one thread asks. PTX ISA, "cp.async.bulk.tensor". sm_90.
 #pragma once
 
 #include "kernels/device/sync.cuh"
