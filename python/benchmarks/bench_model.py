@@ -1,9 +1,9 @@
 """Tokens per second of generate() beside stock transformers and llama.cpp: python bench_model.py --dtype bfloat16
 
-One sequence, greedy. Rivals hold the same weights: stock transformers the full model and, at smaller widths, the plain
-model that `flextron.extract` takes out; llama.cpp the same plain models, where llama-cpp-python is installed. All take
-turns, in the opposite order in every round; figures are medians over rounds. The bytes of the weights that a token
-needs, over the read bandwidth measured in the same run, bound decode: "ideal".
+One sequence, greedy. The rivals hold the same weights. Stock transformers runs the full model and, at smaller widths,
+the plain model that `flextron.extract` takes out; llama.cpp runs the same plain models, if llama-cpp-python is
+installed. All take turns, in the opposite order in every round, and figures are medians over rounds. "Ideal" is the
+bound on decode: the bytes of the weights that a token needs, over the read bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "int8": torch.bfloat16,
-}  # int8: the weights alone
+}  # int8: only the weights are integers
 
 
 def llama1b_shape(layers: int) -> LlamaConfig:
@@ -58,7 +58,7 @@ MODELS = {"smollm2": lambda args: smollm2_shape(), "llama1b": lambda args: llama
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the CSV file: rates are tokens per second; spreads are (largest - smallest) / median over rounds."""
+    """One line of the CSV file. Rates are tokens per second; a spread is (largest - smallest) / median over rounds."""
 
     model: str
     dtype: str
@@ -90,7 +90,7 @@ class _Clock(StoppingCriteria):
 
 
 def generation(model: object, ids: Tensor, new: int) -> Run:
-    """Greedy generate() of a transformers model; the prompt's time includes the first token."""
+    """Greedy generate() of a transformers model. The time of the prompt includes the first token."""
     mask = torch.ones_like(ids)
 
     def run() -> Times:

@@ -1,10 +1,10 @@
 """Each op beside the fastest that plain PyTorch does on the same tensors: python bench_ops.py --op elastic_mlp
 
 Every result is verified before it is timed. Inputs are random. Candidates take turns, in the opposite order in every
-round, over several sets of tensors that are larger together than the caches. On a GPU they are CUDA graphs, and events
-time their replays; what cannot be captured, because it waits for the device, runs without a graph. Times are medians;
-useful operations and bytes that must be moved alone count, against a large matmul and a large copy (on a CPU a large
-sum, which only reads) that are measured in the same run.
+round, over several sets of tensors that together are larger than the caches. On a GPU they are CUDA graphs whose
+replays are timed by events; a candidate that waits for the device cannot be captured and runs without a graph. Times
+are medians. Rates count useful operations and bytes that must be moved, and stand beside those of a large matmul and
+a large copy (on a CPU a large sum, which only reads) in the same run.
 """
 
 from __future__ import annotations
@@ -77,18 +77,18 @@ class Case:
     """One line of the table: an op and what else computes its result.
 
     Attributes:
-        shape: what is computed.
-        tokens: the rows of it.
-        extent: the share of the width, or "mix" where every token has its own.
-        share: the mean of it.
-        flops: useful floating-point operations of one call.
-        bytes: what one call must read and write: each input once, the output once.
-        make: draws the tensors of one call.
-        ours: the op on them.
-        rivals: name -> the same result in plain PyTorch; the first is what the result is verified with.
-        leaves: the names of the tensors whose gradients are timed too, in order, where gradients are.
+        shape: names what is computed.
+        tokens: how many rows there are.
+        extent: the share of the width, or "mix" if every token has its own.
+        share: the mean share of the width.
+        flops: how many useful floating-point operations one call makes.
+        bytes: how many bytes one call must read and write: each input once, the output once.
+        make: draws the tensors for one call.
+        ours: runs the op on them.
+        rivals: name -> the same result in plain PyTorch. The first one verifies the result.
+        leaves: names the tensors whose gradients are timed too, in order, if gradients are timed.
         rival_leaves: the same for rivals that hold weights of their own.
-        waits: the rivals that wait for the device, which no graph can hold.
+        waits: names the rivals that wait for the device, which no graph can hold.
     """
 
     shape: str
@@ -107,8 +107,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the CSV file: an op and one rival. ``ratio`` is the rival's time over ours, ``rate`` and ``ceiling``
-    are of whichever bounds the op, and ``spread`` is the distance between quartiles over the median, the larger one."""
+    """One line of the CSV file: an op and one rival. ``ratio`` is the rival's time over ours. ``rate`` and ``ceiling``
+    count operations or bytes, whichever bounds the op. ``spread`` is the interquartile range over the median, ours or
+    the rival's, whichever is larger."""
 
     op: str
     device: str

@@ -1,6 +1,6 @@
-"""llama.cpp as a rival: a plain Llama of transformers as a GGUF file, and its C library run token by token.
+"""llama.cpp as a rival: writes a plain Llama of transformers as a GGUF file, and runs llama.cpp's C library on it.
 
-Wants the packages gguf and llama-cpp-python; whoever has no llama-cpp-python has no such rival.
+Needs the packages gguf and llama-cpp-python. Without llama-cpp-python the benchmark leaves this rival out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ _KINDS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
 def write_gguf(model: Any, path: Path, dtype: str) -> None:
     """Write a plain LlamaForCausalLM without its tokenizer, matrices as ``dtype``, norms as float32.
 
-    Its layers are alike. Their shapes count, not the configuration's: that of transformers refuses 24 heads of 2048.
+    All layers must be alike. Sizes are read from the weights, not from the configuration, which in transformers cannot
+    say 24 heads at width 2048.
     """
     import gguf
 
@@ -49,7 +50,7 @@ def write_gguf(model: Any, path: Path, dtype: str) -> None:
             return writer.add_tensor(name, values)
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
-    def interleaved(weight: Tensor, heads: int) -> Tensor:  # llama.cpp turns neighbours, transformers halves
+    def interleaved(weight: Tensor, heads: int) -> Tensor:  # RoPE: llama.cpp rotates neighbours, transformers halves
         return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
     add("token_embd.weight", model.model.embed_tokens.weight)
