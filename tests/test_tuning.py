@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from training.tiny_run import elastic, parent, tokens
 
-from flextron.nn.policy import Gated
+from flextron.nn.policy import Relaxed
 from flextron.nn.router import AdaptiveRouter, Choices, StaticRouter
 from flextron.recipes import TrainConfig, TuneConfig
 from flextron.tuning import tune
@@ -69,7 +69,7 @@ def test_model_and_router_both_move_and_are_left_as_they_were_set(kind, gates, t
     assert not same(model, elastic()) and not same(router, router_of(model, kind))
     assert len(report.losses) == 6 and not any(p.requires_grad for p in router.parameters())
     assert model.dial.widths == (model.elastic.full(),)
-    assert all(layer.attention.policy is None for layer in model.layers_of())
+    assert model.settings.now().policy is None
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(0.2 < line["size"] < 1 and line["latency_miss"] >= 0 for line in lines)
 
@@ -127,22 +127,22 @@ def test_every_option_of_tuning_changes_the_router(name, tmp_path):
 
 def test_full_micro_batches_ask_no_router(tmp_path, monkeypatch):
     asked = []
-    real = Gated.__call__
-    monkeypatch.setattr(Gated, "__call__", lambda self, x: asked.append(1) or real(self, x))
+    real = Relaxed.__call__
+    monkeypatch.setattr(Relaxed, "__call__", lambda self, x, layer: asked.append(1) or real(self, x, layer))
     model, router, _ = run(tmp_path, config=replace(CONFIG, full_probability=1.0))
     assert not asked and same(router, router_of(model)) and not same(model, elastic())
 
 
 def test_static_sequences_share_one_draw(monkeypatch, tmp_path):
     kept = []
-    real = Gated.__call__
+    real = Relaxed.__call__
 
-    def watched(self, x):
-        decision = real(self, x)
+    def watched(self, x, layer):
+        decision = real(self, x, layer)
         kept.append(decision.mlp.choice.view(x.shape[:2]))
         return decision
 
-    monkeypatch.setattr(Gated, "__call__", watched)
+    monkeypatch.setattr(Relaxed, "__call__", watched)
     run(tmp_path, "static", replace(CONFIG, full_probability=0.0))
     assert all((choice == choice[:, :1]).all() for choice in kept)
     assert any(len(choice[:, 0].unique()) > 1 for choice in kept)

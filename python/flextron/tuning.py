@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flextron.data import seeded
 from flextron.nn.router import AdaptiveRouter, GumbelSampler, StaticRouter
 from flextron.recipes import TuneConfig
-from flextron.routing.learning import Fraction, latency_miss, learning_policies, mean_choices
+from flextron.routing.learning import Fraction, latency_miss, learning_policy, mean_choices
 from flextron.training.loop import Progress, Run, TrainReport, check_model, check_teacher, run_to_the_end
 
 _SHARPNESS = (
@@ -89,11 +89,11 @@ class _Tuning(Run):
                 return self._losses(batch), 1.0
         below = torch.tensor(self.router.targets[:-1])
         tau = below[torch.randint(len(below), (len(batch),), generator=self.draws)].to(self.device)
-        policies = learning_policies(self.model, self.router, tau, self.noise, *_SHARPNESS, c.gates)
-        self.model.set_policies(policies, self.model.elastic.full(), "all")
+        policy = learning_policy(self.model, self.router, tau, self.noise, *_SHARPNESS, c.gates)
+        self.model.set_policy(policy, self.model.elastic.full(), "all")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             terms = self._losses(batch)
-        p = mean_choices(policies, len(batch))
+        p = mean_choices(policy, len(batch))
         miss = latency_miss(self.fraction, p, tau)
         terms |= {"loss": terms["loss"] + c.latency_weight * miss, "latency_miss": miss}
         return terms, float(self.fraction(p).detach().mean())

@@ -54,7 +54,7 @@ def test_a_copy_is_the_model_and_shares_nothing_with_it(way, packed):
     assert torch.equal(other(ids).logits, logits)
     assert other.planner is not model.planner and other.planner.tables == model.planner.tables
     assert other.adaptive is not model.adaptive
-    assert other.settings.now().policies[0].router is other.adaptive
+    assert other.settings.now().policy.router is other.adaptive
     assert not {p.data_ptr() for p in other.parameters()} & {p.data_ptr() for p in model.parameters()}
     other.set_widths(mixed(other.elastic))
     other.model.embed_tokens.weight.mul_(2)
@@ -129,5 +129,5 @@ def test_what_decides_moves_with_the_model():
     model = elastic()
     model.set_widths(three(model.elastic))
     model.to("meta")
-    policies = model.settings.now().policies
-    assert all(isinstance(policy, PerRequest) and policy.mlp.is_meta for policy in policies)
+    policy = model.settings.now().policy
+    assert isinstance(policy, PerRequest) and all(extents.is_meta for extents in policy.mlp)

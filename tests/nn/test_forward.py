@@ -232,8 +232,8 @@ def test_the_modules_run_where_a_step_would_miss_something(monkeypatch):
     with model.watched() as forwards:
         assert run() == [] and forwards[1].mlp.shape[:2] == (2, 1)
     c = model.elastic
-    gates = Choices(torch.ones(2, len(c.mlp_choices)), torch.ones(2, len(c.head_choices)))
-    model.set_policies([Mixed(gates)] * c.num_layers, c.full(), "all")
+    ones = Choices(torch.ones(2, 3, len(c.mlp_choices)), torch.ones(2, 3, len(c.head_choices)))
+    model.set_policy(Mixed(ones), c.full(), "all")
     assert run() == []
     model.set_widths(model.elastic.full())
     with counted(monkeypatch) as steps, torch.no_grad():

@@ -10,10 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flextron.config import ElasticConfig
 from flextron.nn import masks
-from flextron.nn.policy import Kept, Policy
+from flextron.nn.policy import AxisDecision
 from flextron.nn.projection import linear
-from flextron.nn.router import Choices
-from flextron.nn.setting import Setting, Settings
+from flextron.nn.setting import Settings
 from flextron_ext import head_attention, head_attention_decode
 
 _DECODE_TOKENS = 8  # new tokens per sequence up to which the decode op, made for a few, is used
@@ -60,10 +59,6 @@ class ElasticAttention(nn.Module):
     def kv(self) -> str:
         return self.settings.now().kv
 
-    @property
-    def policy(self) -> Policy | None:
-        return self.settings.now().policies[self.layer_idx]
-
     def _project(
         self, proj: nn.Linear, x: Tensor, heads: int, blocks: int = 1, extent: Tensor | None = None
     ) -> Tensor:
@@ -79,19 +74,20 @@ class ElasticAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         cache: Any = None,
+        decision: AxisDecision | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states [B, T, K]; attention_mask in a form of `flextron.nn.masks`."""
+        """hidden_states [B, T, K]; attention_mask in a form of `flextron.nn.masks`; the layer's decision on heads."""
         c, D = self.elastic, self.elastic.head_dim
         B, T, _ = hidden_states.shape
         setting = self.settings.now()
+        decision = setting.required(decision, "ElasticAttention")
         heads = setting.widths.heads[self.layer_idx]
         # unit "query": blocks are the groups, and `per_block` query heads of each are kept
         blocks, per_block = (c.num_kv_heads, heads) if c.unit == "query" else (1, c.query_heads(heads))
         stored, used = setting.kv_heads[self.layer_idx], c.kv_heads(heads)
-
-        kept = self._decided(setting, hidden_states)
-        features = None if kept.extent is None else kept.extent * (per_block // heads * D)
+        extent = decision.extent
+        features = None if extent is None else extent * (per_block // heads * D)
 
         q = self._project(self.q_proj, hidden_states, per_block, blocks, features)
         k = self._project(self.k_proj, hidden_states, stored)
@@ -113,10 +109,10 @@ class ElasticAttention(nn.Module):
             out = self._attend_masked(q, k, v, mask, heads)
         else:
             # the number of a token's heads; without one, all that are here, in whatever unit
-            count = (used, "kv_group") if kept.extent is None else (heads, c.unit)
-            out = self._attend(q, k, v, k_start, count, kept.extent, cached > 0)
-        if kept.gate is not None:
-            out = out.reshape(B * T, -1, D) * self._scale(kept.gate).to(out.dtype)[..., None]
+            count = (used, "kv_group") if extent is None else (heads, c.unit)
+            out = self._attend(q, k, v, k_start, count, extent, cached > 0)
+        if decision.mixture is not None:
+            out = out.reshape(B * T, -1, D) * self._scale(decision.mixture).to(out.dtype)[..., None]
         out = linear(
             self.o_proj,
             out.reshape(B, T, -1),
@@ -180,30 +176,17 @@ class ElasticAttention(nn.Module):
         out = scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=self.scaling)
         return out.transpose(1, 2)
 
-    def _decided(self, setting: Setting, x: Tensor) -> Kept:
-        """What the layer's policy decides for the tokens of x [B, T, K], of the heads; the MLP is told of the rest."""
-        policy = setting.policies[self.layer_idx]
-        if policy is None:
-            return Kept()
-        decision = policy(x)
-        self.settings.hand_on(self.layer_idx, decision)
-        if setting.seen is not None:
-            setting.seen.append(
-                (self.layer_idx, Choices(*(kept.choice.view(x.shape[:2]) for kept in decision)))
-            )
-        return decision.heads
+    def _scale(self, mixture: Tensor) -> Tensor:
+        """mixture [N, C] -> [N, H]: each head's share, the sum over the choices that keep it.
 
-    def _scale(self, gate: Tensor) -> Tensor:
-        """gate [N, C] -> [N, H]: each head's share, the sum of the choices that keep it.
-
-        ``y = sum_c gate_c MHA_c(x)`` is attention at all heads, each scaled by it before W_o, as elastic_mlp
+        ``y = sum_c mixture_c MHA_c(x)`` is attention at all heads, each scaled by its share before W_o, as elastic_mlp
         scales neurons. With an extent the heads beyond are zeros, cost nothing and get no gradient.
         """
         c = self.elastic
-        rank = torch.arange(c.num_heads, device=gate.device)
+        rank = torch.arange(c.num_heads, device=mixture.device)
         rank = rank // c.heads_per_group if c.unit == "kv_group" else rank % c.heads_per_group
-        kept_by = torch.tensor(c.head_choices, device=gate.device)[:, None] > rank  # [C, H]
-        return gate @ kept_by.to(gate.dtype)
+        kept_by = torch.tensor(c.head_choices, device=mixture.device)[:, None] > rank  # [C, H]
+        return mixture @ kept_by.to(mixture.dtype)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads} of {self.elastic.max_heads} ({self.elastic.unit}), kv={self.kv}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flextron.config import ElasticConfig
-from flextron.nn.policy import Kept, Policy
+from flextron.nn.policy import AxisDecision
 from flextron.nn.projection import PackedLinear, is_adapted, linear
 from flextron.nn.setting import Settings
 from flextron_ext import elastic_mlp, packed_mlp
@@ -30,7 +30,7 @@ ACTIVATIONS = {
 class ElasticMLP(nn.Module):
     """``W_down[:, :d] (act(W_gate[:d] x) * (W_up[:d] x))`` with d = ``width``.
 
-    With a policy, d is what it decided for each token in this layer's attention, and at most ``width``.
+    Where the layer decides for each token, d is the token's own, and at most ``width``.
     Takes over the three projections of a transformers MLP; their names and tensors stay as they were.
     """
 
@@ -53,21 +53,16 @@ class ElasticMLP(nn.Module):
     def width(self) -> int:
         return self.settings.now().widths.mlp[self.layer_idx]
 
-    @property
-    def policy(self) -> Policy | None:
-        return self.settings.now().policies[self.layer_idx]
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, decision: AxisDecision | None = None) -> Tensor:
+        """x [..., K]; the layer's decision on neurons."""
         setting = self.settings.now()
+        decision = setting.required(decision, "ElasticMLP")
         width = setting.widths.mlp[self.layer_idx]
-        if setting.policies[self.layer_idx] is None:
-            return self._run(x, width)
-        kept = self.settings.decided(self.layer_idx).mlp
-        if kept.gate is None:
-            return self._run(x, width, kept.extent)
-        if kept.extent is None:
-            return self._run(x, width, gate=kept.gate, choices=self.choices)
-        return self._by_choice(x.flatten(0, -2), width, kept).view(x.shape)
+        if decision.mixture is None:
+            return self._run(x, width, decision.extent)
+        if decision.extent is None:
+            return self._run(x, width, gate=decision.mixture, choices=self.choices)
+        return self._by_choice(x.flatten(0, -2), width, decision).view(x.shape)
 
     def _run(self, x: Tensor, width: int, extent: Tensor | None = None, **soft: Any) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
@@ -102,19 +97,19 @@ class ElasticMLP(nn.Module):
             hidden = (hidden.flatten(0, -2) * share).view(hidden.shape)
         return linear(self.down_proj, hidden, width, self.down_proj.out_features, extent)
 
-    def _by_choice(self, x: Tensor, width: int, kept: Kept) -> Tensor:
-        """Straight-through: the tokens [N, K] of each choice together, at its width and through its gate.
+    def _by_choice(self, x: Tensor, width: int, decision: AxisDecision) -> Tensor:
+        """Straight-through: the tokens [N, K] of each choice together, at its width and through its mixture.
 
-        The op runs a gate at the largest of its choices. Those above a token's own share its fate here: what
-        more they would add is not computed, so nothing is learnt of it from this token. The counts are read by
-        the host, once a layer.
+        The op runs a mixture at the largest of its choices. Shares above a token's own choice are added to that one's:
+        what wider choices would add is not computed, so this token teaches nothing about them. The host reads the
+        counts, once a layer.
         """
-        order = kept.choice.argsort(stable=True)
-        counts = torch.bincount(kept.choice, minlength=len(self.choices)).tolist()
+        order = decision.choice.argsort(stable=True)
+        counts = torch.bincount(decision.choice, minlength=len(self.choices)).tolist()
         parts = []
         for c, rows in enumerate(order.split(counts)):
             if counts[c]:
-                gate = kept.gate[rows]
+                gate = decision.mixture[rows]
                 gate = torch.cat([gate[:, :c], gate[:, c:].sum(1, keepdim=True)], dim=1)
                 parts.append(self._run(x[rows], width, gate=gate, choices=self.choices[: c + 1]))
         return torch.cat(parts)[order.argsort()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain, repeat
 from operator import contains, is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,11 @@ from flextron.nn.cache import ElasticCache
 from flextron.nn.elastic_attention import ElasticAttention
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.masks import first_keys, is_left_padded
-from flextron.nn.policy import PerRequest, PerToken
+from flextron.nn.policy import Extents
 from flextron.nn.projection import RECORDER, PackedLinear, is_alone
 from flextron_ext import HeldForward
 
+FORWARD = "_elastic_forward"  # the attribute of a model that keeps its `ElasticForward`
 _END = object()
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TAKEN = (
@@ -33,17 +34,6 @@ _TAKEN = (
     "use_cache",
     "return_dict",
 )
-
-
-class Used(NamedTuple):
-    """What each layer keeps, in the op's order: of all, of each sequence, or as a router chooses for each token."""
-
-    widths: Sequence[int]
-    heads: Sequence[int]
-    kv_heads: Sequence[int]
-    router: tuple[Tensor, ...] | None = None
-    mlp_choices: Sequence[int] | None = None
-    head_choices: Sequence[int] | None = None
 
 
 # The op's name of each part of a layer, and where it is
@@ -182,15 +172,12 @@ class ElasticForward:
             and self.embedding.is_contiguous()
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # a copy of the model gathers its own
-
     @classmethod
     def of(cls, model: Any) -> ElasticForward:
         """The model's own, made anew where its weights are others."""
-        step = model.__dict__.get("_elastic_forward")
+        step = model.__dict__.get(FORWARD)
         if step is None or not step.found.holds():
-            step = model.__dict__["_elastic_forward"] = cls(model)
+            step = model.__dict__[FORWARD] = cls(model)
         return step
 
     def _add(self, part: str, module: Any) -> None:
@@ -207,30 +194,11 @@ class ElasticForward:
         hooks = self.found.hooks
         return any(hooks) and any(hook.__module__ != RECORDER for each in hooks for hook in each.values())
 
-    def used(self, model: Any, B: int) -> Used | None:
-        """What the layers keep of B sequences; None where the modules must run."""
+    def extents(self, model: Any, B: int) -> Extents | None:
+        """What the op keeps of B sequences; None where the modules must run."""
         if not self.serves or self.is_watched():
             return None
-        config, setting = model.elastic, model.settings.now()
-        policies, kv_heads = setting.policies, setting.kv_heads
-        if all(policy is None for policy in policies):
-            return Used(setting.widths.mlp, setting.widths.heads, kv_heads)
-        if all(isinstance(policy, PerRequest) for policy in policies):
-            each, rest = divmod(B, len(policies[0].mlp))
-            if rest:
-                return None
-            return Used(
-                [n for policy in policies for n in policy.mlp.tolist() for _ in range(each)],
-                [n for policy in policies for n in policy.heads.tolist() for _ in range(each)],
-                kv_heads,
-            )
-        if all(isinstance(policy, PerToken) for policy in policies) and setting.seen is None:
-            router, (state, base) = policies[0].router, policies[0].contexts
-            if B % base.shape[1]:
-                return None
-            menus = config.mlp_choices, config.head_choices
-            return Used((), (), kv_heads, (router.w1, router.w2, state, base), *menus)
-        return None
+        return model.settings.now().extents(B)
 
     def _hold(self, config: ElasticConfig) -> HeldForward:
         attention, mlp = self.modules[0]
@@ -261,7 +229,7 @@ class ElasticForward:
         cache: ElasticCache | None,
         k_start: Tensor | None,
         keep: int,
-        used: Used,
+        extents: Extents,
     ) -> tuple[Tensor, Tensor]:
         """Logits [B, keep, V], and where the last token's are greatest, [B]."""
         config, (B, T) = model.elastic, ids.shape
@@ -269,14 +237,29 @@ class ElasticForward:
             self.held = self._hold(config)
         if cache is not None:
             cached = cache.get_seq_length()
-            keys, values = cache.reserve(self.norm, B, T, used.kv_heads, config.head_dim)
+            keys, values = cache.reserve(self.norm, B, T, extents.kv_heads, config.head_dim)
         else:  # a layer's keys and values are read by the layer alone: one room serves all
-            cached, layers = 0, len(used.kv_heads)
-            room = self.norm.new_empty(2, B, max(used.kv_heads), T, config.head_dim).transpose(2, 3)
+            cached, layers = 0, len(extents.kv_heads)
+            room = self.norm.new_empty(2, B, max(extents.kv_heads), T, config.head_dim).transpose(2, 3)
             keys, values = [room[0]] * layers, [room[1]] * layers
-        result = self.held(ids, cos, sin, keys, values, cached, *used[:3], keep, k_start, *used[3:])
+        result = self.held(
+            ids,
+            cos,
+            sin,
+            keys,
+            values,
+            cached,
+            extents.mlp,
+            extents.heads,
+            extents.kv_heads,
+            keep,
+            k_start,
+            extents.router,
+            extents.mlp_choices,
+            extents.head_choices,
+        )
         if cache is not None:
-            cache.advance(T, used.kv_heads)
+            cache.advance(T, extents.kv_heads)
         return result
 
 
@@ -306,8 +289,8 @@ def try_forward(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast
     if not plain or not isinstance(keep, int) or keep < 0 or torch.is_autocast_enabled("cpu"):
         return None
     step = ElasticForward.of(model)
-    used = step.used(model, ids.shape[0])
-    if used is None or (cache is not None and not _ready(cache, ids, step)):
+    extents = step.extents(model, ids.shape[0])
+    if extents is None or (cache is not None and not _ready(cache, ids, step)):
         return None
 
     past, T = 0 if cache is None else cache.get_seq_length(), ids.shape[1]
@@ -323,7 +306,7 @@ def try_forward(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast
         positions = torch.arange(past, past + T)[None]
     cos, sin = model.model.rotary_emb(step.norm, positions)
     keep = T if keep == 0 else min(keep, T)
-    logits, _ = step(model, ids, cos, sin, cache, k_start, keep, used)
+    logits, _ = step(model, ids, cos, sin, cache, k_start, keep, extents)
     return CausalLMOutputWithPast(logits=logits, cache=cache)
 
 

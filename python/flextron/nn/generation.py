@@ -15,8 +15,9 @@ from transformers import MaxLengthCriteria, StoppingCriteria, StoppingCriteriaLi
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from flextron.nn.cache import ElasticCache
-from flextron.nn.forward import ElasticForward, Used, is_known, is_transformed
+from flextron.nn.forward import ElasticForward, is_known, is_transformed
 from flextron.nn.masks import first_keys, is_left_padded
+from flextron.nn.policy import Extents
 from flextron.nn.setting import Setting
 
 _TAKEN = ("cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep")
@@ -156,7 +157,7 @@ class _Steps:
     def __init__(self, model: Any, prompt: torch.Size, inputs: dict[str, Any]) -> None:
         self.model, self.cache, self.step = model, inputs["cache"], ElasticForward.of(model)
         self.setting: Setting | None = None
-        self.used: Used | None = None
+        self.extents: Extents | None = None
         self.mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         self.order: Tensor | None = None
         if self.mask is not None and not is_left_padded(self.mask):
@@ -190,15 +191,15 @@ class _Steps:
         setting = model.settings.now()
         if setting is not self.setting:  # set anew, which a criterion or streamer may do between tokens
             self.setting = setting
-            self.used = step.used(model, len(tokens))
-            self.cache.check(self.used.kv_heads if self.used else ())
+            self.extents = step.extents(model, len(tokens))
+            self.cache.check(self.extents.kv_heads if self.extents else ())
         hooked = model._forward_hooks or len(model._forward_pre_hooks) > 1  # one of those guards the cache
-        if self.used is None or hooked:
+        if self.extents is None or hooked:
             return self._by_forward(tokens), None
         if not self.tables:
             tables = model.model.rotary_emb(step.norm, self.last + self.passed + self.ahead)
             self.tables = list(zip(*(table.split(1, dim=1) for table in tables), strict=True))[::-1]
-        return step(model, tokens, *self.tables.pop(), self.cache, self.k_start, 1, self.used)
+        return step(model, tokens, *self.tables.pop(), self.cache, self.k_start, 1, self.extents)
 
     def _by_forward(self, tokens: Tensor) -> Tensor:
         self.tables = []

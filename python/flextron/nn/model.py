@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -18,11 +18,13 @@ from transformers.utils.hub import convert_file_size_to_int
 from flextron.config import ElasticConfig, Widths, number, plain
 from flextron.nn.cache import ElasticCache, given_cache
 from flextron.nn.elastic_attention import ElasticAttention
+from flextron.nn.elastic_layer import make_layer_elastic
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.families import elastic_config, family_of
-from flextron.nn.forward import is_known, try_forward, wants_cache
+from flextron.nn.forward import FORWARD, is_known, try_forward, wants_cache
 from flextron.nn.generation import is_plain, sample
 from flextron.nn.masks import is_left_padded, with_form, with_none
+from flextron.nn.mixin import Mixin, mixed
 from flextron.nn.policy import Dial, PerRequest, PerToken, Policy
 from flextron.nn.projection import (
     PackedLinear,
@@ -63,7 +65,7 @@ class Writer(Protocol):
     def __call__(self, model: Any, directory: str | Path, tensors: Mapping[str, Tensor]) -> None: ...
 
 
-class ElasticModel:
+class ElasticModel(Mixin):
     """Mixed into the class of a transformers causal LM by `make_elastic`.
 
     `set_budget` and its kin set the model, for all threads, each from its next forward on. Inside ``with
@@ -72,7 +74,6 @@ class ElasticModel:
 
     Attributes:
         elastic: the menus of widths, and the shape of the full model.
-        stock: the class of transformers that it is of.
         settings: what it is set to, and its modules with it.
         planner: turns budgets into widths; set by `flextron.from_pretrained`.
         writer: what `save_pretrained` stores it by; set by `flextron.from_pretrained` and `flextron.make_elastic`.
@@ -81,11 +82,14 @@ class ElasticModel:
     """
 
     elastic: ElasticConfig
-    stock: type
     settings: Settings
     planner: Planner | None
     writer: Writer | None
     adaptive: AdaptiveRouter | None
+
+    @classmethod
+    def members(cls, stock: type) -> dict[str, Any]:
+        return {"forward": _forward_of(stock)}
 
     @property
     def dial(self) -> Dial:
@@ -102,8 +106,10 @@ class ElasticModel:
         """``"selected"`` or ``"all"``: which key/value groups are projected and cached."""
         return self.settings.now().kv
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _empty, (self.stock,), self.__getstate__()
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: value for name, value in self.__dict__.items() if name != FORWARD
+        }  # a copy gathers its own
 
     def __copy__(self) -> NoReturn:
         raise TypeError(
@@ -119,7 +125,7 @@ class ElasticModel:
         super()._apply(fn, recurse)
         # what decides lies on the device, too; a router's offsets are read, which meta has none of
         decides = PerRequest if self.device.type == "meta" else PerRequest | PerToken
-        if self.device != before and isinstance(self.settings.now().policies[0], decides):
+        if self.device != before and isinstance(self.settings.now().policy, decides):
             self.turn(self.dial)
         return self
 
@@ -232,26 +238,26 @@ class ElasticModel:
             self.elastic.check(widths)
         if dial.kv not in KV_MODES:
             raise ValueError(f"set_widths: kv must be one of {', '.join(KV_MODES)}, got {dial.kv!r}")
-        policies: list[Policy | None] = [None] * self.elastic.num_layers
+        policy: Policy | None = None
         if dial.targets:
-            policies = self._per_token(dial.targets, dial.phase)
+            policy = self._per_token(dial.targets, dial.phase)
         elif len(dial.widths) > 1:
-            policies = [PerRequest(dial.widths, i, self.device) for i in range(self.elastic.num_layers)]
-        return self._setting(dial, policies, dial.bound(), dial.kv)
+            policy = PerRequest(dial.widths, self.device)
+        return self._setting(dial, policy, dial.bound(), dial.kv)
 
-    def _setting(self, dial: Dial, policies: Sequence[Policy | None], bound: Widths, kv: str) -> Setting:
+    def _setting(self, dial: Dial, policy: Policy | None, bound: Widths, kv: str) -> Setting:
         kv_heads = tuple(self.elastic.kv_heads(n, kv) for n in bound.heads)
-        return Setting(dial, bound, kv, kv_heads, tuple(policies))
+        return Setting(dial, bound, kv, kv_heads, policy)
 
-    def set_policies(self, policies: Sequence[Policy | None], bound: Widths, kv: str) -> None:
-        """Let a policy decide in each layer (None: the bound itself); what trains routers calls it."""
-        self.settings.put(self._setting(self.dial, policies, bound, kv))
+    def set_policy(self, policy: Policy | None, bound: Widths, kv: str) -> None:
+        """Let a policy decide, up to a bound (None: the bound itself); what trains routers calls it."""
+        self.settings.put(self._setting(self.dial, policy, bound, kv))
 
     def attach_router(self, router: AdaptiveRouter | None) -> None:
         """Let ``router`` be the one that adaptive budgets ask."""
         object.__setattr__(self, "adaptive", router)  # a Module's own would make it a submodule
 
-    def _per_token(self, targets: tuple[float, ...], phase: str) -> list[Policy]:
+    def _per_token(self, targets: tuple[float, ...], phase: str) -> Policy:
         if self.adaptive is None:
             raise ValueError(
                 "set_budget: adaptive needs an adaptive router; run `flextron route DIR --adaptive` first"
@@ -259,8 +265,8 @@ class ElasticModel:
         self.adaptive.check(self.elastic, phase)
         router = self.adaptive.to(self.device)
         with torch.no_grad():
-            contexts = router.context(torch.tensor(targets, device=self.device), phase=phase)
-        return [PerToken(router, i, contexts, self.elastic) for i in range(self.elastic.num_layers)]
+            context = router.context(torch.tensor(targets, device=self.device), phase=phase)
+        return PerToken(router, context, self.elastic)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[list[Choices]]:
@@ -269,20 +275,19 @@ class ElasticModel:
         Yields a list that gets one entry for each forward: the choices' places in the menus, ``mlp`` and
         ``heads`` [B, T, L] int64.
         """
-        if not all(isinstance(policy, PerToken) for policy in self.settings.now().policies):
+        if not isinstance(self.settings.now().policy, PerToken):
             raise ValueError("watched: the budget must be adaptive, got one that chooses for no token")
         forwards: list[Choices] = []
-        seen: list[tuple[int, Choices]] = []
+        layers: list[Choices] = []
 
         def gather(*_: Any) -> None:
-            if self.settings.now().seen is seen:  # no other thread's forward, nor one at another budget
-                layers = [choices for _, choices in seen]
+            if self.settings.now().watched is layers:  # no other thread's forward, nor one at another budget
                 forwards.append(Choices(*(torch.stack(axis, dim=-1) for axis in zip(*layers, strict=True))))
-                seen.clear()
+                layers.clear()
 
         handle = self.register_forward_hook(gather)
         try:
-            with self.settings.block(replace(self.settings.now(), seen=seen)):
+            with self.settings.block(replace(self.settings.now(), watched=layers)):
                 yield forwards
         finally:
             handle.remove()
@@ -478,36 +483,39 @@ def _runs_layers_again(model: Any) -> bool:
     return any(getattr(layer, "gradient_checkpointing", False) for layer in model.model.layers)
 
 
-@cache
-def _elastic_class(cls: type) -> type:
-    own = inspect.signature(cls.forward).parameters.values()
-    names = [p.name for p in own if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
-    known = is_known(cls.forward)
+def _forward_of(stock: type) -> Callable[..., Any]:
+    """The forward of a class of causal LM: by the decoder op where that serves, else by the modules."""
+    parameters = inspect.signature(stock.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
+    known = is_known(stock.forward)
 
-    @wraps(cls.forward)  # transformers reads the signature
+    @wraps(stock.forward)  # transformers reads the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
         if len(given) != len(args) + len(kwargs):
-            return cls.forward(self, *args, **kwargs)  # which refuses too many, and one that is given twice
+            return stock.forward(self, *args, **kwargs)  # which refuses too many, and one that is given twice
         if torch.compiler.is_compiling():
             self.check_projections()
-            return cls.forward(self, **with_none(with_form(given)))
+            return stock.forward(self, **with_none(with_form(given)))
         taken = try_forward(self, given) if known else None
         if taken is not None:
             return taken
         self.check_projections()
         with self.settings.forward():
-            return cls.forward(self, **with_form(given))
+            return stock.forward(self, **with_form(given))
 
-    # the parent's own name: save_pretrained writes it to the configuration, where stock transformers looks it up
-    own = {"__module__": cls.__module__, "forward": forward, "stock": cls}
-    return type(cls.__name__, (ElasticModel, cls), own)
+    return forward
 
 
-def _empty(stock: type) -> Any:
-    """What `copy.deepcopy` and pickle fill: the class itself is made at run time, and found by no name."""
-    cls = _elastic_class(stock)
-    return cls.__new__(cls)
+def _become(model: nn.Module, mixin: type[Mixin]) -> None:
+    """Put a mixin in front of the class of a model that is there already.
+
+    ``make_elastic`` works in place: optimisers, hooks and callers hold this very object, and `generate`,
+    `save_pretrained` and the forward are looked up in its class. So its class is exchanged, as torch does it in
+    `fully_shard` and `parametrize`. An attribute of the object would stop at pickling, and a new object would leave
+    the old one with layers that its class does not know.
+    """
+    model.__class__ = mixed(mixin, type(model))
 
 
 def make_elastic(model: nn.Module, config: ElasticConfig | None = None) -> Any:
@@ -563,13 +571,12 @@ def make_elastic(model: nn.Module, config: ElasticConfig | None = None) -> Any:
     forget(model.model.rotary_emb)
     settings = Settings()
     for i, layer in enumerate(model.model.layers):
-        layer.self_attn = ElasticAttention(layer.self_attn, own, settings, i)
-        layer.mlp = ElasticMLP(layer.mlp, hf.hidden_act, own, settings, i)
+        model.model.layers[i] = make_layer_elastic(layer, hf.hidden_act, own, settings, i)
     count = sum(isinstance(m, ElasticAttention | ElasticMLP) for m in model.modules())
     if count != 2 * own.num_layers:
         raise ValueError(f"make_elastic: model must have {2 * own.num_layers} elastic modules, got {count}")
     hf._attn_implementation = "flextron"
-    model.__class__ = _elastic_class(type(model))
+    _become(model, ElasticModel)
     model.elastic, model.settings, model.planner, model.writer = own, settings, None, None
     model.attach_router(None)
     model.set_widths(own.full())

@@ -1,14 +1,14 @@
-"""What decides, in each forward, how much of one layer every token uses; the dial of the model sets it.
+"""What decides, in each forward, how much of a layer every token uses; the model's dial sets it.
 
-A policy is asked once per layer and forward, by the attention, with the layer's normalised input; the MLP of
-the same layer is handed what it decided. A layer without a policy has one width for everyone.
+A policy is asked once per layer and forward, with the layer's normalised input; the layer hands the decision to its
+attention and its MLP. Without a policy every token uses the layer's width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,34 +53,59 @@ class Dial:
         return Widths(mlp, map(max, zip(*(w.heads for w in self.widths), strict=True)))
 
 
-class Kept(NamedTuple):
+class AxisDecision(NamedTuple):
     """What one axis of a layer keeps of each of N tokens.
 
     Attributes:
-        extent: [N] int64, in units of the axis; None: all of it.
-        choice: [N] int64, the extent's place in the menu; None where no router chose.
-        gate: [N, C] weights of the choices, through which a router learns; None in inference. With an extent
-            it is one-hot in value and soft in gradient.
+        extent: [N] int64, in units of the axis; None: the layer's width.
+        choice: [N] int64, the extent's index in the menu; None where no router chose.
+        mixture: [N, C] the share of each entry of the menu, through which a router learns; None in inference. With an
+            extent it is one-hot in value and soft in gradient.
     """
 
     extent: Tensor | None = None
     choice: Tensor | None = None
-    gate: Tensor | None = None
+    mixture: Tensor | None = None
 
 
 class Decision(NamedTuple):
-    """`Kept` of both axes."""
+    """`AxisDecision` of both axes."""
 
-    mlp: Kept
-    heads: Kept
+    mlp: AxisDecision
+    heads: AxisDecision
+
+
+BY_WIDTH = Decision(AxisDecision(), AxisDecision())  # every token keeps the layer's width
+
+
+class Extents(NamedTuple):
+    """What the decoder op keeps, layer after layer.
+
+    Attributes:
+        mlp, heads: one number for each layer, or for each layer and sequence, [L, B] row by row; empty with a router.
+        kv_heads: key/value groups that each layer projects and caches.
+        router: weights by which the op chooses for every token: w1, w2, and `AdaptiveRouter.context` of all layers.
+        mlp_choices, head_choices: the menus it chooses from.
+    """
+
+    mlp: Sequence[int]
+    heads: Sequence[int]
+    kv_heads: Sequence[int]
+    router: tuple[Tensor, ...] | None = None
+    mlp_choices: Sequence[int] | None = None
+    head_choices: Sequence[int] | None = None
 
 
 class Policy:
-    """Decides for one layer."""
+    """Decides for all layers of a model."""
 
-    def __call__(self, x: Tensor) -> Decision:
-        """Decide for the tokens of x [B, T, K], the layer's normalised input."""
+    def __call__(self, x: Tensor, layer: int) -> Decision:
+        """Decide for the tokens of x [B, T, K], the normalised input of a layer."""
         raise NotImplementedError
+
+    def extents(self, B: int, kv_heads: Sequence[int]) -> Extents | None:
+        """The same for the decoder op and B sequences; None where the op cannot decide so."""
+        return None
 
 
 def per_token(rows: Tensor, x: Tensor) -> Tensor:
@@ -95,24 +120,36 @@ def per_token(rows: Tensor, x: Tensor) -> Tensor:
 
 
 class PerRequest(Policy):
-    """Each sequence of a batch has its own widths.
+    """Each request of a batch has its own widths.
 
     Args:
-        widths: of each request.
-        layer: index of the layer.
-        device: of the model.
+        widths: one for each of R requests.
+        device: the model's.
     """
 
-    def __init__(self, widths: tuple[Widths, ...], layer: int, device: torch.device) -> None:
-        self.mlp = torch.tensor([w.mlp[layer] for w in widths], device=device)
-        self.heads = torch.tensor([w.heads[layer] for w in widths], device=device)
+    def __init__(self, widths: Sequence[Widths], device: torch.device) -> None:
+        self.widths = tuple(widths)
+        self.mlp = torch.tensor([w.mlp for w in widths], device=device).T.unbind()  # [R] for each layer
+        self.heads = torch.tensor([w.heads for w in widths], device=device).T.unbind()
 
-    def __call__(self, x: Tensor) -> Decision:
-        return Decision(Kept(per_token(self.mlp, x)), Kept(per_token(self.heads, x)))
+    def __call__(self, x: Tensor, layer: int) -> Decision:
+        mlp, heads = per_token(self.mlp[layer], x), per_token(self.heads[layer], x)
+        return Decision(AxisDecision(mlp), AxisDecision(heads))
+
+    def extents(self, B: int, kv_heads: Sequence[int]) -> Extents | None:
+        repeats, rest = divmod(B, len(self.widths))
+        if rest:
+            return None
+
+        def rows(axis: str) -> list[int]:
+            layers = zip(*(getattr(w, axis) for w in self.widths), strict=True)
+            return [n for layer in layers for n in layer for _ in range(repeats)]
+
+        return Extents(rows("mlp"), rows("heads"), kv_heads)
 
 
 def menus_of(config: ElasticConfig, device: torch.device) -> Choices:
-    """Widths of the choices of each axis, int64."""
+    """The menu of each axis, int64."""
     return Choices(
         torch.tensor(config.mlp_choices, device=device), torch.tensor(config.head_choices, device=device)
     )
@@ -125,44 +162,43 @@ class PerToken(Policy):
     on an AVX2 CPU, arg-max takes 10.)
 
     Args:
-        router: adaptive router.
-        layer: index of the layer.
-        contexts: `AdaptiveRouter.context` of the targets [R], one of each request, for all layers.
-        config: the menus.
+        router: the adaptive router.
+        context: its `AdaptiveRouter.context` for all layers and the targets [R], one for each request.
+        config: holds the menus.
     """
 
-    def __init__(
-        self,
-        router: AdaptiveRouter,
-        layer: int,
-        contexts: tuple[Tensor, Tensor],
-        config: ElasticConfig,
-    ) -> None:
-        self.router, self.layer, self.contexts = router, layer, contexts
-        state, base = contexts
-        self.context = state[layer], base[layer]
-        self.menus = menus_of(config, base.device)
+    def __init__(self, router: AdaptiveRouter, context: tuple[Tensor, Tensor], config: ElasticConfig) -> None:
+        self.router, self.context, self.config = router, context, config
+        self.layers = list(zip(*(part.unbind() for part in context), strict=True))
+        self.menus = menus_of(config, context[1].device)
 
-    def __call__(self, x: Tensor) -> Decision:
-        logits = self.router.logits(x, self.layer, self.context)
-        kept = []
+    def __call__(self, x: Tensor, layer: int) -> Decision:
+        logits = self.router.logits(x, layer, self.layers[layer])
+        decisions = []
         for rows, menu in zip(logits, self.menus, strict=True):
             choice = rows.argmax(-1)
-            kept.append(Kept(menu.index_select(0, choice), choice))
-        return Decision(*kept)
+            decisions.append(AxisDecision(menu.index_select(0, choice), choice))
+        return Decision(*decisions)
+
+    def extents(self, B: int, kv_heads: Sequence[int]) -> Extents | None:
+        requests = self.context[1].shape[1]
+        if B % requests:
+            return None
+        router = (self.router.w1, self.router.w2, *self.context)
+        return Extents((), (), kv_heads, router, self.config.mlp_choices, self.config.head_choices)
 
 
 class Mixed(Policy):
-    """Soft gates that somebody else drew: p of each sequence, [B, C] of each axis, shared by its tokens."""
+    """Probabilities that a caller drew: p of each sequence, [B, L, C] of each axis, shared by its tokens."""
 
     def __init__(self, p: Choices) -> None:
         self.p = p
 
-    def __call__(self, x: Tensor) -> Decision:
-        return Decision(*(Kept(gate=per_token(axis, x)) for axis in self.p))
+    def __call__(self, x: Tensor, layer: int) -> Decision:
+        return Decision(*(AxisDecision(mixture=per_token(axis[:, layer], x)) for axis in self.p))
 
 
-class Gated(Policy):
+class Relaxed(Policy):
     """A choice that a router learns by: noisy, with a gradient to the router's logits.
 
     The relaxed choice is ``p = softmax((scale * logits + Gumbel noise) / temperature)`` (Jang et al., arXiv
@@ -171,17 +207,20 @@ class Gated(Policy):
     (straight-through, Bengio et al., arXiv 1308.3432).
 
     Args:
-        logits: of the tokens of x, each [N, C], with a gradient; or of its sequences, [B, C], whose tokens then share
-            what is drawn.
-        menus: widths of the choices, int64.
+        logits: called with x and a layer, returns logits [N, C] of the tokens of x, with a gradient; or [B, C] of its
+            sequences, whose tokens then share what is drawn.
+        menus: the menu of each axis, int64.
         noise: None: no noise.
-        temperature, scale: of the relaxation.
+        temperature, scale: those of the relaxation.
         hard: straight-through, at the cost of the choice.
+
+    Attributes:
+        soft: each layer's probabilities without noise in the last forward, [N, C].
     """
 
     def __init__(
         self,
-        logits: Callable[[Tensor], Choices],
+        logits: Callable[[Tensor, int], Choices],
         menus: Choices,
         noise: GumbelSampler | None,
         temperature: float,
@@ -190,49 +229,57 @@ class Gated(Policy):
     ) -> None:
         self.logits, self.menus, self.noise = logits, menus, noise
         self.temperature, self.scale, self.hard = temperature, scale, hard
-        self.soft: Choices | None = None  # probabilities without noise of the last forward, [N, C] each
+        self.soft: dict[int, Choices] = {}
 
-    def __call__(self, x: Tensor) -> Decision:
-        drawn = self._drawn(self.logits(x))
-        return Decision(*(self._kept(p, menu, x) for p, menu in zip(drawn, self.menus, strict=True)))
+    def __call__(self, x: Tensor, layer: int) -> Decision:
+        drawn = self._drawn(x, layer)
+        return Decision(*(self._decision(p, menu, x) for p, menu in zip(drawn, self.menus, strict=True)))
 
-    def _drawn(self, logits: Choices) -> Choices:
-        self.soft = Choices(*(torch.softmax(self.scale * axis, -1) for axis in logits))
+    def _drawn(self, x: Tensor, layer: int) -> Choices:
+        logits = self.logits(x, layer)
+        self.soft[layer] = Choices(*(torch.softmax(self.scale * axis, -1) for axis in logits))
         if self.noise is None:
             return Choices(*(torch.softmax(self.scale * axis / self.temperature, -1) for axis in logits))
         return self.noise(logits, self.temperature, self.scale)
 
-    def _kept(self, p: Tensor, menu: Tensor, x: Tensor) -> Kept:
+    def _decision(self, p: Tensor, menu: Tensor, x: Tensor) -> AxisDecision:
         if len(p) != x.shape[:2].numel():
             p = per_token(p, x)
         if not self.hard:
-            return Kept(gate=p)
+            return AxisDecision(mixture=p)
         choice = p.detach().argmax(-1)
         # p - p is an exact zero: the values are one-hot to the bit
-        gate = torch.nn.functional.one_hot(choice, p.shape[-1]).to(p.dtype) + (p - p.detach())
-        return Kept(menu[choice], choice, gate)
+        mixture = torch.nn.functional.one_hot(choice, p.shape[-1]).to(p.dtype) + (p - p.detach())
+        return AxisDecision(menu[choice], choice, mixture)
 
 
-class Sampled(Gated):
+class Sampled(Relaxed):
     """A noisy choice of each token that the layer pays for and learns nothing by: only ``soft`` has a gradient.
 
-    It has one also inside ``torch.no_grad()``, to the router alone: what the model says of the choices is observed.
+    The gradient goes to the router alone, also inside ``torch.no_grad()``: the model's output at the choices is
+    observed, not differentiated.
+
+    Attributes:
+        chosen: each layer's indices in the menus in the last forward, [N].
     """
 
-    chosen: Choices  # places in the menus of the last forward, [N] each
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.chosen: dict[int, Choices] = {}
 
-    def __call__(self, x: Tensor) -> Decision:
+    def __call__(self, x: Tensor, layer: int) -> Decision:
         with torch.enable_grad():
-            drawn = self._drawn(self.logits(x.detach()))
-        self.chosen = Choices(*(p.detach().argmax(-1) for p in drawn))
-        return Decision(*(Kept(menu[c], c) for menu, c in zip(self.menus, self.chosen, strict=True)))
+            drawn = self._drawn(x.detach(), layer)
+        indices = self.chosen[layer] = Choices(*(p.detach().argmax(-1) for p in drawn))
+        return Decision(*(AxisDecision(menu[c], c) for menu, c in zip(self.menus, indices, strict=True)))
 
 
 class Given(Policy):
-    """Choices that somebody else made for every token: places in the menus, [N] of each axis."""
+    """Choices that a caller made for every token: indices in the menus, [N, L] of each axis."""
 
     def __init__(self, choices: Choices, menus: Choices) -> None:
-        self.kept = Decision(*(Kept(menu[c], c) for menu, c in zip(menus, choices, strict=True)))
+        self.choices, self.menus = choices, menus
 
-    def __call__(self, x: Tensor) -> Decision:
-        return self.kept
+    def __call__(self, x: Tensor, layer: int) -> Decision:
+        indices = (axis[:, layer] for axis in self.choices)
+        return Decision(*(AxisDecision(menu[c], c) for menu, c in zip(self.menus, indices, strict=True)))

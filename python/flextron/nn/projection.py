@@ -144,7 +144,7 @@ def check_parts(path: str, part: nn.Module, names: tuple[str, ...]) -> None:
     Raises:
         NotImplementedError: it names the module's path and class.
     """
-    if (forward := part.__dict__.get("forward")) is not None and not _goes_on(part):
+    if (forward := part.__dict__.get("forward")) is not None and not goes_on(part):
         raise NotImplementedError(
             f"flextron: {path} must run the forward of its class, {named(part)}, which keeps to the budget, got "
             f"{getattr(forward, '__qualname__', forward)}"
@@ -207,7 +207,7 @@ def fault_of_call(module: nn.Module) -> str | None:
     """What waits for a call of the module: a hook, or a forward put in its place."""
     hook = module.__dict__.get("_hf_hook")
     # one that brings inputs to the module's device, and no weights, does what the layer's own does
-    if "forward" in module.__dict__ and not (_goes_on(module) and not hook.offload):
+    if "forward" in module.__dict__ and not (goes_on(module) and not hook.offload):
         return f"{named(module)} with a forward of its own" + (f" ({named(hook)})" if hook else "")
     weight = module._parameters.get("weight")
     if (
@@ -225,7 +225,7 @@ def _acts(hook: Any) -> bool:
     return hook.__module__ != RECORDER
 
 
-def _goes_on(module: nn.Module) -> bool:
+def goes_on(module: nn.Module) -> bool:
     """Whether the forward in the place of the module's own is accelerate's, which calls that one."""
     kind, before = type(module.__dict__.get("_hf_hook")), module.__dict__.get("_old_forward")
     own = getattr(before, "__func__", None) is type(module).forward

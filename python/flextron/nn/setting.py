@@ -1,6 +1,7 @@
-"""What a model is set to: its own setting, which all threads see, and one of a block or a call, which its thread sees.
+"""What a model is set to: its own setting, which every thread sees, and that of a block or call, seen by its thread.
 
-The modules look it up in every forward, so that calls of several threads on one model keep their own budgets.
+A setting is made once per change of the budget. The modules look it up in every forward and read their layer's entry,
+so calls of several threads on one model keep to their own budgets.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flextron.config import Widths
-from flextron.nn.policy import Decision, Dial, Policy
+from flextron.nn.policy import BY_WIDTH, AxisDecision, Decision, Dial, Extents, Policy
 from flextron.nn.router import Choices
 
 
@@ -25,19 +27,45 @@ class Setting:
 
     Attributes:
         dial: what the model was turned to.
-        widths: of every layer; of several requests or tokens, at most.
+        widths: the width of every layer; where requests or tokens differ, the largest.
         kv: ``"selected"`` or ``"all"``: which key/value groups are projected and cached.
-        kv_heads: how many these are in each layer.
-        policies: what decides in each layer; None: the widths.
-        seen: None, or where the router's choices are written down: (layer, choices).
+        kv_heads: the number of these groups in each layer.
+        policy: decides where requests or tokens differ; None: all keep the widths.
+        watched: None, or a list that gets the router's choices of one layer after another.
     """
 
     dial: Dial
     widths: Widths
     kv: str
     kv_heads: tuple[int, ...]
-    policies: tuple[Policy | None, ...]
-    seen: list[tuple[int, Choices]] | None = None
+    policy: Policy | None
+    watched: list[Choices] | None = None
+
+    def extents(self, B: int) -> Extents | None:
+        """What the decoder op is to keep of B sequences; None where only the modules can do what is set."""
+        if self.policy is None:
+            return Extents(self.widths.mlp, self.widths.heads, self.kv_heads)
+        return None if self.watched is not None else self.policy.extents(B, self.kv_heads)
+
+    def decide(self, x: Tensor, layer: int) -> Decision:
+        """What a layer keeps of each token of x [B, T, K], its normalised input."""
+        if self.policy is None:
+            return BY_WIDTH
+        decision = self.policy(x, layer)
+        if self.watched is not None:
+            self.watched.append(Choices(*(axis.choice.view(x.shape[:2]) for axis in decision)))
+        return decision
+
+    def required(self, decision: AxisDecision | None, part: str) -> AxisDecision:
+        """The decision that a layer handed to a part of it; a layer that hands none can only keep to the widths."""
+        if decision is not None:
+            return decision
+        if self.policy is not None:
+            raise RuntimeError(
+                f"flextron: {part} must be called with a decision where requests or tokens have widths of their own, "
+                "got none; the layer's forward must be that of flextron.nn.make_elastic"
+            )
+        return BY_WIDTH.mlp
 
 
 class Settings:
@@ -103,16 +131,3 @@ class Settings:
         finally:
             self._context.reset(token)
             self._thread.setting = before
-
-    def hand_on(self, layer: int, decision: Decision) -> None:
-        """What was decided in a layer's attention, for the MLP that this thread runs next."""
-        self._thread.decided = layer, decision
-
-    def decided(self, layer: int) -> Decision:
-        """What this thread decided last, which must be of this layer."""
-        of, decision = getattr(self._thread, "decided", (None, None))
-        if of != layer:
-            raise RuntimeError(
-                f"flextron: the MLP of layer {layer} must run after its attention, got that of layer {of} before it"
-            )
-        return decision

@@ -20,14 +20,14 @@ from flextron.artefacts.reports import FitReport, GateReport
 from flextron.config import ElasticConfig, Widths
 from flextron.judge.latency import fractions
 from flextron.nn import Dial
-from flextron.nn.policy import Given, menus_of
+from flextron.nn.policy import Given, Policy, menus_of
 from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, anneal, default_hidden
 from flextron.recipes import JUDGING, AdaptiveConfig
 from flextron.routing.calibrate import calibrate
 from flextron.routing.fit import random_widths
 from flextron.routing.learning import (
     latency_miss,
-    learning_policies,
+    learning_policy,
     mean_choices,
     sequence_losses,
 )
@@ -52,7 +52,7 @@ def train_adaptive(
 ) -> AdaptiveResult:
     """Train the adaptive router of a frozen elastic model, and calibrate it.
 
-    Loss: cross-entropy of the model with relaxed choices (`flextron.nn.policy.Gated`) at a target drawn for each
+    Loss: cross-entropy of the model with relaxed choices (`flextron.nn.policy.Relaxed`) at a target drawn for each
     sequence, or what the surrogate predicts of it, and the latency term on the mean over the tokens of each target.
 
     Args:
@@ -228,11 +228,11 @@ class _Training:
 
     def _losses(self, step: int, ids: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
         annealed = anneal(step, self.options.steps)
-        policies = learning_policies(self.model, self.router, tau, self.noise, *annealed, self.options.gates)
-        self.model.set_policies(policies, self.model.elastic.full(), "all")
+        policy = learning_policy(self.model, self.router, tau, self.noise, *annealed, self.options.gates)
+        self.model.set_policy(policy, self.model.elastic.full(), "all")
         logits = self.model(input_ids=ids, use_cache=False).logits
         loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-        return loss, latency_miss(self._fraction, mean_choices(policies, len(ids)), tau)
+        return loss, latency_miss(self._fraction, mean_choices(policy, len(ids)), tau)
 
 
 class _SurrogateTraining(_Training):
@@ -260,9 +260,8 @@ class _SurrogateTraining(_Training):
         for done in range(options.prefill):
             ids, full, _ = self._one_target()
             choices = self._random_choices(ids.numel())
-            layers = range(self.model.elastic.num_layers)
-            given = [Given(Choices(choices.mlp[:, i], choices.heads[:, i]), self.menus) for i in layers]
-            self._remember(self._shares(choices), float((self._losses_of(ids, given) - full).mean()))
+            losses = self._losses_of(ids, Given(choices, self.menus))
+            self._remember(self._shares(choices), float((losses - full).mean()))
             self.progress("random choices", done + 1, options.prefill)
         self.surrogate.start(*self.train.tensors())
         self.fitter.fit(*self.train.tensors(), _SURROGATE_STEPS)
@@ -291,18 +290,18 @@ class _SurrogateTraining(_Training):
         """
         ids, full, tau = self._one_target()
         annealed = anneal(step, self.options.steps)
-        policies = learning_policies(
+        policy = learning_policy(
             self.model, self.router, tau.expand(len(ids)), self.noise, *annealed, "sampled"
         )
-        loss = float((self._losses_of(ids, policies) - full).mean())
-        by_axis = zip(*(p.chosen for p in policies), strict=True)
+        loss = float((self._losses_of(ids, policy) - full).mean())
+        by_axis = zip(*policy.chosen.values(), strict=True)
         shares = self._shares(Choices(*(torch.stack(axis, 1) for axis in by_axis)))
         with torch.no_grad():
             predicted = float(self.surrogate.loss(shares, self._fraction(shares)))
         self.error = _EMA * self.error + (1 - _EMA) * abs(predicted - loss)
         self._remember(shares, loss)
         self.fitter.fit(*self.train.tensors(), _REFIT_STEPS)
-        return mean_choices(policies, 1), tau
+        return mean_choices(policy, 1), tau
 
     def _one_target(self) -> tuple[Tensor, Tensor, Tensor]:
         """Sequences [B, T], the full model's loss of each [B], and one trained target below 1 [1]."""
@@ -345,14 +344,13 @@ class _SurrogateTraining(_Training):
         buffer.add_shares(shares, float(self._fraction(shares)), loss)
 
     def _full_losses(self) -> Tensor:
-        nobody = [None] * self.model.elastic.num_layers
-        return torch.cat([self._losses_of(ids, nobody) for ids in self.tokens.split(self.options.batch)])
+        return torch.cat([self._losses_of(ids, None) for ids in self.tokens.split(self.options.batch)])
 
     @torch.no_grad()
-    def _losses_of(self, ids: Tensor, policies: Sequence[Any]) -> Tensor:
+    def _losses_of(self, ids: Tensor, policy: Policy | None) -> Tensor:
         """Each sequence's mean loss, [B]."""
         ids = ids.to(self.device)
-        self.model.set_policies(policies, self.model.elastic.full(), "all")
+        self.model.set_policy(policy, self.model.elastic.full(), "all")
         return sequence_losses(self.model, ids)
 
 

@@ -1,15 +1,15 @@
-"""How routers learn through a model: the policies of one training step, and the latency term of its loss."""
+"""How routers learn through a model: the policy of one training step, and the latency term of its loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flextron.nn.policy import Gated, Mixed, Sampled, menus_of
+from flextron.nn.policy import Mixed, Relaxed, Sampled, menus_of
 from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, StaticRouter
 
 TOLERANCE = 0.02  # relative distance from a target that costs nothing
@@ -17,7 +17,7 @@ TOLERANCE = 0.02  # relative distance from a target that costs nothing
 Fraction = Callable[[Choices], Tensor]  # choice probabilities [..., L, C] -> share of the full latency [...]
 
 
-def learning_policies(
+def learning_policy(
     model: Any,
     router: StaticRouter | AdaptiveRouter,
     tau: Tensor,
@@ -25,25 +25,25 @@ def learning_policies(
     temperature: float,
     scale: float,
     gates: str,
-) -> list[Gated]:
-    """The policies of a step in which each sequence of the batch has its own target, tau [B].
+) -> Relaxed:
+    """The policy of a step in which each sequence of the batch has its own target, tau [B].
 
     The adaptive router draws for every token, the static one once for each sequence. ``gates`` is one of
     `flextron.recipes.GATES`, or ``"sampled"``: choices from which only the router's own probabilities learn.
     """
-    menus = menus_of(model.elastic, tau.device)
-    rows = router(tau) if isinstance(router, StaticRouter) else None
+    if isinstance(router, StaticRouter):
+        rows = router(tau)
 
-    def logits_of(layer: int) -> Callable[[Tensor], Choices]:
-        if rows is not None:
-            mine = Choices(rows.mlp[:, layer], rows.heads[:, layer])
-            return lambda x: mine
-        context = router.context(tau, layer)
-        return lambda x: router.logits(x, layer, context)
+        def logits(x: Tensor, layer: int) -> Choices:
+            return Choices(rows.mlp[:, layer], rows.heads[:, layer])
+    else:
+        contexts = [router.context(tau, i) for i in range(model.elastic.num_layers)]
 
-    kind = Sampled if gates == "sampled" else Gated
-    layers = range(model.elastic.num_layers)
-    return [kind(logits_of(i), menus, noise, temperature, scale, gates == "hard") for i in layers]
+        def logits(x: Tensor, layer: int) -> Choices:
+            return router.logits(x, layer, contexts[layer])
+
+    kind = Sampled if gates == "sampled" else Relaxed
+    return kind(logits, menus_of(model.elastic, tau.device), noise, temperature, scale, gates == "hard")
 
 
 def sequence_losses(model: Any, ids: Tensor) -> Tensor:
@@ -62,12 +62,10 @@ def relaxed_loss(model: Any, tokens: Tensor) -> Callable[[Choices], Tensor]:
     """
 
     def loss(p: Choices) -> Tensor:
-        count, layers = p.mlp.shape[:2]
-        ids = tokens[torch.arange(count) % len(tokens)].to(p.mlp.device)
+        ids = tokens[torch.arange(len(p.mlp)) % len(tokens)].to(p.mlp.device)
         dial = model.dial
         try:
-            mixed = [Mixed(Choices(p.mlp[:, i], p.heads[:, i])) for i in range(layers)]
-            model.set_policies(mixed, model.elastic.full(), "all")
+            model.set_policy(Mixed(p), model.elastic.full(), "all")
             return sequence_losses(model, ids)
         finally:
             model.turn(dial)
@@ -75,9 +73,9 @@ def relaxed_loss(model: Any, tokens: Tensor) -> Callable[[Choices], Tensor]:
     return loss
 
 
-def mean_choices(policies: Sequence[Gated], batch: int) -> Choices:
+def mean_choices(policy: Relaxed, batch: int) -> Choices:
     """Noiseless probabilities of the last forward, mean over each sequence's tokens: [B, L, C] of each axis."""
-    layers = [Choices(*(axis.unflatten(0, (batch, -1)).mean(1) for axis in p.soft)) for p in policies]
+    layers = [[axis.unflatten(0, (batch, -1)).mean(1) for axis in p] for p in policy.soft.values()]
     return Choices(*(torch.stack(axis, dim=1) for axis in zip(*layers, strict=True)))
 
 

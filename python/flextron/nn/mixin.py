@@ -1,0 +1,38 @@
+"""A class of transformers with one of ours in front of it, made at run time for whichever class a model has."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+
+class Mixin:
+    """The base of what goes in front: copies and pickles find the class by the two that it is made of.
+
+    Attributes:
+        mixin, stock: our class, and that of transformers.
+    """
+
+    mixin: type[Mixin]
+    stock: type
+
+    @classmethod
+    def members(cls, stock: type) -> dict[str, Any]:
+        """What the class in front of ``stock`` has beyond the two."""
+        return {}
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _empty, (self.mixin, self.stock), self.__getstate__()
+
+
+@cache
+def mixed(mixin: type[Mixin], stock: type) -> type:
+    """The class under the name of ``stock``, which transformers writes to configurations and looks layers up by."""
+    members = {"__module__": stock.__module__, "mixin": mixin, "stock": stock, **mixin.members(stock)}
+    return type(stock.__name__, (mixin, stock), members)
+
+
+def _empty(mixin: type[Mixin], stock: type) -> Any:
+    """What `copy.deepcopy` and pickle fill."""
+    cls = mixed(mixin, stock)
+    return cls.__new__(cls)
