@@ -16,7 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from flextron import pipeline
+from flextron.artefacts.adaptive_router import AdaptiveResult
+from flextron.checkpoint.hf import read_tokenizer
 from flextron.cli import _shown, main
+from flextron.corpus import held_out_windows
+from flextron.inference import from_pretrained
 from flextron_ext import build_info
 
 SENTENCE = "the cat sat on the mat and the dog ran far away from the old red house by the sea while it rained"
@@ -279,27 +283,27 @@ def test_routers_of_other_weights_are_never_used(elastic, text, monkeypatch, cap
     answer(capsys, "profile", elastic, *PROFILE)
     answer(capsys, "route", elastic, "--data", text, *ROUTE)
     routers = {path.name: path.read_bytes() for path in elastic.glob("routers.*")}
-    assert len(routers) == 2 and pipeline.from_pretrained(elastic).planner.ladder.origin == "router"
+    assert len(routers) == 2 and from_pretrained(elastic).planner.ladder.origin == "router"
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "_discard", killed)
         assert main([*map(str, ("train", elastic, "--data", text, *STEP))]) == 130
     capsys.readouterr()
     left_out = r"routers\.json: was made for other weights .* left out; run `flextron route"
     with pytest.warns(UserWarning, match=left_out):
-        assert pipeline.from_pretrained(elastic).planner.ladder.origin == "uniform"
+        assert from_pretrained(elastic).planner.ladder.origin == "uniform"
     assert answer(capsys, "train", elastic, "--data", text, *STEP)["resumed_from"] == 1
     assert not list(elastic.glob("routers.*"))
     for name, content in routers.items():
         (elastic / name).write_bytes(content)
     with pytest.warns(UserWarning, match=left_out):
-        assert pipeline.from_pretrained(elastic).planner.ladder.origin == "uniform"
+        assert from_pretrained(elastic).planner.ladder.origin == "uniform"
     with (
         pytest.warns(UserWarning, match=left_out),
         pytest.raises(ValueError, match="got none; run `flextron route"),
     ):
         pipeline.tune(elastic)
     answer(capsys, "route", elastic, "--data", text, *ROUTE)
-    assert pipeline.from_pretrained(elastic).planner.ladder.origin == "router"
+    assert from_pretrained(elastic).planner.ladder.origin == "router"
 
 
 def test_files_of_another_model_are_refused_until_the_named_command_is_run(
@@ -337,7 +341,7 @@ def test_tuning_stores_weights_and_routers_together(elastic, text, monkeypatch, 
     before = {name: (elastic / name).read_bytes() for name in names}
     tune = ("tune", elastic, "--data", text, *STEP)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.AdaptiveResult, "write", killed)
+        patch.setattr(AdaptiveResult, "write", killed)
         assert main([*map(str, tune)]) == 130
     capsys.readouterr()
     assert all((elastic / name).read_bytes() == before[name] for name in names)
@@ -345,7 +349,7 @@ def test_tuning_stores_weights_and_routers_together(elastic, text, monkeypatch, 
     assert not any((elastic / name).read_bytes() == before[name] for name in names)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = pipeline.from_pretrained(elastic)
+        model = from_pretrained(elastic)
     assert model.planner.ladder.origin == "router" and model.adaptive is not None
 
 
@@ -493,15 +497,15 @@ def test_a_demonstration_replaces_nothing_but_a_demonstration(tmp_path, capsys):
 
 
 def test_less_text_than_was_asked_for_is_said(elastic, text, tmp_path):
-    tokenizer = pipeline.tokenizer_of(elastic)
+    tokenizer = read_tokenizer(elastic)
     with pytest.warns(
         UserWarning, match=r"the text has \d+ sequences of 32 tokens where 999 of 32 were asked for"
     ):
-        pipeline.held_out_windows(tokenizer, text, 999, 32)
+        held_out_windows(tokenizer, text, 999, 32)
     with pytest.warns(
         UserWarning, match=r"the text has 1 sequences of \d+ tokens where 2 of 99999 were asked for"
     ):
-        pipeline.held_out_windows(tokenizer, text, 2, 99999)
+        held_out_windows(tokenizer, text, 2, 99999)
 
 
 def test_the_version_says_what_is_installed_and_what_the_ops_were_built_for(capsys):

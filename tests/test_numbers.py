@@ -15,10 +15,11 @@ from nn.test_elastic_model import elastic, tokens
 from nn.test_setting import planned
 
 import flextron
-from flextron import pipeline
 from flextron.artefacts.ladder import uniform_ladder
 from flextron.artefacts.latency_table import Workload
 from flextron.artefacts.planner import Planner
+from flextron.corpus import windows
+from flextron.inference import generate
 from flextron.nn import Dial
 
 WIDTHS = {"mlp": (24, 40, 40), "heads": (1, 4, 2)}
@@ -66,8 +67,8 @@ TAKERS: dict[str, tuple[Callable[[Any], Any], float]] = {
     "TuneConfig": (lambda n: json.dumps(asdict(flextron.TuneConfig(router_rate=n))), 0.25),
     "RouteConfig": (lambda n: json.dumps(asdict(flextron.RouteConfig(targets=(n, 1.0)))), 0.5),
     "AdaptiveConfig": (lambda n: json.dumps(asdict(flextron.AdaptiveConfig(hidden=n))), 8),
-    "text": (lambda n: pipeline._judging(torch.arange(64), n, n).tolist(), 2),
-    "pipeline.generate": (lambda n: pipeline.generate(elastic(), Spelled(), "", n), 3),
+    "text": (lambda n: windows(torch.arange(64), n, n).tolist(), 2),
+    "inference.generate": (lambda n: generate(elastic(), Spelled(), "", n), 3),
 }
 
 

@@ -18,7 +18,7 @@ _HOME = {
     "elastic_config": "flextron.nn",
     "export": "flextron.exporting",
     "extract": "flextron.exporting",
-    "from_pretrained": "flextron.pipeline",
+    "from_pretrained": "flextron.inference",
     "load_plain": "flextron.exporting",
     "make_elastic": "flextron.artefacts.elastic_model",
     "pack": "flextron.nn",

@@ -644,6 +644,7 @@ def _dtypes(counts: dict[str, int]) -> str:
 
 def _train(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import pipeline, ui
+    from flextron.recipes import TrainConfig
 
     names = (
         "steps",
@@ -655,7 +656,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         "distillation",
     )
     names += ("full_probability", "eval_every", "checkpoint_every", "seed")
-    config = pipeline.TrainConfig(**{name: getattr(args, name) for name in names})
+    config = TrainConfig(**{name: getattr(args, name) for name in names})
     with ui.reporter() as progress:
         report = pipeline.train(
             args.directory, config, data=args.data, restart=args.restart, dtype=args.dtype, progress=progress
@@ -682,6 +683,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
 
 def _tune(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import pipeline, ui
+    from flextron.recipes import TuneConfig
 
     names = (
         "steps",
@@ -699,7 +701,7 @@ def _tune(args: argparse.Namespace) -> dict[str, Any]:
         "checkpoint_every",
         "seed",
     )
-    config = pipeline.TuneConfig(**{name: getattr(args, name) for name in names})
+    config = TuneConfig(**{name: getattr(args, name) for name in names})
     with ui.reporter() as progress:
         report = pipeline.tune(
             args.directory,
@@ -721,12 +723,13 @@ def _tune(args: argparse.Namespace) -> dict[str, Any]:
 
 def _profile(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import pipeline, ui
+    from flextron.artefacts.latency_table import Workload
 
     workloads = []
     if args.phase != "decode":
-        workloads.append(pipeline.Workload.prefill(args.length, batch=args.batch))
+        workloads.append(Workload.prefill(args.length, batch=args.batch))
     if args.phase != "prefill":
-        workloads.append(pipeline.Workload.decode(args.context, batch=args.batch))
+        workloads.append(Workload.decode(args.context, batch=args.batch))
     with ui.reporter() as progress:
         tables = pipeline.profile(
             args.directory, workloads, rounds=args.rounds, seed=args.seed, progress=progress
@@ -752,13 +755,14 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
 
 def _route(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import pipeline, ui
+    from flextron.recipes import RouteConfig
 
     if args.adaptive:
         return _route_adaptive(args)
     if args.gates:
         raise ValueError("route: --gates must be given with --adaptive only")
     names = ("form", "evaluations", "prefill", "steps", "targets", "seed")
-    config = pipeline.RouteConfig(**_set(args, names))
+    config = RouteConfig(**_set(args, names))
     with ui.reporter() as progress:
         result = pipeline.route(
             args.directory, config, **_set(args, ("data", "phase", "samples", "length")), progress=progress
@@ -795,6 +799,7 @@ def _say_fit(fit: Any, gate: Any) -> None:
 
 def _route_adaptive(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import pipeline, ui
+    from flextron.recipes import AdaptiveConfig
 
     if args.evaluations is not None:
         raise ValueError(
@@ -802,7 +807,7 @@ def _route_adaptive(args: argparse.Namespace) -> dict[str, Any]:
         )
     if args.prefill is not None and args.form != "surrogate":
         raise ValueError("route: --prefill must be given with --adaptive only for --form surrogate")
-    config = pipeline.AdaptiveConfig(**_set(args, ("form", "prefill", "steps", "targets", "gates", "seed")))
+    config = AdaptiveConfig(**_set(args, ("form", "prefill", "steps", "targets", "gates", "seed")))
     with ui.reporter() as progress:
         result = pipeline.route_adaptive(
             args.directory, config, **_set(args, ("data", "phase", "samples", "length")), progress=progress
@@ -830,18 +835,21 @@ def _set(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _loaded(args: argparse.Namespace) -> Any:
-    from flextron import pipeline
+    from flextron.inference import from_pretrained
     from flextron.nn.packed import pack
 
     _fetch(args)
-    model = pipeline.from_pretrained(args.directory)
+    model = from_pretrained(args.directory)
     if args.pack:
         pack(model, None if args.pack == "same" else args.pack)
     return model
 
 
 def _eval(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from flextron import pipeline, ui
+    from flextron import ui
+    from flextron.checkpoint.hf import read_tokenizer
+    from flextron.corpus import held_out_windows
+    from flextron.judge.budgets import judge_budgets
 
     if args.tasks:
         return _eval_tasks(args)
@@ -850,12 +858,10 @@ def _eval(args: argparse.Namespace) -> list[dict[str, Any]]:
             raise ValueError(f"eval: --{name.replace('_', '-')} must be given with --tasks only")
     model = _loaded(args)
     model.planner.table(args.phase)
-    tokens = pipeline.held_out_windows(
-        pipeline.tokenizer_of(args.directory), args.data, args.samples, args.length
-    )
+    tokens = held_out_windows(read_tokenizer(args.directory), args.data, args.samples, args.length)
     below = [b for b in args.budgets if b != 1]
     with ui.reporter() as progress:
-        found = pipeline.budgets(
+        found = judge_budgets(
             model,
             tokens,
             below,
@@ -870,7 +876,8 @@ def _eval(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _eval_tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from flextron import pipeline, ui
+    from flextron import ui
+    from flextron.checkpoint.hf import read_tokenizer
     from flextron_lab import tasks
     from flextron_lab.demo import stories
 
@@ -884,7 +891,7 @@ def _eval_tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
     with ui.reporter() as progress:
         found = tasks.evaluate(
             model,
-            pipeline.tokenizer_of(args.directory),
+            read_tokenizer(args.directory),
             args.tasks,
             args.budgets,
             folder,
@@ -949,12 +956,13 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
-    from flextron import pipeline
+    from flextron.checkpoint.hf import read_tokenizer
+    from flextron.inference import generate
 
     model = _loaded(args)
     where = {"phase": args.phase, "context": args.context, "batch": args.batch}
     found = model.set_budget(**_given(args), **where, adaptive=args.adaptive)
-    said = pipeline.generate(model, pipeline.tokenizer_of(args.directory), args.prompt, args.max_new_tokens)
+    said = generate(model, read_tokenizer(args.directory), args.prompt, args.max_new_tokens)
     _say(args, said)
     if args.adaptive:
         return {"text": said, "fraction": found}
@@ -962,13 +970,14 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
-    from flextron import pipeline
+    from flextron.checkpoint.hf import read_tokenizer
     from flextron.exporting import export
+    from flextron.inference import from_pretrained
 
     _fetch(args)
-    model = pipeline.from_pretrained(args.directory)
+    model = from_pretrained(args.directory)
     widths = model.set_budget(**_given(args), phase=args.phase, context=args.context, batch=args.batch)
-    tokenizer = pipeline.tokenizer_of(args.directory)
+    tokenizer = read_tokenizer(args.directory)
     report = export(
         model, args.out, widths, layout=args.layout, tokenizer=tokenizer, dtype=args.dtype, force=args.force
     )
@@ -985,18 +994,14 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
 
 def _info(args: argparse.Namespace) -> dict[str, Any]:
     from flextron import ui
-    from flextron.artefacts import adaptive_router, static_router
-    from flextron.artefacts.elastic_model import load_elastic
-    from flextron.artefacts.latency_table import load_tables
-    from flextron.checkpoint import Origin
+    from flextron.artefacts.directory import ElasticDirectory
     from flextron.nn.storage import common, counted, name_of
 
     _fetch(args)
-    model, meta = load_elastic(args.directory)
-    config, origin = model.elastic, Origin.of(meta)
-    tables = load_tables(args.directory, config)
-    routers = static_router.load(args.directory, origin)
-    adaptive = adaptive_router.load(args.directory, origin)
+    with ElasticDirectory.open(args.directory) as checkpoint:
+        model, meta, tables = checkpoint.model(), checkpoint.meta, checkpoint.tables
+        routers, adaptive = checkpoint.static(), checkpoint.adaptive()
+    config = model.elastic
     facts = {
         "family": config.family,
         "layers": config.num_layers,

@@ -73,7 +73,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def print_budgets(title: str, budgets: Sequence[Mapping[str, Any]]) -> None:
-    """Print the results of `pipeline.budgets`, one row for each budget."""
+    """Print the results of `flextron.judge.budgets.judge_budgets`, one row for each budget."""
     header = ("budget", "target", "loss", "predicted ms", "measured ms", "of full", "parameters")
     rows = [
         [

@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from routing.synthetic import make_config, make_origin, make_table
+from routing.synthetic import make_config, make_origin, make_table, planner_in
 
 from flextron.artefacts.ladder import Ladder, uniform_ladder
 from flextron.artefacts.latency_table import save_tables
@@ -138,6 +138,6 @@ def test_other_menus_are_refused():
 
 
 def test_loading_takes_what_is_there(tmp_path):
-    assert Planner.load(tmp_path, make_origin(CONFIG)) == Planner(CONFIG)
+    assert planner_in(tmp_path, make_origin(CONFIG)) == Planner(CONFIG)
     save_tables(TABLES, tmp_path)
-    assert Planner.load(tmp_path, make_origin(CONFIG)) == PLANNER
+    assert planner_in(tmp_path, make_origin(CONFIG)) == PLANNER

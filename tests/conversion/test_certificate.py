@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from flextron.artefacts import elastic_model
-from flextron.artefacts.elastic_model import load_elastic
+from flextron.artefacts.directory import load_elastic
 from flextron.checkpoint import read_json, stored_dtypes
 from flextron.conversion import ParityError, convert, elastify
 from flextron.nn import ElasticMLP, elastic_config

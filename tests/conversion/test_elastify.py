@@ -18,7 +18,8 @@ from nn.models import FAMILIES, GQA, small_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from flextron.artefacts.elastic_model import load_elastic, save_elastic
+from flextron.artefacts.directory import load_elastic
+from flextron.artefacts.elastic_model import save_elastic
 from flextron.checkpoint import CheckpointError, read_json
 from flextron.conversion import ORDERS, ParityError, convert, elastify, score
 from flextron.nn import elastic_config, make_elastic
@@ -457,7 +458,8 @@ def test_a_checkpoint_loads_while_another_process_saves_it(tmp_path: Path) -> No
     script = f"""
 import torch
 from pathlib import Path
-from flextron.artefacts.elastic_model import load_elastic, save_elastic
+from flextron.artefacts.directory import load_elastic
+from flextron.artefacts.elastic_model import save_elastic
 torch.set_num_threads(1)
 model, _ = load_elastic({str(tmp_path)!r})
 number = 0

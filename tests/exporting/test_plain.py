@@ -12,7 +12,7 @@ from nn.models import FAMILIES, GQA, small_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from flextron.artefacts.elastic_model import load_elastic
+from flextron.artefacts.directory import load_elastic
 from flextron.checkpoint import CheckpointError, stored_dtypes
 from flextron.config import ElasticConfig, Widths
 from flextron.conversion import ParityError, convert

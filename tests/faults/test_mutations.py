@@ -29,6 +29,8 @@ from transformers import PreTrainedTokenizerFast
 from flextron import pipeline
 from flextron.artefacts.latency_table import machine_of, save_tables
 from flextron.exporting import export
+from flextron.inference import from_pretrained
+from flextron.recipes import AdaptiveConfig, RouteConfig, TrainConfig
 
 CASES = int(os.environ.get("FLEXTRON_FAULT_CASES", "1000"))
 WORKERS = 2
@@ -117,18 +119,18 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(root / "parent")
     elastic, options = root / "elastic", {"data": root / "text.jsonl"}
     pipeline.convert(root / "parent", elastic, samples=8, length=16, **options)
-    config = pipeline.TrainConfig(steps=2, batch_size=2, length=16, eval_every=1, checkpoint_every=1)
+    config = TrainConfig(steps=2, batch_size=2, length=16, eval_every=1, checkpoint_every=1)
     pipeline.train(elastic, config, validation_windows=2, **options)
-    model = pipeline.from_pretrained(elastic)
+    model = from_pretrained(elastic)
     table = replace(make_table(model.elastic, base=0.1), machine=machine_of(model), adaptive=(0.1, 1.1))
     save_tables({"prefill": table}, elastic)
-    route = pipeline.RouteConfig(targets=(0.8, 1.0), evaluations=16, prefill=8, steps=4, surrogate_steps=4)
+    route = RouteConfig(targets=(0.8, 1.0), evaluations=16, prefill=8, steps=4, surrogate_steps=4)
     pipeline.route(elastic, replace(route, form="search"), samples=2, length=16, **options)
-    adaptive = pipeline.AdaptiveConfig(targets=(0.8, 1.0), steps=2, batch=2, calibration=2, judged=2)
+    adaptive = AdaptiveConfig(targets=(0.8, 1.0), steps=2, batch=2, calibration=2, judged=2)
     pipeline.route_adaptive(elastic, adaptive, samples=8, length=16, **options)
     shutil.move(elastic / "training", root / "training")
     shutil.copy(root / "training" / "run.json", root / "training" / "run.pristine")
-    model = pipeline.from_pretrained(elastic)
+    model = from_pretrained(elastic)
     export(model, root / "uniform", model.elastic.smallest())
     export(model, root / "ragged", model.planner.ladder.rungs[2], layout="ragged")
     shutil.copytree(root / "ragged", root / "bare", ignore=shutil.ignore_patterns("export.json"))

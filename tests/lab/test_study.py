@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from flextron import pipeline
-from flextron.pipeline import Workload
+from flextron.artefacts.latency_table import Workload
 from flextron.recipes import AdaptiveConfig, RouteConfig
 from flextron_lab.demo import stories
 from flextron_lab.study import results, run

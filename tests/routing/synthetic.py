@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
+from flextron.artefacts.directory import ElasticDirectory
 from flextron.artefacts.latency_table import LatencyTable, Workload
+from flextron.artefacts.planner import Planner
 from flextron.checkpoint import Origin
 from flextron.config import ElasticConfig, Widths
 
@@ -54,6 +57,13 @@ def make_table(
         base=base,
         slope=slope,
     )
+
+
+def planner_in(directory: Path, origin: Origin) -> Planner:
+    """The planner of a directory that holds tables and routers, but no model: ``origin`` stands for it."""
+    with ElasticDirectory.open(directory) as checkpoint:
+        checkpoint.origin = origin
+        return checkpoint.planner()
 
 
 @dataclass

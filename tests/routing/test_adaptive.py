@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flextron.artefacts import adaptive_router
 from flextron.artefacts.adaptive_router import AdaptiveResult
-from flextron.artefacts.elastic_model import load_elastic
+from flextron.artefacts.directory import load_elastic
 from flextron.artefacts.ladder import uniform_ladder
 from flextron.artefacts.latency_table import Workload
 from flextron.artefacts.planner import Planner

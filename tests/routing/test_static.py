@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from synthetic import SyntheticLoss, make_config, make_origin, make_table
+from synthetic import SyntheticLoss, make_config, make_origin, make_table, planner_in
 
 from flextron.artefacts.ladder import Ladder, router_ladder
 from flextron.artefacts.latency_table import save_tables
-from flextron.artefacts.planner import Planner
 from flextron.artefacts.static_router import RouterResult, load, load_ladder
 from flextron.checkpoint import CheckpointError
 from flextron.checkpoint.schema import build
@@ -172,7 +171,7 @@ def test_routers_survive_the_file(trained, tmp_path):
         assert torch.equal(a, b)
     assert load_ladder(tmp_path, ORIGIN) == trained.ladder
     save_tables({"prefill": TABLE}, tmp_path)
-    assert Planner.load(tmp_path, ORIGIN).ladder == trained.ladder
+    assert planner_in(tmp_path, ORIGIN).ladder == trained.ladder
 
 
 def test_routers_of_other_weights_are_left_out_and_named(trained, tmp_path):
@@ -185,7 +184,7 @@ def test_routers_of_other_weights_are_left_out_and_named(trained, tmp_path):
     with pytest.warns(UserWarning, match=said):
         assert load_ladder(tmp_path, moved) is None
     with pytest.warns(UserWarning, match=said):
-        assert Planner.load(tmp_path, moved).ladder.origin == "uniform"
+        assert planner_in(tmp_path, moved).ladder.origin == "uniform"
     with pytest.warns(UserWarning, match=said):
         assert load(tmp_path, moved) is None
     assert load(tmp_path, ORIGIN).to_dict() == trained.to_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from flextron import pipeline
-from flextron.artefacts.elastic_model import load_elastic
+from flextron.artefacts.directory import load_elastic
+from flextron.artefacts.elastic_model import save_elastic
 from flextron.checkpoint import load_tensors, read_json, stored_dtypes
 from flextron.config import Widths
 from flextron.conversion import convert
+from flextron.corpus import Corpus, held_out_windows
 from flextron.judge.loss import evaluate
-from flextron.pipeline import Corpus
 from flextron.recipes import TrainConfig, TuneConfig
 from flextron.training import resume
 
@@ -67,7 +69,7 @@ def masters(directory: Path, step: int) -> dict[str, torch.Tensor]:
 
 def losses(directory: Path, rows: list[dict[str, Any]]) -> list[float]:
     model, _ = load_elastic(directory)
-    windows = pipeline.held_out_windows(None, corpus(), 8, 16)
+    windows = held_out_windows(None, corpus(), 8, 16)
     return evaluate(model, windows, [Widths(row["mlp"], row["heads"]) for row in rows], 2)
 
 
@@ -141,12 +143,12 @@ def test_what_tuning_reads_off_a_router_is_of_the_weights_as_stored(
         said.append(loss(elastic.full()))
         return found
 
-    monkeypatch.setattr(pipeline, "from_pretrained", lambda _: model)
-    monkeypatch.setattr(pipeline.RouterResult, "load", lambda _: found)
+    there = SimpleNamespace(equipped=lambda: model, static=lambda: found)
+    monkeypatch.setattr(pipeline, "ElasticDirectory", SimpleNamespace(open=lambda _: nullcontext(there)))
     monkeypatch.setattr(pipeline, "tune_model", moved)
     monkeypatch.setattr(pipeline.static_routing, "refreshed", refreshed)
     pipeline.tune(checkpoint, TuneConfig(length=16), data=corpus(), samples=4)
-    windows = pipeline.held_out_windows(None, Corpus(corpus().train, corpus().train), 4, 16)
+    windows = held_out_windows(None, Corpus(corpus().train, corpus().train), 4, 16)
     stored, _ = load_elastic(checkpoint)
     assert said == evaluate(stored, windows, [stored.elastic.full()])
 
@@ -156,6 +158,6 @@ def test_another_models_weights_are_still_refused(checkpoint: Path) -> None:
     model, _ = load_elastic(checkpoint)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
-    pipeline.save_elastic(model, checkpoint)
+    save_elastic(model, checkpoint)
     with pytest.raises(ValueError, match="must be resumed with the weights it started from or saved"):
         train(checkpoint, 2)

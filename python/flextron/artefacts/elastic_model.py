@@ -25,7 +25,6 @@ from flextron.checkpoint import (
     commit,
     opened,
     read_json,
-    recover,
     save_tensors,
     write_json,
 )
@@ -82,10 +81,6 @@ def save_elastic(
         ValueError: what was read back is not what was written.
     """
     check_plain("save", model)
-    directory = Path(directory)
-    recover(directory)
-    if report is None and (directory / ELASTIC_FILE).is_file():
-        report = {k: v for k, v in read_json(directory / ELASTIC_FILE).items() if k not in _OWN_KEYS}
     if tensors is None:
         dtypes = storage("save", model, dtype)
         tensors = rounded("save", dict(model.named_parameters()), dtypes)
@@ -95,6 +90,8 @@ def save_elastic(
     # which tokens there are, and whether they are tied, may have changed since it was made elastic
     own = elastic_config(config, own.unit, own.mlp_choices, own.head_choices)
     with commit(directory, drop) as stage:
+        if report is None and (before := Path(directory) / ELASTIC_FILE).is_file():
+            report = {k: v for k, v in read_json(before).items() if k not in _OWN_KEYS}
         config.save_pretrained(stage)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(stage)
@@ -134,30 +131,20 @@ def make_elastic(model: Any, config: ElasticConfig | None = None) -> Any:
     return model
 
 
-def load_elastic(directory: str | Path | Files, dtype: Dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
-    """Read an elastic checkpoint; everything is checked before a model is made of it.
-
-    Args:
-        directory: written by `save_elastic`; or its files, opened.
-        dtype: of the weights in memory; ``"auto"``: as stored.
-
-    Returns:
-        The elastic model at full width, in eval mode, and the contents of ``flextron.json``.
-
-    Raises:
-        CheckpointError: one sentence that says what is wrong with which file.
-    """
-    with opened(directory) as files:
-        path = files / ELASTIC_FILE
-        if ELASTIC_FILE not in files:
-            raise CheckpointError(
-                f"{files.directory}: must be an elastic checkpoint (flextron convert makes one), got no {ELASTIC_FILE}"
-            )
-        meta = files.read_json(ELASTIC_FILE)
-        check_format(meta, path)
-        elastic, checksums = _described(meta, path)
-        files.verify({k: v for k, v in checksums.items() if k != WEIGHTS_FILE})
-        return read_model(files, elastic, dtype, checksums[WEIGHTS_FILE]), meta
+def read_meta(files: Files) -> dict[str, Any]:
+    """The contents of ``flextron.json``, once they and the checksums of all files but the weights are checked."""
+    path = files / ELASTIC_FILE
+    if ELASTIC_FILE not in files:
+        raise CheckpointError(
+            f"{files.directory}: must be an elastic checkpoint (flextron convert makes one), got no {ELASTIC_FILE}"
+        )
+    meta = files.read_json(ELASTIC_FILE)
+    check_format(meta, path)
+    build(ElasticConfig, meta.get("elastic"), path, "elastic")
+    checksums = checksums_of(meta, path)
+    _check_parity(meta, path)
+    files.verify({name: checksum for name, checksum in checksums.items() if name != WEIGHTS_FILE})
+    return meta
 
 
 def read_model(
@@ -192,18 +179,16 @@ def _stock_config(model: Any, dtype: torch.dtype) -> Any:
     return config
 
 
-def _described(meta: dict[str, Any], path: Path) -> tuple[ElasticConfig, dict[str, str]]:
-    """The parts of ``flextron.json`` that a model is made of; those that are shown are checked too."""
-    elastic = build(ElasticConfig, meta.get("elastic"), path, "elastic")
-    checksums = checksums_of(meta, path)
-    if "parity" in meta:
-        parity = build(dict[str, Any], meta["parity"], path, "parity")
-        build(float, parity.get("max_rel"), path, "parity.max_rel")
-        for name, kind in _SHOWN.items():
-            build(kind, parity.get(name), path, f"parity.{name}")
-        for i, proven in enumerate(parity.get("sub_networks") or ()):
-            build(float, proven.get("max_rel"), path, f"parity.sub_networks[{i}].max_rel")
-    return elastic, checksums
+def _check_parity(meta: dict[str, Any], path: Path) -> None:
+    """Refuse a certificate that cannot be shown."""
+    if "parity" not in meta:
+        return
+    parity = build(dict[str, Any], meta["parity"], path, "parity")
+    build(float, parity.get("max_rel"), path, "parity.max_rel")
+    for name, kind in _SHOWN.items():
+        build(kind, parity.get(name), path, f"parity.{name}")
+    for i, proven in enumerate(parity.get("sub_networks") or ()):
+        build(float, proven.get("max_rel"), path, f"parity.sub_networks[{i}].max_rel")
 
 
 def _read_config(files: Files, elastic: ElasticConfig) -> Any:

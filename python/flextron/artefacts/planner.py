@@ -6,14 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from flextron.artefacts.ladder import Ladder, uniform_ladder
-from flextron.artefacts.latency_table import LatencyTable, load_tables
-from flextron.artefacts.static_router import load_ladder
-from flextron.checkpoint.io import Files, opened
-from flextron.checkpoint.origin import Origin
+from flextron.artefacts.latency_table import LatencyTable
 from flextron.config import ElasticConfig, Widths, count, number
 
 BUDGETS = ("fraction", "latency_ms", "tokens_per_s", "params", "memory_gb", "widths")
@@ -53,13 +49,6 @@ class Planner:
         self.ladder.check(self.config)
         for table in self.tables.values():
             table.check(self.config)
-
-    @classmethod
-    def load(cls, directory: str | Path | Files, origin: Origin) -> Planner:
-        """The planner of an elastic checkpoint: with what tables and routers in it were made for ``origin``."""
-        with opened(directory) as files:
-            tables = load_tables(files, origin.elastic)
-            return cls(origin.elastic, tables, load_ladder(files, origin, tables))
 
     def table(self, phase: str) -> LatencyTable:
         """The latency table of a phase.

@@ -15,10 +15,14 @@ from typing import Any
 import torch
 
 from flextron import pipeline
+from flextron.artefacts.latency_table import Workload
 from flextron.checkpoint.io import read_json, write_json
 from flextron.checkpoint.lock import LOCK_FILE, locked
+from flextron.corpus import documents, encode, held_out_windows
 from flextron.exporting import export
-from flextron.pipeline import Progress, Workload
+from flextron.inference import from_pretrained, generate
+from flextron.judge.budgets import judge_budgets
+from flextron.pipeline import Progress
 from flextron.recipes import RouteConfig, TrainConfig
 from flextron_lab.demo.parents import Parent, load_parent
 from flextron_lab.demo.report import draw, draw_losses
@@ -145,10 +149,10 @@ def _run(parent: str, out: Path, data: str | Path | None, seed: int, progress: P
     clock = _Clock()
     began = time.perf_counter()
     with clock.stage("parent"):
-        parts = pipeline.documents(data)
+        parts = documents(data)
         source = load_parent(parent, progress=progress, documents=parts[0])
         plan = plan_for(sum(p.numel() for p in source.model.parameters()), seed)
-        corpus = pipeline.encode(parts, source.tokenizer)
+        corpus = encode(parts, source.tokenizer)
     _clear(out)
     elastic = out / "elastic"
     with clock.stage("convert"):
@@ -180,12 +184,12 @@ def _run(parent: str, out: Path, data: str | Path | None, seed: int, progress: P
             progress=progress,
         )
     with clock.stage("evaluate"):
-        model = pipeline.from_pretrained(elastic)
+        model = from_pretrained(elastic)
         table = tables["prefill"]
-        tokens = pipeline.held_out_windows(source.tokenizer, corpus, plan.judged, plan.length)
+        tokens = held_out_windows(source.tokenizer, corpus, plan.judged, plan.length)
         fastest = table.smallest_ms / table.full_ms
         targets = [t for t in plan.targets if t >= fastest]
-        rows = pipeline.budgets(model, tokens, targets, rounds=plan.rounds, progress=progress)
+        rows = judge_budgets(model, tokens, targets, rounds=plan.rounds, progress=progress)
     with clock.stage("export"):
         widths = model.planner.resolve(targets[0])
         exported = export(model, out / "extracted", widths, tokenizer=source.tokenizer)
@@ -261,7 +265,7 @@ def _write_sample(model: Any, tokenizer: Any, path: Path, budgets: tuple[float, 
     parts = []
     for budget in budgets:
         with model.budget(budget) as widths:
-            said = pipeline.generate(model, tokenizer, prompt)
+            said = generate(model, tokenizer, prompt)
         parts.append(
             f"--- budget {budget:g}: {model.elastic.params(widths) / 1e6:.2f} M parameters\n{said}\n"
         )

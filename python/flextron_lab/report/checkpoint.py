@@ -13,6 +13,10 @@ from flextron import pipeline
 from flextron.artefacts.adaptive_router import AdaptiveResult
 from flextron.artefacts.static_router import RouterResult
 from flextron.checkpoint import commit
+from flextron.checkpoint.hf import read_tokenizer
+from flextron.corpus import Data, held_out_windows
+from flextron.inference import from_pretrained
+from flextron.judge.budgets import judge_budgets
 from flextron.training.resume import METRICS_FILE, read_metrics
 from flextron_lab.report import figures
 from flextron_lab.report.page import Section, render
@@ -24,7 +28,7 @@ Progress = Callable[[str, int, int], Any]
 def report(
     directory: str | Path,
     *,
-    data: pipeline.Data = None,
+    data: Data = None,
     budgets: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9),
     samples: int = 16,
     length: int = 256,
@@ -41,16 +45,16 @@ def report(
         rounds: samples of each measurement.
         progress: called with (what, done, total).
     """
-    model = pipeline.from_pretrained(directory)
-    tokenizer = pipeline.tokenizer_of(directory)
+    model = from_pretrained(directory)
+    tokenizer = read_tokenizer(directory)
     table = model.planner.table("prefill")
     fastest = table.smallest_ms / table.full_ms
     targets = [b for b in sorted(budgets) if fastest <= b < 1]
     if not targets:
         raise ValueError(f"report: budgets must have one from {fastest:.3f} to below 1, got {list(budgets)}")
-    tokens = pipeline.held_out_windows(tokenizer, data, samples, length)
+    tokens = held_out_windows(tokenizer, data, samples, length)
     options = {"progress": progress} if progress is not None else {}
-    rows = pipeline.budgets(
+    rows = judge_budgets(
         model, tokens, targets, adaptive=model.adaptive is not None, rounds=rounds, **options
     )
     sections = [_losses(rows, table), _router_map(model, rows)]

@@ -42,7 +42,7 @@ def _axes(columns: int = 1, height: float = 3.6, **options: Any) -> tuple[Any, A
 
 
 def losses(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Held-out loss against measured latency, one line for each kind of budget (of `pipeline.budgets`)."""
+    """Held-out loss against measured latency, one line for each kind of budget (of `judge_budgets`)."""
     figure, ax = _axes()
     for kind in dict.fromkeys(row["kind"] for row in rows):
         points = sorted((r["measured_ms"], r["loss"], r["target"]) for r in rows if r["kind"] == kind)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from flextron.artefacts.latency_table import Workload
 from flextron.config import Widths
-from flextron.pipeline import Workload
 from flextron.recipes import AdaptiveConfig, RouteConfig, TrainConfig
 
 

@@ -18,16 +18,21 @@ from transformers import AutoModelForCausalLM
 
 from flextron import data as text
 from flextron import pipeline
-from flextron.artefacts.elastic_model import load_elastic, save_elastic
+from flextron.artefacts.directory import load_elastic
+from flextron.artefacts.elastic_model import save_elastic
 from flextron.artefacts.ladder import uniform_ladder
 from flextron.artefacts.latency_table import LatencyTable, load_tables
+from flextron.artefacts.static_router import RouterResult
 from flextron.checkpoint import Origin, locked, read_lines
+from flextron.checkpoint.hf import read_tokenizer
 from flextron.checkpoint.schema import build
 from flextron.config import Widths
+from flextron.corpus import Corpus, encode
+from flextron.inference import from_pretrained
 from flextron.judge.latency import fractions, measure
 from flextron.judge.loss import evaluate
 from flextron.nn import Dial, make_elastic
-from flextron.pipeline import Progress, RouterResult
+from flextron.pipeline import Progress
 from flextron.recipes import RouteConfig
 from flextron.training import train as train_model
 from flextron_lab.demo import stories
@@ -64,7 +69,7 @@ class Study:
         self.plan: Plan = PLANS[parent]
         self.out, self.seeds, self.progress = Path(out), tuple(seeds), progress
         self.out.mkdir(parents=True, exist_ok=True)
-        self._corpus: pipeline.Corpus | None = None
+        self._corpus: Corpus | None = None
 
     def run(self, stages: Sequence[str] = STAGES, deadline: float | None = None) -> bool:
         """Do what is left of ``stages``; stop after the job during which ``deadline`` passes.
@@ -230,7 +235,7 @@ class Study:
             progress=self.progress,
         )
         cost = {"router_seconds": round(time.process_time() - began, 1)}
-        return result, pipeline.from_pretrained(directory), cost
+        return result, from_pretrained(directory), cost
 
     def _rungs(self, model: Any) -> dict[float, Widths]:
         return {b: model.planner.resolve(b) for b in self.plan.budgets}
@@ -250,7 +255,7 @@ class Study:
         cost = {"router_seconds": round(time.process_time() - began, 1)}
         if result.surrogate is not None:
             cost |= {"surrogate": result.surrogate.to_dict(), "gate": asdict(result.gate)}
-        model = pipeline.from_pretrained(directory)
+        model = from_pretrained(directory)
         tokens, table = self._judging(), self.table()
         # the others are too fast for it
         budgets = [b for b in self.plan.budgets if b in result.router.targets]
@@ -285,7 +290,7 @@ class Study:
 
     def _measure_adaptive(self, form: str, seed: int) -> list[Row]:
         """On real text: how many tokens take which width decides the time, and the routers' own is in it."""
-        model = pipeline.from_pretrained(self._adaptive_folder(form, seed))
+        model = from_pretrained(self._adaptive_folder(form, seed))
         workload = self.plan.workload
         ids = text.windows(self.corpus().held_out, workload.batch, workload.length)
         budgets = [row["budget"] for row in self.done()[f"{ADAPTIVE[form]}/{seed}"]["rows"]]
@@ -303,11 +308,11 @@ class Study:
         rows = [row for record in self.done().values() for row in record["rows"] if "mlp" in row]
         return list(dict.fromkeys(Widths(row["mlp"], row["heads"]) for row in rows))
 
-    def corpus(self, tokenizer: Any = None) -> pipeline.Corpus:
+    def corpus(self, tokenizer: Any = None) -> Corpus:
         """The real stories: (to work on, to judge by)."""
         if self._corpus is None:
-            tokenizer = tokenizer or pipeline.tokenizer_of(self._converted("importance", 0))
-            self._corpus = pipeline.encode(_documents(), tokenizer)
+            tokenizer = tokenizer or read_tokenizer(self._converted("importance", 0))
+            self._corpus = encode(_documents(), tokenizer)
         return self._corpus
 
     def table(self) -> LatencyTable:

@@ -1,0 +1,119 @@
+"""The directory of an elastic checkpoint, read at one moment: its model, tables, planner and routers."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flextron.artefacts import adaptive_router, static_router
+from flextron.artefacts.adaptive_router import AdaptiveResult, costs_of
+from flextron.artefacts.elastic_model import read_meta, read_model
+from flextron.artefacts.latency_table import LatencyTable, load_tables, machine_of
+from flextron.artefacts.planner import Planner
+from flextron.artefacts.static_router import RouterResult, load_ladder
+from flextron.checkpoint import WEIGHTS_FILE, CheckpointError, Files, Origin, opened
+from flextron.checkpoint.origin import made_for
+from flextron.checkpoint.schema import checking
+from flextron.nn.storage import Dtype
+
+
+class ElasticDirectory:
+    """An elastic checkpoint whose files were opened together, so that all of them are of one save.
+
+    An interrupted save is finished once, when the directory is opened, and its files are checked once. What was made
+    for other weights than those here is left out with a warning that names the command to run.
+    """
+
+    def __init__(self, files: Files) -> None:
+        self.path = files.directory
+        self._files = files
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, directory: str | Path) -> Iterator[ElasticDirectory]:
+        """The checkpoint in ``directory``, for the length of a ``with`` block.
+
+        Raises:
+            CheckpointError: no such directory, or a save that was interrupted cannot be finished.
+        """
+        with opened(directory) as files:
+            yield cls(files)
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """The contents of ``flextron.json``."""
+        return read_meta(self._files)
+
+    @cached_property
+    def origin(self) -> Origin:
+        """The model here, as files that were made for it name it."""
+        return Origin.of(self.meta)
+
+    @cached_property
+    def tables(self) -> dict[str, LatencyTable]:
+        """The latency tables, by phase."""
+        return load_tables(self._files, self.origin.elastic)
+
+    def model(self, dtype: Dtype = torch.float32) -> Any:
+        """The elastic model alone, at full width and in eval mode; ``"auto"`` is the dtype that is stored."""
+        checksum = self.meta["checksums"][WEIGHTS_FILE]
+        return read_model(self._files, self.origin.elastic, dtype, checksum)
+
+    def planner(self) -> Planner:
+        """The planner of the tables and the routed ladder, or of the uniform ladder where no routers were trained."""
+        ladder = load_ladder(self._files, self.origin, self.tables)
+        return Planner(self.origin.elastic, self.tables, ladder)
+
+    def static(self) -> RouterResult | None:
+        """The static routers and their report."""
+        return static_router.load(self._files, self.origin)
+
+    def adaptive(self) -> AdaptiveResult | None:
+        """The adaptive router and its report."""
+        return adaptive_router.load(self._files, self.origin)
+
+    def made_for(self, name: str) -> Origin | None:
+        """The model that the JSON file ``name`` was made for; None where there is none, or it does not say."""
+        try:
+            return made_for(self._files, name)
+        except CheckpointError:
+            return None
+
+    def equipped(self, dtype: Dtype = torch.float32, device: torch.device | None = None) -> Any:
+        """The model with its planner and, where one was trained, its adaptive router.
+
+        Warns where either was made on another machine or for other tables.
+        """
+        model = self.model(dtype)
+        if device is not None:
+            model.to(device)
+        model.planner = self.planner()
+        if (result := self.adaptive()) is not None:
+            with checking(self.path / adaptive_router.DESCRIPTION):
+                result.router.check(model.elastic)
+            model.attach_router(result.router)
+            if result.costs != costs_of(self.tables):
+                self._warn(
+                    "the adaptive router is calibrated for other latency tables",
+                    "flextron route",
+                    " --adaptive",
+                )
+        for table in self.tables.values():
+            if changes := table.differs(machine_of(model)):
+                self._warn("; ".join(changes), "flextron profile")
+        return model
+
+    def _warn(self, what: str, command: str, options: str = "") -> None:
+        warnings.warn(f"{self.path}: {what}; run `{command} {self.path}{options}`", stacklevel=4)
+
+
+def load_elastic(directory: str | Path, dtype: Dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
+    """The elastic model of a checkpoint, alone, and the contents of its ``flextron.json``."""
+    with ElasticDirectory.open(directory) as checkpoint:
+        return checkpoint.model(dtype), checkpoint.meta

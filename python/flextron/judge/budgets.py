@@ -1,0 +1,88 @@
+"""Loss and latency, predicted and measured, of a model at a list of budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from flextron.artefacts.ladder import uniform_ladder
+from flextron.artefacts.latency_table import Workload
+from flextron.judge.latency import fractions, measure
+from flextron.judge.loss import evaluate
+from flextron.nn import Dial
+
+Progress = Callable[[str, int, int], Any]
+
+
+def judge_budgets(
+    model: Any,
+    tokens: Tensor,
+    targets: Sequence[float],
+    *,
+    phase: str = "prefill",
+    adaptive: bool = False,
+    rounds: int = 5,
+    batch_size: int = 4,
+    progress: Progress = lambda *_: None,
+) -> list[dict[str, Any]]:
+    """Loss, predicted and measured latency of the full model and of each target.
+
+    A target is met once by the routers, if there are any (``"routed"``), and once by a ladder that treats all
+    layers alike (``"uniform"``); with ``adaptive`` also by the router that chooses for every token: what is
+    predicted then is the mean over ``tokens``, and what is measured has the routers' own time in it.
+
+    Args:
+        model: from `from_pretrained`, profiled.
+        tokens: [n, length] int64, held out.
+        targets: fractions of the full model's latency.
+        rounds: of measurement, full model and candidates interleaved.
+    """
+    planner = model.planner
+    table = planner.table(phase)
+    planners = {"uniform": replace(planner, ladder=uniform_ladder(model.elastic))}
+    if planner.ladder.origin != "uniform":
+        planners = {"routed": planner} | planners
+    chosen = [("full", 1.0, model.elastic.full())]
+    chosen += [(kind, t, p.resolve(t, phase=phase)) for kind, p in planners.items() for t in targets]
+    predicted = [table.predict(widths) for _, _, widths in chosen]
+    if adaptive:
+        chosen += [("adaptive", t, Dial.adaptive(model.elastic, [t], phase)) for t in targets]
+        found = fractions(model, table, tokens, targets, phase)
+        predicted += (found * table.full_ms).tolist()
+    full_ms, others = measure(
+        model,
+        [dial for _, _, dial in chosen[1:]] or [chosen[0][2]],
+        table.workload,
+        rounds=rounds,
+        ids=_workload_tokens(tokens, table.workload),
+        on_round=lambda done: progress("measuring budgets", done, rounds),
+    )
+    rows = []
+    for (kind, target, dial), ms, expected in zip(chosen, [full_ms, *others], predicted, strict=False):
+        widths = dial.bound() if isinstance(dial, Dial) else dial
+        rows.append(
+            {
+                "kind": kind,
+                "target": target,
+                "loss": evaluate(model, tokens, [dial], batch_size)[0],
+                "predicted_ms": expected,
+                "measured_ms": ms,
+                "measured_fraction": ms / full_ms,
+                "params": model.elastic.params(widths),
+                "mlp_widths": list(widths.mlp),
+                "kv_groups": [model.elastic.kv_heads(n) for n in widths.heads],
+                "query_heads": [model.elastic.query_heads(n) for n in widths.heads],
+            }
+        )
+        progress("held-out loss of budgets", len(rows), len(chosen))
+    return rows
+
+
+def _workload_tokens(tokens: Tensor, workload: Workload) -> Tensor:
+    """Real text in the shape of a workload: what a router that looks at tokens is timed on."""
+    stream, wanted = tokens.flatten(), workload.tokens
+    stream = stream.repeat(-(-wanted // len(stream)))[:wanted]
+    return stream.view(workload.batch, workload.length)
