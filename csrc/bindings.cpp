@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "core/build_info.h"
+#include "core/executor.h"
 #include "core/staircase.h"
 
 namespace py = pybind11;
@@ -37,6 +38,27 @@ py::dict staircase(const std::vector<int64_t>& extents, int64_t maximum) {
   return result;
 }
 
+std::string executor(bool on_gpu, int64_t tokens, int64_t element_size, bool extents_on_device,
+                     bool fits_panels, const std::string& asked, bool weight_gradient) {
+  const flextron::GemmCall call{.on_gpu = on_gpu,
+                                .extents_on_device = extents_on_device,
+                                .fits_panels = fits_panels,
+                                .tokens = tokens,
+                                .element_size = element_size,
+                                .asked = asked};
+  switch (weight_gradient ? flextron::executor_of_weight_gradient(call) : flextron::executor_of(call)) {
+    case flextron::Executor::kViews:
+      return "views";
+    case flextron::Executor::kPanels:
+      return "panels";
+    case flextron::Executor::kTile:
+      return "tile";
+    case flextron::Executor::kStream:
+      return "stream";
+  }
+  throw std::logic_error("executor: must be one of views, panels, tile, stream");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -46,4 +68,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("staircase", &staircase, py::arg("extents"), py::arg("maximum"),
         "Stable descending order of the extents, its steps (extent, begin, end) and its column blocks "
         "(begin, end, rows).");
+  m.def("executor", &executor, py::arg("on_gpu"), py::arg("tokens"), py::arg("element_size"),
+        py::arg("extents_on_device") = false, py::arg("fits_panels") = true, py::arg("asked") = "",
+        py::arg("weight_gradient") = false,
+        "What computes the GEMMs of elastic_linear and elastic_mlp: views, panels, tile or stream.");
 }

@@ -9,19 +9,15 @@
 
 namespace flextron {
 
-// What computes a GEMM on a GPU: weights streamed past at most kDecodeTokens tokens, tiles, or the vendor's
-// GEMM on views, which extents that the host does not know rule out.
-enum class Gemm { kDecode, kTile, kVendor };
-
-// Ours for every shape: our results are equal bit for bit whatever the strides and the tokens beside them,
-// which a vendor's choice of kernel by shape and stride does not promise. Where the extents are the host's,
+// Whether a GEMM on a GPU streams the weights past at most kDecodeTokens tokens, or computes tiles. It is
+// ours for every shape: our results are equal bit for bit whatever the strides and the tokens beside them,
+// which cuBLAS, choosing a kernel by shape and stride, does not promise. Where the extents are the host's,
 // tiles overtake the decode kernels: a gated MLP 4096 x 11008 at full width, three quarters, half and a
 // quarter takes on an H200, at 32 tokens, 93, 79, 59, 39 us streamed and 105, 73, 53, 41 in tiles; at 64
 // tokens 109, 97, 73, 50 and 105, 73, 53, 41. Where each token has its own, tiles want them sorted: at 64
 // tokens 115 us streamed, 221 in tiles.
-inline Gemm preferred_gemm(int64_t T, int64_t element_size, bool extents_on_device) {
-  return element_size == 2 && T <= (extents_on_device ? kDecodeTokens : kDecodeTokens / 2) ? Gemm::kDecode
-                                                                                           : Gemm::kTile;
+inline bool gpu_prefers_streaming(int64_t T, int64_t element_size, bool extents_on_device) {
+  return element_size == 2 && T <= (extents_on_device ? kDecodeTokens : kDecodeTokens / 2);
 }
 
 // Whether Hopper's own kernel streams the weights, of which there are so many. It begins later and reads

@@ -8,8 +8,6 @@
 
 #include "core/staircase.h"
 #include "kernels/elastic_gemm.h"
-#include "kernels/tuning.h"
-#include "ops/asked_kernel.h"
 #include "ops/device.h"
 #include "ops/extents.h"
 #include "ops/gemm.h"
@@ -170,22 +168,6 @@ inline void run_gemm(GemmJob job) {
   run_gemms(std::move(jobs));
 }
 
-// Whether our own kernels compute a forward or a backward with plain weights on a CPU, or the vendor's GEMM
-// on views: tuning.h's choice, or FLEXTRON_KERNEL's (tile, vendor). float64, which is there for gradcheck,
-// and rows that are not adjacent are the vendor's.
-inline bool is_ours_on_cpu(const Tensor& x, std::initializer_list<const Tensor*> weights) {
-  if (x.dim() != 2 || x.scalar_type() == ScalarType::Double || runs_on_gpu(x)) return false;
-  for (const Tensor* const weight : weights)
-    if (weight && (weight->dim() != 2 || (weight->size(1) > 1 && weight->stride(1) != 1))) return false;
-  const std::string asked = asked_kernel();
-  return asked == "tile" || (asked != "vendor" && cpu_prefers_own_gemm(x.size(0), x.element_size()));
-}
-
-// Whether, in a backward that is ours, the weights' gradients are too. Where not, x is float32.
-inline bool is_own_weight_gradient(const Tensor& x) {
-  return asked_kernel() == "tile" || cpu_prefers_own_weight_gradient(x.element_size());
-}
-
 // Parameters of nothing yet.
 inline ElasticGemmParams no_gemm() {
   ElasticGemmParams p{};
@@ -240,75 +222,6 @@ const T* data_or_null(const std::optional<Tensor>& t) {
 // One vector's elements in a row.
 inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
   return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
-}
-
-// y of elastic_linear and packed_linear; p has the weight. Extents are those of the side that is per token.
-inline Tensor linear_on_cpu(ElasticGemmParams p, const Tensor& x, const std::optional<Tensor>& bias,
-                            int64_t in_features, int64_t out_features, bool in_extent, bool out_extent,
-                            const Extents& extents) {
-  const std::vector<int64_t> shape{x.size(0), p.out_blocks * out_features};
-  const Tensor y = out_extent ? zeros(x, shape) : empty(x, shape);
-  if (y.numel() == 0) return y;
-  const FloatRows rows = float_rows(x, extents.order);
-  const std::optional<Tensor> bias_ = dense(bias);
-  p.a = rows.data;
-  p.a_row = rows.stride;
-  p.a_block = x.size(1) / p.in_blocks;
-  p.features = out_extent ? extents.widest() : out_features;
-  p.bias[0] = data_or_null(bias_);
-  p.bias_block = bias ? bias->size(0) / p.out_blocks : 0;
-  p.io = gemm_dtype(x);
-  p.y = y.mutable_data_ptr();
-  p.y_row = shape[1];
-  p.y_block = out_features;
-  p.order = data_or_null<int64_t>(extents.order);
-  run_gemm(
-      {p, gemm_schedule(
-              extents.stairs.steps, [&](const Step& step) { return in_extent ? step.extent : in_features; },
-              [&](const Step& step) { return out_extent ? step.extent : out_features; })});
-  return y;
-}
-
-// y of elastic_mlp and packed_mlp; up, which may be gated, and down have the weights.
-inline Tensor mlp_on_cpu(ElasticGemmParams up, ElasticGemmParams down, const Tensor& x,
-                         const std::optional<Tensor>& b_gate, const std::optional<Tensor>& b_up,
-                         const std::optional<Tensor>& b_down, int64_t out_features, Activation activation,
-                         const Extents& extents) {
-  const int64_t T = x.size(0), K = x.size(1), widest = extents.widest(), h_stride = padded_row(widest);
-  const Tensor y = empty(x, {T, out_features});
-  if (y.numel() == 0) return y;
-  const std::vector<Step>& steps = extents.stairs.steps;
-  const FloatRows rows = float_rows(x, extents.order);
-  const Tensor h = empty(x, {T, h_stride}, ScalarType::Float);
-  const std::optional<Tensor> biases[] = {dense(b_gate), dense(b_up), dense(b_down)};
-
-  up.a = rows.data;
-  up.a_row = rows.stride;
-  up.features = widest;
-  up.hidden = true;
-  up.activation = activation;
-  up.bias[0] = data_or_null(biases[up.gated ? 0 : 1]);
-  up.bias[1] = up.gated ? data_or_null(biases[1]) : nullptr;
-  up.io = gemm_dtype(x);
-  up.y = h.mutable_data_ptr();
-  up.y_row = h_stride;
-  down.a = static_cast<const float*>(h.const_data_ptr());
-  down.a_row = h_stride;
-  down.features = out_features;
-  down.bias[0] = data_or_null(biases[2]);
-  down.io = gemm_dtype(x);
-  down.y = y.mutable_data_ptr();
-  down.y_row = out_features;
-  down.order = data_or_null<int64_t>(extents.order);
-  const auto inputs = [&](const Step&) { return K; };
-  const auto neurons = [](const Step& step) { return step.extent; };
-  const auto outputs = [&](const Step&) { return out_features; };
-  const int64_t each = (up.gated ? 2 : 1) * K + out_features;  // operations of a row for each neuron
-  Team::lead(T * widest * each, [&] {
-    run_gemm({up, gemm_schedule(steps, inputs, neurons)});
-    run_gemm({down, gemm_schedule(steps, neurons, outputs)});
-  });
-  return y;
 }
 
 }  // namespace flextron

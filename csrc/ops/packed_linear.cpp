@@ -2,9 +2,8 @@
 //
 // Formula and layout are in csrc/kernels/elastic_gemm.h. One packed copy serves every prefix of features and
 // of inputs. There is no gradient: the panels are for inference.
-#include "core/staircase.h"
-#include "ops/elastic_gemm.h"
-#include "ops/extents.h"
+#include "ops/gemm.h"
+#include "ops/linear/executors.h"
 #include "ops/ops.h"
 #include "ops/packed.h"
 
@@ -22,15 +21,16 @@ Tensor packed_linear(const Tensor& x, const Tensor& panels, const OptionalTensor
   for (const auto& [name, size] : {std::pair{"x.size(1)", x.size(1)}, {"panels.size(2)", weight.inputs()}})
     if (size % in_blocks != 0)
       fail(op, ": ", name, " must be divisible by in_blocks (", in_blocks, "), got ", size);
-  const int64_t kx = x.size(1) / in_blocks, kw = weight.inputs() / in_blocks;
-  check_range(op, "in_features", in_features, 0, std::min(kx, kw));
-  check_range(op, "out_features", out_features, 0, weight.features());
-  if (in_extent && out_extent) fail(op, ": in_extent must be None when out_extent is given, got both");
-  check_packed_bias(op, bias, weight.out_blocks(), out_features, x);
-  const Extents extents = in_extent ? read_extents(op, "in_extent", in_extent, x, in_features)
-                                    : read_extents(op, "out_extent", out_extent, x, out_features);
-  return linear_on_cpu(on_panels(weight, in_blocks), x, bias, in_features, out_features,
-                       in_extent.has_value(), out_extent.has_value(), extents);
+  const int64_t out_blocks = weight.out_blocks();
+  linear::Linear linear{op,           x,         panels,     bias,      in_features,
+                        out_features, in_extent, out_extent, in_blocks, out_blocks};
+  linear.kx = x.size(1) / in_blocks;
+  linear.kw = weight.inputs() / in_blocks;
+  linear.nw = weight.features();
+  check_sizes(linear);
+  check_packed_bias(op, bias, out_blocks, out_features, x);
+  linear.extents = host_extents(linear);
+  return product_on_panels(linear, on_panels(weight, in_blocks));
 }
 
 }  // namespace flextron

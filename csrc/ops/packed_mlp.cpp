@@ -3,10 +3,9 @@
 // Formula and layout are in csrc/kernels/elastic_gemm.h: the gate's and the up projection's panels alternate,
 // so that one pass over one stream makes the hidden neurons, which stay floats between the two layers. There
 // is no gradient.
-#include "core/staircase.h"
 #include "ops/activation.h"
-#include "ops/elastic_gemm.h"
-#include "ops/extents.h"
+#include "ops/gemm.h"
+#include "ops/mlp/executors.h"
 #include "ops/ops.h"
 #include "ops/packed.h"
 
@@ -34,11 +33,18 @@ Tensor packed_mlp(const Tensor& x, const Tensor& up_panels, const Tensor& down_p
   if (b_gate) check_like(op, "b_gate", *b_gate, {F}, x.scalar_type(), x.device());
   if (b_up) check_like(op, "b_up", *b_up, {F}, x.scalar_type(), x.device());
   if (b_down) check_like(op, "b_down", *b_down, {out_features}, x.scalar_type(), x.device());
-  const Activation act = activation_of(op, activation.value);
-  const Extents extents = read_extents(op, "extent", extent, x, width);
-  ElasticGemmParams up = on_panels(up_weight, 1);
+  mlp::Mlp mlp{op,           x,
+               std::nullopt, up_panels,
+               down_panels,  b_gate,
+               b_up,         b_down,
+               width,        activation_of(op, activation.value),
+               extent,       std::nullopt,
+               std::nullopt};
+  mlp.extents = read_extents(op, "extent", extent, x, width);
+  ElasticGemmParams up = on_panels(up_weight, 1), down = on_panels(down_weight, 1);
   up.gated = gated;
-  return mlp_on_cpu(up, on_panels(down_weight, 1), x, b_gate, b_up, b_down, out_features, act, extents);
+  down.features = out_features;
+  return product_on_panels(mlp, up, down);
 }
 
 }  // namespace flextron

@@ -1,4 +1,4 @@
-"""elastic_linear: a linear layer on a prefix of its features. Formula and loops are in csrc/ops/elastic_linear.cpp."""
+"""elastic_linear: a linear layer on a prefix of its features. Formula: csrc/kernels/elastic_linear.h."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""elastic_mlp: a whole MLP at any width. Its loops are in csrc/ops/elastic_mlp.cpp and csrc/kernels/elastic_mlp.h."""
+"""elastic_mlp: a whole MLP at any width. Formula: csrc/ops/elastic_mlp.cpp; what computes it: csrc/ops/mlp."""
 
 from __future__ import annotations
 

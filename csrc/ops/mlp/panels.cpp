@@ -1,0 +1,183 @@
+// elastic_mlp by our own GEMM on a CPU (csrc/kernels/elastic_gemm.h), whose hidden layer is floats;
+// packed_mlp is its forward.
+#include "ops/mlp/executors.h"
+#include "ops/mlp/hidden.h"
+
+namespace flextron::mlp {
+namespace {
+
+int64_t extent_of(const Step& step) { return step.extent; }
+
+// du and dg are one behind the other.
+HiddenGradient hidden_gradient(const Mlp& mlp, const FloatRows& dy, const Hidden& hidden,
+                               const OptionalTensor& dgate) {
+  const Tensor &u = hidden.u, &w_down = mlp.w_down;
+  const int64_t T = u.size(0), N = w_down.size(0), widest = mlp.extents.widest();
+  const int64_t stride = padded_row(widest);
+  const std::vector<Step>& steps = mlp.extents.stairs.steps;
+  const Tensor both = empty(u, {hidden.g ? 2 * T : T, stride}, ScalarType::Float);
+  const HiddenGradient gradient{rows(both, 0, T), empty(u, {T, stride}, ScalarType::Float),
+                                hidden.g ? OptionalTensor(rows(both, T, 2 * T)) : std::nullopt};
+  ElasticGemmParams p =
+      on_columns(w_down.const_data_ptr(), gemm_dtype(w_down), w_down.stride(0), gradient.scaled, 0);
+  p.a = dy.data;
+  p.a_row = dy.stride;
+  p.features = widest;
+  run_gemm({p, gemm_schedule(steps, [&](const Step&) { return N; }, extent_of)});
+  for (const Step& step : steps) differentiate_step(mlp, gradient, hidden, step, dgate);
+  return gradient;
+}
+
+Tensor input_gradient(const Mlp& mlp, const HiddenGradient& gradient) {
+  const Tensor dx = empty(mlp.x, {mlp.x.size(0), mlp.x.size(1)});
+  const Tensor &w_up = mlp.w_up, &du = gradient.du;
+  ElasticGemmParams p = on_columns(w_up.const_data_ptr(), gemm_dtype(w_up), w_up.stride(0), dx, 0);
+  p.a = data_of<float>(du);
+  p.a_row = du.stride(0);
+  if (mlp.w_gate) {
+    p.weight[1] = mlp.w_gate->const_data_ptr();
+    p.in_blocks = 2;
+    p.a_block = du.size(0) * p.a_row;
+  }
+  p.features = dx.size(1);
+  p.order = data_or_null<int64_t>(mlp.extents.order);
+  run_gemm({p, gemm_schedule(mlp.extents.stairs.steps, extent_of, [&](const Step&) { return dx.size(1); })});
+  return dx;
+}
+
+// Of w_up from du, of w_gate from dg.
+Tensor own_up_weight_gradient(const Mlp& mlp, const Tensor& dhidden, const FloatRows& x) {
+  const Tensor dw = zeros_from(0, mlp.extents.widest(), mlp.x, {mlp.w_up.size(0), mlp.x.size(1)});
+  ElasticGemmParams p = on_columns(x.data, GemmDtype::kFloat, x.stride, dw, 0);
+  p.a = data_of<float>(dhidden);
+  p.a_row = 1;
+  p.a_input = dhidden.stride(0);
+  p.features = dw.size(1);
+  run_gemm({p, gemm_schedule(steps_of(column_blocks(mlp.extents.stairs)), extent_of,
+                             [&](const Step&) { return dw.size(1); })});
+  return dw;
+}
+
+Tensor own_down_weight_gradient(const Mlp& mlp, const Tensor& scaled, const FloatRows& dy) {
+  const Tensor dw = zeros_from(1, mlp.extents.widest(), mlp.x, {mlp.w_down.size(0), mlp.w_down.size(1)});
+  for (const ColumnBlock& b : column_blocks(mlp.extents.stairs)) {
+    const Tensor part = columns(dw, b.begin, b.end);
+    ElasticGemmParams p =
+        on_columns(data_of<float>(scaled) + b.begin, GemmDtype::kFloat, scaled.stride(0), part, 0);
+    p.a = dy.data;
+    p.a_row = 1;
+    p.a_input = dy.stride;
+    p.features = b.end - b.begin;
+    run_gemm({p, gemm_schedule({{b.rows, 0, dw.size(0)}}, extent_of,
+                               [&](const Step&) { return b.end - b.begin; })});
+  }
+  return dw;
+}
+
+}  // namespace
+
+Tensor product_on_panels(const Mlp& mlp, ElasticGemmParams up, ElasticGemmParams down) {
+  const Tensor& x = mlp.x;
+  const Extents& extents = mlp.extents;
+  const int64_t T = x.size(0), K = x.size(1), N = down.features, widest = extents.widest();
+  const Tensor y = empty(x, {T, N});
+  if (y.numel() == 0) return y;
+  const FloatRows x_rows = float_rows(x, extents.order);
+  const int64_t h_stride = padded_row(widest);
+  const Tensor h = empty(x, {T, h_stride}, ScalarType::Float);
+  const OptionalTensor b_gate = dense(mlp.b_gate), b_up = dense(mlp.b_up), b_down = dense(mlp.b_down);
+
+  up.a = x_rows.data;
+  up.a_row = x_rows.stride;
+  up.features = widest;
+  up.hidden = true;
+  up.activation = mlp.activation;
+  up.bias[0] = data_or_null(up.gated ? b_gate : b_up);
+  up.bias[1] = up.gated ? data_or_null(b_up) : nullptr;
+  up.io = gemm_dtype(x);
+  up.y = h.mutable_data_ptr();
+  up.y_row = h_stride;
+  down.a = static_cast<const float*>(h.const_data_ptr());
+  down.a_row = h_stride;
+  down.bias[0] = data_or_null(b_down);
+  down.io = gemm_dtype(x);
+  down.y = y.mutable_data_ptr();
+  down.y_row = N;
+  down.order = data_or_null<int64_t>(extents.order);
+  const std::vector<Step>& steps = extents.stairs.steps;
+  const int64_t each = (up.gated ? 2 : 1) * K + N;  // operations of a row for each neuron
+  Team::lead(T * widest * each, [&] {
+    run_gemm({up, gemm_schedule(steps, [&](const Step&) { return K; }, extent_of)});
+    run_gemm({down, gemm_schedule(steps, extent_of, [&](const Step&) { return N; })});
+  });
+  return y;
+}
+
+Tensor forward_on_panels(const Mlp& mlp) {
+  ElasticGemmParams up = on_rows(mlp.w_gate ? *mlp.w_gate : mlp.w_up), down = on_rows(mlp.w_down);
+  up.gated = mlp.w_gate.has_value();
+  up.weight[1] = mlp.w_up.const_data_ptr();
+  down.features = mlp.w_down.size(0);
+  return product_on_panels(mlp, up, down);
+}
+
+WithHidden forward_with_hidden_on_panels(const Mlp& mlp) {
+  const Hidden hidden = room_for_hidden(mlp);
+  const Tensor& x = mlp.x;
+  const int64_t K = x.size(1), N = mlp.w_down.size(0);
+  const Tensor y = empty(x, {x.size(0), N});
+  const auto product = [&](ElasticGemmParams p, const FloatRows& a, const OptionalTensor& bias,
+                           const Tensor& to, const auto& inputs, const auto& features) {
+    const OptionalTensor bias_ = dense(bias);
+    p.a = a.data;
+    p.a_row = a.stride;
+    p.bias[0] = data_or_null(bias_);
+    p.io = gemm_dtype(x);
+    p.y = to.mutable_data_ptr();
+    p.y_row = to.stride(0);
+    run_gemm({p, gemm_schedule(mlp.extents.stairs.steps, inputs, features)});
+  };
+  const FloatRows x_rows = float_rows(x, mlp.extents.order);
+  const auto up = [&](const Tensor& weight, const OptionalTensor& bias, const Tensor& to) {
+    ElasticGemmParams p = on_rows(weight);
+    p.features = mlp.extents.widest();
+    product(p, x_rows, bias, to, [&](const Step&) { return K; }, extent_of);
+  };
+  up(mlp.w_up, mlp.b_up, hidden.u);
+  if (hidden.g) up(*mlp.w_gate, mlp.b_gate, *hidden.g);
+  const int64_t stride = padded_row(mlp.width);
+  const Tensor h = empty(x, {x.size(0), stride}, ScalarType::Float);
+  activate_into(h, mlp, hidden);
+  ElasticGemmParams down = on_rows(mlp.w_down);
+  down.features = N;
+  down.order = data_or_null<int64_t>(mlp.extents.order);
+  product(down, {h, data_of<float>(h), stride}, mlp.b_down, y, extent_of, [&](const Step&) { return N; });
+  return {y, hidden};
+}
+
+Gradients backward_on_panels(const Mlp& mlp, const Tensor& dy_rows, const Hidden& hidden,
+                             const Wanted& wanted, Executor weight_gradient) {
+  Gradients d = no_gradients(mlp.x);
+  if (wanted.b_down) d.b_down = output_bias_gradient(dy_rows);
+  if (!wanted.beyond_b_down()) return d;
+  OptionalTensor dgate;
+  if (wanted.gate) d.gate = dgate.emplace(zeros(*mlp.gate, {mlp.x.size(0), mlp.gate_choices()}));
+  const FloatRows dy = float_rows(dy_rows, mlp.extents.order), x = float_rows(mlp.x, mlp.extents.order);
+  const HiddenGradient gradient = hidden_gradient(mlp, dy, hidden, dgate);
+  const bool own = weight_gradient == Executor::kPanels;
+  const auto up_weight = [&](const Tensor& dhidden) {
+    return own ? own_up_weight_gradient(mlp, dhidden, x)
+               : up_weight_gradient(mlp, dhidden, x.first(mlp.x.size(1)));
+  };
+  if (wanted.x) d.x = input_gradient(mlp, gradient);
+  if (wanted.w_gate) d.w_gate = up_weight(*gradient.dg);
+  if (wanted.w_up) d.w_up = up_weight(gradient.du);
+  if (wanted.w_down)
+    d.w_down = own ? own_down_weight_gradient(mlp, gradient.scaled, dy)
+                   : down_weight_gradient(mlp, gradient.scaled, dy.first(dy_rows.size(1)));
+  if (wanted.b_gate) d.b_gate = hidden_bias_gradient(mlp, *gradient.dg);
+  if (wanted.b_up) d.b_up = hidden_bias_gradient(mlp, gradient.du);
+  return d;
+}
+
+}  // namespace flextron::mlp
