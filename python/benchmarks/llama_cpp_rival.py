@@ -50,7 +50,7 @@ def write_gguf(model: Any, path: Path, dtype: str) -> None:
             return writer.add_tensor(name, values)
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
-    def interleaved(weight: Tensor, heads: int) -> Tensor:  # RoPE: llama.cpp rotates neighbours, transformers halves
+    def interleaved(weight: Tensor, heads: int) -> Tensor:  # RoPE pairs neighbours there
         return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
     add("token_embd.weight", model.model.embed_tokens.weight)
