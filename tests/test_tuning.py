@@ -9,7 +9,7 @@ from torch import Tensor
 from training.tiny_run import elastic, parent, tokens
 
 from flextron.nn.policy import Relaxed
-from flextron.nn.router import AdaptiveRouter, Choices, StaticRouter
+from flextron.nn.router import AdaptiveRouter, Probabilities, StaticRouter
 from flextron.recipes import TrainConfig, TuneConfig
 from flextron.tuning import tune
 
@@ -34,7 +34,7 @@ def router_of(model, kind: str = "adaptive"):
     return AdaptiveRouter(c.num_layers, c.hidden_size, *counts, TARGETS, 8)
 
 
-def fraction(p: Choices) -> Tensor:
+def fraction(p: Probabilities) -> Tensor:
     """A table: a fifth of the full latency, and each choice's rank."""
     parts = [(axis * torch.linspace(0, 1, axis.shape[-1])).sum(-1).mean(-1) for axis in p]
     return 0.2 + 0.8 * (parts[0] + parts[1]) / 2

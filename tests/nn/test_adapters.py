@@ -16,7 +16,7 @@ from torch import nn
 
 import flextron
 from flextron.artefacts.elastic_model import save_elastic
-from flextron.nn.router import Choices
+from flextron.nn.router import Logits
 
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -125,7 +125,7 @@ def test_requests_tokens_and_gates_have_their_widths_with_adapters_as_without(di
             rows = (
                 torch.randn(ids.numel(), len(m), generator=generator) for m in (c.mlp_choices, c.head_choices)
             )
-            learning(inner, Choices(*rows), dial == "hard")
+            learning(inner, Logits(*rows), dial == "hard")
     with torch.no_grad():
         assert relative(model(ids).logits, merged(ids).logits) < 1e-5
     assert all(value.isfinite().all() for value in gradients(model, ids).values())

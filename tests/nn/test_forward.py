@@ -18,7 +18,7 @@ from torch.func import functional_call, jvp, vmap
 import flextron
 from flextron.nn import ElasticCache, make_elastic
 from flextron.nn.policy import Mixed
-from flextron.nn.router import Choices
+from flextron.nn.router import Probabilities
 
 
 @contextmanager
@@ -232,7 +232,7 @@ def test_the_modules_run_where_a_step_would_miss_something(monkeypatch):
     with model.watched() as forwards:
         assert run() == [] and forwards[1].mlp.shape[:2] == (2, 1)
     c = model.elastic
-    ones = Choices(torch.ones(2, 3, len(c.mlp_choices)), torch.ones(2, 3, len(c.head_choices)))
+    ones = Probabilities(torch.ones(2, 3, len(c.mlp_choices)), torch.ones(2, 3, len(c.head_choices)))
     model.set_policy(Mixed(ones), c.full(), "all")
     assert run() == []
     model.set_widths(model.elastic.full())

@@ -15,7 +15,7 @@ import flextron.nn.model
 from flextron.config import Widths
 from flextron.nn import Dial, ElasticCache, elastic_mlp, make_elastic
 from flextron.nn.policy import PerToken, Relaxed
-from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler
+from flextron.nn.router import AdaptiveRouter, GumbelSampler, Logits, Menus, Probabilities
 from flextron.routing.learning import relaxed_loss
 from flextron.routing.search import one_hot
 
@@ -303,20 +303,20 @@ def test_a_model_compiles_as_one_graph(dial):
 # ---- how routers learn ----
 
 
-def learning(model: Any, logits: Choices, hard: bool, noise: int | None = None) -> Relaxed:
+def learning(model: Any, logits: Logits, hard: bool, noise: int | None = None) -> Relaxed:
     """Every layer chooses by the same rows of logits, [N, C]."""
     c = model.elastic
-    menus = Choices(torch.tensor(c.mlp_choices), torch.tensor(c.head_choices))
+    menus = Menus(torch.tensor(c.mlp_choices), torch.tensor(c.head_choices))
     sampler = None if noise is None else GumbelSampler(noise)
     policy = Relaxed(lambda x, layer: logits, menus, sampler, 1.0, 1.0, hard)
     model.set_policy(policy, c.full(), "all")
     return policy
 
 
-def rows_of_logits(config: Any, N: int, seed: int = 3) -> Choices:
+def rows_of_logits(config: Any, N: int, seed: int = 3) -> Logits:
     generator = torch.Generator().manual_seed(seed)
     counts = len(config.mlp_choices), len(config.head_choices)
-    return Choices(*(torch.randn(N, n, generator=generator).requires_grad_() for n in counts))
+    return Logits(*(torch.randn(N, n, generator=generator).requires_grad_() for n in counts))
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -396,7 +396,7 @@ def test_the_weights_learn_through_the_gates(hard):
     """The gradients of both forms agree where they must: with logits that leave no doubt, with the static model's."""
     model, ids = elastic(), tokens()
     c = model.elastic
-    rows = Choices(torch.zeros(24, len(c.mlp_choices)), torch.zeros(24, len(c.head_choices)))
+    rows = Logits(torch.zeros(24, len(c.mlp_choices)), torch.zeros(24, len(c.head_choices)))
     rows.mlp[:, 1] = rows.heads[:, 0] = 200.0
     twin = copy.deepcopy(model)
     twin.set_widths(Widths((c.mlp_choices[1],) * 3, (c.head_choices[0],) * 3), "all")
@@ -422,10 +422,10 @@ def test_relaxed_loss_is_the_models_at_certain_choices_and_has_the_gates_gradien
             assert float(found[i]) == pytest.approx(
                 float(model(row, labels=row, use_cache=False).loss), rel=1e-4
             )
-    p = Choices(*(axis.clone().requires_grad_() for axis in certain))
+    p = Probabilities(*(axis.clone().requires_grad_() for axis in certain))
     loss(p).sum().backward()
     with torch.no_grad():
-        moved = Choices(certain.mlp.clone(), certain.heads)
+        moved = Probabilities(certain.mlp.clone(), certain.heads)
         moved.mlp[1, 2, 0] += 1e-2  # one row's one layer's one choice
         step = float((loss(moved) - found)[1])
     assert step == pytest.approx(1e-2 * float(p.mlp.grad[1, 2, 0]), rel=0.1, abs=1e-5)

@@ -20,7 +20,7 @@ from flextron.checkpoint import CheckpointError
 from flextron.conversion import convert
 from flextron.judge.latency import fractions
 from flextron.nn import Dial, elastic_config, make_elastic
-from flextron.nn.router import Choices
+from flextron.nn.router import Indices, Probabilities
 from flextron.recipes import AdaptiveConfig
 from flextron.routing import adaptive
 from flextron.routing.adaptive import train_adaptive
@@ -310,14 +310,14 @@ def test_too_little_text_is_refused(model, tables):
 def test_tokens_of_one_choice_cost_what_the_table_says(tables, model):
     table, c = tables["prefill"], model.elastic
     for i, n in ((0, 0), (2, 1), (3, 0)):
-        same = Choices(torch.full((2, 5, 2), i), torch.full((2, 5, 2), n))
+        same = Indices(torch.full((2, 5, 2), i), torch.full((2, 5, 2), n))
         assert float(table.of_tokens(same)) == pytest.approx(table.predict(c.uniform(i, n)))
 
 
 def test_prefill_takes_the_mean_and_decode_the_widest_of_the_batch(tables, model):
     c = model.elastic
     small, full = c.smallest(), c.full()
-    choices = Choices(torch.zeros(2, 3, 2, dtype=torch.long), torch.zeros(2, 3, 2, dtype=torch.long))
+    choices = Indices(torch.zeros(2, 3, 2, dtype=torch.long), torch.zeros(2, 3, 2, dtype=torch.long))
     choices.mlp[1], choices.heads[1] = 3, 1  # the second sequence is full, at every token
     prefill, decode = tables["prefill"], tables["decode"]
     mean = (prefill.predict(small) + prefill.predict(full)) / 2
@@ -332,7 +332,7 @@ def test_adaptive_budgets_count_what_choosing_takes(model, tables):
     plain = tables["prefill"]
     table = replace(plain, adaptive=(plain.base + plain.full_ms / 5, plain.slope))
     c, everything = model.elastic, torch.full((1, 5, 2), 0)
-    smallest = Choices(everything, everything)
+    smallest = Indices(everything, everything)
     fastest = plain.smallest_ms / plain.full_ms + 0.2
     assert float(table.of_tokens(smallest)) / table.full_ms == pytest.approx(fastest)
     certain = [torch.nn.functional.one_hot(axis[0, 0], len(m)).double() for axis, m in
@@ -351,7 +351,7 @@ def test_adaptive_budgets_count_what_choosing_takes(model, tables):
     training = adaptive._Training(
         model, table, uniform_ladder(c), text(40), replace(OPTIONS, steps=1), lambda *_: None
     )
-    assert float(training._fraction(Choices(*certain))) == pytest.approx(fastest)
+    assert float(training._fraction(Probabilities(*certain))) == pytest.approx(fastest)
     model.attach_router(result.router)
     try:
         found = fractions(model, table, text(64, seed=7), [0.8, 0.9], "prefill")

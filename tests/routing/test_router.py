@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flextron.nn.router import Choices, GumbelSampler, StaticRouter, anneal
+from flextron.nn.router import GumbelSampler, Logits, StaticRouter, anneal
 
 TARGETS = (0.4, 0.6, 1.0)
 
@@ -56,9 +56,9 @@ def test_draws_are_as_frequent_as_the_softmax_says():
     logits = torch.tensor([0.5, -1.0, 1.2, 0.0])
     n = 40_000
     for scale in (1.0, 2.0):
-        drawn = GumbelSampler(0)(
-            Choices(logits.expand(n, 1, 4), torch.zeros(n, 1, 1)), 0.3, scale
-        ).mlp.argmax(-1)
+        drawn = GumbelSampler(0)(Logits(logits.expand(n, 1, 4), torch.zeros(n, 1, 1)), 0.3, scale).mlp.argmax(
+            -1
+        )
         found = torch.bincount(drawn.flatten(), minlength=4) / n
         # five standard deviations of a binomial share
         p = torch.softmax(scale * logits, 0)
@@ -67,7 +67,7 @@ def test_draws_are_as_frequent_as_the_softmax_says():
 
 def test_noise_is_independent_between_axes_layers_and_rows():
     n, layers = 4000, 3
-    p = GumbelSampler(0)(Choices(torch.zeros(n, layers, 2), torch.zeros(n, layers, 2)), 1.0)
+    p = GumbelSampler(0)(Logits(torch.zeros(n, layers, 2), torch.zeros(n, layers, 2)), 1.0)
     series = torch.cat([p.mlp[..., 0], p.heads[..., 0]], dim=1).T  # [2L, n]
     apart = torch.corrcoef(series) - torch.eye(2 * layers)
     assert apart.abs().max() < 5 / n**0.5
@@ -84,7 +84,7 @@ def test_samples_are_probabilities_with_gradients(router):
 
 
 def test_low_temperature_is_nearly_a_choice():
-    p = GumbelSampler(0)(Choices(torch.zeros(200, 1, 4), torch.zeros(200, 1, 2)), 0.01).mlp
+    p = GumbelSampler(0)(Logits(torch.zeros(200, 1, 4), torch.zeros(200, 1, 2)), 0.01).mlp
     assert p.max(-1).values.mean() > 0.98
 
 

@@ -13,7 +13,7 @@ from flextron.artefacts.latency_table import save_tables
 from flextron.artefacts.static_router import RouterResult, load, load_ladder
 from flextron.checkpoint import CheckpointError
 from flextron.checkpoint.schema import build
-from flextron.nn.router import Choices
+from flextron.nn.router import Probabilities
 from flextron.recipes import RouteConfig
 from flextron.routing.static import refreshed, train_routers
 
@@ -277,7 +277,7 @@ class RelaxedLoss:
     def __init__(self, loss: SyntheticLoss) -> None:
         self.loss, self.rows = loss, 0
 
-    def __call__(self, p: Choices) -> torch.Tensor:
+    def __call__(self, p: Probabilities) -> torch.Tensor:
         self.rows += len(p.mlp)
         damage = torch.zeros(len(p.mlp))
         menus = {"mlp": CONFIG.mlp_choices, "heads": CONFIG.head_choices}

@@ -8,7 +8,7 @@ import torch
 from synthetic import SyntheticLoss, make_config, make_table
 
 from flextron.config import Widths
-from flextron.nn.router import Choices
+from flextron.nn.router import Probabilities
 from flextron.routing.fit import random_widths
 from flextron.routing.search import one_hot, predicted_losses, search
 from flextron.routing.surrogate import ReplayBuffer, Surrogate, SurrogateFitter, judge, r2_score, spearman
@@ -65,7 +65,9 @@ def test_targets_are_what_forward_predicts_and_loss_is_their_inverse(fitted):
 
 
 def test_gradients_reach_the_probabilities(fitted):
-    p = Choices(torch.full((8, 4), 0.25, requires_grad=True), torch.full((8, 3), 1 / 3, requires_grad=True))
+    p = Probabilities(
+        torch.full((8, 4), 0.25, requires_grad=True), torch.full((8, 3), 1 / 3, requires_grad=True)
+    )
     fitted.loss(p, TABLE.expected(*p) / TABLE.full_ms).backward()
     assert all(axis.grad.abs().sum(-1).min() > 0 for axis in p)
 
@@ -171,7 +173,7 @@ def test_tokens_that_disagree_are_told_from_tokens_that_agree():
         for _ in range(n):
             logits = [torch.randn(8, c, generator=generator) for c in (4, 3)]
             sharp = 10 ** torch.rand(8, 1, generator=generator)
-            shares = Choices(*((sharp * axis).softmax(-1) for axis in logits))
+            shares = Probabilities(*((sharp * axis).softmax(-1) for axis in logits))
             price = sum(-(p * p.log()).sum() for p in shares).item()
             width = sum((p * torch.arange(p.shape[-1])).sum() for p in shares).item()
             buffer.add_shares(
@@ -191,7 +193,7 @@ def test_tokens_that_disagree_are_told_from_tokens_that_agree():
 def test_shares_must_be_about_the_menus():
     buffer = ReplayBuffer(CONFIG)
     with pytest.raises(ValueError, match=r"add_shares: heads must have shape \[8, 3\], got \[8, 2\]"):
-        buffer.add_shares(Choices(torch.ones(8, 4), torch.ones(8, 2)), 0.5, 1.0)
+        buffer.add_shares(Probabilities(torch.ones(8, 4), torch.ones(8, 2)), 0.5, 1.0)
     assert len(buffer) == 0
 
 

@@ -24,7 +24,7 @@ from flextron.checkpoint.io import Files, opened, write_json
 from flextron.checkpoint.origin import check_model
 from flextron.checkpoint.schema import build
 from flextron.config import ElasticConfig, Widths, check_numbers
-from flextron.nn.router import Choices
+from flextron.nn.router import Indices
 
 FILE = "latency.json"
 PHASES = ("prefill", "decode")
@@ -188,7 +188,7 @@ class LatencyTable:
             total += sum(row[menu.index(width)] for row, width in zip(rows, chosen, strict=True))
         return total
 
-    def of_tokens(self, choices: Choices) -> Tensor:
+    def of_tokens(self, choices: Indices) -> Tensor:
         """Milliseconds of forwards in which every token has choices of its own, ``mlp``, ``heads`` [..., B, T, L].
 
         A prefill is bound by arithmetic: it takes the mean over its B * T tokens. A decode step of ``batch``
@@ -197,7 +197,7 @@ class LatencyTable:
         """
         if self.workload.phase == "decode" and self.workload.batch > 1:
             batch = self.workload.batch
-            choices = Choices(*(axis.unflatten(-3, (-1, batch)).amax(-3) for axis in choices))
+            choices = Indices(*(axis.unflatten(-3, (-1, batch)).amax(-3) for axis in choices))
         layers = torch.arange(self.num_layers, device=choices.mlp.device)
         sums = sum(
             costs.to(rows.device)[layers, rows].sum(-1)

@@ -13,7 +13,7 @@ from flextron.config import Widths
 from flextron.judge.timing import compare
 from flextron.nn import Dial, ElasticCache
 from flextron.nn.cache import ElasticCacheLayer
-from flextron.nn.router import Choices
+from flextron.nn.router import Indices
 
 
 def measure(
@@ -115,7 +115,7 @@ def fractions(
             model.turn(Dial.adaptive(model.elastic, some.tolist(), phase))
             with model.watched() as forwards:
                 model(tokens[:n].to(device).repeat(len(some), 1), use_cache=False, logits_to_keep=1)
-            choices = Choices(*(axis.unflatten(0, (len(some), n)) for axis in forwards[0]))
+            choices = Indices(*(axis.unflatten(0, (len(some), n)) for axis in forwards[0]))
             found.append(table.of_tokens(choices) / table.full_ms)
     finally:
         model.turn(dial)

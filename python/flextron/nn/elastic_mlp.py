@@ -61,39 +61,49 @@ class ElasticMLP(nn.Module):
         if decision.mixture is None:
             return self._run(x, width, decision.extent)
         if decision.extent is None:
-            return self._run(x, width, gate=decision.mixture, choices=self.choices)
+            return self._run(x, width, mixture=decision.mixture, choices=self.choices)
         return self._by_choice(x.flatten(0, -2), width, decision).view(x.shape)
 
-    def _run(self, x: Tensor, width: int, extent: Tensor | None = None, **soft: Any) -> Tensor:
+    def _run(
+        self,
+        x: Tensor,
+        width: int,
+        extent: Tensor | None = None,
+        mixture: Tensor | None = None,
+        choices: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The tokens of x at a width, or each at its own extent; or a mixture of the choices' widths."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         if is_adapted(gate) or is_adapted(up) or is_adapted(down):
-            return self._run_adapted(x, width, extent, **soft)
+            return self._run_adapted(x, width, extent, mixture, choices)
         if isinstance(up, PackedLinear):
-            if soft:
-                raise NotImplementedError("ElasticMLP: gate must be None with packed weights, got a soft one")
+            if mixture is not None:
+                raise NotImplementedError(
+                    "ElasticMLP: widths must not be mixed with packed weights, got a mixture"
+                )
             weights = (up.panels, down.panels, up.scales, down.scales, up.format)
             biases = (up.gate_bias, up.bias, down.bias)
             return packed_mlp(x, *weights, *biases, width, down.out_features, True, self.activation, extent)
         weights = (gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
-        return elastic_mlp(x, *weights, width, self.activation, extent, **soft)
+        return elastic_mlp(x, *weights, width, self.activation, extent, gate=mixture, choices=choices)
 
     def _run_adapted(
         self,
         x: Tensor,
         width: int,
         extent: Tensor | None,
-        gate: Tensor | None = None,
-        choices: Sequence[int] | None = None,
+        mixture: Tensor | None,
+        choices: Sequence[int] | None,
     ) -> Tensor:
         """The same, projection by projection, so that each may have low-rank adapters."""
         width = width if choices is None else choices[-1]
         up = linear(self.up_proj, x, x.shape[-1], width, out_extent=extent)
         gated = linear(self.gate_proj, x, x.shape[-1], width, out_extent=extent)
         hidden = FUNCTIONS[self.activation](gated) * up
-        if gate is not None:  # a neuron's share: the sum of the choices that keep it
+        if mixture is not None:  # a neuron's share: the sum over the choices that keep it
             neurons = torch.arange(width, device=x.device)
             kept_by = torch.tensor(choices, device=x.device)[:, None] > neurons  # [C, width]
-            share = (gate @ kept_by.to(gate.dtype)).to(hidden.dtype)
+            share = (mixture @ kept_by.to(mixture.dtype)).to(hidden.dtype)
             hidden = (hidden.flatten(0, -2) * share).view(hidden.shape)
         return linear(self.down_proj, hidden, width, self.down_proj.out_features, extent)
 
@@ -109,9 +119,9 @@ class ElasticMLP(nn.Module):
         parts = []
         for c, rows in enumerate(order.split(counts)):
             if counts[c]:
-                gate = decision.mixture[rows]
-                gate = torch.cat([gate[:, :c], gate[:, c:].sum(1, keepdim=True)], dim=1)
-                parts.append(self._run(x[rows], width, gate=gate, choices=self.choices[: c + 1]))
+                shares = decision.mixture[rows]
+                shares = torch.cat([shares[:, :c], shares[:, c:].sum(1, keepdim=True)], dim=1)
+                parts.append(self._run(x[rows], width, mixture=shares, choices=self.choices[: c + 1]))
         return torch.cat(parts)[order.argsort()]
 
     def extra_repr(self) -> str:

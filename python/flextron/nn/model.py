@@ -36,7 +36,7 @@ from flextron.nn.projection import (
     named,
 )
 from flextron.nn.rotary import forget
-from flextron.nn.router import AdaptiveRouter, Choices
+from flextron.nn.router import AdaptiveRouter, Indices
 from flextron.nn.setting import Setting, Settings
 
 KV_MODES = ("selected", "all")
@@ -269,7 +269,7 @@ class ElasticModel(Mixin):
         return PerToken(router, context, self.elastic)
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[list[Choices]]:
+    def watched(self) -> Iterator[list[Indices]]:
         """Write down what the router chooses for every token of the forwards inside a ``with`` block.
 
         Yields a list that gets one entry for each forward: the choices' places in the menus, ``mlp`` and
@@ -277,12 +277,12 @@ class ElasticModel(Mixin):
         """
         if not isinstance(self.settings.now().policy, PerToken):
             raise ValueError("watched: the budget must be adaptive, got one that chooses for no token")
-        forwards: list[Choices] = []
-        layers: list[Choices] = []
+        forwards: list[Indices] = []
+        layers: list[Indices] = []
 
         def gather(*_: Any) -> None:
             if self.settings.now().watched is layers:  # no other thread's forward, nor one at another budget
-                forwards.append(Choices(*(torch.stack(axis, dim=-1) for axis in zip(*layers, strict=True))))
+                forwards.append(Indices(*(torch.stack(axis, dim=-1) for axis in zip(*layers, strict=True))))
                 layers.clear()
 
         handle = self.register_forward_hook(gather)

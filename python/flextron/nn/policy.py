@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flextron.config import ElasticConfig, Widths, number
-from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler
+from flextron.nn.router import AdaptiveRouter, GumbelSampler, Indices, Logits, Menus, Probabilities
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,9 @@ class PerRequest(Policy):
         return Extents(rows("mlp"), rows("heads"), kv_heads)
 
 
-def menus_of(config: ElasticConfig, device: torch.device) -> Choices:
+def menus_of(config: ElasticConfig, device: torch.device) -> Menus:
     """The menu of each axis, int64."""
-    return Choices(
+    return Menus(
         torch.tensor(config.mlp_choices, device=device), torch.tensor(config.head_choices, device=device)
     )
 
@@ -191,7 +191,7 @@ class PerToken(Policy):
 class Mixed(Policy):
     """Probabilities that a caller drew: p of each sequence, [B, L, C] of each axis, shared by its tokens."""
 
-    def __init__(self, p: Choices) -> None:
+    def __init__(self, p: Probabilities) -> None:
         self.p = p
 
     def __call__(self, x: Tensor, layer: int) -> Decision:
@@ -220,8 +220,8 @@ class Relaxed(Policy):
 
     def __init__(
         self,
-        logits: Callable[[Tensor, int], Choices],
-        menus: Choices,
+        logits: Callable[[Tensor, int], Logits],
+        menus: Menus,
         noise: GumbelSampler | None,
         temperature: float,
         scale: float,
@@ -229,17 +229,19 @@ class Relaxed(Policy):
     ) -> None:
         self.logits, self.menus, self.noise = logits, menus, noise
         self.temperature, self.scale, self.hard = temperature, scale, hard
-        self.soft: dict[int, Choices] = {}
+        self.soft: dict[int, Probabilities] = {}
 
     def __call__(self, x: Tensor, layer: int) -> Decision:
         drawn = self._drawn(x, layer)
         return Decision(*(self._decision(p, menu, x) for p, menu in zip(drawn, self.menus, strict=True)))
 
-    def _drawn(self, x: Tensor, layer: int) -> Choices:
+    def _drawn(self, x: Tensor, layer: int) -> Probabilities:
         logits = self.logits(x, layer)
-        self.soft[layer] = Choices(*(torch.softmax(self.scale * axis, -1) for axis in logits))
+        self.soft[layer] = Probabilities(*(torch.softmax(self.scale * axis, -1) for axis in logits))
         if self.noise is None:
-            return Choices(*(torch.softmax(self.scale * axis / self.temperature, -1) for axis in logits))
+            return Probabilities(
+                *(torch.softmax(self.scale * axis / self.temperature, -1) for axis in logits)
+            )
         return self.noise(logits, self.temperature, self.scale)
 
     def _decision(self, p: Tensor, menu: Tensor, x: Tensor) -> AxisDecision:
@@ -265,19 +267,19 @@ class Sampled(Relaxed):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.chosen: dict[int, Choices] = {}
+        self.chosen: dict[int, Indices] = {}
 
     def __call__(self, x: Tensor, layer: int) -> Decision:
         with torch.enable_grad():
             drawn = self._drawn(x.detach(), layer)
-        indices = self.chosen[layer] = Choices(*(p.detach().argmax(-1) for p in drawn))
+        indices = self.chosen[layer] = Indices(*(p.detach().argmax(-1) for p in drawn))
         return Decision(*(AxisDecision(menu[c], c) for menu, c in zip(self.menus, indices, strict=True)))
 
 
 class Given(Policy):
     """Choices that a caller made for every token: indices in the menus, [N, L] of each axis."""
 
-    def __init__(self, choices: Choices, menus: Choices) -> None:
+    def __init__(self, choices: Indices, menus: Menus) -> None:
         self.choices, self.menus = choices, menus
 
     def __call__(self, x: Tensor, layer: int) -> Decision:

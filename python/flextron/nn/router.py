@@ -18,11 +18,25 @@ _EPS = torch.finfo(torch.float32).eps  # of the norm: that of torch's rms_norm
 _EVERYTHING = 1e9  # an offset: times any two choices' difference in cost it outweighs their logits
 
 
-class Choices(NamedTuple):
-    """One tensor for each axis, ``[..., L, C_axis]``: logits, or probabilities of the choices."""
-
+class _OfBothAxes(NamedTuple):
     mlp: Tensor
     heads: Tensor
+
+
+class Menus(_OfBothAxes):
+    """The widths an axis may take, ascending: [C] int64 of each axis."""
+
+
+class Logits(_OfBothAxes):
+    """A router's preference for each entry of a menu: ``[..., C]`` of each axis, with L before C for all layers."""
+
+
+class Probabilities(_OfBothAxes):
+    """The share of each entry of a menu, sums to 1: ``[..., C]`` of each axis, with L before C for all layers."""
+
+
+class Indices(_OfBothAxes):
+    """Chosen entries by their place in a menu: ``[...]`` int64 of each axis, with L last for all layers."""
 
 
 def check_targets(name: str, targets: Sequence[float]) -> tuple[float, ...]:
@@ -97,16 +111,16 @@ class StaticRouter(nn.Module):
         """tau [...] -> [..., number of targets]: weights of the neighbouring targets, which sum to 1."""
         return encode(tau, self._targets)
 
-    def forward(self, tau: Tensor | float) -> Choices:
+    def forward(self, tau: Tensor | float) -> Logits:
         """Logits ``mlp [..., L, C_mlp]`` and ``heads [..., L, C_heads]`` at targets of shape [...]."""
         rows = self.rows(functional.leaky_relu(self.body(self.encode(tau)), LEAK)) / self.hidden**0.5
         rows = rows.unflatten(-1, (self.num_layers, self.mlp_choices + self.head_choices))
-        return Choices(rows[..., : self.mlp_choices], rows[..., self.mlp_choices :])
+        return Logits(rows[..., : self.mlp_choices], rows[..., self.mlp_choices :])
 
     @torch.no_grad()
-    def choose(self, tau: Tensor | float) -> Choices:
+    def choose(self, tau: Tensor | float) -> Indices:
         """Arg-max without noise: indices ``mlp [..., L]``, ``heads [..., L]`` at targets of shape [...]."""
-        return Choices(*(logits.argmax(-1) for logits in self(tau)))
+        return Indices(*(logits.argmax(-1) for logits in self(tau)))
 
 
 class GumbelSampler:
@@ -118,14 +132,14 @@ class GumbelSampler:
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, logits: Choices, temperature: float, scale: float = 1.0) -> Choices:
+    def __call__(self, logits: Logits, temperature: float, scale: float = 1.0) -> Probabilities:
         """Probabilities ``softmax((scale * logits + noise) / temperature)`` of each axis.
 
         The arg-max of a row is distributed as ``softmax(scale * logits)`` whatever the temperature.
         """
         if temperature <= 0:
             raise ValueError(f"GumbelSampler: temperature must be positive, got {temperature}")
-        return Choices(*(self._soft(axis, temperature, scale) for axis in logits))
+        return Probabilities(*(self._soft(axis, temperature, scale) for axis in logits))
 
     def _soft(self, logits: Tensor, temperature: float, scale: float) -> Tensor:
         noise = torch.empty(logits.shape).exponential_(generator=self.generator).log().neg()
@@ -228,7 +242,7 @@ class AdaptiveRouter(nn.Module):
             logits = logits + self.offset(tau, phase)[:, None] * self.ramp
         return code @ self.wt[layer] + self.b1[layer].unsqueeze(-2), logits
 
-    def logits(self, x: Tensor, layer: int, context: tuple[Tensor, Tensor]) -> Choices:
+    def logits(self, x: Tensor, layer: int, context: tuple[Tensor, Tensor]) -> Logits:
         """x [B, T, K] -> logits of its B * T tokens, ``mlp [N, C_mlp]`` and ``heads [N, C_heads]``, float32.
 
         ``context`` is of R requests, each of them B / R sequences in a row.
@@ -241,4 +255,4 @@ class AdaptiveRouter(nn.Module):
         scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / K + _EPS).rsqrt()
         h = functional.leaky_relu(torch.addcmul(state[:, None], x @ self.w1[layer].T, scale), LEAK)
         logits = (h @ self.w2[layer].T + base[:, None]).flatten(0, 1)
-        return Choices(logits[:, : self.mlp_choices], logits[:, self.mlp_choices :])
+        return Logits(logits[:, : self.mlp_choices], logits[:, self.mlp_choices :])

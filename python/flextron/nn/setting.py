@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flextron.config import Widths
 from flextron.nn.policy import BY_WIDTH, AxisDecision, Decision, Dial, Extents, Policy
-from flextron.nn.router import Choices
+from flextron.nn.router import Indices
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Setting:
     kv: str
     kv_heads: tuple[int, ...]
     policy: Policy | None
-    watched: list[Choices] | None = None
+    watched: list[Indices] | None = None
 
     def extents(self, B: int) -> Extents | None:
         """What the decoder op is to keep of B sequences; None where only the modules can do what is set."""
@@ -53,7 +53,7 @@ class Setting:
             return BY_WIDTH
         decision = self.policy(x, layer)
         if self.watched is not None:
-            self.watched.append(Choices(*(axis.choice.view(x.shape[:2]) for axis in decision)))
+            self.watched.append(Indices(*(axis.choice.view(x.shape[:2]) for axis in decision)))
         return decision
 
     def required(self, decision: AxisDecision | None, part: str) -> AxisDecision:

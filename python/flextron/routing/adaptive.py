@@ -21,7 +21,7 @@ from flextron.config import ElasticConfig, Widths
 from flextron.judge.latency import fractions
 from flextron.nn import Dial
 from flextron.nn.policy import Given, Policy, menus_of
-from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, anneal, default_hidden
+from flextron.nn.router import AdaptiveRouter, GumbelSampler, Indices, Probabilities, anneal, default_hidden
 from flextron.recipes import JUDGING, AdaptiveConfig
 from flextron.routing.calibrate import calibrate
 from flextron.routing.fit import random_widths
@@ -223,7 +223,7 @@ class _Training:
         which = torch.randint(len(below), (B,), generator=self.draws)
         return self.tokens[picks].to(self.device), torch.tensor(below)[which].to(self.device)
 
-    def _fraction(self, p: Choices) -> Tensor:
+    def _fraction(self, p: Probabilities) -> Tensor:
         return self.table.expected(*p, adaptive=True) / self.table.full_ms
 
     def _losses(self, step: int, ids: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
@@ -283,7 +283,7 @@ class _SurrogateTraining(_Training):
         gate = GateReport(self.options.threshold, self.error, self.steps_below, self.steps_above, self.waited)
         return judge(self.surrogate, *self.held_out.tensors()), gate
 
-    def _observe(self, step: int) -> tuple[Choices, Tensor]:
+    def _observe(self, step: int) -> tuple[Probabilities, Tensor]:
         """Run the router's own choices, judge the surrogate by them, and let it learn them.
 
         Returns the probabilities of the choices, mean over all tokens, [1, L, C] with a gradient, and the target [1].
@@ -295,7 +295,7 @@ class _SurrogateTraining(_Training):
         )
         loss = float((self._losses_of(ids, policy) - full).mean())
         by_axis = zip(*policy.chosen.values(), strict=True)
-        shares = self._shares(Choices(*(torch.stack(axis, 1) for axis in by_axis)))
+        shares = self._shares(Indices(*(torch.stack(axis, 1) for axis in by_axis)))
         with torch.no_grad():
             predicted = float(self.surrogate.loss(shares, self._fraction(shares)))
         self.error = _EMA * self.error + (1 - _EMA) * abs(predicted - loss)
@@ -314,7 +314,7 @@ class _SurrogateTraining(_Training):
             torch.tensor(below)[which].to(self.device),
         )
 
-    def _random_choices(self, count: int) -> Choices:
+    def _random_choices(self, count: int) -> Indices:
         """Two random networks, one of them for each token by a probability of each layer's own: [N, L]."""
         config = self.model.elastic
         found = []
@@ -327,18 +327,18 @@ class _SurrogateTraining(_Training):
             found.append(
                 torch.where(torch.rand(count, config.num_layers, generator=self.draws) < share, a, b)
             )
-        return Choices(*(axis.to(self.device) for axis in found))
+        return Indices(*(axis.to(self.device) for axis in found))
 
-    def _shares(self, choices: Choices) -> Choices:
+    def _shares(self, choices: Indices) -> Probabilities:
         """Places in the menus [N, L] -> shares of the tokens, [L, C]."""
-        return Choices(
+        return Probabilities(
             *(
                 functional.one_hot(axis, len(menu)).float().mean(0)
                 for axis, menu in zip(choices, self.menus, strict=True)
             )
         )
 
-    def _remember(self, shares: Choices, loss: float) -> None:
+    def _remember(self, shares: Probabilities, loss: float) -> None:
         self.observed += 1
         buffer = self.train if self.observed % JUDGING else self.held_out
         buffer.add_shares(shares, float(self._fraction(shares)), loss)

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from flextron.nn.policy import Mixed, Relaxed, Sampled, menus_of
-from flextron.nn.router import AdaptiveRouter, Choices, GumbelSampler, StaticRouter
+from flextron.nn.router import AdaptiveRouter, GumbelSampler, Logits, Probabilities, StaticRouter
 
 TOLERANCE = 0.02  # relative distance from a target that costs nothing
 
-Fraction = Callable[[Choices], Tensor]  # choice probabilities [..., L, C] -> share of the full latency [...]
+Fraction = Callable[
+    [Probabilities], Tensor
+]  # choice probabilities [..., L, C] -> share of the full latency [...]
 
 
 def learning_policy(
@@ -34,12 +36,12 @@ def learning_policy(
     if isinstance(router, StaticRouter):
         rows = router(tau)
 
-        def logits(x: Tensor, layer: int) -> Choices:
-            return Choices(rows.mlp[:, layer], rows.heads[:, layer])
+        def logits(x: Tensor, layer: int) -> Logits:
+            return Logits(rows.mlp[:, layer], rows.heads[:, layer])
     else:
         contexts = [router.context(tau, i) for i in range(model.elastic.num_layers)]
 
-        def logits(x: Tensor, layer: int) -> Choices:
+        def logits(x: Tensor, layer: int) -> Logits:
             return router.logits(x, layer, contexts[layer])
 
     kind = Sampled if gates == "sampled" else Relaxed
@@ -53,7 +55,7 @@ def sequence_losses(model: Any, ids: Tensor) -> Tensor:
     return each.view(len(ids), -1).mean(1)
 
 
-def relaxed_loss(model: Any, tokens: Tensor) -> Callable[[Choices], Tensor]:
+def relaxed_loss(model: Any, tokens: Tensor) -> Callable[[Probabilities], Tensor]:
     """The model's loss at relaxed choices, one sub-network [L, C] for each of n sequences: a function with a gradient.
 
     It takes ``mlp`` and ``heads`` [n, L, C] and returns [n] nats: row i on the sequence i of ``tokens`` [N, T], from
@@ -61,7 +63,7 @@ def relaxed_loss(model: Any, tokens: Tensor) -> Callable[[Choices], Tensor]:
     they ask for none.
     """
 
-    def loss(p: Choices) -> Tensor:
+    def loss(p: Probabilities) -> Tensor:
         ids = tokens[torch.arange(len(p.mlp)) % len(tokens)].to(p.mlp.device)
         dial = model.dial
         try:
@@ -73,13 +75,13 @@ def relaxed_loss(model: Any, tokens: Tensor) -> Callable[[Choices], Tensor]:
     return loss
 
 
-def mean_choices(policy: Relaxed, batch: int) -> Choices:
+def mean_choices(policy: Relaxed, batch: int) -> Probabilities:
     """Noiseless probabilities of the last forward, mean over each sequence's tokens: [B, L, C] of each axis."""
     layers = [[axis.unflatten(0, (batch, -1)).mean(1) for axis in p] for p in policy.soft.values()]
-    return Choices(*(torch.stack(axis, dim=1) for axis in zip(*layers, strict=True)))
+    return Probabilities(*(torch.stack(axis, dim=1) for axis in zip(*layers, strict=True)))
 
 
-def latency_miss(fraction: Fraction, p: Choices, tau: Tensor) -> Tensor:
+def latency_miss(fraction: Fraction, p: Probabilities, tau: Tensor) -> Tensor:
     """relu(|T / (tau T_full) - 1| - 0.02), mean over the different targets; T is the mean of a target's sequences.
 
     Args:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from flextron.artefacts.latency_table import LatencyTable
 from flextron.config import ElasticConfig, Widths
-from flextron.nn.router import Choices
+from flextron.nn.router import Probabilities
 from flextron.routing.surrogate import Surrogate
 
 _POPULATION = 64
@@ -18,7 +18,7 @@ _PARENTS = 16  # of them, the best: they live on, and all children are theirs
 _CHUNK = 4096  # configurations that the surrogate sees at once
 
 
-def one_hot(config: ElasticConfig, widths: Sequence[Widths]) -> Choices:
+def one_hot(config: ElasticConfig, widths: Sequence[Widths]) -> Probabilities:
     """Configurations as certain choices: one-hot [n, L, C] for each axis."""
     return _certain(config, _indices(config, widths))
 
@@ -170,9 +170,9 @@ def _indices(config: ElasticConfig, widths: Sequence[Widths]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).view(len(rows), 2 * config.num_layers)
 
 
-def _certain(config: ElasticConfig, rows: Tensor) -> Choices:
+def _certain(config: ElasticConfig, rows: Tensor) -> Probabilities:
     mlp, heads = rows.split(config.num_layers, dim=1)
-    return Choices(
+    return Probabilities(
         functional.one_hot(mlp, len(config.mlp_choices)).float(),
         functional.one_hot(heads, len(config.head_choices)).float(),
     )

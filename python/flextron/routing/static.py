@@ -15,7 +15,7 @@ from flextron.artefacts.latency_table import LatencyTable
 from flextron.artefacts.reports import GateReport
 from flextron.artefacts.static_router import RouterResult, TargetReport
 from flextron.config import ElasticConfig, Widths
-from flextron.nn.router import Choices, GumbelSampler, StaticRouter, anneal
+from flextron.nn.router import GumbelSampler, Indices, Logits, Probabilities, StaticRouter, anneal
 from flextron.recipes import REPORTED, RouteConfig
 from flextron.routing.fit import random_widths
 from flextron.routing.learning import TOLERANCE
@@ -60,7 +60,7 @@ def train_routers(
     loss_fn: LossFn,
     route_config: RouteConfig | None = None,
     progress: Progress | None = None,
-    relaxed: Callable[[Choices], Tensor] | None = None,
+    relaxed: Callable[[Probabilities], Tensor] | None = None,
 ) -> RouterResult:
     """Train the static routers of a frozen elastic model.
 
@@ -101,7 +101,7 @@ class _Training:
         loss_fn: LossFn,
         options: RouteConfig,
         progress: Progress,
-        relaxed: Callable[[Choices], Tensor] | None,
+        relaxed: Callable[[Probabilities], Tensor] | None,
     ) -> None:
         self.relaxed = relaxed
         fastest = table.smallest_ms / table.full_ms
@@ -260,7 +260,7 @@ class _Training:
         """What the router would choose now, with noise, for some trained target below 1."""
         target = self.targets[torch.randint(len(self.targets) - 1, (), generator=self.draws)]
         drawn = self.noise(self.router(target), *anneal(step, self.options.steps))
-        return self._widths(Choices(*(p.argmax(-1) for p in drawn)))
+        return self._widths(Indices(*(p.argmax(-1) for p in drawn)))
 
     def _jittered(self, widths: Widths, changes: int) -> Widths:
         """``widths`` with random choices in some layers: its neighbourhood, once it is itself known."""
@@ -272,7 +272,7 @@ class _Training:
             axes[axis][self.rng.randrange(self.config.num_layers)] = self.rng.choice(menu)
         return Widths(**axes)
 
-    def _widths(self, indices: Choices) -> Widths:
+    def _widths(self, indices: Indices) -> Widths:
         return Widths(
             tuple(self.config.mlp_choices[i] for i in indices.mlp.tolist()),
             tuple(self.config.head_choices[i] for i in indices.heads.tolist()),
@@ -282,7 +282,7 @@ class _Training:
         temperature, scale = anneal(step, self.options.steps)
         logits = self.router(self.targets)
         pick = torch.randint(len(self.targets), (self.options.batch,), generator=self.draws)
-        p = self.noise(Choices(*(axis[pick] for axis in logits)), temperature, scale)
+        p = self.noise(Logits(*(axis[pick] for axis in logits)), temperature, scale)
         fraction = self.table.expected(*p) / self.table.full_ms
         loss = self.surrogate.loss(p, fraction) if self.relaxed is None else self.relaxed(p) - self.full_loss
         quality = (loss / self.stakes[pick]).mean()
@@ -295,13 +295,13 @@ class _Training:
         )
         return {"quality": float(quality.detach()), "latency_miss": float(miss.detach())}
 
-    def _latency_miss(self, logits: Choices, scale: float) -> Tensor:
+    def _latency_miss(self, logits: Logits, scale: float) -> Tensor:
         """relu(|T / (aim T_full) - 1| - 0.02), mean over the targets.
 
         T is that of the probabilities themselves, not of one draw: the table is linear, so this is the mean
         over all draws, without their noise.
         """
-        p = Choices(*(torch.softmax(scale * axis, dim=-1) for axis in logits))
+        p = Probabilities(*(torch.softmax(scale * axis, dim=-1) for axis in logits))
         aim = self.targets / (
             1 + TOLERANCE
         )  # the band that costs nothing ends at the target: a budget is a bound
@@ -341,12 +341,12 @@ class _Training:
         return search(self.config, self.table, self.surrogate, target, start, seed=self.options.seed)
 
 
-def _anchor(logits: Choices) -> Tensor:
+def _anchor(logits: Logits) -> Tensor:
     """Cross-entropy of the last target, which is 1, with the full model."""
     return -sum(axis[-1].log_softmax(-1)[:, -1].mean() for axis in logits)
 
 
-def _falls(logits: Choices) -> Tensor:
+def _falls(logits: Logits) -> Tensor:
     """How much P(choice >= c) falls from a target to the next, mean over layers and choices, both axes."""
     total = torch.zeros(())
     for axis in logits:

@@ -13,7 +13,7 @@ from torch.nn.utils import skip_init
 
 from flextron.artefacts.reports import FitReport
 from flextron.config import ElasticConfig, Widths
-from flextron.nn.router import Choices
+from flextron.nn.router import Probabilities
 
 _PENALTIES = (1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of the ridge regression that starts a surrogate
 _TINY = 1e-12  # a probability whose logarithm still has a gradient
@@ -47,13 +47,13 @@ class ReplayBuffer:
         self._known.add(widths)
         mlp = torch.tensor([self._config.mlp_choices.index(d) for d in widths.mlp])
         heads = torch.tensor([self._config.head_choices.index(n) for n in widths.heads])
-        certain = Choices(
+        certain = Probabilities(
             functional.one_hot(mlp, len(self._config.mlp_choices)),
             functional.one_hot(heads, len(self._config.head_choices)),
         )
         self.add_shares(certain, fraction, loss)
 
-    def add_shares(self, shares: Choices, fraction: float, loss: float) -> None:
+    def add_shares(self, shares: Probabilities, fraction: float, loss: float) -> None:
         """Remember a batch whose tokens chose each for themselves.
 
         Args:
@@ -62,7 +62,7 @@ class ReplayBuffer:
             loss: above the full model's.
         """
         layers, menus = self._config.num_layers, (self._config.mlp_choices, self._config.head_choices)
-        for name, axis, menu in zip(Choices._fields, shares, menus, strict=True):
+        for name, axis, menu in zip(Probabilities._fields, shares, menus, strict=True):
             if axis.shape != (layers, len(menu)):
                 raise ValueError(
                     f"ReplayBuffer.add_shares: {name} must have shape [{layers}, {len(menu)}], "
@@ -73,9 +73,9 @@ class ReplayBuffer:
         self._fractions.append(fraction)
         self._losses.append(loss)
 
-    def tensors(self) -> tuple[Choices, Tensor, Tensor]:
+    def tensors(self) -> tuple[Probabilities, Tensor, Tensor]:
         """(choices [n, L, C], one-hot or shares of the tokens, fractions [n], losses [n])."""
-        choices = Choices(torch.stack(self._mlp), torch.stack(self._heads))
+        choices = Probabilities(torch.stack(self._mlp), torch.stack(self._heads))
         return choices, torch.tensor(self._fractions), torch.tensor(self._losses)
 
 
@@ -125,18 +125,18 @@ class Surrogate(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(layers[-1].weight)
 
-    def forward(self, choices: Choices, fraction: Tensor) -> Tensor:
+    def forward(self, choices: Probabilities, fraction: Tensor) -> Tensor:
         """Standardised prediction [...] for probabilities [..., L, C] and fractions [...]."""
         x = self._features(choices, fraction)
         full = torch.ones_like(x[..., :1, :] if x.dim() > 1 else x)
         return (self._raw(x) - self._raw(full)).squeeze(-1)
 
-    def loss(self, choices: Choices, fraction: Tensor) -> Tensor:
+    def loss(self, choices: Probabilities, fraction: Tensor) -> Tensor:
         """Predicted nats above the full model's loss."""
         return torch.sinh(self(choices, fraction) * self.spread) * self.scale
 
     @torch.no_grad()
-    def start(self, choices: Choices, fractions: Tensor, losses: Tensor) -> None:
+    def start(self, choices: Probabilities, fractions: Tensor, losses: Tensor) -> None:
         """Settle the units of the targets on the first observed losses [n], and solve for the linear term.
 
         Ridge regression through the full model's 0; its penalty is the one of `_PENALTIES` with the least
@@ -163,7 +163,7 @@ class Surrogate(nn.Module):
     def _raw(self, x: Tensor) -> Tensor:
         return self.linear(x) + self.mlp(x)
 
-    def _features(self, choices: Choices, fraction: Tensor) -> Tensor:
+    def _features(self, choices: Probabilities, fraction: Tensor) -> Tensor:
         """[..., inputs], all of them 1 for the full model."""
         parts = []
         for p in choices:
@@ -183,13 +183,15 @@ class SurrogateFitter:
         self._optimiser = torch.optim.AdamW(surrogate.parameters(), lr=lr, weight_decay=weight_decay)
         self._generator = torch.Generator().manual_seed(seed)
 
-    def fit(self, choices: Choices, fractions: Tensor, losses: Tensor, steps: int, batch: int = 64) -> float:
+    def fit(
+        self, choices: Probabilities, fractions: Tensor, losses: Tensor, steps: int, batch: int = 64
+    ) -> float:
         """Take ``steps`` steps on random batches; return the mean squared error of the last one."""
         targets = self.surrogate.target(losses)
         error = torch.zeros(())
         for _ in range(steps):
             pick = torch.randint(len(targets), (min(batch, len(targets)),), generator=self._generator)
-            predicted = self.surrogate(Choices(*(axis[pick] for axis in choices)), fractions[pick])
+            predicted = self.surrogate(Probabilities(*(axis[pick] for axis in choices)), fractions[pick])
             error = functional.mse_loss(predicted, targets[pick])
             self._optimiser.zero_grad()
             error.backward()
@@ -198,7 +200,7 @@ class SurrogateFitter:
 
 
 @torch.no_grad()
-def judge(surrogate: Surrogate, choices: Choices, fractions: Tensor, losses: Tensor) -> FitReport:
+def judge(surrogate: Surrogate, choices: Probabilities, fractions: Tensor, losses: Tensor) -> FitReport:
     """Judge a surrogate on observed losses [n] it has not seen."""
     predicted = surrogate.loss(choices, fractions)
     error = (predicted - losses).abs()
