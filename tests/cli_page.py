@@ -10,7 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from flextron.cli import _parser
+from flextron.cli.discovery import commands as found
+from flextron.cli.parser import parser_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 MARK = "<!-- Everything below is made by: python tests/cli_page.py --update -->\n"
@@ -18,7 +19,7 @@ MARK = "<!-- Everything below is made by: python tests/cli_page.py --update -->\
 
 def commands() -> dict[str, tuple[str, argparse.ArgumentParser]]:
     """What each command is for, in the order of --help, and its parser."""
-    action = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    action = next(a for a in parser_of(found())._actions if isinstance(a, argparse._SubParsersAction))
     summaries = {choice.dest: choice.help for choice in action._choices_actions}
     return {name: (summaries[name], parser) for name, parser in action.choices.items()}
 

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from flextron import pipeline
 from flextron.artefacts.adaptive_router import AdaptiveResult
 from flextron.checkpoint.hf import read_tokenizer
-from flextron.cli import _shown, main
+from flextron.cli import main
+from flextron.cli.info import shown as as_read
 from flextron.corpus import held_out_windows
 from flextron.inference import from_pretrained
 from flextron_ext import build_info
@@ -546,4 +547,4 @@ def test_every_command_has_help_with_an_example(capsys):
     ],
 )
 def test_a_fact_is_shown_to_be_read(fact, shown):
-    assert _shown(fact) == shown
+    assert as_read(fact) == shown

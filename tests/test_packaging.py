@@ -30,6 +30,11 @@ def test_build_info_says_what_was_built():
     assert info["cuda"] == bool(info["cuda_archs"])
 
 
+def test_the_workshops_commands_are_installed_as_they_are_declared():
+    installed = {e.name: e.value for e in metadata.entry_points(group="flextron.commands")}
+    assert installed == project()["entry-points"]["flextron.commands"], "stale: run `make setup`"
+
+
 def test_schemas_are_those_torch_knows():
     for schema in flextron_ext.schemas():
         name = schema.split("(")[0]

@@ -7,6 +7,7 @@ import warnings
 import pytest
 
 from flextron import cli
+from flextron.cli import info
 
 WRONG = {
     "": "COMMAND must be given, got nothing",
@@ -35,7 +36,9 @@ def test_a_wrong_command_line_gives_one_sentence(line: str, capsys: pytest.Captu
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("flextron: ") and WRONG[line] in printed.err
     assert len(printed.err.splitlines()) == 1
-    assert not any(word in printed.err for word in ("usage:", "invalid", "argument --", "_count", "_ints"))
+    assert not any(
+        word in printed.err for word in ("usage:", "invalid", "argument --", "_count", "at_least", "wholes")
+    )
 
 
 def test_warnings_are_sentences(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,7 +46,7 @@ def test_warnings_are_sentences(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         warnings.warn("elastic/: the table is old\n\nand more", stacklevel=2)
         return {}
 
-    monkeypatch.setattr(cli, "_info", run)
+    monkeypatch.setattr(info, "run", run)
     before = warnings.showwarning
     assert cli.main(["info", "elastic/"]) == 0
     assert capsys.readouterr().err == "flextron: warning: elastic/: the table is old\n"
@@ -56,7 +59,7 @@ def test_an_error_of_the_system_names_its_file(
     def run(args: object) -> None:
         raise OSError(28, "No space left on device", "elastic/x.json")
 
-    monkeypatch.setattr(cli, "_info", run)
+    monkeypatch.setattr(info, "run", run)
     assert cli.main(["info", "elastic/"]) == 2
     assert capsys.readouterr().err == "flextron: elastic/x.json must be usable, got no space left on device\n"
 
@@ -66,7 +69,7 @@ def test_too_little_memory_is_told_in_one_sentence(
 ) -> None:
     import torch
 
-    monkeypatch.setattr(cli, "_info", lambda args: torch.empty(2**60, dtype=torch.uint8))
+    monkeypatch.setattr(info, "run", lambda args: torch.empty(2**60, dtype=torch.uint8))
     assert cli.main(["info", "elastic/"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("flextron: info: lengths, batches and models must fit into memory, got ")
@@ -75,6 +78,6 @@ def test_too_little_memory_is_told_in_one_sentence(
     def broken(args: object) -> None:
         raise RuntimeError("ours")
 
-    monkeypatch.setattr(cli, "_info", broken)
+    monkeypatch.setattr(info, "run", broken)
     with pytest.raises(RuntimeError, match="ours"):  # keeps its traceback
         cli.main(["info", "elastic/"])

@@ -24,6 +24,10 @@ _TARGETS_ARE = (
     "latency targets to train, as fractions of the full model's, ascending to 1; those that no network is fast enough "
     "for are left out"
 )
+_FORM = (
+    "loss that a router learns from: what a surrogate predicts (surrogate), the model's own, end to end through its "
+    "gates (gumbel), or none, when routers only imitate what search finds (search; static routers alone)"
+)
 _PREFILL = "random configurations whose loss the surrogate learns before a router moves"
 
 
@@ -156,14 +160,12 @@ class TuneConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class RouteConfig:
-    """How to train static routers."""
+    """How to train static routers, which choose once for every target.
 
-    form: str = about(
-        "surrogate",
-        "the loss that a router learns from: a surrogate's prediction (surrogate), the model's own loss, end to end "
-        "through soft gates (gumbel), or none, when routers only imitate what search finds (search)",
-        choices=ROUTE_FORMS,
-    )
+    The surrogate judges and is judged in every form, whichever loss the routers learn from.
+    """
+
+    form: str = about("surrogate", _FORM, choices=ROUTE_FORMS)
     targets: tuple[float, ...] = about(_TARGETS, _TARGETS_ARE)
     evaluations: int = about(700, "evaluations of the model's loss in all", least=1)
     prefill: int = about(500, _PREFILL, least=8)
@@ -196,7 +198,7 @@ class RouteConfig:
         "have to correct such falls",
     )
     surrogate_steps: int = about(
-        600, "steps of the surrogate's first fit; a later fit takes a twentieth of them", positive=True
+        600, "steps of the surrogate's first fit; a later fit takes a twentieth as many", positive=True
     )
     seed: int = about(0, "seed of every random draw")
 
@@ -219,15 +221,13 @@ class RouteConfig:
 
 @dataclass(frozen=True)
 class AdaptiveConfig:
-    """How to train an adaptive router, which chooses for every token."""
+    """How to train an adaptive router, which chooses for every token.
 
-    form: str = about(
-        "gumbel",
-        "the loss that the router learns from: the model's own, end to end through its gates (gumbel), or what a "
-        "surrogate predicts from the shares of tokens that make each choice (surrogate); that takes no backward pass, "
-        "and teaches how much of each layer a target is best spent on, not for which tokens",
-        choices=ADAPTIVE_FORMS,
-    )
+    Its surrogate predicts from the shares of tokens that make each choice. That takes no backward pass, and teaches how
+    much of each layer a target is best spent on, but not for which tokens.
+    """
+
+    form: str = about("gumbel", _FORM, choices=ADAPTIVE_FORMS)
     targets: tuple[float, ...] = about(_TARGETS, _TARGETS_ARE)
     gates: str = about(
         "soft",

@@ -58,10 +58,11 @@ READERS = {f.__name__: f for f in (resume, plain, documents, study)}
 
 def run(argv: list[str]) -> int:
     from flextron import cli
+    from flextron.cli.printing import warn
 
     if argv[0] not in READERS:
         return cli.main(argv)
-    warnings.showwarning = cli._warn
+    warnings.showwarning = warn
     try:
         print(READERS[argv[0]](*argv[1:]))
     except (ValueError, OSError) as error:

@@ -11,6 +11,7 @@ from typing import Any
 from flextron.checkpoint.format import CONFIG_FILE, CheckpointError
 from flextron.checkpoint.io import Files, read_json
 from flextron.checkpoint.schema import build
+from flextron.sentences import first_line
 
 GENERATION_FILE = "generation_config.json"
 _TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json")
@@ -68,15 +69,7 @@ def foreign(
     except (KeyboardInterrupt, SystemExit, GeneratorExit, *passed):
         raise
     except BaseException as error:  # a panic of tokenizers' is no Exception
-        raise CheckpointError(f"{path}: must be {what}, got {_said(error)[:200]}") from None
-
-
-def _said(error: BaseException) -> str:
-    """An error's first line, and the second where that only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(":"):
-        return f"{lines[0]} {lines[1]}"
-    return lines[0] if lines else type(error).__name__
+        raise CheckpointError(f"{path}: must be {what}, got {first_line(error)[:200]}") from None
 
 
 def read_config(files: Files, weights: Mapping[str, tuple[int, ...]]) -> tuple[Any, dict[str, Any]]:

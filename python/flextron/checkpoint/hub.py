@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from flextron.checkpoint.format import CheckpointError
+from flextron.sentences import first_line
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 _READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
@@ -58,9 +59,8 @@ def _fetched(name: str, revision: str | None, cache_dir: str | Path | None, toke
             ignore_patterns=list(_LEFT),
         )
     except Exception as error:  # of the network, the hub or the disk: they have no class in common
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(
             f"{name}: must be a directory, or the id of a checkpoint that the hub gives, got: "
-            f"{said.removeprefix('Got: ')}"
+            f"{first_line(error).removeprefix('Got: ')}"
         ) from None
     return Path(found)

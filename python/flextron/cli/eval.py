@@ -1,0 +1,72 @@
+"""Measure held-out loss and latency at a list of budgets, or run benchmarks there."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from flextron.cli import options as shared
+from flextron.cli import values
+from flextron.cli.discovery import extension
+
+EXAMPLE = "flextron eval elastic/ --budgets 0.5,0.75,1"
+
+
+def options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    shared.checkpoint(parser)
+    shared.data(parser)
+    shared.budgets(parser, (0.5, 0.75, 1.0))
+    add(
+        "--adaptive",
+        action="store_true",
+        help="judge the adaptive router too, which chooses widths for every token",
+    )
+    shared.phase(parser, "phase whose latency is measured, and is meant by the budgets")
+    shared.judged(parser, rounds=7)
+    add(
+        "--tasks",
+        type=values.names,
+        metavar="T,T,..",
+        help="benchmarks to run instead, through lm-evaluation-harness: arc_easy, hellaswag, lambada_openai, mmlu, "
+        "piqa, winogrande",
+    )
+    add(
+        "--limit", type=values.count, help="number of questions to ask of each of the --tasks; all by default"
+    )
+    add(
+        "--data-dir",
+        metavar="DIR",
+        help="folder that holds the files of --tasks; $FLEXTRON_DATA/benchmarks by default",
+    )
+    shared.pack(parser)
+
+
+def run(args: Namespace) -> list[dict[str, Any]]:
+    from flextron import ui
+    from flextron.checkpoint.hf import read_tokenizer
+    from flextron.corpus import held_out_windows
+    from flextron.judge.budgets import judge_budgets
+
+    if args.tasks:
+        return extension("eval.tasks", "eval: --tasks").run(args)
+    for name in ("limit", "data_dir"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"eval: --{name.replace('_', '-')} must be given with --tasks only")
+    text = shared.text_of(args)
+    directory, model = shared.loaded(args)
+    model.planner.table(args.phase)
+    tokens = held_out_windows(read_tokenizer(directory), text, args.samples, args.length)
+    with ui.reporter() as progress:
+        found = judge_budgets(
+            model,
+            tokens,
+            [b for b in args.budgets if b != 1],
+            phase=args.phase,
+            adaptive=args.adaptive,
+            rounds=args.rounds,
+            progress=progress,
+        )
+    if not args.json:
+        ui.print_budgets("held-out loss and measured latency", found)
+    return found

@@ -1,0 +1,72 @@
+"""Say what an elastic checkpoint holds."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from flextron.cli import options as shared
+
+EXAMPLE = "flextron info elastic/"
+
+
+def options(parser: ArgumentParser) -> None:
+    shared.checkpoint(parser)
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    from flextron import ui
+
+    directory = shared.fetched(args)
+    facts = _facts(directory)
+    if not args.json:
+        ui.print_table(directory, ["what", "value"], [[name, shown(value)] for name, value in facts.items()])
+    return facts
+
+
+def _facts(directory: str) -> dict[str, Any]:
+    from flextron.artefacts.directory import ElasticDirectory
+    from flextron.nn.storage import common, counted, name_of
+
+    with ElasticDirectory.open(directory) as checkpoint:
+        model, meta, tables = checkpoint.model(), checkpoint.meta, checkpoint.tables
+        routers, adaptive = checkpoint.static(), checkpoint.adaptive()
+    config = model.elastic
+    return {
+        "family": config.family,
+        "layers": config.num_layers,
+        "mlp choices": list(config.mlp_choices),
+        f"head choices ({config.unit})": list(config.head_choices),
+        "parameters, full": config.params(config.full()),
+        "parameters, smallest": config.params(config.smallest()),
+        "stored in": counted(model.stored),
+        "stock transformers loads": name_of(common(model.stored.values())),
+        **_parity(meta),
+        "latency tables": {n: f"{t.smallest_ms:.1f} .. {t.full_ms:.1f} ms" for n, t in tables.items()},
+        "routers": f"trained for {routers.phase}" if routers else "none",
+        "adaptive router": f"trained for {adaptive.phase}" if adaptive else "none",
+    }
+
+
+def _parity(meta: dict[str, Any]) -> dict[str, Any]:
+    """What the certificate says, and about which weights."""
+    parity = meta.get("parity", {})
+    now = parity.get("weights") == meta["checksums"]["model.safetensors"]
+    return {
+        "parity": parity.get("max_rel"),
+        "parity is of": "these weights" if now else "the weights before they were trained or saved again",
+        "parity, rounding alone": (parity.get("rounding") or {}).get("max_rel"),
+        "parity of sub-networks": [proven["max_rel"] for proven in parity.get("sub_networks") or ()],
+    }
+
+
+def shown(value: Any) -> str:
+    """A fact as a reader wants it: {"float32": 272} is 272 × float32, and a figure of a proof has two digits."""
+    if isinstance(value, dict):
+        parts = [f"{n} × {name}" if isinstance(n, int) else f"{name} {n}" for name, n in value.items()]
+        return ", ".join(parts) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, value)) or "none"
+    if value is None:
+        return "not known"
+    return f"{value:.1e}" if isinstance(value, float) else str(value)

@@ -1,0 +1,190 @@
+"""Options that several commands share, beside what reads them; and options made from the fields of a recipe."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable
+from dataclasses import Field, fields
+from typing import Any, TypeVar
+
+from flextron.cli import values
+from flextron.recipes import AdaptiveConfig, RouteConfig, TrainConfig
+
+Recipe = TypeVar("Recipe", TrainConfig, RouteConfig, AdaptiveConfig)
+
+
+def from_fields(parser: ArgumentParser, recipe: type[Any], names: Iterable[str]) -> None:
+    """An option for each of these fields: name, type, limits, default and help are the field's."""
+    known = {f.name: f for f in fields(recipe)}
+    for name in names:
+        _add(parser, known[name], known[name].metadata["text"], known[name].default)
+
+
+def from_two(parser: ArgumentParser, static: type[Any], adaptive: type[Any], names: Iterable[str]) -> None:
+    """The same of two recipes, of which ``--adaptive`` takes the second; what is not given is None."""
+    first, second = ({f.name: f for f in fields(recipe)} for recipe in (static, adaptive))
+    for name in names:
+        f, other = first.get(name), second.get(name)
+        if f is None or other is None:
+            only = f or other
+            when = "not" if other is None else "only"
+            _add(
+                parser,
+                only,
+                f"{only.metadata['text']} (default: {_shown(only.default)}; {when} with --adaptive)",
+            )
+            continue
+        text, theirs = f.metadata["text"], other.metadata["text"]
+        if theirs != text:
+            text += f"; with --adaptive {theirs}"
+        default = _shown(f.default)
+        if other.default != f.default:
+            default += f"; with --adaptive {_shown(other.default)}"
+        _add(parser, f, f"{text} (default: {default})")
+
+
+def _add(parser: ArgumentParser, f: Field[Any], text: str, default: Any = None) -> None:
+    kind, _, _ = str(f.type).partition(" | ")
+    least = 1 if f.metadata["positive"] else f.metadata["least"]
+    types: dict[str, tuple[Callable[[str], Any] | None, str | None]] = {
+        "int": (values.whole if least is None else values.at_least(least), None),
+        "float": (values.real, None),
+        "str": (None, None),
+        "tuple[float, ...]": (values.reals, "T,T,..,1"),
+    }
+    read, metavar = types[kind]
+    parser.add_argument(
+        f"--{f.name.replace('_', '-')}",
+        type=read,
+        default=default,
+        choices=f.metadata["choices"] or None,
+        metavar=metavar,
+        help=text.replace("%", "%%"),
+    )
+
+
+def _shown(default: Any) -> str:
+    return ",".join(f"{x:g}" for x in default) if isinstance(default, tuple) else str(default)
+
+
+def taken(recipe: type[Recipe], args: Namespace) -> Recipe:
+    """The recipe that a command line asks for: its own default in every field that was not given."""
+    return recipe(**given(args, *(f.name for f in fields(recipe))))
+
+
+def given(args: Namespace, *names: str) -> dict[str, Any]:
+    """The named options that have a value."""
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+
+
+def data(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        metavar="TEXT",
+        help="text to use: a file or folder (.txt, .md, .jsonl, .json, .csv, .parquet; also .xz, .gz, .zst), - for "
+        "standard input, or hf:owner/name[split]; Python's own documentation by default",
+    )
+    parser.add_argument(
+        "--field", help='column or key of --data that holds the text; "text", or the only one, by default'
+    )
+
+
+def text_of(args: Namespace) -> Any:
+    """--data and --field, as the stages take them."""
+    if args.field is None:
+        return args.data
+    if args.data is None:
+        raise ValueError(f"{args.command}: --field must be given with --data, got no --data")
+    from flextron.data import Text
+
+    return Text(args.data, args.field)
+
+
+def dtype(parser: ArgumentParser, auto: str) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help=f"dtype in which weights are stored; auto: {auto}",
+    )
+
+
+def judged(parser: ArgumentParser, rounds: int) -> None:
+    """What losses and latencies of budgets are measured on."""
+    parser.add_argument(
+        "--samples",
+        type=values.count,
+        default=16,
+        help="number of held-out sequences that losses are measured on",
+    )
+    parser.add_argument("--length", type=values.count, default=256, help="tokens in each of these sequences")
+    parser.add_argument("--rounds", type=values.count, default=rounds, help="samples to take of each latency")
+
+
+def budgets(parser: ArgumentParser, default: tuple[float, ...]) -> None:
+    parser.add_argument(
+        "--budgets",
+        type=values.reals,
+        default=default,
+        metavar="B,B,..",
+        help="budgets to set, as fractions of the full model's latency",
+    )
+
+
+def checkpoint(parser: ArgumentParser) -> None:
+    parser.add_argument("directory", help="elastic checkpoint: a directory or a hub id")
+
+
+def fetched(args: Namespace) -> str:
+    """The directory of a command that only reads it: one here, or one that the hub gives."""
+    from flextron.checkpoint.hub import local
+
+    return str(local(args.directory))
+
+
+def pack(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--pack",
+        choices=("same", "int8"),
+        help="lay the weights out for a CPU first: with the values they have (same), or as 8-bit integers (int8)",
+    )
+
+
+def loaded(args: Namespace) -> tuple[str, Any]:
+    """The directory of a checkpoint and its model, packed as --pack says."""
+    from flextron.inference import from_pretrained
+    from flextron.nn.packed import pack
+
+    directory = fetched(args)
+    model = from_pretrained(directory)
+    if args.pack:
+        pack(model, None if args.pack == "same" else args.pack)
+    return directory, model
+
+
+def phase(parser: ArgumentParser, text: str) -> None:
+    parser.add_argument("--phase", choices=("prefill", "decode"), default="prefill", help=text)
+
+
+def budget(parser: ArgumentParser) -> None:
+    """One budget of five kinds, and what it is counted for."""
+    group = parser.add_mutually_exclusive_group()
+    kinds = {
+        "--budget": "fraction of the full model's latency that a forward may take; 1 when no budget is given",
+        "--latency-ms": "milliseconds that a forward of the profiled workload may take",
+        "--tokens-per-s": "tokens per second that a forward of the profiled workload must take in",
+        "--params": "number of parameters that the sub-network may have",
+        "--memory-gb": "gigabytes that weights and key/value cache may fill",
+    }
+    for name, text in kinds.items():
+        group.add_argument(name, type=values.real, help=text)
+    phase(parser, "phase whose latency the budget means")
+    parser.add_argument("--context", type=values.count, help="tokens in the cache that --memory-gb counts")
+    parser.add_argument("--batch", type=values.count, help="sequences in the cache that --memory-gb counts")
+
+
+def budget_of(args: Namespace) -> dict[str, Any]:
+    """The one budget that was given, with its phase and cache."""
+    one = given(args, "latency_ms", "tokens_per_s", "params", "memory_gb")
+    one = one or {"fraction": 1.0 if args.budget is None else args.budget}
+    return one | {"phase": args.phase, "context": args.context, "batch": args.batch}

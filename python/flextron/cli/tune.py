@@ -1,0 +1,46 @@
+"""Train the model and one of its routers jointly, in place; a killed run resumes."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from flextron.cli import options as shared
+from flextron.cli.printing import say, training_result
+from flextron.recipes import TuneConfig
+
+EXAMPLE = "flextron tune elastic/ --adaptive --distillation 1"
+FIELDS = ("steps", "batch_size", "length", "accumulation", "learning_rate", "router_rate", "gates")
+FIELDS += ("latency_weight", "cross_entropy", "distillation", "full_probability", "eval_every")
+FIELDS += ("checkpoint_every", "seed")
+
+
+def options(parser: ArgumentParser) -> None:
+    parser.add_argument("directory", help="elastic checkpoint to tune, in place; it must have routers")
+    shared.data(parser)
+    parser.add_argument(
+        "--adaptive",
+        action="store_true",
+        help="tune with the router that chooses for every token, not with the static one",
+    )
+    shared.from_fields(parser, TuneConfig, FIELDS)
+    parser.add_argument(
+        "--restart", action="store_true", help="discard an unfinished run instead of resuming it"
+    )
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    from flextron import pipeline, ui
+
+    config = shared.taken(TuneConfig, args)
+    with ui.reporter() as progress:
+        report = pipeline.tune(
+            args.directory,
+            config,
+            adaptive=args.adaptive,
+            data=shared.text_of(args),
+            restart=args.restart,
+            progress=progress,
+        )
+    say(args, f"{args.directory}: tuned on {report.tokens} tokens, {report.seconds:.0f} s in this run")
+    return training_result(report)

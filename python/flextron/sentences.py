@@ -1,0 +1,14 @@
+"""What an error of any library says, in one line."""
+
+from __future__ import annotations
+
+
+def first_line(said: object) -> str:
+    """The first line of an error or text; with the second, where the first ends in a colon and only announces it.
+
+    An error without a text is told by its class.
+    """
+    lines = [line.strip() for line in str(said).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(said).__name__

@@ -1,0 +1,48 @@
+"""Run benchmarks of lm-evaluation-harness at a list of budgets: ``flextron eval --tasks``."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from flextron.cli import options as shared
+
+
+def run(args: Namespace) -> list[dict[str, Any]]:
+    from flextron import ui
+    from flextron.checkpoint.hf import read_tokenizer
+    from flextron_lab import tasks
+    from flextron_lab.demo import stories
+
+    if shared.text_of(args) is not None:
+        raise ValueError(
+            "eval: --data must be given without --tasks, which have a text of their own, got both"
+        )
+    folder = Path(args.data_dir) if args.data_dir else stories.data_folder() / "benchmarks"
+    tasks.check(args.tasks, folder)
+    directory, model = shared.loaded(args)
+    with ui.reporter() as progress:
+        found = tasks.evaluate(
+            model,
+            read_tokenizer(directory),
+            args.tasks,
+            args.budgets,
+            folder,
+            adaptive=args.adaptive,
+            limit=args.limit,
+            progress=progress,
+        )
+    if not args.json:
+        metrics = [m for m in ("acc", "acc_norm", "perplexity") if any(m in row for row in found)]
+        rows = [
+            [
+                row["task"],
+                f"{row['budget']:.2f}",
+                *(f"{row[m]:.3f}" if m in row else "" for m in metrics),
+                str(row["n"]),
+            ]
+            for row in found
+        ]
+        ui.print_table("benchmarks by budget", ["task", "budget", *metrics, "questions"], rows)
+    return found
