@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
@@ -30,6 +32,25 @@ def count(name: str, value: Any) -> int:
     if isinstance(own, bool) or not isinstance(own, Integral):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     return int(own)
+
+
+def check_targets(who: str, targets: Sequence[float], to_full: bool = False) -> tuple[float, ...]:
+    """Latency targets as a tuple of Python's own numbers.
+
+    Raises:
+        ValueError: they do not ascend within (0, 1]; or, with ``to_full``, are not at least two that end at 1.
+    """
+    own = tuple(number(f"{who}: targets", t) for t in targets)
+    ascending = all(a < b for a, b in pairwise(own))
+    if (
+        not own
+        or not ascending
+        or not 0 < own[0] <= own[-1] <= 1
+        or (to_full and (len(own) < 2 or own[-1] != 1))
+    ):
+        span = "from above 0 to 1" if to_full else "within (0, 1]"
+        raise ValueError(f"{who}: targets must ascend {span}, got {list(own)}")
+    return own
 
 
 def check_numbers(config: Any) -> None:

@@ -6,10 +6,9 @@ The command line makes its options from these fields, so a default and its expla
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from itertools import pairwise
 from typing import Any
 
-from flextron.config import Widths, check_numbers, number
+from flextron.config import Widths, check_numbers, check_targets, number
 
 GATES = ("soft", "hard")
 ROUTE_FORMS = ("surrogate", "gumbel", "search")
@@ -62,15 +61,6 @@ def _check(config: Any) -> None:
 def _refuse(config: Any, name: str, requirement: str, got: Any = None) -> None:
     value = getattr(config, name) if got is None else got
     raise ValueError(f"{type(config).__name__}: {name} must {requirement}, got {value}")
-
-
-def _check_targets(config: RouteConfig | AdaptiveConfig) -> None:
-    name = type(config).__name__
-    targets = tuple(number(f"{name}: targets", t) for t in config.targets)
-    object.__setattr__(config, "targets", targets)
-    ascending = all(a < b for a, b in pairwise(targets))
-    if len(targets) < 2 or not ascending or targets[0] <= 0 or targets[-1] != 1:
-        _refuse(config, "targets", "ascend from above 0 to 1", list(targets))
 
 
 @dataclass(frozen=True)
@@ -204,7 +194,7 @@ class RouteConfig:
 
     def __post_init__(self) -> None:
         _check(self)
-        _check_targets(self)
+        object.__setattr__(self, "targets", check_targets("RouteConfig", self.targets, to_full=True))
         needed = self.prefill + 1 + REPORTED * (len(self.targets) - 1)
         if self.evaluations < needed:
             raise ValueError(
@@ -268,6 +258,6 @@ class AdaptiveConfig:
 
     def __post_init__(self) -> None:
         _check(self)
-        _check_targets(self)
+        object.__setattr__(self, "targets", check_targets("AdaptiveConfig", self.targets, to_full=True))
         if self.form == "surrogate" and self.gates != "soft":
             _refuse(self, "gates", "be soft with the form surrogate", repr(self.gates))

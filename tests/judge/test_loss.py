@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from training import tiny_run
 
 from flextron.config import Widths
 from flextron.data import windows
-from flextron.judge.loss import evaluate, perplexity
+from flextron.judge.loss import evaluate
 
 
 @pytest.fixture
@@ -74,8 +72,3 @@ def test_bad_arguments_are_named(tokens):
         evaluate(model, tokens.flatten(), [model.elastic.full()])
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         evaluate(model, tokens, [model.elastic.full()], batch_size=0)
-
-
-def test_perplexity_is_the_exponential():
-    assert perplexity(math.log(7)) == pytest.approx(7)
-    assert perplexity(1e4) == math.inf

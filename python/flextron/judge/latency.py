@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flextron.artefacts.latency_table import LatencyTable, Workload
 from flextron.config import Widths
+from flextron.judge.loss import restored
 from flextron.judge.timing import compare
 from flextron.nn import Dial, ElasticCache
 from flextron.nn.cache import ElasticCacheLayer
@@ -32,10 +33,9 @@ def measure(
     them times the median of the full model, so the drift of a shared machine cancels. ``ids`` [batch, length] are
     the tokens; random ones by default, which is all the same unless a router looks at them.
     """
-    before = model.dial
     choices = {str(i): Dial.of(w) for i, w in enumerate(widths)}
     choices["full"] = Dial.of(model.elastic.full())
-    try:
+    with restored(model):
         runs = {name: whole_model(model, dial, workload, ids) for name, dial in choices.items()}
         full = ("full", runs.pop("full"))
         reference, others = compare(
@@ -46,8 +46,6 @@ def measure(
             setup=lambda name: model.turn(choices[name]),
             on_round=on_round,
         )
-    finally:
-        model.turn(before)
     full_ms = 1e3 * reference.median
     return full_ms, [full_ms * others[str(i)].ratio for i in range(len(widths))]
 
@@ -108,15 +106,12 @@ def fractions(
         raise ValueError(
             f"fractions: tokens must be at least {group} sequences, the decode batch, got {len(tokens)}"
         )
-    device, dial = next(model.parameters()).device, model.dial
-    found = []
-    try:
+    device, found = next(model.parameters()).device, []
+    with restored(model):
         for some in torch.tensor(targets, dtype=torch.float64).split(max(1, batch_size // n)):
             model.turn(Dial.adaptive(model.elastic, some.tolist(), phase))
             with model.watched() as forwards:
                 model(tokens[:n].to(device).repeat(len(some), 1), use_cache=False, logits_to_keep=1)
             choices = Indices(*(axis.unflatten(0, (len(some), n)) for axis in forwards[0]))
             found.append(table.of_tokens(choices) / table.full_ms)
-    finally:
-        model.turn(dial)
     return torch.cat(found).cpu()

@@ -1,8 +1,7 @@
-"""The loss of a model at given sub-networks, in nats per token, and perplexity."""
+"""The loss of a model at a dial, in nats per token; and how a model is given back as it was."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,50 +14,49 @@ from flextron.judge.objectives import cross_entropy
 from flextron.nn import Dial
 
 
-def perplexity(loss: float) -> float:
-    """``exp(loss)`` of a loss in nats per token; infinite where that overflows."""
-    return math.exp(loss) if loss < 709 else math.inf
-
-
 @contextmanager
 def restored(model: Any) -> Iterator[None]:
-    """Give an elastic model its dial and its training mode back at the end of a ``with`` block."""
-    before, training = model.dial, model.training
+    """At the end of a ``with`` block, give an elastic model back its dial, router, mode and ``requires_grad``."""
+    dial, router, training = model.dial, model.adaptive, model.training
+    trained = [p for p in model.parameters() if p.requires_grad]
     try:
         yield
     finally:
-        model.turn(before)
+        for p in trained:
+            p.requires_grad_(True)
         model.train(training)
+        model.attach_router(router)
+        model.turn(dial)
+
+
+def sequence_losses(model: Any, ids: Tensor) -> Tensor:
+    """The mean loss of the next token in each sequence [B, T], as the model is set: [B], with a gradient."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    return torch.stack([cross_entropy(*pair) for pair in zip(logits.split(1), ids.split(1), strict=True)])
 
 
 @torch.no_grad()
-def evaluate(model: Any, tokens: Tensor, widths: Sequence[Widths | Dial], batch_size: int = 8) -> list[float]:
-    """Mean loss of the next token at each sub-network, in nats, without noise.
+def evaluate(model: Any, tokens: Tensor, dials: Sequence[Widths | Dial], batch_size: int = 8) -> list[float]:
+    """The mean loss of the next token at each dial, without noise.
 
     Args:
-        model: an elastic model. Its dial and mode are restored, whatever happens.
+        model: an elastic model; it is restored, whatever happens.
         tokens: [n, length] int64, every window a sequence of its own.
-        widths: the sub-networks; or dials, such as one whose router chooses for every token.
+        dials: sub-networks, or dials such as one whose router chooses for every token.
         batch_size: windows in a forward pass; it does not change the result beyond rounding.
 
     Returns:
-        One loss for each of ``widths``.
+        One loss for each of ``dials``.
     """
     if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise ValueError(f"evaluate: tokens must have shape [n >= 1, length >= 2], got {list(tokens.shape)}")
     if batch_size < 1:
         raise ValueError(f"evaluate: batch_size must be at least 1, got {batch_size}")
+    device, losses = next(model.parameters()).device, []
     with restored(model):
         model.eval()
-        return [_loss_at(model, tokens, choice, batch_size) for choice in widths]
-
-
-def _loss_at(model: Any, tokens: Tensor, widths: Widths | Dial, batch_size: int) -> float:
-    model.turn(Dial.of(widths))
-    device = next(model.parameters()).device
-    total = 0.0
-    for batch in tokens.split(batch_size):
-        batch = batch.to(device)
-        logits = model(input_ids=batch, use_cache=False).logits
-        total += float(cross_entropy(logits, batch)) * len(batch)
-    return total / len(tokens)
+        for dial in dials:
+            model.turn(Dial.of(dial))
+            batches = [sequence_losses(model, ids.to(device)) for ids in tokens.split(batch_size)]
+            losses.append(float(torch.cat(batches).mean()))
+    return losses

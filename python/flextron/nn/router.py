@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import skip_init
 
-from flextron.config import ElasticConfig, number
+from flextron.config import ElasticConfig, check_targets
 
 LEAK = 0.1
 _EPS = torch.finfo(torch.float32).eps  # of the norm: that of torch's rms_norm
@@ -37,15 +36,6 @@ class Probabilities(_OfBothAxes):
 
 class Indices(_OfBothAxes):
     """Chosen entries by their place in a menu: ``[...]`` int64 of each axis, with L last for all layers."""
-
-
-def check_targets(name: str, targets: Sequence[float]) -> tuple[float, ...]:
-    """Trained targets as a tuple; ValueError unless they ascend within (0, 1]."""
-    targets = tuple(float(number(f"{name}: targets", t)) for t in targets)
-    ascending = all(a < b for a, b in pairwise(targets))
-    if not targets or not ascending or not 0 < targets[0] <= targets[-1] <= 1:
-        raise ValueError(f"{name}: targets must ascend within (0, 1], got {list(targets)}")
-    return targets
 
 
 def encode(tau: Tensor | float, targets: Tensor) -> Tensor:
@@ -96,7 +86,7 @@ class StaticRouter(nn.Module):
         ):
             if value < 1:
                 raise ValueError(f"StaticRouter: {name} must be at least 1, got {value}")
-        self.targets = check_targets("StaticRouter", targets)
+        self.targets = tuple(map(float, check_targets("StaticRouter", targets)))
         self.num_layers, self.mlp_choices, self.head_choices = num_layers, mlp_choices, head_choices
         self.hidden = hidden
         self.register_buffer("_targets", torch.tensor(self.targets), persistent=False)
@@ -189,7 +179,7 @@ class AdaptiveRouter(nn.Module):
         super().__init__()
         self.num_layers, self.hidden_size, self.hidden = num_layers, hidden_size, hidden
         self.mlp_choices, self.head_choices = mlp_choices, head_choices
-        self.targets = check_targets("AdaptiveRouter", targets)
+        self.targets = tuple(map(float, check_targets("AdaptiveRouter", targets)))
         self.register_buffer("_targets", torch.tensor(self.targets), persistent=False)
         L, C = num_layers, mlp_choices + head_choices
         generator = torch.Generator().manual_seed(seed)

@@ -1,10 +1,11 @@
-"""The adaptive router: how it is trained, calibrated to budgets, stored and read back."""
+"""Training of the adaptive router: through the model end to end, or through a surrogate of it."""
 
 from __future__ import annotations
 
-import contextlib
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,28 +18,22 @@ from flextron.artefacts.adaptive_router import AdaptiveReport, AdaptiveResult, c
 from flextron.artefacts.ladder import Ladder
 from flextron.artefacts.latency_table import LatencyTable
 from flextron.artefacts.reports import FitReport, GateReport
-from flextron.config import ElasticConfig, Widths
+from flextron.config import ElasticConfig
 from flextron.judge.latency import fractions
+from flextron.judge.loss import evaluate, restored, sequence_losses
 from flextron.nn import Dial
 from flextron.nn.policy import Given, Policy, menus_of
 from flextron.nn.router import AdaptiveRouter, GumbelSampler, Indices, Probabilities, anneal, default_hidden
 from flextron.recipes import JUDGING, AdaptiveConfig
 from flextron.routing.calibrate import calibrate
 from flextron.routing.fit import random_widths
-from flextron.routing.learning import (
-    latency_miss,
-    learning_policy,
-    mean_choices,
-    sequence_losses,
-)
-from flextron.routing.search import one_hot
+from flextron.routing.gate import Gate, Progress, RouterTraining, reachable
+from flextron.routing.learning import latency_miss, learning_policy, mean_choices
+from flextron.routing.search import likely
 from flextron.routing.surrogate import ReplayBuffer, Surrogate, SurrogateFitter, judge
 
 _CONFIDENCE = 0.6  # probability of the static choice at the start: one to leave, but not at once
 _SURROGATE_STEPS, _REFIT_STEPS = 600, 30  # of its first fit, and after each observation
-_EMA = 0.9
-
-Progress = Callable[[str, int, int], object]
 
 
 def train_adaptive(
@@ -111,22 +106,12 @@ def refreshed(
     return replace(result, targets=reports, full_loss=full, costs=costs_of(tables))
 
 
-@contextlib.contextmanager
+@contextmanager
 def _frozen(model: Any) -> Iterator[None]:
-    """In eval mode, no parameter wants a gradient; what was set is set again at the end."""
-    dial, router, training = model.dial, model.adaptive, model.training
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for p in wanted:
-            p.requires_grad_(False)
-        model.eval()
+    """In eval mode, and no parameter wants a gradient; at the end the model is restored."""
+    with restored(model):
+        model.requires_grad_(False).eval()
         yield
-    finally:
-        for p in wanted:
-            p.requires_grad_(True)
-        model.train(training)
-        model.attach_router(router)
-        model.turn(dial)
 
 
 def start_router(
@@ -134,12 +119,7 @@ def start_router(
 ) -> tuple[AdaptiveRouter, tuple[float, ...]]:
     """A router that does what the ladder does, and the targets that no network is fast enough for."""
     fastest = table.smallest_adaptive_ms / table.full_ms
-    targets = tuple(t for t in options.targets if t >= fastest)
-    if len(targets) < 2:
-        raise ValueError(
-            f"train_adaptive: some target below 1 must be at least {fastest:.3f}, the fastest network's "
-            f"fraction of the full latency, got {list(options.targets)}"
-        )
+    targets, dropped = reachable("train_adaptive", options.targets, fastest)
     router = AdaptiveRouter(
         config.num_layers,
         config.hidden_size,
@@ -152,15 +132,11 @@ def start_router(
     adaptive = partial(table.predict, adaptive=True)
     # the full model's own time may be above 1 with a router
     rungs = [ladder.highest(adaptive, t * table.full_ms) for t in targets[:-1]] + [config.full()]
-    parts = []
-    for axis in one_hot(config, rungs):  # [targets, L, C]
-        count = axis.shape[-1]
-        rest = (1 - _CONFIDENCE) / max(1, count - 1)
-        parts.append((axis * (_CONFIDENCE - rest) + rest).log())
+    parts = [p.log() for p in likely(config, rungs, _CONFIDENCE)]  # [targets, L, C]
     with torch.no_grad():
         router.base.copy_(torch.cat(parts, dim=-1).transpose(0, 1))
         router.ramp.copy_(torch.cat([_ramp(table.mlp[0]), _ramp(table.heads[0])]) / _mean_step(table))
-    return router, tuple(t for t in options.targets if t < fastest)
+    return router, dropped
 
 
 def _ramp(costs: Sequence[float]) -> Tensor:
@@ -175,7 +151,7 @@ def _mean_step(table: LatencyTable) -> float:
     )
 
 
-class _Training:
+class _Training(RouterTraining):
     """The state of the training in one call of `train_adaptive`."""
 
     def __init__(
@@ -189,32 +165,26 @@ class _Training:
     ) -> None:
         table.check(model.elastic)
         self.model, self.table, self.tokens = model, table, tokens
-        self.options, self.progress = options, progress
         self.device = next(model.parameters()).device
         router, self.dropped = start_router(model.elastic, table, ladder, options)
-        self.router = router.to(self.device)
+        gate = Gate(
+            options.threshold, math.ceil(options.patience * options.steps), options.form == "surrogate"
+        )
+        super().__init__(router.to(self.device), options, gate, progress)
         # one generator for each purpose: what one draws more or less moves none of the others
         self.noise = GumbelSampler(options.seed * 4 + 1)
         self.draws = torch.Generator().manual_seed(options.seed * 4 + 2)
-        self.optimiser = torch.optim.Adam(self.router.parameters(), lr=options.lr)
-        self.history: list[dict[str, float]] = []
 
     def run(self) -> None:
-        for step in range(self.options.steps):
-            ids, tau = self._draw()
-            self._step(step, *self._losses(step, ids, tau))
+        self.optimise("adaptive router steps")
 
     def surrogate_reports(self) -> tuple[FitReport | None, GateReport | None]:
         return None, None
 
-    def _step(self, step: int, loss: Tensor, miss: Tensor) -> None:
-        steps = self.options.steps
-        self.optimiser.zero_grad()
-        (loss + self.options.latency_weight * miss).backward()
-        self.optimiser.step()
-        if (step + 1) % max(1, steps // 50) == 0:
-            self.history.append({"step": step + 1, "loss": loss.item(), "latency_miss": miss.item()})
-        self.progress("adaptive router steps", step + 1, steps)
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        loss, miss = self._terms(step)
+        total = loss + self.options.latency_weight * miss
+        return total, {"loss": float(loss.detach()), "latency_miss": float(miss.detach())}
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         """Sequences [B, T], and for each a trained target below 1."""
@@ -226,12 +196,13 @@ class _Training:
     def _fraction(self, p: Probabilities) -> Tensor:
         return self.table.expected(*p, adaptive=True) / self.table.full_ms
 
-    def _losses(self, step: int, ids: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    def _terms(self, step: int) -> tuple[Tensor, Tensor]:
+        """The loss of the next token, and the latency term."""
+        ids, tau = self._draw()
         annealed = anneal(step, self.options.steps)
         policy = learning_policy(self.model, self.router, tau, self.noise, *annealed, self.options.gates)
         self.model.set_policy(policy, self.model.elastic.full(), "all")
-        logits = self.model(input_ids=ids, use_cache=False).logits
-        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        loss = sequence_losses(self.model, ids).mean()
         return loss, latency_miss(self._fraction, mean_choices(policy, len(ids)), tau)
 
 
@@ -251,8 +222,7 @@ class _SurrogateTraining(_Training):
         self.fitter = SurrogateFitter(self.surrogate, seed)
         self.train, self.held_out = ReplayBuffer(config), ReplayBuffer(config)
         self.rng, self.menus = random.Random(seed), menus_of(config, self.device)
-        self.error = 0.0
-        self.observed = self.waited = self.steps_below = self.steps_above = 0
+        self.observed = 0
 
     def run(self) -> None:
         options = self.options
@@ -265,23 +235,19 @@ class _SurrogateTraining(_Training):
             self.progress("random choices", done + 1, options.prefill)
         self.surrogate.start(*self.train.tensors())
         self.fitter.fit(*self.train.tensors(), _SURROGATE_STEPS)
-        self.error = judge(self.surrogate, *self.held_out.tensors()).mean_error
-        step = 0
-        while step < options.steps:
-            p, tau = self._observe(step)
-            below = self.error < options.threshold
-            if not below and self.waited < options.patience * options.steps:
-                self.waited += 1
-                continue
-            fraction = self._fraction(p)
-            self._step(step, self.surrogate.loss(p, fraction).mean(), latency_miss(self._fraction, p, tau))
-            self.steps_below += below
-            self.steps_above += not below
-            step += 1
+        self.gate.error = judge(self.surrogate, *self.held_out.tensors()).mean_error
+        super().run()
 
     def surrogate_reports(self) -> tuple[FitReport | None, GateReport | None]:
-        gate = GateReport(self.options.threshold, self.error, self.steps_below, self.steps_above, self.waited)
-        return judge(self.surrogate, *self.held_out.tensors()), gate
+        return judge(self.surrogate, *self.held_out.tensors()), self.gate.report()
+
+    def waits(self, step: int) -> bool:
+        self.seen = self._observe(step)
+        return self.gate.is_waiting()
+
+    def _terms(self, step: int) -> tuple[Tensor, Tensor]:
+        p, tau = self.seen
+        return self.surrogate.loss(p, self._fraction(p)).mean(), latency_miss(self._fraction, p, tau)
 
     def _observe(self, step: int) -> tuple[Probabilities, Tensor]:
         """Run the router's own choices, judge the surrogate by them, and let it learn them.
@@ -298,7 +264,7 @@ class _SurrogateTraining(_Training):
         shares = self._shares(Indices(*(torch.stack(axis, 1) for axis in by_axis)))
         with torch.no_grad():
             predicted = float(self.surrogate.loss(shares, self._fraction(shares)))
-        self.error = _EMA * self.error + (1 - _EMA) * abs(predicted - loss)
+        self.gate.see(predicted, loss)
         self._remember(shares, loss)
         self.fitter.fit(*self.train.tensors(), _REFIT_STEPS)
         return mean_choices(policy, 1), tau
@@ -362,26 +328,9 @@ def report(
     found = fractions(model, table, tokens, targets, phase).tolist()
     static = [ladder.highest(table.predict, t * table.full_ms) for t in targets]
     dials = [Dial.adaptive(model.elastic, [t], phase) for t in targets]
-    full, *losses = losses_at(model, tokens, [model.elastic.full(), *dials, *static])
+    full, *losses = evaluate(model, tokens, [model.elastic.full(), *dials, *static])
     n = len(targets)
     return full, tuple(
         AdaptiveReport(targets[i], found[i], losses[i], table.fraction(static[i]), losses[n + i])
         for i in range(n)
     )
-
-
-@torch.no_grad()
-def losses_at(model: Any, tokens: Tensor, chosen: Sequence[Widths | Dial]) -> list[float]:
-    """Mean loss of the next token at each dial; all sequences at once."""
-    dial, ids = model.dial, tokens.to(next(model.parameters()).device)
-    found = []
-    try:
-        for one in chosen:
-            model.turn(Dial.of(one))
-            logits = model(ids, use_cache=False).logits
-            found.append(
-                float(functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()))
-            )
-    finally:
-        model.turn(dial)
-    return found

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flextron.judge.loss import restored, sequence_losses
 from flextron.nn.policy import Mixed, Relaxed, Sampled, menus_of
 from flextron.nn.router import AdaptiveRouter, GumbelSampler, Logits, Probabilities, StaticRouter
 
@@ -48,29 +49,19 @@ def learning_policy(
     return kind(logits, menus_of(model.elastic, tau.device), noise, temperature, scale, gates == "hard")
 
 
-def sequence_losses(model: Any, ids: Tensor) -> Tensor:
-    """The model's mean loss of each sequence [B, T] as it is dialled, [B] nats."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    each = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return each.view(len(ids), -1).mean(1)
-
-
 def relaxed_loss(model: Any, tokens: Tensor) -> Callable[[Probabilities], Tensor]:
     """The model's loss at relaxed choices, one sub-network [L, C] for each of n sequences: a function with a gradient.
 
     It takes ``mlp`` and ``heads`` [n, L, C] and returns [n] nats: row i on the sequence i of ``tokens`` [N, T], from
-    the beginning again after N. The model's dial is restored after each call; its parameters get no gradient when
+    the beginning again after N. The model is restored after each call; its parameters get no gradient when
     they ask for none.
     """
 
     def loss(p: Probabilities) -> Tensor:
         ids = tokens[torch.arange(len(p.mlp)) % len(tokens)].to(p.mlp.device)
-        dial = model.dial
-        try:
+        with restored(model):
             model.set_policy(Mixed(p), model.elastic.full(), "all")
             return sequence_losses(model, ids)
-        finally:
-            model.turn(dial)
 
     return loss
 

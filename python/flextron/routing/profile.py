@@ -16,6 +16,7 @@ import torch
 from flextron.artefacts.latency_table import AXES, LatencyTable, Workload, machine_of
 from flextron.config import ElasticConfig, Widths
 from flextron.judge.latency import measure, whole_model
+from flextron.judge.loss import restored
 from flextron.nn import Dial
 from flextron.nn.router import AdaptiveRouter, default_hidden
 from flextron.routing.fit import calibration_widths, fit_line, fit_table, isotonic, random_widths
@@ -115,9 +116,8 @@ def measure_adaptive(
     router = _mixing_router(config, hidden or default_hidden(config), workload.phase)
     dials = [Dial.adaptive(config, [t], workload.phase) for t in router.targets[:-1]]
     plain = replace(table, base=0.0, slope=1.0, adaptive=None)
-    before, own = model.dial, model.adaptive
-    model.attach_router(router)
-    try:
+    with restored(model):
+        model.attach_router(router)
         sums = []
         for dial in dials:
             run = whole_model(model, dial, workload)
@@ -133,9 +133,6 @@ def measure_adaptive(
             min_seconds=min_seconds,
             on_round=None if progress is None else lambda done: progress(done, rounds),
         )
-    finally:
-        model.turn(before)
-        model.attach_router(own)
     try:
         line = fit_line(sums, [ms / full_ms * table.full_ms for ms in times], [1.0] * len(sums))
     except ValueError as error:

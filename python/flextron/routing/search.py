@@ -23,6 +23,16 @@ def one_hot(config: ElasticConfig, widths: Sequence[Widths]) -> Probabilities:
     return _certain(config, _indices(config, widths))
 
 
+def likely(config: ElasticConfig, widths: Sequence[Widths], confidence: float) -> Probabilities:
+    """Configurations as choices of this probability; the others of a layer share what is left: [n, L, C]."""
+
+    def hedged(certain: Tensor) -> Tensor:
+        rest = (1 - confidence) / max(1, certain.shape[-1] - 1)
+        return certain * (confidence - rest) + rest
+
+    return Probabilities(*map(hedged, one_hot(config, widths)))
+
+
 @torch.no_grad()
 def predicted_losses(
     config: ElasticConfig, table: LatencyTable, surrogate: Surrogate, widths: Sequence[Widths]

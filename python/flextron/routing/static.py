@@ -12,25 +12,23 @@ from torch.nn import functional
 
 from flextron.artefacts.ladder import Ladder, router_ladder, uniform_ladder
 from flextron.artefacts.latency_table import LatencyTable
-from flextron.artefacts.reports import GateReport
 from flextron.artefacts.static_router import RouterResult, TargetReport
 from flextron.config import ElasticConfig, Widths
 from flextron.nn.router import GumbelSampler, Indices, Logits, Probabilities, StaticRouter, anneal
 from flextron.recipes import REPORTED, RouteConfig
 from flextron.routing.fit import random_widths
+from flextron.routing.gate import Gate, Progress, RouterTraining, reachable
 from flextron.routing.learning import TOLERANCE
-from flextron.routing.search import one_hot, predicted_losses, search
+from flextron.routing.search import likely, predicted_losses, search
 from flextron.routing.surrogate import ReplayBuffer, Surrogate, SurrogateFitter, judge
 
 _WARM_STEPS = 200  # of imitation, before anything else is learnt
 _WARM_CONFIDENCE = 0.5  # probability it should give to the imitated choice: a start, not a decision
 _SURE = 0.95  # probability of a choice that nothing will improve on
-_EMA = 0.9
 _LEAST_STAKE = 0.02  # nats: differences below this are noise, and get no more weight for being small
 _REFIT = 20  # a new observation is worth one twentieth of the first fit's steps
 
 LossFn = Callable[[Widths], float]
-Progress = Callable[[str, int, int], object]
 
 
 def refreshed(
@@ -91,7 +89,7 @@ def train_routers(
     return _Training(config, table, loss_fn, options, progress or (lambda *_: None), relaxed).run()
 
 
-class _Training:
+class _Training(RouterTraining):
     """The state of one call of `train_routers`."""
 
     def __init__(
@@ -103,49 +101,39 @@ class _Training:
         progress: Progress,
         relaxed: Callable[[Probabilities], Tensor] | None,
     ) -> None:
-        self.relaxed = relaxed
         fastest = table.smallest_ms / table.full_ms
-        targets = tuple(t for t in options.targets if t >= fastest)
-        if len(targets) < 2:
-            raise ValueError(
-                f"train_routers: some target below 1 must be at least {fastest:.3f}, the fastest network's "
-                f"fraction of the full latency, got {list(options.targets)}"
-            )
-        self.config, self.table, self.loss_fn = config, table, loss_fn
-        self.options, self.progress = options, progress
-        self.dropped = tuple(t for t in options.targets if t < fastest)
+        targets, self.dropped = reachable("train_routers", options.targets, fastest)
+        self.config, self.table, self.loss_fn, self.relaxed = config, table, loss_fn, relaxed
         self.targets = torch.tensor(targets)
         layers, counts = config.num_layers, (len(config.mlp_choices), len(config.head_choices))
         # one generator for each purpose: what one draws more or less moves none of the others
         seeds = [options.seed * 8 + i for i in range(6)]
-        self.router = StaticRouter(layers, *counts, targets, options.hidden, seed=seeds[0])
+        router = StaticRouter(layers, *counts, targets, options.hidden, seed=seeds[0])
+        super().__init__(router, options, Gate(options.threshold, guards=relaxed is None), progress)
         self.surrogate = Surrogate(layers, *counts, options.surrogate_hidden, seed=seeds[1])
         self.fitter = SurrogateFitter(self.surrogate, seeds[2])
         self.noise = GumbelSampler(seeds[3])
         self.draws = torch.Generator().manual_seed(seeds[4])
         self.rng = random.Random(seeds[5])
-        self.optimiser = torch.optim.Adam(self.router.parameters(), lr=options.lr)
         self.train, self.held_out = ReplayBuffer(config), ReplayBuffer(config)
         self.uniform = uniform_ladder(config)
         self.full_loss = 0.0
-        self.evaluations = self.waited = 0
-        self.steps_below = self.steps_above = 0
-        self.error = 0.0
-        self.history: list[dict[str, float]] = []
+        self.evaluations = self.observed = 0
 
     def run(self) -> RouterResult:
         self._fill()
         self._imitate_first()
         if self.options.form != "search":
-            self._train()
+            # what is left for learning: the report takes some at the end
+            self.active = self.options.evaluations - self.evaluations - REPORTED * (len(self.targets) - 1)
+            self.gate.patience = int(self.active * self.options.patience)
+            self.optimise("router steps")
         ladder = router_ladder(self.config, self.router)
         return RouterResult(
             router=self.router,
             ladder=ladder,
             surrogate=judge(self.surrogate, *self.held_out.tensors()),
-            gate=GateReport(
-                self.options.threshold, self.error, self.steps_below, self.steps_above, self.waited
-            ),
+            gate=self.gate.report(),
             targets=tuple(self._report(ladder, t) for t in self.router.targets[:-1]),
             dropped_targets=self.dropped,
             evaluations=self.evaluations,
@@ -176,7 +164,7 @@ class _Training:
             self.progress("random configurations", done + 1, total)
         self.surrogate.start(*self.train.tensors())
         self._fit(self.options.surrogate_steps)
-        self.error = judge(self.surrogate, *self.held_out.tensors()).mean_error
+        self.gate.error = judge(self.surrogate, *self.held_out.tensors()).mean_error
 
     def _new(self, draw: Callable[[int], Widths]) -> Widths | None:
         """The first that is in no buffer, of those that ``draw`` gives at its 0th, 1st, .. try, if any is."""
@@ -208,39 +196,11 @@ class _Training:
 
     def _imitate(self, found: list[Widths], confidence: float) -> None:
         """Let the router choose ``found`` at its targets, with this probability."""
-        wanted = one_hot(self.config, found)
+        wanted = likely(self.config, found, confidence)
         for _ in range(_WARM_STEPS):
-            loss = torch.zeros(())
-            for logits, choice in zip(self.router(self.targets), wanted, strict=True):
-                count = choice.shape[-1]
-                if count > 1:
-                    soft = (1 - confidence) / (count - 1)
-                    p = choice * (confidence - soft) + soft
-                    loss = loss - (p * logits.log_softmax(-1)).sum(-1).mean()
-            self._step(loss)
-        self.optimiser = torch.optim.Adam(self.router.parameters(), lr=self.options.lr)
-
-    def _train(self) -> None:
-        """Take the router's steps; evaluate its proposals on the way, and wait where the gate says so."""
-        steps = self.options.steps
-        active = self.options.evaluations - self.evaluations - REPORTED * (len(self.targets) - 1)
-        patience = int(active * self.options.patience)
-        step = observed = 0
-        while step < steps:
-            below = self.relaxed is not None or self.error < self.options.threshold
-            if not below and self.waited < patience and self._observe(step):
-                self.waited += 1
-                self.progress("waiting for the surrogate", self.waited, patience)
-                continue
-            logged = self._router_step(step)
-            self.steps_below += below
-            self.steps_above += not below
-            step += 1
-            if self.relaxed is None and observed < (active - self.waited) * step / steps:
-                observed += self._observe(step)
-            if step % max(1, steps // 50) == 0:
-                self.history.append({"step": step, **logged, "surrogate_error": self.error})
-            self.progress("router steps", step, steps)
+            pairs = zip(self.router(self.targets), wanted, strict=True)
+            self.minimise(-sum((p * logits.log_softmax(-1)).sum(-1).mean() for logits, p in pairs))
+        self.forget()
 
     def _observe(self, step: int) -> bool:
         """Evaluate a proposal of the router, and learn from it. False: there is nothing new to see."""
@@ -250,7 +210,7 @@ class _Training:
             return False
         predicted = float(predicted_losses(self.config, self.table, self.surrogate, [widths])[0])
         loss = self._loss(widths)
-        self.error = _EMA * self.error + (1 - _EMA) * abs(predicted - loss)
+        self.gate.see(predicted, loss)
         self.train.add(widths, self.table.fraction(widths), loss)
         self._fit(max(1, self.options.surrogate_steps // _REFIT))
         return True
@@ -278,22 +238,32 @@ class _Training:
             tuple(self.config.head_choices[i] for i in indices.heads.tolist()),
         )
 
-    def _router_step(self, step: int) -> dict[str, float]:
+    def waits(self, step: int) -> bool:
+        return self.gate.is_waiting() and self._observe(step)
+
+    def after(self, step: int) -> dict[str, float]:
+        """Evaluate proposals of the router at an even pace."""
+        due = (self.active - self.gate.waited) * step / self.options.steps
+        if self.relaxed is None and self.observed < due:
+            self.observed += self._observe(step)
+        return {"surrogate_error": self.gate.error}
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         temperature, scale = anneal(step, self.options.steps)
         logits = self.router(self.targets)
         pick = torch.randint(len(self.targets), (self.options.batch,), generator=self.draws)
         p = self.noise(Logits(*(axis[pick] for axis in logits)), temperature, scale)
         fraction = self.table.expected(*p) / self.table.full_ms
-        loss = self.surrogate.loss(p, fraction) if self.relaxed is None else self.relaxed(p) - self.full_loss
-        quality = (loss / self.stakes[pick]).mean()
+        above = self.surrogate.loss(p, fraction) if self.relaxed is None else self.relaxed(p) - self.full_loss
+        quality = (above / self.stakes[pick]).mean()
         miss = self._latency_miss(logits, scale)
-        self._step(
+        loss = (
             quality
             + self.options.latency_weight * miss
             + self.options.nesting_weight * _falls(logits)
             + _anchor(logits)
         )
-        return {"quality": float(quality.detach()), "latency_miss": float(miss.detach())}
+        return loss, {"quality": float(quality.detach()), "latency_miss": float(miss.detach())}
 
     def _latency_miss(self, logits: Logits, scale: float) -> Tensor:
         """relu(|T / (aim T_full) - 1| - 0.02), mean over the targets.
@@ -302,17 +272,11 @@ class _Training:
         over all draws, without their noise.
         """
         p = Probabilities(*(torch.softmax(scale * axis, dim=-1) for axis in logits))
-        aim = self.targets / (
-            1 + TOLERANCE
-        )  # the band that costs nothing ends at the target: a budget is a bound
+        # the band that costs nothing ends at the target: a budget is a bound
+        aim = self.targets / (1 + TOLERANCE)
         ratio = self.table.expected(*p) / (aim * self.table.full_ms)
         miss = functional.relu((ratio - 1).abs() - TOLERANCE)
         return (miss * self.urgency).mean()
-
-    def _step(self, loss: Tensor) -> None:
-        self.optimiser.zero_grad()
-        loss.backward()
-        self.optimiser.step()
 
     def _report(self, ladder: Ladder, target: float) -> TargetReport:
         limit = target * self.table.full_ms
