@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from flextron.artefacts.directory import ElasticDirectory
 from flextron.checkpoint.hub import local
 from flextron.config import count
 from flextron.nn.placement import one_device
+from flextron.nn.protocol import Elastic
 from flextron.nn.storage import Dtype
 
 
 def from_pretrained(
     directory: str | Path, dtype: Dtype = torch.float32, *, device_map: Any = None, **hub: Any
-) -> Any:
+) -> Elastic:
     """Load an elastic checkpoint: a transformers causal LM whose layers are elastic, with its budget dial.
 
     Args:
@@ -35,7 +37,9 @@ def from_pretrained(
         return checkpoint.equipped(dtype, device)
 
 
-def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) -> str:
+def generate(
+    model: Elastic, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 48
+) -> str:
     """Greedy continuation of a prompt at the model's present budget."""
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if not encoded["input_ids"].numel():

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flextron.artefacts import adaptive_router, static_router
 from flextron.artefacts.adaptive_router import AdaptiveResult
@@ -25,6 +26,7 @@ from flextron.conversion import convert as convert_model
 from flextron.conversion.source import room_beside, source_of
 from flextron.corpus import Data, corpus, windows
 from flextron.judge.loss import evaluate
+from flextron.nn.protocol import Elastic
 from flextron.nn.skeleton import parameter_shapes
 from flextron.nn.storage import Dtype, round_in_place, storage
 from flextron.recipes import AdaptiveConfig, RouteConfig, TrainConfig, TuneConfig
@@ -64,13 +66,13 @@ def _silent(what: str, done: int, total: int) -> None:
 
 
 def convert(
-    parent: Any,
+    parent: PreTrainedModel | str | Path,
     directory: str | Path,
     *,
     data: Data = None,
     samples: int = 512,
     length: int = 256,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress = _silent,
     force: bool = False,
     **options: Any,
@@ -156,7 +158,7 @@ def train(
     return report
 
 
-def _evaluated_again(model: Any, report: TrainReport, validation: Tensor) -> dict[str, Any]:
+def _evaluated_again(model: Elastic, report: TrainReport, validation: Tensor) -> dict[str, Any]:
     """The last evaluation of a run, of the weights as they are stored."""
     last = report.evaluations[-1]
     widths = [Widths(row["mlp"], row["heads"]) for row in last["sub_networks"]]
@@ -203,7 +205,7 @@ def profile_adaptive(
 
 def _profile_adaptive(
     directory: str | Path,
-    model: Any,
+    model: Elastic,
     tables: dict[str, LatencyTable],
     progress: Progress,
     **options: Any,

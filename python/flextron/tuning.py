@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flextron.data import seeded
+from flextron.nn.protocol import Elastic
 from flextron.nn.router import AdaptiveRouter, GumbelSampler, StaticRouter
 from flextron.recipes import TuneConfig
 from flextron.routing.learning import Fraction, latency_miss, learning_policy, mean_choices
@@ -22,7 +23,7 @@ _SHARPNESS = (
 
 
 def tune(
-    model: Any,
+    model: Elastic,
     router: StaticRouter | AdaptiveRouter,
     fraction: Fraction,
     tokens: Tensor,
@@ -61,7 +62,7 @@ class _Tuning(Run):
 
     def __init__(
         self,
-        model: Any,
+        model: Elastic,
         tokens: Tensor,
         config: TuneConfig,
         directory: Path,

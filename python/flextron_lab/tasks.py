@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flextron.nn.protocol import Elastic
+
 Row = dict[str, Any]
 Progress = Callable[[str, int, int], object]
 
@@ -92,7 +94,7 @@ def load(name: str, data_dir: str | Path) -> list[Any]:
 
 
 def score(
-    model: Any, tokenizer: Any, tasks: Sequence[Any], *, limit: int | None = None, batch_size: int = 8
+    model: Elastic, tokenizer: Any, tasks: Sequence[Any], *, limit: int | None = None, batch_size: int = 8
 ) -> dict[str, dict[str, float]]:
     """What the harness measures: task -> metric -> value, and ``n``, how many questions.
 
@@ -123,7 +125,7 @@ def score(
 
 
 def evaluate(
-    model: Any,
+    model: Elastic,
     tokenizer: Any,
     names: Sequence[str],
     budgets: Sequence[float],

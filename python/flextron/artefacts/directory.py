@@ -20,6 +20,7 @@ from flextron.artefacts.static_router import RouterResult, load_ladder
 from flextron.checkpoint import WEIGHTS_FILE, CheckpointError, Files, Origin, opened
 from flextron.checkpoint.origin import made_for
 from flextron.checkpoint.schema import checking
+from flextron.nn.protocol import Elastic
 from flextron.nn.storage import Dtype
 
 
@@ -60,7 +61,7 @@ class ElasticDirectory:
         """The latency tables, by phase."""
         return load_tables(self._files, self.origin.elastic)
 
-    def model(self, dtype: Dtype = torch.float32) -> Any:
+    def model(self, dtype: Dtype = torch.float32) -> Elastic:
         """The elastic model alone, at full width and in eval mode; ``"auto"`` is the dtype that is stored."""
         checksum = self.meta["checksums"][WEIGHTS_FILE]
         return read_model(self._files, self.origin.elastic, dtype, checksum)
@@ -85,7 +86,7 @@ class ElasticDirectory:
         except CheckpointError:
             return None
 
-    def equipped(self, dtype: Dtype = torch.float32, device: torch.device | None = None) -> Any:
+    def equipped(self, dtype: Dtype = torch.float32, device: torch.device | None = None) -> Elastic:
         """The model with its planner and, where one was trained, its adaptive router.
 
         Warns where either was made on another machine or for other tables.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flextron import nn
 from flextron.checkpoint import (
@@ -33,6 +34,7 @@ from flextron.checkpoint.schema import build, checksums_of
 from flextron.config import ElasticConfig
 from flextron.nn import check_plain, elastic_config
 from flextron.nn.placement import memory_dtype
+from flextron.nn.protocol import Elastic
 from flextron.nn.skeleton import fill, parameter_shapes, say_tied, skeleton
 from flextron.nn.stock import read_back
 from flextron.nn.storage import Dtype, common, counted, rounded, storage
@@ -47,13 +49,13 @@ _OWN_KEYS = ("format", "elastic", "dtypes", "checksums", "versions")
 
 
 def save_elastic(
-    model: Any,
+    model: Elastic,
     directory: str | Path,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     report: dict[str, Any] | None = None,
     beside: Callable[[Path, Origin], None] | None = None,
     *,
-    prove: Callable[[Path, Any], dict[str, Any]] | None = None,
+    prove: Callable[[Path, PreTrainedModel], dict[str, Any]] | None = None,
     dtype: Dtype = "auto",
     tensors: Mapping[str, Tensor] | None = None,
     drop: Iterable[str] = (),
@@ -119,12 +121,12 @@ def save_elastic(
     return origin
 
 
-def write(model: Any, directory: str | Path, tensors: Mapping[str, Tensor]) -> None:
+def write(model: Elastic, directory: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """What ``save_pretrained`` of a model calls: see `flextron.nn.model.Writer`."""
     save_elastic(model, directory, tensors=tensors)
 
 
-def make_elastic(model: Any, config: ElasticConfig | None = None) -> Any:
+def make_elastic(model: PreTrainedModel, config: ElasticConfig | None = None) -> Elastic:
     """`flextron.nn.make_elastic`, of a model that ``save_pretrained`` stores as an elastic checkpoint."""
     model = nn.make_elastic(model, config)
     model.writer = write
@@ -149,7 +151,7 @@ def read_meta(files: Files) -> dict[str, Any]:
 
 def read_model(
     directory: str | Path | Files, elastic: ElasticConfig, dtype: Dtype, checksum: str | None = None
-) -> Any:
+) -> Elastic:
     """The elastic model of a directory, once its ``flextron.json`` is read or where it is still to be written.
 
     Its ``stored`` has the dtype of each parameter in the file, by name.
@@ -167,7 +169,7 @@ def read_model(
     return make_elastic(model, elastic)
 
 
-def _stock_config(model: Any, dtype: torch.dtype) -> Any:
+def _stock_config(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedConfig:
     """The parent's configuration as stock transformers should read it back."""
     config = copy.deepcopy(model.config)
     # A parent that was read from a quantised file is plain floating point by now.
@@ -191,7 +193,7 @@ def _check_parity(meta: dict[str, Any], path: Path) -> None:
         build(float, proven.get("max_rel"), path, f"parity.sub_networks[{i}].max_rel")
 
 
-def _read_config(files: Files, elastic: ElasticConfig) -> Any:
+def _read_config(files: Files, elastic: ElasticConfig) -> PreTrainedConfig:
     path = files / CONFIG_FILE
     config, _ = read_config(files, files.shapes(WEIGHTS_FILE))
     if config.model_type != elastic.family:

@@ -24,6 +24,7 @@ from flextron.checkpoint.io import Files, opened, write_json
 from flextron.checkpoint.origin import check_model
 from flextron.checkpoint.schema import build
 from flextron.config import ElasticConfig, Widths, check_numbers
+from flextron.nn.protocol import Elastic
 from flextron.nn.router import Indices
 
 FILE = "latency.json"
@@ -303,7 +304,7 @@ def load_tables(directory: str | Path | Files, config: ElasticConfig) -> dict[st
     return tables
 
 
-def machine_of(model: Any) -> dict[str, Any]:
+def machine_of(model: Elastic) -> dict[str, Any]:
     """The device, dtype, threads and versions that a measurement of this model holds for."""
     weight = model.get_input_embeddings().weight
     on_gpu = weight.device.type == "cuda"

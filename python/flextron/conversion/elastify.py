@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flextron.artefacts.elastic_model import make_elastic, read_model, save_elastic
 from flextron.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Origin, checksum_of
@@ -23,6 +23,7 @@ from flextron.conversion.source import room_beside, source_of
 from flextron.data import seeded
 from flextron.nn import ElasticModel, elastic_config
 from flextron.nn.proof import difference, logits_of, prove_sub_network, require_close
+from flextron.nn.protocol import Elastic
 from flextron.nn.skeleton import skeleton
 from flextron.nn.storage import Dtype, counted, name_of, round_in_place, storage
 
@@ -33,11 +34,11 @@ _SUB_NETWORKS = 2  # drawn for the proof
 
 
 def convert(
-    parent: Any,
+    parent: PreTrainedModel | str | Path,
     out_dir: str | Path,
     *,
     calibration: Tensor,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     unit: str = "kv_group",
     aggregate: str = "l2",
     mlp_choices: tuple[int, ...] | None = None,
@@ -126,7 +127,7 @@ def convert(
     make_elastic(model, config)
     report = {"importance": found, "dtypes": counted(model.stored)}
 
-    def prove(stage: Path, stock: Any) -> dict[str, Any]:
+    def prove(stage: Path, stock: PreTrainedModel) -> dict[str, Any]:
         model.to("meta")  # it is on disk by now; this makes room for what is read back
         report["parity"] = _prove(stage, stock, config, proof, before, expected, seed)
         return report
@@ -166,7 +167,7 @@ def _card(config: ElasticConfig, report: dict[str, Any]) -> list[str]:
 
 def _prove(
     stage: Path,
-    stock: Any,
+    stock: PreTrainedModel,
     config: ElasticConfig,
     proof: Tensor,
     parent: Tensor,
@@ -222,7 +223,7 @@ def _drawn(config: ElasticConfig, seed: int) -> list[Widths]:
 
 
 def _orders(
-    model: Any,
+    model: Elastic,
     config: ElasticConfig,
     calibration: Tensor,
     order: str,
@@ -240,5 +241,5 @@ def _orders(
     return sorted_orders(importance, config), found
 
 
-def _tokenizer_of(source: Path) -> Any:
+def _tokenizer_of(source: Path) -> PreTrainedTokenizerBase | None:
     return read_tokenizer(source) if any((source / name).is_file() for name in TOKENIZER_FILES) else None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 AGGREGATES = ("l2", "mean_abs", "variance")
 Progress = Callable[[int, int], None]  # (sequences done, sequences in all)
@@ -65,7 +65,7 @@ class _Moments:
 
 
 def score(
-    model: Any,
+    model: PreTrainedModel,
     calibration: Tensor,
     *,
     aggregate: str = "l2",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from flextron.checkpoint import opened, stored_dtypes
 from flextron.checkpoint.format import listed
@@ -21,7 +21,7 @@ from flextron.nn.storage import common, storage
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def read_parent(source: str | Path, strip_prefix: str | None = None) -> Any:
+def read_parent(source: str | Path, strip_prefix: str | None = None) -> PreTrainedModel:
     """Load the stock model in a directory, in eval mode.
 
     Its weights are float32, or float64 if any of them is stored so, which holds every narrower value exactly. Its
@@ -58,7 +58,7 @@ def read_parent(source: str | Path, strip_prefix: str | None = None) -> Any:
     return model.eval()
 
 
-def copy_parent(parent: Any, proof: Tensor) -> Any:
+def copy_parent(parent: PreTrainedModel, proof: Tensor) -> PreTrainedModel:
     """Copy a loaded model's parameters and configuration, and nothing else, into what `read_parent` would give.
 
     Raises:
@@ -85,7 +85,7 @@ def copy_parent(parent: Any, proof: Tensor) -> Any:
     return model
 
 
-def _require_stock(parent: Any, plain: Any, proof: Tensor) -> None:
+def _require_stock(parent: PreTrainedModel, plain: PreTrainedModel, proof: Tensor) -> None:
     """Raise unless a parent computes what transformers computes with the same configuration and parameters."""
     theirs = dict(parent.named_buffers())
     for name, buffer in plain.named_buffers():  # `half` rounds rotary frequencies, which loading does not

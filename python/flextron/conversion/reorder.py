@@ -8,10 +8,10 @@ that the map from heads to groups holds. All heads share the norms of queries an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from flextron.config import ElasticConfig
 from flextron.conversion.importance import Importance
@@ -77,7 +77,7 @@ def identity_orders(config: ElasticConfig) -> list[LayerOrder]:
     return [order] * config.num_layers
 
 
-def reorder(model: Any, orders: list[LayerOrder], config: ElasticConfig) -> None:
+def reorder(model: PreTrainedModel, orders: list[LayerOrder], config: ElasticConfig) -> None:
     """Permute the weights of ``model``, in place.
 
     Raises:
@@ -111,7 +111,7 @@ def _rows_of_heads(heads: Tensor, D: int) -> Tensor:
 
 
 @torch.no_grad()
-def _permute_outputs(linear: Any, order: Tensor) -> None:
+def _permute_outputs(linear: nn.Linear, order: Tensor) -> None:
     order = order.to(linear.weight.device)
     linear.weight.copy_(linear.weight[order])
     if linear.bias is not None:
@@ -119,7 +119,7 @@ def _permute_outputs(linear: Any, order: Tensor) -> None:
 
 
 @torch.no_grad()
-def _permute_inputs(linear: Any, order: Tensor) -> None:
+def _permute_inputs(linear: nn.Linear, order: Tensor) -> None:
     linear.weight.copy_(linear.weight[:, order.to(linear.weight.device)])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flextron.checkpoint import (
     CONFIG_FILE,
@@ -33,6 +34,7 @@ from flextron.config import ElasticConfig, Widths
 from flextron.nn.placement import memory_dtype, one_device
 from flextron.nn.plain import LAYOUT_KEY, SIZES, build, layout_of, resize, stock_problem, widths_of
 from flextron.nn.proof import difference, in_dtype, logits_of, require_close
+from flextron.nn.protocol import Elastic
 from flextron.nn.skeleton import fill, parameter_shapes, skeleton
 from flextron.nn.stock import read_back
 from flextron.nn.storage import Dtype, common, counted, name_of, round_in_place, rounded, storage
@@ -43,12 +45,12 @@ _WHOSE = "the elastic model's at the budget"
 
 
 def export(
-    model: Any,
+    model: Elastic,
     directory: str | Path,
     budget: Widths | float | None = None,
     *,
     layout: str = "auto",
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: Dtype = "auto",
     force: bool = False,
     **units: Any,
@@ -123,7 +125,9 @@ class _Proof:
         dtypes: the dtype that each parameter is stored in. ``plain`` is rounded to them, in float32 or wider.
     """
 
-    def __init__(self, model: Any, widths: Widths, plain: Any, dtypes: dict[str, torch.dtype]) -> None:
+    def __init__(
+        self, model: Elastic, widths: Widths, plain: PreTrainedModel, dtypes: dict[str, torch.dtype]
+    ) -> None:
         self.dtypes = dtypes
         self.work = common([torch.float32, *(p.dtype for p in model.parameters())])
         draw = torch.Generator().manual_seed(0)
@@ -138,7 +142,7 @@ class _Proof:
             self.expected = logits_of(plain, self.tokens)
         self.rounding = difference(exact, self.expected)
 
-    def of(self, read: Any) -> dict[str, Any]:
+    def of(self, read: PreTrainedModel) -> dict[str, Any]:
         """The certificate for a model that was read back."""
         dtype = name_of(read.dtype)
         logits = logits_of(read.to(self.work), self.tokens)
@@ -153,7 +157,7 @@ class _Proof:
 
 def load_plain(
     directory: str | Path, dtype: Dtype = torch.float32, *, device_map: Any = None, **hub: Any
-) -> Any:
+) -> PreTrainedModel:
     """Load an exported sub-network of any layout, or an extracted one that was saved with ``save_pretrained``.
 
     Args:

@@ -13,12 +13,13 @@ from flextron.artefacts.latency_table import Workload
 from flextron.judge.latency import fractions, measure
 from flextron.judge.loss import evaluate
 from flextron.nn import Dial
+from flextron.nn.protocol import Elastic
 
 Progress = Callable[[str, int, int], Any]
 
 
 def judge_budgets(
-    model: Any,
+    model: Elastic,
     tokens: Tensor,
     targets: Sequence[float],
     *,

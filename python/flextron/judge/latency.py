@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +13,12 @@ from flextron.judge.loss import restored
 from flextron.judge.timing import compare
 from flextron.nn import Dial, ElasticCache
 from flextron.nn.cache import ElasticCacheLayer
+from flextron.nn.protocol import Elastic
 from flextron.nn.router import Indices
 
 
 def measure(
-    model: Any,
+    model: Elastic,
     widths: Sequence[Widths | Dial],
     workload: Workload,
     *,
@@ -51,7 +51,7 @@ def measure(
 
 
 def whole_model(
-    model: Any, dial: Widths | Dial, workload: Workload, ids: Tensor | None = None
+    model: Elastic, dial: Widths | Dial, workload: Workload, ids: Tensor | None = None
 ) -> Callable[[], None]:
     """The forward whose time is predicted, for a model that will be set to ``dial``."""
     weight = model.get_input_embeddings().weight
@@ -74,7 +74,7 @@ def whole_model(
     return run
 
 
-def _filled_cache(model: Any, dial: Widths | Dial, workload: Workload) -> ElasticCache:
+def _filled_cache(model: Elastic, dial: Widths | Dial, workload: Workload) -> ElasticCache:
     """A cache of ``context`` random tokens, always the same ones, with the groups that ``dial`` keeps."""
     weight, config = model.get_input_embeddings().weight, model.elastic
     cache = ElasticCache()
@@ -89,7 +89,7 @@ def _filled_cache(model: Any, dial: Widths | Dial, workload: Workload) -> Elasti
 
 @torch.no_grad()
 def fractions(
-    model: Any,
+    model: Elastic,
     table: LatencyTable,
     tokens: Tensor,
     targets: Sequence[float],

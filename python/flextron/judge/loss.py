@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +11,11 @@ from torch import Tensor
 from flextron.config import Widths
 from flextron.judge.objectives import cross_entropy
 from flextron.nn import Dial
+from flextron.nn.protocol import Elastic
 
 
 @contextmanager
-def restored(model: Any) -> Iterator[None]:
+def restored(model: Elastic) -> Iterator[None]:
     """At the end of a ``with`` block, give an elastic model back its dial, router, mode and ``requires_grad``."""
     dial, router, training = model.dial, model.adaptive, model.training
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -29,14 +29,16 @@ def restored(model: Any) -> Iterator[None]:
         model.turn(dial)
 
 
-def sequence_losses(model: Any, ids: Tensor) -> Tensor:
+def sequence_losses(model: Elastic, ids: Tensor) -> Tensor:
     """The mean loss of the next token in each sequence [B, T], as the model is set: [B], with a gradient."""
     logits = model(input_ids=ids, use_cache=False).logits
     return torch.stack([cross_entropy(*pair) for pair in zip(logits.split(1), ids.split(1), strict=True)])
 
 
 @torch.no_grad()
-def evaluate(model: Any, tokens: Tensor, dials: Sequence[Widths | Dial], batch_size: int = 8) -> list[float]:
+def evaluate(
+    model: Elastic, tokens: Tensor, dials: Sequence[Widths | Dial], batch_size: int = 8
+) -> list[float]:
     """The mean loss of the next token at each dial, without noise.
 
     Args:

@@ -2,16 +2,19 @@
 
 from flextron.nn.cache import ElasticCache
 from flextron.nn.elastic_attention import ElasticAttention
+from flextron.nn.elastic_layer import ElasticLayer
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.families import FAMILIES, elastic_config
-from flextron.nn.model import ElasticLayer, ElasticModel, make_elastic
+from flextron.nn.model import ElasticModel, make_elastic
 from flextron.nn.packed import Packing, pack
 from flextron.nn.policy import Dial
 from flextron.nn.projection import PackedLinear, check_plain
+from flextron.nn.protocol import Elastic
 
 __all__ = [
     "FAMILIES",
     "Dial",
+    "Elastic",
     "ElasticAttention",
     "ElasticCache",
     "ElasticLayer",

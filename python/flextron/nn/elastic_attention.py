@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flextron.config import ElasticConfig
 from flextron.nn import masks
+from flextron.nn.cache import ElasticCache
 from flextron.nn.policy import AxisDecision
 from flextron.nn.projection import linear
 from flextron.nn.setting import Settings
@@ -73,7 +74,7 @@ class ElasticAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        cache: Any = None,
+        cache: ElasticCache | None = None,
         decision: AxisDecision | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flextron.config import ElasticConfig
 from flextron.nn.elastic_attention import ElasticAttention
@@ -14,7 +15,14 @@ from flextron.nn.projection import goes_on
 from flextron.nn.setting import Settings
 
 
-class ElasticDecoderLayer(Mixin):
+class ElasticLayer(NamedTuple):
+    """The two parts of a layer that keep to the budget."""
+
+    attention: ElasticAttention
+    mlp: ElasticMLP
+
+
+class ElasticDecoderLayer(Mixin, GradientCheckpointingLayer):
     """Goes in front of a family's own layer class: transformers records hidden states of instances of that class.
 
     ``h = x + attention(norm(x))``, ``y = h + mlp(norm(h))``: the pre-norm layer of Llama, Mistral, Qwen2 and Qwen3.

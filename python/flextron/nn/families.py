@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from flextron.config import ElasticConfig
 
@@ -33,7 +34,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(hf_config: Any) -> Family:
+def family_of(hf_config: PreTrainedConfig) -> Family:
     """The row of a transformers configuration; NotImplementedError names the families there are."""
     model_type = getattr(hf_config, "model_type", None)
     if model_type not in FAMILIES:
@@ -63,7 +64,7 @@ def default_head_choices(max_heads: int) -> tuple[int, ...]:
 
 
 def elastic_config(
-    hf_config: Any,
+    hf_config: PreTrainedConfig | PreTrainedModel,
     unit: str = "kv_group",
     mlp_choices: tuple[int, ...] | None = None,
     head_choices: tuple[int, ...] | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, repeat
 from operator import contains, is_
 from typing import Any
@@ -20,6 +20,7 @@ from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.masks import first_keys, is_left_padded
 from flextron.nn.policy import Extents
 from flextron.nn.projection import RECORDER, PackedLinear, is_alone
+from flextron.nn.protocol import Elastic
 from flextron_ext import HeldForward
 
 FORWARD = "_elastic_forward"  # the attribute of a model that keeps its `ElasticForward`
@@ -92,7 +93,7 @@ def is_transformed() -> bool:
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def is_known(method: Any) -> bool:
+def is_known(method: Callable[..., Any]) -> bool:
     """Whether a method of a model's class is transformers' own (or torch's), and so one that we know."""
     return method.__module__.startswith(("transformers.", "torch."))
 
@@ -121,7 +122,11 @@ def _parts_of(layer: nn.Module) -> dict[str, nn.Module] | None:
     return parts if understood else None
 
 
-def _is_one(norm: Any, layers: Sequence[dict[str, Any]], modules: Sequence[tuple[Any, Any]]) -> bool:
+def _is_one(
+    norm: nn.Module,
+    layers: Sequence[dict[str, nn.Module]],
+    modules: Sequence[tuple[ElasticAttention, ElasticMLP]],
+) -> bool:
     """Whether what the op takes once for all layers is the same in all: the norms' epsilon and attention's scale."""
     norms = (module for parts in layers for part, module in parts.items() if part.endswith("norm"))
     eps = {getattr(each, "variance_epsilon", None) for each in (norm, *norms)}
@@ -135,7 +140,7 @@ class ElasticForward:
     A model with a module that does more than the op would in its place (another class, adapters) is not served.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Elastic) -> None:
         self.held: HeldForward | None = None  # until it is called
         inner, head, layers = model.model, model.lm_head, model.model.layers
         embed, norm, parts = inner.embed_tokens, inner.norm, [_parts_of(layer) for layer in layers]
@@ -155,7 +160,7 @@ class ElasticForward:
             and self._gather(embed, norm, head, parts)
         )
 
-    def _gather(self, embed: Any, norm: Any, head: Any, layers: Sequence[dict[str, nn.Module]]) -> bool:
+    def _gather(self, embed: Any, norm: Any, head: Any, layers: Sequence[dict[str, Any]]) -> bool:
         """Find the weights; False where the op takes none such."""
         self.weights: list[Tensor] = []
         for layer in layers:
@@ -173,7 +178,7 @@ class ElasticForward:
         )
 
     @classmethod
-    def of(cls, model: Any) -> ElasticForward:
+    def of(cls, model: Elastic) -> ElasticForward:
         """The model's own, made anew where its weights are others."""
         step = model.__dict__.get(FORWARD)
         if step is None or not step.found.holds():
@@ -194,7 +199,7 @@ class ElasticForward:
         hooks = self.found.hooks
         return any(hooks) and any(hook.__module__ != RECORDER for each in hooks for hook in each.values())
 
-    def extents(self, model: Any, B: int) -> Extents | None:
+    def extents(self, model: Elastic, B: int) -> Extents | None:
         """What the op keeps of B sequences; None where the modules must run."""
         if not self.serves or self.is_watched():
             return None
@@ -222,7 +227,7 @@ class ElasticForward:
 
     def __call__(
         self,
-        model: Any,
+        model: Elastic,
         ids: Tensor,
         cos: Tensor,
         sin: Tensor,
@@ -270,7 +275,7 @@ def _weight(module: Any) -> tuple[Tensor, Tensor | None]:
     return module.weight, None
 
 
-def try_forward(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast | None:
+def try_forward(model: Elastic, arguments: dict[str, Any]) -> CausalLMOutputWithPast | None:
     """The output of a causal LM's forward by `elastic_forward`, or None where its modules must run."""
     ids, cache = arguments.get("input_ids"), arguments.get("cache")
     mask, k_start = arguments.get("attention_mask"), None
@@ -310,7 +315,7 @@ def try_forward(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast
     return CausalLMOutputWithPast(logits=logits, cache=cache)
 
 
-def wants_cache(model: Any, arguments: dict[str, Any]) -> bool:
+def wants_cache(model: Elastic, arguments: dict[str, Any]) -> bool:
     """Whether a forward with these arguments is to cache its tokens."""
     asked = arguments.get("use_cache")
     return model.config.use_cache if asked is None else asked

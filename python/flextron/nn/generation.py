@@ -11,13 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
 
 from flextron.nn.cache import ElasticCache
 from flextron.nn.forward import ElasticForward, is_known, is_transformed
 from flextron.nn.masks import first_keys, is_left_padded
 from flextron.nn.policy import Extents
+from flextron.nn.protocol import Elastic
 from flextron.nn.setting import Setting
 
 _TAKEN = ("cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep")
@@ -33,7 +41,7 @@ _CALLED = (
 _AHEAD = 64  # positions whose rotary tables are made at once
 
 
-def is_plain(model: Any, input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> bool:
+def is_plain(model: Elastic, input_ids: Tensor, config: GenerationConfig, inputs: dict[str, Any]) -> bool:
     """Whether `sample` gives what transformers' loop gives for a new prompt."""
     cache, mask, positions = (inputs.get(name) for name in ("cache", "attention_mask", "position_ids"))
     return (
@@ -54,7 +62,7 @@ def is_plain(model: Any, input_ids: Tensor, config: Any, inputs: dict[str, Any])
     )
 
 
-def _is_replaced(model: Any, name: str) -> bool:
+def _is_replaced(model: Elastic, name: str) -> bool:
     """Whether somebody put a method of theirs in the place of one, in the model (as PEFT does) or in a subclass."""
     own = model.__dict__.get(name)
     return not is_known(getattr(model.stock, name)) or (
@@ -63,12 +71,12 @@ def _is_replaced(model: Any, name: str) -> bool:
 
 
 def sample(
-    model: Any,
+    model: Elastic,
     input_ids: Tensor,
-    logits_processor: Any,
-    stopping_criteria: Any,
-    config: Any,
-    streamer: Any,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    streamer: BaseStreamer | None,
     inputs: dict[str, Any],
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Continue the sequences of input_ids [B, T] until the criteria end them all."""
@@ -86,10 +94,10 @@ def _continued(
     steps: _Steps,
     logits: Tensor,
     input_ids: Tensor,
-    logits_processor: Any,
-    stopping_criteria: Any,
-    config: Any,
-    streamer: Any,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    streamer: BaseStreamer | None,
     cache: ElasticCache,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """The loop, from the prompt's logits [B, .., V] on."""
@@ -154,7 +162,7 @@ class _Steps:
     next budget.
     """
 
-    def __init__(self, model: Any, prompt: torch.Size, inputs: dict[str, Any]) -> None:
+    def __init__(self, model: Elastic, prompt: torch.Size, inputs: dict[str, Any]) -> None:
         self.model, self.cache, self.step = model, inputs["cache"], ElasticForward.of(model)
         self.setting: Setting | None = None
         self.extents: Extents | None = None

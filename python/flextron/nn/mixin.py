@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, SupportsIndex
 
 
 class Mixin:
@@ -21,7 +21,7 @@ class Mixin:
         """What the class in front of ``stock`` has beyond the two."""
         return {}
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return _empty, (self.mixin, self.stock), self.__getstate__()
 
 

@@ -8,17 +8,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.activations import ACT2FN
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils.hub import convert_file_size_to_int
 
 from flextron.config import ElasticConfig, Widths, number, plain
 from flextron.nn.cache import ElasticCache, given_cache
 from flextron.nn.elastic_attention import ElasticAttention
-from flextron.nn.elastic_layer import make_layer_elastic
+from flextron.nn.elastic_layer import ElasticLayer, make_layer_elastic
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.families import elastic_config, family_of
 from flextron.nn.forward import FORWARD, is_known, try_forward, wants_cache
@@ -35,6 +43,7 @@ from flextron.nn.projection import (
     fault_of_stock,
     named,
 )
+from flextron.nn.protocol import Elastic, Planner, Writer
 from flextron.nn.rotary import forget
 from flextron.nn.router import AdaptiveRouter, Indices
 from flextron.nn.setting import Setting, Settings
@@ -46,27 +55,8 @@ _IGNORED = ("token", "save_peft_format", "save_original_format", "save_function"
 _CACHE = 3  # place of cache among the arguments of a causal LM's forward, in every family
 
 
-class ElasticLayer(NamedTuple):
-    attention: ElasticAttention
-    mlp: ElasticMLP
-
-
-class Planner(Protocol):
-    """What turns a budget in the user's units into widths, or into a fraction of the full latency."""
-
-    def resolve(self, fraction: float | None = None, **budget: Any) -> Widths: ...
-
-    def target(self, fraction: float | None = None, **budget: Any) -> float: ...
-
-
-class Writer(Protocol):
-    """What stores a model as an elastic checkpoint: its files, and whatever else such a one has."""
-
-    def __call__(self, model: Any, directory: str | Path, tensors: Mapping[str, Tensor]) -> None: ...
-
-
-class ElasticModel(Mixin):
-    """Mixed into the class of a transformers causal LM by `make_elastic`.
+class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
+    """Put in front of the class of a transformers causal LM by `make_elastic`.
 
     `set_budget` and its kin set the model, for all threads, each from its next forward on. Inside ``with
     model.budget(...)`` or a ``generate(..., budget=)`` there is a setting of that block alone, which no other thread
@@ -117,7 +107,7 @@ class ElasticModel(Mixin):
             "would be the model's"
         )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ElasticModel:
         """What ``to``, ``half``, ``cuda`` and their kin do; what cannot be changes nothing."""
         if isinstance(self.lm_head, PackedLinear):
             check_conversion(fn)
@@ -421,7 +411,7 @@ class ElasticModel(Mixin):
                 cache.is_left_padded = False  # of masks to come nothing is known
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         # it says "dynamic", as ours is, or nothing; beside a cache it must say nothing
         generation_config.cache_implementation = None
@@ -433,11 +423,11 @@ class ElasticModel(Mixin):
     def _sample(
         self,
         input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
         synced_gpus: bool = False,
-        streamer: Any = None,
+        streamer: BaseStreamer | None = None,
         **inputs: Any,
     ) -> Any:
         """transformers' loop of greedy and sampled generation, or where it gives the same our own, which is faster."""
@@ -457,7 +447,7 @@ def _by_name(budget: Any) -> dict[str, Any]:
 
 
 def _guard_cache(
-    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Elastic, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before every forward: give it our cache where it wants one, and refuse one that the budget outgrew."""
     if model.settings.local() is not None and model.training and _runs_layers_again(model):
@@ -479,7 +469,7 @@ def _guard_cache(
     return args, kwargs
 
 
-def _runs_layers_again(model: Any) -> bool:
+def _runs_layers_again(model: Elastic) -> bool:
     return any(getattr(layer, "gradient_checkpointing", False) for layer in model.model.layers)
 
 
@@ -490,7 +480,7 @@ def _forward_of(stock: type) -> Callable[..., Any]:
     known = is_known(stock.forward)
 
     @wraps(stock.forward)  # transformers reads the signature
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: ElasticModel, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
         if len(given) != len(args) + len(kwargs):
             return stock.forward(self, *args, **kwargs)  # which refuses too many, and one that is given twice
@@ -518,7 +508,7 @@ def _become(model: nn.Module, mixin: type[Mixin]) -> None:
     model.__class__ = mixed(mixin, type(model))
 
 
-def make_elastic(model: nn.Module, config: ElasticConfig | None = None) -> Any:
+def make_elastic(model: PreTrainedModel, config: ElasticConfig | None = None) -> Elastic:
     """Make a transformers causal LM elastic, in place, at full width.
 
     The names and tensors of its ``state_dict`` do not change.

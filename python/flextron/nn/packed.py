@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flextron.nn.projection import DTYPES, PackedLinear, check_plain
+from flextron.nn.protocol import Elastic
 from flextron_ext import PanelFormat
 
 
@@ -20,7 +21,7 @@ class Packing:
     bytes_after: int
 
 
-def pack(model: Any, dtype: torch.dtype | str | None = None) -> Packing:
+def pack(model: Elastic, dtype: torch.dtype | str | None = None) -> Packing:
     """Put the weights of an elastic model's layers and head in panels, in place, for fast inference on a CPU.
 
     Budgets, ``generate()`` and per-token widths work as before; the packed copy takes the place of the plain weights,

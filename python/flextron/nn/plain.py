@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from flextron.config import ElasticConfig, Widths
 from flextron.nn.projection import check_plain
+from flextron.nn.protocol import Elastic
 from flextron.nn.skeleton import fill, say_tied, skeleton
 
 LAYOUTS = ("auto", "uniform", "padded", "ragged")
@@ -38,7 +39,9 @@ def stock_problem(config: ElasticConfig, widths: Widths) -> str | None:
     return _illegal_heads(config, config.query_heads(widths.heads[0]))
 
 
-def extract(model: Any, budget: Widths | float | None = None, *, layout: str = "auto", **units: Any) -> Any:
+def extract(
+    model: Elastic, budget: Widths | float | None = None, *, layout: str = "auto", **units: Any
+) -> Any:
     """A plain transformers model that computes what ``model`` computes at a budget.
 
     Args:
@@ -57,7 +60,7 @@ def extract(model: Any, budget: Widths | float | None = None, *, layout: str = "
     return build(model, widths, layout_of(layout, model.elastic, widths, "ragged"))
 
 
-def widths_of(model: Any, budget: Widths | float | None, units: dict[str, Any]) -> Widths:
+def widths_of(model: Elastic, budget: Widths | float | None, units: dict[str, Any]) -> Widths:
     """The one static network that `extract` was asked for."""
     if isinstance(budget, Widths):
         model.elastic.check(budget)
@@ -95,7 +98,7 @@ def _illegal_heads(config: ElasticConfig, heads: int) -> str | None:
     return None
 
 
-def build(model: Any, widths: Widths, layout: str) -> Any:
+def build(model: Elastic, widths: Widths, layout: str) -> PreTrainedModel:
     """The plain model of `extract`, its layout already chosen by `layout_of`."""
     check_plain("extract", model)
     elastic: ElasticConfig = model.elastic
@@ -138,7 +141,7 @@ def _sizes(d: int, groups: int, per_group: int) -> dict[str, int]:
     return dict(zip(SIZES, (d, groups * per_group, groups), strict=True))
 
 
-def resize(model: Any, layers: list[dict[str, int]]) -> None:
+def resize(model: PreTrainedModel, layers: list[dict[str, int]]) -> None:
     """Give each layer of a `skeleton` its own sizes."""
     for layer, size in zip(model.model.layers, layers, strict=True):
         d, H, G = (size[key] for key in SIZES)
@@ -167,7 +170,7 @@ def resize(model: Any, layers: list[dict[str, int]]) -> None:
 
 
 def _tensors(
-    model: Any, kept: list[tuple[int, int, int]], held: list[tuple[int, int, int]]
+    model: Elastic, kept: list[tuple[int, int, int]], held: list[tuple[int, int, int]]
 ) -> dict[str, Tensor]:
     """Every parameter of the plain model: a prefix of the elastic one's, zero from ``kept`` to ``held``."""
     cut: dict[str, Callable[[Tensor], Tensor]] = {}

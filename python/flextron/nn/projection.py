@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from flextron_ext import PanelFormat, elastic_linear, pack_linear, pack_mlp, packed_linear
 
@@ -55,7 +56,7 @@ class PackedLinear(nn.Module):
             "flextron: weights must be plain, got packed ones; do this before flextron.pack, or load the model again"
         )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Panels without scales take the format of their new dtype, of the same layout; scales stay float32."""
         check_conversion(fn)
         scales = self.scales
@@ -164,7 +165,7 @@ def check_parts(path: str, part: nn.Module, names: tuple[str, ...]) -> None:
             )
 
 
-def check_plain(op: str, model: Any) -> None:
+def check_plain(op: str, model: PreTrainedModel) -> None:
     """Raise NotImplementedError where a weight of the model is not all that is used in its place.
 
     So it is with packed weights and adapters; what stores, packs or takes apart a model would lose them.
@@ -232,7 +233,7 @@ def goes_on(module: nn.Module) -> bool:
     return own and (kind.__module__, kind.__name__) == _ALIGN
 
 
-def named(thing: Any) -> str:
+def named(thing: object) -> str:
     """Its class, with the module that defines it."""
     kind = type(thing)
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from flextron.config import Widths
 from flextron.nn.families import elastic_config
 from flextron.nn.model import make_elastic
 from flextron.nn.plain import extract
+from flextron.nn.protocol import Elastic
 from flextron.nn.skeleton import fill, say_tied, skeleton
 
 BOUND = 1e-4  # of the largest logit, float32: above the rounding of another summation order
@@ -47,13 +48,13 @@ def require_close(who: str, what: str, before: Tensor, after: Tensor) -> dict[st
 
 
 @torch.no_grad()
-def logits_of(model: Any, tokens: Tensor) -> Tensor:
+def logits_of(model: Elastic | PreTrainedModel, tokens: Tensor) -> Tensor:
     """[n, L, V] on the CPU; one sequence at a time, for logits of a large vocabulary are big."""
     rows = [model(input_ids=row[None].to(model.device), use_cache=False).logits.cpu() for row in tokens]
     return torch.cat(rows)
 
 
-def in_dtype(model: Any, dtype: torch.dtype) -> Any:
+def in_dtype(model: Elastic, dtype: torch.dtype) -> Elastic:
     """The elastic model with its parameters in ``dtype``: itself where they are, otherwise another."""
     if all(p.dtype == dtype for p in model.parameters()):
         return model
@@ -65,7 +66,7 @@ def in_dtype(model: Any, dtype: torch.dtype) -> Any:
     return make_elastic(other, elastic_config(config, own.unit, own.mlp_choices, own.head_choices))
 
 
-def prove_sub_network(who: str, model: Any, widths: Widths, tokens: Tensor) -> dict[str, Any]:
+def prove_sub_network(who: str, model: Elastic, widths: Widths, tokens: Tensor) -> dict[str, Any]:
     """Certify one sub-network of an elastic model against the plain model that `extract` takes out of it.
 
     Logits of whole sequences are compared, by the op that inference takes on a CPU and by the modules that training
@@ -108,7 +109,7 @@ def prove_sub_network(who: str, model: Any, widths: Widths, tokens: Tensor) -> d
     }
 
 
-def _greedy(model: Any, prompt: Tensor) -> Tensor:
+def _greedy(model: Elastic, prompt: Tensor) -> Tensor:
     """A prompt [1, T] and the tokens after it, by nothing but logits: the model's own settings are set aside."""
     settings, model.generation_config = model.generation_config, GenerationConfig()
     try:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 
-def skeleton(hf_config: Any) -> Any:
+def skeleton(hf_config: PreTrainedConfig) -> PreTrainedModel:
     """A causal LM whose parameters have shapes but no memory (device ``meta``); to be filled by `fill`."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
@@ -20,17 +19,17 @@ def skeleton(hf_config: Any) -> Any:
     return model.eval()
 
 
-def say_tied(model: Any, config: Any) -> None:
+def say_tied(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Let a configuration say what is true of a model's weights: transformers itself does not tie two that differ."""
     config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def parameter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """What `fill` takes: name -> shape of each parameter, a tied one once."""
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def fill(model: Any, tensors: Mapping[str, Tensor]) -> Any:
+def fill(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
     """Let ``tensors`` be the parameters of a `skeleton`; none is copied, and the names must be its own."""
     result = model.load_state_dict(dict(tensors), strict=False, assign=True)
     model.tie_weights()

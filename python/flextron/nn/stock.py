@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 _NAMES_SHOWN = 3
@@ -22,7 +22,7 @@ def load_stock(
     source: str | Path,
     dtype: torch.dtype | str = "auto",
     strip_prefix: str | None = None,
-) -> Any:
+) -> PreTrainedModel:
     """The causal LM that stock transformers makes of a directory or hub id; safetensors only.
 
     transformers draws random weights for tensors that are missing and goes on. Here they are refused by name, and so
@@ -61,7 +61,7 @@ def load_stock(
     return model
 
 
-def read_back(who: str, directory: Path, tensors: Mapping[str, Tensor]) -> Any:
+def read_back(who: str, directory: Path, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
     """The model that stock transformers makes, by default, of files just written; its parameters must be ``tensors``.
 
     Raises:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 STORABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Dtype = str | torch.dtype  # one of DTYPES, or the torch dtype of that name
 
 
-def storage(who: str, model: Any, dtype: Dtype = "auto") -> dict[str, torch.dtype]:
+def storage(who: str, model: PreTrainedModel, dtype: Dtype = "auto") -> dict[str, torch.dtype]:
     """The dtype to store each parameter of a model in, by name.
 
     ``"auto"`` is the dtype that the parameter has in the file it was read from (``model.stored``), or its dtype in
@@ -58,7 +58,7 @@ def rounded(who: str, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.
 
 
 @torch.no_grad()
-def round_in_place(who: str, model: Any, dtypes: Mapping[str, torch.dtype]) -> bool:
+def round_in_place(who: str, model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> bool:
     """Let the parameters of a model be what storing them would leave, in the dtypes they have; whether one changed."""
     parameters = dict(model.named_parameters())
     lossy = {

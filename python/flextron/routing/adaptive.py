@@ -23,6 +23,7 @@ from flextron.judge.latency import fractions
 from flextron.judge.loss import evaluate, restored, sequence_losses
 from flextron.nn import Dial
 from flextron.nn.policy import Given, Policy, menus_of
+from flextron.nn.protocol import Elastic
 from flextron.nn.router import AdaptiveRouter, GumbelSampler, Indices, Probabilities, anneal, default_hidden
 from flextron.recipes import JUDGING, AdaptiveConfig
 from flextron.routing.calibrate import calibrate
@@ -37,7 +38,7 @@ _SURROGATE_STEPS, _REFIT_STEPS = 600, 30  # of its first fit, and after each obs
 
 
 def train_adaptive(
-    model: Any,
+    model: Elastic,
     tables: dict[str, LatencyTable],
     ladder: Ladder,
     tokens: Tensor,
@@ -90,7 +91,7 @@ def train_adaptive(
 
 def refreshed(
     result: AdaptiveResult,
-    model: Any,
+    model: Elastic,
     tables: dict[str, LatencyTable],
     ladder: Ladder,
     tokens: Tensor,
@@ -107,7 +108,7 @@ def refreshed(
 
 
 @contextmanager
-def _frozen(model: Any) -> Iterator[None]:
+def _frozen(model: Elastic) -> Iterator[None]:
     """In eval mode, and no parameter wants a gradient; at the end the model is restored."""
     with restored(model):
         model.requires_grad_(False).eval()
@@ -156,7 +157,7 @@ class _Training(RouterTraining):
 
     def __init__(
         self,
-        model: Any,
+        model: Elastic,
         table: LatencyTable,
         ladder: Ladder,
         tokens: Tensor,
@@ -321,7 +322,7 @@ class _SurrogateTraining(_Training):
 
 
 def report(
-    model: Any, table: LatencyTable, ladder: Ladder, tokens: Tensor, targets: Sequence[float]
+    model: Elastic, table: LatencyTable, ladder: Ladder, tokens: Tensor, targets: Sequence[float]
 ) -> tuple[float, tuple[AdaptiveReport, ...]]:
     """(the full model's loss, each target's comparison with the ladder) on sequences of their own."""
     phase = table.workload.phase

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flextron.artefacts.latency_table import LatencyTable
 from flextron.judge.latency import fractions
+from flextron.nn.protocol import Elastic
 from flextron.nn.router import AdaptiveRouter
 from flextron.routing.learning import TOLERANCE
 
@@ -24,7 +24,7 @@ Progress = Callable[[str, int, int], object]
 
 def calibrate(
     router: AdaptiveRouter,
-    model: Any,
+    model: Elastic,
     tables: dict[str, LatencyTable],
     tokens: Tensor,
     progress: Progress = lambda *_: None,

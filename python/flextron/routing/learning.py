@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch.nn import functional
 
 from flextron.judge.loss import restored, sequence_losses
 from flextron.nn.policy import Mixed, Relaxed, Sampled, menus_of
+from flextron.nn.protocol import Elastic
 from flextron.nn.router import AdaptiveRouter, GumbelSampler, Logits, Probabilities, StaticRouter
 
 TOLERANCE = 0.02  # relative distance from a target that costs nothing
@@ -21,7 +21,7 @@ Fraction = Callable[
 
 
 def learning_policy(
-    model: Any,
+    model: Elastic,
     router: StaticRouter | AdaptiveRouter,
     tau: Tensor,
     noise: GumbelSampler | None,
@@ -49,7 +49,7 @@ def learning_policy(
     return kind(logits, menus_of(model.elastic, tau.device), noise, temperature, scale, gates == "hard")
 
 
-def relaxed_loss(model: Any, tokens: Tensor) -> Callable[[Probabilities], Tensor]:
+def relaxed_loss(model: Elastic, tokens: Tensor) -> Callable[[Probabilities], Tensor]:
     """The model's loss at relaxed choices, one sub-network [L, C] for each of n sequences: a function with a gradient.
 
     It takes ``mlp`` and ``heads`` [n, L, C] and returns [n] nats: row i on the sequence i of ``tokens`` [N, T], from

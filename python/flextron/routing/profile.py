@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from flextron.config import ElasticConfig, Widths
 from flextron.judge.latency import measure, whole_model
 from flextron.judge.loss import restored
 from flextron.nn import Dial
+from flextron.nn.protocol import Elastic
 from flextron.nn.router import AdaptiveRouter, default_hidden
 from flextron.routing.fit import calibration_widths, fit_line, fit_table, isotonic, random_widths
 
@@ -29,7 +29,7 @@ Progress = Callable[[int, int], object]
 
 
 def profile(
-    model: Any,
+    model: Elastic,
     workload: Workload,
     *,
     rounds: int = 5,
@@ -94,7 +94,7 @@ def profile(
 
 
 def measure_adaptive(
-    model: Any,
+    model: Elastic,
     table: LatencyTable,
     *,
     hidden: int | None = None,
@@ -172,7 +172,7 @@ def _choices(config: ElasticConfig) -> dict[tuple[str, int], Widths]:
 
 
 def _by_choice(
-    model: Any, workload: Workload, rounds: int, min_seconds: float, on_round: Callable[[int], object]
+    model: Elastic, workload: Workload, rounds: int, min_seconds: float, on_round: Callable[[int], object]
 ) -> dict[str, tuple[float, ...]]:
     """axis -> milliseconds of a whole forward at each choice, over the layers."""
     choices = _choices(model.elastic)

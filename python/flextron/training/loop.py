@@ -20,6 +20,7 @@ from flextron.config import Widths
 from flextron.data import Batches
 from flextron.judge.loss import evaluate, restored
 from flextron.judge.objectives import cross_entropy, distillation
+from flextron.nn.protocol import Elastic
 from flextron.nn.storage import storage
 from flextron.recipes import TrainConfig
 from flextron.training.resume import (
@@ -84,7 +85,7 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 def train(
-    model: Any,
+    model: Elastic,
     tokens: Tensor,
     config: TrainConfig,
     directory: str | Path,
@@ -142,7 +143,7 @@ class Run:
 
     def __init__(
         self,
-        model: Any,
+        model: Elastic,
         tokens: Tensor,
         config: TrainConfig,
         directory: Path,
@@ -342,12 +343,12 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> tuple[torch.optim.AdamW
     return optimizer, [name for name, _ in trained]
 
 
-def _default_eval_widths(model: Any) -> tuple[Widths, ...]:
+def _default_eval_widths(model: Elastic) -> tuple[Widths, ...]:
     alike = homogeneous(model.elastic)
     return tuple(dict.fromkeys((alike[0], alike[(len(alike) - 1) // 2], alike[-1])))
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Elastic) -> None:
     if not hasattr(model, "elastic"):
         raise ValueError(
             f"train: model must be elastic (flextron.nn.make_elastic), got {type(model).__name__}"

@@ -16,6 +16,7 @@ from flextron.checkpoint.hf import read_tokenizer
 from flextron.conversion.parent import read_parent
 from flextron.conversion.source import source_of
 from flextron.data import split_documents, stdlib_documents
+from flextron.nn.protocol import Elastic
 from flextron.nn.stock import load_stock
 from flextron_lab.demo import smollm2, stories, tiny
 
@@ -34,7 +35,7 @@ class Parent:
         notes: what a reader of the figures must know; may be empty.
     """
 
-    model: Any
+    model: Elastic
     tokenizer: Any
     name: str
     description: str

@@ -22,6 +22,7 @@ from flextron.corpus import documents, encode, held_out_windows
 from flextron.exporting import export
 from flextron.inference import from_pretrained, generate
 from flextron.judge.budgets import judge_budgets
+from flextron.nn.protocol import Elastic
 from flextron.pipeline import Progress
 from flextron.recipes import RouteConfig, TrainConfig
 from flextron_lab.demo.parents import Parent, load_parent
@@ -259,7 +260,7 @@ def _residual(table: Any) -> dict[str, Any]:
     }
 
 
-def _write_sample(model: Any, tokenizer: Any, path: Path, budgets: tuple[float, ...]) -> None:
+def _write_sample(model: Elastic, tokenizer: Any, path: Path, budgets: tuple[float, ...]) -> None:
     """One prompt, continued at each budget."""
     prompt = "The purpose of a function is to"
     parts = []

@@ -17,6 +17,7 @@ from flextron.checkpoint.hf import read_tokenizer
 from flextron.corpus import Data, held_out_windows
 from flextron.inference import from_pretrained
 from flextron.judge.budgets import judge_budgets
+from flextron.nn.protocol import Elastic
 from flextron.training.resume import METRICS_FILE, read_metrics
 from flextron_lab.report import figures
 from flextron_lab.report.page import Section, render
@@ -102,7 +103,7 @@ def _losses(rows: Sequence[dict[str, Any]], table: Any) -> Section:
     )
 
 
-def _router_map(model: Any, rows: Sequence[dict[str, Any]]) -> Section:
+def _router_map(model: Elastic, rows: Sequence[dict[str, Any]]) -> Section:
     kind = "routed" if any(r["kind"] == "routed" for r in rows) else "uniform"
     shown = [r for r in rows if r["kind"] == kind]
     config = model.elastic
@@ -121,7 +122,7 @@ def _router_map(model: Any, rows: Sequence[dict[str, Any]]) -> Section:
 
 
 @torch.no_grad()
-def _token_map(model: Any, tokenizer: Any, tokens: torch.Tensor, targets: Sequence[float]) -> Section:
+def _token_map(model: Elastic, tokenizer: Any, tokens: torch.Tensor, targets: Sequence[float]) -> Section:
     """A text in which every token's shade is the share of the elastic width it was given."""
     target = targets[len(targets) // 2]
     ids = tokens[:1]

@@ -32,6 +32,7 @@ from flextron.inference import from_pretrained
 from flextron.judge.latency import fractions, measure
 from flextron.judge.loss import evaluate
 from flextron.nn import Dial, make_elastic
+from flextron.nn.protocol import Elastic
 from flextron.pipeline import Progress
 from flextron.recipes import RouteConfig
 from flextron.training import train as train_model
@@ -237,7 +238,7 @@ class Study:
         cost = {"router_seconds": round(time.process_time() - began, 1)}
         return result, from_pretrained(directory), cost
 
-    def _rungs(self, model: Any) -> dict[float, Widths]:
+    def _rungs(self, model: Elastic) -> dict[float, Widths]:
         return {b: model.planner.resolve(b) for b in self.plan.budgets}
 
     def _route_adaptive(self, form: str, seed: int) -> list[Row]:
@@ -336,7 +337,9 @@ class Study:
             )
         return found
 
-    def _judge(self, model: Any, arm: str, seed: int, tokens: int, widths: dict[float, Widths]) -> list[Row]:
+    def _judge(
+        self, model: Elastic, arm: str, seed: int, tokens: int, widths: dict[float, Widths]
+    ) -> list[Row]:
         table = self.table()
         losses = evaluate(model, self._judging(), list(widths.values()), batch_size=4)
         return [
@@ -357,7 +360,7 @@ class Study:
     def _judging(self) -> Tensor:
         return text.windows(self.corpus().held_out, self.plan.judged, self.plan.length)
 
-    def _from_scratch(self, model: Any, seed: int) -> Any:
+    def _from_scratch(self, model: Elastic, seed: int) -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             config = copy.deepcopy(model.config)
