@@ -1,4 +1,4 @@
-"""Benchmarks through lm-evaluation-harness: its own tasks and scoring, on local files, at any budgets."""
+"""Benchmarks with the tasks and scoring of lm-evaluation-harness, on local files, at any budgets."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Progress = Callable[[str, int, int], object]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's rows are, and how one becomes the row that the harness knows.
+    """Where a task's rows are, and how one of them becomes a row that the harness knows.
 
     Attributes:
-        config: of the harness, below its folder of tasks.
-        splits: the harness's split -> file.
-        convert: a row of the file -> a row of the data set that the harness was written for.
-        shots: examples before each question; the harness's own number where None.
+        config: the task's configuration file in the harness's folder of tasks.
+        splits: maps each split of the harness to a file.
+        convert: turns a row of the file into a row of the data set that the harness was written for.
+        shots: number of examples before each question; None leaves the harness's own number.
     """
 
     config: str
@@ -63,7 +63,7 @@ TASKS = {
 
 
 def check(tasks: Sequence[str], data_dir: str | Path) -> None:
-    """Raise, before any work, for a task that there is not and a file that is not there."""
+    """Raise, before any work, for an unknown task or a missing file."""
     if unknown := [name for name in tasks if name not in TASKS]:
         raise ValueError(f"eval: tasks must be among {', '.join(TASKS)}, got {', '.join(unknown)}")
     if not tasks:
@@ -75,8 +75,8 @@ def check(tasks: Sequence[str], data_dir: str | Path) -> None:
 
 
 def load(name: str, data_dir: str | Path) -> list[Any]:
-    """The harness's task of a benchmark, on local rows; MMLU is one for every subject."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the rows are here: nothing is to be fetched
+    """The harness's tasks for a benchmark, on local rows; MMLU has one task for every subject."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the rows are local, so nothing may be fetched
     source = TASKS[name]
     rows = {split: _read(Path(data_dir) / file) for split, file in source.splits.items()}
     if "{subject}" not in source.config:
@@ -96,13 +96,13 @@ def load(name: str, data_dir: str | Path) -> list[Any]:
 def score(
     model: Elastic, tokenizer: Any, tasks: Sequence[Any], *, limit: int | None = None, batch_size: int = 8
 ) -> dict[str, dict[str, float]]:
-    """What the harness measures: task -> metric -> value, and ``n``, how many questions.
+    """The harness's scores: task -> metric -> value, with the number of questions as ``n``.
 
     Args:
-        model: a transformers causal LM, elastic or not; an elastic one at its present budget.
-        tokenizer: its own.
-        tasks: from `load`.
-        limit: questions of each task; all by default.
+        model: a transformers causal LM; an elastic one is judged at its present budget.
+        tokenizer: the model's own.
+        tasks: tasks from `load`.
+        limit: number of questions to ask of each task; all by default.
         batch_size: sequences in a forward pass.
     """
     with _quietly():
@@ -136,12 +136,10 @@ def evaluate(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Benchmarks of an elastic model at each budget: one row for every budget and benchmark.
+    """Run benchmarks of an elastic model at each budget; returns one row for every budget and benchmark.
 
-    With ``adaptive`` the router chooses for every token below full width.
-
-    MMLU is the mean over its questions, not over its subjects, as the harness weights its group; ``limit``
-    is questions of each subject.
+    With ``adaptive`` the router chooses for every token at budgets below 1. MMLU's score is the mean over its
+    questions, not over its subjects, as the harness weights its group; ``limit`` then counts questions per subject.
     """
     check(names, data_dir)
     loaded = {name: load(name, data_dir) for name in names}
@@ -192,7 +190,7 @@ def _task(source: Source, config: str, rows: dict[str, list[Row]]) -> Any:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """The harness warns about what is meant to be so (data of our own, a loaded model), and shows bars for copies."""
+    """Silence the harness, which warns about local data and a loaded model and shows bars for copies."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     logger, shown = logging.getLogger("lm_eval"), not are_progress_bars_disabled()

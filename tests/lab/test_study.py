@@ -4,11 +4,13 @@ import csv
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from flextron import pipeline
 from flextron.artefacts.latency_table import Workload
+from flextron.cli import main
 from flextron.recipes import AdaptiveConfig, RouteConfig
 from flextron_lab.demo import stories
 from flextron_lab.study import results, run
@@ -83,6 +85,37 @@ def test_means_and_spreads_are_over_seeds():
     assert found["spread"] == pytest.approx(0.5**0.5)
 
 
+def test_the_kept_results_make_the_kept_summary_and_a_page_of_every_comparison(tmp_path, capsys):
+    kept = Path(__file__).resolve().parents[2] / "python" / "studies"
+    assert main(["reproduce", "--results", str(kept / "results.csv"), "--out", str(tmp_path), "--json"]) == 0
+    written = {Path(path).name: Path(path) for path in json.loads(capsys.readouterr().out)["files"]}
+    assert list(written) == ["results.csv", "summary.csv", "study.html"]
+    assert written["results.csv"].read_bytes() == (kept / "results.csv").read_bytes()
+    made, wanted = (
+        list(csv.DictReader(f.read_text().splitlines()))
+        for f in (written["summary.csv"], kept / "summary.csv")
+    )
+    assert len(made) == len(wanted) > 100
+    for row, other in zip(made, wanted, strict=True):
+        for column in other:
+            assert row[column] == other[column] or float(row[column]) == pytest.approx(
+                float(other[column]), rel=1e-4, abs=1e-5
+            )
+    page = written["study.html"].read_text(encoding="utf-8")
+    parents = {row["parent"] for row in wanted}
+    assert page.count("<h2>") == page.count("<svg") == len({(r["parent"], r["comparison"]) for r in wanted})
+    assert len(parents) == 2 and all(f"<h2>{parent} (a): " in page for parent in parents)
+
+
+def test_results_with_other_columns_are_refused(tmp_path, capsys):
+    (tmp_path / "results.csv").write_text("parent,loss\nstories260k,2.0\n")
+    assert (
+        main(["reproduce", "--results", str(tmp_path / "results.csv"), "--out", str(tmp_path / "out")]) == 2
+    )
+    assert "results.csv: the columns must be parent, comparison, " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(
     stories.find() is None or not (stories.data_folder() / "text" / run.TEXT).is_file(),
     reason="stories260K and its text are not here; set FLEXTRON_DATA",
@@ -117,7 +150,7 @@ def test_a_study_stops_goes_on_and_is_written_down(tmp_path, monkeypatch):
     assert run.Study("stories260k", tmp_path / "stories260k", (0,), silent).run()  # all of it is there
     assert (tmp_path / "stories260k" / run.RUNS).read_text() == lines
 
-    written = results.write([study], tmp_path)
+    written = results.write(results.rows_of(study), tmp_path)
     assert [path.name for path in written] == ["results.csv", "summary.csv", "study.html"]
     with written[0].open(newline="") as file:
         rows = list(csv.DictReader(file))

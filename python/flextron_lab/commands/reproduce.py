@@ -38,20 +38,31 @@ def options(parser: ArgumentParser) -> None:
         type=values.real,
         help="minutes after which no further run begins; call again to go on with the rest",
     )
+    add(
+        "--results",
+        metavar="CSV",
+        help="results.csv of an earlier study: write its summary and page into --out, and run nothing",
+    )
 
 
 def run(args: Namespace) -> dict[str, Any]:
     from flextron import ui
-    from flextron_lab.study.results import write
+    from flextron_lab.study.results import read, rows_of, write
     from flextron_lab.study.run import STAGES, Study
 
+    if args.results is not None:
+        return _written(args, write(read(args.results), args.out), finished=True)
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     with ui.reporter() as progress:
         studies = [Study(parent, Path(args.out) / parent, args.seeds, progress) for parent in args.parents]
         finished = [study.run(args.stages or STAGES, deadline) for study in studies]
-    written = write(studies, args.out)
-    if not all(finished):
+    written = write([row for study in studies for row in rows_of(study)], args.out)
+    return _written(args, written, finished=all(finished))
+
+
+def _written(args: Namespace, files: list[Path], finished: bool) -> dict[str, Any]:
+    if not finished:
         say(args, "not finished: call again to go on")
-    for path in written:
+    for path in files:
         say(args, str(path))
-    return {"finished": all(finished), "files": [str(path) for path in written]}
+    return {"finished": finished, "files": [str(path) for path in files]}

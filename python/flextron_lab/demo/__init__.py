@@ -1,1 +1,1 @@
-"""The demonstration: the models it starts from (:mod:`.parents`) and the way through every stage."""
+"""The demonstration: the models that it can start from, and their way through every stage."""

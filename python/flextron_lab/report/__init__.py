@@ -1,4 +1,4 @@
-"""Pages to look at: figures of an elastic checkpoint or of the study in one HTML file that asks nobody for anything."""
+"""Pages of figures about an elastic checkpoint or the study, each one HTML file that requests nothing."""
 
 from flextron_lab.report.checkpoint import report
 from flextron_lab.report.page import Section, render

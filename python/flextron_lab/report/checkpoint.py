@@ -1,4 +1,4 @@
-"""The page of one elastic checkpoint: what its stages stored, and its budgets measured anew."""
+"""The page of one elastic checkpoint: figures of what its stages stored, and new measurements of its budgets."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ def report(
     """Measure the budgets of a profiled checkpoint and write ``report.html`` into it.
 
     Args:
-        directory: of an elastic checkpoint with a latency table of prefill; what else its stages stored is shown.
-        data: text; the budgets are judged on its held-out part.
+        directory: an elastic checkpoint with a latency table of prefill; other results of its stages are shown too.
+        data: text whose held-out part judges the budgets; by default Python's own documentation.
         budgets: fractions of the full model's latency; those below the fastest network's are left out.
-        samples, length: held-out sequences, and tokens of each.
-        rounds: samples of each measurement.
-        progress: called with (what, done, total).
+        samples: number of held-out sequences.
+        length: tokens in each of these sequences.
+        rounds: samples taken of each latency.
+        progress: called with the name of the work, the steps done and the steps in all.
     """
     model = from_pretrained(directory)
     tokenizer = read_tokenizer(directory)
@@ -91,12 +92,12 @@ def _losses(rows: Sequence[dict[str, Any]], table: Any) -> Section:
     judged = ""
     if table.held_out:
         judged = (
-            f" The latency table is off by {100 * table.residual_median:.1f} % (median) and "
-            f"{100 * table.residual_worst:.1f} % (worst) on networks it was not fitted on."
+            f" On networks that the latency table was not fitted on, its median error is "
+            f"{100 * table.residual_median:.1f} %, its worst {100 * table.residual_worst:.1f} %."
         )
     return Section(
         "Loss against latency",
-        "One checkpoint, set to several budgets; every point is measured, none is predicted." + judged,
+        "One checkpoint at several budgets; every point is measured." + judged,
         [figures.losses(rows)],
         ["budget", "target", "loss", "predicted ms", "measured ms", "of full"],
         cells,
@@ -107,10 +108,12 @@ def _router_map(model: Elastic, rows: Sequence[dict[str, Any]]) -> Section:
     kind = "routed" if any(r["kind"] == "routed" for r in rows) else "uniform"
     shown = [r for r in rows if r["kind"] == kind]
     config = model.elastic
-    who = "the routers keep" if kind == "routed" else "the uniform ladder keeps: no routers were trained"
+    who = (
+        "the routers keep" if kind == "routed" else "the uniform ladder keeps, since no routers were trained"
+    )
     return Section(
         "Router map",
-        f"What share of each layer {who}, by budget.",
+        f"The share of each layer that {who}, by budget.",
         [
             figures.router_map(
                 [r["target"] for r in shown],
@@ -123,7 +126,7 @@ def _router_map(model: Elastic, rows: Sequence[dict[str, Any]]) -> Section:
 
 @torch.no_grad()
 def _token_map(model: Elastic, tokenizer: Any, tokens: torch.Tensor, targets: Sequence[float]) -> Section:
-    """A text in which every token's shade is the share of the elastic width it was given."""
+    """A text in which every token is the darker, the wider the router made it."""
     target = targets[len(targets) // 2]
     ids = tokens[:1]
     with model.budget(target, adaptive=True), model.watched() as forwards:
@@ -144,14 +147,14 @@ def _token_map(model: Elastic, tokenizer: Any, tokens: torch.Tensor, targets: Se
     ]
     return Section(
         "Width of every token",
-        f"At a budget of {target:g} the router chooses for each token: the darker, the wider, from "
-        f"{float(low):.2f} to {float(high):.2f} of the steps of the menus, mean over layers and both axes.",
+        f"At a budget of {target:g} the router chooses for each token. The shade shows how far up the menus it went, "
+        f"as a mean over layers and both axes: from {float(low):.2f} (white) to {float(high):.2f} (dark).",
         markup=f'<div class="text">{"".join(spans)}</div>',
     )
 
 
 def _shown(piece: str) -> str:
-    """A token as it stands in the text: vocabularies write a space as one of two other characters."""
+    """A token as readable text: vocabularies write spaces and line breaks as other characters."""
     return piece.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n").replace("<0x0A>", "\n")
 
 
@@ -160,10 +163,11 @@ def _routers(result: RouterResult) -> list[Section]:
     found = [
         Section(
             "Surrogate",
-            f"On {fit.n} configurations it was not trained on: R² {fit.r2:.3f}, rank correlation {fit.rank:.3f}, "
-            f"mean error {fit.mean_error:.3f} nats; the worst, {fit.worst_error:.3f}, at {fit.worst_fraction:.2f} of "
-            f"the full latency. {gate.steps_below} of {gate.steps_below + gate.steps_above} router steps were taken "
-            f"with its error below {gate.threshold:g} nats.",
+            f"On {fit.n} configurations that it was not trained on, the surrogate has R² {fit.r2:.3f}, rank "
+            f"correlation {fit.rank:.3f} and a mean error of {fit.mean_error:.3f} nats. Its worst error is "
+            f"{fit.worst_error:.3f} nats, at {fit.worst_fraction:.2f} of the full latency. Of "
+            f"{gate.steps_below + gate.steps_above} router steps {gate.steps_below} were taken while its error was "
+            f"below {gate.threshold:g} nats.",
             [figures.scatter(fit.predicted, fit.observed, fit.fractions)],
         )
     ]
@@ -181,7 +185,7 @@ def _routers(result: RouterResult) -> list[Section]:
         [f"{t.target:g}", *(f"{x:+.3f}" for x in (t.routed_observed, t.uniform_observed, t.search_observed))]
         for t in result.targets
     ]
-    text = "Nats above the full model's loss, on the text that the routers were trained on."
+    text = "Loss above the full model's in nats, on the text that the routers were trained on."
     found.append(Section("Routers, uniform widths and search", text, (), header, cells))
     return found
 
@@ -194,7 +198,7 @@ def _adaptive(result: AdaptiveResult) -> Section:
     }
     return Section(
         "Training of the router that chooses for every token",
-        "Its loss and latency on sequences it was not trained on, by the table, beside the static budget's.",
+        "Loss and predicted latency on sequences that it was not trained on, beside those of the static budget.",
         [figures.curves(panels)],
         ["target", "mean fraction", "loss", "static fraction", "static loss"],
         [

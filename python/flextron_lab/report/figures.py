@@ -1,4 +1,4 @@
-"""The figures of the pages, one function each, by matplotlib."""
+"""The figures of the pages, drawn with matplotlib by one function each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLOURS = {
     "adaptive": "#a0409a",
 }
 _CYCLE = ("#1f6fb4", "#d9770b", "#2a9d5c", "#a0409a", "#7a6a53", "#c0392b")
-Series = Mapping[str, Sequence[tuple[float, float, float]]]  # name -> (x, mean, half the spread)
+Series = Mapping[str, Sequence[tuple[float, float, float]]]  # name -> points (x, mean, half the spread)
 
 
 def _axes(columns: int = 1, height: float = 3.6, **options: Any) -> tuple[Any, Any]:
@@ -42,7 +42,7 @@ def _axes(columns: int = 1, height: float = 3.6, **options: Any) -> tuple[Any, A
 
 
 def losses(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Held-out loss against measured latency, one line for each kind of budget (of `judge_budgets`)."""
+    """Draw held-out loss against measured latency, with a line for each kind of budget that `judge_budgets` has."""
     figure, ax = _axes()
     for kind in dict.fromkeys(row["kind"] for row in rows):
         points = sorted((r["measured_ms"], r["loss"], r["target"]) for r in rows if r["kind"] == kind)
@@ -61,7 +61,7 @@ def losses(rows: Sequence[Mapping[str, Any]]) -> Any:
 def router_map(
     budgets: Sequence[float], mlp: Sequence[Sequence[float]], heads: Sequence[Sequence[float]]
 ) -> Any:
-    """Share of its width that every layer keeps at every budget: [budgets][layers] of each axis, within [0, 1]."""
+    """Draw the share, in [0, 1], that each layer keeps at each budget; ``mlp`` and ``heads``: [budgets][layers]."""
     figure, both = _axes(2, 0.9 + 0.36 * len(budgets), **{"axes.grid": False})
     image = None
     for ax, title, shares in zip(both, ("MLP neurons", "attention heads"), (mlp, heads), strict=True):
@@ -84,7 +84,7 @@ def router_map(
 
 
 def scatter(predicted: Sequence[float], observed: Sequence[float], fractions: Sequence[float]) -> Any:
-    """What the surrogate says of configurations it has not seen, against what the model says."""
+    """Draw the losses that the surrogate predicts for unseen configurations against those of the model."""
     figure, ax = _axes()
     points = ax.scatter(observed, predicted, c=fractions, cmap="viridis", s=22, vmin=0, vmax=1)
     low, high = min([*predicted, *observed]), max([*predicted, *observed])
@@ -96,7 +96,7 @@ def scatter(predicted: Sequence[float], observed: Sequence[float], fractions: Se
 
 
 def curves(panels: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str = "step") -> Any:
-    """One small panel for each curve: title -> (x, y)."""
+    """Draw a small panel for each curve; ``panels`` maps a title to (x, y)."""
     figure, axes = _axes(len(panels), 2.7)
     for ax, (title, (x, y)) in zip([axes] if len(panels) == 1 else axes, panels.items(), strict=True):
         ax.plot(x, y, color=_CYCLE[0], linewidth=1.2)
@@ -106,7 +106,7 @@ def curves(panels: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel
 
 
 def comparison(panels: Mapping[str, Series], xlabel: str, ylabel: str) -> Any:
-    """Means with their spread as bars, one panel for each title; a series is (x, mean, half the spread)."""
+    """Draw means with their spread as bars, a panel for each title."""
     figure, axes = _axes(len(panels))
     for ax, (title, series) in zip([axes] if len(panels) == 1 else axes, panels.items(), strict=True):
         for (name, points), colour in zip(series.items(), _CYCLE * 2, strict=False):

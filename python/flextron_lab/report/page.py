@@ -28,13 +28,13 @@ th { color: #55606e; font-weight: 600; } th:first-child, td:first-child { text-a
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two, and beneath it figures, a table or markup, as far as given.
+    """A heading with a sentence or two, and beneath it the figures, table and markup that are given.
 
     Attributes:
-        title, text: plain text; they are escaped.
-        figures: matplotlib figures; they are closed when the page is written.
-        header, rows: of a table.
-        markup: HTML, as it is.
+        title, text: plain text, which is escaped.
+        figures: matplotlib figures, which are closed when the page is written.
+        header, rows: the cells of a table.
+        markup: HTML, which is inserted unchanged.
     """
 
     title: str
@@ -46,7 +46,7 @@ class Section:
 
 
 def render(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """The page as HTML: no script, no link, no request."""
+    """The page as HTML without scripts, links or requests."""
     body = "\n".join(_section(place, section) for place, section in enumerate(sections))
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -70,7 +70,7 @@ def _section(place: int, section: Section) -> str:
 
 
 def _svg(figure: Any, prefix: str) -> str:
-    """The figure as inline SVG; its ids get a prefix of their own, for the page is one document."""
+    """The figure as inline SVG, whose ids get a prefix so that they are unique on the page."""
     import matplotlib.pyplot as plt
 
     buffer = io.StringIO()

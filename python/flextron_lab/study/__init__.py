@@ -1,1 +1,1 @@
-"""The study: which of the method's claims hold on small parents. `run.py` runs it, `results.py` reads it."""
+"""The study of the method's claims on small parents: `plan.py` sets it up, `run.py` runs it, `results.py` reads it."""

@@ -1,4 +1,4 @@
-"""What the study trains, on how much, and which arms are compared with which."""
+"""What the study trains, on how many tokens, and with which settings."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Arm:
     """One way to make a sub-network.
 
     Attributes:
-        order: of neurons and heads when the parent is converted.
-        options: of `TrainConfig`, where they are not those of the plan.
-        start: ``"parent"``: continues from its weights; ``"scratch"``: from random ones.
-        alone: budget whose uniform sub-network is trained alone; None: elastic training.
+        order: how neurons and heads are sorted when the parent is converted.
+        options: fields of `TrainConfig` that differ from the plan's.
+        start: ``"parent"`` continues from the parent's weights, ``"scratch"`` from random ones.
+        alone: budget whose uniform sub-network is trained alone; None trains all widths elastically.
     """
 
     order: str = "importance"
@@ -29,23 +29,23 @@ class Arm:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything for one parent: what a CPU of two cores does in an hour.
+    """How much work each stage does for one parent, so that two cores need about an hour.
 
     Attributes:
-        parent: a name for `flextron_lab.demo.parents.load_parent`.
-        pretraining_tokens: that the parent has seen; None where nobody says.
-        workload: whose latency budgets are fractions of.
+        parent: a name that `flextron_lab.demo.parents.load_parent` knows.
+        pretraining_tokens: number of tokens that the parent was trained on; None where it is not known.
+        workload: the forward whose latency budgets are fractions of.
         budgets: fractions of the full model's latency.
-        alone: of them, those at which models are trained alone.
-        train: the main arm's training; its seed is replaced.
-        route: of the routers; its seed is replaced.
-        end_to_end: of the routers that learn through the model, not its surrogate, where it is not that of ``route``.
-        adaptive: of the routers that choose for every token; its seed is replaced.
-        adaptive_length: tokens of each of their sequences.
-        route_samples: sequences behind one loss that the surrogate learns from.
-        length: tokens of every sequence that is judged, routed or scored on.
-        judged: held-out sequences.
-        calibration: sequences that score importance.
+        alone: those budgets at which models are also trained alone.
+        train: the main arm's training; the study's seed replaces its own.
+        route: training of the static routers; the study's seed replaces its own.
+        end_to_end: fields of ``route`` that differ for routers that learn through the model instead of the surrogate.
+        adaptive: training of the routers that choose for every token; the study's seed replaces its own.
+        adaptive_length: tokens in each sequence that adaptive routers learn from.
+        route_samples: number of sequences behind one loss that the surrogate learns from.
+        length: tokens in every sequence that is judged, routed or scored on.
+        judged: number of held-out sequences.
+        calibration: number of sequences that importance is scored on.
     """
 
     parent: str
@@ -71,7 +71,7 @@ class Plan:
             "no order": Arm(order="none"),
             "random order": Arm(order="random"),
             "cross-entropy": Arm(options=cross_entropy),
-            # Not by distillation: at full width the teacher is what it teaches, and nothing would be learnt.
+            # Not by distillation: at full width student and teacher are the same, and nothing would be learnt.
             "full width only": Arm(options=cross_entropy | {"full_probability": 1.0}),
         }
         for budget in self.alone:
@@ -80,7 +80,7 @@ class Plan:
         return arms
 
     def training(self, arm: Arm, seed: int, widths: Widths | None) -> TrainConfig:
-        """The configuration of an arm's run; ``widths``: of a model that is trained alone."""
+        """The configuration of an arm's run; ``widths`` is the sub-network that is trained alone, if one is."""
         return replace(self.train, seed=seed, only=widths, **arm.options)
 
 
@@ -95,7 +95,7 @@ _TRAIN = TrainConfig(
     eval_every=0,
     checkpoint_every=0,
 )
-_END_TO_END = {"form": "gumbel", "steps": 300, "batch": 8}  # a step costs a training step of the model
+_END_TO_END = {"form": "gumbel", "steps": 300, "batch": 8}  # each step costs a training step of the model
 _BUDGETS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 PLANS = {

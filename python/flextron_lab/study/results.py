@@ -1,4 +1,4 @@
-"""Reads the study: one row per run as CSV, means and spreads of each comparison, and the page."""
+"""The study's results: a CSV row for each run, means and spreads of each comparison, and the page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLUMNS = (
     "params", "router_seconds", "mlp", "heads",
 )  # fmt: skip
 
-# comparison -> (question, {arm as the page calls it: (arm of the rows, whether it is trained)})
+# comparison -> (question, {the arm's name on the page: (the arm's name in the rows, whether it is trained)})
 COMPARISONS = {
     "a": (
         "Importance order against none and random, uniform widths, after the same training",
@@ -71,7 +71,7 @@ COMPARISONS = {
 
 
 def rows_of(study: Study) -> list[Row]:
-    """Every run of every comparison; a run that several comparisons share is there once in each."""
+    """The rows of every comparison; a run that several comparisons share has a row in each of them."""
     done = study.done()
     times = _times(done)
     runs = [row for record in done.values() for row in record["rows"] if "arm" in row]
@@ -119,7 +119,7 @@ def rows_of(study: Study) -> list[Row]:
 
 
 def _write_csv(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
-    """Widths of the layers are separated by spaces; nothing stands where nothing was measured."""
+    """Write rows; the widths of layers are separated by spaces, and a value that was not measured is empty."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
@@ -127,12 +127,32 @@ def _write_csv(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
             writer.writerow([_cell(row[column]) for column in columns])
 
 
-def write(studies: Sequence[Study], out: str | Path) -> list[Path]:
-    """``results.csv``, ``summary.csv`` and ``study.html`` of what has been run so far."""
-    rows = _compared([row for study in studies for row in rows_of(study)])
+def read(path: str | Path) -> list[Row]:
+    """The rows of a ``results.csv``."""
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path}: the columns must be {', '.join(COLUMNS)}, got {reader.fieldnames}")
+        return [{name: _value(name, text) for name, text in row.items()} for row in reader]
+
+
+def _value(name: str, text: str) -> Any:
+    if name in ("parent", "comparison", "arm"):
+        return text
+    if not text:
+        return None
+    if name in ("mlp", "heads"):
+        return [int(width) for width in text.split()]
+    return int(text) if name in ("seed", "tokens", "params") else float(text)
+
+
+def write(rows: Sequence[Row], out: str | Path) -> list[Path]:
+    """Write ``results.csv``, ``summary.csv`` and ``study.html``, of the comparisons that have several arms so far."""
+    rows = _compared(rows)
     if not rows:
         return []
     paths = [Path(out) / name for name in ("results.csv", "summary.csv", "study.html")]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
     _write_csv(rows, COLUMNS, paths[0])
     found = summary(rows)
     _write_csv(found, tuple(found[0]), paths[1])
@@ -141,7 +161,7 @@ def write(studies: Sequence[Study], out: str | Path) -> list[Path]:
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """(comparison, arm, budget) -> seeds, mean loss, its spread (standard deviation), mean latency."""
+    """Mean loss, its standard deviation over seeds and the mean latency of each arm at each budget."""
     groups: dict[tuple[str, str, str, float], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["parent"], row["comparison"], row["arm"], row["budget"]), []).append(row)
@@ -166,7 +186,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 
 def page(rows: Sequence[Row]) -> str:
-    """The study as one HTML page."""
+    """The study as an HTML page."""
     sections = []
     for parent in dict.fromkeys(row["parent"] for row in rows):
         of_parent = summary([row for row in rows if row["parent"] == parent])
@@ -175,7 +195,7 @@ def page(rows: Sequence[Row]) -> str:
             if some:
                 sections.append(_section(parent, comparison, question, some))
     seen = ", ".join(dict.fromkeys(row["parent"] for row in rows))
-    lead = f"Parents: {seen}. Held-out loss in nats a token; bars are one standard deviation over seeds."
+    lead = f"Parents: {seen}. Losses are held-out, in nats per token; bars are one standard deviation over seeds."
     return render("What elastic models gain, measured", lead, sections)
 
 
@@ -215,7 +235,7 @@ def _section(parent: str, comparison: str, question: str, some: Sequence[Row]) -
 
 
 def _compared(rows: Sequence[Row]) -> list[Row]:
-    """Without the comparisons of which only one arm has been run."""
+    """The rows of those comparisons of which more than one arm has been run."""
     arms: dict[tuple[str, str], set[str]] = {}
     for row in rows:
         arms.setdefault((row["parent"], row["comparison"]), set()).add(row["arm"])
@@ -223,9 +243,9 @@ def _compared(rows: Sequence[Row]) -> list[Row]:
 
 
 def _times(done: dict[str, Row]) -> dict[tuple[Any, ...], Row]:
-    """(widths of MLPs, of attentions), or (arm, seed, budget) of an adaptive router -> its row of the last measurement.
+    """The last measurement, which timed all networks side by side: a network's key -> its row.
 
-    Everything was timed in it, side by side.
+    The key is (MLP widths, head counts), or (arm, seed, budget) for an adaptive router.
     """
     timed = [record["rows"] for job, record in done.items() if job.startswith("latency")]
     if not timed:

@@ -1,4 +1,4 @@
-"""Runs the study, one job at a time: each appends its rows to ``runs.jsonl`` and is never run again."""
+"""Runs the study one job at a time: a job appends its rows to ``runs.jsonl`` and is never run again."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from flextron_lab.study.plan import PLANS, Arm, Plan
 RUNS = "runs.jsonl"
 TEXT = "tinystories_sample.txt.xz"
 STAGES = ("prepare", "profile", "train", "route", "adaptive", "latency")
-# how an adaptive router learns -> its arm
+# how an adaptive router learns -> the name of its arm
 ADAPTIVE = {"gumbel": "adaptive routers", "surrogate": "adaptive routers by surrogate"}
-_HELD_OUT = 0.15  # share of the text that judges; every stage works on the rest
-_ROUNDS = 5  # samples of each measured latency
+_HELD_OUT = 0.15  # share of the text that judges; all stages work on the rest
+_ROUNDS = 5  # samples taken of each latency
 
 Row = dict[str, Any]
 Job = tuple[str, Callable[[], list[Row]]]
@@ -57,9 +57,9 @@ class Study:
 
     Args:
         parent: a key of `PLANS`.
-        out: its folder; what is there already is not done again.
-        seeds: of every run.
-        progress: called with (what, done, total).
+        out: the parent's folder; jobs that are recorded there are not done again.
+        seeds: seeds that every arm is run with.
+        progress: called with the name of the work, the steps done and the steps in all.
     """
 
     def __init__(self, parent: str, out: str | Path, seeds: Sequence[int], progress: Progress) -> None:
@@ -73,14 +73,14 @@ class Study:
         self._corpus: Corpus | None = None
 
     def run(self, stages: Sequence[str] = STAGES, deadline: float | None = None) -> bool:
-        """Do what is left of ``stages``; stop after the job during which ``deadline`` passes.
+        """Do the jobs of ``stages`` that are left; stop after the job during which ``deadline`` passes.
 
         Args:
-            stages: of `STAGES`, in their order.
-            deadline: in seconds of `time.monotonic`; None: none.
+            stages: names from `STAGES`; they are run in the order of `STAGES`.
+            deadline: a time of `time.monotonic`, in seconds; None sets no deadline.
 
         Returns:
-            Whether all of it is done.
+            Whether all jobs are done.
         """
         with locked(self.out, "reproduce"):
             return self._run(stages, deadline)
@@ -104,7 +104,7 @@ class Study:
         return True
 
     def done(self) -> dict[str, Row]:
-        """What is recorded: job -> {"rows", "seconds"}."""
+        """The recorded jobs: name -> {"rows", "seconds"}."""
         path = self.out / RUNS
         records = read_lines(path) if path.exists() else []
         for number, record in enumerate(records, 1):
@@ -117,7 +117,7 @@ class Study:
         with (self.out / RUNS).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    # ---- the stages: each yields its jobs
+    # ---- the stages, each of which yields its jobs
 
     def _prepare(self) -> Iterator[Job]:
         yield "convert", self._convert
@@ -126,9 +126,9 @@ class Study:
         yield "profile", self._measure_table
 
     def _train(self) -> Iterator[Job]:
-        for order in ("importance", "none"):  # these do not depend on the seed
+        for order in ("importance", "none"):  # these arms do not depend on the seed
             yield f"untrained/{order}", lambda o=order: self._judge_untrained(o, 0)
-        for seed in self.seeds:  # seed by seed: what is cut off lacks seeds, not arms
+        for seed in self.seeds:  # seed by seed, so that a study that is cut short lacks seeds, not arms
             yield f"untrained/random/{seed}", lambda s=seed: self._judge_untrained("random", s)
             for name, arm in self.plan.arms().items():
                 yield f"train/{name}/{seed}", lambda n=name, a=arm, s=seed: self._train_arm(n, a, s)
@@ -144,7 +144,7 @@ class Study:
                 yield f"{arm}/{seed}", lambda f=form, s=seed: self._route_adaptive(f, s)
 
     def _latency(self) -> Iterator[Job]:
-        # As many sub-networks as there are: when rows were added, all are timed again, side by side.
+        # The name counts the networks: when rows were added, all networks are timed again, side by side.
         adaptive = sum(job.startswith("adaptive ") for job in self.done())
         yield f"latency of {len(self._sub_networks())} and {adaptive}", self._measure_all
 
@@ -154,14 +154,14 @@ class Study:
         parent = load_parent(self.plan.parent)
         corpus = self.corpus(parent.tokenizer)
         for order in ("importance", "none", "random"):
-            # One random order for each seed: the draw is what that arm is about.
+            # The random arm is about the draw, so it has a random order for each seed.
             for seed in self.seeds if order == "random" else (0,):
                 pipeline.convert(
                     parent.model,
                     self._converted(order, seed),
                     data=corpus,
                     tokenizer=parent.tokenizer,
-                    force=True,  # what a killed run left
+                    force=True,  # replaces what a killed run left
                     samples=self.plan.calibration,
                     length=self.plan.length,
                     order=order,
@@ -216,7 +216,7 @@ class Study:
         return [row | cost | {"surrogate": result.surrogate.to_dict()} for row in rows]
 
     def _route_end_to_end(self, seed: int) -> list[Row]:
-        """The same routers by the model's own loss; the folder of the others keeps theirs."""
+        """Train static routers by the model's own loss, in a copy, so that the folder keeps the surrogate's routers."""
         config = replace(self.plan.route, seed=seed, **self.plan.end_to_end)
         with tempfile.TemporaryDirectory() as scratch:
             directory = shutil.copytree(self._trained(seed), Path(scratch) / "model")
@@ -225,7 +225,7 @@ class Study:
         return [row | cost for row in rows]
 
     def _routed(self, directory: Path, config: RouteConfig) -> tuple[RouterResult, Any, Row]:
-        """(what routing says, the model with it, the processor's seconds that it took, of all threads)."""
+        """Train routers; returns the result, the model with these routers, and the CPU seconds over all threads."""
         began = time.process_time()
         result = pipeline.route(
             directory,
@@ -258,7 +258,7 @@ class Study:
             cost |= {"surrogate": result.surrogate.to_dict(), "gate": asdict(result.gate)}
         model = from_pretrained(directory)
         tokens, table = self._judging(), self.table()
-        # the others are too fast for it
+        # the adaptive router cannot be as fast as the other budgets
         budgets = [b for b in self.plan.budgets if b in result.router.targets]
         dials = [Dial.adaptive(model.elastic, [b]) for b in budgets]
         shares = fractions(model, table, tokens, budgets, "prefill").tolist()
@@ -271,7 +271,7 @@ class Study:
         ]  # fmt: skip
 
     def _measure_all(self) -> list[Row]:
-        """Every sub-network that any row is about, timed in one run: their milliseconds compare."""
+        """Time every sub-network that any row is about in one run, so that their milliseconds compare."""
         model, _ = load_elastic(self._converted("importance", 0))
         others = [widths for widths in self._sub_networks() if widths != model.elastic.full()]
         full_ms, times = measure(
@@ -290,7 +290,7 @@ class Study:
         return rows + [row for form, seed in done for row in self._measure_adaptive(form, seed)]
 
     def _measure_adaptive(self, form: str, seed: int) -> list[Row]:
-        """On real text: how many tokens take which width decides the time, and the routers' own is in it."""
+        """Time an adaptive router on real text, where the widths of the tokens, and choosing them, decide the time."""
         model = from_pretrained(self._adaptive_folder(form, seed))
         workload = self.plan.workload
         ids = text.windows(self.corpus().held_out, workload.batch, workload.length)
@@ -302,15 +302,15 @@ class Study:
             for budget, ms in zip(budgets, times, strict=True)
         ]
 
-    # ---- what they share
+    # ---- what the jobs share
 
     def _sub_networks(self) -> list[Widths]:
-        """All that rows are about, each once, in their order."""
+        """The sub-networks that the rows are about, each once, in order."""
         rows = [row for record in self.done().values() for row in record["rows"] if "mlp" in row]
         return list(dict.fromkeys(Widths(row["mlp"], row["heads"]) for row in rows))
 
     def corpus(self, tokenizer: Any = None) -> Corpus:
-        """The real stories: (to work on, to judge by)."""
+        """The stories, as tokens to work on and tokens to judge by."""
         if self._corpus is None:
             tokenizer = tokenizer or read_tokenizer(self._converted("importance", 0))
             self._corpus = encode(_documents(), tokenizer)
@@ -326,7 +326,7 @@ class Study:
         return tables[self.plan.workload.phase]
 
     def uniform(self) -> dict[float, Widths]:
-        """Budget -> the uniform ladder's widths for it, the full model at 1."""
+        """The uniform ladder's widths for each budget, and the full model's at 1."""
         model, _ = load_elastic(self._converted("importance", 0))
         table, ladder = self.table(), uniform_ladder(model.elastic)
         found = {b: ladder.highest(table.predict, b * table.full_ms) for b in (*self.plan.budgets, 1.0)}

@@ -9,7 +9,7 @@ _COLOURS = {"full": "#222222", "routed": "#1f6fb4", "uniform": "#d95f02"}
 
 
 def draw(report: dict[str, Any], path: str | Path) -> None:
-    """Loss against measured latency of every budget, and what the routers keep in each layer."""
+    """Draw the loss of every budget against its measured latency, and the share of each layer that routers keep."""
     plt = _pyplot()
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), width_ratios=(1.25, 1), layout="constrained")
     fig.suptitle(report["parent"], x=0.01, ha="left")
@@ -20,7 +20,7 @@ def draw(report: dict[str, Any], path: str | Path) -> None:
 
 
 def draw_losses(report: dict[str, Any], path: str | Path) -> None:
-    """The first of the two alone: the picture in README.md."""
+    """Draw loss against latency alone: the picture in README.md."""
     plt = _pyplot()
     fig, axes = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
     _draw_losses(axes, report)
