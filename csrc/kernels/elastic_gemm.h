@@ -96,9 +96,10 @@ struct GemmRowsParams {
 };
 
 // Items [begin, end): an item is a panel (of a gated layer: both its panels) of one block of rows. What items
-// write does not overlap.
-#define FLEXTRON_DECLARE_ELASTIC_GEMM(isa)                                         \
-  void elastic_gemm_##isa(const ElasticGemmParams& p, int64_t begin, int64_t end); \
+// write does not overlap. Weights of 16 bits are compiled apart.
+#define FLEXTRON_DECLARE_ELASTIC_GEMM(isa)                                               \
+  void elastic_gemm_##isa(const ElasticGemmParams& p, int64_t begin, int64_t end);       \
+  void elastic_gemm_16bit_##isa(const ElasticGemmParams& p, int64_t begin, int64_t end); \
   void elastic_gemm_rows_##isa(const GemmRowsParams& p, int64_t begin, int64_t end);
 FLEXTRON_DECLARE_ELASTIC_GEMM(cpu)
 FLEXTRON_DECLARE_ELASTIC_GEMM(avx2)

@@ -198,6 +198,12 @@ inline float sum_of(Vec<float> v) {
   return lane[0];
 }
 
+// A vector whose first n < kWide elements are there. Not inlined: a tile has dozens of these.
+template <class W>
+__attribute__((noinline)) void fill_up(float* to, const W* from, i64 n) {
+  for (i64 e = 0; e < kWide; ++e) to[e] = e < n ? widen(from[e]) : 0.0f;
+}
+
 // c[i][j] += dot product of row i of a and row j of w.
 template <int rows, int features, class W>
 void dot_tile(i64 K, const float* a, i64 a_row, const W* w, i64 stride, float* c) {
@@ -215,13 +221,13 @@ void dot_tile(i64 K, const float* a, i64 a_row, const W* w, i64 stride, float* c
       for (int i = 0; i < rows; ++i) sum[j][i] += load_loose<float>(a + i * a_row + k) * weight;
     }
   if (k < K) {  // the rest of a vector, filled up with zeros
-    float x[kWide], y[kWide];
+    float x[rows][kWide], y[kWide];
+    for (int i = 0; i < rows; ++i) fill_up(x[i], a + i * a_row + k, K - k);
+#pragma GCC unroll 8
     for (int j = 0; j < features; ++j) {
-      for (i64 e = 0; e < kWide; ++e) y[e] = k + e < K ? widen(w[j * stride + k + e]) : 0.0f;
-      for (int i = 0; i < rows; ++i) {
-        for (i64 e = 0; e < kWide; ++e) x[e] = k + e < K ? a[i * a_row + k + e] : 0.0f;
-        sum[j][i] += load_loose<float>(x) * load_loose<float>(y);
-      }
+      fill_up(y, w + j * stride + k, K - k);
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; ++i) sum[j][i] += load_loose<float>(x[i]) * load_loose<float>(y);
     }
   }
 #pragma GCC unroll 8
@@ -431,20 +437,7 @@ void run_items(const ElasticGemmParams& p, i64 begin, i64 end) {
   }
 }
 
-void run_gemm(const ElasticGemmParams& p, i64 begin, i64 end) {
-  switch (p.weight_dtype) {
-    case GemmDtype::kFloat:
-      return run_items<float>(p, begin, end);
-    case GemmDtype::kBf16:
-      return run_items<bf16>(p, begin, end);
-    case GemmDtype::kFp16:
-      return run_items<fp16>(p, begin, end);
-    case GemmDtype::kInt8:
-      return run_items<int8>(p, begin, end);
-  }
-}
-
-void run_rows(const GemmRowsParams& p, i64 begin, i64 end) {
+inline void run_rows(const GemmRowsParams& p, i64 begin, i64 end) {
   with_io(p.dtype, [&](auto* type) {
     const auto* const x = static_cast<decltype(type)>(const_cast<void*>(p.x));
     for (i64 row = begin; row < end; ++row)
@@ -455,11 +448,17 @@ void run_rows(const GemmRowsParams& p, i64 begin, i64 end) {
 }  // namespace
 }  // namespace flextron
 
-// The launchers of elastic_gemm.h for the instruction set this file is compiled for.
+// The launchers of elastic_gemm.h for the instruction set this file is compiled for, in two files.
 #define FLEXTRON_DEFINE_ELASTIC_GEMM(isa)                                             \
   void elastic_gemm_##isa(const ElasticGemmParams& p, int64_t begin, int64_t end) {   \
-    run_gemm(p, begin, end);                                                          \
+    if (p.weight_dtype == GemmDtype::kFloat) return run_items<float>(p, begin, end);  \
+    if (p.weight_dtype == GemmDtype::kInt8) return run_items<int8>(p, begin, end);    \
+    elastic_gemm_16bit_##isa(p, begin, end);                                          \
   }                                                                                   \
   void elastic_gemm_rows_##isa(const GemmRowsParams& p, int64_t begin, int64_t end) { \
     run_rows(p, begin, end);                                                          \
+  }
+#define FLEXTRON_DEFINE_ELASTIC_GEMM_16BIT(isa)                                                           \
+  void elastic_gemm_16bit_##isa(const ElasticGemmParams& p, int64_t begin, int64_t end) {                 \
+    p.weight_dtype == GemmDtype::kBf16 ? run_items<bf16>(p, begin, end) : run_items<fp16>(p, begin, end); \
   }

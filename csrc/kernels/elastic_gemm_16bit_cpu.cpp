@@ -1,0 +1,8 @@
+// elastic_gemm of 16-bit weights for any CPU: the loops of elastic_gemm_block.h, chosen at run time.
+#include "kernels/elastic_gemm_block.h"
+
+namespace flextron {
+
+FLEXTRON_DEFINE_ELASTIC_GEMM_16BIT(cpu)
+
+}  // namespace flextron
