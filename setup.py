@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -21,6 +22,23 @@ def find_torch() -> Path | None:
     spec = importlib.util.find_spec("torch")
     found = Path(spec.submodule_search_locations[0]) if spec else Path(sysconfig.get_path("platlib"), "torch")
     return found if (found / "include" / "torch" / "csrc" / "stable" / "ops.h").is_file() else None
+
+
+def cuda_archs() -> str:
+    """The GPU architectures to compile for: as asked for, else those of this machine's GPUs, else what most have."""
+    asked = os.environ.get("FLEXTRON_CUDA_ARCHS", "native")
+    if asked != "native":
+        return asked
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True).stdout
+    except OSError:  # no driver
+        answer = ""
+    found = {
+        int(major) * 10 + int(minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", answer, re.MULTILINE)
+    }
+    # 90a has the instructions of Hopper's kernels; what is older than 80 has too few for any of them.
+    return ";".join("90a" if arch == 90 else str(arch) for arch in sorted(found) if arch >= 80) or "80;90a"
 
 
 class CMakeBuild(build_ext):
@@ -43,7 +61,7 @@ class CMakeBuild(build_ext):
             "FLEXTRON_PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "FLEXTRON_OUTPUT_DIR": root / "flextron_ext",
             "FLEXTRON_CUDA": os.environ.get("FLEXTRON_CUDA", "AUTO"),
-            "FLEXTRON_CUDA_ARCHS": os.environ.get("FLEXTRON_CUDA_ARCHS", "80;90a"),
+            "FLEXTRON_CUDA_ARCHS": cuda_archs(),
         }
         program = Path(cmake.CMAKE_BIN_DIR) / "cmake"
         defines = [f"-D{name}={value}" for name, value in options.items()]

@@ -2,8 +2,9 @@
 
 Reads what compile_record.py wrote down while build/cmake was built; what has no record is compiled again, with the
 build's own flags, and thrown away. Fails where a kernel has a stack frame, spills, takes more registers than its row
-allows, has no row, or a row has no kernel; and where a clean build would pass 10 minutes or 4 GiB on two cores. Without
-nvcc it says so and passes.
+allows, has no row, or a row has no kernel; where a file takes more than a minute of a core; and where a clean build
+would pass 10 minutes or 4 GiB on two cores. A build for the GPU at hand alone is held against the rows of its
+architecture. Without nvcc it says so and passes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ TABLE = Path(__file__).with_suffix(".csv")
 LAUNCHER = "compile_record.py"
 
 CORES = 2  # what is compiled at once, and the machine the limits are for
-MAX_SECONDS, MAX_BYTES = 600, 4 << 30
+MAX_SECONDS, MAX_FILE_SECONDS, MAX_BYTES = 600, 60, 4 << 30
 REGISTER_SLACK = 8  # a register more or less is the compiler's choice; one allocation unit is not
 
 
@@ -154,6 +155,11 @@ def commands(database: Path = DATABASE) -> Iterator[tuple[str, list[str], str]]:
             yield file, command[launched:], entry["directory"]
 
 
+def architectures(command: Sequence[str]) -> set[str]:
+    """The architectures that a command of nvcc assembles for: {"sm_80", "sm_90a"}."""
+    return set(re.findall(r"\bsm_\w+", " ".join(command)))
+
+
 def run(file: str, command: list[str], folder: str) -> Compile:
     """What the build recorded of this command, or the command run once more, its object thrown away."""
     if found := stored(file, command, folder):
@@ -190,6 +196,11 @@ def report(kernels: Sequence[Kernel], compiles: Sequence[Compile], wall: float) 
     wrong = []
     if seconds > MAX_SECONDS:
         wrong.append(f"a clean build must take at most {MAX_SECONDS} s on {CORES} cores, got {seconds:.0f}")
+    wrong += [
+        f"{c.file}: must take at most {MAX_FILE_SECONDS} s of a core to compile, got {c.seconds:.0f}"
+        for c in compiles
+        if c.seconds > MAX_FILE_SECONDS
+    ]
     if peak > MAX_BYTES:
         wrong.append(f"a clean build must take at most {MAX_BYTES >> 30} GiB, got {peak / 2**30:.2f}")
     return wrong
@@ -211,6 +222,12 @@ def main() -> int:
         parser.error("--only must not be given with --update, got both")
 
     jobs = [job for job in commands() if arguments.only in job[0]]
+    built = {arch for _, command, _ in jobs for arch in architectures(command)}
+    table = read_table()
+    known_archs = {row.arch for row in table}
+    if arguments.update and not known_archs <= built:
+        wanted, got = (", ".join(sorted(archs)) for archs in (known_archs, built))
+        parser.error(f"--update must be given a build for {wanted}, got one for {got}")
     known = {job[0] for job in jobs}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "kernels").glob("*.cu")}
     wrong = [
@@ -234,8 +251,10 @@ def main() -> int:
         write_table(kernels)
     if not arguments.only:
         wrong += limits
-    recorded = [row for row in read_table() if arguments.only in row.file]
-    wrong += compare(recorded, kernels)
+    if arguments.update:
+        table, known_archs = read_table(), built
+    recorded = [row for row in table if arguments.only in row.file and row.arch in built]
+    wrong += compare(recorded, [kernel for kernel in kernels if kernel.arch in known_archs])
     for line in wrong:
         print(f"kernel_resources: {line}", file=sys.stderr)
     if wrong:

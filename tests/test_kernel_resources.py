@@ -88,6 +88,41 @@ def test_rows_and_kernels_must_match():
     ]
 
 
+@pytest.fixture
+def build(tmp_path, monkeypatch, compiler):
+    """A build of csrc/kernels/a.cu for some architectures, and a table with a row for sm_80 and one for sm_90a."""
+    folder = tmp_path / "csrc" / "kernels"
+    folder.mkdir(parents=True)
+    (folder / "a.cu").touch()
+    monkeypatch.setattr(kernel_resources, "ROOT", tmp_path)
+    monkeypatch.setattr(kernel_resources, "DATABASE", tmp_path)
+    monkeypatch.setattr(kernel_resources.shutil, "which", lambda name: name)
+    monkeypatch.setattr(kernel_resources, "demangle", lambda text: text)
+    rows = [replace(GOOD, file="csrc/kernels/a.cu", arch=arch) for arch in ("sm_80", "sm_90a")]
+    monkeypatch.setattr(kernel_resources, "read_table", lambda: rows)
+    monkeypatch.setattr(kernel_resources, "write_table", lambda kernels: None)
+
+    def main(*archs, arguments=()):
+        text = "".join(f"Compiling entry function 'tile_kernel<bf16>' for '{arch}'\n" for arch in archs)
+        made = compile_record.Compile("csrc/kernels/a.cu", 0, text, 1.0, 1)
+        monkeypatch.setattr(kernel_resources, "run", lambda *job: made)
+        command = compiler("a.cu", *(f"--generate-code=arch=compute,code=[{arch}]" for arch in archs))
+        monkeypatch.setattr(kernel_resources, "commands", lambda: [("csrc/kernels/a.cu", command, "/")])
+        monkeypatch.setattr("sys.argv", ["kernel_resources.py", *arguments])
+        return kernel_resources.main()
+
+    return main
+
+
+def test_a_build_for_one_gpu_is_held_against_its_rows(build, capsys):
+    assert build("sm_80", "sm_90a") == build("sm_90a") == 0
+    assert build("sm_86") == 0  # of which the table says nothing
+    assert "1 kernels" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        build("sm_90a", arguments=["--update"])
+    assert "--update must be given a build for sm_80, sm_90a, got one for sm_90a" in capsys.readouterr().err
+
+
 def test_a_few_registers_more_or_fewer_pass():
     assert compare([GOOD], [replace(GOOD, registers=108)]) == []
     assert compare([GOOD], [replace(GOOD, registers=40, shared_bytes=0)]) == []
@@ -101,8 +136,10 @@ def test_the_table_reads_back(tmp_path):
 
 def test_a_slow_or_large_build_is_told(capsys):
     big = compile_record.Compile("a.cu", 0, "", 700.0, 3 << 30)
-    assert kernel_resources.report([GOOD], [big, big], 1.0) == [
+    small = compile_record.Compile("b.cu", 0, "", 59.0, 3 << 30)
+    assert kernel_resources.report([GOOD], [big, small], 1.0) == [
         "a clean build must take at most 600 s on 2 cores, got 700",
+        "a.cu: must take at most 60 s of a core to compile, got 700",
         "a clean build must take at most 4 GiB, got 6.00",
     ]
     assert "tile_kernel<bf16>" in capsys.readouterr().out

@@ -1,12 +1,14 @@
 """What is installed: one version, an op library that loads alone, nothing of torch's unstable ABI."""
 
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 import torch
 
 import flextron_ext
@@ -83,6 +85,45 @@ def test_no_file_uses_the_unstable_abi():
                 assert not line.startswith(
                     ("#include <torch/extension", "#include <ATen", "#include <c10")
                 ), path
+
+
+# What nvidia-smi prints, and what is compiled then; None: there is no nvidia-smi.
+ARCHS = {
+    "9.0\n9.0\n": "90a",
+    "8.6\n": "86",
+    "9.0\n8.0\n": "80;90a",
+    "10.0\n12.0\n": "100;120",
+    "7.5\n9.0\n": "90a",
+    "7.5\n": "80;90a",
+    "No devices were found\n": "80;90a",
+    None: "80;90a",
+}
+
+
+@pytest.fixture
+def cuda_archs(monkeypatch, tmp_path):
+    """setup.py's function; nvidia-smi is what a test puts into tmp_path."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("FLEXTRON_CUDA_ARCHS", raising=False)
+    return runpy.run_path(str(ROOT / "setup.py"))["cuda_archs"]
+
+
+@pytest.mark.parametrize("answer", ARCHS, ids=lambda answer: answer and answer.strip())
+def test_cuda_kernels_are_compiled_for_the_gpus_there_are(answer, cuda_archs, tmp_path, monkeypatch):
+    if answer is not None:
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text(
+            f"#!{sys.executable}\nimport sys\n"
+            "assert sys.argv[1:] == ['--query-gpu=compute_cap', '--format=csv,noheader']\n"
+            f"print({answer!r}, end='')\n"
+        )
+        smi.chmod(0o755)
+    assert cuda_archs() == ARCHS[answer]
+    monkeypatch.setenv("FLEXTRON_CUDA_ARCHS", "native")
+    assert cuda_archs() == ARCHS[answer]
+    monkeypatch.setenv("FLEXTRON_CUDA_ARCHS", "80;86")
+    assert cuda_archs() == "80;86"
 
 
 def test_a_missing_binary_is_one_clear_sentence(tmp_path):
