@@ -1,6 +1,7 @@
 """Who may know whom: reads every include and import line and fails on a wrong arrow."""
 
 import ast
+import graphlib
 import re
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ LIBRARIES = {
 STAGES = {
     *("flextron.artefacts", "flextron.judge", "flextron.nn"),
     *("flextron.config", "flextron.recipes", "flextron.data", "flextron.checkpoint", "flextron.ui"),
+    "flextron.sentences",
 }
 EVERYTHING = "everything of the library"
 PYTHON = {
@@ -48,10 +50,10 @@ PYTHON = {
     "flextron.ui": set(),
     "flextron.testing": {"flextron.testing"},
     "flextron.checkpoint": {"flextron.checkpoint", "flextron.config", "flextron.sentences"},
-    "flextron.nn": {"flextron.nn", "flextron.config", "flextron_ext"},
+    "flextron.nn": {"flextron.nn", "flextron.config", "flextron.sentences", "flextron_ext"},
     "flextron.artefacts": {
         *("flextron.artefacts", "flextron.nn", "flextron.checkpoint"),
-        *("flextron.config", "flextron.recipes"),
+        *("flextron.config", "flextron.recipes", "flextron.sentences"),
     },
     "flextron.inference": {"flextron.artefacts", "flextron.nn", "flextron.checkpoint", "flextron.config"},
     "flextron.corpus": {"flextron.data", "flextron.config"},
@@ -68,6 +70,16 @@ PYTHON = {
     "flextron_lab": EVERYTHING,
 }
 MAY_IMPORT_THE_LAB = {"flextron_lab"}
+
+
+def circle(layers: dict[str, object]) -> list[str]:
+    """Layers that may import each other, the first one again at the end; none where there is an order of them."""
+    arrows = {name: may - {name} for name, may in layers.items() if may != EVERYTHING}
+    try:
+        graphlib.TopologicalSorter(arrows).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
 
 
 def wrong_includes(file: str, text: str) -> list[str]:
@@ -153,6 +165,11 @@ def test_no_include_points_the_wrong_way():
     assert files
     wrong = [w for f in files for w in wrong_includes(f.relative_to(ROOT / "csrc").as_posix(), f.read_text())]
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_layers_have_no_circle():
+    assert not circle(PYTHON)
+    assert len(circle(PYTHON | {"flextron.artefacts": {"flextron.judge"}})) == 3
 
 
 def test_no_import_points_the_wrong_way():

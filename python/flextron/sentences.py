@@ -1,6 +1,8 @@
-"""What an error of any library says, in one line."""
+"""Words of messages: what an error of any library says in one line, and a list that does not run on."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 def first_line(said: object) -> str:
@@ -12,3 +14,10 @@ def first_line(said: object) -> str:
     if len(lines) > 1 and lines[0].endswith(":"):
         return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else type(said).__name__
+
+
+def listed(names: Iterable[str], shown: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    names = list(names)
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")

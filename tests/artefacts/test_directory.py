@@ -21,7 +21,7 @@ import flextron
 from flextron import pipeline
 from flextron.artefacts.elastic_model import save_elastic
 from flextron.artefacts.latency_table import machine_of, save_tables
-from flextron.checkpoint import io
+from flextron.checkpoint import recover
 from flextron.cli import main
 from flextron.corpus import Corpus
 from flextron.nn import elastic_config, make_elastic
@@ -57,7 +57,7 @@ def elastic(pristine: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def recovered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the functions that recover a directory, but for `commit`, which puts its own files in place."""
-    real, callers = io.recover, []
+    real, callers = recover, []
 
     def watched(directory: str | Path) -> None:
         callers.append(sys._getframe(1).f_code.co_name)

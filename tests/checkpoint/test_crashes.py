@@ -16,10 +16,10 @@ from flextron.checkpoint import (
     CheckpointError,
     commit,
     load_tensors,
+    opened,
     read_json,
     recover,
     save_tensors,
-    verify_checksums,
     write_json,
 )
 
@@ -36,7 +36,8 @@ def value_of(directory: Path) -> int:
     """The one value that every file of the set has."""
     recover(directory)
     meta = read_json(directory / "set.json")
-    verify_checksums(directory, meta["sums"])
+    with opened(directory) as files:
+        files.verify(meta["sums"])
     values = {int(v) for name in NAMES for v in load_tensors(directory / name)["x"].unique()}
     assert values == {meta["value"]}
     return meta["value"]

@@ -18,9 +18,9 @@ from flextron.checkpoint import (
     check_format,
     checksum_of,
     load_tensors,
+    opened,
     read_json,
     save_tensors,
-    verify_checksums,
     write_json,
 )
 
@@ -259,13 +259,17 @@ def test_other_format_versions_are_refused(tmp_path: Path, version: object) -> N
 
 
 def test_checksums_name_the_file_that_changed(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("1")
-    (tmp_path / "b").write_text("2")
-    sums = {name: checksum_of(tmp_path / name) for name in "ab"}
-    verify_checksums(tmp_path, sums)
-    (tmp_path / "b").write_text("3")
-    with pytest.raises(CheckpointError, match="b: sha256 must be"):
-        verify_checksums(tmp_path, sums)
-    (tmp_path / "b").unlink()
-    with pytest.raises(CheckpointError, match="b: must be a file, got nothing there"):
-        verify_checksums(tmp_path, sums)
+    def verify() -> None:
+        with opened(tmp_path) as files:
+            files.verify(sums)
+
+    (tmp_path / "a.json").write_text("1")
+    (tmp_path / "b.json").write_text("2")
+    sums = {name: checksum_of(tmp_path / name) for name in ("a.json", "b.json")}
+    verify()
+    (tmp_path / "b.json").write_text("3")
+    with pytest.raises(CheckpointError, match=r"b\.json: sha256 must be"):
+        verify()
+    (tmp_path / "b.json").unlink()
+    with pytest.raises(CheckpointError, match=r"b\.json: must be a file, got nothing there"):
+        verify()

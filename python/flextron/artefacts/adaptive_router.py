@@ -10,10 +10,12 @@ from typing import Any, get_type_hints
 
 from flextron.artefacts.latency_table import LatencyTable
 from flextron.artefacts.reports import FitReport, GateReport
+from flextron.checkpoint.files import Files, opened
 from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
-from flextron.checkpoint.io import Files, commit, opened, save_tensors, write_json
+from flextron.checkpoint.io import save_tensors, write_json
 from flextron.checkpoint.origin import KEY, Origin, fits
 from flextron.checkpoint.schema import build, checking
+from flextron.checkpoint.transaction import commit
 from flextron.nn.router import AdaptiveRouter
 from flextron.recipes import AdaptiveConfig
 

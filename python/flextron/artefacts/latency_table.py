@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextron.checkpoint.format import FORMAT, CheckpointError, check_format, listed
-from flextron.checkpoint.io import Files, opened, write_json
+from flextron.checkpoint.files import Files, opened
+from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
+from flextron.checkpoint.io import write_json
 from flextron.checkpoint.origin import check_model
 from flextron.checkpoint.schema import build
 from flextron.config import ElasticConfig, Widths, check_numbers
 from flextron.nn.protocol import Elastic
 from flextron.nn.router import Indices
+from flextron.sentences import listed
 
 FILE = "latency.json"
 PHASES = ("prefill", "decode")

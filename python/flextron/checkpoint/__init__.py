@@ -1,5 +1,6 @@
 """Files on disk: safetensors and JSON, written atomically and read strictly. Builds no model."""
 
+from flextron.checkpoint.files import Files, opened
 from flextron.checkpoint.format import (
     CONFIG_FILE,
     ELASTIC_FILE,
@@ -9,21 +10,17 @@ from flextron.checkpoint.format import (
     check_format,
 )
 from flextron.checkpoint.io import (
-    Files,
     checksum_of,
-    commit,
     load_tensors,
-    opened,
     read_json,
     read_lines,
-    recover,
     save_tensors,
     stored_dtypes,
-    verify_checksums,
     write_json,
 )
 from flextron.checkpoint.lock import BusyError, locked
 from flextron.checkpoint.origin import Origin
+from flextron.checkpoint.transaction import commit, recover
 
 __all__ = [
     "CONFIG_FILE",
@@ -45,6 +42,5 @@ __all__ = [
     "recover",
     "save_tensors",
     "stored_dtypes",
-    "verify_checksums",
     "write_json",
 ]

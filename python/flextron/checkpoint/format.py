@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,7 +30,6 @@ _FOREIGN = (
 )
 _LONGEST_MAGIC = max(len(magic) for magic, _ in _FOREIGN)
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
-_NAMES_SHOWN = 5
 
 
 class CheckpointError(ValueError):
@@ -43,13 +41,6 @@ def check_format(meta: dict[str, Any], path: str | Path) -> None:
     version = meta.get("format")
     if version != FORMAT or isinstance(version, bool):
         raise CheckpointError(f"{path}: format must be {FORMAT}, got {version!r}")
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first names of a list, and how many more there are."""
-    names = list(names)
-    rest = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def check_safetensors(path: Path, file: BinaryIO) -> None:

@@ -8,8 +8,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from flextron.checkpoint.files import Files
 from flextron.checkpoint.format import CONFIG_FILE, CheckpointError
-from flextron.checkpoint.io import Files, read_json
+from flextron.checkpoint.io import read_json
 from flextron.checkpoint.schema import build
 from flextron.sentences import first_line
 

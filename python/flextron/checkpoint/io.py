@@ -1,25 +1,18 @@
-"""Read and write checkpoint files; what they contain is in ``format.py``.
+"""Read and write one checkpoint file; what it contains is in ``format.py``, several files are in ``transaction.py``.
 
-One file is written beside its place, flushed to the disk and renamed, so it is the old one or the new
-one. Several files that belong together go through `commit`: they are staged in a folder, it is renamed
-(at that moment the new set begins to count) and its files are moved into place. A crash before the rename
-leaves the old set; one after it is finished by `recover`, which every reader and the next writer call first.
-A reader opens all files of a directory at one moment (`opened`): what is saved later changes nothing for it.
-Checksums in the JSON sidecar catch what happens outside these rules. One writer at a time: ``lock.py``.
+A file is written beside its place, flushed to the disk and renamed, so it is the old one or the new one. Checksums in
+the JSON sidecar catch what happens outside these rules.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
 import re
-import shutil
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,15 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flextron.checkpoint.format import LFS_POINTER, CheckpointError, check_safetensors, listed
-from flextron.checkpoint.lock import BusyError, locked
+from flextron.checkpoint.format import LFS_POINTER, CheckpointError, check_safetensors
+from flextron.sentences import listed
 
-_STAGE, _COMMITTED = ".staged", ".committed"
-_DROPPED = ".dropped.json"  # in a stage: names that go when the new set begins to count
-_PATIENCE = 60.0  # seconds that a reader waits for a save to be moved into place
-_STEP = 0.002  # seconds between two looks
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_OPENED = (".json", ".safetensors")  # what a reader of a directory opens
 _SHARED = "flextron.shared"  # key in the safetensors metadata: {second name: first name} of tied tensors
 
 
@@ -60,9 +47,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no such file, or not such an object.
     """
-    path = _existing(path)
+    path = existing(path)
     with path.open("rb") as file:
-        return _json(path, file)
+        return parse_json(path, file)
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
@@ -71,7 +58,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: no such file, or another line is no such object.
     """
-    path = _existing(path)
+    path = existing(path)
     *lines, _ = path.read_bytes().split(b"\n")
     return [_parsed(line, f"{path}: line {number}", "a JSON object") for number, line in enumerate(lines, 1)]
 
@@ -87,7 +74,7 @@ def save_tensors(
         metadata: strings kept in the file's header.
 
     Returns:
-        The sha256 of the file, for `load_tensors` and `verify_checksums`.
+        The sha256 of the file, for `load_tensors` and `Files.verify`.
     """
     kept, shared = _untie(tensors)
     header = {"format": "pt", **(metadata or {})}
@@ -119,116 +106,14 @@ def load_tensors(
     Raises:
         CheckpointError: one sentence that says what is wrong with the file.
     """
-    path = _existing(path)
+    path = existing(path)
     with path.open("rb") as file:
-        return _tensors(path, file, expected, checksum)
-
-
-class Files:
-    """The JSON and safetensors files of a directory as they were at one moment; see `opened`."""
-
-    def __init__(self, directory: Path, handles: Mapping[str, BinaryIO]) -> None:
-        self.directory = directory
-        self._handles = handles
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._handles
-
-    def __truediv__(self, name: str) -> Path:
-        """What messages call a file."""
-        return self.directory / name
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        """As `read_json`."""
-        return _json(self / name, self._handle(name))
-
-    def load_tensors(
-        self, name: str, expected: Mapping[str, Any] | None = None, checksum: str | None = None
-    ) -> dict[str, Tensor]:
-        """As `load_tensors`."""
-        return _tensors(self / name, self._handle(name), expected, checksum)
-
-    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of the tensors of a safetensors file, which are not read."""
-        path, handle = self / name, self._handle(name)
-        check_safetensors(path, handle)
-        with _reading(path), safe_open(_reopened(path, handle), framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-
-    def verify(self, checksums: Mapping[str, str]) -> None:
-        """As `verify_checksums`."""
-        for name, checksum in checksums.items():
-            _check_checksum(self / name, self._handle(name), checksum)
-
-    def _handle(self, name: str) -> BinaryIO:
-        if name not in self._handles:
-            _existing(self / name)  # says what is in its place
-            raise CheckpointError(f"{self / name}: must be a file, got one that is not read or came later")
-        handle = self._handles[name]
-        handle.seek(0)
-        return handle
-
-
-@contextlib.contextmanager
-def opened(directory: str | Path | Files) -> Iterator[Files]:
-    """The files of a directory, all of one save; one that is opened already is passed on.
-
-    They are opened together, between two saves. A save puts new files into the places of the old ones, which live
-    on for whoever has opened them.
-
-    Raises:
-        CheckpointError: no such directory, or a save that was interrupted cannot be finished.
-    """
-    if isinstance(directory, Files):
-        yield directory
-        return
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"{directory}: must be a directory, got {'a file' if directory.exists() else 'nothing there'}"
-        )
-    with contextlib.ExitStack() as stack:
-        yield Files(directory, _at_one_moment(directory, stack))
-
-
-def _at_one_moment(directory: Path, stack: contextlib.ExitStack) -> dict[str, BinaryIO]:
-    while True:
-        recover(directory)
-        handles = {}
-        with contextlib.ExitStack() as attempt:
-            for name in _names(directory):
-                # removed since, or not for this user: missed where it is asked for
-                with contextlib.suppress(FileNotFoundError, PermissionError):
-                    handles[name] = attempt.enter_context((directory / name).open("rb"))
-            same = all(_same(handle, directory / name) for name, handle in handles.items())
-            if same and not (directory / _COMMITTED).exists() and handles.keys() >= _names(directory):
-                stack.push(attempt.pop_all())
-                return handles
-
-
-def _names(directory: Path) -> set[str]:
-    with os.scandir(directory) as entries:
-        return {
-            e.name
-            for e in entries
-            if e.name.endswith(_OPENED)
-            and not e.name.startswith(".")
-            and e.is_file()
-            and os.access(e, os.R_OK)
-        }
-
-
-def _same(handle: BinaryIO, path: Path) -> bool:
-    """Whether an opened file is still the one at its place."""
-    try:
-        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+        return parse_tensors(path, file, expected, checksum)
 
 
 def stored_dtypes(path: str | Path) -> dict[str, str]:
     """The dtype of each tensor in a safetensors file, as its header writes it (``BF16``); no tensor is read."""
-    path = _existing(path)
+    path = existing(path)
     with path.open("rb") as file:
         check_safetensors(path, file)
     try:
@@ -244,101 +129,8 @@ def checksum_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verify_checksums(directory: str | Path, checksums: Mapping[str, str]) -> None:
-    """Refuse a directory in which a file is missing or is not the one that was written with the others."""
-    for name, checksum in checksums.items():
-        path = _existing(Path(directory) / name)
-        with path.open("rb") as file:
-            _check_checksum(path, file, checksum)
-
-
-@contextlib.contextmanager
-def commit(directory: str | Path, drop: Iterable[str] = ()) -> Iterator[Path]:
-    """Write several files and folders into ``directory``, all or none.
-
-    Yields a folder to write them into. When the block ends without an error they replace their namesakes in
-    ``directory``, and the files and folders named in ``drop`` go, unless they are among the new ones; what else is
-    there stays. An error, or a crash at any moment, leaves the old set or the new one, never a mixture (see
-    `recover`).
-    """
-    directory = Path(directory)
-    with locked(directory, "save"):
-        recover(directory)
-        stage = directory / _STAGE
-        shutil.rmtree(stage, ignore_errors=True)  # of a writer that was killed
-        stage.mkdir()
-        try:
-            yield stage
-            if dropped := sorted({*drop} - {path.name for path in stage.iterdir()}):
-                write_json(stage / _DROPPED, {"names": dropped})
-            for path in stage.rglob("*"):
-                _sync(path)
-            _sync(stage)
-            os.replace(stage, directory / _COMMITTED)
-        except BaseException as error:
-            shutil.rmtree(stage, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in _NO_ROOM:
-                raise CheckpointError(f"{directory}: must have room for what is saved, got {error}") from None
-            raise
-        _sync(directory)
-        recover(directory)
-
-
-def recover(directory: str | Path) -> None:
-    """Finish a `commit` that was interrupted after the new files began to count; otherwise do nothing.
-
-    One that another process is finishing right now is waited for.
-    """
-    directory = Path(directory)
-    committed = directory / _COMMITTED
-    deadline = time.monotonic() + _PATIENCE
-    while committed.is_dir():
-        try:
-            with locked(directory, "read", patience=0):
-                _place(directory, committed)
-        except BusyError:
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(_STEP)
-        except OSError as error:
-            raise _unfinished(directory, error) from error
-        except CheckpointError as error:
-            raise _unfinished(directory, error) from None
-
-
-def _unfinished(directory: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{directory}: an interrupted save must be finished, which needs write access, got {error}"
-    )
-
-
-def _place(directory: Path, committed: Path) -> None:
-    """Move what counts into its place; each step may be the last one, and be taken again."""
-    if not committed.is_dir():  # another reader was faster
-        return
-    dropped = committed / _DROPPED
-    for name in read_json(dropped)["names"] if dropped.is_file() else ():
-        if not isinstance(name, str) or name in ("", "..") or name != Path(name).name:  # leads out of here
-            raise CheckpointError(f"{dropped}: names must be plain ones, got {name!r}")
-        _remove(directory / name)
-    for path in sorted(committed.iterdir()):
-        if path.name != _DROPPED:
-            if path.is_dir():
-                _remove(directory / path.name)
-            os.replace(path, directory / path.name)
-    dropped.unlink(missing_ok=True)
-    _sync(directory)
-    committed.rmdir()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _existing(path: str | Path) -> Path:
+def existing(path: str | Path) -> Path:
+    """The path of a file; CheckpointError says what is in its place."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(
@@ -347,7 +139,8 @@ def _existing(path: str | Path) -> Path:
     return path
 
 
-def _json(path: Path, file: BinaryIO) -> dict[str, Any]:
+def parse_json(path: Path, file: BinaryIO) -> dict[str, Any]:
+    """As `read_json`, from a file that is open."""
     content = file.read()
     if content.startswith(LFS_POINTER):
         raise CheckpointError(
@@ -373,12 +166,13 @@ def _finite(text: str) -> float:
     return value
 
 
-def _tensors(
+def parse_tensors(
     path: Path, file: BinaryIO, expected: Mapping[str, Any] | None, checksum: str | None
 ) -> dict[str, Tensor]:
+    """As `load_tensors`, from a file that is open."""
     check_safetensors(path, file)
     if checksum is not None:
-        _check_checksum(path, file, checksum)
+        check_checksum(path, file, checksum)
     with _reading(path):
         with safe_open(_reopened(path, file), framework="pt", device="cpu") as opened_file:
             shared = json.loads((opened_file.metadata() or {}).get(_SHARED, "{}"))
@@ -387,6 +181,13 @@ def _tensors(
     if expected is not None:
         _check_tensors(path, tensors, expected)
     return tensors
+
+
+def parse_shapes(path: Path, file: BinaryIO) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of a safetensors file that is open; no tensor is read."""
+    check_safetensors(path, file)
+    with _reading(path), safe_open(_reopened(path, file), framework="pt") as opened_file:
+        return {name: tuple(opened_file.get_slice(name).get_shape()) for name in opened_file.keys()}  # noqa: SIM118
 
 
 @contextlib.contextmanager
@@ -405,7 +206,8 @@ def _reopened(path: Path, file: BinaryIO) -> str:
     return str(path)
 
 
-def _check_checksum(path: Path, file: BinaryIO, checksum: Any) -> None:
+def check_checksum(path: Path, file: BinaryIO, checksum: Any) -> None:
+    """Refuse an open file that is not the one whose sha256 was recorded."""
     if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
         raise CheckpointError(f"{path}: its recorded sha256 must be 64 hexadecimal digits, got {checksum!r}")
     file.seek(0)
@@ -450,15 +252,15 @@ def _replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or a directory to the disk."""
     if path.is_dir() and os.name == "nt":  # directories cannot be opened there
         return

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flextron.checkpoint.format import ELASTIC_FILE, CheckpointError, check_format, listed
-from flextron.checkpoint.io import Files, opened
+from flextron.checkpoint.files import Files, opened
+from flextron.checkpoint.format import ELASTIC_FILE, CheckpointError, check_format
 from flextron.checkpoint.schema import build, checksums_of
 from flextron.config import ElasticConfig
+from flextron.sentences import listed
 
 KEY = "made_for"  # in the JSON of such a file
 

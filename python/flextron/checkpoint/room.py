@@ -5,9 +5,10 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from flextron.checkpoint.format import CONFIG_FILE, ELASTIC_FILE, CheckpointError, listed
-from flextron.checkpoint.io import recover
+from flextron.checkpoint.format import CONFIG_FILE, ELASTIC_FILE, CheckpointError
 from flextron.checkpoint.lock import LOCK_FILE
+from flextron.checkpoint.transaction import recover
+from flextron.sentences import listed
 
 # Weights, of a model that transformers or we have written: where these are, beside config.json, a model is.
 _WEIGHTS = (

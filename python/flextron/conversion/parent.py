@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flextron.checkpoint import opened, stored_dtypes
-from flextron.checkpoint.format import listed
 from flextron.conversion.source import weight_names
 from flextron.nn.proof import logits_of, require_close
 from flextron.nn.skeleton import fill, parameter_shapes, say_tied, skeleton
 from flextron.nn.stock import load_stock
 from flextron.nn.storage import common, storage
+from flextron.sentences import listed
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from flextron.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, Files, opened
-from flextron.checkpoint.format import listed
 from flextron.checkpoint.hf import read_config, read_generation_config
 from flextron.checkpoint.hub import local
 from flextron.checkpoint.room import room_for_model
 from flextron.nn.families import family_of
+from flextron.sentences import listed
 
 _INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 _ADAPTER_FILE = "adapter_config.json"

@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from flextron.nn.storage import DTYPES, Dtype, name_of
-
-_NAMES = (*DTYPES, "float64")
+from flextron.nn.storage import DTYPES, Dtype, named
 
 
 def memory_dtype(who: str, dtype: Dtype, stored: torch.dtype | None) -> torch.dtype:
@@ -17,10 +15,7 @@ def memory_dtype(who: str, dtype: Dtype, stored: torch.dtype | None) -> torch.dt
 
     Stock transformers means the same by it: the narrowest dtype that holds what the file does.
     """
-    name = name_of(dtype) if isinstance(dtype, torch.dtype) else dtype
-    if name not in _NAMES:
-        raise ValueError(f"{who}: dtype must be one of {', '.join(_NAMES)}, got {name!r}")
-    return (stored or torch.float32) if name == "auto" else getattr(torch, name)
+    return named(who, dtype, (*DTYPES, "float64")) or stored or torch.float32
 
 
 def one_device(who: str, device_map: Any) -> torch.device | None:

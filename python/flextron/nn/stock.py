@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from flextron.sentences import listed
+
 _NAMES_SHOWN = 3
 
 
@@ -73,7 +75,7 @@ def read_back(who: str, directory: Path, tensors: Mapping[str, Tensor]) -> PreTr
     if wrong:
         raise ValueError(
             f"{who}: stock transformers must read back the tensors that were written, got others: "
-            f"{_listed(sorted(wrong))}; nothing was written"
+            f"{listed(sorted(wrong), _NAMES_SHOWN)}; nothing was written"
         )
     return model
 
@@ -93,7 +95,7 @@ def _faults(info: dict[str, Any]) -> str:
         for name, found, wanted in sorted(info["mismatched_keys"])
     ]
     faults = [
-        f"{fault} {_listed(names)}"
+        f"{fault} {listed(names, _NAMES_SHOWN)}"
         for fault, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
         if names
     ]
@@ -119,11 +121,6 @@ def _mend(missing: list[str], unexpected: list[str]) -> str:
     ):
         return f"; --strip-prefix {prefix} (strip_prefix={prefix!r}) reads them without it"
     return ""
-
-
-def _listed(names: list[str]) -> str:
-    rest = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ def storage(who: str, model: PreTrainedModel, dtype: Dtype = "auto") -> dict[str
     ``"auto"`` is the dtype that the parameter has in the file it was read from (``model.stored``), or its dtype in
     memory where there was no file or where memory holds less than the file did.
     """
-    chosen = _named(who, dtype)
+    chosen = named(who, dtype)
     known: Mapping[str, torch.dtype] = getattr(model, "stored", None) or {}
     found = {}
     for name, p in model.named_parameters():
@@ -83,8 +83,9 @@ def counted(dtypes: Mapping[str, torch.dtype]) -> dict[str, int]:
     return {name_of(dtype): count for dtype, count in Counter(dtypes.values()).most_common()}
 
 
-def _named(who: str, dtype: Dtype) -> torch.dtype | None:
+def named(who: str, dtype: Dtype, names: tuple[str, ...] = DTYPES) -> torch.dtype | None:
+    """The dtype that a user names, one of ``names``; None for ``"auto"``."""
     name = name_of(dtype) if isinstance(dtype, torch.dtype) else dtype
-    if name not in DTYPES:
-        raise ValueError(f"{who}: dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    if name not in names:
+        raise ValueError(f"{who}: dtype must be one of {', '.join(names)}, got {name!r}")
     return None if name == "auto" else getattr(torch, name)

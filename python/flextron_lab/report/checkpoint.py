@@ -11,11 +11,11 @@ import torch
 
 from flextron import pipeline
 from flextron.artefacts.adaptive_router import AdaptiveResult
+from flextron.artefacts.directory import ElasticDirectory
 from flextron.artefacts.static_router import RouterResult
 from flextron.checkpoint import commit
 from flextron.checkpoint.hf import read_tokenizer
 from flextron.corpus import Data, held_out_windows
-from flextron.inference import from_pretrained
 from flextron.judge.budgets import judge_budgets
 from flextron.nn.protocol import Elastic
 from flextron.training.resume import METRICS_FILE, read_metrics
@@ -47,7 +47,10 @@ def report(
         rounds: samples taken of each latency.
         progress: called with the name of the work, the steps done and the steps in all.
     """
-    model = from_pretrained(directory)
+    with ElasticDirectory.open(directory) as checkpoint:
+        model = checkpoint.equipped()
+        static = checkpoint.static() if model.planner.ladder.origin == "router" else None
+        adaptive = checkpoint.adaptive() if model.adaptive is not None else None
     tokenizer = read_tokenizer(directory)
     table = model.planner.table("prefill")
     fastest = table.smallest_ms / table.full_ms
@@ -62,10 +65,10 @@ def report(
     sections = [_losses(rows, table), _router_map(model, rows)]
     if model.adaptive is not None:
         sections.append(_token_map(model, tokenizer, tokens, targets))
-    if model.planner.ladder.origin == "router":
-        sections += _routers(RouterResult.load(directory))
-    if model.adaptive is not None:
-        sections.append(_adaptive(AdaptiveResult.load(directory)))
+    if static is not None:
+        sections += _routers(static)
+    if adaptive is not None:
+        sections.append(_adaptive(adaptive))
     sections += _training(Path(directory) / pipeline.TRAINING_FOLDER)
     lead = (
         f"{model.elastic.family}, {model.elastic.num_layers} layers, "

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from flextron import data as text
 from flextron import pipeline
-from flextron.artefacts.directory import load_elastic
+from flextron.artefacts.directory import ElasticDirectory, load_elastic
 from flextron.artefacts.elastic_model import save_elastic
 from flextron.artefacts.ladder import uniform_ladder
-from flextron.artefacts.latency_table import LatencyTable, load_tables
+from flextron.artefacts.latency_table import LatencyTable
 from flextron.artefacts.static_router import RouterResult
-from flextron.checkpoint import Origin, locked, read_lines
+from flextron.checkpoint import locked, read_lines
 from flextron.checkpoint.hf import read_tokenizer
 from flextron.checkpoint.schema import build
 from flextron.config import Widths
@@ -317,8 +317,8 @@ class Study:
         return self._corpus
 
     def table(self) -> LatencyTable:
-        directory = self._converted("importance", 0)
-        tables = load_tables(directory, Origin.read(directory).elastic)
+        with ElasticDirectory.open(self._converted("importance", 0)) as checkpoint:
+            tables = checkpoint.tables
         if self.plan.workload.phase not in tables:
             raise ValueError(
                 "reproduce: stages must include prepare and profile before this one, got neither"
