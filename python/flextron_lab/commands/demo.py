@@ -56,4 +56,4 @@ def _print(report: dict[str, Any], folder: Path) -> None:
         f"{report['seconds']['total']:.0f} s"
     )
     print((folder / "sample.txt").read_text(encoding="utf-8"))
-    print(f"{folder}: elastic/ extracted/ report.json report.png sample.txt\n")
+    print(f"{folder}: elastic/ extracted/ report.json report.png losses.png sample.txt\n")
