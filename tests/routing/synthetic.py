@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from flextron.artefacts.latency_table import LatencyTable, Workload
 from flextron.artefacts.planner import Planner
 from flextron.checkpoint import Origin
 from flextron.config import ElasticConfig, Widths
+from flextron.routing.fit import calibration_widths
 
 
 def make_config(layers: int = 12, mlp_choices=(16, 32, 48, 64), head_choices=(1, 2, 3)) -> ElasticConfig:
@@ -64,6 +65,18 @@ def planner_in(directory: Path, origin: Origin) -> Planner:
     with ElasticDirectory.open(directory) as checkpoint:
         checkpoint.origin = origin
         return checkpoint.planner()
+
+
+def measured(table: LatencyTable, fraction_noise: float, seed: int = 0) -> tuple[list, list]:
+    """Times, to fit on and to judge by, of a machine whose base is 5 and slope 0.8, instead of the draft's."""
+    machine = replace(table, base=5.0, slope=0.8)
+    rng = random.Random(seed)
+    to_fit, to_judge = calibration_widths(table.elastic, 10, 6, seed=3)
+    noisy = [
+        [(w, machine.predict(w) * (1 + fraction_noise * rng.gauss(0, 1))) for w in ws]
+        for ws in (to_fit, to_judge)
+    ]
+    return noisy[0], noisy[1]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The adaptive router: trained, calibrated to its budgets on text it sees and text it does not, stored, read back."""
+"""The adaptive router: trained, calibrated to its budgets on text it sees and text it does not."""
 
 import json
 from dataclasses import replace
@@ -6,17 +6,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from synthetic import make_origin, make_table
+from synthetic import make_table
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flextron.artefacts import adaptive_router
-from flextron.artefacts.adaptive_router import AdaptiveResult
 from flextron.artefacts.directory import load_elastic
 from flextron.artefacts.ladder import uniform_ladder
 from flextron.artefacts.latency_table import Workload
 from flextron.artefacts.planner import Planner
-from flextron.checkpoint import CheckpointError
 from flextron.conversion import convert
 from flextron.judge.latency import fractions
 from flextron.nn import Dial, elastic_config, make_elastic
@@ -242,46 +239,6 @@ def test_an_untrained_router_is_the_static_one(model, tables):
             logits = router.logits(x, layer, router.context(torch.tensor([target]), layer))
             widths = model.elastic.mlp_choices[int(logits.mlp.argmax(-1).unique())]
             assert (widths, i) == (rung.mlp[layer], i)
-
-
-@pytest.mark.parametrize("form", ["gumbel", "surrogate"])
-def test_a_router_survives_the_file(trained, by_surrogate, form, model, tmp_path):
-    trained = by_surrogate if form == "surrogate" else trained
-    origin = make_origin(model.elastic)
-    assert adaptive_router.load(tmp_path, origin) is None
-    trained.save(tmp_path, origin)
-    loaded = adaptive_router.load(tmp_path, origin)
-    assert loaded.to_dict() == trained.to_dict()
-    with pytest.warns(
-        UserWarning, match=r"adaptive\.json: was made for other .* run `flextron route .* --adaptive`"
-    ):
-        assert adaptive_router.load(tmp_path, make_origin(model.elastic, "cd" * 32)) is None
-    with pytest.raises(
-        CheckpointError, match=r"adaptive\.json: must be made for the model here, got one of tied"
-    ):
-        adaptive_router.load(tmp_path, make_origin(replace(model.elastic, tied=not model.elastic.tied)))
-    for a, b in zip(loaded.router.state_dict().values(), trained.router.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    assert loaded.config == replace(OPTIONS, form=form, threshold=trained.config.threshold)
-    assert (loaded.surrogate is None) == (loaded.gate is None) == (form == "gumbel")
-
-
-def test_a_damaged_or_foreign_file_is_refused(trained, model, tmp_path):
-    trained.save(tmp_path, make_origin(model.elastic))
-    described = json.loads((tmp_path / "adaptive.json").read_text())
-    for change, words in (
-        ({"format": 2}, "format must be 1, got 2"),
-        ({"router": {**described["router"], "hidden": 4}}, "wrong shape"),
-        ({"checksum": "0" * 64}, "sha256 must be"),
-        ({"calibration": None}, "calibration must be an object, got None"),
-        ({"config": {"speed": 1}}, "config.speed must not be there"),
-        ({"checksum": None}, "checksum must be a string, got None"),
-        ({"phase": 3}, "phase must be a string, got 3"),
-        ({"router": {**described["router"], "hidden": 10**12}}, "router must fit the weights"),
-    ):
-        (tmp_path / "adaptive.json").write_text(json.dumps({**described, **change}))
-        with pytest.raises(ValueError, match=words):
-            AdaptiveResult.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,14 @@
 """Training of the routers on a model of numbers: they beat uniform, keep to their budget, and repeat."""
 
-import json
 import random
 from dataclasses import replace
 
 import pytest
 import torch
-from synthetic import SyntheticLoss, make_config, make_origin, make_table, planner_in
+from synthetic import SyntheticLoss, make_config, make_origin, make_table
 
 from flextron.artefacts.ladder import Ladder, router_ladder
-from flextron.artefacts.latency_table import save_tables
-from flextron.artefacts.static_router import RouterResult, load, load_ladder
-from flextron.checkpoint import CheckpointError
+from flextron.artefacts.static_router import RouterResult
 from flextron.checkpoint.schema import build
 from flextron.nn.router import Probabilities
 from flextron.recipes import RouteConfig
@@ -163,86 +160,12 @@ def test_progress_reaches_its_total():
     assert seen["router steps"] == (40, 40)
 
 
-def test_routers_survive_the_file(trained, tmp_path):
-    trained.save(tmp_path, ORIGIN)
-    loaded = RouterResult.load(tmp_path)
-    assert loaded.to_dict() == trained.to_dict()
-    for a, b in zip(loaded.router(0.57), trained.router(0.57), strict=True):
-        assert torch.equal(a, b)
-    assert load_ladder(tmp_path, ORIGIN) == trained.ladder
-    save_tables({"prefill": TABLE}, tmp_path)
-    assert planner_in(tmp_path, ORIGIN).ladder == trained.ladder
-
-
-def test_routers_of_other_weights_are_left_out_and_named(trained, tmp_path):
-    trained.save(tmp_path, ORIGIN)
-    moved = make_origin(CONFIG, "cd" * 32)
-    said = (
-        "routers.json: was made for other weights .abababababab. than those here .cdcdcdcdcdcd., and is left out; "
-        f"run `flextron route {tmp_path}`"
-    )
-    with pytest.warns(UserWarning, match=said):
-        assert load_ladder(tmp_path, moved) is None
-    with pytest.warns(UserWarning, match=said):
-        assert planner_in(tmp_path, moved).ladder.origin == "uniform"
-    with pytest.warns(UserWarning, match=said):
-        assert load(tmp_path, moved) is None
-    assert load(tmp_path, ORIGIN).to_dict() == trained.to_dict()
-
-
-def test_routers_of_another_model_are_refused(trained, tmp_path):
-    trained.save(tmp_path, ORIGIN)
-    other = make_origin(replace(CONFIG, family="qwen3", hidden_size=64))
-    with pytest.raises(
-        CheckpointError, match="family llama instead of qwen3, hidden_size 32 instead of 64; run"
-    ):
-        load_ladder(tmp_path, other)
-
-
-def test_routers_of_unknown_weights_are_left_out_and_named(trained, tmp_path):
-    trained.save(tmp_path, ORIGIN)
-    content = json.loads((tmp_path / "routers.json").read_text())
-    del content["made_for"]
-    (tmp_path / "routers.json").write_text(json.dumps(content))
-    with pytest.warns(UserWarning, match="does not say which weights .* run `flextron route"):
-        assert load_ladder(tmp_path, ORIGIN) is None
-    (tmp_path / "routers.json").write_text(json.dumps({**content, "made_for": {"elastic": 3}}))
-    with pytest.raises(CheckpointError, match=r"routers\.json: made_for.weights must be there"):
-        load_ladder(tmp_path, ORIGIN)
-
-
-def test_routers_trained_on_another_table_are_used_and_say_so(trained, tmp_path):
-    trained.save(tmp_path, ORIGIN)
-    for tables in ({}, {"prefill": replace(TABLE, slope=2.0)}):
-        with pytest.warns(
-            UserWarning, match="trained on another latency table of prefill .* run `flextron route"
-        ):
-            assert load_ladder(tmp_path, ORIGIN, tables) == trained.ladder
-
-
 def test_a_refreshed_result_has_the_losses_of_the_model_as_it_is_now(trained, loss):
     moved = refreshed(trained, CONFIG, TABLE, lambda widths: 2 * loss(widths))
     assert moved.ladder == trained.ladder
     for now, before in zip(moved.targets, trained.targets, strict=True):
         for name in ("routed_observed", "uniform_observed", "search_observed"):
             assert getattr(now, name) == pytest.approx(2 * getattr(before, name))
-
-
-def test_no_routers_no_ladder(tmp_path):
-    assert load_ladder(tmp_path, ORIGIN) is None
-
-
-def test_damaged_routers_are_refused(trained, tmp_path):
-    trained.save(tmp_path, ORIGIN)
-    weights = tmp_path / "routers.safetensors"
-    damaged = bytearray(weights.read_bytes())
-    damaged[-1] ^= 1
-    weights.write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"routers\.safetensors: sha256 must be"):
-        RouterResult.load(tmp_path)
-    (tmp_path / "routers.json").write_text(json.dumps({"format": 1, "made_for": ORIGIN.to_dict()}))
-    with pytest.raises(ValueError, match=r"routers\.json: ladder must be an object"):
-        load_ladder(tmp_path, ORIGIN)
 
 
 def test_a_model_without_enough_configurations_still_gets_routers():
