@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 UNITS = ("kv_group", "query")
+AXES = ("mlp", "heads")  # what every layer chooses a width for
 
 
 def plain(value: Any) -> Any:

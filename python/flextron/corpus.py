@@ -15,7 +15,7 @@ from flextron.config import count
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token streams: one to calibrate, train and route on, and one of other documents to judge by."""
+    """Two token streams of different documents: one to calibrate, train and route on, and one to judge by."""
 
     train: Tensor
     held_out: Tensor

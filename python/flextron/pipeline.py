@@ -47,7 +47,7 @@ Progress = Callable[[str, int, int], Any]
 
 
 def _alone(stage: Callable[..., Any]) -> Callable[..., Any]:
-    """The stage as the only one that writes into its directory, from beginning to end."""
+    """Let a stage hold its directory's lock from beginning to end."""
 
     @functools.wraps(stage)
     def run(directory: str | Path, *args: Any, **kwargs: Any) -> Any:
@@ -62,7 +62,7 @@ def _alone(stage: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _silent(what: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """The progress callback of a call that gave none."""
 
 
 def convert(
@@ -83,8 +83,8 @@ def convert(
         parent: a loaded transformers causal LM (then with ``tokenizer``), a directory, or the id of a model on the hub.
         directory: the elastic checkpoint. Stock transformers still loads it as the full parent.
         data: text to calibrate on; by default Python's own documentation.
-        samples: sequences.
-        length: tokens of each.
+        samples: sequences to calibrate on.
+        length: tokens in a sequence.
         force: replace the model that is in ``directory``, which must be new or empty otherwise.
         options: ``unit``, ``aggregate``, ``mlp_choices``, ``head_choices``, ``order``, ``seed``, ``batch_size``,
             ``dtype``, ``strip_prefix`` of `flextron.conversion.elastify.convert`.
@@ -159,7 +159,7 @@ def train(
 
 
 def _evaluated_again(model: Elastic, report: TrainReport, validation: Tensor) -> dict[str, Any]:
-    """The last evaluation of a run, of the weights as they are stored."""
+    """The last evaluation of a run, repeated on the weights as they are stored."""
     last = report.evaluations[-1]
     widths = [Widths(row["mlp"], row["heads"]) for row in last["sub_networks"]]
     losses = evaluate(model, validation, widths, report.config.batch_size)
@@ -194,7 +194,7 @@ def profile(
 def profile_adaptive(
     directory: str | Path, *, progress: Progress = _silent, **options: Any
 ) -> dict[str, LatencyTable]:
-    """Measure what forwards with adaptive routers take, of each phase profiled on this machine, and store it.
+    """Measure the time of forwards with an adaptive router, for each phase profiled on this machine, and store it.
 
     Phases where it is known stay as they are. ``options`` are those of `measure_adaptive`.
     """
@@ -233,14 +233,14 @@ def route(
     length: int = 128,
     progress: Progress = _silent,
 ) -> RouterResult:
-    """Train the routers for one phase's latency, against the loss on a few sequences, and store them."""
+    """Train the static routers for one phase's latency on the loss of a few sequences, and store them."""
     with ElasticDirectory.open(directory) as checkpoint:
         model, tables, origin = checkpoint.model(), checkpoint.tables, checkpoint.origin
     if phase not in tables:
         raise ValueError(
             f"route: {directory} must have a latency table of {phase}; run `flextron profile {directory}`"
         )
-    # Of the training text: what the routers are judged by must not have chosen them.
+    # From the training text: the text that judges the routers must not have chosen them.
     tokens = windows(corpus(read_tokenizer(directory), data).train, samples, length, "route")
     model.requires_grad_(False)
     result = train_routers(
@@ -271,12 +271,12 @@ def route_adaptive(
     What such routers take beside the layers is measured first where it was not yet; see `profile_adaptive`.
 
     Args:
-        directory: of an elastic checkpoint, profiled; with routers, or the uniform ladder is where it starts.
-        config: how.
-        data: text; by default Python's own documentation. Of its training part.
-        phase: whose latency is trained for; the budgets of every profiled phase are calibrated.
+        directory: an elastic checkpoint, profiled; without static routers, training starts at the uniform ladder.
+        config: settings of the training.
+        data: text, by default Python's own documentation; its training part is used.
+        phase: the phase whose latency is trained for; budgets of every profiled phase are calibrated.
         samples: sequences to train, calibrate and judge on.
-        length: tokens of each.
+        length: tokens in a sequence.
     """
     with ElasticDirectory.open(directory) as checkpoint:
         model, planner, origin = checkpoint.model(), checkpoint.planner(), checkpoint.origin
@@ -309,8 +309,8 @@ def tune(
     it, for the surrogate itself is not kept.
 
     Args:
-        directory: of a checkpoint with the router.
-        config: how; ``distillation`` above 0 has the checkpoint as it was for its teacher.
+        directory: an elastic checkpoint with the router.
+        config: settings; with ``distillation`` above 0 the checkpoint as it was is the teacher.
         adaptive: tune the router that chooses for every token, not the static one.
         data: text; by default Python's own documentation.
         restart: discard an unfinished run instead of resuming it.
@@ -320,7 +320,7 @@ def tune(
     config = config or TuneConfig()
     with ElasticDirectory.open(directory) as checkpoint:
         model = checkpoint.equipped()
-        # what was made for other weights is left out, and was told: it is not asked for twice
+        # routers made for other weights were left out with a warning: they are not asked for again
         static = checkpoint.static() if model.planner.ladder.origin == "router" else None
         own = checkpoint.adaptive() if model.adaptive is not None else None
         found = own if adaptive else static
@@ -345,7 +345,7 @@ def tune(
         progress=lambda step, steps, _: progress("joint tuning", step, steps),
         begun=keep_teacher,
     )
-    round_in_place("tune", model, model.stored)  # what follows is measured on what will be stored
+    round_in_place("tune", model, model.stored)  # reports below are about the weights that will be stored
     judged = windows(tokens.train, samples, config.length)
     tables, ladder, fresh = model.planner.tables, model.planner.ladder, []
     if static and static.phase in tables:
@@ -371,8 +371,8 @@ def clean(directory: str | Path, *, unfinished: bool = False, dry_run: bool = Fa
     A run that was cleaned can no longer be given more steps; its metrics and what it was stay.
 
     Args:
-        directory: of an elastic checkpoint.
-        unfinished: also those of runs that were stopped, which can then never be finished.
+        directory: an elastic checkpoint.
+        unfinished: also remove those of stopped runs, which can then never be finished.
         dry_run: remove nothing.
 
     Returns:
@@ -381,7 +381,7 @@ def clean(directory: str | Path, *, unfinished: bool = False, dry_run: bool = Fa
     Origin.read(directory)
     folders = [Path(directory) / name for name in (TRAINING_FOLDER, TUNING_FOLDER)]
     with locked(directory, "clean"):
-        # all are asked before one is touched
+        # all runs are checked before any file is removed
         found = [p for f in folders for p in resume.clean(f, unfinished=unfinished, dry_run=True)]
         sizes = {str(p): p.stat().st_size if p.stat().st_nlink == 1 else 0 for p in found}
         if not dry_run:
@@ -393,7 +393,7 @@ def clean(directory: str | Path, *, unfinished: bool = False, dry_run: bool = Fa
 def _teacher(
     checkpoint: ElasticDirectory, folder: str, config: TrainConfig, restart: bool
 ) -> tuple[Any, Callable[[], None] | None]:
-    """The teacher of a run in ``folder``, if it has one, and what keeps it there when the run begins."""
+    """(the teacher of a run in ``folder``, a call that keeps it there when the run begins), or None twice."""
     if not config.distillation:
         return None, None
     teacher = checkpoint.model()
@@ -407,7 +407,7 @@ def _teacher(
 
 
 def _link(source: Path, target: Path) -> None:
-    """Another name for a file that is only ever replaced, never written into; a copy where there are no links."""
+    """Hard-link a file that is only ever replaced, never written into; copy it where the file system has no links."""
     try:
         os.link(source, target)
     except OSError:

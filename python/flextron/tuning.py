@@ -1,4 +1,4 @@
-"""Joint tuning: the model and a router, each learning through the other; the surrogate has no part in it."""
+"""Joint tuning: model and router learn through each other; no surrogate stands between them."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ class AdaptiveReport:
     Attributes:
         target: fraction of the full latency.
         fraction: mean over the tokens, by the table, of what the router chose.
-        loss: in nats.
-        static_fraction, static_loss: of the static ladder's rung for the target.
+        loss: nats.
+        static_fraction, static_loss: fraction and loss of the static ladder's rung for the target.
     """
 
     target: float
@@ -44,17 +44,17 @@ class AdaptiveReport:
 
 @dataclass(frozen=True)
 class AdaptiveResult:
-    """A trained adaptive router and how it did.
+    """A trained adaptive router and the report of its training.
 
     Attributes:
         router: calibrated.
         targets: comparison at every trained target below 1.
         dropped_targets: asked for, but faster than the fastest network.
-        full_loss: of the full model on the same sequences, in nats.
+        full_loss: the full model's loss on the same sequences, nats.
         history: one entry for about every fiftieth step.
-        config: what it was trained with.
-        phase: whose latency the training was about; the calibration covers every phase that was profiled.
-        costs: of the tables it is calibrated for, by phase: ``LatencyTable.costs`` and ``adaptive``.
+        config: settings of the training.
+        phase: the phase whose latency was trained for; the calibration covers every profiled phase.
+        costs: costs in the tables it is calibrated for, by phase: ``LatencyTable.costs`` and ``adaptive``.
         surrogate: fit on observations that it was never trained on; None where there was none.
         gate: when the router moved; None where there was no surrogate.
     """
@@ -71,7 +71,7 @@ class AdaptiveResult:
     gate: GateReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the router's weights."""
+        """Everything but the router's weights."""
         r = self.router
         sizes = ("num_layers", "hidden_size", "mlp_choices", "head_choices", "hidden")
         return {
@@ -122,7 +122,7 @@ class AdaptiveResult:
                     f"{path}: calibration.{phase} must be ascending fractions and an offset for each, got others"
                 )
         hints = get_type_hints(cls)
-        # checkpoints from before there was a choice have neither surrogate nor gate
+        # older checkpoints, from before the form could be chosen, have neither surrogate nor gate
         stored = {
             f.name: build(hints[f.name], values.get(f.name), path, f.name)
             for f in fields(cls)
@@ -133,7 +133,7 @@ class AdaptiveResult:
 
 @dataclass(frozen=True)
 class _Size:
-    """What ``adaptive.json`` says of its router."""
+    """The router's shape in ``adaptive.json``."""
 
     num_layers: int
     hidden_size: int
@@ -144,7 +144,7 @@ class _Size:
 
     @property
     def parameters(self) -> int:
-        """At least so many."""
+        """A lower bound on the number of weights, by which a damaged shape is found."""
         return self.num_layers * self.hidden * max(self.hidden_size, self.mlp_choices + self.head_choices)
 
 
@@ -156,7 +156,7 @@ def load(directory: str | Path | Files, origin: Origin) -> AdaptiveResult | None
 
 
 def costs_of(tables: dict[str, LatencyTable]) -> dict[str, Any]:
-    """What a calibration rests on, of each phase, as it is stored."""
+    """The costs that a calibration rests on, by phase, as they are stored."""
     return {
         phase: {**t.costs, "adaptive": None if t.adaptive is None else list(t.adaptive)}
         for phase, t in tables.items()

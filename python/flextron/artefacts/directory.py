@@ -25,7 +25,7 @@ from flextron.nn.storage import Dtype
 
 
 class ElasticDirectory:
-    """An elastic checkpoint whose files were opened together, so that all of them are of one save.
+    """An elastic checkpoint whose files were opened together: all of them belong to one save.
 
     An interrupted save is finished once, when the directory is opened, and its files are checked once. What was made
     for other weights than those here is left out with a warning that names the command to run.
@@ -53,7 +53,7 @@ class ElasticDirectory:
 
     @cached_property
     def origin(self) -> Origin:
-        """The model here, as files that were made for it name it."""
+        """The identity of the model here, which files that were made for it record."""
         return Origin.of(self.meta)
 
     @cached_property

@@ -39,7 +39,7 @@ from flextron.nn.skeleton import fill, parameter_shapes, say_tied, skeleton
 from flextron.nn.stock import read_back
 from flextron.nn.storage import Dtype, common, counted, rounded, storage
 
-# what is shown of a certificate beside its main figure; one of an earlier version has none of it
+# parts of a certificate that are shown beside its main figure; earlier versions wrote none of them
 _SHOWN = {
     "weights": str | None,
     "rounding": dict[str, float] | None,
@@ -89,7 +89,7 @@ def save_elastic(
     else:
         dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     config, own = _stock_config(model, common(dtypes.values())), model.elastic
-    # which tokens there are, and whether they are tied, may have changed since it was made elastic
+    # the vocabulary, and whether embeddings are tied, may have changed since the model was made elastic
     own = elastic_config(config, own.unit, own.mlp_choices, own.head_choices)
     with commit(directory, drop) as stage:
         if report is None and (before := Path(directory) / ELASTIC_FILE).is_file():
@@ -122,7 +122,7 @@ def save_elastic(
 
 
 def write(model: Elastic, directory: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """What ``save_pretrained`` of a model calls: see `flextron.nn.model.Writer`."""
+    """Save a model on behalf of its ``save_pretrained``; see `flextron.nn.model.Writer`."""
     save_elastic(model, directory, tensors=tensors)
 
 
@@ -161,7 +161,7 @@ def read_model(
         config.dtype = dtype = memory_dtype("load", dtype, config.dtype)
         model = skeleton(config)
         tensors = files.load_tensors(WEIGHTS_FILE, parameter_shapes(model), checksum)
-        # Copied, for the file's tensors may lie in a mapping of it, and aligned to 8 bytes only.
+        # Copied: the file's tensors may lie in a memory mapping, aligned to 8 bytes only.
         fill(model, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()})
         model.generation_config = read_generation_config(files) or model.generation_config
         model.name_or_path = str(files.directory)

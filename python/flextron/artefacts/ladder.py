@@ -1,4 +1,4 @@
-"""The ladder: a nested chain of sub-networks, smallest to full, off which a budget is read."""
+"""The ladder: a nested chain of sub-networks, smallest to full, from which a budget picks one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextron.config import ElasticConfig, Widths
+from flextron.config import AXES, ElasticConfig, Widths
 from flextron.nn.router import StaticRouter
 
-AXES = ("mlp", "heads")
 _GOLDEN = (5**0.5 - 1) / 2
 _GRID = 201  # targets at which a router is read; its logits are lines between trained targets
 
@@ -22,15 +21,15 @@ Upgrade = tuple[str, int]  # (axis, layer): this layer's axis goes to its next c
 
 @dataclass(frozen=True)
 class Ladder:
-    """Sub-networks, each the one before with one layer's axis at its next choice.
+    """A chain of sub-networks: each takes one axis of one layer to its next choice.
 
     Every rung covers those below, so whatever grows with width grows along the ladder, and the highest rung
     within a budget is a function of the budget that never falls.
 
     Attributes:
         mlp_choices, head_choices: the menus.
-        num_layers: L.
-        upgrades: in order, from the smallest network to the full one.
+        num_layers: number of layers, L.
+        upgrades: the steps from the smallest network to the full one, in order.
         origin: what made it: ``"router"`` or ``"uniform"``.
     """
 
@@ -73,10 +72,8 @@ class Ladder:
         ``cost`` must not fall as widths grow.
         """
         limit += 1e-9 * abs(limit)
-        low, high = (
-            -1,
-            len(self.rungs) - 1,
-        )  # rungs[low] is within the limit, or low is -1; all above high are not
+        # rungs[low] is within the limit, or low is -1; no rung above high is
+        low, high = -1, len(self.rungs) - 1
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if cost(self.rungs[middle]) <= limit else (low, middle - 1)
@@ -103,14 +100,13 @@ class Ladder:
 
 
 def uniform_ladder(config: ElasticConfig) -> Ladder:
-    """Upgrade all layers evenly, both axes at the same pace: what one does without routers.
+    """Upgrade all layers evenly, both axes at the same pace: the ladder of a model without routers.
 
     Layers take turns by multiples of the golden ratio, so that at every rung the wider ones are
     spread over the depth.
     """
-    turn = sorted(
-        range(config.num_layers), key=lambda k: (k + 1) * _GOLDEN % 1
-    )  # layer -> when it is its turn
+    # layer -> its place in the order
+    turn = sorted(range(config.num_layers), key=lambda k: (k + 1) * _GOLDEN % 1)
     order: list[tuple[float, str, int]] = []
     for axis, menu in (("mlp", config.mlp_choices), ("heads", config.head_choices)):
         steps = len(menu) - 1
@@ -147,7 +143,7 @@ def router_ladder(config: ElasticConfig, router: StaticRouter) -> Ladder:
 
 
 def _margin(logits: Tensor, choice: int) -> float:
-    """How much better than all smaller choices the best of ``choice`` and above is."""
+    """By how much the best of ``choice`` and above exceeds the best of the smaller choices."""
     return float(logits[choice:].max() - logits[:choice].max())
 
 

@@ -24,14 +24,13 @@ from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
 from flextron.checkpoint.io import write_json
 from flextron.checkpoint.origin import check_model
 from flextron.checkpoint.schema import build
-from flextron.config import ElasticConfig, Widths, check_numbers
+from flextron.config import AXES, ElasticConfig, Widths, check_numbers
 from flextron.nn.protocol import Elastic
 from flextron.nn.router import Indices
 from flextron.sentences import listed
 
 FILE = "latency.json"
 PHASES = ("prefill", "decode")
-AXES = ("mlp", "heads")
 
 
 @dataclass(frozen=True)
@@ -101,14 +100,15 @@ class LatencyTable:
     """Measured costs of the choices of one phase on one machine.
 
     Attributes:
-        workload, machine: what was timed, and where: the key of the table.
-        elastic: shape and menus of the model that was timed. Its latency does not depend on the weights' values.
+        workload, machine: what was timed and where, the key of the table.
+        elastic: shape and menus of the model that was timed; latency does not depend on the weights' values.
         mlp, heads: [L, C], cost of a choice in a layer, never falling with the width; in the decode phase what it
             costs above the narrowest.
-        raw_mlp, raw_heads: the same before the repair of `isotonic`.
+        raw_mlp, raw_heads: the costs as measured, before `isotonic` repaired them.
         base, slope: the end-to-end fit.
-        adaptive: the same of forwards in which a router chooses for every token, which also run the router, project
-            the keys and values of all groups and move rows; None where that was not measured: `base` and `slope`.
+        adaptive: base and slope of forwards in which a router chooses for every token: they also run the router,
+            project keys and values of all groups and gather rows. None where that was not measured, which counts as
+            `base` and `slope`.
         fitted, held_out: the configurations used for the fit, and those that judge it.
         warnings: sentences for the user.
     """
@@ -146,7 +146,7 @@ class LatencyTable:
 
     @cached_property
     def smallest_adaptive_ms(self) -> float:
-        """Where every token chooses for itself; not below what is possible without choosing."""
+        """Predicted time of the smallest network where every token chooses; at least `smallest_ms`."""
         return max(self.smallest_ms, self.predict(self.elastic.smallest(), adaptive=True))
 
     def _line(self, adaptive: bool) -> tuple[float, float]:
@@ -177,7 +177,7 @@ class LatencyTable:
         return base + slope * ((p_mlp * mlp).sum((-2, -1)) + (p_heads * heads).sum((-2, -1)))
 
     def predict(self, widths: Widths, adaptive: bool = False) -> float:
-        """Milliseconds of a configuration; ``adaptive``: which a router chooses for every token."""
+        """Milliseconds of a configuration; with ``adaptive``, of one that a router chooses for every token."""
         base, slope = self._line(adaptive)
         return base + slope * self.layer_sum(widths)
 
@@ -210,7 +210,7 @@ class LatencyTable:
         return (base + slope * sums).mean((-2, -1))
 
     def fraction(self, widths: Widths, adaptive: bool = False) -> float:
-        """The configuration's time over the full model's."""
+        """The configuration's time divided by the full model's."""
         return self.predict(widths, adaptive) / self.full_ms
 
     def check(self, config: ElasticConfig) -> None:
@@ -223,7 +223,7 @@ class LatencyTable:
 
     @property
     def costs(self) -> dict[str, Any]:
-        """What routers and calibrations rest on, as it is stored with them."""
+        """The costs that routers and calibrations rest on, as they are stored with them."""
         return {
             "mlp": list(self.mlp[0]),
             "heads": list(self.heads[0]),
@@ -232,7 +232,7 @@ class LatencyTable:
         }
 
     def differs(self, machine: dict[str, Any]) -> list[str]:
-        """How ``machine`` (of `machine_of`) is not the one that was measured: one sentence each."""
+        """One sentence for each way in which ``machine`` (see `machine_of`) differs from the one measured."""
         keys = sorted(self.machine.keys() | machine.keys())
         return [
             f"the {self.workload.phase} table was measured with {k} {self.machine.get(k)!r}, "
@@ -249,7 +249,7 @@ class LatencyTable:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], path: str | Path = FILE, place: str = "") -> LatencyTable:
-        """What `to_dict` returned; CheckpointError says what in ``path`` is not so."""
+        """Read what `to_dict` returned; CheckpointError says what is wrong in ``path``."""
         kept = {k: v for k, v in values.items() if k not in ("residual_median", "residual_worst")}
         table = build(cls, kept, path, place)
         for axis, menu in zip(AXES, (table.elastic.mlp_choices, table.elastic.head_choices), strict=True):

@@ -36,7 +36,7 @@ class Planner:
         config: the menus.
         tables: latency tables by phase; without one, only ``params``, ``memory_gb`` and ``widths`` are
             understood.
-        ladder: of the trained routers; None: the uniform ladder.
+        ladder: the routed ladder; None: the uniform one.
     """
 
     config: ElasticConfig
@@ -84,20 +84,20 @@ class Planner:
         kv: str = "selected",
         bytes_per_value: int = 4,
     ) -> Widths:
-        """The largest network of the ladder within exactly one budget.
+        """The largest network of the ladder that is within the budget; exactly one must be given.
 
         Args:
-            fraction: of the full model's latency in the phase, in (0, 1].
+            fraction: share of the full model's latency in the phase, in (0, 1].
             latency_ms: milliseconds of one forward of the phase's workload.
-            tokens_per_s: tokens that one forward takes in (of all sequences), over its time.
+            tokens_per_s: tokens that one forward takes in, over all sequences, per second.
             params: parameters.
             memory_gb: weights and key/value cache, in 1e9 bytes.
             widths: themselves; they are checked against the menus.
             phase: ``"prefill"`` or ``"decode"``: which latency table.
-            batch, context: of the key/value cache that ``memory_gb`` counts (1 and 0 unless given). For a
+            batch, context: size of the key/value cache that ``memory_gb`` counts (1 and 0 unless given). For a
                 budget of latency they must be the profiled ones when they are given.
             kv: which key/value groups ``params`` and ``memory_gb`` count: ``"selected"`` or ``"all"``.
-            bytes_per_value: of a weight or cached value in memory.
+            bytes_per_value: bytes that a weight or cached value takes in memory.
 
         Raises:
             ValueError: none or several budgets, or an impossible one: the message names the best possible.
@@ -133,7 +133,7 @@ class Planner:
         batch: int | None = None,
         context: int | None = None,
     ) -> float:
-        """Exactly one budget of latency as a fraction of the full model's: what an adaptive router is asked for.
+        """One budget of latency as a fraction of the full model's, which is what an adaptive router takes.
 
         More than the full model needs is 1. The arguments are those of `resolve`.
 

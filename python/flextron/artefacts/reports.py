@@ -1,4 +1,4 @@
-"""How far to trust routers that a surrogate taught: its fit, and what its gate did."""
+"""How far to trust routers that learned from a surrogate: its fit, and the steps that its gate let pass."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class FitReport:
         n: configurations judged.
         r2: share of the variance explained.
         rank: Spearman's rank correlation.
-        mean_error, worst_error: of |predicted - observed|.
+        mean_error, worst_error: mean and largest |predicted - observed|.
         worst_fraction: latency fraction of the configuration with the worst error.
-        predicted, observed, fractions: of each configuration.
+        predicted, observed, fractions: loss predicted and observed, and latency fraction, of each configuration.
     """
 
     n: int
@@ -39,7 +39,7 @@ class FitReport:
 
 @dataclass(frozen=True)
 class GateReport:
-    """What the surrogate's gate did; its error is a moving average over what it had not been trained on.
+    """The steps that the surrogate's gate let pass; the error is a moving average over configurations new to it.
 
     Attributes:
         threshold: nats.

@@ -36,8 +36,8 @@ class TargetReport:
         distance: steps (choices of layers) by which the two differ.
         choice_loss, routed_loss, uniform_loss, search_loss: predicted for the router's choice, the routed
             ladder, the uniform ladder and plain search.
-        routed_observed, uniform_observed, search_observed: what the LLM says of them.
-        search_widths: what search found.
+        routed_observed, uniform_observed, search_observed: losses that the model itself has at those three.
+        search_widths: the sub-network that search found.
     """
 
     target: float
@@ -56,7 +56,7 @@ class TargetReport:
 
 @dataclass(frozen=True)
 class RouterResult:
-    """Trained routers, what budgets are read off, and how far to trust them.
+    """Trained static routers, the ladder that budgets use, and the report of the training.
 
     Attributes:
         router: arg-max without noise is its choice.
@@ -67,9 +67,9 @@ class RouterResult:
         dropped_targets: asked for, but faster than the fastest network.
         evaluations: calls of the LLM's loss.
         history: one entry for about every fiftieth step.
-        config: what it was trained with.
-        phase: whose latency the targets are fractions of.
-        costs: of the table that they were trained on: ``LatencyTable.costs``.
+        config: settings of the training.
+        phase: the phase whose latency the targets are fractions of.
+        costs: ``LatencyTable.costs`` of the table that they were trained on.
     """
 
     router: StaticRouter
@@ -85,7 +85,7 @@ class RouterResult:
     costs: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the router's weights."""
+        """Everything but the router's weights."""
         r = self.router
         return {
             "format": FORMAT,
@@ -138,7 +138,7 @@ class RouterResult:
 
 @dataclass(frozen=True)
 class _Size:
-    """What ``routers.json`` says of its router."""
+    """The router's shape in ``routers.json``."""
 
     targets: tuple[float, ...]
     hidden: int

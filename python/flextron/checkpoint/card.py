@@ -1,4 +1,4 @@
-"""What goes with a model's weights from parent to child: its licence and its card, and a card of our own."""
+"""The files that follow a model's weights from parent to child: licence and card, and a card of our own."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def write_card(
     """Write ``README.md`` into a folder, and carry over what the parent has of licences and cards.
 
     Args:
-        folder: of the new model.
+        folder: where the new model is written.
         parent: directory of the old one; None where it is not known.
-        title: of the card.
-        paragraphs: of the card, Markdown.
+        title: the card's title.
+        paragraphs: the card's text, Markdown.
         base: hub id of the parent, where it is known.
     """
     parent = None if parent is None else Path(parent)
@@ -33,7 +33,7 @@ def write_card(
 
 
 def _carry(folder: Path, parent: Path) -> dict[str, Any]:
-    """Copy licences and the parent's card; what the head of that says of licence and language."""
+    """Copy licences and the parent's card; returns the licence and language that the card's head names."""
     for pattern in _CARRIED:
         for path in parent.glob(pattern):
             if path.is_file():

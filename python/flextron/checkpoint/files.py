@@ -28,7 +28,7 @@ class Files:
         return name in self._handles
 
     def __truediv__(self, name: str) -> Path:
-        """What messages call a file."""
+        """The path of a file, for messages."""
         return self.directory / name
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Files:
 
 @contextlib.contextmanager
 def opened(directory: str | Path | Files) -> Iterator[Files]:
-    """The files of a directory, all of one save; one that is opened already is passed on.
+    """Open the files of a directory, all of one save; an opened directory is passed on.
 
     They are opened together, between two saves. A save puts new files into the places of the old ones, which live
     on for whoever has opened them.
@@ -87,7 +87,7 @@ def _at_one_moment(directory: Path, stack: contextlib.ExitStack) -> dict[str, Bi
         handles = {}
         with contextlib.ExitStack() as attempt:
             for name in _names(directory):
-                # removed since, or not for this user: missed where it is asked for
+                # removed since, or unreadable for this user: reported where the file is asked for
                 with contextlib.suppress(FileNotFoundError, PermissionError):
                     handles[name] = attempt.enter_context((directory / name).open("rb"))
             same = all(_same(handle, directory / name) for name, handle in handles.items())

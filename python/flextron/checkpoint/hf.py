@@ -22,7 +22,7 @@ _SIZES = (
     "head_dim",
 )
 _LAYERS = "num_hidden_layers"
-# Of a generation configuration, which transformers reads without looking.
+# Fields of a generation configuration, which transformers reads without checking their types.
 _SETTINGS: dict[type, tuple[str, ...]] = {
     int: (
         *(
@@ -77,7 +77,7 @@ def read_config(files: Files, weights: Mapping[str, tuple[int, ...]]) -> tuple[A
     """The configuration of a model, and the JSON that it is made of.
 
     Args:
-        files: of the checkpoint.
+        files: the checkpoint's files, opened.
         weights: name -> shape of the tensors beside it: a configuration that asks for more is not built.
 
     Raises:
@@ -119,7 +119,7 @@ def read_generation_config(files: Files) -> Any:
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save a tokenizer; what the library that writes it says of a full disk is one sentence."""
+    """Save a tokenizer; an error of the library that writes it becomes one sentence."""
     with foreign(folder, "written whole", passed=(CheckpointError, OSError)):
         tokenizer.save_pretrained(folder)
 

@@ -10,7 +10,7 @@ from flextron.sentences import first_line
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 _READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
-_LEFT = ("training/*", "tuning/*")  # what runs need to be resumed
+_LEFT = ("training/*", "tuning/*")  # not fetched: only resuming a run needs them
 
 
 def local(

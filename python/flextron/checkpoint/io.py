@@ -53,7 +53,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Read a file of JSON objects, one a line; a last line without its end, which a killed run left, is none.
+    """Read a file of JSON objects, one a line; a last line without a line end, which a killed run left, is dropped.
 
     Raises:
         CheckpointError: no such file, or another line is no such object.
@@ -70,7 +70,7 @@ def save_tensors(
 
     Args:
         path: the file; its directory must exist.
-        tensors: by name, on any device.
+        tensors: tensors by name, on any device.
         metadata: strings kept in the file's header.
 
     Returns:
@@ -199,7 +199,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _reopened(path: Path, file: BinaryIO) -> str:
-    """A path that opens the very file that is open, whatever is at its own by now, where the system has one."""
+    """A path that opens the same file again even if another has taken its place, where the system has one."""
     for folder in ("/proc/self/fd", "/dev/fd"):
         if os.path.exists(name := f"{folder}/{file.fileno()}"):
             return name
@@ -244,7 +244,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a path beside ``path``; what is written there takes its place when the block ends well."""
+    """Yield a path beside ``path``; the file written there replaces it when the block ends without an error."""
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: its directory must exist, got nothing at {path.parent}")
     if path.is_dir():

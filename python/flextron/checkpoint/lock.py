@@ -1,7 +1,7 @@
-"""One writer at a time: a lock on a directory that says whose it is.
+"""One writer at a time: a lock on a directory that names its owner.
 
 The lock is the kernel's (``flock``) on a file in the directory: a process that dies gives it up by dying, and what
-it leaves of the file is taken over by the next one. The file is there only while somebody writes.
+it leaves of the file is taken over by the next one. The file is there only while a process writes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class BusyError(CheckpointError):
 
 @contextlib.contextmanager
 def locked(directory: str | Path, who: str, patience: float = _PATIENCE) -> Iterator[None]:
-    """Be the one that writes into ``directory``; a thread may take a lock again that it holds.
+    """Hold the lock on writing into ``directory``; a thread may take a lock again that it holds.
 
     Args:
         directory: made when it is missing, and removed again when it is still empty at the end.
@@ -47,7 +47,7 @@ def locked(directory: str | Path, who: str, patience: float = _PATIENCE) -> Iter
         patience: seconds to wait for another writer.
 
     Raises:
-        BusyError: one sentence that says who writes there.
+        BusyError: one sentence that names the process that writes there.
         CheckpointError: no lock can be made there.
     """
     directory = Path(directory)
@@ -111,7 +111,7 @@ def _take(path: Path, who: str, patience: float) -> int | None:
                 stacklevel=4,
             )
             return None
-        os.close(handle)  # somebody else's, or removed by its last owner between our two calls
+        os.close(handle)  # another process's, or removed by its last owner between our two calls
 
 
 def _release(path: Path, handle: int | None) -> None:

@@ -1,4 +1,4 @@
-"""What a file beside the weights was made for, and whether it still belongs to them."""
+"""The model that a file beside the weights was made for, and whether that model is still there."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def made_for(directory: str | Path | Files, name: str) -> Origin | None:
             return None
         path, values = files / name, files.read_json(name)
     check_format(values, path)
-    # one of a version that did not write it says nothing
+    # older versions did not record it
     return build(Origin, values[KEY], path, KEY) if KEY in values else None
 
 
@@ -71,10 +71,10 @@ def fits(directory: str | Path | Files, name: str, origin: Origin, mend: str) ->
     since, and there is a command that mends it.
 
     Args:
-        directory: of an elastic checkpoint.
-        name: of the file.
-        origin: what is in ``directory`` now.
-        mend: the command that makes the file anew.
+        directory: an elastic checkpoint.
+        name: the file's name.
+        origin: the model that is in ``directory`` now.
+        mend: the command that makes the file again.
 
     Raises:
         CheckpointError: the file is damaged, or another model's.

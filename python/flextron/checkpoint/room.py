@@ -10,12 +10,12 @@ from flextron.checkpoint.lock import LOCK_FILE
 from flextron.checkpoint.transaction import recover
 from flextron.sentences import listed
 
-# Weights, of a model that transformers or we have written: where these are, beside config.json, a model is.
+# Weights that transformers or we have written: a directory with these and a config.json holds a model.
 _WEIGHTS = (
     *("model*.safetensors", "model*.safetensors.index.json", "consolidated*.safetensors"),
     *("pytorch_model*.bin", "pytorch_model*.bin.index.json", "pytorch_model*.safetensors"),
 )
-# What else belongs to a model, by its name: transformers' and the hub's. Anything else in a directory is its owner's.
+# Other files of a model, by transformers' and the hub's names for them. Any other file is its owner's.
 _MODEL = (
     *_WEIGHTS,
     *(CONFIG_FILE, "generation_config.json", "export.json"),
@@ -24,7 +24,7 @@ _MODEL = (
     *("chat_template*", "additional_chat_templates", "README.md", "parent_README.md"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*"),
 )
-# What only an elastic checkpoint has.
+# Files that only an elastic checkpoint has.
 _ELASTIC = (
     ELASTIC_FILE,
     "latency.json",
@@ -34,7 +34,7 @@ _ELASTIC = (
     "training",
     "tuning",
 )
-_IGNORED = (LOCK_FILE, ".staged")  # of a writer that was killed, or that asks
+_IGNORED = (LOCK_FILE, ".staged")  # left by a writer that was killed, or held by the caller
 
 
 def room_for_model(directory: str | Path, who: str, force: bool = False) -> list[str]:

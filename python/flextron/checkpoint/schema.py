@@ -26,7 +26,7 @@ def build(kind: type[T], value: Any, path: str | Path, place: str = "") -> T:
             of them. Tuples are JSON lists; a dataclass is an object with its fields, no others.
         value: as `read_json` returns it.
         path: the file, for messages.
-        place: in the file, for messages.
+        place: where the value stands in the file, for messages.
 
     Raises:
         CheckpointError: one sentence that says which value must be what.
@@ -72,7 +72,7 @@ def checksums_of(values: Mapping[str, Any], path: str | Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def checking(path: str | Path) -> Iterator[None]:
-    """What a class says against the values it is given becomes a sentence about the file that they came from."""
+    """Turn a class's error about its values into a sentence about the file that the values came from."""
     try:
         yield
     except CheckpointError:

@@ -39,7 +39,7 @@ def commit(directory: str | Path, drop: Iterable[str] = ()) -> Iterator[Path]:
     with locked(directory, "save"):
         recover(directory)
         stage = directory / _STAGE
-        shutil.rmtree(stage, ignore_errors=True)  # of a writer that was killed
+        shutil.rmtree(stage, ignore_errors=True)  # left by a writer that was killed
         stage.mkdir()
         try:
             yield stage
@@ -87,12 +87,14 @@ def _unfinished(directory: Path, error: Exception) -> CheckpointError:
 
 
 def _place(directory: Path, committed: Path) -> None:
-    """Move what counts into its place; each step may be the last one, and be taken again."""
+    """Move the new files into place; a crash may follow any step, and every step may be repeated."""
     if not committed.is_dir():  # another reader was faster
         return
     dropped = committed / _DROPPED
     for name in read_json(dropped)["names"] if dropped.is_file() else ():
-        if not isinstance(name, str) or name in ("", "..") or name != Path(name).name:  # leads out of here
+        if (
+            not isinstance(name, str) or name in ("", "..") or name != Path(name).name
+        ):  # it leads out of the directory
             raise CheckpointError(f"{dropped}: names must be plain ones, got {name!r}")
         _remove(directory / name)
     for path in sorted(committed.iterdir()):

@@ -39,7 +39,7 @@ def judge_budgets(
         model: from `from_pretrained`, profiled.
         tokens: [n, length] int64, held out.
         targets: fractions of the full model's latency.
-        rounds: of measurement, full model and candidates interleaved.
+        rounds: samples of each measurement; full model and candidates are interleaved.
     """
     planner = model.planner
     table = planner.table(phase)
@@ -83,7 +83,7 @@ def judge_budgets(
 
 
 def _workload_tokens(tokens: Tensor, workload: Workload) -> Tensor:
-    """Real text in the shape of a workload: what a router that looks at tokens is timed on."""
+    """Real text in the shape of a workload: a router's choices, and so its time, depend on the tokens."""
     stream, wanted = tokens.flatten(), workload.tokens
     stream = stream.repeat(-(-wanted // len(stream)))[:wanted]
     return stream.view(workload.batch, workload.length)

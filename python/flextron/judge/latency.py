@@ -29,8 +29,8 @@ def measure(
 ) -> tuple[float, list[float]]:
     """Milliseconds of the whole model: (full, one for each of ``widths``, which may be dials).
 
-    Each configuration is timed between two runs of the full model; what is returned is its median ratio to
-    them times the median of the full model, so the drift of a shared machine cancels. ``ids`` [batch, length] are
+    Each configuration is timed between two runs of the full model. Its median ratio to them, times the full model's
+    median, is returned: the drift of a shared machine cancels. ``ids`` [batch, length] are
     the tokens; random ones by default, which is all the same unless a router looks at them.
     """
     choices = {str(i): Dial.of(w) for i, w in enumerate(widths)}
@@ -53,7 +53,7 @@ def measure(
 def whole_model(
     model: Elastic, dial: Widths | Dial, workload: Workload, ids: Tensor | None = None
 ) -> Callable[[], None]:
-    """The forward whose time is predicted, for a model that will be set to ``dial``."""
+    """The forward pass that is timed; the model must be set to ``dial`` when it runs."""
     weight = model.get_input_embeddings().weight
     shape = (workload.batch, workload.length)
     if ids is None:

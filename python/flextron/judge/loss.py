@@ -1,4 +1,4 @@
-"""The loss of a model at a dial, in nats per token; and how a model is given back as it was."""
+"""The loss of a model at a dial, in nats per token, and the restoration of a model that was changed."""
 
 from __future__ import annotations
 

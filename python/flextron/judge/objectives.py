@@ -16,9 +16,8 @@ from torch.autograd.function import once_differentiable
 
 IGNORED = -100  # transformers' label of a token that is not to be predicted
 
-_CHUNK_VALUES = (
-    1 << 23
-)  # logits in a chunk: 32 MiB of float32, past the last-level cache and small beside a model
+# logits in a chunk: 32 MiB of float32, past the last-level cache (L3) and small beside a model
+_CHUNK_VALUES = 1 << 23
 
 # (logits of a chunk [n, V], its place) -> (loss of each token [n], its gradient [n, V])
 _Rows = Callable[[Tensor, slice], tuple[Tensor, Tensor]]

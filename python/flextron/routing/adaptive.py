@@ -53,11 +53,11 @@ def train_adaptive(
 
     Args:
         model: elastic; its dial and its parameters' ``requires_grad`` are restored.
-        tables: by phase; all are calibrated for.
+        tables: latency tables by phase; the router is calibrated for all of them.
         ladder: the static routers' readout, where the router starts.
         tokens: [n, length] int64, sequences to train, calibrate and judge on.
         config: see `AdaptiveConfig`.
-        phase: whose latency is trained for.
+        phase: the phase whose latency is trained for.
         progress: called with (what is being done, done, total).
     """
     options = config or AdaptiveConfig()
@@ -97,7 +97,7 @@ def refreshed(
     tokens: Tensor,
     progress: Progress = lambda *_: None,
 ) -> AdaptiveResult:
-    """The result after router and model have moved: calibrated on one half of ``tokens``, judged on the other."""
+    """Calibrate and judge again after router and model were tuned, each on one half of ``tokens``."""
     half = len(tokens) // 2
     with _frozen(model):
         model.attach_router(result.router)
@@ -109,7 +109,7 @@ def refreshed(
 
 @contextmanager
 def _frozen(model: Elastic) -> Iterator[None]:
-    """In eval mode, and no parameter wants a gradient; at the end the model is restored."""
+    """Put a model into eval mode without gradients, and restore it at the end of the ``with`` block."""
     with restored(model):
         model.requires_grad_(False).eval()
         yield
@@ -118,7 +118,7 @@ def _frozen(model: Elastic) -> Iterator[None]:
 def start_router(
     config: ElasticConfig, table: LatencyTable, ladder: Ladder, options: AdaptiveConfig
 ) -> tuple[AdaptiveRouter, tuple[float, ...]]:
-    """A router that does what the ladder does, and the targets that no network is fast enough for."""
+    """(a router that starts with the ladder's choices, the targets that no network is fast enough for)."""
     fastest = table.smallest_adaptive_ms / table.full_ms
     targets, dropped = reachable("train_adaptive", options.targets, fastest)
     router = AdaptiveRouter(
@@ -172,7 +172,7 @@ class _Training(RouterTraining):
             options.threshold, math.ceil(options.patience * options.steps), options.form == "surrogate"
         )
         super().__init__(router.to(self.device), options, gate, progress)
-        # one generator for each purpose: what one draws more or less moves none of the others
+        # one generator for each purpose: no draw shifts another purpose's
         self.noise = GumbelSampler(options.seed * 4 + 1)
         self.draws = torch.Generator().manual_seed(options.seed * 4 + 2)
 
@@ -208,7 +208,7 @@ class _Training(RouterTraining):
 
 
 class _SurrogateTraining(_Training):
-    """The same on what a surrogate predicts: from the model come losses alone, at the cost of the choices.
+    """Training on a surrogate's predictions; the model runs forward only, at the widths that tokens choose.
 
     A step runs ``batch`` sequences at one target without a gradient, at the router's noisy choices. Their loss above
     the full model's, and the shares of tokens that made each choice, judge the surrogate, which then learns them; the
@@ -282,7 +282,7 @@ class _SurrogateTraining(_Training):
         )
 
     def _random_choices(self, count: int) -> Indices:
-        """Two random networks, one of them for each token by a probability of each layer's own: [N, L]."""
+        """Indices [N, L]: in every layer each token takes one of two random widths, with that layer's probability."""
         config = self.model.elastic
         found = []
         for axis, menu in (("mlp", config.mlp_choices), ("heads", config.head_choices)):
@@ -297,7 +297,7 @@ class _SurrogateTraining(_Training):
         return Indices(*(axis.to(self.device) for axis in found))
 
     def _shares(self, choices: Indices) -> Probabilities:
-        """Places in the menus [N, L] -> shares of the tokens, [L, C]."""
+        """Indices [N, L] -> share of the tokens that chose each entry, [L, C]."""
         return Probabilities(
             *(
                 functional.one_hot(axis, len(menu)).float().mean(0)

@@ -16,8 +16,8 @@ from flextron.routing.learning import TOLERANCE
 
 _GRID = 0.05  # largest step between fractions at which the offset is calibrated
 _BISECTIONS = 16
-_CLOSE = 1e-3  # of the full latency: how far below its fraction an offset may stay
-_REACH = 64.0  # offsets tried: in units of one step of a layer's choice, far beyond any difference of logits
+_CLOSE = 1e-3  # how far below its fraction the mean may stay, as a share of the full latency
+_REACH = 64.0  # largest offset tried, in steps of a layer's choice: far beyond any difference of logits
 
 Progress = Callable[[str, int, int], object]
 
@@ -29,7 +29,7 @@ def calibrate(
     tokens: Tensor,
     progress: Progress = lambda *_: None,
 ) -> None:
-    """Settle the router's offsets, for each phase, so that the mean over ``tokens`` meets every fraction.
+    """Set the router's offsets of each phase so that the mean over ``tokens`` meets every fraction.
 
     At a grid of fractions from the fastest network's to 1, at most 0.05 apart and with the trained targets in
     it, the offset is bisected until the mean is at most 0.001 below: a larger one never narrows a token's choice in
@@ -38,7 +38,7 @@ def calibrate(
     for phase, table in tables.items():
         grid = calibration_grid(table.smallest_adaptive_ms / table.full_ms, router.targets)
         low, high = torch.full((len(grid),), -_REACH), torch.full((len(grid),), _REACH)
-        left = torch.arange(len(grid))  # of the grid, what is not close yet
+        left = torch.arange(len(grid))  # the grid's points that are not close yet
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             router.calibration[phase] = (grid, tuple(middle.tolist()))

@@ -13,7 +13,7 @@ from flextron.config import ElasticConfig, Widths
 
 
 def isotonic(values: Sequence[float]) -> tuple[float, ...]:
-    """The closest never-falling sequence in least squares: pool adjacent violators.
+    """The closest sequence that never falls, in least squares, by pooling adjacent violators.
 
     A wider choice that measures faster than a narrower one is noise, and a planner would take it for a gain.
     """
@@ -72,7 +72,7 @@ def random_widths(config: ElasticConfig, rng: random.Random) -> Widths:
 def calibration_widths(
     config: ElasticConfig, fit: int, held_out: int, seed: int
 ) -> tuple[list[Widths], list[Widths]]:
-    """Configurations to fit on (the full and the smallest come first) and to judge with: no one in both.
+    """Configurations to fit on (the full and the smallest come first) and others to judge by.
 
     A tiny model may have fewer configurations than asked for; then there are fewer, the held-out ones first.
 

@@ -15,9 +15,8 @@ from flextron.nn.router import AdaptiveRouter, GumbelSampler, Logits, Probabilit
 
 TOLERANCE = 0.02  # relative distance from a target that costs nothing
 
-Fraction = Callable[
-    [Probabilities], Tensor
-]  # choice probabilities [..., L, C] -> share of the full latency [...]
+# choice probabilities [..., L, C] -> share of the full latency [...]
+Fraction = Callable[[Probabilities], Tensor]
 
 
 def learning_policy(
@@ -50,7 +49,7 @@ def learning_policy(
 
 
 def relaxed_loss(model: Elastic, tokens: Tensor) -> Callable[[Probabilities], Tensor]:
-    """The model's loss at relaxed choices, one sub-network [L, C] for each of n sequences: a function with a gradient.
+    """A differentiable function from relaxed choices, one sub-network for each of n sequences, to the model's losses.
 
     It takes ``mlp`` and ``heads`` [n, L, C] and returns [n] nats: row i on the sequence i of ``tokens`` [N, T], from
     the beginning again after N. The model is restored after each call; its parameters get no gradient when

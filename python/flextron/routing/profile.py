@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from flextron.artefacts.latency_table import AXES, LatencyTable, Workload, machine_of
-from flextron.config import ElasticConfig, Widths
+from flextron.artefacts.latency_table import LatencyTable, Workload, machine_of
+from flextron.config import AXES, ElasticConfig, Widths
 from flextron.judge.latency import measure, whole_model
 from flextron.judge.loss import restored
 from flextron.nn import Dial
@@ -21,9 +21,9 @@ from flextron.nn.protocol import Elastic
 from flextron.nn.router import AdaptiveRouter, default_hidden
 from flextron.routing.fit import calibration_widths, fit_line, fit_table, isotonic, random_widths
 
-_MIXTURES = 6  # of two networks, from which the cost of choosing for every token is fitted
-_NEVER = 1e6  # below any logit of a choice that may be made
-_SAME_COST = 0.97  # a width that costs this much of the next one up saves nothing worth its loss
+_MIXTURES = 6  # mixtures of two networks to which the cost of choosing for every token is fitted
+_NEVER = 1e6  # subtracted from the logit of a choice that must not be made
+_SAME_COST = 0.97  # a width that costs this share of the next one up saves too little for its loss
 
 Progress = Callable[[int, int], object]
 
@@ -53,7 +53,7 @@ def profile(
         min_seconds: least duration of a sample.
         fit: whole configurations for base and slope, the full and the smallest among them.
         held_out: whole configurations for the residual.
-        seed: of the configurations.
+        seed: seed of the configurations drawn.
         progress: called with (done, total) rounds.
     """
     if fit < 2 or held_out < 1:
@@ -102,13 +102,13 @@ def measure_adaptive(
     min_seconds: float = 0.02,
     progress: Progress | None = None,
 ) -> LatencyTable:
-    """The table with `LatencyTable.adaptive` measured, by routers that draw mixtures of two networks.
+    """Measure `LatencyTable.adaptive` with routers that draw mixtures of two networks.
 
     Args:
         model: an elastic model; its dial and router are restored.
-        table: of this model on this machine.
+        table: the latency table of this model on this machine.
         hidden: width of the routers' hidden layer, as `AdaptiveRouter`; None: the default of training.
-        rounds, min_seconds: of the measurement.
+        rounds, min_seconds: samples of each measurement, and the least duration of one.
         progress: called with (done, total) rounds.
     """
     config, workload = model.elastic, table.workload
@@ -144,8 +144,10 @@ def measure_adaptive(
 
 
 def _mixing_router(config: ElasticConfig, hidden: int, phase: str) -> AdaptiveRouter:
-    """A router whose first target is the smallest network, the second the full one, and each other but the last a
-    mixture of two random ones: in every layer, tokens choose between them by their state."""
+    """A router that mixes two networks at each target; in every layer, tokens choose between them by their state.
+
+    The pair is the smallest network twice at the first target, the full one twice at the second, random ones after.
+    """
     pairs = [(config.smallest(),) * 2, (config.full(),) * 2]
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     pairs += [(random_widths(config, rng), random_widths(config, rng)) for _ in range(_MIXTURES)]
@@ -166,7 +168,7 @@ def _mixing_router(config: ElasticConfig, hidden: int, phase: str) -> AdaptiveRo
 
 
 def _choices(config: ElasticConfig) -> dict[tuple[str, int], Widths]:
-    """(axis, choice) -> all layers at it, the other axis full."""
+    """(axis, choice) -> the sub-network with all layers at that choice, and the other axis full."""
     found = {("mlp", i): config.uniform(i, -1) for i in range(len(config.mlp_choices))}
     return found | {("heads", i): config.uniform(-1, i) for i in range(len(config.head_choices))}
 
@@ -174,7 +176,7 @@ def _choices(config: ElasticConfig) -> dict[tuple[str, int], Widths]:
 def _by_choice(
     model: Elastic, workload: Workload, rounds: int, min_seconds: float, on_round: Callable[[int], object]
 ) -> dict[str, tuple[float, ...]]:
-    """axis -> milliseconds of a whole forward at each choice, over the layers."""
+    """axis -> milliseconds of a whole forward pass at each choice, divided by the number of layers."""
     choices = _choices(model.elastic)
     _, times = measure(
         model, list(choices.values()), workload, rounds=rounds, min_seconds=min_seconds, on_round=on_round

@@ -14,7 +14,7 @@ from flextron.nn.router import Probabilities
 from flextron.routing.surrogate import Surrogate
 
 _POPULATION = 64
-_PARENTS = 16  # of them, the best: they live on, and all children are theirs
+_PARENTS = 16  # the best of the population, which live on and have all the children
 _CHUNK = 4096  # configurations that the surrogate sees at once
 
 
@@ -61,12 +61,12 @@ def search(
     they help: it is never worse than the greedy descent or any of ``start`` that meets the target.
 
     Args:
-        config, table, surrogate: what is searched, and by what it is judged.
+        config, table, surrogate: the menus that are searched, and what judges a configuration.
         target: fraction of the full latency.
         start: configurations to begin with; those that are too slow are made smaller.
-        generations: of evolution.
-        swaps: at most, at the end.
-        seed: of everything random.
+        generations: generations of evolution.
+        swaps: swaps tried at the end, at most.
+        seed: seed of every random draw.
 
     Raises:
         ValueError: the smallest network takes longer than the target.
@@ -147,7 +147,7 @@ class _Search:
         return (rows + moves * direction).clamp_min(0).minimum(self.top)
 
     def _fit(self, rows: Tensor) -> Tensor:
-        """Take random steps down from what is too slow, until nothing is."""
+        """Take random steps down from configurations that are too slow until none is."""
         while (slow := self._ms(rows) > self.limit).any():
             weight = self._random(rows.shape) * (rows > 0)
             chosen = functional.one_hot(weight.argmax(1), rows.shape[1])
@@ -172,7 +172,7 @@ class _Search:
 
 
 def _indices(config: ElasticConfig, widths: Sequence[Widths]) -> Tensor:
-    """[n, 2 L]: places in the menus, of the MLPs and then of the attentions."""
+    """[n, 2 L] indices into the menus: MLPs, then attentions."""
     rows = [
         [config.mlp_choices.index(d) for d in w.mlp] + [config.head_choices.index(n) for n in w.heads]
         for w in widths

@@ -22,9 +22,9 @@ from flextron.routing.learning import TOLERANCE
 from flextron.routing.search import likely, predicted_losses, search
 from flextron.routing.surrogate import ReplayBuffer, Surrogate, SurrogateFitter, judge
 
-_WARM_STEPS = 200  # of imitation, before anything else is learnt
-_WARM_CONFIDENCE = 0.5  # probability it should give to the imitated choice: a start, not a decision
-_SURE = 0.95  # probability of a choice that nothing will improve on
+_WARM_STEPS = 200  # steps of imitation, before anything else is learnt
+_WARM_CONFIDENCE = 0.5  # probability of an imitated choice: a start, not a decision
+_SURE = 0.95  # probability of a choice that no later step improves
 _LEAST_STAKE = 0.02  # nats: differences below this are noise, and get no more weight for being small
 _REFIT = 20  # a new observation is worth one twentieth of the first fit's steps
 
@@ -34,7 +34,7 @@ LossFn = Callable[[Widths], float]
 def refreshed(
     result: RouterResult, config: ElasticConfig, table: LatencyTable, loss_fn: LossFn
 ) -> RouterResult:
-    """The result after its router and the model have moved: a new ladder, and losses observed again."""
+    """Read the ladder off again, and observe its losses, after router and model were tuned."""
     ladder, full = router_ladder(config, result.router), loss_fn(config.full())
     targets = []
     for t in result.targets:
@@ -68,12 +68,12 @@ def train_routers(
 
     Args:
         config: the menus.
-        table: of the phase that the targets are about.
+        table: latency table of the phase that the targets are about.
         loss_fn: the LLM's loss in nats with these widths, always on the same tokens (the full model's is
             subtracted).
         route_config: see `RouteConfig`.
         progress: called with (what is being done, done, total).
-        relaxed: for the form ``"gumbel"``: the LLM's loss, [n] nats with a gradient, of n rows of choice probabilities
+        relaxed: for the form ``"gumbel"``: the LLM's loss at n rows of choice probabilities, [n] nats with a gradient,
             [n, L, C], on any tokens (`flextron.routing.learning.relaxed_loss`).
 
     Raises:
@@ -106,7 +106,7 @@ class _Training(RouterTraining):
         self.config, self.table, self.loss_fn, self.relaxed = config, table, loss_fn, relaxed
         self.targets = torch.tensor(targets)
         layers, counts = config.num_layers, (len(config.mlp_choices), len(config.head_choices))
-        # one generator for each purpose: what one draws more or less moves none of the others
+        # one generator for each purpose: no draw shifts another purpose's
         seeds = [options.seed * 8 + i for i in range(6)]
         router = StaticRouter(layers, *counts, targets, options.hidden, seed=seeds[0])
         super().__init__(router, options, Gate(options.threshold, guards=relaxed is None), progress)
@@ -124,7 +124,7 @@ class _Training(RouterTraining):
         self._fill()
         self._imitate_first()
         if self.options.form != "search":
-            # what is left for learning: the report takes some at the end
+            # evaluations left for learning; the report at the end takes the others
             self.active = self.options.evaluations - self.evaluations - REPORTED * (len(self.targets) - 1)
             self.gate.patience = int(self.active * self.options.patience)
             self.optimise("router steps")
@@ -144,7 +144,7 @@ class _Training(RouterTraining):
         )
 
     def _loss(self, widths: Widths) -> float:
-        """Nats above the full model's loss, by the LLM."""
+        """The LLM's loss, in nats above the full model's."""
         self.evaluations += 1
         return float(self.loss_fn(widths)) - self.full_loss
 
@@ -167,7 +167,7 @@ class _Training(RouterTraining):
         self.gate.error = judge(self.surrogate, *self.held_out.tensors()).mean_error
 
     def _new(self, draw: Callable[[int], Widths]) -> Widths | None:
-        """The first that is in no buffer, of those that ``draw`` gives at its 0th, 1st, .. try, if any is."""
+        """The first configuration from ``draw`` (called with 0, 1, ..) that is in no buffer; None after 20 tries."""
         for tries in range(20):
             widths = draw(tries)
             if widths not in self.train and widths not in self.held_out and widths != self.config.full():
@@ -223,7 +223,7 @@ class _Training(RouterTraining):
         return self._widths(Indices(*(p.argmax(-1) for p in drawn)))
 
     def _jittered(self, widths: Widths, changes: int) -> Widths:
-        """``widths`` with random choices in some layers: its neighbourhood, once it is itself known."""
+        """``widths`` with this many random changes: a neighbour, where ``widths`` itself is known already."""
         axes = {"mlp": list(widths.mlp), "heads": list(widths.heads)}
         for _ in range(changes):
             axis, menu = self.rng.choice(
@@ -272,7 +272,7 @@ class _Training(RouterTraining):
         over all draws, without their noise.
         """
         p = Probabilities(*(torch.softmax(scale * axis, dim=-1) for axis in logits))
-        # the band that costs nothing ends at the target: a budget is a bound
+        # the tolerance band ends at the target: a budget is an upper bound
         aim = self.targets / (1 + TOLERANCE)
         ratio = self.table.expected(*p) / (aim * self.table.full_ms)
         miss = functional.relu((ratio - 1).abs() - TOLERANCE)

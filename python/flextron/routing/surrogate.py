@@ -15,7 +15,8 @@ from flextron.artefacts.reports import FitReport
 from flextron.config import ElasticConfig, Widths
 from flextron.nn.router import Probabilities
 
-_PENALTIES = (1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of the ridge regression that starts a surrogate
+# penalties tried by the ridge regression that starts a surrogate
+_PENALTIES = (1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _TINY = 1e-12  # a probability whose logarithm still has a gradient
 
 
@@ -54,12 +55,12 @@ class ReplayBuffer:
         self.add_shares(certain, fraction, loss)
 
     def add_shares(self, shares: Probabilities, fraction: float, loss: float) -> None:
-        """Remember a batch whose tokens chose each for themselves.
+        """Remember a batch in which every token chose for itself.
 
         Args:
-            shares: of the tokens that made each choice, [L, C] of each axis.
-            fraction: of the full latency, mean over the tokens.
-            loss: above the full model's.
+            shares: share of the tokens that made each choice, [L, C] of each axis.
+            fraction: fraction of the full latency, mean over the tokens.
+            loss: nats above the full model's loss.
         """
         layers, menus = self._config.num_layers, (self._config.mlp_choices, self._config.head_choices)
         for name, axis, menu in zip(Probabilities._fields, shares, menus, strict=True):
@@ -80,7 +81,7 @@ class ReplayBuffer:
 
 
 class Surrogate(nn.Module):
-    """Loss above the full model's from choice probabilities and the latency fraction they have.
+    """Predicts the loss above the full model's from choice probabilities and their latency fraction.
 
     A three-layer MLP beside a linear term: the linear term carries most of the truth (damage adds up over
     layers) and needs few samples, so `start` solves for it; the MLP starts at 0 and carries the interactions.
@@ -94,7 +95,7 @@ class Surrogate(nn.Module):
     Args:
         num_layers, mlp_choices, head_choices: L and the counts of choices.
         hidden: width of the MLP.
-        seed: of the initial weights.
+        seed: seed of the initial weights.
         mixed: choices are means over tokens.
     """
 

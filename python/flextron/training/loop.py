@@ -32,7 +32,7 @@ from flextron.training.resume import (
 )
 from flextron.training.sampler import WidthSampler, homogeneous
 
-# Fields that change what a run reports and when it saves, but no weight; a resumed run may have others.
+# Fields that change what a run reports and when it saves, but no weight; they may differ in a resumed run.
 _FREE_FIELDS = {"eval_every", "eval_widths", "checkpoint_every"}
 
 # (step, steps, the step's line of metrics.jsonl)
@@ -49,8 +49,8 @@ class TrainReport:
         distilled: whether there was a teacher.
         resumed_from: step at which this call took the run up; 0 at its beginning.
         tokens: trained on in the whole run.
-        seconds: of this call.
-        losses: of every step of the whole run.
+        seconds: duration of this call.
+        losses: loss of every step of the whole run.
         evaluations: ``{"step", "sub_networks": [{"mlp", "heads", "size", "loss"}]}``, in order; one more with
             ``"stored": True`` where the last weights were rounded to be stored.
     """
@@ -139,7 +139,7 @@ def run_to_the_end(
 
 
 class Run:
-    """The moving parts of one call of :func:`train`; ``tune.py`` has a router among them."""
+    """The moving parts of one call of :func:`train`; ``tuning.py`` adds a router."""
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ class Run:
         began = time.perf_counter()
         rate = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("rate", 1.0)  # of the model's
+            group["lr"] = rate * group.get("rate", 1.0)  # a multiple of the model's
         self.model.train()
         terms, size = self._accumulate()
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -269,7 +269,7 @@ class Run:
         log.write({"step": step, "sub_networks": rows})
 
     def _start(self, resume: bool) -> int:
-        """Begin, or take the run up; returns the step that is done."""
+        """Begin a run or resume it; returns the last step that is done."""
         saved = self.checkpoints.latest() if resume else None
         if saved is None:
             self.checkpoints.begin()
@@ -294,7 +294,7 @@ class Run:
         self.checkpoints.save(step, tensors, self.batches.state_dict())
 
     def _more_tensors(self) -> dict[str, Tensor]:
-        """What else a checkpoint holds: nothing here, a router in ``tune.py``."""
+        """What else a checkpoint holds: nothing here, a router in ``tuning.py``."""
         return {}
 
     def _load_more(self, tensors: Mapping[str, Tensor]) -> None:

@@ -27,7 +27,7 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 TEACHER_FILE = "teacher.safetensors"
 CLEANED = "cleaned"  # key of run.json: the last step, whose checkpoint `clean` removed
-_ROUNDINGS = (torch.bfloat16, torch.float16)  # dtypes that a model may be stored in when it is told so
+_ROUNDINGS = (torch.bfloat16, torch.float16)  # dtypes that a user may ask a model to be stored in
 KEPT = 2  # checkpoints: the newest, and one in case that is damaged
 
 
@@ -60,7 +60,7 @@ class Checkpoints:
         self.identity = json.loads(json.dumps(identity))  # as it will be read back: lists, not tuples
 
     def begin(self) -> None:
-        """Start afresh: forget every checkpoint and metric there, and write what the run is."""
+        """Start afresh: remove every checkpoint and metric in the folder, and record what the run is."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self._keep([])
         for name in (METRICS_FILE, TEACHER_FILE):
@@ -68,7 +68,7 @@ class Checkpoints:
         write_json(self.directory / RUN_FILE, {**self.identity, "weights": self.weights})
 
     def extend(self, step: int) -> None:
-        """Write down that the run goes on to more steps, from ``step`` of those it had; otherwise do nothing."""
+        """Record that the run was given more steps, from ``step`` on; otherwise do nothing."""
         found = read_json(self.directory / RUN_FILE)
         had = found["config"]["steps"]
         if had != self.identity["config"]["steps"]:
@@ -239,7 +239,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``: of a step, with its ``loss``, or of an evaluation, with ``sub_networks``.
+    """Read a ``metrics.jsonl``: a line is a step, with its ``loss``, or an evaluation, with ``sub_networks``.
 
     Raises:
         CheckpointError: one sentence that says which line is neither.
@@ -254,7 +254,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Step:
-    """What is read of a step's line."""
+    """The fields of a step's line that are read."""
 
     step: int
     loss: float
@@ -264,7 +264,7 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """What is read of an evaluation's line."""
+    """The fields of an evaluation's line that are read."""
 
     step: int
     sub_networks: tuple[dict[str, Any], ...]
@@ -281,9 +281,9 @@ class _Evaluation:
 
 
 def fingerprint(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype] | None = None) -> str:
-    """A hash of names, shapes and some values of each tensor: cheap, and another model has another.
+    """A cheap hash of the name, shape and some values of each tensor, which tells models apart.
 
-    With ``dtypes``, of the tensors after they were stored in these and read back.
+    With ``dtypes``, the hash of the tensors after they were stored in these dtypes and read back.
     """
     digest = hashlib.sha256()
     for name, value in tensors.items():

@@ -29,8 +29,8 @@ class WidthSampler:
 
     Args:
         config: the menus.
-        full_probability: of the full model, in [0, 1].
-        seed: of the generator. Equal seeds draw equal sequences, on every device.
+        full_probability: probability of the full model, in [0, 1].
+        seed: seed of the generator. Equal seeds draw equal sequences, on every device.
         only: the one sub-network to draw, always; what a model of this shape learns alone.
     """
 
