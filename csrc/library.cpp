@@ -32,20 +32,12 @@ constexpr const char* kSchemas[] = {
     "str format, Tensor? b_gate, Tensor? b_up, Tensor? b_down, SymInt width, SymInt out_features, bool "
     "gated=True, "
     "str activation=\"silu\", Tensor? extent=None) -> Tensor",
-    "elastic_forward(Tensor x, Tensor cos, Tensor sin, Tensor[] weights, str parts, Tensor(a!)[] keys, "
-    "Tensor(b!)[] values, SymInt cached, int[] widths, int[] heads, int[] kv_heads, SymInt neurons, "
-    "SymInt query_heads, SymInt groups, Tensor norm, Tensor head, Tensor? head_scales, SymInt vocabulary, "
-    "float eps, SymInt keep=1, str unit=\"kv_group\", str activation=\"silu\", Tensor? k_start=None, "
-    "float? scale=None, Tensor[]? router=None, int[]? mlp_choices=None, int[]? head_choices=None, "
-    "str format=\"plain\") -> Tensor",
-    "elastic_forward_hold(Tensor embedding, Tensor[] weights, str parts, SymInt neurons, SymInt query_heads, "
-    "SymInt groups, SymInt head_size, Tensor norm, Tensor head, Tensor? head_scales, float eps, "
-    "str unit=\"kv_group\", str activation=\"silu\", float? scale=None, str format=\"plain\") -> int",
-    "elastic_forward_held(Tensor ids, Tensor cos, Tensor sin, int held, Tensor(a!)[] keys, "
-    "Tensor(b!)[] values, SymInt cached, int[] widths, int[] heads, int[] kv_heads, SymInt keep=1, "
-    "Tensor? k_start=None, Tensor[]? router=None, int[]? mlp_choices=None, int[]? head_choices=None) "
-    "-> (Tensor, Tensor)",
-    "elastic_forward_drop(int held) -> ()",
+    "decoder_hold(Tensor[] weights, str names, int[] shape, float[] numbers, str unit=\"kv_group\", "
+    "str activation=\"silu\", str format=\"plain\") -> int",
+    "decoder_step(Tensor ids, Tensor cos, Tensor sin, int held, Tensor(a!)[] keys, Tensor(b!)[] values, "
+    "SymInt cached, int[] widths, int[] heads, int[] kv_heads, SymInt keep=1, Tensor? k_start=None, "
+    "Tensor[]? router=None, int[]? mlp_choices=None, int[]? head_choices=None) -> (Tensor, Tensor)",
+    "decoder_drop(int held) -> ()",
     "prefix_gate(Tensor x, Tensor gate, Tensor width) -> Tensor",
     "prefix_gate_backward(Tensor dy, Tensor x, Tensor gate, Tensor width, int output_mask) -> (Tensor, "
     "Tensor)",
@@ -100,9 +92,8 @@ STABLE_TORCH_LIBRARY_IMPL(flextron, CPU, m) {
   m.impl("elastic_mlp_backward", TORCH_BOX(&flextron::elastic_mlp_backward));
   m.impl("packed_linear", TORCH_BOX(&flextron::packed_linear));
   m.impl("packed_mlp", TORCH_BOX(&flextron::packed_mlp));
-  m.impl("elastic_forward", TORCH_BOX(&flextron::elastic_forward));
-  m.impl("elastic_forward_hold", TORCH_BOX(&flextron::elastic_forward_hold));
-  m.impl("elastic_forward_held", TORCH_BOX(&flextron::elastic_forward_held));
+  m.impl("decoder_hold", TORCH_BOX(&flextron::decoder_hold));
+  m.impl("decoder_step", TORCH_BOX(&flextron::decoder_step));
   m.impl("prefix_gate", TORCH_BOX(&flextron::prefix_gate));
   m.impl("prefix_gate_backward", TORCH_BOX(&flextron::prefix_gate_backward));
   m.impl("route", TORCH_BOX(&flextron::route));
@@ -114,7 +105,7 @@ STABLE_TORCH_LIBRARY_IMPL(flextron, CPU, m) {
 
 // It has no tensor that would name a device.
 STABLE_TORCH_LIBRARY_IMPL(flextron, CompositeExplicitAutograd, m) {
-  m.impl("elastic_forward_drop", TORCH_BOX(&flextron::elastic_forward_drop));
+  m.impl("decoder_drop", TORCH_BOX(&flextron::decoder_drop));
 }
 
 #ifdef FLEXTRON_WITH_CUDA

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ops.decoder import Decoder
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
@@ -290,63 +292,52 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x[..., :R] * cos + torch.cat((-b, a), -1) * sin, x[..., R:]), -1)
 
 
-def elastic_forward(
-    x: Tensor,
+def decoder_step(
+    ids: Tensor,
     cos: Tensor,
     sin: Tensor,
-    weights: list[Tensor],
-    parts: str,
+    held: Decoder,
     keys: list[Tensor],
     values: list[Tensor],
     cached: int,
     widths: list[int],
     heads: list[int],
     kv_heads: list[int],
-    neurons: int,
-    query_heads: int,
-    groups: int,
-    norm: Tensor,
-    head: Tensor,
-    head_scales: Tensor | None,
-    vocabulary: int,
-    eps: float,
     keep: int = 1,
-    unit: str = "kv_group",
-    activation: str = "silu",
     k_start: Tensor | None = None,
-    scale: float | None = None,
     router: list[Tensor] | None = None,
     mlp_choices: list[int] | None = None,
     head_choices: list[int] | None = None,
-    format: str = "plain",
-) -> Tensor:
-    names, (B, T) = parts.split(), x.shape[:2]
-    for i, stored in enumerate(kv_heads):
-        w = dict(zip(names, weights[i * len(names) : (i + 1) * len(names)], strict=True))
-        y = _rms(x, w["in_norm"], eps)
+) -> tuple[Tensor, Tensor]:
+    """``held`` is the decoder itself, whose weights count in the dtype of ``cos``."""
+    (B, T), s = ids.shape, held.shape
+    D, M = s.head_size, s.query_heads // s.groups
+    model, layers = _plain_weights(held, cos.dtype)
+    x = model["embedding"][ids]
+    for i, (w, stored) in enumerate(zip(layers, kv_heads, strict=True)):
+        y = _rms(x, w["in_norm"], s.eps)
         if router is not None:
             width, n = _chosen(y, *(t[i] for t in router), mlp_choices, head_choices)
         else:
             width, n = (torch.tensor(u).view(len(kv_heads), -1)[i] for u in (widths, heads))
             width, n = (u[:, None].expand(B if len(u) == 1 else -1, T) for u in (width, n))
         most = int(n.max()) if n.numel() else 0
-        blocks, used = (1, most) if unit == "kv_group" else (groups, groups)
-        per_block = most * (query_heads // groups) if unit == "kv_group" else most
-        q = _heads(y, w, "q", keys[i].shape[-1], query_heads, per_block, blocks)
-        k = _heads(y, w, "k", keys[i].shape[-1], groups, stored)
-        v = _heads(y, w, "v", keys[i].shape[-1], groups, stored)
+        blocks, used = (1, most) if s.unit == "kv_group" else (s.groups, s.groups)
+        per_block = most * M if s.unit == "kv_group" else most
+        q = _heads(y, w, "q", D, per_block, blocks)
+        k, v = (_heads(y, w, name, D, stored) for name in "kv")
         if "q_norm" in w:
-            q, k = _rms(q, w["q_norm"], eps), _rms(k, w["k_norm"], eps)
-        new = slice(cached, cached + x.shape[1])
+            q, k = _rms(q, w["q_norm"], s.eps), _rms(k, w["k_norm"], s.eps)
+        new = slice(cached, cached + T)
         keys[i][:, new, :stored], values[i][:, new, :stored] = _turn(k, cos, sin), v
         if most:
             cache = [t[i][:, : new.stop, :used] for t in (keys, values)]
-            q = _attention_of_cache(_turn(q, cos, sin), *cache, most, unit, n, k_start, scale)
-        weight, block = _plain(w, "o", x.shape[-1], x.dtype), per_block * keys[i].shape[-1]
+            q = _attention_of_cache(_turn(q, cos, sin), *cache, most, s.unit, n, k_start, s.scale)
+        block = per_block * D
         inputs = n.flatten() * (block // max(most, 1))
         out = elastic_linear(
             q.reshape(B * T, blocks * block),
-            weight,
+            w["o"],
             w.get("o_bias"),
             block,
             x.shape[-1],
@@ -354,23 +345,38 @@ def elastic_forward(
             in_blocks=blocks,
         )
         x = x + out.view(x.shape)
-        x = x + _mlp_of(_rms(x, w["mlp_norm"], eps), w, neurons, width.flatten(), activation)
-    if format != "plain":
-        head = _unpacked(head, head_scales, x.dtype)[:vocabulary]
-    return F.linear(_rms(x, norm, eps)[:, x.shape[1] - keep :], head)
+        x = x + _mlp_of(_rms(x, w["mlp_norm"], s.eps), w, s.neurons, width.flatten(), s.activation)
+    logits = F.linear(_rms(x, model["norm"], s.eps)[:, T - keep :], model["head"])
+    return logits, logits[:, -1].argmax(-1) if keep else ids.new_empty(0)
 
 
-def _plain(w: dict[str, Tensor], name: str, outputs: int, dtype: torch.dtype, blocks: int = 1) -> Tensor:
-    if w[name].dim() == 2:
-        return w[name]
-    weight = _unpacked(w[name], w.get(f"{name}_scales"), dtype)
-    return weight.view(blocks, -1, weight.shape[1])[:, : outputs // blocks].flatten(0, 1)
+def _plain_weights(held: Decoder, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """A decoder's weights in this dtype, panels as the matrices they stand for: of the model, and of each layer."""
+    s, given = held.shape, held.weights
+    model = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    of_layers = [(name, value) for name, value in given.items() if name not in model]
+    layers = [{name: value[i] for name, value in of_layers} for i in range(s.layers)]
+    vocabulary, K = model["embedding"].shape
+    blocks = {"q": s.groups if s.unit == "query" else 1}
+    rows = dict(head=vocabulary, q=s.query_heads * s.head_size, o=K, down=K)
+    rows |= dict.fromkeys("kv", s.groups * s.head_size)
+    for w in (model, *layers) if s.format != "plain" else ():
+        for name in rows.keys() & w.keys():
+            weight = _unpacked(w[name], w.get(f"{name}_scales"), dtype).view(
+                blocks.get(name, 1), -1, w[name].shape[2]
+            )
+            w[name] = weight[:, : rows[name] // len(weight)].flatten(0, 1)
+        if "up" in w:
+            both = _unpacked(w["up"], w.get("up_scales"), dtype).unflatten(0, (-1, 2, 16))
+            w["gate"], w["up"] = (half.flatten(0, 1)[: s.neurons] for half in both.unbind(1))
+    in_dtype = [{name: t.to(dtype) for name, t in w.items()} for w in (model, *layers)]
+    return in_dtype[0], in_dtype[1:]
 
 
-def _heads(x: Tensor, w: dict[str, Tensor], name: str, D: int, of: int, kept: int, blocks: int = 1) -> Tensor:
-    """The first ``kept`` heads of each of ``blocks`` blocks of ``of`` heads in all: [B, T, blocks * kept, D]."""
-    weight, bias = _plain(w, name, of * D, x.dtype, blocks), w.get(f"{name}_bias")
-    y = elastic_linear(x.flatten(0, 1), weight, bias, x.shape[-1], kept * D, out_blocks=blocks)
+def _heads(x: Tensor, w: dict[str, Tensor], name: str, D: int, kept: int, blocks: int = 1) -> Tensor:
+    """The first ``kept`` heads of each of ``blocks`` blocks of a projection: [B, T, blocks * kept, D]."""
+    bias = w.get(f"{name}_bias")
+    y = elastic_linear(x.flatten(0, 1), w[name], bias, x.shape[-1], kept * D, out_blocks=blocks)
     return y.view(*x.shape[:2], blocks * kept, D)
 
 
@@ -382,7 +388,7 @@ def _chosen(
     base: Tensor,
     mlp_choices: list[int],
     head_choices: list[int],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """What the router of a layer chooses for the tokens of x [B, T, K]: neurons and heads, [B, T] each."""
     B, R = x.shape[0], state.shape[0]
     state, base = (t.repeat_interleave(B // R, 0)[:, None] for t in (state, base))
@@ -418,12 +424,9 @@ def _attention_of_cache(
 
 
 def _mlp_of(x: Tensor, w: dict[str, Tensor], neurons: int, extent: Tensor, activation: str) -> Tensor:
-    gate, up, down = w.get("gate"), w["up"], _plain(w, "down", x.shape[-1], x.dtype)
-    if gate is None:
-        both = _unpacked(up, w.get("up_scales"), x.dtype).unflatten(0, (-1, 2, 16))
-        gate, up = (half.flatten(0, 1)[:neurons] for half in both.unbind(1))
+    weights = [w[name] for name in ("gate", "up", "down")]
     biases = [w.get(f"{name}_bias") for name in ("gate", "up", "down")]
-    return elastic_mlp(x.flatten(0, 1), gate, up, down, *biases, neurons, activation, extent).view(x.shape)
+    return elastic_mlp(x.flatten(0, 1), *weights, *biases, neurons, activation, extent).view(x.shape)
 
 
 def prefix_gate(x: Tensor, gate: Tensor, width: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from flextron_ext import pack_linear, pack_mlp
+import flextron_ext
+from flextron_ext import Decoder, DecoderRouter, DecoderShape, DecoderStep, pack_linear, pack_mlp
 
 Inputs = Callable[[str, torch.dtype], Iterator[dict[str, Any]]]
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -21,6 +22,24 @@ class OpCase:
     dtypes: tuple[torch.dtype, ...] = FLOATING
     differentiable: bool = True
     devices: tuple[str, ...] = ("cpu",)  # where the op has kernels
+
+    @property
+    def wrapper(self) -> Callable[..., Any]:
+        """The typed function for the op, under the op's own argument names."""
+        return step_of_decoder if self.name == "decoder_step" else getattr(flextron_ext, self.name)
+
+
+def taken(case: dict[str, Any]) -> dict[str, Any]:
+    """The inputs as the op itself takes them: a decoder by its number."""
+    return {name: value.number if isinstance(value, Decoder) else value for name, value in case.items()}
+
+
+def step_of_decoder(
+    held: Decoder, widths, heads, kv_heads, router=None, mlp_choices=None, head_choices=None, **call: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Decoder.step` under the argument names of the op decoder_step."""
+    chosen = None if router is None else DecoderRouter(router, mlp_choices, head_choices)
+    return held.step(**call, step=DecoderStep(widths, heads, kv_heads, chosen))
 
 
 def elastic_linear(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -191,19 +210,21 @@ def head_attention_decode(device: str, dtype: torch.dtype) -> Iterator[dict[str,
     }
 
 
-def elastic_forward(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+def decoder_step(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """``held`` is a `Decoder`; `taken` makes it the number that the op takes."""
+
     def case(
         widths, heads, B=1, T=1, cached=5, H=4, G=2, D=8, K=24, F=40, R=None, unit="kv_group", kv=None, packed=False,
-        bias=False, head_norm=False, keep=1, room=0, eps=1e-6, tables=1, requests=0, **options,
+        bias=False, head_norm=False, room=0, eps=1e-6, tables=1, requests=0, activation="silu", scale=None, **options,
     ):  # fmt: skip
         def tensor(*shape, scale=1.0):
             return torch.randn(*shape, device=device, dtype=dtype) * scale
 
-        weights, names, R = [], [], D if R is None else R
-        kv_heads = kv or (heads if unit == "kv_group" else [G] * len(heads))
+        kv_heads, R = kv or (heads if unit == "kv_group" else [G] * len(heads)), D if R is None else R
         shapes = dict(
             q=(H * D, K), k=(G * D, K), v=(G * D, K), o=(K, H * D), gate=(F, K), up=(F, K), down=(K, F)
         )
+        layers, format = [], "plain"
         for _ in kv_heads:
             w = {name: tensor(*shape, scale=shape[1] ** -0.5) for name, shape in shapes.items()}
             if bias:
@@ -213,20 +234,17 @@ def elastic_forward(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]
             w |= {"in_norm": 1 + tensor(K, scale=0.1), "mlp_norm": 1 + tensor(K, scale=0.1)}
             if packed is not False:
                 blocks = dict(q=G if unit == "query" else 1)
-                mlp = pack_mlp(w.pop("gate"), w["up"], w["down"], packed)
-                w["up"], w["down"], *scales, options["format"] = mlp
-                w |= {
-                    name: s
-                    for name, s in zip(("up_scales", "down_scales"), scales, strict=True)
-                    if s is not None
-                }
+                w["up"], w["down"], *scales, format = pack_mlp(w.pop("gate"), w["up"], w["down"], packed)
+                w |= dict(zip(("up_scales", "down_scales"), scales, strict=True))
                 for name in "qkvo":
-                    w[name], s, _ = pack_linear(w[name], blocks.get(name, 1), packed)
-                    w |= {} if s is None else {f"{name}_scales": s}
-            names, weights = list(w), weights + list(w.values())
+                    w[name], w[f"{name}_scales"], _ = pack_linear(w[name], blocks.get(name, 1), packed)
+            layers.append({name: t for name, t in w.items() if t is not None})
         head, scales = tensor(37, K, scale=K**-0.5), None
         if packed is not False:
             head, scales, _ = pack_linear(head, 1, packed)
+        model = dict(embedding=tensor(37, K), norm=1 + tensor(K, scale=0.1), head=head)
+        model |= {} if scales is None else {"head_scales": scales}
+        of_layers = {name: [w[name] for w in layers] for name in layers[0]}
         angle = torch.rand(tables, T, R // 2, device=device).repeat(1, 1, 2) * 6
         if requests:  # a router chooses among the widths and heads
             L, hidden, C = len(kv_heads), 5, len(widths) + len(heads)
@@ -235,28 +253,18 @@ def elastic_forward(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]
             options |= dict(mlp_choices=widths, head_choices=heads)
             widths, heads = [], []
         caches = [[tensor(B, cached + T + room, max(n, 1), D) for n in kv_heads] for _ in range(2)]
+        shape = DecoderShape(len(kv_heads), F, H, G, D, eps, scale, unit, activation, format)
         return dict(
-            x=tensor(B, T, K),
+            ids=torch.randint(0, 37, (B, T), device=device),
             cos=angle.cos().to(dtype),
             sin=angle.sin().to(dtype),
-            weights=weights,
-            parts=" ".join(names),
+            held=Decoder(model | of_layers, shape),
             keys=caches[0],
             values=caches[1],
             cached=cached,
             widths=widths,
             heads=heads,
             kv_heads=kv_heads,
-            neurons=F,
-            query_heads=H,
-            groups=G,
-            norm=1 + tensor(K, scale=0.1),
-            head=head,
-            head_scales=scales,
-            vocabulary=37,
-            eps=eps,
-            keep=keep,
-            unit=unit,
             **options,
         )
 
@@ -318,7 +326,7 @@ def route(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 
 
 CASES = [
-    OpCase("elastic_forward", elastic_forward, FLOATING[:3], differentiable=False),
+    OpCase("decoder_step", decoder_step, FLOATING[:3], differentiable=False),
     OpCase("elastic_linear", elastic_linear, devices=("cpu", "cuda")),
     OpCase("elastic_mlp", elastic_mlp, devices=("cpu", "cuda")),
     # Its gradient is elastic_mlp's.

@@ -113,32 +113,28 @@ keys_then[0, 3], values_then[0, 3] = (n @ k.T).view(2, 4), (n @ v.T).view(2, 4)
 seen = attention((n @ q[:4].T).view(1, 1, 4), keys_then[0, :, :1], values_then[0, :, :1], 3)[0]
 y = x[0] + seen.view(1, 4) @ o[:, :4].T
 y = y + (F.silu(norm(y) @ gate[:9].T) * (norm(y) @ up[:9].T)) @ down[:, :9].T
-weights, parts = [ones, q, k, v, o, ones, gate, up, down], "in_norm q k v o mlp_norm gate up down"
-base = torch.tensor([[[0.0, 1e6, 1e6, 0.0]]])
+words = torch.randn(5, 8)
+words[3] = x[0, 0]  # the token is number 3
+weights, names = (
+    [words, ones, head, ones, q, k, v, o, ones, gate, up, down],
+    "embedding norm head in_norm q k v o",
+)
+held = ops.decoder_hold(weights, names + " mlp_norm gate up down", [1, 16, 2, 2, 4], [1e-6, 0.5])
+check("decoder_hold", [], [])
+base, logits = torch.tensor([[[0.0, 1e6, 1e6, 0.0]]]), norm(y) @ head.T
 router = [torch.randn(1, 3, 8), torch.randn(1, 4, 3), torch.zeros(1, 1, 3), base]
 for widths, heads, routed in (([9], [1], ()), ([], [], (router, [4, 9], [1, 2]))):
     cache = [keys.clone()], [values.clone()]
     turn = torch.ones(1, 1, 4), torch.zeros(1, 1, 4)
-    sizes = (3, widths, heads, [2], 16, 2, 2, ones, head, None, 5, 1e-6)
-    options = (1, "kv_group", "silu", None, None)
-    got = ops.elastic_forward(x, *turn, weights, parts, *cache, *sizes, *options, *routed)
-    check("elastic_forward", [got[0], cache[0][0], cache[1][0]], [norm(y) @ head.T, keys_then, values_then])
-
-# The same with weights that are held, the token being number 3.
-words = torch.randn(5, 8)
-words[3] = x[0, 0]
-cache = [keys.clone()], [values.clone()]
-number = ops.elastic_forward_hold(words, weights, parts, 16, 2, 2, 4, ones, head, None, 1e-6)
-check("elastic_forward_hold", [], [])
-got = ops.elastic_forward_held(torch.tensor([[3]]), *turn, number, *cache, 3, [9], [1], [2])
-logits = norm(y) @ head.T
-check("elastic_forward_held", [got[0][0], got[1], cache[0][0]], [logits, logits.argmax(-1), keys_then])
-ops.elastic_forward_drop(number)
+    got = ops.decoder_step(torch.tensor([[3]]), *turn, held, *cache, 3, widths, heads, [2], 1, None, *routed)
+    wanted = [logits, logits.argmax(-1), keys_then, values_then]
+    check("decoder_step", [got[0][0], got[1], cache[0][0], cache[1][0]], wanted)
+ops.decoder_drop(held)
 try:
-    ops.elastic_forward_drop(number)
+    ops.decoder_drop(held)
 except RuntimeError as error:
     assert "not be dropped" in str(error), error
-    check("elastic_forward_drop", [], [])
+    check("decoder_drop", [], [])
 
 # The worked example: a gate and a width for each token.
 x, gate = leaf(5, 8), leaf(5)

@@ -1,4 +1,4 @@
-// Attention of a few new tokens on a CPU, from a plan: what head_attention_decode and elastic_forward share.
+// Attention of a few new tokens on a CPU, from a plan: what head_attention_decode and decoder_step share.
 #pragma once
 
 #include "kernels/head_attention_decode.h"

@@ -53,33 +53,21 @@ Tensor packed_mlp(const Tensor& x, const Tensor& up_panels, const Tensor& down_p
                   int64_t width, int64_t out_features, bool gated, const Text& activation,
                   const OptionalTensor& extent);
 
-// Writes into keys and values.
-Tensor elastic_forward(const Tensor& x, const Tensor& cos, const Tensor& sin,
-                       const std::vector<Tensor>& weights, const Text& parts, const std::vector<Tensor>& keys,
-                       const std::vector<Tensor>& values, int64_t cached, const std::vector<int64_t>& widths,
-                       const std::vector<int64_t>& heads, const std::vector<int64_t>& kv_heads,
-                       int64_t neurons, int64_t query_heads, int64_t groups, const Tensor& norm,
-                       const Tensor& head, const OptionalTensor& head_scales, int64_t vocabulary, double eps,
-                       int64_t keep, const Text& unit, const Text& activation, const OptionalTensor& k_start,
-                       std::optional<double> scale, const std::optional<std::vector<Tensor>>& router,
-                       const std::optional<std::vector<int64_t>>& mlp_choices,
-                       const std::optional<std::vector<int64_t>>& head_choices, const Text& format);
-
-// Keeps the weights and the tokens' embeddings for elastic_forward_held, which is what elastic_forward is
-// with them, and of each sequence's last logits the place of the greatest.
-int64_t elastic_forward_hold(const Tensor& embedding, const std::vector<Tensor>& weights, const Text& parts,
-                             int64_t neurons, int64_t query_heads, int64_t groups, int64_t head_size,
-                             const Tensor& norm, const Tensor& head, const OptionalTensor& head_scales,
-                             double eps, const Text& unit, const Text& activation,
-                             std::optional<double> scale, const Text& format);
-std::tuple<Tensor, Tensor> elastic_forward_held(
-    const Tensor& ids, const Tensor& cos, const Tensor& sin, int64_t held, const std::vector<Tensor>& keys,
-    const std::vector<Tensor>& values, int64_t cached, const std::vector<int64_t>& widths,
-    const std::vector<int64_t>& heads, const std::vector<int64_t>& kv_heads, int64_t keep,
-    const OptionalTensor& k_start, const std::optional<std::vector<Tensor>>& router,
-    const std::optional<std::vector<int64_t>>& mlp_choices,
-    const std::optional<std::vector<int64_t>>& head_choices);
-void elastic_forward_drop(int64_t held);
+// decoder_hold keeps a model's weights, by name, for any number of steps. decoder_step writes into keys and
+// values, and returns logits and the place of the greatest of each sequence's last ones.
+int64_t decoder_hold(const std::vector<Tensor>& weights, const Text& names, const std::vector<int64_t>& shape,
+                     const std::vector<double>& numbers, const Text& unit, const Text& activation,
+                     const Text& format);
+std::tuple<Tensor, Tensor> decoder_step(const Tensor& ids, const Tensor& cos, const Tensor& sin, int64_t held,
+                                        const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
+                                        int64_t cached, const std::vector<int64_t>& widths,
+                                        const std::vector<int64_t>& heads,
+                                        const std::vector<int64_t>& kv_heads, int64_t keep,
+                                        const OptionalTensor& k_start,
+                                        const std::optional<std::vector<Tensor>>& router,
+                                        const std::optional<std::vector<int64_t>>& mlp_choices,
+                                        const std::optional<std::vector<int64_t>>& head_choices);
+void decoder_drop(int64_t held);
 
 // The worked example of docs/add-an-op.md.
 Tensor prefix_gate(const Tensor& x, const Tensor& gate, const Tensor& width);

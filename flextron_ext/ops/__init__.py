@@ -2,7 +2,7 @@
 
 from .. import _C
 from . import _common
-from .elastic_forward import HeldForward, elastic_forward
+from .decoder import Decoder, DecoderRouter, DecoderShape, DecoderStep
 from .elastic_linear import elastic_linear
 from .elastic_mlp import elastic_mlp, elastic_mlp_with_hidden
 from .head_attention import head_attention
@@ -13,13 +13,15 @@ from .prefix_gate import prefix_gate
 from .route import Routing, route
 
 for _op in (schema.split("(")[0] for schema in _C.schemas()):
-    if _op != "elastic_forward_drop":  # which has no tensors
+    if _op != "decoder_drop":  # which has no tensors
         _common.refuse_other_tensors(_op)
 
 __all__ = [
-    "HeldForward",
+    "Decoder",
+    "DecoderRouter",
+    "DecoderShape",
+    "DecoderStep",
     "Routing",
-    "elastic_forward",
     "elastic_linear",
     "elastic_mlp",
     "elastic_mlp_with_hidden",

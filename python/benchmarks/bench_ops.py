@@ -441,23 +441,30 @@ def head_attention_decode(s: Shape, T: int, target: Target) -> Iterator[Case]:
         )
 
 
-def elastic_forward(s: Shape, T: int, target: Target) -> Iterator[Case]:
+def decoder_step(s: Shape, T: int, target: Target) -> Iterator[Case]:
     """T is the length of the cache here: one new token through one layer, and to 4 K logits."""
     if target.device != "cpu":
         return
     M, logits, eps = s.H // s.G, 4 * s.K, 1e-5
-    parts = ("in_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down")
+    of_model, of_layer = (
+        ("embedding", "norm", "head"),
+        ("in_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down"),
+    )
+    shape = ops.DecoderShape(1, s.neurons, s.H, s.G, s.D, eps)
 
     def make() -> SimpleNamespace:
         weights = dict(
             q=(s.H * s.D, s.K), k=(s.G * s.D, s.K), v=(s.G * s.D, s.K), o=(s.K, s.H * s.D),
             gate=(s.neurons, s.K), up=(s.neurons, s.K), down=(s.K, s.neurons), head=(logits, s.K),
         )  # fmt: skip
+        w = {name: target.randn(*size, scale=size[1] ** -0.5) for name, size in weights.items()}
+        w |= {name: 1 + target.randn(s.K, scale=0.1) for name in ("in_norm", "mlp_norm", "norm")}
+        w["embedding"] = target.randn(logits, s.K)
         angle = torch.rand(1, 1, s.D // 2).repeat(1, 1, 2)
         return SimpleNamespace(
-            **{name: target.randn(*shape, scale=shape[1] ** -0.5) for name, shape in weights.items()},
-            **{name: 1 + target.randn(s.K, scale=0.1) for name in ("in_norm", "mlp_norm", "norm")},
-            x=target.randn(1, 1, s.K),
+            **w,
+            decoder=ops.Decoder({n: w[n] for n in of_model} | {n: [w[n]] for n in of_layer}, shape),
+            ids=torch.randint(0, logits, (1, 1)),
             cos=angle.cos().to(target.dtype),
             sin=angle.sin().to(target.dtype),
             keys=target.randn(1, T + 1, s.G, s.D),
@@ -465,10 +472,8 @@ def elastic_forward(s: Shape, T: int, target: Target) -> Iterator[Case]:
         )
 
     def ours(i: SimpleNamespace, width: int, g: int) -> Tensor:
-        return ops.elastic_forward(
-            i.x, i.cos, i.sin, [getattr(i, part) for part in parts], " ".join(parts), [i.keys], [i.values], T,
-            [width], [g], [g], s.neurons, s.H, s.G, i.norm, i.head, None, logits, eps,
-        )  # fmt: skip
+        step = ops.DecoderStep([width], [g], [g])
+        return i.decoder.step(i.ids, i.cos, i.sin, [i.keys], [i.values], T, step)[0]
 
     def views(i: SimpleNamespace, width: int, g: int) -> Tensor:
         def heads(weight: Tensor, n: int) -> Tensor:
@@ -478,7 +483,8 @@ def elastic_forward(s: Shape, T: int, target: Target) -> Iterator[Case]:
             a, b = x.chunk(2, -1)
             return x * i.cos[:, :, None] + torch.cat((-b, a), -1) * i.sin[:, :, None]
 
-        x, h = i.x, F.rms_norm(i.x, (s.K,), i.in_norm, eps)
+        x = i.embedding[i.ids]
+        h = F.rms_norm(x, (s.K,), i.in_norm, eps)
         i.keys[:, T:, :g], i.values[:, T:, :g] = turn(heads(i.k, g)), heads(i.v, g)
         q, k, v = (t.transpose(1, 2) for t in (turn(heads(i.q, g * M)), i.keys[:, :, :g], i.values[:, :, :g]))
         x = x + F.linear(_attend(q, k, v, causal=False).transpose(1, 2).flatten(2), i.o[:, : g * M * s.D])
@@ -657,7 +663,7 @@ BENCHES = {
         packed_mlp,
         head_attention,
         head_attention_decode,
-        elastic_forward,
+        decoder_step,
         prefix_gate,
         route,
     )

@@ -40,7 +40,7 @@ def test_logits_at_every_width(family, unit):
 @torch.no_grad()
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("packed", [None, "int8"])
-def test_generate_takes_the_elastic_forward_and_agrees_with_the_modules(unit, packed, monkeypatch):
+def test_generate_takes_the_decoder_op_and_agrees_with_the_modules(unit, packed, monkeypatch):
     _, ours, _ = models("llama", unit, packed=packed, attention_bias=True, mlp_bias=True)
     ids = torch.randint(0, 61, (2, 5))
     settings = dict(max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)

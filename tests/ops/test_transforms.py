@@ -9,7 +9,6 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 import flextron_ext
-from flextron_ext import elastic_forward
 
 DIFFERENTIABLE = [row for row in cases.CASES if row.differentiable]
 WITHOUT_GRADIENT = [row for row in cases.CASES if row.name in ("packed_linear", "packed_mlp")]
@@ -21,7 +20,7 @@ def call(row, which: int):
     torch.manual_seed(0)
     case = list(row.inputs("cpu", torch.float32))[which]
     inputs = {n: v for n, v in case.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    wrapper = getattr(flextron_ext, row.name)
+    wrapper = row.wrapper
 
     def run(inputs: dict[str, Tensor]) -> Tensor:
         result = wrapper(**case | inputs)
@@ -116,37 +115,46 @@ def test_a_route_has_no_tangent():
     assert torch.equal(routing.choice, logits.argmax(1))
 
 
+step = cases.step_of_decoder
+
+
 def decoder() -> dict:
     torch.manual_seed(0)
-    return list(cases.elastic_forward("cpu", torch.float32))[2]
+    return list(cases.decoder_step("cpu", torch.float32))[2]
 
 
 def test_the_decoder_refuses_tangents_and_vmap_by_name():
     case = decoder()
     with (
         forward_ad.dual_level(),
-        pytest.raises(NotImplementedError, match="elastic_forward: x must not be a"),
+        pytest.raises(NotImplementedError, match="decoder_step: cos must not be a"),
     ):
-        elastic_forward(**case | {"x": forward_ad.make_dual(case["x"], torch.ones_like(case["x"]))})
-    with pytest.raises((RuntimeError, NotImplementedError), match="elastic_forward"):
-        torch.vmap(lambda x: elastic_forward(**case | {"x": x}))(torch.stack((case["x"], case["x"])))
+        step(**case | {"cos": forward_ad.make_dual(case["cos"], torch.ones_like(case["cos"]))})
+    with pytest.raises((RuntimeError, NotImplementedError), match="decoder_step"):
+        torch.vmap(lambda cos: step(**case | {"cos": cos}))(torch.stack((case["cos"], case["cos"])))
 
 
-@pytest.mark.parametrize("run", [elastic_forward, torch.ops.flextron.elastic_forward], ids=["wrapper", "op"])
+def raw(**case):
+    return torch.ops.flextron.decoder_step(**cases.taken(case))
+
+
+@pytest.mark.parametrize("run", [step, raw], ids=["wrapper", "op"])
 @pytest.mark.parametrize("recording", [True, False])
 def test_a_written_cache_has_a_new_version(run, recording):
     case = decoder()
     with torch.set_grad_enabled(recording):
         run(**case)
     assert all(cache._version > 0 for cache in (*case["keys"], *case["values"]))
-    assert case["x"]._version == 0 and all(w._version == 0 for w in case["weights"])
+    assert case["cos"]._version == 0
+    for weight in case["held"].weights.values():
+        assert all(w._version == 0 for w in (weight if isinstance(weight, list) else [weight]))
 
 
 def test_a_cache_that_a_gradient_needs_is_not_overwritten_unseen():
     case = decoder()
     leaf = torch.ones((), requires_grad=True)
     loss = (leaf * case["keys"][0]).sum()
-    elastic_forward(**case)
+    step(**case)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -155,6 +163,6 @@ def test_caches_of_inference_mode_are_written():
     case = decoder()
     with torch.inference_mode():
         caches = {name: [cache.clone() for cache in case[name]] for name in ("keys", "values")}
-        inside = elastic_forward(**case | caches)
+        inside = step(**case | caches)[0]
     with torch.no_grad():
-        assert torch.equal(elastic_forward(**case | caches), inside)
+        assert torch.equal(step(**case | caches)[0], inside)

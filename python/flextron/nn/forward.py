@@ -18,12 +18,11 @@ from flextron.nn.cache import ElasticCache
 from flextron.nn.elastic_attention import ElasticAttention
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.masks import first_keys, is_left_padded
-from flextron.nn.policy import Extents
 from flextron.nn.projection import RECORDER, PackedLinear, is_alone
 from flextron.nn.protocol import Elastic
-from flextron_ext import HeldForward
+from flextron_ext import Decoder, DecoderShape, DecoderStep
 
-FORWARD = "_elastic_forward"  # the attribute of a model that keeps its `ElasticForward`
+FORWARD = "_decoder"  # the attribute of a model that keeps its `ElasticForward`
 _END = object()
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TAKEN = (
@@ -37,8 +36,9 @@ _TAKEN = (
 )
 
 
-# The op's name of each part of a layer, and where it is
-_PARTS = {
+# The decoder's name of each module's weights, and the module's place in a model or in each of its layers
+_OF_MODEL = {"embedding": ("model", "embed_tokens"), "norm": ("model", "norm"), "head": ("", "lm_head")}
+_OF_LAYER = {
     "in_norm": ("", "input_layernorm"),
     "q": ("self_attn", "q_proj"),
     "k": ("self_attn", "k_proj"),
@@ -107,19 +107,28 @@ def _is_norm(module: nn.Module) -> bool:
     return _is_stock(module) and "weight" in module._parameters
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether the decoder op computes on this device."""
+    return device.type == "cpu"
+
+
 def _parts_of(layer: nn.Module) -> dict[str, nn.Module] | None:
-    """The modules of a layer by the op's names, or None where one is not what the op computes."""
+    """The modules of a layer by the decoder's names, or None where one is not what the op computes."""
     attention, mlp = layer._modules.get("self_attn"), layer._modules.get("mlp")
     if not _is_stock(layer) or type(attention) is not ElasticAttention or type(mlp) is not ElasticMLP:
         return None
-    owners = {"": layer, "self_attn": attention, "mlp": mlp}
-    parts = {part: owners[owner]._modules.get(name) for part, (owner, name) in _PARTS.items()}
-    parts = {part: module for part, module in parts.items() if module is not None}
-    known = {*attention._modules, *mlp._modules} <= {name for _, name in _PARTS.values()}
+    parts = _modules_of({"": layer, "self_attn": attention, "mlp": mlp}, _OF_LAYER)
+    known = {*attention._modules, *mlp._modules} <= {name for _, name in _OF_LAYER.values()}
     understood = known and all(
         (_is_norm if part.endswith("norm") else is_alone)(module) for part, module in parts.items()
     )
     return parts if understood else None
+
+
+def _modules_of(owners: dict[str, nn.Module], places: dict[str, tuple[str, str]]) -> dict[str, nn.Module]:
+    """The modules that are there, by the decoder's names."""
+    found = {part: owners[owner]._modules.get(name) for part, (owner, name) in places.items()}
+    return {part: module for part, module in found.items() if module is not None}
 
 
 def _is_one(
@@ -141,10 +150,13 @@ class ElasticForward:
     """
 
     def __init__(self, model: Elastic) -> None:
-        self.held: HeldForward | None = None  # until it is called
-        inner, head, layers = model.model, model.lm_head, model.model.layers
-        embed, norm, parts = inner.embed_tokens, inner.norm, [_parts_of(layer) for layer in layers]
-        self.modules = [(layer._modules.get("self_attn"), layer._modules.get("mlp")) for layer in layers]
+        self.decoder: Decoder | None = None  # until it is called
+        whole = _modules_of({"": model, "model": model.model}, _OF_MODEL)
+        embed, norm, head = (whole[name] for name in _OF_MODEL)
+        layers = [_parts_of(layer) for layer in model.model.layers]
+        self.modules = [
+            (layer._modules.get("self_attn"), layer._modules.get("mlp")) for layer in model.model.layers
+        ]
         self.found = _Found(model)
         self.serves = (
             not self.found.replaced
@@ -153,28 +165,24 @@ class ElasticForward:
             and "weight" in embed._parameters
             and is_alone(head)
             and head.bias is None
-            and _is_stock(inner)
+            and _is_stock(model.model)
             and _is_norm(norm)
-            and None not in parts
-            and _is_one(norm, parts, self.modules)
-            and self._gather(embed, norm, head, parts)
+            and None not in layers
+            and _is_one(norm, layers, self.modules)
+            and self._gather(whole, layers)
         )
 
-    def _gather(self, embed: Any, norm: Any, head: Any, layers: Sequence[dict[str, Any]]) -> bool:
+    def _gather(self, whole: dict[str, Any], layers: Sequence[dict[str, Any]]) -> bool:
         """Find the weights; False where the op takes none such."""
-        self.weights: list[Tensor] = []
-        for layer in layers:
-            self.parts: list[str] = []
-            for part, module in layer.items():
-                self._add(part, module)
-        self.embedding, self.norm, self.eps = embed.weight, norm.weight, norm.variance_epsilon
-        self.head, self.head_scales = _weight(head)
-        self.format = head.format if isinstance(head, PackedLinear) else "plain"  # `pack` packs all, or none
+        self.weights = _weights(whole, layers)
+        self.norm, self.eps = whole["norm"].weight, whole["norm"].variance_epsilon
+        self.format = whole["head"].format if isinstance(whole["head"], PackedLinear) else "plain"
         self.dtype = self.norm.dtype
         return (
             self.dtype in _DTYPES
-            and all(p.dtype == self.dtype and p.device.type == "cpu" for p in self.found.parameters)
-            and self.embedding.is_contiguous()
+            and all(p.dtype == self.dtype and runs_on(p.device) for p in self.found.parameters)
+            and all(isinstance(w, Tensor) or len(w) == len(layers) for w in self.weights.values())
+            and whole["embedding"].weight.is_contiguous()
         )
 
     @classmethod
@@ -185,45 +193,32 @@ class ElasticForward:
             step = model.__dict__[FORWARD] = cls(model)
         return step
 
-    def _add(self, part: str, module: Any) -> None:
-        weight, scales = _weight(module)
-        given = {part: weight, f"{part}_scales": scales, f"{part}_bias": getattr(module, "bias", None)}
-        given["gate_bias"] = given.get("gate_bias", module._parameters.get("gate_bias"))  # packed with up
-        for name, tensor in given.items():
-            if tensor is not None:
-                self.weights.append(tensor)
-                self.parts.append(name)
-
     def is_watched(self) -> bool:
         """Whether somebody's hook waits for a module that a step does not call."""
         hooks = self.found.hooks
         return any(hooks) and any(hook.__module__ != RECORDER for each in hooks for hook in each.values())
 
-    def extents(self, model: Elastic, B: int) -> Extents | None:
+    def extents(self, model: Elastic, B: int) -> DecoderStep | None:
         """What the op keeps of B sequences; None where the modules must run."""
         if not self.serves or self.is_watched():
             return None
         return model.settings.now().extents(B)
 
-    def _hold(self, config: ElasticConfig) -> HeldForward:
+    def _hold(self, config: ElasticConfig) -> Decoder:
         attention, mlp = self.modules[0]
-        return HeldForward(
-            self.embedding,
-            self.weights,
-            " ".join(self.parts),
-            config.intermediate_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            self.norm,
-            self.head,
-            self.head_scales,
-            self.eps,
-            config.unit,
-            mlp.activation,
-            attention.scaling,
-            self.format,
+        shape = DecoderShape(
+            layers=len(self.modules),
+            neurons=config.intermediate_size,
+            query_heads=config.num_heads,
+            groups=config.num_kv_heads,
+            head_size=config.head_dim,
+            eps=self.eps,
+            scale=attention.scaling,
+            unit=config.unit,
+            activation=mlp.activation,
+            format=self.format,
         )
+        return Decoder(self.weights, shape)
 
     def __call__(
         self,
@@ -234,12 +229,12 @@ class ElasticForward:
         cache: ElasticCache | None,
         k_start: Tensor | None,
         keep: int,
-        extents: Extents,
+        extents: DecoderStep,
     ) -> tuple[Tensor, Tensor]:
         """Logits [B, keep, V], and where the last token's are greatest, [B]."""
         config, (B, T) = model.elastic, ids.shape
-        if self.held is None:
-            self.held = self._hold(config)
+        if self.decoder is None:
+            self.decoder = self._hold(config)
         if cache is not None:
             cached = cache.get_seq_length()
             keys, values = cache.reserve(self.norm, B, T, extents.kv_heads, config.head_dim)
@@ -247,43 +242,48 @@ class ElasticForward:
             cached, layers = 0, len(extents.kv_heads)
             room = self.norm.new_empty(2, B, max(extents.kv_heads), T, config.head_dim).transpose(2, 3)
             keys, values = [room[0]] * layers, [room[1]] * layers
-        result = self.held(
-            ids,
-            cos,
-            sin,
-            keys,
-            values,
-            cached,
-            extents.mlp,
-            extents.heads,
-            extents.kv_heads,
-            keep,
-            k_start,
-            extents.router,
-            extents.mlp_choices,
-            extents.head_choices,
-        )
+        result = self.decoder.step(ids, cos, sin, keys, values, cached, extents, keep, k_start)
         if cache is not None:
             cache.advance(T, extents.kv_heads)
         return result
 
 
-def _weight(module: Any) -> tuple[Tensor, Tensor | None]:
-    """A weight, or its panels and their scales."""
-    if isinstance(module, PackedLinear):
-        return module.panels, module.scales
-    return module.weight, None
+def _tensors(part: str, module: Any) -> dict[str, Tensor]:
+    """A module's tensors by the decoder's names."""
+    is_packed = isinstance(module, PackedLinear)
+    tensors = {
+        part: module.panels if is_packed else module.weight,
+        f"{part}_scales": module.scales if is_packed else None,
+        f"{part}_bias": getattr(module, "bias", None),
+    }
+    if is_packed and part == "up":
+        tensors["gate_bias"] = module.gate_bias  # packed with up
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _weights(
+    whole: dict[str, nn.Module], layers: Sequence[dict[str, nn.Module]]
+) -> dict[str, Tensor | list[Tensor]]:
+    """The decoder's weights: one tensor for each name of the model, a list for each name of its layers."""
+    weights: dict[str, Any] = {}
+    for part, module in whole.items():
+        weights |= _tensors(part, module)
+    for layer in layers:
+        for part, module in layer.items():
+            for name, tensor in _tensors(part, module).items():
+                weights.setdefault(name, []).append(tensor)
+    return weights
 
 
 def try_forward(model: Elastic, arguments: dict[str, Any]) -> CausalLMOutputWithPast | None:
-    """The output of a causal LM's forward by `elastic_forward`, or None where its modules must run."""
+    """The output of a causal LM's forward by the decoder op, or None where its modules must run."""
     ids, cache = arguments.get("input_ids"), arguments.get("cache")
     mask, k_start = arguments.get("attention_mask"), None
     if ids is None or ids.numel() == 0 or not (mask is None or isinstance(mask, Tensor)):
         return None
     if wants_cache(model, arguments) if cache is None else not isinstance(cache, ElasticCache):
         return None
-    if torch.is_grad_enabled() or ids.device.type != "cpu" or is_transformed():
+    if torch.is_grad_enabled() or not runs_on(ids.device) or is_transformed():
         return None
     if any(value is not None for name, value in arguments.items() if name not in _TAKEN):
         return None

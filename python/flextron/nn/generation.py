@@ -22,11 +22,11 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from flextron.nn.cache import ElasticCache
-from flextron.nn.forward import ElasticForward, is_known, is_transformed
+from flextron.nn.forward import ElasticForward, is_known, is_transformed, runs_on
 from flextron.nn.masks import first_keys, is_left_padded
-from flextron.nn.policy import Extents
 from flextron.nn.protocol import Elastic
 from flextron.nn.setting import Setting
+from flextron_ext import DecoderStep
 
 _TAKEN = ("cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep")
 # of transformers' loop: what ours does in their place
@@ -45,7 +45,7 @@ def is_plain(model: Elastic, input_ids: Tensor, config: GenerationConfig, inputs
     """Whether `sample` gives what transformers' loop gives for a new prompt."""
     cache, mask, positions = (inputs.get(name) for name in ("cache", "attention_mask", "position_ids"))
     return (
-        input_ids.device.type == "cpu"
+        runs_on(input_ids.device)
         and input_ids.numel() > 0
         and isinstance(cache, ElasticCache)
         and cache.get_seq_length() == 0
@@ -165,7 +165,7 @@ class _Steps:
     def __init__(self, model: Elastic, prompt: torch.Size, inputs: dict[str, Any]) -> None:
         self.model, self.cache, self.step = model, inputs["cache"], ElasticForward.of(model)
         self.setting: Setting | None = None
-        self.extents: Extents | None = None
+        self.extents: DecoderStep | None = None
         self.mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         self.order: Tensor | None = None
         if self.mask is not None and not is_left_padded(self.mask):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flextron.config import ElasticConfig, Widths, number
 from flextron.nn.router import AdaptiveRouter, GumbelSampler, Indices, Logits, Menus, Probabilities
+from flextron_ext import DecoderRouter, DecoderStep
 
 
 @dataclass(frozen=True)
@@ -78,24 +79,6 @@ class Decision(NamedTuple):
 BY_WIDTH = Decision(AxisDecision(), AxisDecision())  # every token keeps the layer's width
 
 
-class Extents(NamedTuple):
-    """What the decoder op keeps, layer after layer.
-
-    Attributes:
-        mlp, heads: one number for each layer, or for each layer and sequence, [L, B] row by row; empty with a router.
-        kv_heads: key/value groups that each layer projects and caches.
-        router: weights by which the op chooses for every token: w1, w2, and `AdaptiveRouter.context` of all layers.
-        mlp_choices, head_choices: the menus it chooses from.
-    """
-
-    mlp: Sequence[int]
-    heads: Sequence[int]
-    kv_heads: Sequence[int]
-    router: tuple[Tensor, ...] | None = None
-    mlp_choices: Sequence[int] | None = None
-    head_choices: Sequence[int] | None = None
-
-
 class Policy:
     """Decides for all layers of a model."""
 
@@ -103,7 +86,7 @@ class Policy:
         """Decide for the tokens of x [B, T, K], the normalised input of a layer."""
         raise NotImplementedError
 
-    def extents(self, B: int, kv_heads: Sequence[int]) -> Extents | None:
+    def extents(self, B: int, kv_heads: Sequence[int]) -> DecoderStep | None:
         """The same for the decoder op and B sequences; None where the op cannot decide so."""
         return None
 
@@ -136,7 +119,7 @@ class PerRequest(Policy):
         mlp, heads = per_token(self.mlp[layer], x), per_token(self.heads[layer], x)
         return Decision(AxisDecision(mlp), AxisDecision(heads))
 
-    def extents(self, B: int, kv_heads: Sequence[int]) -> Extents | None:
+    def extents(self, B: int, kv_heads: Sequence[int]) -> DecoderStep | None:
         repeats, rest = divmod(B, len(self.widths))
         if rest:
             return None
@@ -145,7 +128,7 @@ class PerRequest(Policy):
             layers = zip(*(getattr(w, axis) for w in self.widths), strict=True)
             return [n for layer in layers for n in layer for _ in range(repeats)]
 
-        return Extents(rows("mlp"), rows("heads"), kv_heads)
+        return DecoderStep(rows("mlp"), rows("heads"), kv_heads)
 
 
 def menus_of(config: ElasticConfig, device: torch.device) -> Menus:
@@ -180,12 +163,12 @@ class PerToken(Policy):
             decisions.append(AxisDecision(menu.index_select(0, choice), choice))
         return Decision(*decisions)
 
-    def extents(self, B: int, kv_heads: Sequence[int]) -> Extents | None:
+    def extents(self, B: int, kv_heads: Sequence[int]) -> DecoderStep | None:
         requests = self.context[1].shape[1]
         if B % requests:
             return None
-        router = (self.router.w1, self.router.w2, *self.context)
-        return Extents((), (), kv_heads, router, self.config.mlp_choices, self.config.head_choices)
+        tensors, config = (self.router.w1, self.router.w2, *self.context), self.config
+        return DecoderStep((), (), kv_heads, DecoderRouter(tensors, config.mlp_choices, config.head_choices))
 
 
 class Mixed(Policy):

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from flextron.config import Widths
-from flextron.nn.policy import BY_WIDTH, AxisDecision, Decision, Dial, Extents, Policy
+from flextron.nn.policy import BY_WIDTH, AxisDecision, Decision, Dial, Policy
 from flextron.nn.router import Indices
+from flextron_ext import DecoderStep
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +42,10 @@ class Setting:
     policy: Policy | None
     watched: list[Indices] | None = None
 
-    def extents(self, B: int) -> Extents | None:
+    def extents(self, B: int) -> DecoderStep | None:
         """What the decoder op is to keep of B sequences; None where only the modules can do what is set."""
         if self.policy is None:
-            return Extents(self.widths.mlp, self.widths.heads, self.kv_heads)
+            return DecoderStep(self.widths.mlp, self.widths.heads, self.kv_heads)
         return None if self.watched is not None else self.policy.extents(B, self.kv_heads)
 
     def decide(self, x: Tensor, layer: int) -> Decision:

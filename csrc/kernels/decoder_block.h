@@ -1,8 +1,8 @@
-// The loops of elastic_forward on a CPU between its GEMMs and attention, included once for each instruction
-// set; vector.h says why all is anonymous.
+// The decoder's loops on a CPU between its GEMMs and attention, included once for each instruction set;
+// vector.h says why everything here is anonymous.
 #pragma once
 
-#include "kernels/elastic_forward.h"
+#include "kernels/decoder.h"
 #include "kernels/vector.h"
 
 namespace flextron {
@@ -20,7 +20,7 @@ inline float inverse_norm(const float* x, i64 n, float eps) {
 }
 
 template <class scalar_t>
-void norm_rows(const ElasticForwardNormParams<scalar_t>& p, i64 begin, i64 end) {
+void norm_rows(const DecoderNormParams<scalar_t>& p, i64 begin, i64 end) {
   for (i64 r = begin; r < end; ++r) {
     float* __restrict x = p.x + r * p.x_stride;
     float* __restrict to = p.to + r * p.x_stride;
@@ -33,7 +33,7 @@ void norm_rows(const ElasticForwardNormParams<scalar_t>& p, i64 begin, i64 end) 
 
 constexpr float kRouterEps = 0x1p-23f, kRouterSlope = 0.1f;  // as in the formula
 
-void router_rows(const ElasticForwardRouterParams& p, i64 begin, i64 end) {
+void router_rows(const DecoderRouterParams& p, i64 begin, i64 end) {
   for (i64 r = begin; r < end; ++r) {
     const float inverse = inverse_norm(p.normed + r * p.row_stride, p.K, kRouterEps);
     const float* __restrict state = p.state + r / p.rows_each * p.state_stride;
@@ -47,7 +47,7 @@ void router_rows(const ElasticForwardRouterParams& p, i64 begin, i64 end) {
 
 // `head` is scratch of D floats.
 template <class scalar_t>
-void turn_head(const ElasticForwardHeadsParams<scalar_t>& p, const float* from, const scalar_t* cos,
+void turn_head(const DecoderHeadsParams<scalar_t>& p, const float* from, const scalar_t* cos,
                const scalar_t* sin, float* __restrict head, scalar_t* __restrict to) {
   const float inverse = p.norm ? inverse_norm(from, p.D, p.eps) : 1.0f;
   for (i64 d = 0; d < p.D; ++d) head[d] = p.norm ? from[d] * inverse * widen(p.norm[d]) : from[d];
@@ -60,10 +60,8 @@ void turn_head(const ElasticForwardHeadsParams<scalar_t>& p, const float* from, 
   for (i64 d = R; d < p.D; ++d) narrow(head[d], to + d);
 }
 
-constexpr i64 kLongestHead = 1024;  // elements: csrc/ops/elastic_forward.cpp checks it
-
 template <class scalar_t>
-void turn_rows(const ElasticForwardHeadsParams<scalar_t>& p, i64 begin, i64 end) {
+void turn_rows(const DecoderHeadsParams<scalar_t>& p, i64 begin, i64 end) {
   float head[kLongestHead];
   for (i64 r = begin; r < end; ++r) {
     const i64 b = r / p.T, t = r % p.T, table = (p.one_table ? t : r) * p.R;
@@ -111,36 +109,35 @@ i64 best_of(const scalar_t* x, i64 n) {
 }
 
 template <class scalar_t>
-void best_rows(const ElasticForwardBestParams<scalar_t>& p, i64 begin, i64 end) {
+void best_rows(const DecoderBestParams<scalar_t>& p, i64 begin, i64 end) {
   for (i64 r = begin; r < end; ++r) p.best[r] = best_of(p.logits + r * p.stride, p.vocabulary);
 }
 
 }  // namespace
 }  // namespace flextron
 
-// The launchers of elastic_forward.h for the instruction set this file is compiled for.
-#define FLEXTRON_DEFINE_ELASTIC_FORWARD(isa)                                                                 \
-  template <class scalar_t>                                                                                  \
-  void elastic_forward_norm_##isa(const ElasticForwardNormParams<scalar_t>& p, int64_t begin, int64_t end) { \
-    norm_rows(p, begin, end);                                                                                \
-  }                                                                                                          \
-  template <class scalar_t>                                                                                  \
-  void elastic_forward_heads_##isa(const ElasticForwardHeadsParams<scalar_t>& p, int64_t begin,              \
-                                   int64_t end) {                                                            \
-    turn_rows(p, begin, end);                                                                                \
-  }                                                                                                          \
-  template <class scalar_t>                                                                                  \
-  void elastic_forward_best_##isa(const ElasticForwardBestParams<scalar_t>& p, int64_t begin, int64_t end) { \
-    best_rows(p, begin, end);                                                                                \
-  }                                                                                                          \
-  void elastic_forward_router_##isa(const ElasticForwardRouterParams& p, int64_t begin, int64_t end) {       \
-    router_rows(p, begin, end);                                                                              \
-  }                                                                                                          \
-  FLEXTRON_ELASTIC_FORWARD_INSTANCES(isa, float)                                                             \
-  FLEXTRON_ELASTIC_FORWARD_INSTANCES(isa, bf16)                                                              \
-  FLEXTRON_ELASTIC_FORWARD_INSTANCES(isa, fp16)
+// The launchers of decoder.h for the instruction set this file is compiled for.
+#define FLEXTRON_DEFINE_DECODER(isa)                                                            \
+  template <class scalar_t>                                                                     \
+  void decoder_norm_##isa(const DecoderNormParams<scalar_t>& p, int64_t begin, int64_t end) {   \
+    norm_rows(p, begin, end);                                                                   \
+  }                                                                                             \
+  template <class scalar_t>                                                                     \
+  void decoder_heads_##isa(const DecoderHeadsParams<scalar_t>& p, int64_t begin, int64_t end) { \
+    turn_rows(p, begin, end);                                                                   \
+  }                                                                                             \
+  template <class scalar_t>                                                                     \
+  void decoder_best_##isa(const DecoderBestParams<scalar_t>& p, int64_t begin, int64_t end) {   \
+    best_rows(p, begin, end);                                                                   \
+  }                                                                                             \
+  void decoder_router_##isa(const DecoderRouterParams& p, int64_t begin, int64_t end) {         \
+    router_rows(p, begin, end);                                                                 \
+  }                                                                                             \
+  FLEXTRON_DECODER_INSTANCES(isa, float)                                                        \
+  FLEXTRON_DECODER_INSTANCES(isa, bf16)                                                         \
+  FLEXTRON_DECODER_INSTANCES(isa, fp16)
 
-#define FLEXTRON_ELASTIC_FORWARD_INSTANCES(isa, scalar_t)                                                  \
-  template void elastic_forward_norm_##isa(const ElasticForwardNormParams<scalar_t>&, int64_t, int64_t);   \
-  template void elastic_forward_heads_##isa(const ElasticForwardHeadsParams<scalar_t>&, int64_t, int64_t); \
-  template void elastic_forward_best_##isa(const ElasticForwardBestParams<scalar_t>&, int64_t, int64_t);
+#define FLEXTRON_DECODER_INSTANCES(isa, scalar_t)                                           \
+  template void decoder_norm_##isa(const DecoderNormParams<scalar_t>&, int64_t, int64_t);   \
+  template void decoder_heads_##isa(const DecoderHeadsParams<scalar_t>&, int64_t, int64_t); \
+  template void decoder_best_##isa(const DecoderBestParams<scalar_t>&, int64_t, int64_t);

@@ -1,0 +1,95 @@
+// A decoder of the Llama family: tokens through every layer, and to their logits.
+//
+//   for each layer:  n = norm(x) * w_in;  q, k, v = n Wq^T + bq, n Wk^T + bk, n Wv^T + bv
+//                    q, k = turn(head_norm(q)), turn(head_norm(k));  k and v go to the cache
+//                    x += attention(q, cache) Wo^T + bo
+//                    n = norm(x) * w_mlp;  x += (act(n Wg^T + bg) * (n Wu^T + bu)) Wd^T + bd
+//   logits = (norm(x) * w) W_head^T
+//
+//   norm(x) = x / sqrt(mean(x^2) + eps), RMSNorm, over a row; head_norm is the same over a head
+//   turn is the rotary embedding (RoPE, Su et al., arXiv 2104.09864). For i < R/2:
+//       turn(x)[i] = x[i] cos[i] - x[i + R/2] sin[i]
+//       turn(x)[i + R/2] = x[i + R/2] cos[i + R/2] + x[i] sin[i + R/2]
+//   and the D - R elements that follow stay as they are
+//
+// A row is one token of one sequence. Each row uses a prefix of the heads and of the neurons. How long the
+// prefix is comes from the layer, from the sequence's budget, or from the router, which picks in each layer
+// the menu entry with the largest logit (the first of equal ones). Its logits come from the n of attention:
+//
+//   logits = leaky_relu(state + (W1 n) / sqrt(mean(n^2) + 2^-23), slope 0.1) W2^T + base
+//
+// with state and base of the row's request (flextron.nn.router.AdaptiveRouter).
+//
+// Activations stay float32 from the embedding to the logits; what attention reads, q and the cache, has the
+// dtype of the weights. The GEMMs are elastic_gemm.h's, attention is head_attention_decode.h's; this header
+// has what lies between them.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dispatch.h"
+#include "core/types.h"
+
+namespace flextron {
+
+using DecoderTypes = TypeList<float, bf16, fp16>;
+
+constexpr int64_t kLongestHead = 1024;  // elements of a head; csrc/ops/decoder/model.cpp checks it
+
+// x[r] += add[r], then to[r] = norm(x[r]) * weight.
+template <class scalar_t>
+struct DecoderNormParams {
+  float* x;                // [rows, K], rows x_stride apart
+  const float* add;        // [rows, K], contiguous; or null
+  const scalar_t* weight;  // [K]
+  float* to;               // [rows, K], rows x_stride apart
+  int64_t K, x_stride;
+  float eps;
+};
+
+// to[b, t, h] = turn(head_norm(from[b, t, h])).
+template <class scalar_t>
+struct DecoderHeadsParams {
+  const float* from;          // [B * T, heads, D], contiguous
+  const scalar_t* norm;       // [D]; null: no head_norm
+  const scalar_t *cos, *sin;  // [B or 1, T, R], contiguous; null: no turn
+  scalar_t* to;               // D adjacent
+  int64_t to_stride_b, to_stride_t, to_stride_h;
+  int64_t T, heads, D, R;
+  bool one_table;  // cos and sin are the same for all sequences
+  float eps;
+};
+
+// h[r] = leaky_relu(state of r's request + h[r] / sqrt(mean(normed[r]^2) + 2^-23)): the router's hidden
+// layer.
+struct DecoderRouterParams {
+  const float* normed;  // [rows, K], rows row_stride apart
+  const float* state;   // [requests, hidden], rows state_stride apart
+  float* h;             // [rows, hidden], contiguous: W1 normed[r] before
+  int64_t K, row_stride, hidden, state_stride;
+  int64_t rows_each;  // of a request
+};
+
+// best[r] = where logits[r] is greatest: the first of equals, a NaN before all others, as torch.argmax.
+template <class scalar_t>
+struct DecoderBestParams {
+  const scalar_t* logits;  // [rows, vocabulary], rows `stride` apart
+  int64_t* best;           // [rows]
+  int64_t vocabulary, stride;
+};
+
+// Rows [begin, end).
+#define FLEXTRON_DECLARE_DECODER(isa)                                                          \
+  template <class scalar_t>                                                                    \
+  void decoder_norm_##isa(const DecoderNormParams<scalar_t>& p, int64_t begin, int64_t end);   \
+  template <class scalar_t>                                                                    \
+  void decoder_heads_##isa(const DecoderHeadsParams<scalar_t>& p, int64_t begin, int64_t end); \
+  template <class scalar_t>                                                                    \
+  void decoder_best_##isa(const DecoderBestParams<scalar_t>& p, int64_t begin, int64_t end);   \
+  void decoder_router_##isa(const DecoderRouterParams& p, int64_t begin, int64_t end);
+FLEXTRON_DECLARE_DECODER(cpu)
+FLEXTRON_DECLARE_DECODER(avx2)
+FLEXTRON_DECLARE_DECODER(avx512)
+#undef FLEXTRON_DECLARE_DECODER
+
+}  // namespace flextron

@@ -1,0 +1,180 @@
+// Reads and checks what decoder_hold is given.
+#include "ops/decoder/model.h"
+
+#include <algorithm>
+#include <iterator>
+#include <limits>
+#include <sstream>
+#include <utility>
+
+#include "kernels/decoder.h"
+#include "ops/activation.h"
+#include "ops/packed.h"
+
+namespace flextron::decoder {
+namespace {
+
+constexpr const char* kOfModel[] = {"embedding", "norm", "head", "head_scales"};
+constexpr const char* kOfLayer[] = {
+    "in_norm", "q",         "k",        "v",        "o",        "mlp_norm", "gate",      "up",
+    "down",    "q_norm",    "k_norm",   "q_bias",   "k_bias",   "v_bias",   "o_bias",    "gate_bias",
+    "up_bias", "down_bias", "q_scales", "k_scales", "v_scales", "o_scales", "up_scales", "down_scales"};
+constexpr const char* kNeeded[] = {"embedding", "norm", "head",     "in_norm", "q",   "k",
+                                   "v",         "o",    "mlp_norm", "up",      "down"};
+
+template <size_t N>
+bool is_in(const char* const (&list)[N], const std::string& name) {
+  return std::find(std::begin(list), std::end(list), name) != std::end(list);
+}
+
+int64_t layers_of(const std::vector<int64_t>& shape) {
+  if (shape.size() != 5) fail(kHold, ": shape must have 5 entries, got ", shape.size());
+  return shape[0];
+}
+
+const Tensor& checked_embedding(const Tensor& embedding) {
+  check_dim(kHold, "embedding", embedding, 2);
+  if (!embedding.is_contiguous()) fail(kHold, ": embedding must be contiguous, got strides");
+  return embedding;
+}
+
+Shape read_shape(const std::vector<int64_t>& shape, const std::vector<double>& numbers,
+                 const std::string& unit, const std::string& activation, const std::string& format,
+                 const Tensor& embedding) {
+  if (numbers.size() != 2) fail(kHold, ": numbers must have 2 entries, got ", numbers.size());
+  const int64_t query_heads = shape[2], groups = shape[3];
+  check_range(kHold, "neurons", shape[1], 0, std::numeric_limits<int64_t>::max());
+  check_positive(kHold, "groups", groups);
+  if (query_heads < groups || query_heads % groups != 0)
+    fail(kHold, ": query_heads must be a multiple of the ", groups, " groups, got ", query_heads);
+  check_range(kHold, "head_size", shape[4], 1, kLongestHead);
+  if (unit != "kv_group" && unit != "query") fail(kHold, ": unit must be kv_group or query, got ", unit);
+  const auto [eps, scale] = std::pair(numbers[0], numbers[1]);
+  check_finite(kHold, "eps", eps);
+  if (eps < 0) fail(kHold, ": eps must not be negative, got ", eps);
+  check_finite(kHold, "scale", scale);
+  return {.layers = shape[0],
+          .F = shape[1],
+          .H = query_heads,
+          .G = groups,
+          .D = shape[4],
+          .K = embedding.size(1),
+          .vocabulary = embedding.size(0),
+          .eps = static_cast<float>(eps),
+          .scale = scale,
+          .by_group = unit == "kv_group",
+          .activation = activation_of(kHold, activation),
+          .format = format == "plain" ? std::nullopt : std::optional(panel_format(kHold, format))};
+}
+
+// Hands out weights that have the shape, the dtype and the device they must have.
+class Reader {
+ public:
+  Reader(const Model& model, int64_t layer) : model_(model), layer_(layer) {}
+
+  // A vector; null where it is not given, which only `needed` ones must be.
+  const Tensor* vector(const std::string& name, int64_t size) const {
+    const Tensor* const t = model_.weights.find(name, layer_);
+    if (!t) return nullptr;
+    check_like(kHold, name.c_str(), *t, {size}, dtype(), device());
+    if (size > 1 && t->stride(0) != 1) fail(kHold, ": ", name, " must be contiguous, got strides");
+    return t;
+  }
+
+  // A projection of in_blocks * inputs to out_blocks * outputs; panels hold `panels` for each 16 outputs.
+  Matrix matrix(const std::string& name, int64_t out_blocks, int64_t outputs, int64_t in_blocks,
+                int64_t inputs, int64_t panels = 1) const {
+    const std::string scales_name = name + "_scales";
+    const Tensor& weight = model_.weights.get(name, layer_);
+    const Tensor* const scales = model_.weights.find(scales_name, layer_);
+    if (model_.shape.format) {
+      const std::optional<Tensor> given = scales ? std::optional(*scales) : std::nullopt;
+      const PackedWeight packed{*model_.shape.format, name.c_str(), weight, scales_name.c_str(), given};
+      check_panels(kHold, packed, *model_.embedding);
+      const int64_t count = panels * ((outputs + kPanel - 1) / kPanel);
+      check_shape(kHold, name.c_str(), weight, {out_blocks, count, in_blocks * inputs, kPanel});
+    } else {
+      if (scales) fail(kHold, ": ", scales_name, " must not be given for a plain weight, got a tensor");
+      check_like(kHold, name.c_str(), weight, {out_blocks * outputs, in_blocks * inputs}, dtype(), device());
+      if (weight.size(1) > 1 && weight.stride(1) != 1)
+        fail(kHold, ": ", name, " must have contiguous rows, got strides");
+    }
+    return {&weight, scales, vector(name + "_bias", out_blocks * outputs), out_blocks, in_blocks};
+  }
+
+  Layer layer() const {
+    const Shape& s = model_.shape;
+    const int64_t blocks = s.blocks(), queries = s.H * s.D / blocks, groups = s.G * s.D;
+    const bool has_gate = model_.weights.find("gate", layer_) != nullptr;
+    if (has_gate == s.format.has_value())
+      fail(kHold, ": gate must be given with a plain up, and be among the panels of a packed one, got ",
+           has_gate ? "both" : "neither");
+    Layer layer{.in_norm = vector("in_norm", s.K),
+                .mlp_norm = vector("mlp_norm", s.K),
+                .q_norm = vector("q_norm", s.D),
+                .k_norm = vector("k_norm", s.D),
+                .q = matrix("q", blocks, queries, 1, s.K),
+                .k = matrix("k", 1, groups, 1, s.K),
+                .v = matrix("v", 1, groups, 1, s.K),
+                .o = matrix("o", 1, s.K, blocks, queries),
+                .gate = {},
+                .up = matrix("up", 1, s.F, 1, s.K, has_gate ? 1 : 2),
+                .down = matrix("down", 1, s.K, 1, s.F)};
+    if (has_gate) {
+      layer.gate = matrix("gate", 1, s.F, 1, s.K);
+      if (layer.gate.weight->stride(0) != layer.up.weight->stride(0))
+        fail(kHold, ": up must have the strides of gate, got others");
+    }
+    layer.gate.bias = vector("gate_bias", s.F);
+    return layer;
+  }
+
+ private:
+  ScalarType dtype() const { return model_.embedding->scalar_type(); }
+  Device device() const { return model_.embedding->device(); }
+
+  const Model& model_;
+  int64_t layer_;
+};
+
+}  // namespace
+
+Weights::Weights(std::vector<Tensor> tensors, const std::string& names, int64_t layers)
+    : tensors_(std::move(tensors)) {
+  check_range(kHold, "layers", layers, 0, static_cast<int64_t>(tensors_.size()));
+  std::istringstream words(names);
+  int64_t count = 0;
+  for (std::string name; words >> name;) {
+    const bool of_layer = is_in(kOfLayer, name);
+    if (!(of_layer || is_in(kOfModel, name)) || !first_.emplace(name, count).second)
+      fail(kHold, ": names must name each weight once, got ", name);
+    count += of_layer ? layers : 1;
+  }
+  for (const char* const name : kNeeded)
+    if (!first_.contains(name)) fail(kHold, ": names must have ", name, ", got ", names);
+  if (static_cast<int64_t>(tensors_.size()) != count)
+    fail(kHold, ": weights must have ", count, " entries, got ", tensors_.size());
+}
+
+const Tensor* Weights::find(const std::string& name, int64_t layer) const {
+  const auto place = first_.find(name);
+  return place == first_.end() ? nullptr : &tensors_[place->second + layer];
+}
+
+const Tensor& Weights::get(const std::string& name, int64_t layer) const {
+  return tensors_[first_.at(name) + layer];
+}
+
+Model::Model(std::vector<Tensor> tensors, const std::string& names, const std::vector<int64_t>& shape_list,
+             const std::vector<double>& numbers, const std::string& unit, const std::string& activation,
+             const std::string& format)
+    : weights(std::move(tensors), names, layers_of(shape_list)),
+      embedding(&weights.get("embedding")),
+      shape(read_shape(shape_list, numbers, unit, activation, format, checked_embedding(*embedding))) {
+  for (int64_t l = 0; l < shape.layers; ++l) layers.push_back(Reader(*this, l).layer());
+  const Reader reader(*this, 0);
+  norm = reader.vector("norm", shape.K);
+  head = reader.matrix("head", 1, shape.vocabulary, 1, shape.K);
+}
+
+}  // namespace flextron::decoder

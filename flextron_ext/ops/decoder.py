@@ -1,0 +1,202 @@
+"""Decoder: tokens through every layer of a Llama-family model in one call. Formula: csrc/kernels/decoder.h."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..panels import PanelFormat
+from . import _common as common
+
+HOLD, STEP = "decoder_hold", "decoder_step"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OF_MODEL = (
+    "embedding",
+    "norm",
+    "head",
+    "head_scales",
+)  # one tensor each; every other name has one for each layer
+
+_step = torch.ops.flextron.decoder_step.default
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """What the weights of a decoder do not say themselves.
+
+    Args:
+        layers: L, the number of layers.
+        neurons: F, neurons of a full layer's MLP.
+        query_heads: H, query heads of a full layer.
+        groups: G, key/value heads of a full layer.
+        head_size: D, at most 1024.
+        eps: added to the mean square in every RMSNorm, at least 0.
+        scale: multiplies the attention scores, any finite number; D ** -0.5 where None.
+        unit: what a head counts: "kv_group", a group with all its query heads, or "query", a query head of every group.
+        activation: one of "relu", "relu2", "gelu", "gelu_tanh", "silu".
+        format: how all projections are stored: "plain", or in panels of this format.
+    """
+
+    layers: int
+    neurons: int
+    query_heads: int
+    groups: int
+    head_size: int
+    eps: float
+    scale: float | None = None
+    unit: str = "kv_group"
+    activation: str = "silu"
+    format: PanelFormat | str = "plain"
+
+
+class DecoderRouter(NamedTuple):
+    """What chooses the neurons and the heads of every token. Formula: csrc/kernels/decoder.h.
+
+    C counts the choices of neurons, then those of heads. R requests have B / R adjacent sequences each.
+    """
+
+    tensors: Sequence[
+        Tensor
+    ]  # float32: W1 [L, hidden, K], W2 [L, C, hidden], state [L, R, hidden], base [L, R, C]
+    mlp_choices: Sequence[int]  # neurons of each choice
+    head_choices: Sequence[int]  # heads of each choice
+
+
+class DecoderStep(NamedTuple):
+    """What each layer uses: one number for all sequences, or one for each, layer after layer (L * B)."""
+
+    widths: Sequence[int]  # neurons; empty with a router
+    heads: Sequence[int]  # in the unit of the shape; empty with a router
+    kv_heads: Sequence[
+        int
+    ]  # groups projected and cached in each layer: at least those that any token may use
+    router: DecoderRouter | None = None
+
+
+class Decoder:
+    """A model's weights, held for any number of steps, which saves to unpack and check them anew; no gradient.
+
+    Each layer is ``x += o(attention(norm(x)))``, ``x += mlp(norm(x))`` with RMSNorm, rotary embedding (RoPE), biases
+    and head norms where they are given, on the first heads and neurons only; then ``norm(x) head^T``.
+
+    The weights may change in place; a step refuses one that was given other memory. A copy, also a pickled one, would
+    hold other weights than its own model's: there is none.
+
+    Args:
+        weights: by name, in float32, bfloat16 or float16, all in the dtype of ``embedding`` except int8 panels and
+            scales, on the CPU. Of the model: embedding [vocabulary, K], contiguous, norm [K], head [vocabulary, K]. For
+            each layer, as a list: in_norm, mlp_norm [K]; q [H * D, K], k, v [G * D, K], o [K, H * D]; gate, up [F, K],
+            down [K, F]; where the model has them q_norm, k_norm [D] and a bias of each projection, q_bias to down_bias.
+            In a format of panels the head and the projections are those of `pack_linear` (q in one block per group with
+            unit "query"), up and gate together in ``up`` (`pack_mlp`), and formats with scales have head_scales,
+            q_scales to down_scales beside them.
+        shape: of the model.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor | Sequence[Tensor]], shape: DecoderShape) -> None:
+        self.weights, self.shape = dict(weights), shape
+        tensors: list[Tensor] = []
+        for name, value in weights.items():
+            tensors += [value] if name in OF_MODEL else _of_layers(name, value, shape.layers)
+        common.check_finite(HOLD, "eps", shape.eps)
+        if shape.eps < 0:
+            raise ValueError(f"{HOLD}: eps must not be negative, got {shape.eps}")
+        common.check_finite(HOLD, "scale", shape.scale)
+        for name in OF_MODEL[:3]:
+            dtypes = DTYPES if name == "embedding" else (*DTYPES, torch.int8)
+            common.check_tensor(HOLD, name, weights.get(name), dtypes)
+        scale = shape.head_size**-0.5 if shape.scale is None else shape.scale
+        with torch.no_grad():
+            self.number: int = torch.ops.flextron.decoder_hold(
+                tensors,
+                " ".join(weights),
+                [shape.layers, shape.neurons, shape.query_heads, shape.groups, shape.head_size],
+                [shape.eps, scale],
+                shape.unit,
+                shape.activation,
+                str(shape.format),
+            )
+        _alive[self.number] = self
+        # at the end of the process the memory goes by itself
+        weakref.finalize(self, torch.ops.flextron.decoder_drop, self.number).atexit = False
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("Decoder: it must not be copied, since it holds the weights of one model")
+
+    def step(
+        self,
+        ids: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        cached: int,
+        step: DecoderStep,
+        keep: int = 1,
+        k_start: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Take T new tokens of B sequences through the model, and write their keys and values into the cache.
+
+        Args:
+            ids: [B, T] int64, each in [0, vocabulary).
+            cos: [B or 1, T, R], R even and at most D: the table of the rotary embedding, in the dtype of the embedding.
+            sin: likewise.
+            keys: of each layer [B, room, G', D], room >= cached + T, in the dtype of the embedding: the cache. No two
+                elements share memory.
+            values: likewise.
+            cached: tokens that the cache holds already.
+            step: what each layer uses.
+            keep: how many of the last tokens of each sequence get logits.
+            k_start: int32 or int64 [B], the first key that each sequence sees (left padding).
+
+        Returns:
+            logits: [B, keep, vocabulary], in the dtype of the embedding.
+            best: [B] int64, the ``argmax(-1)`` of the last token's logits; [0] where keep is 0.
+        """
+        widths, heads, kv_heads, router = step
+        return common.call_writing(
+            [*keys, *values],
+            _step,
+            ids,
+            cos,
+            sin,
+            self.number,
+            keys,
+            values,
+            cached,
+            widths,
+            heads,
+            kv_heads,
+            keep,
+            k_start,
+            *(router or _NO_ROUTER),
+        )
+
+
+_NO_ROUTER = (None, None, None)
+_alive: weakref.WeakValueDictionary[int, Decoder] = weakref.WeakValueDictionary()  # by number, for the fake
+
+
+def _of_layers(name: str, value: Sequence[Tensor], layers: int) -> Sequence[Tensor]:
+    if len(value) != layers:
+        raise ValueError(f"{HOLD}: {name} must have {layers} entries, got {len(value)}")
+    return value
+
+
+@common.register_fake(STEP)
+def _shapes(ids, cos, sin, held, keys, values, cached, widths, heads, kv_heads, keep=1, *options):
+    decoder = _alive.get(int(held))
+    if decoder is None:
+        raise RuntimeError(f"{STEP}: held must be the number of a Decoder, got {held}")
+    embedding = decoder.weights["embedding"]
+    B, vocabulary = ids.shape[0], embedding.shape[0]
+    logits = ids.new_empty(B, keep, vocabulary, dtype=embedding.dtype)
+    return logits, ids.new_empty(B if keep and vocabulary else 0)
+
+
+common.refuse_gradient_of_mutating(STEP)
