@@ -11,7 +11,14 @@ from flextron.config import Widths
 from flextron.nn.router import Probabilities
 from flextron.routing.fit import random_widths
 from flextron.routing.search import one_hot, predicted_losses, search
-from flextron.routing.surrogate import ReplayBuffer, Surrogate, SurrogateFitter, judge, r2_score, spearman
+from flextron.routing.surrogate import (
+    ReplayBuffer,
+    Surrogate,
+    SurrogateFitter,
+    fit_report,
+    r2_score,
+    spearman,
+)
 
 CONFIG = make_config(layers=8)
 TABLE = make_table(CONFIG)
@@ -37,7 +44,7 @@ def fitted() -> Surrogate:
 
 
 def test_it_learns_a_function_with_interactions(fitted):
-    report = judge(fitted, *filled(80, seed=1).tensors())
+    report = fit_report(fitted, *filled(80, seed=1).tensors())
     assert report.n == 80
     assert report.r2 > 0.9
     assert report.rank > 0.95
@@ -155,10 +162,10 @@ def test_the_linear_start_is_worth_many_steps():
     data, others = filled(120, seed=0).tensors(), filled(80, seed=1).tensors()
     surrogate = Surrogate(8, 4, 3, hidden=16)
     surrogate.start(*data)
-    assert judge(surrogate, *others).r2 > 0.9
+    assert fit_report(surrogate, *others).r2 > 0.9
     nothing = Surrogate(8, 4, 3, hidden=16)
     nothing.scale.copy_(surrogate.scale)
-    assert judge(nothing, *others).r2 < 0.1
+    assert fit_report(nothing, *others).r2 < 0.1
 
 
 def test_tokens_that_disagree_are_told_from_tokens_that_agree():
@@ -186,7 +193,7 @@ def test_tokens_that_disagree_are_told_from_tokens_that_agree():
     for mixed in (False, True):
         surrogate = Surrogate(8, 4, 3, hidden=32, mixed=mixed)
         surrogate.start(*data)
-        errors[mixed] = judge(surrogate, *others).mean_error
+        errors[mixed] = fit_report(surrogate, *others).mean_error
     assert errors[True] < 0.5 * errors[False]
 
 

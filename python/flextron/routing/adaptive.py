@@ -31,7 +31,7 @@ from flextron.routing.fit import random_widths
 from flextron.routing.gate import Gate, Progress, RouterTraining, reachable
 from flextron.routing.learning import latency_miss, learning_policy, mean_choices
 from flextron.routing.search import likely
-from flextron.routing.surrogate import ReplayBuffer, Surrogate, SurrogateFitter, judge
+from flextron.routing.surrogate import ReplayBuffer, Surrogate, SurrogateFitter, fit_report
 
 _CONFIDENCE = 0.6  # probability of the static choice at the start: one to leave, but not at once
 _SURROGATE_STEPS, _REFIT_STEPS = 600, 30  # of its first fit, and after each observation
@@ -236,11 +236,11 @@ class _SurrogateTraining(_Training):
             self.progress("random choices", done + 1, options.prefill)
         self.surrogate.start(*self.train.tensors())
         self.fitter.fit(*self.train.tensors(), _SURROGATE_STEPS)
-        self.gate.error = judge(self.surrogate, *self.held_out.tensors()).mean_error
+        self.gate.error = fit_report(self.surrogate, *self.held_out.tensors()).mean_error
         super().run()
 
     def surrogate_reports(self) -> tuple[FitReport | None, GateReport | None]:
-        return judge(self.surrogate, *self.held_out.tensors()), self.gate.report()
+        return fit_report(self.surrogate, *self.held_out.tensors()), self.gate.report()
 
     def waits(self, step: int) -> bool:
         self.seen = self._observe(step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -12,14 +12,13 @@ from flextron.artefacts.latency_table import LatencyTable
 from flextron.judge.latency import fractions
 from flextron.nn.protocol import Elastic
 from flextron.nn.router import AdaptiveRouter
+from flextron.routing.gate import Progress
 from flextron.routing.learning import TOLERANCE
 
 _GRID = 0.05  # largest step between fractions at which the offset is calibrated
 _BISECTIONS = 16
 _CLOSE = 1e-3  # how far below its fraction the mean may stay, as a share of the full latency
 _REACH = 64.0  # largest offset tried, in steps of a layer's choice: far beyond any difference of logits
-
-Progress = Callable[[str, int, int], object]
 
 
 def calibrate(

@@ -20,7 +20,7 @@ from flextron.routing.fit import random_widths
 from flextron.routing.gate import Gate, Progress, RouterTraining, reachable
 from flextron.routing.learning import TOLERANCE
 from flextron.routing.search import likely, predicted_losses, search
-from flextron.routing.surrogate import ReplayBuffer, Surrogate, SurrogateFitter, judge
+from flextron.routing.surrogate import ReplayBuffer, Surrogate, SurrogateFitter, fit_report
 
 _WARM_STEPS = 200  # steps of imitation, before anything else is learnt
 _WARM_CONFIDENCE = 0.5  # probability of an imitated choice: a start, not a decision
@@ -132,7 +132,7 @@ class _Training(RouterTraining):
         return RouterResult(
             router=self.router,
             ladder=ladder,
-            surrogate=judge(self.surrogate, *self.held_out.tensors()),
+            surrogate=fit_report(self.surrogate, *self.held_out.tensors()),
             gate=self.gate.report(),
             targets=tuple(self._report(ladder, t) for t in self.router.targets[:-1]),
             dropped_targets=self.dropped,
@@ -164,7 +164,7 @@ class _Training(RouterTraining):
             self.progress("random configurations", done + 1, total)
         self.surrogate.start(*self.train.tensors())
         self._fit(self.options.surrogate_steps)
-        self.gate.error = judge(self.surrogate, *self.held_out.tensors()).mean_error
+        self.gate.error = fit_report(self.surrogate, *self.held_out.tensors()).mean_error
 
     def _new(self, draw: Callable[[int], Widths]) -> Widths | None:
         """The first configuration from ``draw`` (called with 0, 1, ..) that is in no buffer; None after 20 tries."""

@@ -201,7 +201,7 @@ class SurrogateFitter:
 
 
 @torch.no_grad()
-def judge(surrogate: Surrogate, choices: Probabilities, fractions: Tensor, losses: Tensor) -> FitReport:
+def fit_report(surrogate: Surrogate, choices: Probabilities, fractions: Tensor, losses: Tensor) -> FitReport:
     """Judge a surrogate on observed losses [n] it has not seen."""
     predicted = surrogate.loss(choices, fractions)
     error = (predicted - losses).abs()
