@@ -117,7 +117,7 @@ def elastic_mlp_with_hidden(
     if extent is not None:
         order = extent.expand(x.shape[0]).argsort(descending=True, stable=True)
         hidden = [_keep(h, extent)[order] if h.dim() == 2 else h for h in hidden]
-    return y, *hidden
+    return y, hidden[0], hidden[1]
 
 
 def _active(q: Tensor, G: int, heads: int, unit: str, count: Tensor, index: Tensor | None) -> Tensor:
@@ -317,7 +317,8 @@ def decoder_step(
     for i, (w, stored) in enumerate(zip(layers, kv_heads, strict=True)):
         y = _rms(x, w["in_norm"], s.eps)
         if router is not None:
-            width, n = _chosen(y, *(t[i] for t in router), mlp_choices, head_choices)
+            w1, w2, state, base = (t[i] for t in router)
+            width, n = _chosen(y, w1, w2, state, base, mlp_choices or [], head_choices or [])
         else:
             width, n = (torch.tensor(u).view(len(kv_heads), -1)[i] for u in (widths, heads))
             width, n = (u[:, None].expand(B if len(u) == 1 else -1, T) for u in (width, n))
@@ -331,8 +332,8 @@ def decoder_step(
         new = slice(cached, cached + T)
         keys[i][:, new, :stored], values[i][:, new, :stored] = _turn(k, cos, sin), v
         if most:
-            cache = [t[i][:, : new.stop, :used] for t in (keys, values)]
-            q = _attention_of_cache(_turn(q, cos, sin), *cache, most, s.unit, n, k_start, s.scale)
+            k, v = (t[i][:, : new.stop, :used] for t in (keys, values))
+            q = _attention_of_cache(_turn(q, cos, sin), k, v, most, s.unit, n, k_start, s.scale)
         block = per_block * D
         inputs = n.flatten() * (block // max(most, 1))
         out = elastic_linear(
@@ -396,7 +397,8 @@ def _chosen(
     logits = F.leaky_relu(h, 0.1) @ w2.T + base
     axes = logits.split((len(mlp_choices), len(head_choices)), -1)
     menus = (mlp_choices, head_choices)
-    return tuple(torch.tensor(m)[axis.argmax(-1)] for m, axis in zip(menus, axes, strict=True))
+    width, heads = (torch.tensor(m)[axis.argmax(-1)] for m, axis in zip(menus, axes, strict=True))
+    return width, heads
 
 
 def _attention_of_cache(
@@ -424,9 +426,10 @@ def _attention_of_cache(
 
 
 def _mlp_of(x: Tensor, w: dict[str, Tensor], neurons: int, extent: Tensor, activation: str) -> Tensor:
-    weights = [w[name] for name in ("gate", "up", "down")]
-    biases = [w.get(f"{name}_bias") for name in ("gate", "up", "down")]
-    return elastic_mlp(x.flatten(0, 1), *weights, *biases, neurons, activation, extent).view(x.shape)
+    gate, up, down = (w[name] for name in ("gate", "up", "down"))
+    b_gate, b_up, b_down = (w.get(f"{name}_bias") for name in ("gate", "up", "down"))
+    y = elastic_mlp(x.flatten(0, 1), gate, up, down, b_gate, b_up, b_down, neurons, activation, extent)
+    return y.view(x.shape)
 
 
 def prefix_gate(x: Tensor, gate: Tensor, width: Tensor) -> Tensor:

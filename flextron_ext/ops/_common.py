@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ _INTEGER = (int, torch.SymInt)
 _library = torch.library.Library("flextron", "IMPL")
 
 
-def check_tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
+def check_tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype]) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     if value.layout is not torch.strided:
@@ -25,6 +26,7 @@ def check_tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype
     if value.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{op}: {name} must be {names}, got {str(value.dtype).removeprefix('torch.')}")
+    return value
 
 
 def check_finite(op: str, name: str, value: float | None) -> None:
@@ -90,7 +92,7 @@ def shaped_as(x: Tensor, y: Tensor) -> Tensor:
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def call(op: Callable[..., object], *args: object) -> object:
+def call(op: Callable[..., Any], *args: object) -> Any:
     """op(*args). If no gradient is recorded, the call skips the op's autograd kernel, which is written in Python."""
     if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
         return op(*args)
@@ -98,7 +100,7 @@ def call(op: Callable[..., object], *args: object) -> object:
         return op(*args)
 
 
-def call_writing(written: Sequence[Tensor], op: Callable[..., object], *args: object) -> object:
+def call_writing(written: Sequence[Tensor], op: Callable[..., Any], *args: object) -> Any:
     """call() for an op that writes into tensors: their versions are bumped even if the autograd kernel is skipped."""
     output = call(op, *args)
     if not torch.compiler.is_compiling():
@@ -123,8 +125,9 @@ def register_autocast(op: str, *positions: int) -> None:
         excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
         def cast(value: object) -> object:
-            eligible = isinstance(value, Tensor) and value.dtype in FLOATING and value.dtype != torch.float64
-            return value.to(torch.get_autocast_dtype(device)) if eligible else value
+            if isinstance(value, Tensor) and value.dtype in FLOATING and value.dtype != torch.float64:
+                return value.to(torch.get_autocast_dtype(device))
+            return value
 
         def kernel(*args: object) -> object:
             with torch._C._ExcludeDispatchKeyGuard(excluded):
@@ -136,7 +139,7 @@ def register_autocast(op: str, *positions: int) -> None:
     under("cuda", "AutocastCUDA")
 
 
-def named_tensors(op: str, inputs: Sequence[object]) -> Iterator[tuple[str, object]]:
+def named_tensors(op: str, inputs: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """(name, value) for each input that the schema declares as a tensor; the members of a list come one by one."""
     for argument, value in zip(
         getattr(torch.ops.flextron, op).default._schema.arguments, inputs, strict=False
@@ -168,7 +171,7 @@ def register_autograd_kernel(op: str, recorded: Callable[..., object], is_consta
     defaults = tuple(argument.default_value for argument in arguments)
     written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
 
-    def kernel(*inputs: object) -> object:
+    def kernel(*inputs: Any) -> object:
         if forward_ad._current_level >= 0 and not is_constant:
             refuse_duals(op, inputs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
@@ -184,7 +187,7 @@ def register_autograd_kernel(op: str, recorded: Callable[..., object], is_consta
 
 def register_gradient(
     op: str, setup_context: Callable[..., None], backward: Callable[..., object], is_constant: bool = False
-) -> Callable[..., object]:
+) -> Callable[..., Any]:
     """Give the op a gradient, and return the function that records it, which takes all inputs.
 
     Replaces torch.library.register_autograd, whose overhead is twice as large and which torch.func does not support. An
@@ -212,7 +215,7 @@ def register_gradient(
         return backward(ctx, *gradients)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(of_any)}
-    function = type(f"{op}_function", (torch.autograd.Function,), methods)
+    function: Any = type(f"{op}_function", (torch.autograd.Function,), methods)
     direct = super(
         torch.autograd.Function, function
     ).apply  # Function.apply inspects each input, and refuses torch.func

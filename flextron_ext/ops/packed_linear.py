@@ -146,7 +146,7 @@ def check_panels(
     if panels.dtype != format.storage:
         raise TypeError(f"{op}: {name} must be {format.storage} in format {format}, got {panels.dtype}")
     if format.scaled:
-        common.check_tensor(op, scales_name, scales, (torch.float32,))
+        scales = common.check_tensor(op, scales_name, scales, (torch.float32,))
         common.check_shape(op, scales_name, scales, (*panels.shape[:2], PANEL))
     elif scales is not None:
         scaled = " or ".join(each for each in PanelFormat if each.scaled)

@@ -42,7 +42,7 @@ def pack_mlp(
     if w_gate is not None:
         gate, gate_scales, _ = pack_linear(w_gate, format=format)
         up = torch.stack((gate, up), 2).flatten(1, 2)
-        if up_scales is not None:
+        if up_scales is not None and gate_scales is not None:
             up_scales = torch.stack((gate_scales, up_scales), 2).flatten(1, 2)
     return PackedMlp(up, down, up_scales, down_scales, stored)
 

@@ -34,7 +34,8 @@ _LONGEST_FIELD = (
 
 def _unzst(path: Path) -> io.BytesIO:
     """The content of a .zst file, whole; the library's own reader does not notice that a file is truncated."""
-    zstandard, content, parts = _library("zstandard", path), path.read_bytes(), []
+    zstandard, content = _library("zstandard", path), path.read_bytes()
+    parts: list[bytes] = []
     while content or not parts:
         frame = zstandard.ZstdDecompressor().decompressobj()
         try:
@@ -414,7 +415,7 @@ def _field(place: str | Path, names: Iterable[str], strings: Sequence[str], fiel
         return "text"
     if field is None and len(strings) == 1:
         return strings[0]
-    if field in strings:
+    if field is not None and field in strings:
         return field
     wanted = '"text", or just one with strings' if field is None else f'"{field}", with strings'
     raise ValueError(
@@ -509,7 +510,7 @@ def _cut(document: str, held_out: float) -> tuple[list[str], list[str]]:
 def _separators(tokenizer: Any) -> tuple[list[int], list[int]]:
     bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
     begins = bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
-    return [bos] if begins else [], [] if eos is None else [eos]
+    return [bos] if bos is not None and begins else [], [] if eos is None else [eos]
 
 
 def _groups(items: Iterable[str], size: int) -> Iterator[list[str]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +184,7 @@ def profile(
             tables = {}
     for workload in workloads:
         what = f"timing {workload.phase}"
-        tables[workload.phase] = profile_model(
-            model, workload, progress=lambda done, total, what=what: progress(what, done, total), **options
-        )
+        tables[workload.phase] = profile_model(model, workload, progress=partial(progress, what), **options)
     save_tables(tables, directory)
     return tables
 
@@ -206,7 +205,7 @@ def profile_adaptive(
 def _profile_adaptive(
     directory: str | Path,
     model: Elastic,
-    tables: dict[str, LatencyTable],
+    tables: Mapping[str, LatencyTable],
     progress: Progress,
     **options: Any,
 ) -> dict[str, LatencyTable]:
@@ -214,12 +213,10 @@ def _profile_adaptive(
     for phase, table in tables.items():
         if table.adaptive is None and not table.differs(machine_of(model)):
             what = f"timing routers, {phase}"
-            found[phase] = measure_adaptive(
-                model, table, progress=lambda done, total, what=what: progress(what, done, total), **options
-            )
+            found[phase] = measure_adaptive(model, table, progress=partial(progress, what), **options)
     if found:
-        save_tables(tables | found, directory)
-    return tables | found
+        save_tables({**tables, **found}, directory)
+    return {**tables, **found}
 
 
 @_alone
@@ -347,7 +344,8 @@ def tune(
     )
     round_in_place("tune", model, model.stored)  # reports below are about the weights that will be stored
     judged = windows(tokens.train, samples, config.length)
-    tables, ladder, fresh = model.planner.tables, model.planner.ladder, []
+    tables, ladder = model.planner.tables, model.planner.ladder
+    fresh: list[RouterResult | AdaptiveResult] = []
     if static and static.phase in tables:
         static = static_routing.refreshed(
             static, model.elastic, tables[static.phase], lambda w: evaluate(model, judged, [w])[0]

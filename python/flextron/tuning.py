@@ -60,6 +60,8 @@ def tune(
 class _Tuning(Run):
     """The moving parts of one call of `tune`."""
 
+    config: TuneConfig
+
     def __init__(
         self,
         model: Elastic,

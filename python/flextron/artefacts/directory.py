@@ -14,6 +14,7 @@ import torch
 from flextron.artefacts import adaptive_router, static_router
 from flextron.artefacts.adaptive_router import AdaptiveResult, costs_of
 from flextron.artefacts.elastic_model import read_meta, read_model
+from flextron.artefacts.ladder import uniform_ladder
 from flextron.artefacts.latency_table import LatencyTable, load_tables, machine_of
 from flextron.artefacts.planner import Planner
 from flextron.artefacts.static_router import RouterResult, load_ladder
@@ -69,7 +70,7 @@ class ElasticDirectory:
     def planner(self) -> Planner:
         """The planner of the tables and the routed ladder, or of the uniform ladder where no routers were trained."""
         ladder = load_ladder(self._files, self.origin, self.tables)
-        return Planner(self.origin.elastic, self.tables, ladder)
+        return Planner(self.origin.elastic, self.tables, ladder or uniform_ladder(self.origin.elastic))
 
     def static(self) -> RouterResult | None:
         """The static routers and their report."""

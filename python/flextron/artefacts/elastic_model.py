@@ -40,7 +40,7 @@ from flextron.nn.stock import read_back
 from flextron.nn.storage import Dtype, common, counted, rounded, storage
 
 # parts of a certificate that are shown beside its main figure; earlier versions wrote none of them
-_SHOWN = {
+_SHOWN: dict[str, Any] = {
     "weights": str | None,
     "rounding": dict[str, float] | None,
     "sub_networks": tuple[dict[str, Any], ...] | None,

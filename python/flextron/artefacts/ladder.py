@@ -79,6 +79,14 @@ class Ladder:
             low, high = (middle, high) if cost(self.rungs[middle]) <= limit else (low, middle - 1)
         return self.rungs[low] if low >= 0 else None
 
+    def within(self, cost: Callable[[Widths], float], limit: float) -> Widths:
+        """`highest`, where the lowest rung is known to be within the limit."""
+        rung = self.highest(cost, limit)
+        if rung is None:
+            least = cost(self.rungs[0])
+            raise ValueError(f"ladder: its lowest rung must be within the limit {limit:g}, got {least:g}")
+        return rung
+
     def check(self, config: ElasticConfig) -> None:
         """Raise ValueError unless the ladder is about this model's menus."""
         mine = (self.num_layers, self.mlp_choices, self.head_choices)

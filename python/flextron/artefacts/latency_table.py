@@ -202,12 +202,12 @@ class LatencyTable:
             batch = self.workload.batch
             choices = Indices(*(axis.unflatten(-3, (-1, batch)).amax(-3) for axis in choices))
         layers = torch.arange(self.num_layers, device=choices.mlp.device)
-        sums = sum(
+        mlp, heads = (
             costs.to(rows.device)[layers, rows].sum(-1)
             for costs, rows in zip(self._tensors, choices, strict=True)
         )
         base, slope = self._line(adaptive=True)
-        return (base + slope * sums).mean((-2, -1))
+        return (base + slope * (mlp + heads)).mean((-2, -1))
 
     def fraction(self, widths: Widths, adaptive: bool = False) -> float:
         """The configuration's time divided by the full model's."""

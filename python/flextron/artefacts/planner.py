@@ -41,12 +41,13 @@ class Planner:
 
     config: ElasticConfig
     tables: Mapping[str, LatencyTable] = field(default_factory=dict)
-    ladder: Ladder | None = None
+    ladder: Ladder = None  # type: ignore[assignment]  # becomes the uniform ladder
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tables", dict(self.tables or {}))
-        object.__setattr__(self, "ladder", self.ladder or uniform_ladder(self.config))
-        self.ladder.check(self.config)
+        ladder = self.ladder or uniform_ladder(self.config)
+        ladder.check(self.config)
+        object.__setattr__(self, "ladder", ladder)
         for table in self.tables.values():
             table.check(self.config)
 

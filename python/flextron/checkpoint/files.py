@@ -84,7 +84,7 @@ def opened(directory: str | Path | Files) -> Iterator[Files]:
 def _at_one_moment(directory: Path, stack: contextlib.ExitStack) -> dict[str, BinaryIO]:
     while True:
         recover(directory)
-        handles = {}
+        handles: dict[str, BinaryIO] = {}
         with contextlib.ExitStack() as attempt:
             for name in _names(directory):
                 # removed since, or unreadable for this user: reported where the file is asked for

@@ -67,7 +67,9 @@ def foreign(
     """
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, *passed):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except passed:
         raise
     except BaseException as error:  # a panic of tokenizers' is no Exception
         raise CheckpointError(f"{path}: must be {what}, got {first_line(error)[:200]}") from None

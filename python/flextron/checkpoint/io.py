@@ -206,7 +206,7 @@ def _reopened(path: Path, file: BinaryIO) -> str:
     return str(path)
 
 
-def check_checksum(path: Path, file: BinaryIO, checksum: Any) -> None:
+def check_checksum(path: Path, file: Any, checksum: Any) -> None:
     """Refuse an open file that is not the one whose sha256 was recorded."""
     if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
         raise CheckpointError(f"{path}: its recorded sha256 must be 64 hexadecimal digits, got {checksum!r}")

@@ -16,9 +16,11 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from flextron.checkpoint.format import CheckpointError
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # Windows: nothing there keeps two writers apart

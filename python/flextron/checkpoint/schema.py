@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 from flextron.checkpoint.format import CONFIG_FILE, WEIGHTS_FILE, CheckpointError
 
@@ -18,7 +18,11 @@ _LARGEST = 2**63  # an int beyond it fits no tensor
 _NAMES = {int: "a whole number", float: "a finite number", str: "a string", bool: "true or false"}
 
 
-def build(kind: type[T], value: Any, path: str | Path, place: str = "") -> T:
+@overload
+def build(kind: type[T], value: Any, path: str | Path, place: str = "") -> T: ...
+@overload
+def build(kind: Any, value: Any, path: str | Path, place: str = "") -> Any: ...
+def build(kind: Any, value: Any, path: str | Path, place: str = "") -> Any:
     """Make a ``kind`` of what stands at ``place`` of a JSON file.
 
     Args:

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else ten lines about retries precede our sentence
     with warnings.catch_warnings():
-        warnings.showwarning = warn
+        warnings.showwarning = warn  # type: ignore[assignment]  # of its arguments one is enough
         return _main(sys.argv[1:] if argv is None else argv)
 
 

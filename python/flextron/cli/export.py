@@ -34,7 +34,7 @@ def run(args: Namespace) -> dict[str, Any]:
 
     directory = shared.fetched(args)
     model = from_pretrained(directory)
-    widths = model.set_budget(**shared.budget_of(args))
+    widths: Any = model.set_budget(**shared.budget_of(args))
     tokenizer = read_tokenizer(directory)
     report = export(
         model, args.out, widths, layout=args.layout, tokenizer=tokenizer, dtype=args.dtype, force=args.force

@@ -26,7 +26,7 @@ def from_two(parser: ArgumentParser, static: type[Any], adaptive: type[Any], nam
     for name in names:
         f, other = first.get(name), second.get(name)
         if f is None or other is None:
-            only = f or other
+            only = first.get(name) or second[name]
             when = "not" if other is None else "only"
             _add(
                 parser,
@@ -46,10 +46,10 @@ def from_two(parser: ArgumentParser, static: type[Any], adaptive: type[Any], nam
 def _add(parser: ArgumentParser, f: Field[Any], text: str, default: Any = None) -> None:
     kind, _, _ = str(f.type).partition(" | ")
     least = 1 if f.metadata["positive"] else f.metadata["least"]
-    types: dict[str, tuple[Callable[[str], Any] | None, str | None]] = {
+    types: dict[str, tuple[Callable[[str], Any], str | None]] = {
         "int": (values.whole if least is None else values.at_least(least), None),
         "float": (values.real, None),
-        "str": (None, None),
+        "str": (str, None),
         "tuple[float, ...]": (values.reals, "T,T,..,1"),
     }
     read, metavar = types[kind]

@@ -10,8 +10,10 @@ from flextron.cli.printing import say, training_result
 from flextron.recipes import TrainConfig
 
 EXAMPLE = "flextron train elastic/ --steps 500 --distillation 1"
-FIELDS = ("steps", "batch_size", "length", "accumulation", "learning_rate", "cross_entropy", "distillation")
-FIELDS += ("full_probability", "eval_every", "checkpoint_every", "seed")
+FIELDS = [
+    "steps", "batch_size", "length", "accumulation", "learning_rate", "cross_entropy", "distillation",
+    "full_probability", "eval_every", "checkpoint_every", "seed",
+]  # fmt: skip
 
 
 def options(parser: ArgumentParser) -> None:

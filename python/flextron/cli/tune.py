@@ -10,9 +10,11 @@ from flextron.cli.printing import say, training_result
 from flextron.recipes import TuneConfig
 
 EXAMPLE = "flextron tune elastic/ --adaptive --distillation 1"
-FIELDS = ("steps", "batch_size", "length", "accumulation", "learning_rate", "router_rate", "gates")
-FIELDS += ("latency_weight", "cross_entropy", "distillation", "full_probability", "eval_every")
-FIELDS += ("checkpoint_every", "seed")
+FIELDS = [
+    "steps", "batch_size", "length", "accumulation", "learning_rate", "router_rate", "gates",
+    "latency_weight", "cross_entropy", "distillation", "full_probability", "eval_every", "checkpoint_every",
+    "seed",
+]  # fmt: skip
 
 
 def options(parser: ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -89,14 +89,14 @@ def convert(
         raise ValueError(f"convert: order must be one of {', '.join(ORDERS)}, got {order!r}")
     if isinstance(parent, ElasticModel):
         raise ValueError("convert: parent must be a stock model, got one that is elastic already")
-    stored = parent if isinstance(parent, str | Path) else None
     drop = room_beside(parent, out_dir, force)
-    where = _home(parent) if stored is None else source_of(stored)
-    if stored is not None:
-        with foreign(where / CONFIG_FILE, "a configuration that transformers reads"):
-            hf_config = AutoConfig.from_pretrained(where)
+    source = source_of(parent) if isinstance(parent, str | Path) else None
+    where = source or _home(parent)
+    if source is not None:
+        with foreign(source / CONFIG_FILE, "a configuration that transformers reads"):
+            hf_config = AutoConfig.from_pretrained(source)
     else:
-        hf_config = parent.config
+        hf_config = cast(PreTrainedModel, parent).config
     config = elastic_config(hf_config, unit, mlp_choices, head_choices)
     # what cannot be made elastic is refused before any work
     with foreign("convert: parent", "a model that can be built", passed=(ValueError, NotImplementedError)):
@@ -105,10 +105,10 @@ def convert(
 
     held_out = min(_HELD_OUT, max(1, len(calibration) // 4))
     proof = calibration[-held_out:, :_HELD_OUT_TOKENS]
-    if stored is not None:
-        with foreign(where, "a model that transformers reads", passed=(ValueError, OSError)):
-            model = read_parent(where, strip_prefix)
-        tokenizer = tokenizer or _tokenizer_of(where)
+    if source is not None:
+        with foreign(source, "a model that transformers reads", passed=(ValueError, OSError)):
+            model = read_parent(source, strip_prefix)
+        tokenizer = tokenizer or _tokenizer_of(source)
     elif strip_prefix is not None:
         raise ValueError("convert: strip_prefix must be None when parent is a loaded model")
     else:
@@ -133,7 +133,7 @@ def convert(
         return report
 
     def beside(stage: Path, _: Origin) -> None:
-        base = str(stored) if stored is not None and not Path(stored).exists() else None
+        base = str(parent) if source is not None and not Path(str(parent)).exists() else None
         write_card(stage, where, f"{Path(out_dir).resolve().name}, elastic", _card(config, report), base)
 
     save_elastic(model, out_dir, tokenizer, {}, beside, prove=prove, drop=drop)

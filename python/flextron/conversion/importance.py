@@ -43,8 +43,8 @@ class _Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean: Tensor | float = 0.0
-        self.deviation: Tensor | float = 0.0
+        self.mean = torch.zeros(())
+        self.deviation = torch.zeros(())
 
     def add(self, values: Tensor) -> None:
         """values [T, N] float32."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flextron.artefacts.ladder import uniform_ladder
 from flextron.artefacts.latency_table import Workload
+from flextron.config import Widths
 from flextron.judge.latency import fractions, measure
 from flextron.judge.loss import evaluate
 from flextron.nn import Dial
@@ -46,7 +47,7 @@ def judge_budgets(
     planners = {"uniform": replace(planner, ladder=uniform_ladder(model.elastic))}
     if planner.ladder.origin != "uniform":
         planners = {"routed": planner} | planners
-    chosen = [("full", 1.0, model.elastic.full())]
+    chosen: list[tuple[str, float, Widths | Dial]] = [("full", 1.0, model.elastic.full())]
     chosen += [(kind, t, p.resolve(t, phase=phase)) for kind, p in planners.items() for t in targets]
     predicted = [table.predict(widths) for _, _, widths in chosen]
     if adaptive:

@@ -107,7 +107,7 @@ class _ChunkedMean(torch.autograd.Function):
             place = slice(start, start + step)
             loss, dlogits = rows(logits[place].to(dtype), place)
             total += loss.sum()
-            if wanted:
+            if gradient is not None:
                 gradient[place] = dlogits.div_(count)
         if wanted:
             ctx.save_for_backward(gradient)

@@ -221,11 +221,9 @@ def _wait_for_device() -> None:
 def processor() -> str:
     """This machine's processor and its widest instruction sets: several of them share a name like "AMD EPYC"."""
     info = Path("/proc/cpuinfo")
-    facts = dict(
-        (part.strip() for part in line.split(":", 1))
-        for line in (info.read_text().splitlines() if info.exists() else ())
-        if ":" in line
-    )
+    lines = info.read_text().splitlines() if info.exists() else []
+    pairs = (line.partition(":") for line in lines if ":" in line)
+    facts = {name.strip(): fact.strip() for name, _, fact in pairs}
     flags = facts.get("flags", "").split()
     sets = [word for flag, word in _WORDS if flag in flags]
     if "AVX-512" in sets:

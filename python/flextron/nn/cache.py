@@ -17,13 +17,15 @@ _BLOCK = 64
 class ElasticCacheLayer(CacheLayerMixin):
     """Keys and values of one layer, ``[B, room, G, D]``, of which the first ``length`` tokens are valid.
 
-    On a CPU those of a group lie together in memory: a thread reads one group, and a stream is faster than pieces.
+    On a CPU the tokens of a group are contiguous: a thread reads one group, and one stream is faster than pieces.
 
     ``groups`` is the number of key/value groups valid for *every* cached token. It may shrink (a smaller
     budget needs a prefix of what is there); it never grows, since a later token would miss the groups that
     earlier ones did not store.
     """
 
+    keys: Any  # a Tensor, or None where nothing is cached
+    values: Any
     is_sliding = False
     is_croppable = True
 
@@ -85,7 +87,7 @@ class ElasticCacheLayer(CacheLayerMixin):
     def reserve(self, like: Tensor, B: int, tokens: int, groups: int, head_dim: int) -> None:
         """Make room in ``keys`` and ``values`` for ``groups`` groups of so many more tokens of B sequences.
 
-        The caller writes them behind the ``length`` valid ones, and then counts them.
+        The caller writes them after the ``length`` valid ones, and then counts them.
         """
         if self.length == 0:
             self._start(like, B, groups, head_dim)
@@ -141,7 +143,7 @@ def _room(like: Tensor, B: int, tokens: int, G: int, D: int) -> Tensor:
 
 
 class _Rooms:
-    """What a cache reserved, kept for the next token: to ask 30 layers anew takes 70 microseconds of a decode step."""
+    """What a cache reserved, kept for the next token: asking 30 layers again takes 70 microseconds of a decode step."""
 
     def __init__(self, layers: Sequence[ElasticCacheLayer], groups: Sequence[int]) -> None:
         self.keys, self.values = [layer.keys for layer in layers], [layer.values for layer in layers]
@@ -149,7 +151,7 @@ class _Rooms:
         self.sequences, self.tokens = self.keys[0].shape[0], min(keys.shape[1] for keys in self.keys)
 
     def have(self, layers: Sequence[ElasticCacheLayer], B: int, tokens: int, groups: Sequence[int]) -> bool:
-        """Whether they still are the layers', with room for so many more tokens of these groups."""
+        """Whether the layers still hold these tensors, with room for so many more tokens of these groups."""
         if groups is not self.groups or self.sequences != B or layers[0].length + tokens > self.tokens:
             return False
         own = zip(layers, self.keys, self.values, strict=True)
@@ -164,14 +166,16 @@ class ElasticCache(Cache):
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=ElasticCacheLayer)
         self._rooms: _Rooms | None = None
-        self.is_left_padded = False  # a generation knows it of its masks, so the host need not read them
+        self.is_left_padded = False  # known of a generation's masks, so that the host need not read them
 
     def reserve(
         self, like: Tensor, B: int, tokens: int, groups: Sequence[int], head_dim: int
     ) -> tuple[list[Tensor], list[Tensor]]:
         """`ElasticCacheLayer.reserve` of every layer, made where there are none: their keys, and their values."""
         if self._rooms is None or not self._rooms.have(self.layers, B, tokens, groups):
-            self._rooms = None  # or what is grown would be there twice until all is
+            self._rooms = (
+                None  # else old and grown tensors would be held together until all layers have grown
+            )
             self.layers += [ElasticCacheLayer() for _ in range(len(groups) - len(self.layers))]
             for layer, n in zip(self.layers, groups, strict=True):
                 layer.reserve(like, B, tokens, n, head_dim)
@@ -179,7 +183,7 @@ class ElasticCache(Cache):
         return self._rooms.keys, self._rooms.values
 
     def arrange(self, order: Tensor) -> None:
-        """Let the first tokens of each sequence lie in another order, [B, tokens] int64 places of now."""
+        """Reorder the first tokens of each sequence; order [B, tokens] int64 holds their present indices."""
         index = order[..., None, None]
         for layer in self.layers:
             for stored in (layer.keys, layer.values):
@@ -187,7 +191,7 @@ class ElasticCache(Cache):
                 part.copy_(part.gather(1, index.expand_as(part)))
 
     def advance(self, tokens: int, groups: Sequence[int]) -> None:
-        """Count ``tokens`` that were written into what `reserve` gave."""
+        """Count ``tokens`` that were written into the room of `reserve`."""
         for layer, n in zip(self.layers, groups, strict=True):
             layer.length += tokens
             layer.groups = n

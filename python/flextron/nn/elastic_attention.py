@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,11 @@ from flextron.config import ElasticConfig
 from flextron.nn import masks
 from flextron.nn.cache import ElasticCache
 from flextron.nn.policy import AxisDecision
-from flextron.nn.projection import linear
+from flextron.nn.projection import Projection, linear
 from flextron.nn.setting import Settings
 from flextron_ext import head_attention, head_attention_decode
 
-_DECODE_TOKENS = 8  # new tokens per sequence up to which the decode op, made for a few, is used
+_DECODE_TOKENS = 8  # up to so many new tokens per sequence the decode op is faster
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -40,16 +40,22 @@ class ElasticAttention(nn.Module):
 
     PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-    def __init__(
-        self, attention: nn.Module, config: ElasticConfig, settings: Settings, layer_idx: int
-    ) -> None:
+    q_proj: Projection
+    k_proj: Projection
+    v_proj: Projection
+    o_proj: Projection
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
+    scaling: float
+
+    def __init__(self, attention: Any, config: ElasticConfig, settings: Settings, layer_idx: int) -> None:
         super().__init__()
         self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
         self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
         self.q_norm = attention.q_norm if config.qk_norm else None
         self.k_norm = attention.k_norm if config.qk_norm else None
         self.scaling = attention.scaling
-        # its place, which is not what a layer moved from another one says of itself
+        # the layer's place in this model; a layer taken from another place still carries its old number
         self.elastic, self.settings, self.layer_idx = config, settings, layer_idx
 
     @property
@@ -61,7 +67,7 @@ class ElasticAttention(nn.Module):
         return self.settings.now().kv
 
     def _project(
-        self, proj: nn.Linear, x: Tensor, heads: int, blocks: int = 1, extent: Tensor | None = None
+        self, proj: Projection, x: Tensor, heads: int, blocks: int = 1, extent: Tensor | None = None
     ) -> Tensor:
         """The first ``heads`` heads of each of ``blocks`` equal blocks, [B, T, blocks*heads, D]; of each token
         only the first ``extent`` features of a block, the rest zeros."""
@@ -80,7 +86,7 @@ class ElasticAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """hidden_states [B, T, K]; attention_mask in a form of `flextron.nn.masks`; the layer's decision on heads."""
         c, D = self.elastic, self.elastic.head_dim
-        B, T, _ = hidden_states.shape
+        B, T = hidden_states.shape[:2]
         setting = self.settings.now()
         decision = setting.required(decision, "ElasticAttention")
         heads = setting.widths.heads[self.layer_idx]
@@ -93,7 +99,7 @@ class ElasticAttention(nn.Module):
         q = self._project(self.q_proj, hidden_states, per_block, blocks, features)
         k = self._project(self.k_proj, hidden_states, stored)
         v = self._project(self.v_proj, hidden_states, stored)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
 
@@ -143,7 +149,7 @@ class ElasticAttention(nn.Module):
                 q, k, v, lengths, *count, extent, k_start=k_start, scale=self.scaling
             )
         sequence = torch.arange(B + 1, device=q.device)
-        return head_attention(
+        out = head_attention(
             q.flatten(0, 1),
             k.flatten(0, 1),
             v.flatten(0, 1),
@@ -155,6 +161,7 @@ class ElasticAttention(nn.Module):
             k_start=k_start,
             scale=self.scaling,
         )
+        return cast(Tensor, out)  # without the logarithms of the sums
 
     def _attend_masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: int) -> Tensor:
         """q [B, T, H, D], k and v [B, S, G, D] -> torch's attention under any mask, [B, T, H, D].

@@ -44,7 +44,7 @@ class ElasticDecoderLayer(Mixin, GradientCheckpointingLayer):
 
 
 def make_layer_elastic(
-    layer: nn.Module, activation: str, config: ElasticConfig, settings: Settings, layer_idx: int
+    layer: Any, activation: str, config: ElasticConfig, settings: Settings, layer_idx: int
 ) -> nn.Module:
     """The layer to put in the place of a transformers one, whose attention and MLP are replaced by elastic ones.
 

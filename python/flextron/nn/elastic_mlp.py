@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flextron.config import ElasticConfig
 from flextron.nn.policy import AxisDecision
-from flextron.nn.projection import PackedLinear, is_adapted, linear
+from flextron.nn.projection import PackedLinear, Projection, is_adapted, linear
 from flextron.nn.setting import Settings
 from flextron_ext import elastic_mlp, packed_mlp
 from flextron_ext.reference import ACTIVATIONS as FUNCTIONS
@@ -35,8 +36,12 @@ class ElasticMLP(nn.Module):
 
     PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
+    gate_proj: Projection
+    up_proj: Projection
+    down_proj: Projection
+
     def __init__(
-        self, mlp: nn.Module, activation: str, config: ElasticConfig, settings: Settings, layer_idx: int
+        self, mlp: Any, activation: str, config: ElasticConfig, settings: Settings, layer_idx: int
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -59,9 +64,9 @@ class ElasticMLP(nn.Module):
         width = setting.widths.mlp[self.layer_idx]
         if decision.mixture is None:
             return self._run(x, width, decision.extent)
-        if decision.extent is None:
+        if decision.extent is None or decision.choice is None:
             return self._run(x, width, mixture=decision.mixture, choices=self.choices)
-        return self._by_choice(x.flatten(0, -2), width, decision).view(x.shape)
+        return self._by_choice(x.flatten(0, -2), width, decision.choice, decision.mixture).view(x.shape)
 
     def _run(
         self,
@@ -80,9 +85,9 @@ class ElasticMLP(nn.Module):
                 raise NotImplementedError(
                     "ElasticMLP: widths must not be mixed with packed weights, got a mixture"
                 )
-            weights = (up.panels, down.panels, up.scales, down.scales, up.format)
+            panels = (up.panels, down.panels, up.scales, down.scales, up.format)
             biases = (up.gate_bias, up.bias, down.bias)
-            return packed_mlp(x, *weights, *biases, width, down.out_features, True, self.activation, extent)
+            return packed_mlp(x, *panels, *biases, width, down.out_features, True, self.activation, extent)
         weights = (gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
         return elastic_mlp(x, *weights, width, self.activation, extent, gate=mixture, choices=choices)
 
@@ -106,19 +111,19 @@ class ElasticMLP(nn.Module):
             hidden = (hidden.flatten(0, -2) * share).view(hidden.shape)
         return linear(self.down_proj, hidden, width, self.down_proj.out_features, extent)
 
-    def _by_choice(self, x: Tensor, width: int, decision: AxisDecision) -> Tensor:
+    def _by_choice(self, x: Tensor, width: int, choice: Tensor, mixture: Tensor) -> Tensor:
         """Straight-through: the tokens [N, K] of each choice together, at its width and through its mixture.
 
         The op runs a mixture at the largest of its choices. Shares above a token's own choice are added to that one's:
         what wider choices would add is not computed, so this token teaches nothing about them. The host reads the
         counts, once a layer.
         """
-        order = decision.choice.argsort(stable=True)
-        counts = torch.bincount(decision.choice, minlength=len(self.choices)).tolist()
+        order = choice.argsort(stable=True)
+        counts = torch.bincount(choice, minlength=len(self.choices)).tolist()
         parts = []
         for c, rows in enumerate(order.split(counts)):
             if counts[c]:
-                shares = decision.mixture[rows]
+                shares = mixture[rows]
                 shares = torch.cat([shares[:, :c], shares[:, c:].sum(1, keepdim=True)], dim=1)
                 parts.append(self._run(x[rows], width, mixture=shares, choices=self.choices[: c + 1]))
         return torch.cat(parts)[order.argsort()]

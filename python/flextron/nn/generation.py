@@ -1,7 +1,7 @@
 """The loop of greedy and sampled generation on a CPU: a token costs its decode step and little else.
 
-transformers' own loop prepares and unpacks every forward anew, at the cost of a fifth of a token where that is short.
-Prompts, processors, criteria and streamers are transformers' here too.
+transformers' own loop prepares and unpacks every forward anew, which takes a fifth of a short decode step. Logits
+processors, stopping criteria and streamers are transformers' here too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from flextron.nn.setting import Setting
 from flextron_ext import DecoderStep
 
 _TAKEN = ("cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep")
-# of transformers' loop: what ours does in their place
+# methods of transformers' loop whose work this one does itself
 _CALLED = (
     "forward",
     "__call__",
@@ -42,7 +42,7 @@ _AHEAD = 64  # positions whose rotary tables are made at once
 
 
 def is_plain(model: Elastic, input_ids: Tensor, config: GenerationConfig, inputs: dict[str, Any]) -> bool:
-    """Whether `sample` gives what transformers' loop gives for a new prompt."""
+    """Whether `sample` returns what transformers' loop would return for a new prompt."""
     cache, mask, positions = (inputs.get(name) for name in ("cache", "attention_mask", "position_ids"))
     return (
         runs_on(input_ids.device)
@@ -50,7 +50,7 @@ def is_plain(model: Elastic, input_ids: Tensor, config: GenerationConfig, inputs
         and isinstance(cache, ElasticCache)
         and cache.get_seq_length() == 0
         and (mask is None or mask.shape == input_ids.shape)
-        # a longer mask has more positions, and is no longer there where it hid nothing
+        # a mask longer than the prompt brings more positions with it
         and (positions is None or positions.shape[-1] == input_ids.shape[1])
         and inputs.get("use_cache") is True
         and inputs.get("logits_to_keep", 1) == 1
@@ -63,7 +63,7 @@ def is_plain(model: Elastic, input_ids: Tensor, config: GenerationConfig, inputs
 
 
 def _is_replaced(model: Elastic, name: str) -> bool:
-    """Whether somebody put a method of theirs in the place of one, in the model (as PEFT does) or in a subclass."""
+    """Whether a method was replaced, on the model (as PEFT does) or in a subclass of transformers' class."""
     own = model.__dict__.get(name)
     return not is_known(getattr(model.stock, name)) or (
         own is not None and getattr(own, "__func__", None) is not getattr(type(model), name)
@@ -106,8 +106,8 @@ def _continued(
     ends = any(hasattr(criterion, "eos_token_id") for criterion in others)
     unfinished = torch.ones(input_ids.shape[0], 1, dtype=torch.bool)
     asked = config.return_dict_in_generate
-    scores = () if asked and config.output_scores else None
-    raw = () if asked and config.output_logits else None
+    scores: tuple[Tensor, ...] | None = () if asked and config.output_scores else None
+    raw: tuple[Tensor, ...] | None = () if asked and config.output_logits else None
     plain = not (config.do_sample or logits_processor or scores is not None or raw is not None)
     while True:
         if best is None or not plain:
@@ -141,7 +141,10 @@ def _continued(
 
 
 def _split(criteria: StoppingCriteriaList) -> tuple[list[MaxLengthCriteria], StoppingCriteriaList]:
-    """Those of length, which an integer decides, and the rest. A length beyond the model's own warns, and is a rest."""
+    """(criteria of length, which one integer decides; all others).
+
+    A length beyond the model's own counts among the others, because transformers' criterion then warns.
+    """
     if type(criteria) is not StoppingCriteriaList:
         return [], criteria
 
@@ -156,10 +159,10 @@ def _split(criteria: StoppingCriteriaList) -> tuple[list[MaxLengthCriteria], Sto
 
 
 class _Steps:
-    """The logits of one token after another, and where they are greatest.
+    """The logits of one token after another, and their arg-max.
 
-    Of what may change between tokens a budget and the model's hooks are seen at once, hooks of its modules with the
-    next budget.
+    A new budget or a hook on the model takes effect at the next token; a hook on a submodule only when the budget is
+    set again.
     """
 
     def __init__(self, model: Elastic, prompt: torch.Size, inputs: dict[str, Any]) -> None:
@@ -173,35 +176,37 @@ class _Steps:
         self.k_start = None if self.mask is None else first_keys(self.mask)
         self.last = torch.arange(prompt[1])[None, -1:] if positions is None else positions[:, -1:]
         self.passed = 0  # tokens since that position
-        # where the tables depend on the longest position that was asked for, none may be made ahead
+        # RoPE tables that depend on the longest position asked for must not be made ahead
         dynamic = model.model.rotary_emb.rope_type in ("dynamic", "longrope")
         self.ahead = torch.arange(1 if dynamic else _AHEAD)
-        self.tables: list[tuple[Tensor, Tensor]] = []  # of the positions to come, the next one last
+        self.tables: list[tuple[Tensor, Tensor]] = []  # for the positions to come, the next one last
 
     def _hide_first(self, mask: Tensor) -> None:
-        """Put the prompt's keys that are hidden before those that are seen, as if it were padded on the left.
+        """Move the prompt's hidden keys before the visible ones, as if the prompt were padded on the left.
 
-        A token's attention to all keys that are seen knows no order: their positions are in them.
+        The order of visible keys does not matter: RoPE has put their positions into them.
         """
         self.order = mask.bool().sort(dim=1, stable=True).indices
         self.mask = mask.gather(1, self.order)
         self.cache.arrange(self.order)
 
     def end(self) -> None:
-        """Leave the cache as whoever goes on with it expects it."""
+        """Give the prompt's keys their places in the cache back."""
         if self.order is not None:
             self.cache.arrange(self.order.argsort(dim=1))
 
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, 1, V] after the tokens [B, 1]; and where they are greatest, [B], or None where others ran."""
+        """Logits [B, 1, V] after the tokens [B, 1], and their arg-max [B]; None where the modules ran."""
         model, step = self.model, self.step
         self.passed += 1
         setting = model.settings.now()
-        if setting is not self.setting:  # set anew, which a criterion or streamer may do between tokens
+        if setting is not self.setting:  # a criterion or streamer may set a budget between tokens
             self.setting = setting
             self.extents = step.extents(model, len(tokens))
             self.cache.check(self.extents.kv_heads if self.extents else ())
-        hooked = model._forward_hooks or len(model._forward_pre_hooks) > 1  # one of those guards the cache
+        hooked = (
+            model._forward_hooks or len(model._forward_pre_hooks) > 1
+        )  # one of the latter is ours: `_guard_cache`
         if self.extents is None or hooked:
             return self._by_forward(tokens), None
         if not self.tables:

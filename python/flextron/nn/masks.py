@@ -1,7 +1,7 @@
 """What a query may see: the masks that transformers takes, and the two forms in which they reach the layers.
 
-Left padding (each row is hidden at first, then seen to its end) becomes `first_keys`, which the ops take. Every other
-mask goes on in four dimensions to torch's attention, which is right for all and skips no hidden key.
+Left padding (each row is hidden at first, then visible to its end) becomes `first_keys`, which the ops take. Every
+other mask goes to torch's attention in four dimensions, which handles all of them but skips no hidden key.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from flextron.nn.cache import ElasticCache, given_cache
 
 
 def is_left_padded(mask: Tensor) -> bool:
-    """Whether in each row of mask [B, S] nothing is hidden behind what is seen. The host reads the answer."""
+    """Whether no row of mask [B, S] hides a token after a visible one. The host reads the answer."""
     seen = mask.bool()
     return bool((seen[:, 1:] >= seen[:, :-1]).all())
 
 
 def first_keys(mask: Tensor) -> Tensor:
-    """The first key that each sequence sees, [B] int64, of a mask [B, S] with padding on the left; S if none."""
+    """The index of each sequence's first visible key, [B] int64, from a left-padded mask [B, S]; S if there is none."""
     return (~mask.bool()).sum(1)
 
 
 def with_form(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a causal LM's forward, with a mask in one of the forms for the layers.
+    """The arguments of a causal LM's forward, their mask in one of the two forms for the layers.
 
     Raises:
-        ValueError, TypeError: attention_mask is none that transformers takes.
+        ValueError, TypeError: attention_mask is not one that transformers takes.
     """
     mask = given.get("attention_mask")
     if mask is None:
@@ -60,10 +60,10 @@ def with_form(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_none(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward without mask or positions, with a mask that hides nothing.
+    """The arguments of a forward, with a mask that hides nothing where neither mask nor positions are given.
 
-    Without one transformers looks for packed sequences in the positions, even those that it counted itself; that needs
-    their values, so under a compiler it takes all for packed.
+    Without a mask transformers looks for packed sequences in the positions, even in those it counted itself. Their
+    values are unknown under a compiler, which would therefore take every batch for packed.
     """
     if any(given.get(name) is not None for name in ("attention_mask", "position_ids")):
         return given
@@ -81,7 +81,7 @@ def _as_argument(first: Tensor) -> Tensor:
 
 
 def split(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """What reached a layer as (first keys [B], mask of four dimensions), at most one of them."""
+    """A layer's mask as (first keys [B], mask of four dimensions), of which at most one is there."""
     if mask is not None and mask.dtype == torch.int64:
         return mask.flatten(), None
     return None, mask
@@ -108,7 +108,7 @@ def _form(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """What transformers asks for where it got no mask of four dimensions: None where all is seen, else such a one."""
+    """The mask function that transformers calls by name: None where every key is visible, else four dimensions."""
     if attention_mask is None and mask_function is causal_mask_function:
         return None
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, SupportsIndex
+
+_MADE: dict[tuple[type, type], type] = {}
 
 
 class Mixin:
@@ -14,10 +15,10 @@ class Mixin:
     """
 
     mixin: type[Mixin]
-    stock: type
+    stock: Any
 
     @classmethod
-    def members(cls, stock: type) -> dict[str, Any]:
+    def members(cls, stock: Any) -> dict[str, Any]:
         """What the class in front of ``stock`` has beyond the two."""
         return {}
 
@@ -25,14 +26,15 @@ class Mixin:
         return _empty, (self.mixin, self.stock), self.__getstate__()
 
 
-@cache
-def mixed(mixin: type[Mixin], stock: type) -> type:
+def mixed(mixin: type[Mixin], stock: Any) -> Any:
     """The class under the name of ``stock``, which transformers writes to configurations and looks layers up by."""
-    members = {"__module__": stock.__module__, "mixin": mixin, "stock": stock, **mixin.members(stock)}
-    return type(stock.__name__, (mixin, stock), members)
+    if (mixin, stock) not in _MADE:
+        members = {"__module__": stock.__module__, "mixin": mixin, "stock": stock, **mixin.members(stock)}
+        _MADE[mixin, stock] = type(stock.__name__, (mixin, stock), members)
+    return _MADE[mixin, stock]
 
 
-def _empty(mixin: type[Mixin], stock: type) -> Any:
+def _empty(mixin: Any, stock: Any) -> Any:
     """What `copy.deepcopy` and pickle fill."""
     cls = mixed(mixin, stock)
     return cls.__new__(cls)

@@ -58,16 +58,16 @@ _CACHE = 3  # place of cache among the arguments of a causal LM's forward, in ev
 class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
     """Put in front of the class of a transformers causal LM by `make_elastic`.
 
-    `set_budget` and its kin set the model, for all threads, each from its next forward on. Inside ``with
-    model.budget(...)`` or a ``generate(..., budget=)`` there is a setting of that block alone, which no other thread
-    sees, and they set that one.
+    `set_budget`, `set_widths` and `turn` set the model for all threads, each from its next forward on. Inside ``with
+    model.budget(...)`` or ``generate(..., budget=)`` they set that block alone, and no other thread sees it.
 
     Attributes:
         elastic: the menus of widths, and the shape of the full model.
-        settings: what it is set to, and its modules with it.
+        settings: what the model and its modules are set to.
         planner: turns budgets into widths; set by `flextron.from_pretrained`.
-        writer: what `save_pretrained` stores it by; set by `flextron.from_pretrained` and `flextron.make_elastic`.
-        adaptive: the router that chooses for every token; see `attach_router`. It is no submodule: the names of
+        writer: stores the model for `save_pretrained`; set by `flextron.from_pretrained` and `flextron.make_elastic`.
+        stored: the dtype of each parameter in the file that the model was read from; empty where there was none.
+        adaptive: the router that chooses for every token; see `attach_router`. It is not a submodule, so the names of
             the ``state_dict`` stay the parent's.
     """
 
@@ -75,20 +75,21 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
     settings: Settings
     planner: Planner | None
     writer: Writer | None
+    stored: Mapping[str, torch.dtype]
     adaptive: AdaptiveRouter | None
 
     @classmethod
-    def members(cls, stock: type) -> dict[str, Any]:
+    def members(cls, stock: Any) -> dict[str, Any]:
         return {"forward": _forward_of(stock)}
 
     @property
     def dial(self) -> Dial:
-        """What the model is turned to."""
+        """The dial that the model was turned to."""
         return self.settings.now().dial
 
     @property
     def widths(self) -> Widths:
-        """What the layers keep now; of several requests or tokens, at most."""
+        """The widths of the layers now; where requests or tokens differ, the largest."""
         return self.settings.now().widths
 
     @property
@@ -108,12 +109,12 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ElasticModel:
-        """What ``to``, ``half``, ``cuda`` and their kin do; what cannot be changes nothing."""
+        """The conversion behind ``to``, ``half`` and ``cuda``; one that is refused changes nothing."""
         if isinstance(self.lm_head, PackedLinear):
             check_conversion(fn)
         before = self.device
         super()._apply(fn, recurse)
-        # what decides lies on the device, too; a router's offsets are read, which meta has none of
+        # a policy's tensors must be on the device, too; a router's offsets cannot be read on meta
         decides = PerRequest if self.device.type == "meta" else PerRequest | PerToken
         if self.device != before and isinstance(self.settings.now().policy, decides):
             self.turn(self.dial)
@@ -123,7 +124,7 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         """The elastic modules of every layer, in order.
 
         Raises:
-            NotImplementedError: something else was put in the place of one, which would keep to no budget.
+            NotImplementedError: one was replaced by a module that would not keep to a budget.
         """
         found = [ElasticLayer(layer.self_attn, layer.mlp) for layer in self.model.layers]
         for i, layer in enumerate(found):
@@ -138,10 +139,10 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         return found
 
     def check_projections(self) -> None:
-        """Refuse what replaces a projection, or waits for its call, and what an elastic layer would pass over.
+        """Refuse modules and hooks that an elastic layer would ignore: it reads projections and never calls them.
 
         Raises:
-            NotImplementedError: it names the module's path and class.
+            NotImplementedError: the message names the module's path and class.
         """
         for i, (attention, mlp) in enumerate(self.layers_of()):
             check_parts(f"model.layers.{i}.self_attn", attention, attention.PROJECTIONS)
@@ -157,15 +158,15 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
     ) -> None:
         """Write a whole elastic checkpoint, which stock transformers reads as the full parent. Trainer calls it.
 
-        Of what a source directory had beside the weights, latency tables and routers, nothing is taken along.
+        Latency tables and routers of the directory that the model came from are not copied.
 
         Args:
             save_directory: created when it is not there; other files in it stay.
             is_main_process: False: write nothing.
             state_dict: the parameters by name, where they were gathered elsewhere; tied ones may come twice.
-                Each is stored in the dtype that it has in memory, or here.
-            max_shard_size: all lies in one file, which must not be larger than a size that is given.
-            options: transformers' others, at their defaults.
+                Each is stored in the dtype that it has here, or else in memory.
+            max_shard_size: the largest size allowed for the one file that all weights are written to.
+            options: transformers' other options, which must have their defaults.
 
         Raises:
             NotImplementedError: an option, packed weights, adapters that are not merged (PEFT's own model stores those
@@ -211,14 +212,14 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         return {name: state_dict[name].detach() for name in own}
 
     def set_widths(self, widths: Widths | Sequence[Widths], kv: str = "selected") -> None:
-        """Let every layer keep what ``widths`` says, one for all or one for each request of a batch.
+        """Set the widths of every layer, one `Widths` for all or one for each request of a batch.
 
-        Nothing is copied; bad widths change nothing.
+        No weight is copied; invalid widths change nothing.
         """
         self.turn(Dial(tuple(widths) if isinstance(widths, Sequence) else (widths,), kv))
 
     def turn(self, dial: Dial) -> None:
-        """Set the model to a dial, such as one it had before. A bad one changes nothing."""
+        """Set the model to a dial, such as one it had before. An invalid dial changes nothing."""
         self.settings.put(self._setting_at(dial))
 
     def _setting_at(self, dial: Dial) -> Setting:
@@ -240,11 +241,11 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         return Setting(dial, bound, kv, kv_heads, policy)
 
     def set_policy(self, policy: Policy | None, bound: Widths, kv: str) -> None:
-        """Let a policy decide, up to a bound (None: the bound itself); what trains routers calls it."""
+        """Let a policy decide, up to a bound; None: all tokens keep the bound. Training of routers calls this."""
         self.settings.put(self._setting(self.dial, policy, bound, kv))
 
     def attach_router(self, router: AdaptiveRouter | None) -> None:
-        """Let ``router`` be the one that adaptive budgets ask."""
+        """Make ``router`` the one that chooses at adaptive budgets; None removes it."""
         object.__setattr__(self, "adaptive", router)  # a Module's own would make it a submodule
 
     def _per_token(self, targets: tuple[float, ...], phase: str) -> Policy:
@@ -260,10 +261,9 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[list[Indices]]:
-        """Write down what the router chooses for every token of the forwards inside a ``with`` block.
+        """Record what the router chooses for every token of the forwards inside a ``with`` block.
 
-        Yields a list that gets one entry for each forward: the choices' places in the menus, ``mlp`` and
-        ``heads`` [B, T, L] int64.
+        Yields a list that gets one entry for each forward: indices in the menus, ``mlp`` and ``heads`` [B, T, L] int64.
         """
         if not isinstance(self.settings.now().policy, PerToken):
             raise ValueError("watched: the budget must be adaptive, got one that chooses for no token")
@@ -303,13 +303,13 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
             fraction: of the full model's measured latency, in (0, 1].
             latency_ms: milliseconds of one forward of the profiled phase.
             tokens_per_s: the same, as a rate.
-            params: parameters of the sub-network, as far as ``kv`` lets them rest unread.
+            params: parameters of the sub-network; with ``kv="all"`` the key/value projections of all groups count.
             memory_gb: its weights and the key/value cache of ``batch`` sequences of ``context`` tokens, in 1e9 bytes.
             widths: the widths themselves.
             adaptive: let the adaptive router choose for every token and layer, so that the mean over tokens meets
                 the budget, which must be one of latency.
             phase: ``"prefill"`` or ``"decode"``: which latency table.
-            batch, context: of the cache that ``memory_gb`` counts; 1 and 0 unless given.
+            batch, context: sequences and tokens of the cache that ``memory_gb`` counts; default 1 and 0.
             kv: ``"selected"``: only key/value groups in use (of any request) are projected and cached; the default.
                 ``"all"``: all are, so that the budget may rise during a generation; always so when ``adaptive``.
 
@@ -345,12 +345,12 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
             raise ValueError(f"set_budget: {name} must be given for at least one request, got none")
         options = {"phase": phase, "batch": batch, "context": context}
         if adaptive:
-            found = [self._target(name, v, options) for v in values]
-            self.turn(Dial.adaptive(self.elastic, found, phase))
-        else:
-            options |= {"kv": kv, "bytes_per_value": self.dtype.itemsize}
-            found = [self._resolved(name, v, options) for v in values]
-            self.turn(Dial(tuple(found), kv))
+            targets = [self._target(name, v, options) for v in values]
+            self.turn(Dial.adaptive(self.elastic, targets, phase))
+            return targets if listed else targets[0]
+        options |= {"kv": kv, "bytes_per_value": self.dtype.itemsize}
+        found = [self._resolved(name, v, options) for v in values]
+        self.turn(Dial(tuple(found), kv))
         return found if listed else found[0]
 
     def _resolved(self, name: str, value: Any, options: dict[str, Any]) -> Widths:
@@ -377,9 +377,9 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
 
     @contextlib.contextmanager
     def budget(self, fraction: float | Sequence[float] | None = None, **kwargs: Any) -> Iterator[Any]:
-        """`set_budget` for the length of a ``with`` block, and for what its thread runs in it.
+        """`set_budget` for the length of a ``with`` block, in the thread that runs it.
 
-        Other threads keep the model's own budget, or that of a block of theirs.
+        Other threads keep the model's own budget, or that of their own block.
         """
         with self.settings.block():
             yield self.set_budget(fraction, **kwargs)
@@ -387,8 +387,8 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, budget: Any = None, **kwargs: Any) -> Any:
         """transformers' ``generate``, with a cache that keeps to the budget.
 
-        ``budget`` is that of this call alone: a fraction or `Widths`, a list of them (one for each request), or what
-        `set_budget` takes, by name: ``{"latency_ms": 12, "phase": "decode"}``. None: what the model is set to.
+        ``budget`` holds for this call alone: a fraction or `Widths`, a list of them (one for each request), or
+        arguments of `set_budget` by name, ``{"latency_ms": 12, "phase": "decode"}``. None: what the model is set to.
         """
         if budget is not None:
             with self.budget(**_by_name(budget)):
@@ -408,17 +408,17 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
             return super().generate(*args, **kwargs)
         finally:
             if isinstance(cache, ElasticCache):
-                cache.is_left_padded = False  # of masks to come nothing is known
+                cache.is_left_padded = False  # a later call may bring any mask
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
-        # it says "dynamic", as ours is, or nothing; beside a cache it must say nothing
+        # it is "dynamic" or None; beside a cache transformers wants None
         generation_config.cache_implementation = None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
         if isinstance(cache, ElasticCache) and mask is not None and mask.device.type != "cpu":
-            cache.is_left_padded = is_left_padded(mask)  # read here, in no step: what is generated is seen
+            cache.is_left_padded = is_left_padded(mask)  # read once: generated tokens are visible
 
     def _sample(
         self,
@@ -430,7 +430,7 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         streamer: BaseStreamer | None = None,
         **inputs: Any,
     ) -> Any:
-        """transformers' loop of greedy and sampled generation, or where it gives the same our own, which is faster."""
+        """Our own loop of greedy and sampled generation where it gives the same; else transformers', a slower one."""
         options = (logits_processor, stopping_criteria, generation_config)
         if not synced_gpus and is_plain(self, input_ids, generation_config, inputs):
             return sample(self, input_ids, *options, streamer, inputs)
@@ -438,7 +438,7 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
 
 
 def _by_name(budget: Any) -> dict[str, Any]:
-    """A budget of one call as the arguments of `ElasticModel.set_budget`."""
+    """The budget of one call as arguments of `ElasticModel.set_budget`."""
     if isinstance(budget, Mapping):
         return dict(budget)
     budget = plain(budget)
@@ -449,7 +449,7 @@ def _by_name(budget: Any) -> dict[str, Any]:
 def _guard_cache(
     model: Elastic, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before every forward: give it our cache where it wants one, and refuse one that the budget outgrew."""
+    """Before every forward: give it an `ElasticCache` where it wants a cache; refuse one too small for the budget."""
     if model.settings.local() is not None and model.training and _runs_layers_again(model):
         raise NotImplementedError(
             "flextron: a budget must be set by set_budget with gradient checkpointing, which runs layers again outside "
@@ -473,7 +473,7 @@ def _runs_layers_again(model: Elastic) -> bool:
     return any(getattr(layer, "gradient_checkpointing", False) for layer in model.model.layers)
 
 
-def _forward_of(stock: type) -> Callable[..., Any]:
+def _forward_of(stock: Any) -> Callable[..., Any]:
     """The forward of a class of causal LM: by the decoder op where that serves, else by the modules."""
     parameters = inspect.signature(stock.forward).parameters.values()
     names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
@@ -483,7 +483,7 @@ def _forward_of(stock: type) -> Callable[..., Any]:
     def forward(self: ElasticModel, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
         if len(given) != len(args) + len(kwargs):
-            return stock.forward(self, *args, **kwargs)  # which refuses too many, and one that is given twice
+            return stock.forward(self, *args, **kwargs)  # it refuses too many arguments, and one given twice
         if torch.compiler.is_compiling():
             self.check_projections()
             return stock.forward(self, **with_none(with_form(given)))
@@ -548,10 +548,10 @@ def make_elastic(model: PreTrainedModel, config: ElasticConfig | None = None) ->
 
     activation = type(ACT2FN[hf.hidden_act])
     for i, layer in enumerate(model.model.layers):
-        if wrong := fault_of_stock(layer.self_attn) or fault_of_stock(layer.mlp):
+        if foreign := fault_of_stock(layer.self_attn) or fault_of_stock(layer.mlp):
             raise NotImplementedError(
                 f"make_elastic: attention and MLP of model.layers.{i} must be transformers' own, for elastic ones take "
-                f"their places and call neither, got {wrong}"
+                f"their places and call neither, got {foreign}"
             )
         if type(layer.mlp.act_fn) is not activation or fault_of_call(layer.mlp.act_fn):
             raise NotImplementedError(
@@ -568,6 +568,7 @@ def make_elastic(model: PreTrainedModel, config: ElasticConfig | None = None) ->
     hf._attn_implementation = "flextron"
     _become(model, ElasticModel)
     model.elastic, model.settings, model.planner, model.writer = own, settings, None, None
+    model.stored = getattr(model, "stored", {})  # what it was read from may have said
     model.attach_router(None)
     model.set_widths(own.full())
     model.register_forward_pre_hook(_guard_cache, with_kwargs=True)

@@ -1,4 +1,4 @@
-"""In which dtype and on which device a model is loaded, by what its user says."""
+"""The dtype and the device that a model is loaded in, from what its user asks for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from flextron.nn.storage import DTYPES, Dtype, named
 
 
 def memory_dtype(who: str, dtype: Dtype, stored: torch.dtype | None) -> torch.dtype:
-    """The dtype of all weights in memory; ``"auto"`` is ``stored``, which the configuration says.
+    """The dtype of all weights in memory; ``"auto"`` is ``stored``, the configuration's.
 
-    Stock transformers means the same by it: the narrowest dtype that holds what the file does.
+    Stock transformers reads ``"auto"`` the same way: the narrowest dtype that holds what the file does.
     """
     return named(who, dtype, (*DTYPES, "float64")) or stored or torch.float32
 
@@ -30,7 +30,9 @@ def one_device(who: str, device_map: Any) -> torch.device | None:
         return None
     if device_map == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    named = device_map.get("") if isinstance(device_map, Mapping) and len(device_map) == 1 else device_map
+    named: Any = (
+        device_map.get("") if isinstance(device_map, Mapping) and len(device_map) == 1 else device_map
+    )
     try:
         device = torch.device(named)
     except (RuntimeError, TypeError):

@@ -1,7 +1,7 @@
 """Take a sub-network out of an elastic model as a plain transformers model with memory of its own.
 
 A transformers configuration has one ``intermediate_size`` and one number of heads for all layers. So there
-are three layouts of a sub-network:
+are three layouts for a sub-network:
 
 ``uniform``  every layer has the same widths: an ordinary checkpoint, for all that reads this architecture.
 ``padded``   every layer is filled up with zero neurons and zero heads to the widest layer: an ordinary
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -189,14 +190,15 @@ def _tensors(
             ("self_attn.o_proj", 1, query),
         ):
             stem = f"model.layers.{i}.{name}"
-            cut[f"{stem}.weight"] = lambda t, dim=dim, prefix=prefix: _cut(t, dim, *prefix)
+            cut[f"{stem}.weight"] = partial(_cut, dim=dim, sizes=prefix)
             if dim == 0:  # a bias belongs to outputs: those of down and o are the hidden size, and stay whole
                 cut[f"{stem}.bias"] = cut[f"{stem}.weight"]
     return {name: cut.get(name, torch.clone)(p.detach()) for name, p in model.named_parameters()}
 
 
-def _cut(t: Tensor, dim: int, kept: tuple[int, ...], held: tuple[int, ...], whole: tuple[int, ...]) -> Tensor:
+def _cut(t: Tensor, dim: int, sizes: tuple[tuple[int, ...], ...]) -> Tensor:
     """View dimension ``dim`` as ``whole``, keep a prefix of each axis of it, pad with zeros to ``held``."""
+    kept, held, whole = sizes
     source = t.unflatten(dim, whole)
     rest = (slice(None),) * dim
     shape = (*t.shape[:dim], *held, *t.shape[dim + 1 :])

@@ -50,8 +50,10 @@ class Dial:
 
     def bound(self) -> Widths:
         """The widest of any request in each layer."""
-        mlp = map(max, zip(*(w.mlp for w in self.widths), strict=True))
-        return Widths(mlp, map(max, zip(*(w.heads for w in self.widths), strict=True)))
+        return Widths(
+            tuple(map(max, zip(*(w.mlp for w in self.widths), strict=True))),
+            tuple(map(max, zip(*(w.heads for w in self.widths), strict=True))),
+        )
 
 
 class AxisDecision(NamedTuple):

@@ -1,7 +1,7 @@
-"""What an elastic layer computes with in place of a projection: its weight, and the low-rank adapters around it.
+"""What an elastic layer computes with instead of calling a projection: its weight, and LoRA adapters around it.
 
-A layer keeps a prefix of a projection's features, so it reads the weight and never calls the projection. It must then
-know all that a call would do: `fault` names what it does not.
+A layer keeps a prefix of a projection's features, so it reads the weight and never calls the projection. It must
+therefore know everything that a call would do: `fault` names what it does not know.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from flextron_ext import PanelFormat, elastic_linear, pack_linear, pack_mlp, pac
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that can be packed
 _LORA = ("peft.tuners.lora.layer", "Linear")  # PEFT's, which need not be installed
 _ALIGN = ("accelerate.hooks", "AlignDevicesHook")
+# what takes part in a layer by its weight: an nn.Linear, a PackedLinear, or PEFT's LoRA, which need not be installed
+Projection = Any
 _PLAIN = ("torch.nn.modules.", "transformers.", "flextron.nn.")
 _FAKE = "torch._subclasses."  # what stands for a weight while a compiler looks
 RECORDER = "transformers.utils.output_capturing"
@@ -31,6 +33,10 @@ class PackedLinear(nn.Module):
         panels, scales, format: what `flextron_ext.pack_linear` returns.
         gate_bias: the bias of ``gate``.
     """
+
+    panels: Tensor
+    scales: Tensor | None
+    format: PanelFormat
 
     def __init__(
         self,
@@ -63,7 +69,7 @@ class PackedLinear(nn.Module):
         super()._apply(fn, recurse)
         if not self.format.scaled:
             self.format = PanelFormat.plain(self.panels.dtype)
-        elif self.scales.dtype != scales.dtype:
+        elif self.scales is not None and scales is not None and self.scales.dtype != scales.dtype:
             self.scales = scales
         return self
 
@@ -76,7 +82,7 @@ class PackedLinear(nn.Module):
 
 
 def check_conversion(fn: Callable[[Tensor], Tensor]) -> None:
-    """Raise where ``fn``, which is to be applied to packed weights, makes of floats what their kernels do not take."""
+    """Raise where ``fn`` would convert packed weights to a dtype or device that their kernels do not take."""
     found = fn(torch.empty(0))
     if found.dtype not in DTYPES or found.device.type != "cpu":
         raise NotImplementedError(
@@ -85,21 +91,21 @@ def check_conversion(fn: Callable[[Tensor], Tensor]) -> None:
         )
 
 
-def is_adapted(proj: Any) -> bool:
-    """Whether it is PEFT's LoRA around a projection."""
+def is_adapted(proj: Projection) -> bool:
+    """Whether a projection is wrapped in PEFT's LoRA."""
     kind = type(proj)
     return (kind.__module__, kind.__name__) == _LORA
 
 
-def is_alone(proj: Any) -> bool:
-    """Whether a weight and a bias, plain or packed, are all there is to its class."""
+def is_alone(proj: Projection) -> bool:
+    """Whether a projection consists of a weight and a bias, plain or packed, and nothing else."""
     if type(proj) is PackedLinear:
         return True
     return type(proj) is nn.Linear and type(proj._parameters.get("weight")) in (nn.Parameter, Tensor)
 
 
 def linear(
-    proj: Any,
+    proj: Projection,
     x: Tensor,
     in_features: int,
     out_features: int,
@@ -130,8 +136,8 @@ def linear(
     return y.to(dtype)
 
 
-def _active(proj: Any) -> list[str]:
-    """The adapters that a call would add now; as a call does, undo a merge where adapters are disabled."""
+def _active(proj: Projection) -> list[str]:
+    """The adapters that a call would add now; like a call, it unmerges where adapters are disabled."""
     if proj.disable_adapters and proj.merged:
         proj.unmerge()
     if proj.disable_adapters or proj.merged:
@@ -140,10 +146,10 @@ def _active(proj: Any) -> list[str]:
 
 
 def check_parts(path: str, part: nn.Module, names: tuple[str, ...]) -> None:
-    """Refuse a part of a layer, at ``path`` in its model, whose projections ``names`` do what it would pass over.
+    """Refuse a part of a layer, at ``path`` in its model, if its projections ``names`` do more than it would compute.
 
     Raises:
-        NotImplementedError: it names the module's path and class.
+        NotImplementedError: the message names the module's path and class.
     """
     if (forward := part.__dict__.get("forward")) is not None and not goes_on(part):
         raise NotImplementedError(
@@ -166,9 +172,9 @@ def check_parts(path: str, part: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def check_plain(op: str, model: PreTrainedModel) -> None:
-    """Raise NotImplementedError where a weight of the model is not all that is used in its place.
+    """Raise NotImplementedError where a model has packed weights or adapters.
 
-    So it is with packed weights and adapters; what stores, packs or takes apart a model would lose them.
+    Storing, packing or extracting a model reads plain weights, and would lose them.
     """
     if isinstance(model.lm_head, PackedLinear):
         raise NotImplementedError(
@@ -183,8 +189,8 @@ def check_plain(op: str, model: PreTrainedModel) -> None:
             raise NotImplementedError(f"{op}: weights must be plain, got {path}, {named(p)}")
 
 
-def fault(proj: Any) -> str | None:
-    """What of a projection an elastic layer would pass over; None where there is nothing."""
+def fault(proj: Projection) -> str | None:
+    """What an elastic layer would ignore of a projection; None where there is nothing."""
     if not is_adapted(proj):
         return fault_of_call(proj) if type(proj) in (nn.Linear, PackedLinear) else named(proj)
     for module in (proj.base_layer, *proj.lora_A.values(), *proj.lora_B.values()):
@@ -200,14 +206,14 @@ def fault(proj: Any) -> str | None:
 
 
 def fault_of_stock(module: nn.Module) -> str | None:
-    """What of a module of transformers something that takes its place would pass over; None where there is nothing."""
+    """What is lost when a module of transformers is replaced by an elastic one; None where nothing is."""
     return fault_of_call(module) if type(module).__module__.startswith("transformers.") else named(module)
 
 
 def fault_of_call(module: nn.Module) -> str | None:
-    """What waits for a call of the module: a hook, or a forward put in its place."""
-    hook = module.__dict__.get("_hf_hook")
-    # one that brings inputs to the module's device, and no weights, does what the layer's own does
+    """What takes part in a call of the module: a hook, or a forward that replaces its own."""
+    hook: Any = module.__dict__.get("_hf_hook")
+    # a hook that only moves inputs to the module's device is not needed: the layer's own hook does the same
     if "forward" in module.__dict__ and not (goes_on(module) and not hook.offload):
         return f"{named(module)} with a forward of its own" + (f" ({named(hook)})" if hook else "")
     weight = module._parameters.get("weight")
@@ -222,12 +228,12 @@ def fault_of_call(module: nn.Module) -> str | None:
 
 
 def _acts(hook: Any) -> bool:
-    """Whether it may change something: those of transformers only write down, and stay once they were asked to."""
+    """Whether a hook may change something: transformers' recorders only record, and stay once installed."""
     return hook.__module__ != RECORDER
 
 
 def goes_on(module: nn.Module) -> bool:
-    """Whether the forward in the place of the module's own is accelerate's, which calls that one."""
+    """Whether a module's replaced forward is accelerate's, which only moves inputs and then calls the original."""
     kind, before = type(module.__dict__.get("_hf_hook")), module.__dict__.get("_old_forward")
     own = getattr(before, "__func__", None) is type(module).forward
     return own and (kind.__module__, kind.__name__) == _ALIGN

@@ -1,4 +1,4 @@
-"""How far two models are apart, and whether a sub-network computes what the plain model taken out of it does."""
+"""How far two models are apart, and whether a sub-network computes the same as the plain model extracted from it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PROMPT, _GENERATED = 16, 8  # tokens
 
 
 class ParityError(ValueError):
-    """Two models that must be the same are not; nothing was written."""
+    """Two models that must compute the same do not; nothing was written."""
 
 
 def difference(before: Tensor, after: Tensor) -> dict[str, float]:
@@ -110,11 +110,11 @@ def prove_sub_network(who: str, model: Elastic, widths: Widths, tokens: Tensor) 
 
 
 def _greedy(model: Elastic, prompt: Tensor) -> Tensor:
-    """A prompt [1, T] and the tokens after it, by nothing but logits: the model's own settings are set aside."""
+    """A prompt [1, T] and the tokens after it, from the logits alone: the model's generation config is set aside."""
     settings, model.generation_config = model.generation_config, GenerationConfig()
     try:
         prompt = prompt.to(model.device)
-        # a mask, or transformers takes every token of the padding's number for padding
+        # without a mask transformers takes every token with the id of the padding for padding
         options = {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0, "do_sample": False}
         return model.generate(prompt, max_new_tokens=_GENERATED, **options).cpu()
     finally:

@@ -43,20 +43,24 @@ class Elastic(Protocol):
     """
 
     # the causal LM
+    name_or_path: str
     config: PreTrainedConfig
     generation_config: GenerationConfig
     model: Any  # the decoder: embed_tokens, layers, norm, rotary_emb
-    lm_head: nn.Module
+    lm_head: Any  # an nn.Linear, or packed
     training: bool
 
     # the dial
     elastic: ElasticConfig
     settings: Settings
-    planner: Planner | None
+    planner: Any  # a `Planner`, or None; that of a directory knows its tables and its ladder
     writer: Writer | None
     adaptive: AdaptiveRouter | None
     stock: type
     stored: Mapping[str, torch.dtype]  # the dtype of each parameter in the file it was read from
+
+    _forward_hooks: dict[int, Any]
+    _forward_pre_hooks: dict[int, Any]
 
     @property
     def device(self) -> torch.device: ...
@@ -75,7 +79,8 @@ class Elastic(Protocol):
     def modules(self) -> Iterator[nn.Module]: ...
     def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
-    def get_input_embeddings(self) -> nn.Module: ...
+    def register_state_dict_pre_hook(self, hook: Any) -> Any: ...
+    def get_input_embeddings(self) -> nn.Embedding: ...
     def generate(self, *args: Any, budget: Any = None, **kwargs: Any) -> Any: ...
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None: ...
     @property

@@ -1,4 +1,4 @@
-"""Rotary tables of a call's own positions: some of transformers' depend on the longest that was ever asked for."""
+"""RoPE tables that depend on a call's own positions: some of transformers' remember the longest ever asked for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _REMEMBERING = ("dynamic", "longrope")
 
 
 def forget(rotary: nn.Module) -> None:
-    """Let each call of a model's ``rotary_emb`` know its own positions alone, whatever other threads ask for."""
+    """Make each call of a model's ``rotary_emb`` depend on its own positions only, whatever other threads ask for."""
     if rotary.rope_type in _REMEMBERING:
         rotary.register_forward_pre_hook(_begin)
         rotary.register_forward_hook(_end, always_call=True)

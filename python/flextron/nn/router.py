@@ -86,6 +86,7 @@ class StaticRouter(nn.Module):
         ):
             if value < 1:
                 raise ValueError(f"StaticRouter: {name} must be at least 1, got {value}")
+        self._targets: Tensor
         self.targets = tuple(map(float, check_targets("StaticRouter", targets)))
         self.num_layers, self.mlp_choices, self.head_choices = num_layers, mlp_choices, head_choices
         self.hidden = hidden
@@ -179,6 +180,8 @@ class AdaptiveRouter(nn.Module):
         super().__init__()
         self.num_layers, self.hidden_size, self.hidden = num_layers, hidden_size, hidden
         self.mlp_choices, self.head_choices = mlp_choices, head_choices
+        self._targets: Tensor
+        self.ramp: Tensor
         self.targets = tuple(map(float, check_targets("AdaptiveRouter", targets)))
         self.register_buffer("_targets", torch.tensor(self.targets), persistent=False)
         L, C = num_layers, mlp_choices + head_choices

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,8 +53,8 @@ class Setting:
         if self.policy is None:
             return BY_WIDTH
         decision = self.policy(x, layer)
-        if self.watched is not None:
-            self.watched.append(Indices(*(axis.choice.view(x.shape[:2]) for axis in decision)))
+        if self.watched is not None:  # then a router chooses for every token
+            self.watched.append(Indices(*(cast(Tensor, axis.choice).view(x.shape[:2]) for axis in decision)))
         return decision
 
     def required(self, decision: AxisDecision | None, part: str) -> AxisDecision:
@@ -70,10 +70,10 @@ class Setting:
 
 
 class Settings:
-    """A model's own `Setting`, and in its stead that of the block or call which runs, if there is one.
+    """A model's own `Setting`, and the one of a running block or call, which takes precedence.
 
-    That one belongs to the context (`contextvars`): to a thread, and to a task of `asyncio`. A compiler cannot read a
-    context, so a compiled forward reads the same from the thread.
+    A block's setting belongs to its context (`contextvars`), so to one thread or one task of `asyncio`. torch.compile
+    cannot read a context, so a compiled forward reads a copy that is kept per thread.
     """
 
     own: Setting
@@ -87,20 +87,20 @@ class Settings:
         return {"own": self.now()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()
+        Settings.__init__(self)
         self.own = state["own"]
 
     def now(self) -> Setting:
         return self.local() or (None if torch.compiler.is_compiling() else self._begun.get()) or self.own
 
     def local(self) -> Setting | None:
-        """That of the block or call which runs."""
+        """The setting of the running block or call, if there is one."""
         if torch.compiler.is_compiling():
             return getattr(self._thread, "setting", None)
         return self._context.get()
 
     def put(self, setting: Setting) -> None:
-        """Be set to this: inside a block or call until its end, elsewhere for good and in all threads."""
+        """Change the setting: inside a block or call until it ends, elsewhere for good and for all threads."""
         if self._context.get() is None:
             self.own = setting
             if self._begun.get() is not None:
@@ -111,9 +111,9 @@ class Settings:
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
-        """A forward, whose layers all see the model's own setting as it was at its beginning.
+        """The length of a forward: its layers all see the model's own setting as it was at the beginning.
 
-        What another thread sets meanwhile comes with the next one.
+        What another thread sets meanwhile takes effect in the next forward.
         """
         token = self._begun.set(self.own)
         try:
@@ -123,7 +123,7 @@ class Settings:
 
     @contextlib.contextmanager
     def block(self, setting: Setting | None = None) -> Iterator[None]:
-        """A block whose setting is its own, at first this one, or the one outside."""
+        """A block with a setting of its own, which starts as the given one, or as the one outside."""
         before = getattr(self._thread, "setting", None)
         token = self._context.set(setting or self.now())
         self._thread.setting = self._context.get()

@@ -20,17 +20,17 @@ def skeleton(hf_config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def say_tied(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Let a configuration say what is true of a model's weights: transformers itself does not tie two that differ."""
+    """Record in a configuration whether a model's embeddings are tied; transformers does not tie two that differ."""
     config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def parameter_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """What `fill` takes: name -> shape of each parameter, a tied one once."""
+    """The names and shapes of the tensors that `fill` takes; a tied one comes once."""
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def fill(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
-    """Let ``tensors`` be the parameters of a `skeleton`; none is copied, and the names must be its own."""
+    """Make ``tensors`` the parameters of a `skeleton`, without a copy; the names must be its own."""
     result = model.load_state_dict(dict(tensors), strict=False, assign=True)
     model.tie_weights()
     empty = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]

@@ -1,4 +1,4 @@
-"""Load a directory as stock transformers does, and refuse what it would fill in, leave out or reshape."""
+"""Load a directory as stock transformers does, but refuse tensors that it would fill in, leave out or reshape."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def load_stock(
 ) -> PreTrainedModel:
     """The causal LM that stock transformers makes of a directory or hub id; safetensors only.
 
-    transformers draws random weights for tensors that are missing and goes on. Here they are refused by name, and so
-    are tensors of no use to the model; buffers of old rotary embeddings pass.
+    transformers draws random weights for missing tensors and goes on. Here missing tensors are refused by name, and so
+    are tensors that the model does not use; buffers of old rotary embeddings pass.
 
     Args:
         who, what: begin the message: ``convert: parent``.
@@ -64,10 +64,10 @@ def load_stock(
 
 
 def read_back(who: str, directory: Path, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The model that stock transformers makes, by default, of files just written; its parameters must be ``tensors``.
+    """The model that stock transformers makes of files just written; its parameters must equal ``tensors``.
 
     Raises:
-        ValueError: one is another, be it by a bit or because transformers' dtype for all cannot hold it.
+        ValueError: a parameter differs, if only in one bit, or cannot be held in the dtype transformers loads.
     """
     model = load_stock(who, "what was written", directory)
     found = dict(model.named_parameters())
@@ -88,7 +88,7 @@ def _same(written: Tensor | None, read: Tensor | None) -> bool:
 
 
 def _faults(info: dict[str, Any]) -> str:
-    """What transformers found to be amiss, in one phrase; empty where nothing was."""
+    """What transformers found wrong, in one phrase; empty where nothing was."""
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     shapes = [
         f"{name} {list(found)} instead of {list(wanted)}"
@@ -104,7 +104,7 @@ def _faults(info: dict[str, Any]) -> str:
 
 
 def _mend(missing: list[str], unexpected: list[str]) -> str:
-    """What would help, where it is plain."""
+    """A remedy, where one is obvious."""
     if missing == ["lm_head.weight"] and not unexpected:
         return " (if its embeddings serve as lm_head, tie_word_embeddings in its config.json must be true)"
     wanted = set(missing)
@@ -125,7 +125,7 @@ def _mend(missing: list[str], unexpected: list[str]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' bars and its own table of what is amiss."""
+    """Without transformers' progress bars and its own report of missing tensors."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

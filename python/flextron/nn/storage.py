@@ -1,4 +1,4 @@
-"""In which dtype each tensor of a model is stored, and in which one stock transformers loads them all."""
+"""The dtype that each tensor of a model is stored in, and the one dtype that stock transformers loads them all in."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def storage(who: str, model: PreTrainedModel, dtype: Dtype = "auto") -> dict[str
 def common(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The narrowest dtype that holds the values of all of these.
 
-    Stock transformers loads a model in one dtype, the configuration's. This one rounds nothing that a file mixes.
+    Stock transformers loads a model in one dtype, the configuration's. This one rounds nothing in a mixed file.
     """
     return reduce(torch.promote_types, dtypes)
 
 
 def rounded(who: str, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """The tensors in their ``dtypes``; those that are in theirs already are not copied.
+    """The tensors in their ``dtypes``; a tensor that has its dtype already is not copied.
 
     Raises:
-        ValueError: a tensor of finite values has one that is too large for its dtype.
+        ValueError: a finite value is too large for its dtype.
     """
     found = {}
     for name, tensor in tensors.items():
@@ -59,7 +59,7 @@ def rounded(who: str, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.
 
 @torch.no_grad()
 def round_in_place(who: str, model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> bool:
-    """Let the parameters of a model be what storing them would leave, in the dtypes they have; whether one changed."""
+    """Round a model's parameters as storing them would, in the dtypes they have; returns whether one changed."""
     parameters = dict(model.named_parameters())
     lossy = {
         name: p

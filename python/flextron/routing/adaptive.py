@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from flextron.config import ElasticConfig
 from flextron.judge.latency import fractions
 from flextron.judge.loss import evaluate, restored, sequence_losses
 from flextron.nn import Dial
-from flextron.nn.policy import Given, Policy, menus_of
+from flextron.nn.policy import Given, Policy, Sampled, menus_of
 from flextron.nn.protocol import Elastic
 from flextron.nn.router import AdaptiveRouter, GumbelSampler, Indices, Probabilities, anneal, default_hidden
 from flextron.recipes import JUDGING, AdaptiveConfig
@@ -132,7 +132,7 @@ def start_router(
     )
     adaptive = partial(table.predict, adaptive=True)
     # the full model's own time may be above 1 with a router
-    rungs = [ladder.highest(adaptive, t * table.full_ms) for t in targets[:-1]] + [config.full()]
+    rungs = [ladder.within(adaptive, t * table.full_ms) for t in targets[:-1]] + [config.full()]
     parts = [p.log() for p in likely(config, rungs, _CONFIDENCE)]  # [targets, L, C]
     with torch.no_grad():
         router.base.copy_(torch.cat(parts, dim=-1).transpose(0, 1))
@@ -154,6 +154,9 @@ def _mean_step(table: LatencyTable) -> float:
 
 class _Training(RouterTraining):
     """The state of the training in one call of `train_adaptive`."""
+
+    router: AdaptiveRouter
+    options: AdaptiveConfig
 
     def __init__(
         self,
@@ -257,8 +260,9 @@ class _SurrogateTraining(_Training):
         """
         ids, full, tau = self._one_target()
         annealed = anneal(step, self.options.steps)
-        policy = learning_policy(
-            self.model, self.router, tau.expand(len(ids)), self.noise, *annealed, "sampled"
+        tau_of = tau.expand(len(ids))
+        policy = cast(
+            Sampled, learning_policy(self.model, self.router, tau_of, self.noise, *annealed, "sampled")
         )
         loss = float((self._losses_of(ids, policy) - full).mean())
         by_axis = zip(*policy.chosen.values(), strict=True)
@@ -327,7 +331,7 @@ def report(
     """(the full model's loss, each target's comparison with the ladder) on sequences of their own."""
     phase = table.workload.phase
     found = fractions(model, table, tokens, targets, phase).tolist()
-    static = [ladder.highest(table.predict, t * table.full_ms) for t in targets]
+    static = [ladder.within(table.predict, t * table.full_ms) for t in targets]
     dials = [Dial.adaptive(model.elastic, [t], phase) for t in targets]
     full, *losses = evaluate(model, tokens, [model.elastic.full(), *dials, *static])
     n = len(targets)

@@ -154,7 +154,7 @@ def _mixing_router(config: ElasticConfig, hidden: int, phase: str) -> AdaptiveRo
     menus = config.mlp_choices, config.head_choices
     targets = [(i + 1) / (len(pairs) + 1) for i in range(len(pairs))]
     router = AdaptiveRouter(
-        config.num_layers, config.hidden_size, *map(len, menus), (*targets, 1.0), hidden
+        config.num_layers, config.hidden_size, len(menus[0]), len(menus[1]), (*targets, 1.0), hidden
     ).requires_grad_(False)
     router.base.fill_(-_NEVER)
     for i, pair in enumerate(pairs):

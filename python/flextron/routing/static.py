@@ -39,7 +39,7 @@ def refreshed(
     targets = []
     for t in result.targets:
         limit = t.target * table.full_ms
-        routed, uniform = (r.highest(table.predict, limit) for r in (ladder, uniform_ladder(config)))
+        routed, uniform = (r.within(table.predict, limit) for r in (ladder, uniform_ladder(config)))
         targets.append(
             replace(
                 t,
@@ -91,6 +91,9 @@ def train_routers(
 
 class _Training(RouterTraining):
     """The state of one call of `train_routers`."""
+
+    router: StaticRouter
+    options: RouteConfig
 
     def __init__(
         self,
@@ -185,7 +188,7 @@ class _Training(RouterTraining):
         End to end, where no surrogate is used, they do start there; and search alone ends where it starts.
         """
         limits = [t * self.table.full_ms for t in self.router.targets]
-        rungs = [self.uniform.highest(self.table.predict, limit) for limit in limits]
+        rungs = [self.uniform.within(self.table.predict, limit) for limit in limits]
         self.urgency = 1 / (1 - self.targets).clamp_min(0.05)
         self.stakes = predicted_losses(self.config, self.table, self.surrogate, rungs).clamp_min(_LEAST_STAKE)
         if self.options.form == "gumbel":
@@ -199,7 +202,8 @@ class _Training(RouterTraining):
         wanted = likely(self.config, found, confidence)
         for _ in range(_WARM_STEPS):
             pairs = zip(self.router(self.targets), wanted, strict=True)
-            self.minimise(-sum((p * logits.log_softmax(-1)).sum(-1).mean() for logits, p in pairs))
+            mlp, heads = ((p * logits.log_softmax(-1)).sum(-1).mean() for logits, p in pairs)
+            self.minimise(-(mlp + heads))
         self.forget()
 
     def _observe(self, step: int) -> bool:
@@ -230,7 +234,7 @@ class _Training(RouterTraining):
                 (("mlp", self.config.mlp_choices), ("heads", self.config.head_choices))
             )
             axes[axis][self.rng.randrange(self.config.num_layers)] = self.rng.choice(menu)
-        return Widths(**axes)
+        return Widths(tuple(axes["mlp"]), tuple(axes["heads"]))
 
     def _widths(self, indices: Indices) -> Widths:
         return Widths(
@@ -281,7 +285,7 @@ class _Training(RouterTraining):
     def _report(self, ladder: Ladder, target: float) -> TargetReport:
         limit = target * self.table.full_ms
         choice = self._widths(self.router.choose(target))
-        routed, uniform = (rungs.highest(self.table.predict, limit) for rungs in (ladder, self.uniform))
+        routed, uniform = (rungs.within(self.table.predict, limit) for rungs in (ladder, self.uniform))
         found = self._search(target, [uniform, routed])
         losses = predicted_losses(
             self.config, self.table, self.surrogate, [choice, routed, uniform, found]
@@ -307,7 +311,8 @@ class _Training(RouterTraining):
 
 def _anchor(logits: Logits) -> Tensor:
     """Cross-entropy of the last target, which is 1, with the full model."""
-    return -sum(axis[-1].log_softmax(-1)[:, -1].mean() for axis in logits)
+    mlp, heads = (axis[-1].log_softmax(-1)[:, -1].mean() for axis in logits)
+    return -(mlp + heads)
 
 
 def _falls(logits: Logits) -> Tensor:

@@ -113,10 +113,12 @@ class Surrogate(nn.Module):
         upgrades = num_layers * (mlp_choices + head_choices - 2)
         shared = mlp_choices + head_choices - 2  # each upgrade's share of the layers that have it
         inputs = upgrades + shared + 1 + 2 * num_layers * mixed
-        self.linear = skip_init(nn.Linear, inputs, 1, bias=False)
+        self.linear: nn.Linear = skip_init(nn.Linear, inputs, 1, bias=False)
         sizes = (inputs, hidden, hidden, 1)
         layers = [skip_init(nn.Linear, *pair) for pair in pairwise(sizes)]
         self.mlp = nn.Sequential(layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2])
+        self.scale: Tensor
+        self.spread: Tensor
         for name in ("scale", "spread"):
             self.register_buffer(name, torch.ones(()))
         generator = torch.Generator().manual_seed(seed)
@@ -213,9 +215,9 @@ def fit_report(surrogate: Surrogate, choices: Probabilities, fractions: Tensor, 
         mean_error=float(error.mean()),
         worst_error=float(error[worst]),
         worst_fraction=float(fractions[worst]),
-        predicted=predicted.tolist(),
-        observed=losses.tolist(),
-        fractions=fractions.tolist(),
+        predicted=tuple(predicted.tolist()),
+        observed=tuple(losses.tolist()),
+        fractions=tuple(fractions.tolist()),
     )
 
 

@@ -317,7 +317,7 @@ class Run:
             "elastic": self.model.elastic.to_dict(),
             "teacher": teacher,
             "trained": self.names,
-            "tokens": hashlib.sha256(tokens.cpu().contiguous().numpy()).hexdigest(),
+            "tokens": hashlib.sha256(tokens.cpu().contiguous().numpy().data).hexdigest(),
         }
 
     def _size(self, widths: Widths) -> float:
@@ -329,7 +329,7 @@ class Run:
         return self.config.accumulation * self.config.batch_size * self.config.length
 
 
-def _optimizer(model: nn.Module, config: TrainConfig) -> tuple[torch.optim.AdamW, list[str]]:
+def _optimizer(model: Elastic, config: TrainConfig) -> tuple[torch.optim.AdamW, list[str]]:
     """AdamW, and the names of its parameters in its order.
 
     Matrices decay, embeddings among them, vectors (norms, biases) do not: the habit of GPT-3 and Megatron-LM.
@@ -363,7 +363,7 @@ def check_model(model: Elastic) -> None:
         )
 
 
-def check_teacher(model: nn.Module, teacher: nn.Module | None, config: TrainConfig) -> None:
+def check_teacher(model: Elastic, teacher: nn.Module | None, config: TrainConfig) -> None:
     if (teacher is not None) != (config.distillation > 0):
         given = "none" if teacher is None else type(teacher).__name__
         raise ValueError(
@@ -380,7 +380,7 @@ def check_teacher(model: nn.Module, teacher: nn.Module | None, config: TrainConf
     teacher.eval().requires_grad_(False)
 
 
-def _stored(model: nn.Module) -> dict[str, torch.dtype]:
+def _stored(model: Elastic) -> dict[str, torch.dtype]:
     """The dtype that each parameter is stored in by default, under every name that it has."""
     dtypes = storage("train", model)
     of = {id(p): dtypes[name] for name, p in model.named_parameters()}

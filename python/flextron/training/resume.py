@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flextron.checkpoint import CheckpointError, load_tensors, read_json, read_lines, save_tensors, write_json
 from flextron.checkpoint.schema import build
+from flextron.nn.protocol import Elastic
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -290,13 +291,11 @@ def fingerprint(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
         sample = value.detach().flatten()[:: max(1, value.numel() // 1024)].cpu().contiguous()
         sample = sample.to((dtypes or {}).get(name, value.dtype)).to(value.dtype)
         digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy())
+        digest.update(sample.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def training_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, names: list[str]
-) -> dict[str, Tensor]:
+def training_tensors(model: Elastic, optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
     """The weights and the optimiser's state, flat. ``names`` are the parameters in the optimiser's order."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
@@ -305,7 +304,7 @@ def training_tensors(
 
 
 def load_training_tensors(
-    tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, names: list[str]
+    tensors: Mapping[str, Tensor], model: Elastic, optimizer: torch.optim.Optimizer, names: list[str]
 ) -> None:
     """Put back what :func:`training_tensors` returned."""
     model.load_state_dict(_below("model.", tensors), strict=True)
