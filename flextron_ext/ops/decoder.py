@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -102,7 +102,10 @@ class Decoder:
         self.weights, self.shape = dict(weights), shape
         tensors: list[Tensor] = []
         for name, value in weights.items():
-            tensors += [value] if name in OF_MODEL else _of_layers(name, value, shape.layers)
+            if name in OF_MODEL:
+                tensors.append(cast(Tensor, value))
+            else:
+                tensors += _of_layers(name, cast(Sequence[Tensor], value), shape.layers)
         common.check_finite(HOLD, "eps", shape.eps)
         if shape.eps < 0:
             raise ValueError(f"{HOLD}: eps must not be negative, got {shape.eps}")
@@ -193,7 +196,7 @@ def _shapes(ids, cos, sin, held, keys, values, cached, widths, heads, kv_heads, 
     decoder = _alive.get(int(held))
     if decoder is None:
         raise RuntimeError(f"{STEP}: held must be the number of a Decoder, got {held}")
-    embedding = decoder.weights["embedding"]
+    embedding = cast(Tensor, decoder.weights["embedding"])
     B, vocabulary = ids.shape[0], embedding.shape[0]
     logits = ids.new_empty(B, keep, vocabulary, dtype=embedding.dtype)
     return logits, ids.new_empty(B if keep and vocabulary else 0)
