@@ -82,8 +82,8 @@ struct ElasticGemmParams {
   int64_t y_row, y_block;
   const int64_t* order;  // row -> row of y; null: the same
 
-  int64_t units() const { return (features + kPanel - 1) / kPanel; }  // of a block: panels, or pairs of them
-  int64_t items() const { return row_block_count * out_blocks * units(); }
+  int64_t strips() const { return (features + kPanel - 1) / kPanel; }  // of a block: panels, or pairs of them
+  int64_t items() const { return row_block_count * out_blocks * strips(); }
 };
 
 // Rows of x as floats.

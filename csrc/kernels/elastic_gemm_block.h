@@ -268,14 +268,14 @@ inline void read_affine(const ElasticGemmParams& p, i64 panel, int which, i64 at
 }
 
 struct Place {
-  i64 row_block, out_block, unit;
+  i64 row_block, out_block, strip;
 };
 
-// One unit's values, from its one or two panels of sums.
+// A strip's values, from its one or two panels of sums.
 void finish(const ElasticGemmParams& p, const Place& at, const float* sums, i64 c_panel) {
-  const i64 first = at.unit * kPanel, feature = at.out_block * p.bias_block + first;
+  const i64 first = at.strip * kPanel, feature = at.out_block * p.bias_block + first;
   const i64 most = smaller(kPanel, p.features - first), panels = p.gated ? 2 : 1;
-  const i64 panel = at.out_block * p.out_stride + at.unit * panels;
+  const i64 panel = at.out_block * p.out_stride + at.strip * panels;
   Affine affine[2];
   for (int q = 0; q < panels; ++q) read_affine(p, panel + q, q, feature, most, affine[q]);
   const GemmGroup* group = p.groups + p.row_blocks[at.row_block];
@@ -308,7 +308,7 @@ void finish(const ElasticGemmParams& p, const Place& at, const float* sums, i64 
   }
 }
 
-// -- a batch of units of one block of rows and of outputs --
+// -- a batch of strips of one block of rows and of outputs --
 
 template <class W>
 struct Batch {
@@ -316,34 +316,34 @@ struct Batch {
 
   const ElasticGemmParams& p;
   const GemmGroup *first, *last;
-  i64 out_block, unit, units, panels;  // `panels` of a unit
-  float* sums;                         // [units * panels][rows][kPanel]
+  i64 out_block, strip, strips, panels;  // `panels` of a strip
+  float* sums;                           // [strips * panels][rows][kPanel]
   i64 c_panel;
 
   float* sums_of(const GemmGroup& g) const { return sums + (g.row - first->row) * kPanel; }
   const float* rows_of(const GemmGroup& g, i64 block, i64 k) const {
     return p.a + g.row * p.a_row + block * p.a_block + k * p.a_input;
   }
-  bool uses(const GemmGroup& g, i64 k) const { return g.features > unit * kPanel && g.inputs > k; }
+  bool uses(const GemmGroup& g, i64 k) const { return g.features > strip * kPanel && g.inputs > k; }
 
   const W* panel_of(i64 slot, i64 block, i64 k) const {  // of panels
-    const i64 panel = out_block * p.out_stride + unit * panels + slot;
+    const i64 panel = out_block * p.out_stride + strip * panels + slot;
     return static_cast<const W*>(p.weight[0]) + ((panel * p.in_blocks + block) * p.in_stride + k) * kPanel;
   }
   i64 panel_stride() const { return p.in_blocks * p.in_stride * kPanel; }
 
-  i64 feature_of(i64 slot) const { return (unit + slot / panels) * kPanel; }
+  i64 feature_of(i64 slot) const { return (strip + slot / panels) * kPanel; }
   i64 features_of(i64 slot) const { return smaller(kPanel, p.features - feature_of(slot)); }
   const W* plain(i64 which) const { return static_cast<const W*>(p.weight[which]); }
 
   // Few rows, panels as they are stored. Behind a block's inputs come the next block's, or the next batch's.
   void stream() const {
-    const i64 next_batch = units * panels * panel_stride() - (p.in_blocks - 1) * p.in_stride * kPanel;
+    const i64 next_batch = strips * panels * panel_stride() - (p.in_blocks - 1) * p.in_stride * kPanel;
     for (i64 block = 0; block < p.in_blocks; ++block) {
       const i64 next = block + 1 < p.in_blocks ? p.in_stride * kPanel : next_batch;
       for (i64 k = 0; k < first->inputs; k += kChainInputs)
         for (const GemmGroup* g = first; g < last && uses(*g, k); ++g)
-          tiles<0, false>(g->rows, units * panels, smaller(kChainInputs, g->inputs - k),
+          tiles<0, false>(g->rows, strips * panels, smaller(kChainInputs, g->inputs - k),
                           rows_of(*g, block, k), p.a_row, 1, panel_of(0, block, k), panel_stride(),
                           sums_of(*g), c_panel, {first->inputs - k, next - first->inputs * kPanel});
     }
@@ -351,7 +351,7 @@ struct Batch {
 
   // Few rows, a plain weight.
   void dot() const {
-    for (i64 slot = 0; slot < units * panels; ++slot) {
+    for (i64 slot = 0; slot < strips * panels; ++slot) {
       const W* const weight =
           plain(slot % panels) + (out_block * p.out_stride + feature_of(slot)) * p.weight_stride;
       for (const GemmGroup* g = first; g < last && uses(*g, 0); ++g)
@@ -386,8 +386,8 @@ struct Batch {
   // Many rows, panels widened to floats on the way to the L1 cache.
   void by_cache() const {
     alignas(kLine) float chunk[kTilePanels][kChainInputs * kPanel];
-    for (i64 slot = 0; slot < units * panels; slot += kTilePanels) {
-      const i64 count = smaller(kTilePanels, units * panels - slot);
+    for (i64 slot = 0; slot < strips * panels; slot += kTilePanels) {
+      const i64 count = smaller(kTilePanels, strips * panels - slot);
       for (i64 block = 0; block < p.in_blocks; ++block)
         for (i64 k = 0; k < first->inputs; k += kChainInputs) {
           const float* b = chunk[0];
@@ -406,25 +406,25 @@ struct Batch {
 
 template <class W>
 void run_items(const ElasticGemmParams& p, i64 begin, i64 end) {
-  const i64 panels = p.gated ? 2 : 1, units = (p.features + kPanel - 1) / kPanel;
+  const i64 panels = p.gated ? 2 : 1, strips = (p.features + kPanel - 1) / kPanel;
   alignas(kLine) float sums[larger(kBatch * kGroupRows, 2 * kBlockRows) * kPanel];
   while (begin < end) {
-    const i64 block = begin / units;
-    const Place at{block / p.out_blocks, block % p.out_blocks, begin % units};
+    const i64 block = begin / strips;
+    const Place at{block / p.out_blocks, block % p.out_blocks, begin % strips};
     const GemmGroup* const first = p.groups + p.row_blocks[at.row_block];
     const GemmGroup* const last = p.groups + p.row_blocks[at.row_block + 1];
     const i64 rows = last[-1].row + last[-1].rows - first->row;
     const bool is_dot = p.layout == GemmLayout::kRows && rows <= kDotRows && p.a_input == 1;
     const bool is_stream = p.layout == GemmLayout::kPanels && rows <= kGroupRows && p.a_input == 1;
     const i64 most = is_stream ? kBatch / panels : kTilePanels / panels;
-    const i64 count = smaller(smaller(larger(most, i64(1)), end - begin), units - at.unit);
+    const i64 count = smaller(smaller(larger(most, i64(1)), end - begin), strips - at.strip);
     const i64 c_panel = rows * kPanel;
     for (i64 i = 0; i < count * panels * c_panel; ++i) sums[i] = 0.0f;
     if (p.scales) {  // a line of each panel, for which finish() would wait
-      const float* const scales = p.scales + (at.out_block * p.out_stride + at.unit * panels) * kPanel;
+      const float* const scales = p.scales + (at.out_block * p.out_stride + at.strip * panels) * kPanel;
       for (i64 i = 0; i < count * panels; ++i) __builtin_prefetch(scales + i * kPanel);
     }
-    const Batch<W> batch{p, first, last, at.out_block, at.unit, count, panels, sums, c_panel};
+    const Batch<W> batch{p, first, last, at.out_block, at.strip, count, panels, sums, c_panel};
     if (is_stream)
       batch.stream();
     else if (!is_dot)
@@ -432,7 +432,7 @@ void run_items(const ElasticGemmParams& p, i64 begin, i64 end) {
     else if constexpr (Batch<W>::kPlain)
       batch.dot();
     for (i64 i = 0; i < count; ++i)
-      finish(p, {at.row_block, at.out_block, at.unit + i}, sums + i * panels * c_panel, c_panel);
+      finish(p, {at.row_block, at.out_block, at.strip + i}, sums + i * panels * c_panel, c_panel);
     begin += count;
   }
 }

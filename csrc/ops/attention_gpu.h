@@ -14,8 +14,13 @@ namespace flextron {
 class DeviceAttention {
  public:
   explicit DeviceAttention(const AttentionPlan& plan) {
-    call.H = plan.H, call.G = plan.G, call.M = plan.M, call.D = plan.D;
-    call.heads = plan.heads, call.by_group = plan.by_group, call.causal = plan.causal;
+    call.H = plan.H;
+    call.G = plan.G;
+    call.M = plan.M;
+    call.D = plan.D;
+    call.heads = plan.heads;
+    call.by_group = plan.by_group;
+    call.causal = plan.causal;
   }
 
   AttentionCall call{};

@@ -57,7 +57,7 @@ struct AttentionPlan {
     }
   }
 
-  // Of parallel_for, an item of so many keys.
+  // What an item of so many keys costs, for parallel_for.
   int64_t item_cost(int64_t keys) const { return max_queries * M * D * (keys + 1); }
 };
 
@@ -108,7 +108,7 @@ inline std::vector<AttentionItem> key_items(const AttentionPlan& plan) {
   return items;
 }
 
-// One float tensor argument: dtype and device of q, and its last dimension adjacent.
+// A floating tensor argument has the dtype and device of q; the result's last dimension is adjacent.
 inline Tensor check_rows(const char* op, const char* name, const Tensor& t, const Tensor& q) {
   check_dtype(op, name, t, q.scalar_type());
   check_device(op, name, t, q.device());
@@ -124,7 +124,9 @@ inline AttentionPlan describe_heads(const char* op, const Tensor& q, const Tenso
   const int64_t last = q.dim() - 1;
   AttentionPlan plan{};
   plan.page = std::numeric_limits<int64_t>::max();
-  plan.H = q.size(last - 1), plan.G = k.size(k.dim() - 2), plan.D = q.size(last);
+  plan.H = q.size(last - 1);
+  plan.G = k.size(k.dim() - 2);
+  plan.D = q.size(last);
   check_positive(op, "q.size(-1)", plan.D);
   check_positive(op, "k.size(-2)", plan.G);
   if (plan.H % plan.G != 0)
@@ -175,12 +177,19 @@ HeadAttentionParams<scalar_t> attention_params(const AttentionPlan& plan) {
   p.page = plan.page;
   p.sequences = plan.sequences.data();
   p.extent = plan.extent.empty() ? nullptr : plan.extent.data();
-  p.extent_stride_b = plan.extent_stride_b, p.extent_stride_t = plan.extent_stride_t;
+  p.extent_stride_b = plan.extent_stride_b;
+  p.extent_stride_t = plan.extent_stride_t;
   p.chosen = plan.chosen.empty() ? nullptr : plan.chosen.data();
-  p.heads = plan.heads, p.by_group = plan.by_group, p.causal = plan.causal;
+  p.heads = plan.heads;
+  p.by_group = plan.by_group;
+  p.causal = plan.causal;
   p.scale = static_cast<accumulate_t<scalar_t>>(plan.scale);
-  p.H = plan.H, p.G = plan.G, p.M = plan.M, p.D = plan.D;
-  p.max_queries = plan.max_queries, p.max_keys = plan.max_keys;
+  p.H = plan.H;
+  p.G = plan.G;
+  p.M = plan.M;
+  p.D = plan.D;
+  p.max_queries = plan.max_queries;
+  p.max_keys = plan.max_keys;
   return p;
 }
 
@@ -192,7 +201,10 @@ class Scratch {
     if (own_) return;
     thread_local Memory kept;
     thread_local int64_t kept_bytes = 0;
-    if (kept_bytes < bytes) kept = make(bytes), kept_bytes = bytes;
+    if (kept_bytes < bytes) {
+      kept = make(bytes);
+      kept_bytes = bytes;
+    }
     data_ = kept.get();
   }
   char* get() const { return data_; }
@@ -264,10 +276,27 @@ void run_backward(const AttentionPlan& plan, const HeadAttentionBackwardParams<s
   if (want_keys) run_backward_part(plan, p, BackwardPart::kKeys, key_items(plan));
 }
 
-// dq, dk, dv as output_mask asks; what is not wanted is empty.
-inline Tensor wanted(const Tensor& like, int64_t output_mask, int bit, const std::vector<int64_t>& shape,
-                     std::optional<ScalarType> dtype = {}) {
-  return output_mask >> bit & 1 ? zeros(like, shape, dtype) : empty(like, {0}, dtype);
+// Which gradients output_mask asks for, and the gradients; one that is not wanted is empty.
+struct AttentionWanted {
+  bool q, k, v;
+};
+struct AttentionGradients {
+  Tensor q, k, v;
+};
+
+inline AttentionWanted attention_wanted(const char* op, int64_t output_mask) {
+  check_range(op, "output_mask", output_mask, 0, 7);
+  return {.q = (output_mask & 1) != 0, .k = (output_mask & 2) != 0, .v = (output_mask & 4) != 0};
+}
+
+// Zeros for the gradients that are wanted; those of keys and values have the dtype k_dtype.
+inline AttentionGradients room_for(const AttentionWanted& wanted, const Tensor& q, const Tensor& k,
+                                   ScalarType k_dtype) {
+  const auto room = [](bool is_wanted, const Tensor& like, ScalarType dtype) {
+    const std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
+    return is_wanted ? zeros(like, shape, dtype) : empty(like, {0}, dtype);
+  };
+  return {room(wanted.q, q, q.scalar_type()), room(wanted.k, k, k_dtype), room(wanted.v, k, k_dtype)};
 }
 
 // What HeadAttentionBackwardParams::delta points to: one per query head for 16-bit types, nothing for the

@@ -59,7 +59,8 @@ void on_gpu_of([[maybe_unused]] const char* op, [[maybe_unused]] const Tensor& t
 // Calls cpu() for a tensor on the CPU, cuda(stream) on the tensor's device otherwise.
 template <class Cpu, class Cuda>
 void on_device_of(const char* op, const Tensor& t, Cpu&& cpu, Cuda&& cuda) {
-  runs_on_gpu(t) ? on_gpu_of(op, t, cuda) : cpu();
+  if (runs_on_gpu(t)) return on_gpu_of(op, t, cuda);
+  cpu();
 }
 
 // f(begin, end) over [0, count) on torch's threads; `cost` is roughly how many elementary operations one

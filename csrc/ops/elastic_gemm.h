@@ -113,10 +113,10 @@ struct GemmJob {
 };
 
 // Multiplications of an item, of each of the panel's features.
-inline int64_t item_weight(const ElasticGemmParams& p, int64_t row_block, int64_t unit) {
+inline int64_t item_weight(const ElasticGemmParams& p, int64_t row_block, int64_t strip) {
   int64_t products = 0;
   for (int64_t g = p.row_blocks[row_block]; g < p.row_blocks[row_block + 1]; ++g) {
-    if (p.groups[g].features <= unit * kPanel) break;
+    if (p.groups[g].features <= strip * kPanel) break;
     products += p.groups[g].rows * (p.groups[g].inputs + 1);
   }
   return products * (p.gated ? 2 : 1) * p.in_blocks;
@@ -154,8 +154,8 @@ inline void run_gemms(std::vector<GemmJob> jobs) {
   for (const GemmJob& job : jobs)
     for (int64_t row_block = 0; row_block < job.p.row_block_count; ++row_block)
       for (int64_t out_block = 0; out_block < job.p.out_blocks; ++out_block)
-        for (int64_t unit = 0; unit < job.p.units(); ++unit)
-          before.push_back(before.back() + item_weight(job.p, row_block, unit));
+        for (int64_t strip = 0; strip < job.p.strips(); ++strip)
+          before.push_back(before.back() + item_weight(job.p, row_block, strip));
   const auto item_at = [&](int64_t weight_before) {
     return std::lower_bound(before.begin(), before.end() - 1, weight_before) - before.begin();
   };

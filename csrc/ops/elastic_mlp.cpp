@@ -45,14 +45,14 @@ mlp::Gradients backward(const mlp::Mlp& mlp, const Tensor& dy, const mlp::Hidden
   }
 }
 
-// The gradient of the soft gate as it was given: of one for all tokens, the sum of theirs.
-Tensor gate_gradient(const Tensor& each, const Tensor& gate) {
+// The gradient of the mixture as it was given: where one is for all tokens, the sum of theirs.
+Tensor mixture_gradient(const Tensor& each, const Tensor& mixture) {
   Tensor total = each;
-  if (gate.size(0) != each.size(0)) {
-    total = empty(each, {gate.size(1)});
+  if (mixture.size(0) != each.size(0)) {
+    total = empty(each, {mixture.size(1)});
     sum_rows_into(total, each);
   }
-  return torch::stable::to(torch::stable::view(total, gate.sizes()), gate.scalar_type());
+  return torch::stable::to(torch::stable::view(total, mixture.sizes()), mixture.scalar_type());
 }
 
 }  // namespace
@@ -65,7 +65,7 @@ Tensor elastic_mlp(const Tensor& x, const OptionalTensor& w_gate, const Tensor& 
   const NoGrad guard;
   const mlp::Mlp mlp = mlp::read({op, x, w_gate, w_up, w_down, b_gate, b_up, b_down, width,
                                   activation_of(op, activation.value), extent, gate, choices});
-  const bool fits = !gate && weights_fit(mlp);  // the CPU's own forward has no soft gate
+  const bool fits = !gate && weights_fit(mlp);  // the CPU's own forward takes no mixture
   switch (const Executor executor = executor_of(call_of(mlp, fits))) {
     case Executor::kViews:
       return forward_on_views(mlp);
@@ -106,8 +106,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> elast
   const mlp::Hidden hidden{torch::stable::contiguous(hidden_up),
                            w_gate ? OptionalTensor(torch::stable::contiguous(hidden_gate)) : std::nullopt};
   mlp::Gradients d = backward(mlp, dy, hidden, wanted);
-  if (wanted.gate) d.gate = gate_gradient(d.gate, *gate);
-  return {d.x, d.w_gate, d.w_up, d.w_down, d.b_gate, d.b_up, d.b_down, d.gate};
+  if (wanted.mixture) d.mixture = mixture_gradient(d.mixture, *gate);
+  return {d.x, d.w_gate, d.w_up, d.w_down, d.b_gate, d.b_up, d.b_down, d.mixture};
 }
 
 }  // namespace flextron

@@ -1,4 +1,5 @@
-// The vendor's GEMM on views, and the few tensor operations round it, through torch's dispatcher.
+// The vendor's GEMM (MKL on a CPU, cuBLAS on a GPU) on views, and the few tensor operations around
+// it, through torch's dispatcher.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -109,7 +110,10 @@ inline void linear_into(Tensor out, const Tensor& inputs, const Tensor& weight_r
   if (out.numel() == 0) return;
   const Tensor x = whole_inputs(inputs, 1), weight = whole_inputs(weight_rows, 1);
   if (x.size(1) == 0) {
-    bias ? torch::stable::copy_(out, *bias) : torch::stable::zero_(out);
+    if (bias)
+      torch::stable::copy_(out, *bias);
+    else
+      torch::stable::zero_(out);
     return;
   }
   std::array<StableIValue, 4> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),

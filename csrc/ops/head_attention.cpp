@@ -52,8 +52,8 @@ ExtentShape extent_shape(const char* op, const OptionalTensor& extent, const Tex
   return {one ? 1 : B, one ? 0 : 1, 0};
 }
 
-// What both ops are given to attend by.
-struct Arguments {
+// The arguments that both ops have, in the order of their schemas.
+struct HeadAttention {
   const char* op;
   const Tensor &q, &k, &v;
   int64_t heads;
@@ -65,9 +65,24 @@ struct Arguments {
   std::optional<double> scale;
 };
 
-AttentionPlan make_plan(const Arguments& given) {
+// What the forward made and the gradient of its output.
+struct Results {
+  const Tensor &dout, &out, &lse;
+};
+
+// q, k and v as the kernels take them: last dimensions that are adjacent.
+struct Rows {
+  const char* op;
+  Tensor q, k, v;
+};
+Rows rows_of(const HeadAttention& a) {
+  return {a.op, check_rows(a.op, "q", a.q, a.q), check_rows(a.op, "k", a.k, a.q),
+          check_rows(a.op, "v", a.v, a.q)};
+}
+
+AttentionPlan make_plan(const HeadAttention& arguments) {
   const auto& [op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start,
-               causal, scale] = given;
+               causal, scale] = arguments;
   check_dim(op, "k", k, 3);
   check_dim(op, "v", v, 3);
   AttentionPlan plan = start_plan(op, q, k, v, heads, unit.value, index, scale);
@@ -79,7 +94,8 @@ AttentionPlan make_plan(const Arguments& given) {
 
   const ExtentShape shape = extent_shape(op, extent, extent_per, index, B, T);
   if (extent) plan.extent = check_list(op, "extent", *extent, shape.count, heads, q);
-  plan.extent_stride_b = shape.stride_b, plan.extent_stride_t = shape.stride_t;
+  plan.extent_stride_b = shape.stride_b;
+  plan.extent_stride_t = shape.stride_t;
 
   plan.pages = {0};
   for (int64_t b = 0; b < B; ++b) {
@@ -99,32 +115,33 @@ template <class scalar_t>
 HeadAttentionParams<scalar_t> fill_params(const AttentionPlan& plan, const Tensor& q, const Tensor& k,
                                           const Tensor& v) {
   auto p = attention_params<scalar_t>(plan);
-  p.q = data_of<scalar_t>(q), p.q_stride_t = q.stride(0), p.q_stride_h = q.stride(1);
+  p.q = data_of<scalar_t>(q);
+  p.q_stride_t = q.stride(0);
+  p.q_stride_h = q.stride(1);
   p.k = {data_of<scalar_t>(k), 0, k.stride(0), k.stride(1)};
   p.v = {data_of<scalar_t>(v), 0, v.stride(0), v.stride(1)};
   return p;
 }
 
-void check_gradients(const char* op, const Tensor& dout, const Tensor& q, const Tensor& out,
-                     const Tensor& lse, const AttentionPlan& plan, int64_t output_mask) {
+void check_results(const HeadAttention& arguments, const AttentionPlan& plan, const Results& results) {
+  const Tensor& q = arguments.q;
   const int64_t T = q.size(0);
-  check_like(op, "dout", dout, {T, plan.H, plan.D}, q.scalar_type(), q.device());
-  check_like(op, "out", out, {T, plan.H, plan.D}, q.scalar_type(), q.device());
-  check_like(op, "lse", lse, {T, plan.H}, wide_dtype(q), q.device());
-  check_range(op, "output_mask", output_mask, 0, 7);
+  check_like(arguments.op, "dout", results.dout, {T, plan.H, plan.D}, q.scalar_type(), q.device());
+  check_like(arguments.op, "out", results.out, {T, plan.H, plan.D}, q.scalar_type(), q.device());
+  check_like(arguments.op, "lse", results.lse, {T, plan.H}, wide_dtype(q), q.device());
 }
 
 // ---- on a GPU ----
 
-struct DevicePlan {
+struct DeviceCall {
   AttentionPlan plan;  // what is known without a value of a tensor
-  DeviceAttention on;
+  DeviceAttention device;
   bool whole;  // every head of every row is active: then all of the results is written
 };
 
-DevicePlan make_device_plan(const Arguments& given) {
+DeviceCall make_device_call(const HeadAttention& arguments) {
   const auto& [op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start,
-               causal, scale] = given;
+               causal, scale] = arguments;
   check_dim(op, "k", k, 3);
   check_dim(op, "v", v, 3);
   AttentionPlan plan = describe_heads(op, q, k, v, heads, unit.value, index, scale);
@@ -132,39 +149,45 @@ DevicePlan make_device_plan(const Arguments& given) {
   const int64_t T = q.size(0), S = k.size(0), B = count_sequences(op, cu_seqlens_q, cu_seqlens_k);
   const ExtentShape shape = extent_shape(op, extent, extent_per, index, B, T);
   const bool all_heads = heads == (plan.by_group ? plan.G : plan.M);
-  DevicePlan result{plan, DeviceAttention(plan), !extent && !index && !cu_seqlens_q && all_heads};
-  DeviceAttention& on = result.on;
-  AttentionCall& call = on.call;
-  call.B = B, call.T = T, call.S = S, call.queries_each = T;
+  DeviceCall result{plan, DeviceAttention(plan), !extent && !index && !cu_seqlens_q && all_heads};
+  DeviceAttention& device = result.device;
+  AttentionCall& call = device.call;
+  call.B = B;
+  call.T = T;
+  call.S = S;
+  call.queries_each = T;
   const auto add_ends = [&](const char* name, const OptionalTensor& ends) -> const int64_t* {
-    if (ends) return on.add(op, name, *ends, {B + 1}, q);
+    if (ends) return device.add(op, name, *ends, {B + 1}, q);
     if (B != 1) fail(op, ": ", name, " must have shape [", B + 1, "], got None");
     return nullptr;
   };
   call.cu_seqlens_q = add_ends("cu_seqlens_q", cu_seqlens_q);
   call.cu_seqlens_k = add_ends("cu_seqlens_k", cu_seqlens_k);
-  if (k_start) call.k_start = on.add(op, "k_start", *k_start, {B}, q);
-  if (extent) call.extent = on.add(op, "extent", *extent, {shape.count}, q);
-  call.extent_stride_b = shape.stride_b, call.extent_stride_t = shape.stride_t;
+  if (k_start) call.k_start = device.add(op, "k_start", *k_start, {B}, q);
+  if (extent) call.extent = device.add(op, "extent", *extent, {shape.count}, q);
+  call.extent_stride_b = shape.stride_b;
+  call.extent_stride_t = shape.stride_t;
   if (index) {
     check_integers(op, "index", *index);
-    call.index = on.keep(sort_ascending(torch::stable::to(*index, ScalarType::Long)).first);
+    call.index = device.keep(sort_ascending(torch::stable::to(*index, ScalarType::Long)).first);
   }
   if (call.per_token() && T > 0) {
     const Tensor keys = empty(q, {T}, ScalarType::Long);
     on_gpu_of(op, q, [&](auto stream) {
       head_attention_order_keys_cuda(call, mutable_data_of<int64_t>(keys), stream);
     });
-    call.order = on.keep(sort_descending(keys).second);
+    call.order = device.keep(sort_descending(keys).second);
   }
   return result;
 }
 
 template <class Call, class scalar_t>
-Call fill_call(const DevicePlan& device, const Tensor& q, const Tensor& k, const Tensor& v,
+Call fill_call(const DeviceCall& device_call, const Tensor& q, const Tensor& k, const Tensor& v,
                const scalar_t* out, const accumulate_t<scalar_t>* lse) {
-  auto call = attention_call<Call>(device.plan, device.on.call);
-  call.q = data_of<scalar_t>(q), call.q_stride_t = q.stride(0), call.q_stride_h = q.stride(1);
+  auto call = attention_call<Call>(device_call.plan, device_call.device.call);
+  call.q = data_of<scalar_t>(q);
+  call.q_stride_t = q.stride(0);
+  call.q_stride_h = q.stride(1);
   call.k = {data_of<scalar_t>(k), 0, k.stride(0), k.stride(1)};
   call.v = {data_of<scalar_t>(v), 0, v.stride(0), v.stride(1)};
   call.out = const_cast<scalar_t*>(out);  // the backward pass reads them only
@@ -172,15 +195,15 @@ Call fill_call(const DevicePlan& device, const Tensor& q, const Tensor& k, const
   return call;
 }
 
-std::tuple<Tensor, Tensor> forward_on_gpu(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                                          const DevicePlan& device) {
-  const Tensor q_ = check_rows(op, "q", q, q), k_ = check_rows(op, "k", k, q), v_ = check_rows(op, "v", v, q);
-  const std::vector<int64_t> shape{q.size(0), device.plan.H, device.plan.D};
-  const Tensor out = device.whole ? empty(q, shape) : zeros(q, shape);
-  Tensor lse = empty(q, {q.size(0), device.plan.H}, wide_dtype(q));
-  if (!device.whole) torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+std::tuple<Tensor, Tensor> forward_on_gpu(const HeadAttention& arguments) {
+  const DeviceCall device_call = make_device_call(arguments);
+  const auto& [op, q, k, v] = rows_of(arguments);
+  const std::vector<int64_t> shape{q.size(0), device_call.plan.H, device_call.plan.D};
+  const Tensor out = device_call.whole ? empty(q, shape) : zeros(q, shape);
+  Tensor lse = empty(q, {q.size(0), device_call.plan.H}, wide_dtype(q));
+  if (!device_call.whole) torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
   dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
-    const auto call = fill_call<HeadAttentionCall<scalar_t>>(device, q_, k_, v_, data_of<scalar_t>(out),
+    const auto call = fill_call<HeadAttentionCall<scalar_t>>(device_call, q, k, v, data_of<scalar_t>(out),
                                                              data_of<accumulate_t<scalar_t>>(lse));
     Workspace workspace(q);
     on_gpu_of(op, q, [&](auto stream) { launch_head_attention(call, workspace, stream); });
@@ -188,32 +211,69 @@ std::tuple<Tensor, Tensor> forward_on_gpu(const char* op, const Tensor& q, const
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_on_gpu(const char* op, const Tensor& dout, const Tensor& q,
-                                                   const Tensor& k, const Tensor& v, const Tensor& out,
-                                                   const Tensor& lse, const DevicePlan& device,
-                                                   int64_t output_mask) {
-  const AttentionPlan& plan = device.plan;
-  const int64_t T = q.size(0), S = k.size(0);
-  check_gradients(op, dout, q, out, lse, plan, output_mask);
-  const Tensor q_ = check_rows(op, "q", q, q), k_ = check_rows(op, "k", k, q), v_ = check_rows(op, "v", v, q);
-  const Tensor dout_ = torch::stable::contiguous(dout), lse_ = torch::stable::contiguous(lse);
-  const Tensor delta = empty(q, {T, plan.H}, wide_dtype(q));
-  const std::vector<int64_t> k_shape{S, plan.G, plan.D};
-  Tensor dq = wanted(q, output_mask, 0, {T, plan.H, plan.D}), dk = wanted(k, output_mask, 1, k_shape),
-         dv = wanted(v, output_mask, 2, k_shape);
+AttentionGradients backward_on_gpu(const HeadAttention& arguments, const Results& results,
+                                   const AttentionWanted& wanted) {
+  const DeviceCall device_call = make_device_call(arguments);
+  const AttentionPlan& plan = device_call.plan;
+  check_results(arguments, plan, results);
+  const auto& [op, q, k, v] = rows_of(arguments);
+  const Tensor dout = torch::stable::contiguous(results.dout), lse = torch::stable::contiguous(results.lse);
+  const Tensor delta = empty(q, {q.size(0), plan.H}, wide_dtype(q));
+  AttentionGradients d = room_for(wanted, q, k, k.scalar_type());
   dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
-    auto call = fill_call<HeadAttentionBackwardCall<scalar_t>>(device, q_, k_, v_, data_of<scalar_t>(out),
-                                                               data_of<acc_t>(lse_));
-    call.dout = data_of<scalar_t>(dout_);
+    auto call = fill_call<HeadAttentionBackwardCall<scalar_t>>(
+        device_call, q, k, v, data_of<scalar_t>(results.out), data_of<acc_t>(lse));
+    call.dout = data_of<scalar_t>(dout);
     call.delta = mutable_data_of<acc_t>(delta);
-    if (output_mask & 1) call.dq = mutable_data_of<scalar_t>(dq);
-    if (output_mask & 2) call.dk = {mutable_data_of<scalar_t>(dk), 0, plan.G * plan.D, plan.D};
-    if (output_mask & 4) call.dv = {mutable_data_of<scalar_t>(dv), 0, plan.G * plan.D, plan.D};
+    if (wanted.q) call.dq = mutable_data_of<scalar_t>(d.q);
+    if (wanted.k) call.dk = {mutable_data_of<scalar_t>(d.k), 0, plan.G * plan.D, plan.D};
+    if (wanted.v) call.dv = {mutable_data_of<scalar_t>(d.v), 0, plan.G * plan.D, plan.D};
     Workspace workspace(q);
     on_gpu_of(op, q, [&](auto stream) { launch_head_attention_backward(call, workspace, stream); });
   });
-  return {dq, dk, dv};
+  return d;
+}
+
+// ---- on a CPU ----
+
+std::tuple<Tensor, Tensor> forward_on_cpu(const HeadAttention& arguments) {
+  const AttentionPlan plan = make_plan(arguments);
+  const auto& [op, q, k, v] = rows_of(arguments);
+  const int64_t T = q.size(0);
+  const Tensor out = zeros(q, {T, plan.H, plan.D});
+  Tensor lse = empty(q, {T, plan.H}, wide_dtype(q));
+  torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+  dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
+    auto p = fill_params<scalar_t>(plan, q, k, v);
+    p.out = mutable_data_of<scalar_t>(out);
+    p.lse = mutable_data_of<accumulate_t<scalar_t>>(lse);
+    run_forward(plan, p);
+  });
+  return {out, lse};
+}
+
+AttentionGradients backward_on_cpu(const HeadAttention& arguments, const Results& results,
+                                   const AttentionWanted& wanted) {
+  const AttentionPlan plan = make_plan(arguments);
+  check_results(arguments, plan, results);
+  const auto& [op, q, k, v] = rows_of(arguments);
+  const Tensor dout = torch::stable::contiguous(results.dout), out = torch::stable::contiguous(results.out);
+  const Tensor lse = torch::stable::contiguous(results.lse), delta = delta_for(q, plan);
+  AttentionGradients d = room_for(wanted, q, k, k.scalar_type());
+  dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
+    HeadAttentionBackwardParams<scalar_t, scalar_t> p{};
+    p.forward = fill_params<scalar_t>(plan, q, k, v);
+    p.forward.out = const_cast<scalar_t*>(data_of<scalar_t>(out));  // read only in the backward pass
+    p.forward.lse = const_cast<accumulate_t<scalar_t>*>(data_of<accumulate_t<scalar_t>>(lse));
+    p.dout = data_of<scalar_t>(dout);
+    if (delta.numel() > 0) p.delta = mutable_data_of<accumulate_t<scalar_t>>(delta);
+    if (wanted.q) p.dq = mutable_data_of<scalar_t>(d.q);
+    if (wanted.k) p.dk = {mutable_data_of<scalar_t>(d.k), 0, plan.G * plan.D, plan.D};
+    if (wanted.v) p.dv = {mutable_data_of<scalar_t>(d.v), 0, plan.G * plan.D, plan.D};
+    run_backward(plan, p);
+  });
+  return d;
 }
 
 }  // namespace
@@ -227,22 +287,10 @@ std::tuple<Tensor, Tensor> head_attention(const Tensor& q, const Tensor& k, cons
   constexpr auto op = "head_attention";
   const NoGrad no_grad;
   check_dim(op, "q", q, 3);
-  const Arguments given{op,           q,       k,          v,     heads,
-                        unit,         extent,  extent_per, index, cu_seqlens_q,
-                        cu_seqlens_k, k_start, causal,     scale};
-  if (runs_on_gpu(q)) return forward_on_gpu(op, q, k, v, make_device_plan(given));
-  const AttentionPlan plan = make_plan(given);
-  const Tensor q_ = check_rows(op, "q", q, q), k_ = check_rows(op, "k", k, q), v_ = check_rows(op, "v", v, q);
-  const int64_t T = q.size(0);
-  Tensor out = zeros(q, {T, plan.H, plan.D}), lse = empty(q, {T, plan.H}, wide_dtype(q));
-  torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
-  dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
-    auto p = fill_params<scalar_t>(plan, q_, k_, v_);
-    p.out = mutable_data_of<scalar_t>(out);
-    p.lse = mutable_data_of<accumulate_t<scalar_t>>(lse);
-    run_forward(plan, p);
-  });
-  return {out, lse};
+  const HeadAttention arguments{op,           q,       k,          v,     heads,
+                                unit,         extent,  extent_per, index, cu_seqlens_q,
+                                cu_seqlens_k, k_start, causal,     scale};
+  return runs_on_gpu(q) ? forward_on_gpu(arguments) : forward_on_cpu(arguments);
 }
 
 std::tuple<Tensor, Tensor, Tensor> head_attention_backward(
@@ -253,34 +301,14 @@ std::tuple<Tensor, Tensor, Tensor> head_attention_backward(
   constexpr auto op = "head_attention_backward";
   const NoGrad no_grad;
   check_dim(op, "q", q, 3);
-  const Arguments given{op,           q,       k,          v,     heads,
-                        unit,         extent,  extent_per, index, cu_seqlens_q,
-                        cu_seqlens_k, k_start, causal,     scale};
-  if (runs_on_gpu(q))
-    return backward_on_gpu(op, dout, q, k, v, out, lse, make_device_plan(given), output_mask);
-  const AttentionPlan plan = make_plan(given);
-  const int64_t T = q.size(0), S = k.size(0);
-  const std::vector<int64_t> q_shape{T, plan.H, plan.D}, k_shape{S, plan.G, plan.D};
-  check_gradients(op, dout, q, out, lse, plan, output_mask);
-  const Tensor q_ = check_rows(op, "q", q, q), k_ = check_rows(op, "k", k, q), v_ = check_rows(op, "v", v, q);
-  const Tensor dout_ = torch::stable::contiguous(dout), out_ = torch::stable::contiguous(out);
-  const Tensor lse_ = torch::stable::contiguous(lse);
-  const Tensor delta = delta_for(q, plan);
-  Tensor dq = wanted(q, output_mask, 0, q_shape), dk = wanted(k, output_mask, 1, k_shape),
-         dv = wanted(v, output_mask, 2, k_shape);
-  dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
-    HeadAttentionBackwardParams<scalar_t, scalar_t> p{};
-    p.forward = fill_params<scalar_t>(plan, q_, k_, v_);
-    p.forward.out = const_cast<scalar_t*>(data_of<scalar_t>(out_));  // read only in the backward pass
-    p.forward.lse = const_cast<accumulate_t<scalar_t>*>(data_of<accumulate_t<scalar_t>>(lse_));
-    p.dout = data_of<scalar_t>(dout_);
-    if (delta.numel() > 0) p.delta = mutable_data_of<accumulate_t<scalar_t>>(delta);
-    if (output_mask & 1) p.dq = mutable_data_of<scalar_t>(dq);
-    if (output_mask & 2) p.dk = {mutable_data_of<scalar_t>(dk), 0, plan.G * plan.D, plan.D};
-    if (output_mask & 4) p.dv = {mutable_data_of<scalar_t>(dv), 0, plan.G * plan.D, plan.D};
-    run_backward(plan, p);
-  });
-  return {dq, dk, dv};
+  const HeadAttention arguments{op,           q,       k,          v,     heads,
+                                unit,         extent,  extent_per, index, cu_seqlens_q,
+                                cu_seqlens_k, k_start, causal,     scale};
+  const Results results{dout, out, lse};
+  const AttentionWanted wanted = attention_wanted(op, output_mask);
+  const AttentionGradients d = runs_on_gpu(q) ? backward_on_gpu(arguments, results, wanted)
+                                              : backward_on_cpu(arguments, results, wanted);
+  return {d.q, d.k, d.v};
 }
 
 }  // namespace flextron

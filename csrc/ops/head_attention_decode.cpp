@@ -6,6 +6,20 @@
 namespace flextron {
 namespace {
 
+// The arguments that both ops have, in the order of their schemas.
+struct HeadAttentionDecode {
+  const char* op;
+  const Tensor &q, &k_cache, &v_cache, &seqlens;
+  int64_t heads;
+  const Text& unit;
+  const OptionalTensor &extent, &block_table, &k_start;
+  std::optional<double> scale;
+
+  int64_t B() const { return q.size(0); }
+  int64_t T() const { return q.size(1); }
+  bool one_extent() const { return extent->dim() == 1 && extent->size(0) == 1; }  // for all sequences
+};
+
 // What is known without reading a value of a tensor.
 struct Described {
   AttentionPlan plan;
@@ -13,25 +27,24 @@ struct Described {
   int64_t room;     // keys of a sequence at most
 };
 
-Described describe(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                   int64_t heads, const Text& unit, const OptionalTensor& block_table,
-                   std::optional<double> scale) {
-  check_dim(op, "k_cache", k_cache, 4);
-  check_dim(op, "v_cache", v_cache, 4);
-  AttentionPlan plan = describe_heads(op, q, k_cache, v_cache, heads, unit.value, std::nullopt, scale);
+Described describe(const HeadAttentionDecode& a) {
+  check_dim(a.op, "k_cache", a.k_cache, 4);
+  check_dim(a.op, "v_cache", a.v_cache, 4);
+  AttentionPlan plan =
+      describe_heads(a.op, a.q, a.k_cache, a.v_cache, a.heads, a.unit.value, std::nullopt, a.scale);
   plan.causal = true;
-  const int64_t B = q.size(0);
+  const int64_t B = a.B();
   int64_t columns = 1;
-  if (block_table) {
-    check_dim(op, "block_table", *block_table, 2);
-    columns = block_table->size(1);
-    check_shape(op, "block_table", *block_table, {B, columns});
-    check_device(op, "block_table", *block_table, q.device());
-    check_integers(op, "block_table", *block_table);
-  } else if (k_cache.size(0) != B) {
-    fail(op, ": k_cache.size(0) must be ", B, " without block_table, got ", k_cache.size(0));
+  if (a.block_table) {
+    check_dim(a.op, "block_table", *a.block_table, 2);
+    columns = a.block_table->size(1);
+    check_shape(a.op, "block_table", *a.block_table, {B, columns});
+    check_device(a.op, "block_table", *a.block_table, a.q.device());
+    check_integers(a.op, "block_table", *a.block_table);
+  } else if (a.k_cache.size(0) != B) {
+    fail(a.op, ": k_cache.size(0) must be ", B, " without block_table, got ", a.k_cache.size(0));
   }
-  return {std::move(plan), columns, columns * k_cache.size(1)};
+  return {std::move(plan), columns, columns * a.k_cache.size(1)};
 }
 
 // The pages each sequence uses; entries of block_table beyond them are never looked at.
@@ -50,25 +63,21 @@ std::vector<int64_t> read_pages(const char* op, const Tensor& block_table,
   return pages;
 }
 
-AttentionPlan make_plan(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                        const Tensor& seqlens, int64_t heads, const Text& unit, const OptionalTensor& extent,
-                        const OptionalTensor& block_table, const OptionalTensor& k_start,
-                        std::optional<double> scale) {
-  Described described = describe(op, q, k_cache, v_cache, heads, unit, block_table, scale);
+AttentionPlan make_plan(const HeadAttentionDecode& a) {
+  Described described = describe(a);
   AttentionPlan plan = std::move(described.plan);
-  const int64_t columns = described.columns, room = described.room;
-  const int64_t B = q.size(0), T = q.size(1);
-  plan.page = std::max<int64_t>(k_cache.size(1), 1);
-  const auto lengths = check_list(op, "seqlens", seqlens, B, room, q);
-  const auto starts = k_start ? check_list(op, "k_start", *k_start, B, room, q) : std::vector<int64_t>(B, 0);
-  if (extent) {
-    const bool one = extent->dim() == 1 && extent->size(0) == 1;
-    plan.extent = check_list(op, "extent", *extent, one ? 1 : B, heads, q);
-    plan.extent_stride_b = one ? 0 : 1;
+  const int64_t columns = described.columns, room = described.room, B = a.B(), T = a.T();
+  plan.page = std::max<int64_t>(a.k_cache.size(1), 1);
+  const auto lengths = check_list(a.op, "seqlens", a.seqlens, B, room, a.q);
+  const auto starts =
+      a.k_start ? check_list(a.op, "k_start", *a.k_start, B, room, a.q) : std::vector<int64_t>(B, 0);
+  if (a.extent) {
+    plan.extent = check_list(a.op, "extent", *a.extent, a.one_extent() ? 1 : B, a.heads, a.q);
+    plan.extent_stride_b = a.one_extent() ? 0 : 1;
   }
 
-  if (block_table) {
-    plan.pages = read_pages(op, *block_table, lengths, k_cache);
+  if (a.block_table) {
+    plan.pages = read_pages(a.op, *a.block_table, lengths, a.k_cache);
   } else {
     for (int64_t b = 0; b < B; ++b) plan.pages.push_back(b);
   }
@@ -87,7 +96,9 @@ template <class scalar_t>
 HeadAttentionParams<scalar_t> fill_params(const AttentionPlan& plan, const Tensor& q, const Tensor& k,
                                           const Tensor& v) {
   auto p = attention_params<scalar_t>(plan);
-  p.q = data_of<scalar_t>(q), p.q_stride_t = plan.H * plan.D, p.q_stride_h = plan.D;
+  p.q = data_of<scalar_t>(q);
+  p.q_stride_t = plan.H * plan.D;
+  p.q_stride_h = plan.D;
   p.k = {data_of<scalar_t>(k), k.stride(0), k.stride(1), k.stride(2)};
   p.v = {data_of<scalar_t>(v), v.stride(0), v.stride(1), v.stride(2)};
   return p;
@@ -121,15 +132,9 @@ Tensor as_rows(const Tensor& t) {
 }
 
 struct DeviceCall {
-  AttentionPlan plan;
+  AttentionPlan plan;  // what is known without a value of a tensor
   DeviceAttention device;
   Tensor q, k, v;
-
-  DeviceCall(const char* op, const Tensor& q_, const Tensor& k_cache, const Tensor& v_cache,
-             const Tensor& seqlens, int64_t heads, const Text& unit, const OptionalTensor& extent,
-             const OptionalTensor& block_table, const OptionalTensor& k_start, std::optional<double> scale)
-      : DeviceCall(op, describe(op, q_, k_cache, v_cache, heads, unit, block_table, scale), q_, k_cache,
-                   v_cache, seqlens, extent, block_table, k_start) {}
 
   // Whether every head is known to be written.
   bool all_heads() const {
@@ -139,47 +144,52 @@ struct DeviceCall {
   template <class Call, class scalar_t>
   Call fill() const {
     auto call = attention_call<Call>(plan, device.call);
-    call.q = data_of<scalar_t>(q), call.q_stride_h = q.stride(2);
+    call.q = data_of<scalar_t>(q);
+    call.q_stride_h = q.stride(2);
     call.q_stride_t = q.size(1) == 1 ? q.stride(0) : q.stride(1);
     call.k = {data_of<scalar_t>(k), k.stride(0), k.stride(1), k.stride(2)};
     call.v = {data_of<scalar_t>(v), v.stride(0), v.stride(1), v.stride(2)};
     return call;
   }
-
- private:
-  DeviceCall(const char* op, Described described, const Tensor& q_, const Tensor& k_cache,
-             const Tensor& v_cache, const Tensor& seqlens, const OptionalTensor& extent,
-             const OptionalTensor& block_table, const OptionalTensor& k_start)
-      : plan(std::move(described.plan)),
-        device(plan),
-        q(as_rows(q_)),
-        k(check_rows(op, "k_cache", k_cache, q_)),
-        v(check_rows(op, "v_cache", v_cache, q_)) {
-    check_range(op, "the keys of a sequence in the cache", described.room, 0,
-                std::numeric_limits<int32_t>::max());
-    const int64_t B = q.size(0);
-    auto& call = device.call;
-    call.B = B, call.queries_each = q.size(1), call.T = B * q.size(1);
-    call.S = k_cache.size(1), call.pages = k_cache.size(0), call.columns = described.columns;
-    call.seqlens = device.add(op, "seqlens", seqlens, {B}, q);
-    if (block_table) call.block_table = device.add(op, "block_table", *block_table, {B, call.columns}, q);
-    if (k_start) call.k_start = device.add(op, "k_start", *k_start, {B}, q);
-    if (extent) {
-      const bool one = extent->dim() == 1 && extent->size(0) == 1;
-      call.extent = device.add(op, "extent", *extent, {one ? 1 : B}, q);
-      call.extent_stride_b = one ? 0 : 1;
-    }
-  }
 };
 
-Tensor decode_on_gpu(const char* op, const DeviceCall& of, const Tensor& q) {
-  const std::vector<int64_t> shape{q.size(0), q.size(1), of.plan.H, of.plan.D};
-  const Tensor out = of.all_heads() ? empty(q, shape) : zeros(q, shape);
-  dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
-    auto call = of.fill<HeadAttentionCall<scalar_t>, scalar_t>();
+DeviceCall make_device_call(const HeadAttentionDecode& a) {
+  const Described described = describe(a);
+  DeviceCall result{described.plan, DeviceAttention(described.plan), as_rows(a.q),
+                    check_rows(a.op, "k_cache", a.k_cache, a.q), check_rows(a.op, "v_cache", a.v_cache, a.q)};
+  check_range(a.op, "the keys of a sequence in the cache", described.room, 0,
+              std::numeric_limits<int32_t>::max());
+  const int64_t B = a.B();
+  const auto add = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
+    return result.device.add(a.op, name, t, shape, a.q);
+  };
+  AttentionCall& call = result.device.call;
+  call.B = B;
+  call.queries_each = a.T();
+  call.T = B * a.T();
+  call.S = a.k_cache.size(1);
+  call.pages = a.k_cache.size(0);
+  call.columns = described.columns;
+  call.seqlens = add("seqlens", a.seqlens, {B});
+  if (a.block_table) call.block_table = add("block_table", *a.block_table, {B, call.columns});
+  if (a.k_start) call.k_start = add("k_start", *a.k_start, {B});
+  if (a.extent) {
+    call.extent = add("extent", *a.extent, {a.one_extent() ? 1 : B});
+    call.extent_stride_b = a.one_extent() ? 0 : 1;
+  }
+  return result;
+}
+
+Tensor forward_on_gpu(const HeadAttentionDecode& a) {
+  const DeviceCall device_call = make_device_call(a);
+  const Tensor& q = a.q;
+  const std::vector<int64_t> shape{a.B(), a.T(), device_call.plan.H, device_call.plan.D};
+  const Tensor out = device_call.all_heads() ? empty(q, shape) : zeros(q, shape);
+  dispatch_dtype(HeadAttentionTypes{}, a.op, q.scalar_type(), [&]<class scalar_t>() {
+    auto call = device_call.fill<HeadAttentionCall<scalar_t>, scalar_t>();
     call.out = mutable_data_of<scalar_t>(out);
     Tensor partial = empty(q, {0}, wide_dtype(q));
-    on_gpu_of(op, q, [&](auto stream) {
+    on_gpu_of(a.op, q, [&](auto stream) {
       partial = empty(partial, {head_attention_decode_partial(call)});
       head_attention_decode_cuda(call, mutable_data_of<accumulate_t<scalar_t>>(partial), stream);
     });
@@ -187,40 +197,93 @@ Tensor decode_on_gpu(const char* op, const DeviceCall& of, const Tensor& q) {
   return out;
 }
 
-// Of the forward pass lse is needed: made again with scores as the backward pass makes them.
-std::tuple<Tensor, Tensor, Tensor> decode_backward_on_gpu(const char* op, const DeviceCall& of,
-                                                          const Tensor& dout, const Tensor& q,
-                                                          const Tensor& k_cache, const Tensor& v_cache,
-                                                          int64_t output_mask) {
-  const int64_t G = of.plan.G, D = of.plan.D, page = k_cache.size(1);
-  const std::vector<int64_t> q_shape{q.size(0), q.size(1), of.plan.H, D};
-  const std::vector<int64_t> cache_shape{k_cache.size(0), page, G, D};
-  check_like(op, "dout", dout, {q.size(0), q.size(1), of.plan.H, D}, q.scalar_type(), q.device());
-  check_range(op, "output_mask", output_mask, 0, 7);
-  const Tensor dout_ = torch::stable::contiguous(dout), out = empty(q, q_shape);
-  const std::vector<int64_t> row_shape{q.size(0), q.size(1), of.plan.H};
+// The lse that the backward pass needs is made again, with scores as the backward pass makes them.
+AttentionGradients backward_on_gpu(const HeadAttentionDecode& a, const Tensor& dout_,
+                                   const AttentionWanted& wanted) {
+  const DeviceCall device_call = make_device_call(a);
+  const Tensor& q = a.q;
+  const int64_t H = device_call.plan.H, G = device_call.plan.G, D = device_call.plan.D,
+                page = a.k_cache.size(1);
+  check_like(a.op, "dout", dout_, {a.B(), a.T(), H, D}, q.scalar_type(), q.device());
+  const Tensor dout = torch::stable::contiguous(dout_), out = empty(q, {a.B(), a.T(), H, D});
+  const std::vector<int64_t> row_shape{a.B(), a.T(), H};
   const Tensor lse = empty(q, row_shape, wide_dtype(q)), delta = empty(q, row_shape, wide_dtype(q));
-  const Tensor dq = wanted(q, output_mask, 0, q_shape), dk = wanted(k_cache, output_mask, 1, cache_shape),
-               dv = wanted(v_cache, output_mask, 2, cache_shape);
-  dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
+  AttentionGradients d = room_for(wanted, q, a.k_cache, q.scalar_type());
+  dispatch_dtype(HeadAttentionTypes{}, a.op, q.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
-    auto call = of.fill<HeadAttentionBackwardCall<scalar_t>, scalar_t>();
+    auto call = device_call.fill<HeadAttentionBackwardCall<scalar_t>, scalar_t>();
     call.out = mutable_data_of<scalar_t>(out);
     call.lse = mutable_data_of<acc_t>(lse);
-    call.dout = data_of<scalar_t>(dout_);
+    call.dout = data_of<scalar_t>(dout);
     call.delta = mutable_data_of<acc_t>(delta);
-    if (output_mask & 1) call.dq = mutable_data_of<scalar_t>(dq);
-    if (output_mask & 2) call.dk = {mutable_data_of<scalar_t>(dk), page * G * D, G * D, D};
-    if (output_mask & 4) call.dv = {mutable_data_of<scalar_t>(dv), page * G * D, G * D, D};
+    if (wanted.q) call.dq = mutable_data_of<scalar_t>(d.q);
+    if (wanted.k) call.dk = {mutable_data_of<scalar_t>(d.k), page * G * D, G * D, D};
+    if (wanted.v) call.dv = {mutable_data_of<scalar_t>(d.v), page * G * D, G * D, D};
     Workspace workspace(q);
-    on_gpu_of(op, q, [&](auto stream) {
+    on_gpu_of(a.op, q, [&](auto stream) {
       if (call.T > 0 && call.heads > 0)
         head_attention_cuda<scalar_t>(
             call, workspace.queries(call, call.T, head_attention_rows<scalar_t>(call), stream), stream);
       launch_head_attention_backward(call, workspace, stream);
     });
   });
-  return {dq, dk, dv};
+  return d;
+}
+
+// ---- on a CPU ----
+
+// q contiguous, the caches with adjacent last dimensions.
+struct Rows {
+  Tensor q, k, v;
+};
+Rows rows_of(const HeadAttentionDecode& a) {
+  return {torch::stable::contiguous(a.q), check_rows(a.op, "k_cache", a.k_cache, a.q),
+          check_rows(a.op, "v_cache", a.v_cache, a.q)};
+}
+
+Tensor forward_on_cpu(const HeadAttentionDecode& a) {
+  const AttentionPlan plan = make_plan(a);
+  const Rows rows = rows_of(a);
+  const Tensor out = zeros(a.q, {a.B(), a.T(), plan.H, plan.D});
+  dispatch_dtype(HeadAttentionTypes{}, a.op, a.q.scalar_type(), [&]<class scalar_t>() {
+    auto p = fill_params<scalar_t>(plan, rows.q, rows.k, rows.v);
+    p.out = mutable_data_of<scalar_t>(out);
+    run_decode(plan, p, a.q);
+  });
+  return out;
+}
+
+AttentionGradients backward_on_cpu(const HeadAttentionDecode& a, const Tensor& dout_,
+                                   const AttentionWanted& wanted) {
+  const AttentionPlan plan = make_plan(a);
+  const Tensor& q = a.q;
+  const int64_t page = a.k_cache.size(1), key = plan.G * plan.D;
+  check_like(a.op, "dout", dout_, {a.B(), a.T(), plan.H, plan.D}, q.scalar_type(), q.device());
+  const Rows rows = rows_of(a);
+  const Tensor dout = torch::stable::contiguous(dout_), delta = delta_for(q, plan);
+  const Tensor out = zeros(q, {a.B(), a.T(), plan.H, plan.D});
+  Tensor lse = empty(q, {a.B(), a.T(), plan.H}, wide_dtype(q));
+  torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+  // Keys' and values' are summed in the wider type: several sequences may add to one page.
+  AttentionGradients d = room_for(wanted, q, a.k_cache, wide_dtype(q));
+  dispatch_dtype(HeadAttentionTypes{}, a.op, q.scalar_type(), [&]<class scalar_t>() {
+    using acc_t = accumulate_t<scalar_t>;
+    HeadAttentionBackwardParams<scalar_t, acc_t> p{};
+    p.forward = fill_params<scalar_t>(plan, rows.q, rows.k, rows.v);
+    p.forward.out = mutable_data_of<scalar_t>(out);
+    p.forward.lse = mutable_data_of<acc_t>(lse);
+    run_decode(plan, p.forward, q);
+    p.dout = data_of<scalar_t>(dout);
+    if (delta.numel() > 0) p.delta = mutable_data_of<acc_t>(delta);
+    if (wanted.q) p.dq = mutable_data_of<scalar_t>(d.q);
+    if (wanted.k) p.dk = {mutable_data_of<acc_t>(d.k), page * key, key, plan.D};
+    if (wanted.v) p.dv = {mutable_data_of<acc_t>(d.v), page * key, key, plan.D};
+    if (a.block_table && (p.dk.data || p.dv.data))
+      run_paged_backward(plan, p);
+    else
+      run_backward(plan, p);
+  });
+  return {d.q, torch::stable::to(d.k, q.scalar_type()), torch::stable::to(d.v, q.scalar_type())};
 }
 
 }  // namespace
@@ -232,21 +295,9 @@ Tensor head_attention_decode(const Tensor& q, const Tensor& k_cache, const Tenso
   constexpr auto op = "head_attention_decode";
   const NoGrad no_grad;
   check_dim(op, "q", q, 4);
-  if (runs_on_gpu(q))
-    return decode_on_gpu(
-        op, DeviceCall(op, q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start, scale),
-        q);
-  const AttentionPlan plan =
-      make_plan(op, q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start, scale);
-  const Tensor q_ = torch::stable::contiguous(q);
-  const Tensor k_ = check_rows(op, "k_cache", k_cache, q), v_ = check_rows(op, "v_cache", v_cache, q);
-  Tensor out = zeros(q, {q.size(0), q.size(1), plan.H, plan.D});
-  dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
-    auto p = fill_params<scalar_t>(plan, q_, k_, v_);
-    p.out = mutable_data_of<scalar_t>(out);
-    run_decode(plan, p, q);
-  });
-  return out;
+  const HeadAttentionDecode arguments{op,   q,      k_cache,     v_cache, seqlens, heads,
+                                      unit, extent, block_table, k_start, scale};
+  return runs_on_gpu(q) ? forward_on_gpu(arguments) : forward_on_cpu(arguments);
 }
 
 std::tuple<Tensor, Tensor, Tensor> head_attention_decode_backward(
@@ -256,44 +307,12 @@ std::tuple<Tensor, Tensor, Tensor> head_attention_decode_backward(
   constexpr auto op = "head_attention_decode_backward";
   const NoGrad no_grad;
   check_dim(op, "q", q, 4);
-  if (runs_on_gpu(q))
-    return decode_backward_on_gpu(
-        op, DeviceCall(op, q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start, scale),
-        dout, q, k_cache, v_cache, output_mask);
-  const AttentionPlan plan =
-      make_plan(op, q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start, scale);
-  const int64_t B = q.size(0), T = q.size(1), pages = k_cache.size(0), page = k_cache.size(1);
-  check_like(op, "dout", dout, {B, T, plan.H, plan.D}, q.scalar_type(), q.device());
-  const Tensor q_ = torch::stable::contiguous(q), dout_ = torch::stable::contiguous(dout);
-  const Tensor k_ = check_rows(op, "k_cache", k_cache, q), v_ = check_rows(op, "v_cache", v_cache, q);
-  const std::vector<int64_t> q_shape{B, T, plan.H, plan.D}, cache_shape{pages, page, plan.G, plan.D};
-  Tensor out = zeros(q, q_shape), lse = empty(q, {B, T, plan.H}, wide_dtype(q));
-  torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
-  const Tensor delta = delta_for(q, plan);
-  check_range(op, "output_mask", output_mask, 0, 7);
-  Tensor dq = wanted(q, output_mask, 0, q_shape);
-  // Summed in the wider type: several sequences may add to one page.
-  Tensor dk = wanted(k_cache, output_mask, 1, cache_shape, wide_dtype(q)),
-         dv = wanted(v_cache, output_mask, 2, cache_shape, wide_dtype(q));
-  dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
-    using acc_t = accumulate_t<scalar_t>;
-    HeadAttentionBackwardParams<scalar_t, acc_t> p{};
-    p.forward = fill_params<scalar_t>(plan, q_, k_, v_);
-    p.forward.out = mutable_data_of<scalar_t>(out);
-    p.forward.lse = mutable_data_of<acc_t>(lse);
-    run_decode(plan, p.forward, q);
-    p.dout = data_of<scalar_t>(dout_);
-    if (delta.numel() > 0) p.delta = mutable_data_of<accumulate_t<scalar_t>>(delta);
-    const int64_t key = plan.G * plan.D;
-    if (output_mask & 1) p.dq = mutable_data_of<scalar_t>(dq);
-    if (output_mask & 2) p.dk = {mutable_data_of<acc_t>(dk), page * key, key, plan.D};
-    if (output_mask & 4) p.dv = {mutable_data_of<acc_t>(dv), page * key, key, plan.D};
-    if (block_table && (p.dk.data || p.dv.data))
-      run_paged_backward(plan, p);
-    else
-      run_backward(plan, p);
-  });
-  return {dq, torch::stable::to(dk, q.scalar_type()), torch::stable::to(dv, q.scalar_type())};
+  const HeadAttentionDecode arguments{op,   q,      k_cache,     v_cache, seqlens, heads,
+                                      unit, extent, block_table, k_start, scale};
+  const AttentionWanted wanted = attention_wanted(op, output_mask);
+  const AttentionGradients d =
+      runs_on_gpu(q) ? backward_on_gpu(arguments, dout, wanted) : backward_on_cpu(arguments, dout, wanted);
+  return {d.q, d.k, d.v};
 }
 
 }  // namespace flextron

@@ -31,7 +31,8 @@ struct PackedWeight {
   int64_t inputs() const { return panels.size(2); }
 };
 
-inline void check_rows(const char* op, const Tensor& x) {
+// The inputs of a layer in panels.
+inline void check_inputs(const char* op, const Tensor& x) {
   check_dim(op, "x", x, 2);
   const ScalarType dtype = x.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half)

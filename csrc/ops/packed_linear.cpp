@@ -14,7 +14,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& panels, const OptionalTensor
                      const OptionalTensor& in_extent, const OptionalTensor& out_extent, int64_t in_blocks) {
   constexpr auto op = "packed_linear";
   const NoGrad guard;
-  check_rows(op, x);
+  check_inputs(op, x);
   const PackedWeight weight{panel_format(op, format.value), "panels", panels, "scales", scales};
   check_panels(op, weight, x);
   check_positive(op, "in_blocks", in_blocks);

@@ -18,7 +18,7 @@ Tensor packed_mlp(const Tensor& x, const Tensor& up_panels, const Tensor& down_p
                   const OptionalTensor& extent) {
   constexpr auto op = "packed_mlp";
   const NoGrad guard;
-  check_rows(op, x);
+  check_inputs(op, x);
   const PanelFormat stored = panel_format(op, format.value);
   const PackedWeight up_weight{stored, "up_panels", up_panels, "up_scales", up_scales};
   const PackedWeight down_weight{stored, "down_panels", down_panels, "down_scales", down_scales};

@@ -33,20 +33,21 @@ void check_weights(const Mlp& m) {
   check_range(m.op, "width", m.width, 0, F);
 }
 
-void read_gate(Mlp& m) {
+void read_mixture(Mlp& m) {
   if (!m.choices) fail(m.op, ": choices must be given with gate, got None");
   check_choices(m.op, *m.choices, m.width);
-  check_floating(m.op, "gate", *m.gate);
-  check_device(m.op, "gate", *m.gate, m.x.device());
+  check_floating(m.op, "gate", *m.mixture);
+  check_device(m.op, "gate", *m.mixture, m.x.device());
   const int64_t T = m.x.size(0), C = static_cast<int64_t>(m.choices->size());
-  if (m.gate->dim() != 2 || m.gate->size(1) != C || (m.gate->size(0) != 1 && m.gate->size(0) != T))
+  if (m.mixture->dim() != 2 || m.mixture->size(1) != C ||
+      (m.mixture->size(0) != 1 && m.mixture->size(0) != T))
     fail(m.op, ": gate must have shape [1, ", C, "] or [", T, ", ", C, "], got ",
-         shape_text(m.gate->sizes()));
+         shape_text(m.mixture->sizes()));
   if (runs_on_gpu(m.x) && C > kMaxChoices)
     fail(m.op, ": choices must have at most ", kMaxChoices, " entries on a GPU, got ", C);
   const bool wide = m.x.scalar_type() == ScalarType::Double;
-  m.gate =
-      torch::stable::contiguous(torch::stable::to(*m.gate, wide ? ScalarType::Double : ScalarType::Float));
+  m.mixture =
+      torch::stable::contiguous(torch::stable::to(*m.mixture, wide ? ScalarType::Double : ScalarType::Float));
   m.width = m.choices->back();
 }
 
@@ -54,9 +55,9 @@ void read_gate(Mlp& m) {
 
 Mlp read(Mlp m) {
   check_weights(m);
-  if (m.extent && m.gate) fail(m.op, ": extent must be None when gate is given, got both");
-  if (m.choices && !m.gate) fail(m.op, ": choices must be None without gate, got a list");
-  if (m.gate) read_gate(m);
+  if (m.extent && m.mixture) fail(m.op, ": extent must be None when gate is given, got both");
+  if (m.choices && !m.mixture) fail(m.op, ": choices must be None without gate, got a list");
+  if (m.mixture) read_mixture(m);
   if (!m.extent || !runs_on_gpu(m.x)) m.extents = read_extents(m.op, "extent", m.extent, m.x, m.width);
   return m;
 }
@@ -71,7 +72,7 @@ Wanted read_output_mask(const Mlp& m, int64_t output_mask) {
           .b_gate = has(4) && m.b_gate,
           .b_up = has(5) && m.b_up,
           .b_down = has(6) && m.b_down,
-          .gate = has(7) && m.gate};
+          .mixture = has(7) && m.mixture};
 }
 
 }  // namespace flextron::mlp

@@ -17,16 +17,16 @@ struct Mlp {
   OptionalTensor w_gate;
   Tensor w_up, w_down;  // plain; packed_mlp's panels
   OptionalTensor b_gate, b_up, b_down;
-  int64_t width;  // neurons that can be used: with a soft gate its largest choice
+  int64_t width;  // neurons that can be used: with a mixture its largest choice
   Activation activation;
   OptionalTensor extent;
-  OptionalTensor gate;                          // soft: [T, C] or [1, C], contiguous, accumulation dtype
-  std::optional<std::vector<int64_t>> choices;  // [C], with a soft gate alone
+  OptionalTensor mixture;  // the argument `gate`: [T, C] or [1, C], contiguous, accumulation dtype
+  std::optional<std::vector<int64_t>> choices;  // [C], with a mixture alone
 
   Extents extents = {};  // of the hidden neurons, where the host knows them
 
-  int64_t gate_choices() const { return gate ? gate->size(1) : 1; }
-  int64_t gate_stride() const { return gate && gate->size(0) > 1 ? gate->size(1) : 0; }
+  int64_t mixture_choices() const { return mixture ? mixture->size(1) : 1; }
+  int64_t mixture_stride() const { return mixture && mixture->size(0) > 1 ? mixture->size(1) : 0; }
 };
 
 // The arguments, checked, with all that follows from them.
@@ -42,14 +42,14 @@ struct Hidden {
 // Which gradients elastic_mlp_backward is asked for, and the gradients in the order of its results; one that
 // is not wanted is empty.
 struct Wanted {
-  bool x, w_gate, w_up, w_down, b_gate, b_up, b_down, gate;
+  bool x, w_gate, w_up, w_down, b_gate, b_up, b_down, mixture;
 
   // Whether there is more to do than to sum dy's rows.
-  bool beyond_b_down() const { return x || w_gate || w_up || w_down || b_gate || b_up || gate; }
+  bool beyond_b_down() const { return x || w_gate || w_up || w_down || b_gate || b_up || mixture; }
 };
 struct Gradients {
   Tensor x, w_gate, w_up, w_down, b_gate, b_up, b_down;
-  Tensor gate;  // of each token: [T, C], accumulation dtype
+  Tensor mixture;  // of each token: [T, C], accumulation dtype
 };
 
 Wanted read_output_mask(const Mlp& mlp, int64_t output_mask);

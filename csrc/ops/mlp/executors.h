@@ -15,7 +15,7 @@ Tensor forward_on_views(const Mlp& mlp);
 WithHidden forward_with_hidden_on_views(const Mlp& mlp);
 Gradients backward_on_views(const Mlp& mlp, const Tensor& dy, const Hidden& hidden, const Wanted& wanted);
 
-// The forward has no soft gate.
+// forward_on_panels takes no mixture of widths.
 Tensor forward_on_panels(const Mlp& mlp);
 WithHidden forward_with_hidden_on_panels(const Mlp& mlp);
 Gradients backward_on_panels(const Mlp& mlp, const Tensor& dy, const Hidden& hidden, const Wanted& wanted,

@@ -42,7 +42,7 @@ ElasticMlpHiddenParams<scalar_t> hidden_params(const Mlp& mlp, const Tensor& x, 
                                      .gate_stride = 0,
                                      .per_token = extents.per_token,
                                      .activation = mlp.activation};
-  set_gate(p, mlp);
+  set_mixture(p, mlp);
   return p;
 }
 
@@ -126,7 +126,7 @@ void launch_hidden_apart(const Mlp& mlp, const Tensor& x, const DeviceExtents& e
     launch_elastic_linear(up_params<scalar_t>(mlp, x, *mlp.w_gate, mlp.b_gate, extents, *hidden.g),
                           Executor::kTile, stream);
   const HiddenRows rows{
-      .g = hidden.g, .u = hidden.u, .h = h, .dg = {}, .du = {}, .dgate = {}, .row = 0, .d = mlp.width};
+      .g = hidden.g, .u = hidden.u, .h = h, .dg = {}, .du = {}, .dmixture = {}, .row = 0, .d = mlp.width};
   elastic_mlp_rows_cuda(rows_params<scalar_t>(mlp, extents, rows), stream);
 }
 
@@ -195,11 +195,14 @@ Gradients room_for(const Mlp& mlp, const Wanted& wanted) {
   const auto room = [&](bool is_wanted, const std::vector<int64_t>& shape) {
     return empty(mlp.x, is_wanted ? shape : std::vector<int64_t>{0});
   };
-  return {
-      room(wanted.x, {T, K}),    room(wanted.w_gate, {F, K}),
-      room(wanted.w_up, {F, K}), room(wanted.w_down, {N, F}),
-      room(wanted.b_gate, {F}),  room(wanted.b_up, {F}),
-      room(wanted.b_down, {N}),  wanted.gate ? empty(*mlp.gate, {T, mlp.gate_choices()}) : empty(mlp.x, {0})};
+  return {room(wanted.x, {T, K}),
+          room(wanted.w_gate, {F, K}),
+          room(wanted.w_up, {F, K}),
+          room(wanted.w_down, {N, F}),
+          room(wanted.b_gate, {F}),
+          room(wanted.b_up, {F}),
+          room(wanted.b_down, {N}),
+          wanted.mixture ? empty(*mlp.mixture, {T, mlp.mixture_choices()}) : empty(mlp.x, {0})};
 }
 
 template <class scalar_t>
@@ -280,7 +283,7 @@ Gradients backward_on_gpu(const Mlp& arguments, const Tensor& dy_rows, const Hid
                         .h = empty(x, shape),
                         .dg = mlp.w_gate ? OptionalTensor(empty(x, shape)) : std::nullopt,
                         .du = empty(x, shape),
-                        .dgate = wanted.gate ? OptionalTensor(d.gate) : std::nullopt,
+                        .dmixture = wanted.mixture ? OptionalTensor(d.mixture) : std::nullopt,
                         .row = 0,
                         .d = mlp.width};
   dispatch_dtype(FloatingTypes{}, mlp.op, x.scalar_type(), [&]<class scalar_t>() {

@@ -11,7 +11,7 @@ namespace {
 template <bool backward, class in_t, class out_t>
 void run_on_cpu(const Mlp& mlp, const HiddenRows& rows) {
   using real = accumulate_t<out_t>;
-  const int64_t C = mlp.gate_choices(), gate_stride = mlp.gate_stride();
+  const int64_t C = mlp.mixture_choices(), gate_stride = mlp.mixture_stride();
   const ElasticMlpParams<in_t, out_t> p{
       .g = data_or_null<in_t>(rows.g),
       .u = data_of<in_t>(rows.u),
@@ -19,9 +19,9 @@ void run_on_cpu(const Mlp& mlp, const HiddenRows& rows) {
       .h = mutable_data_of<out_t>(rows.h),
       .dg = mutable_or_null<out_t>(rows.dg),
       .du = mutable_or_null<out_t>(rows.du),
-      .gate = mlp.gate ? data_of<real>(*mlp.gate) + rows.row * gate_stride : nullptr,
-      .dgate = rows.dgate ? mutable_data_of<real>(*rows.dgate) + rows.row * C : nullptr,
-      .choices = mlp.gate ? mlp.choices->data() : &rows.d,
+      .gate = mlp.mixture ? data_of<real>(*mlp.mixture) + rows.row * gate_stride : nullptr,
+      .dgate = rows.dmixture ? mutable_data_of<real>(*rows.dmixture) + rows.row * C : nullptr,
+      .choices = mlp.mixture ? mlp.choices->data() : &rows.d,
       .R = rows.u.size(0),
       .d = rows.d,
       .C = C,
@@ -83,19 +83,19 @@ void activate_into(const Tensor& to, const Mlp& mlp, const Hidden& hidden) {
                      .h = part_of(to, step),
                      .dg = {},
                      .du = {},
-                     .dgate = {},
+                     .dmixture = {},
                      .row = step.begin,
                      .d = step.extent});
 }
 
 void differentiate_step(const Mlp& mlp, const HiddenGradient& gradient, const Hidden& hidden,
-                        const Step& step, const OptionalTensor& dgate) {
+                        const Step& step, const OptionalTensor& dmixture) {
   run<true>(mlp, {.g = part_of(hidden.g, step),
                   .u = part_of(hidden.u, step),
                   .h = part_of(gradient.scaled, step),
                   .dg = part_of(gradient.dg, step),
                   .du = part_of(gradient.du, step),
-                  .dgate = dgate,
+                  .dmixture = dmixture,
                   .row = step.begin,
                   .d = step.extent});
 }

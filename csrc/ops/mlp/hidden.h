@@ -1,4 +1,4 @@
-// What lies between an MLP's GEMMs: activation, product, soft gate, and their gradients (formula in
+// What lies between an MLP's GEMMs: activation, product, mixture of widths, and their gradients (formula in
 // csrc/kernels/elastic_mlp.h), and the gradients that follow from the hidden layer's by the vendor's GEMM.
 #pragma once
 
@@ -7,11 +7,11 @@
 
 namespace flextron::mlp {
 
-// Rows that share the extent d; `row` is the first one's place in a soft gate.
+// Rows that share the extent d; `row` is the first one's place in a mixture.
 struct HiddenRows {
   OptionalTensor g;
   Tensor u, h;  // h: s * h, where the backward finds its gradient
-  OptionalTensor dg, du, dgate;
+  OptionalTensor dg, du, dmixture;
   int64_t row, d;
 };
 
@@ -32,7 +32,7 @@ struct HiddenGradient {
 
 // A step's rows, from the gradient of s * h in gradient.scaled.
 void differentiate_step(const Mlp& mlp, const HiddenGradient& gradient, const Hidden& hidden,
-                        const Step& step, const OptionalTensor& dgate);
+                        const Step& step, const OptionalTensor& dmixture);
 
 // ---- gradients by the vendor's GEMM, column block by column block; zeros beyond the widest row ----
 

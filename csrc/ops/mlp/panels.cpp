@@ -10,7 +10,7 @@ int64_t extent_of(const Step& step) { return step.extent; }
 
 // du and dg are one behind the other.
 HiddenGradient hidden_gradient(const Mlp& mlp, const FloatRows& dy, const Hidden& hidden,
-                               const OptionalTensor& dgate) {
+                               const OptionalTensor& dmixture) {
   const Tensor &u = hidden.u, &w_down = mlp.w_down;
   const int64_t T = u.size(0), N = w_down.size(0), widest = mlp.extents.widest();
   const int64_t stride = padded_row(widest);
@@ -24,7 +24,7 @@ HiddenGradient hidden_gradient(const Mlp& mlp, const FloatRows& dy, const Hidden
   p.a_row = dy.stride;
   p.features = widest;
   run_gemm({p, gemm_schedule(steps, [&](const Step&) { return N; }, extent_of)});
-  for (const Step& step : steps) differentiate_step(mlp, gradient, hidden, step, dgate);
+  for (const Step& step : steps) differentiate_step(mlp, gradient, hidden, step, dmixture);
   return gradient;
 }
 
@@ -160,10 +160,11 @@ Gradients backward_on_panels(const Mlp& mlp, const Tensor& dy_rows, const Hidden
   Gradients d = no_gradients(mlp.x);
   if (wanted.b_down) d.b_down = output_bias_gradient(dy_rows);
   if (!wanted.beyond_b_down()) return d;
-  OptionalTensor dgate;
-  if (wanted.gate) d.gate = dgate.emplace(zeros(*mlp.gate, {mlp.x.size(0), mlp.gate_choices()}));
+  OptionalTensor dmixture;
+  if (wanted.mixture)
+    d.mixture = dmixture.emplace(zeros(*mlp.mixture, {mlp.x.size(0), mlp.mixture_choices()}));
   const FloatRows dy = float_rows(dy_rows, mlp.extents.order), x = float_rows(mlp.x, mlp.extents.order);
-  const HiddenGradient gradient = hidden_gradient(mlp, dy, hidden, dgate);
+  const HiddenGradient gradient = hidden_gradient(mlp, dy, hidden, dmixture);
   const bool own = weight_gradient == Executor::kPanels;
   const auto up_weight = [&](const Tensor& dhidden) {
     return own ? own_up_weight_gradient(mlp, dhidden, x)

@@ -15,13 +15,13 @@ scalar_t* mutable_or_null(const OptionalTensor& t) {
   return t ? mutable_data_of<scalar_t>(*t) : nullptr;
 }
 
-// The soft gate; one choice, the width, where there is none.
+// The mixture, the kernels' `gate`; one choice, the width, where there is none.
 template <class Params>
-void set_gate(Params& p, const Mlp& mlp) {
+void set_mixture(Params& p, const Mlp& mlp) {
   using real = std::remove_const_t<std::remove_pointer_t<decltype(p.gate)>>;
-  p.gate = data_or_null<real>(mlp.gate);
-  p.C = mlp.gate_choices();
-  p.gate_stride = mlp.gate_stride();
+  p.gate = data_or_null<real>(mlp.mixture);
+  p.C = mlp.mixture_choices();
+  p.gate_stride = mlp.mixture_stride();
   p.choices[0] = mlp.width;
   if (mlp.choices) std::copy(mlp.choices->begin(), mlp.choices->end(), p.choices);
 }
@@ -37,7 +37,7 @@ ElasticMlpRowsParams<scalar_t> rows_params(const Mlp& mlp, const DeviceExtents& 
                                    .dg = mutable_or_null<scalar_t>(rows.dg),
                                    .du = mutable_or_null<scalar_t>(rows.du),
                                    .gate = nullptr,
-                                   .dgate = mutable_or_null<accumulate_t<scalar_t>>(rows.dgate),
+                                   .dgate = mutable_or_null<accumulate_t<scalar_t>>(rows.dmixture),
                                    .extent = extents.data(),
                                    .choices = {},
                                    .T = rows.u.size(0),
@@ -46,7 +46,7 @@ ElasticMlpRowsParams<scalar_t> rows_params(const Mlp& mlp, const DeviceExtents& 
                                    .gate_stride = 0,
                                    .per_token = extents.per_token,
                                    .activation = mlp.activation};
-  set_gate(p, mlp);
+  set_mixture(p, mlp);
   return p;
 }
 

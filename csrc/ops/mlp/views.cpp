@@ -26,19 +26,19 @@ void forward_step(const Mlp& mlp, const Step& step, const Tensor& x, const Tenso
     linear_into(u, x_tile, w_up, b_up);
     OptionalTensor g;
     if (w_gate) linear_into(g.emplace(empty(x, {end - begin, d})), x_tile, *w_gate, b_gate);
-    activate_rows(mlp, {.g = g, .u = u, .h = u, .dg = {}, .du = {}, .dgate = {}, .row = begin, .d = d});
+    activate_rows(mlp, {.g = g, .u = u, .h = u, .dg = {}, .du = {}, .dmixture = {}, .row = begin, .d = d});
     linear_into(rows(y, begin, end), u, w_down, mlp.b_down);
   }
 }
 
 HiddenGradient hidden_gradient(const Mlp& mlp, const Tensor& dy, const Hidden& hidden,
-                               const OptionalTensor& dgate) {
+                               const OptionalTensor& dmixture) {
   const auto room = [&] { return torch::stable::empty_like(hidden.u); };
   const HiddenGradient gradient{room(), room(), hidden.g ? OptionalTensor(room()) : std::nullopt};
   for (const Step& step : mlp.extents.stairs.steps) {
     matmul_into(columns(rows(gradient.scaled, step.begin, step.end), 0, step.extent),
                 rows(dy, step.begin, step.end), columns(mlp.w_down, 0, step.extent));
-    differentiate_step(mlp, gradient, hidden, step, dgate);
+    differentiate_step(mlp, gradient, hidden, step, dmixture);
   }
   return gradient;
 }
@@ -99,10 +99,11 @@ Gradients backward_on_views(const Mlp& mlp, const Tensor& dy_rows, const Hidden&
   Gradients d = no_gradients(mlp.x);
   if (wanted.b_down) d.b_down = output_bias_gradient(dy_rows);
   if (!wanted.beyond_b_down()) return d;
-  OptionalTensor dgate;
-  if (wanted.gate) d.gate = dgate.emplace(zeros(*mlp.gate, {mlp.x.size(0), mlp.gate_choices()}));
+  OptionalTensor dmixture;
+  if (wanted.mixture)
+    d.mixture = dmixture.emplace(zeros(*mlp.mixture, {mlp.x.size(0), mlp.mixture_choices()}));
   const Tensor dy = gather_rows(dy_rows, mlp.extents.order), x = gather_rows(mlp.x, mlp.extents.order);
-  const HiddenGradient gradient = hidden_gradient(mlp, dy, hidden, dgate);
+  const HiddenGradient gradient = hidden_gradient(mlp, dy, hidden, dmixture);
   if (wanted.x) d.x = input_gradient(mlp, gradient);
   if (wanted.w_gate) d.w_gate = up_weight_gradient(mlp, *gradient.dg, x);
   if (wanted.w_up) d.w_up = up_weight_gradient(mlp, gradient.du, x);
