@@ -16,10 +16,8 @@ from flextron.recipes import TuneConfig
 from flextron.routing.learning import Fraction, latency_miss, learning_policy, mean_choices
 from flextron.training.loop import Progress, Run, TrainReport, check_model, check_teacher, run_to_the_end
 
-_SHARPNESS = (
-    0.3,
-    3.0,
-)  # temperature and scale of logits: sharper than where a router starts to learn, not decided
+# temperature and scale of the logits: sharper than at the start of a router's training, but not decided
+_SHARPNESS = (0.3, 3.0)
 
 
 def tune(

@@ -186,12 +186,8 @@ def clean(directory: Path, *, unfinished: bool = False, dry_run: bool = False) -
     Raises:
         ValueError: the run is not finished, and ``unfinished`` is False.
     """
-    patterns = (
-        "step-*.json",
-        "step-*.safetensors",
-        TEACHER_FILE,
-        ".*.tmp",
-    )  # the JSON files first: see `_keep`
+    # the JSON files first: see `_keep`
+    patterns = ("step-*.json", "step-*.safetensors", TEACHER_FILE, ".*.tmp")
     found = [path for pattern in patterns for path in sorted(directory.glob(pattern))]
     if not found:
         return []
