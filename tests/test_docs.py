@@ -285,3 +285,11 @@ def is_in(listing, text):
 def test_a_planted_listing_is_not_in_the_code():
     assert is_in("a = 1\n    b = 2\n", "x\n  a = 1\n  b = 2\n")
     assert not is_in("a = 1\nb = 3\n", "a = 1\nb = 2\n")
+
+
+def test_the_page_of_commands_is_the_parsers():
+    page = text_of("docs/cli.md")
+    assert page.split(cli_page.MARK)[1] == f"\n{cli_page.made()}", "run python tests/cli_page.py --update"
+    assert set(cli_page.commands()) == {
+        name for name in re.findall(r"^\| `flextron (\w+)", page, re.MULTILINE)
+    }
