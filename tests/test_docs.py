@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cli_page
 import pytest
+import test_layering
 
 from flextron.cli.discovery import commands
 from flextron.cli.parser import parser_of
@@ -261,6 +262,14 @@ def test_the_table_of_environment_variables_is_whole():
     listed = re.findall(r"^\| `(FLEXTRON_\w+)`", text_of("CONTRIBUTING.md"), re.MULTILINE)
     assert len(listed) == len(set(listed))
     assert set(listed) == variables_read()
+
+
+def test_the_table_of_folders_names_every_layer():
+    table = text_of("CONTRIBUTING.md").split("| folder |")[1].split("\n\n")[0]
+    named = {name for row in table.splitlines() for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
+    layers = {f"csrc/{layer}" for layer in test_layering.CSRC} | set(test_layering.PYTHON)
+    assert layers - {"flextron.__main__"} <= named
+    assert named <= layers | {"tests", "python/benchmarks"}
 
 
 def test_the_worked_example_is_the_code():
