@@ -19,8 +19,8 @@ namespace flextron {
 enum class Activation : int64_t { kRelu, kRelu2, kGelu, kGeluTanh, kSilu };
 using Activations = IntList<0, 1, 2, 3, 4>;
 
-// act(x) and act'(x) on a GPU; on a CPU they are in vector_activation.h. Where |x| is kFlatActivation both
-// have reached their limits: beyond it they are taken there, for infinity times 0 is NaN. NaN stays NaN.
+// act(x) and act'(x) on a GPU; the CPU's are in vector_activation.h. At |x| = kFlatActivation both have
+// reached their limits. Beyond it they are evaluated there, since infinity times 0 is NaN. NaN stays NaN.
 constexpr double kFlatActivation = 1e4;
 template <class real>
 FLEXTRON_HD real low_enough(real x) {
@@ -65,8 +65,8 @@ FLEXTRON_HD real activate_derivative(real x) {
   }
 }
 
-// The same where one kernel serves every activation: a branch that all threads take together, beside a whole
-// dot product.
+// The same in a kernel that serves every activation. All threads take the same branch, and it is cheap beside
+// a whole dot product.
 #define FLEXTRON_ACTIVATE(function)              \
   switch (activation) {                          \
     case Activation::kRelu:                      \
@@ -92,7 +92,7 @@ FLEXTRON_HD real activate_derivative(Activation activation, real x) {
 
 // ---- GPUs: the hidden neurons in one kernel, GEMMs included; y = h w_down^T is elastic_linear's ----
 
-constexpr int kMaxChoices = 32;  // of a soft gate: they travel by value
+constexpr int kMaxChoices = 32;  // choices of a soft gate, which are passed by value
 
 template <class scalar_t>
 struct ElasticMlpHiddenParams {
@@ -122,12 +122,12 @@ FLEXTRON_HD accumulate_t<scalar_t> gate_scale(const ElasticMlpHiddenParams<scala
   return scale;
 }
 
-// Any GPU of sm_80 and up, any address and stride; bf16, fp16. Rows are sorted where each has its own extent;
-// tiles of h that no row needs are left as they are.
+// Any GPU from sm_80 up, any address and stride; bf16, fp16. Rows with extents of their own are sorted. Tiles
+// of h that no row needs are left as they are.
 template <class scalar_t>
 void elastic_mlp_hidden_cuda(const ElasticMlpHiddenParams<scalar_t>& p, CUstream_st* stream);
 
-// Up to kDecodeTokens tokens, in any order; bf16, fp16; any GPU of sm_80 and up. All of h is written.
+// Up to kDecodeTokens tokens, in any order; bf16, fp16; any GPU from sm_80 up. All of h is written.
 template <class scalar_t>
 void elastic_mlp_decode_cuda(const ElasticMlpHiddenParams<scalar_t>& p, CUstream_st* stream);
 
@@ -144,10 +144,10 @@ bool elastic_mlp_decode_fits_sm90(const ElasticMlpHiddenParams<scalar_t>& p);
 template <class scalar_t>
 void elastic_mlp_decode_sm90(const ElasticMlpHiddenParams<scalar_t>& p, CUstream_st* stream);
 
-// What lies between GEMMs that are kernels of their own, or the vendor's: the backward of every dtype, the
-// forward of float and double, with the vendor's, or where u and g are kept for the backward. Matrices are
-// [T, width], contiguous; of each row what its extent reaches is read and written. A result may lie where
-// its operands do.
+// What lies between GEMMs that are launches of their own, ours or cuBLAS's: in the backward of every dtype;
+// and in the forward with float or double, with cuBLAS, or if u and g are kept for the backward. Matrices are
+// [T, width], contiguous. Each row is read and written as far as its extent. A result may lie where its
+// operands do.
 template <class scalar_t>
 struct ElasticMlpRowsParams {
   const scalar_t* g;                   // before the activation; null in a plain MLP

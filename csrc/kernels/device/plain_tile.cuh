@@ -3,8 +3,8 @@
 //
 // A thread owns four rows by four columns, two neighbours and the two 32 further. Stages of 16 go through
 // shared memory one at a time, the depth outermost. Each is summed apart and then added: at a depth of 4096
-// the error in float is 1.15 times the vendor's on the CPU, and 4.4 times when every product is added to the
-// one before.
+// the error in float is 1.15 times MKL's on the CPU, and 4.4 times when every product is added to the one
+// before.
 #pragma once
 
 #include <cmath>
