@@ -41,7 +41,7 @@ torch.set_num_threads(1)  # so that what makes the inputs shares nothing
 SMALL = """
 calls = [linear(8, 128), mlp(8, 128), packed_mlp(8, 128), decode(1000)]
 for case in CASES:
-    op, inputs = getattr(ops, case.name), next(iter(case.inputs("cpu", torch.float32)))
+    op, inputs = case.wrapper, next(iter(case.inputs("cpu", torch.float32)))
     calls.append(lambda op=op, inputs=inputs: op(**inputs))
 logits = torch.zeros(1000, 3)
 calls.append(lambda: ops.route(logits, seed=1))
