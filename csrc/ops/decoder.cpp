@@ -43,12 +43,13 @@ std::tuple<Tensor, Tensor> decoder_step(const Tensor& ids, const Tensor& cos, co
   const Model& model = mine->model;
   const Tokens tokens(model, ids, keep);
   const bool has_router = router.has_value();
-  const Call call{.tokens = tokens,
-                  .rotary = Rotary(model, tokens, cos, sin),
-                  .router = read_router(model, tokens, router, mlp_choices, head_choices),
-                  .neurons = read_extents("widths", widths, model, tokens, model.shape.F, has_router),
-                  .heads = read_extents("heads", heads, model, tokens, model.shape.most_heads(), has_router),
-                  .cache = {keys, values, cached, kv_heads, k_start}};
+  const Call call{
+      .tokens = tokens,
+      .rotary = Rotary(model, tokens, cos, sin),
+      .router = read_router(model, tokens, router, mlp_choices, head_choices),
+      .neurons = read_layer_extents("widths", widths, model, tokens, model.shape.F, has_router),
+      .heads = read_layer_extents("heads", heads, model, tokens, model.shape.most_heads(), has_router),
+      .cache = {keys, values, cached, kv_heads, k_start}};
   check_cache(model, call);
   Answer answer(model, tokens);
   if (tokens.rows() > 0) mine->pass->run(call, answer);

@@ -114,8 +114,8 @@ std::optional<Router> read_router(const Model& model, const Tokens& tokens,
                 .rows_each = tokens.B / requests * tokens.T};
 }
 
-Extents read_extents(const char* name, const std::vector<int64_t>& values, const Model& model,
-                     const Tokens& tokens, int64_t most, bool has_router) {
+LayerExtents read_layer_extents(const char* name, const std::vector<int64_t>& values, const Model& model,
+                                const Tokens& tokens, int64_t most, bool has_router) {
   const int64_t layers = model.shape.layers, size = static_cast<int64_t>(values.size());
   const int64_t each = layers == 0 ? 0 : size / layers;
   if (has_router && size > 0) fail(kStep, ": ", name, " must have no entries with a router, got ", size);

@@ -44,15 +44,15 @@ std::optional<Router> read_router(const Model& model, const Tokens& tokens,
 
 // What each layer uses of one axis: `each` extents a layer, one for all sequences or one for each sequence.
 // None where a router chooses.
-struct Extents {
+struct LayerExtents {
   const std::vector<int64_t>& values;
   int64_t each;
 
   const int64_t* of(int64_t layer) const { return values.data() + layer * each; }
   int64_t most(int64_t layer) const { return each == 0 ? 0 : *std::max_element(of(layer), of(layer) + each); }
 };
-Extents read_extents(const char* name, const std::vector<int64_t>& values, const Model& model,
-                     const Tokens& tokens, int64_t most, bool has_router);
+LayerExtents read_layer_extents(const char* name, const std::vector<int64_t>& values, const Model& model,
+                                const Tokens& tokens, int64_t most, bool has_router);
 
 // Keys and values of each layer, [B, room, at least stored, D], the first `cached` tokens valid.
 struct Cache {
@@ -66,7 +66,7 @@ struct Call {
   Tokens tokens;
   Rotary rotary;
   std::optional<Router> router;
-  Extents neurons, heads;
+  LayerExtents neurons, heads;
   Cache cache;
 };
 

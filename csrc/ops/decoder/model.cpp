@@ -72,7 +72,7 @@ class Reader {
  public:
   Reader(const Model& model, int64_t layer) : model_(model), layer_(layer) {}
 
-  // A vector; null where it is not given, which only `needed` ones must be.
+  // A vector; null where it is not given (Weights has seen to those that are needed).
   const Tensor* vector(const std::string& name, int64_t size) const {
     const Tensor* const t = model_.weights.find(name, layer_);
     if (!t) return nullptr;

@@ -61,7 +61,7 @@ struct HeadRows {
   int64_t heads, stride_b, stride_t, stride_h;
 };
 
-// One call. Members named as in the formula hold its rows, one for each token.
+// One call: its rows, and the layers' kernels one after the other.
 template <class scalar_t>
 class Run {
  public:
@@ -77,7 +77,8 @@ class Run {
         hidden_row_(padded_row(s_.F)),
         query_row_(s_.H * s_.D),
         longest_bias_(std::max({s_.F, query_row_, s_.K})),
-        out_(empty(*model.embedding, {rows_, query_row_})),  // what is not active is moved along, never used
+        out_(empty(*model.embedding,
+                   {rows_, query_row_})),  // heads that a row does not use are copied, never read
         q_(empty(*model.embedding, {rows_, query_row_})),
         every_(flat_staircase(rows_, 0)),
         buffers_(*model.embedding, floats()) {
@@ -271,7 +272,7 @@ class Run {
     p.k = {data_of<scalar_t>(keys), keys.stride(0), keys.stride(1), keys.stride(2)};
     p.v = {data_of<scalar_t>(values), values.stride(0), values.stride(1), values.stride(2)};
     p.out = mutable_data_of<scalar_t>(out_);
-    // A sequence without a key may have no work, and so nobody who writes its rows.
+    // A sequence that sees no key may have no work item, and then nothing writes its rows.
     const auto is_blind = [&](int64_t start) { return start == call_.cache.cached + tokens_.T; };
     if (std::any_of(starts_.begin(), starts_.end(), is_blind)) {
       Tensor out = out_;

@@ -26,7 +26,7 @@ inline Used used_by_rows(std::vector<int64_t> extents, int64_t most) {
 }
 
 // Of a call without a router.
-inline Used used_in(const Extents& extents, int64_t layer, const Tokens& tokens, int64_t most) {
+inline Used used_in(const LayerExtents& extents, int64_t layer, const Tokens& tokens, int64_t most) {
   const int64_t* const values = extents.of(layer);
   if (extents.each == 1) return {flat_staircase(tokens.rows(), values[0]), {}};
   std::vector<int64_t> rows(tokens.rows());
