@@ -340,8 +340,8 @@ def wrong_below_full_width(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that is right at full width alone."""
     forward, mlp = ElasticMLP.forward, model.model.layers[1].mlp
 
-    def wrong(self: Any, x: Tensor, decision: Any = None) -> Tensor:
-        return forward(self, x, decision) * (1.01 if self is mlp and self.width < 40 else 1)
+    def wrong(self: Any, x: Tensor, *of_layer: Any) -> Tensor:
+        return forward(self, x, *of_layer) * (1.01 if self is mlp and self.width < 40 else 1)
 
     monkeypatch.setattr(ElasticMLP, "forward", wrong)
 

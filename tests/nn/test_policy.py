@@ -330,7 +330,7 @@ def test_soft_gates_mix_the_widths(unit):
     decision = learning(model, logits, hard=False)(x, 0)
     with torch.no_grad():
         mixed_heads = attention(x, embeddings, decision=decision.heads)[0]
-        mixed_mlp = mlp(x, decision.mlp)
+        mixed_mlp = mlp(x, decision=decision.mlp)
         exact_heads, exact_mlp = 0, 0
         for p, heads in zip(logits.heads.softmax(-1).T, c.head_choices, strict=True):
             model.set_widths(Widths(c.full().mlp, (heads,) * 3), "all")
@@ -352,7 +352,7 @@ def test_straight_through_takes_the_choice_and_learns_from_what_it_computed(unit
     embeddings = model.model.rotary_emb(x, torch.arange(6)[None])
     decision = learning(model, logits, hard=True)(x, 0)
     dy = torch.randn(2, 6, 72)
-    outputs = attention(x, embeddings, decision=decision.heads)[0], mlp(x, decision.mlp)
+    outputs = attention(x, embeddings, decision=decision.heads)[0], mlp(x, decision=decision.mlp)
     for axis, out in zip(("heads", "mlp"), outputs, strict=True):
         rows = getattr(logits, axis)
         (found,) = torch.autograd.grad((out * dy).sum(), rows)

@@ -13,7 +13,7 @@ from flextron.nn import masks
 from flextron.nn.cache import ElasticCache
 from flextron.nn.policy import AxisDecision
 from flextron.nn.projection import Projection, linear
-from flextron.nn.setting import Settings
+from flextron.nn.setting import Setting, Settings
 from flextron_ext import head_attention, head_attention_decode
 
 _DECODE_TOKENS = 8  # up to so many new tokens per sequence the decode op is faster
@@ -81,14 +81,16 @@ class ElasticAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         cache: ElasticCache | None = None,
+        setting: Setting | None = None,
         decision: AxisDecision | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states [B, T, K]; attention_mask in a form of `flextron.nn.masks`; the layer's decision on heads."""
+        """hidden_states [B, T, K]; attention_mask as in `flextron.nn.masks`; setting and decision from the layer."""
         c, D = self.elastic, self.elastic.head_dim
         B, T = hidden_states.shape[:2]
-        setting = self.settings.now()
-        decision = setting.required(decision, "ElasticAttention")
+        setting = setting or self.settings.now()
+        if decision is None:
+            decision = setting.by_width("ElasticAttention")
         heads = setting.widths.heads[self.layer_idx]
         # unit "query": blocks are the groups, and `per_block` query heads of each are kept
         blocks, per_block = (c.num_kv_heads, heads) if c.unit == "query" else (1, c.query_heads(heads))

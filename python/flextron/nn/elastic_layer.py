@@ -35,12 +35,17 @@ class ElasticDecoderLayer(Mixin, GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """hidden_states [B, T, K]; the other arguments are the attention's."""
         x = self.input_layernorm(hidden_states)
-        decision = self.settings.now().decide(x, self.layer_idx)
+        setting = self.settings.now()
+        decision = setting.decide(x, self.layer_idx)
         out, _ = self.self_attn(
-            hidden_states=x, attention_mask=attention_mask, decision=decision.heads, **kwargs
+            hidden_states=x,
+            attention_mask=attention_mask,
+            setting=setting,
+            decision=decision.heads,
+            **kwargs,
         )
         hidden_states = hidden_states + out
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), decision.mlp)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), setting, decision.mlp)
 
 
 def make_layer_elastic(

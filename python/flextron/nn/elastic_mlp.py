@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flextron.config import ElasticConfig
 from flextron.nn.policy import AxisDecision
 from flextron.nn.projection import PackedLinear, Projection, is_adapted, linear
-from flextron.nn.setting import Settings
+from flextron.nn.setting import Setting, Settings
 from flextron_ext import elastic_mlp, packed_mlp
 from flextron_ext.reference import ACTIVATIONS as FUNCTIONS
 
@@ -57,10 +57,13 @@ class ElasticMLP(nn.Module):
     def width(self) -> int:
         return self.settings.now().widths.mlp[self.layer_idx]
 
-    def forward(self, x: Tensor, decision: AxisDecision | None = None) -> Tensor:
-        """x [..., K]; the layer's decision on neurons."""
-        setting = self.settings.now()
-        decision = setting.required(decision, "ElasticMLP")
+    def forward(
+        self, x: Tensor, setting: Setting | None = None, decision: AxisDecision | None = None
+    ) -> Tensor:
+        """x [..., K]; setting and decision from the layer."""
+        setting = setting or self.settings.now()
+        if decision is None:
+            decision = setting.by_width("ElasticMLP")
         width = setting.widths.mlp[self.layer_idx]
         if decision.mixture is None:
             return self._run(x, width, decision.extent)

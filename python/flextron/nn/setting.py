@@ -57,10 +57,8 @@ class Setting:
             self.watched.append(Indices(*(cast(Tensor, axis.choice).view(x.shape[:2]) for axis in decision)))
         return decision
 
-    def required(self, decision: AxisDecision | None, part: str) -> AxisDecision:
-        """The decision that a layer handed to a part of it; a layer that hands none can only keep to the widths."""
-        if decision is not None:
-            return decision
+    def by_width(self, part: str) -> AxisDecision:
+        """The decision of a part whose layer hands it none, and which can therefore only keep to the widths."""
         if self.policy is not None:
             raise RuntimeError(
                 f"flextron: {part} must be called with a decision where requests or tokens have widths of their own, "
