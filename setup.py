@@ -1,8 +1,10 @@
 """Runs CMake and puts the binaries into flextron_ext/; every other fact is in pyproject.toml."""
 
+import filecmp
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -22,6 +24,17 @@ def find_torch() -> Path | None:
     spec = importlib.util.find_spec("torch")
     found = Path(spec.submodule_search_locations[0]) if spec else Path(sysconfig.get_path("platlib"), "torch")
     return found if (found / "include" / "torch" / "csrc" / "stable" / "ops.h").is_file() else None
+
+
+def kept_headers() -> Path:
+    """A copy of pybind11's headers in the kept folder: an isolated build has new ones each time, in another place."""
+    folder, kept = Path(pybind11.get_include()), BUILD / "pybind11"
+    for header in folder.rglob("*.h"):
+        copy = kept / header.relative_to(folder)
+        if not copy.is_file() or not filecmp.cmp(header, copy, shallow=False):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(header, copy)
+    return kept
 
 
 def cuda_archs() -> str:
@@ -51,7 +64,7 @@ class CMakeBuild(build_ext):
             raise SystemExit(
                 "flextron: torch 2.10 or newer must be installed first, got none or an older one"
             )
-        includes = [sysconfig.get_path("include"), pybind11.get_include()]
+        includes = [sysconfig.get_path("include"), str(kept_headers())]
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR) / "ninja",
