@@ -31,10 +31,10 @@ test: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 emulate: setup
-	PYTHON=$(BIN)/python bash tests/emulator/run.sh $(ARGS)
+	JOBS=$(JOBS) PYTHON=$(BIN)/python bash tests/emulator/run.sh $(ARGS)
 
 sanitize: setup
-	PYTHON=$(BIN)/python bash tests/emulator/run.sh --cpu
+	JOBS=$(JOBS) PYTHON=$(BIN)/python bash tests/emulator/run.sh --cpu
 
 bench: setup
 	$(BIN)/python python/benchmarks/bench_ops.py $(ARGS)

@@ -3,11 +3,11 @@
 # A part of it, for CI:             bash tests/emulator/run.sh --quick
 # The CPU's own kernels, sanitized: bash tests/emulator/run.sh --cpu          (make sanitize)
 #
-# The emulator's own tests; then for every op that has a csrc/kernels/<op>_cuda.cu, on the Hopper path (90) and the
-# portable one (80) side by side: its suite in thread order, and what depends on order under drawn and adversarial ones.
-# In thread order, what both paths launch alike goes over one of them. Unless quick, what depends on order runs once more
-# under AddressSanitizer and UndefinedBehaviorSanitizer. The CPU's: the ops' tests under both, on each instruction set's
-# loops; AVX-512's are compiled for AVX2.
+# For every op that has a csrc/kernels/<op>_cuda.cu, on the Hopper path (90) and the portable one (80): its suite in thread
+# order, and what depends on order under drawn and adversarial ones; and the emulator's own tests. In thread order, what
+# both paths launch alike goes over one of them. Unless quick, what depends on order runs once more under AddressSanitizer
+# and UndefinedBehaviorSanitizer. The CPU's: the ops' tests under both, on each instruction set's loops; AVX-512's are
+# compiled for AVX2.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -47,33 +47,48 @@ declare -A forward=(
   [80]="($ops)$rest and not ((test_head_attention_decode.py or head_attention_decode-float) and not float16)"
 )
 
-# check NAME ARGUMENTS: one run of pytest, one line.
+# check NAME SETTINGS -- ARGUMENTS: one run of pytest, one line.
 check() {
-  local log=${1//,/} begin=$SECONDS verdict=ok
+  local name=$1 settings=() begin=$SECONDS verdict=ok
+  local log=${name//,/}
   log="$out/${log// /-}.log"
-  LD_PRELOAD=${preload:-} "$python" -m pytest -p no:cacheprovider "${@:2}" >"$log" 2>&1 || verdict=FAILED
-  printf '%-32s %-6s %4d s  %s\n' "$1" $verdict $((SECONDS - begin)) \
+  shift
+  while [[ $1 != -- ]]; do settings+=("$1") && shift; done
+  shift
+  env LD_PRELOAD="$preload" "${settings[@]}" "$python" -m pytest -p no:cacheprovider "$@" >"$log" 2>&1 || verdict=FAILED
+  printf '%-32s %-6s %4d s  %s\n' "$name" $verdict $((SECONDS - begin)) \
     "$(grep -oE '[0-9]+ (failed|passed).*' "$log" | tail -n 1)"
   [[ $verdict == ok ]] && return
   grep -E '^(FAILED|ERROR)|AddressSanitizer:|runtime error:' "$log" | head -n 20
   echo "  all of it: $log"
-  wrong=1
+  return 1
 }
 
-# in_every_order ARCH: the seeds and orders of one path; the other path has other seeds.
+# JOBS checks run side by side (2 unless it says otherwise); as soon as one ends, the next begins.
+begin() {
+  if ((running == ${JOBS:-2})); then wait -n || failed=1; else running=$((running + 1)); fi
+  check "$@" &
+}
+finish() {
+  for (( ; running > 0; --running)); do wait -n || failed=1; done
+}
+
+# In thread order, then the seeds and orders, on both paths; each path has seeds of its own.
 in_every_order() {
-  local wrong=0 order seed first=1 drawn=
-  export FLEXTRON_ARCH=$1
-  [[ $1 == 90 ]] && check "emulator" tests/test_emulator.py
-  [[ $1 == 80 ]] && first=$((seeds + 1))
-  check "sm_$1 forward" "${files[@]}" -k "${forward[$1]}"
-  for ((seed = first; seed < first + seeds; ++seed)); do drawn+=" random:$seed"; done
-  for order in $adversaries; do drawn+=" $order:$first"; done
-  for order in $drawn; do
-    FLEXTRON_EMULATE_ORDER=${order%:*} FLEXTRON_EMULATE_SEED=${order#*:} \
-      check "sm_$1 ${order/:/, seed }" "${files[@]}" -k "$ordered"
+  local arch order seed
+  local -A first=([90]=1 [80]=$((seeds + 1)))
+  for arch in 90 80; do begin "sm_$arch forward" FLEXTRON_ARCH=$arch -- "${files[@]}" -k "${forward[$arch]}"; done
+  for order in $adversaries; do
+    for arch in 90 80; do in_order $arch $order ${first[$arch]}; done
   done
-  return $wrong
+  for ((seed = 0; seed < seeds; ++seed)); do
+    for arch in 90 80; do in_order $arch random $((first[$arch] + seed)); done
+  done
+  begin "emulator" FLEXTRON_ARCH=90 -- tests/test_emulator.py
+}
+in_order() {
+  begin "sm_$1 $2, seed $3" FLEXTRON_ARCH=$1 FLEXTRON_EMULATE_ORDER=$2 FLEXTRON_EMULATE_SEED=$3 -- \
+    "${files[@]}" -k "$ordered"
 }
 
 # Python was not linked with sanitizers, nor with the C++ library whose exceptions they watch. What it leaks is its own.
@@ -82,53 +97,34 @@ with_sanitizers() {
   export FLEXTRON_EMULATE_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0
 }
 
-# sanitized ARCH: once, under the sanitizers.
-sanitized() {
-  local wrong=0 preload
-  with_sanitizers
-  export FLEXTRON_ARCH=$1
-  [[ $1 == 90 ]] && check "sanitized emulator" tests/test_emulator.py
-  FLEXTRON_EMULATE_ORDER=random FLEXTRON_EMULATE_SEED=1 \
-    check "sanitized sm_$1 random, seed 1" "${files[@]}" -k "$ordered"
-  return $wrong
-}
-
-# sanitized_cpu ISA: the same of the loops of an instruction set.
-sanitized_cpu() {
-  local wrong=0 preload
-  with_sanitizers
-  export FLEXTRON_ISA=$1
-  check "sanitized $1" tests/test_ops.py tests/ops -k "not ($once or each_instruction_set)"
-  return $wrong
-}
-
-# at_once FUNCTION ARGUMENTS: the function of each argument, side by side.
-at_once() {
-  local failed=0 argument runs=()
-  for argument in "${@:2}"; do
-    "$1" "$argument" &
-    runs+=($!)
-  done
-  for argument in "${runs[@]}"; do wait "$argument" || failed=1; done
-  return $failed
-}
-
-failed=0
+failed=0 running=0 preload=
 if [[ $FLEXTRON_EMULATE == avx512 ]]; then
   echo "== building the ops with sanitizers"
   "$python" tests/emulator/build.py avx512 --sanitize || exit 1
-  at_once sanitized_cpu generic avx2 avx512 || { echo "== FAILED after $SECONDS s"; exit 1; }
+  with_sanitizers
+  for isa in generic avx2 avx512; do
+    begin "sanitized $isa" FLEXTRON_ISA=$isa -- tests/test_ops.py tests/ops -k "not ($once or each_instruction_set)"
+  done
+  finish
+  ((failed)) && { echo "== FAILED after $SECONDS s"; exit 1; }
   echo "== every CPU kernel passed, in $SECONDS s"
   exit
 fi
 echo "== building the ops with emulated kernels"
 "$python" tests/emulator/build.py || exit 1
 echo "== emulated: ${ops// or /, }"
-at_once in_every_order 90 80 || failed=1
+in_every_order
+finish
 if [[ $sanitized == yes ]]; then
   echo "== building them with sanitizers"
   "$python" tests/emulator/build.py --sanitize || exit 1
-  at_once sanitized 90 80 || failed=1
+  with_sanitizers
+  for arch in 90 80; do
+    begin "sanitized sm_$arch random, seed 1" FLEXTRON_ARCH=$arch FLEXTRON_EMULATE_ORDER=random \
+      FLEXTRON_EMULATE_SEED=1 -- "${files[@]}" -k "$ordered"
+  done
+  begin "sanitized emulator" FLEXTRON_ARCH=90 -- tests/test_emulator.py
+  finish
 fi
 ((failed)) && { echo "== FAILED after $SECONDS s"; exit 1; }
 echo "== every kernel passed, in $SECONDS s"
