@@ -1,5 +1,6 @@
 // head_attention's gradients on Hopper, bf16 and fp16, head sizes 64, 80, 96 and 128: delta with dq, and dk
-// with dv, a kernel each; the formula is head_attention_backward_cuda.cu's. Each sum has its order.
+// with dv, a kernel each; the formula is head_attention_backward_pairs.cuh's. Each sum has its order. Each
+// type is compiled in a file of its own.
 //
 //   kernel     own, kRows     what passes, kTileRows at a time     sums over what passes
 //   queries    q, dout        k, v                                 P dP, then dS times k
@@ -19,6 +20,8 @@
 // rows in the order of their extents, rows that see no key at all) are gathered, with zeros where no row is:
 // 0 x NaN is NaN. Where queries are in the order of their extents, all four warps of the keys' producer
 // gather, a quarter of each tile, and do not wait for it: the next tile is asked for first.
+#pragma once
+
 #include <algorithm>
 #include <cmath>
 
@@ -990,7 +993,5 @@ void head_attention_backward_sm90(const HeadAttentionBackwardCall<scalar_t>& cal
   template void head_attention_backward_sm90(const HeadAttentionBackwardCall<scalar_t>&,                 \
                                              const AttentionSchedule&, const AttentionSchedule&, float*, \
                                              CUstream_st*);
-FLEXTRON_HEAD_ATTENTION_BACKWARD_SM90(bf16)
-FLEXTRON_HEAD_ATTENTION_BACKWARD_SM90(fp16)
 
 }  // namespace flextron

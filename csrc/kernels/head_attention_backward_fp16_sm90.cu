@@ -1,0 +1,8 @@
+// head_attention's gradients on Hopper, fp16.
+#include "kernels/head_attention_backward_sm90.cuh"
+
+namespace flextron {
+
+FLEXTRON_HEAD_ATTENTION_BACKWARD_SM90(fp16)
+
+}  // namespace flextron

@@ -1,0 +1,8 @@
+// head_attention's gradient of queries by the tensor cores, fp16.
+#include "kernels/head_attention_backward_tiles.cuh"
+
+namespace flextron {
+
+FLEXTRON_HEAD_ATTENTION_BACKWARD_TILES(kQueries, fp16)
+
+}  // namespace flextron
