@@ -1,12 +1,12 @@
-// elastic_linear's gradients on Hopper, bf16 and fp16, by wgmma, fed and emptied by the copy engine
+// elastic_linear's gradients on Hopper, bf16 and fp16, by wgmma, with loads and stores by TMA
 // (device/pipeline_sm90.cuh). Nothing is transposed: the tensor cores take operands whose lines run along
 // their side.
 //
 //   dx = dy W          depth: a row tile's outputs, block after block, which end with its widest row's
 //   dweight = dy^T x   depth: the rows that reach the tile's first row and column, which are the first ones
 //
-// What an extent, or the end of a block of the weight, cuts off inside a stage the consumers overwrite with
-// zeros, in both operands: 0 x NaN is NaN.
+// If an extent or a block of the weight ends inside a stage, the consumers write zeros into the rest of it,
+// in both operands: 0 x NaN is NaN.
 #include "kernels/device/pipeline_sm90.cuh"
 #include "kernels/elastic_linear.h"
 #include "kernels/elastic_linear_tiles.h"

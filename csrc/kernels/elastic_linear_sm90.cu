@@ -1,10 +1,10 @@
-// elastic_linear on Hopper, bf16 and fp16: y = x W^T + bias by wgmma, fed and emptied by the copy engine
+// elastic_linear on Hopper, bf16 and fp16: y = x W^T + bias by wgmma, with loads and stores by TMA
 // (device/pipeline_sm90.cuh). Blocks walk over tiles of y in the order of elastic_linear_tiles.h.
 //
-// Extents are read here, by every role for itself: a tile that no row needs is neither loaded nor multiplied,
-// a row tile's features end with its widest row's. Features and rows outside the tensors are zeros by the
-// tensor maps; where an extent on the device ends inside what was loaded, the consumers write the zeros into
-// the stage, for both operands: 0 x NaN is NaN.
+// Producer and consumers each read the extents here. A tile that no row needs is neither loaded nor
+// multiplied, and the features of a row tile end with those of its widest row. The tensor maps give zeros for
+// features and rows outside the tensors. If an extent on the device ends inside a stage, the consumers write
+// zeros into the rest of the stage, for both operands: 0 x NaN is NaN.
 #include "kernels/device/pipeline_sm90.cuh"
 #include "kernels/elastic_linear.h"
 #include "kernels/elastic_linear_tiles.h"
@@ -18,7 +18,7 @@ using pipeline::kDepth;
 template <class scalar_t, int rows, int columns>
 using Shape = pipeline::Shape<scalar_t, rows, columns, 1>;
 
-// What the copy engine is told of x, the weight and y: blocks of in_features or out_features in rows.
+// The tensor maps of x, the weight and y: blocks of in_features or out_features in rows.
 template <class scalar_t>
 struct Operands : ElasticLinearParams<scalar_t> {
   TensorMap x_map, weight_map, y_map;

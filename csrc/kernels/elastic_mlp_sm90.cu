@@ -1,10 +1,10 @@
 // elastic_mlp's hidden neurons on Hopper, bf16 and fp16: h = s * act(x w_gate^T + b_gate) * (x w_up^T +
 // b_up), or s * act(x w_up^T + b_up), in one kernel (device/pipeline_sm90.cuh).
 //
-// Blocks walk over the tiles of h that some row needs (elastic_linear_tiles.h); the others stay as they are.
-// A consumer's part of B is as many rows of w_gate as of w_up behind them: a thread then holds both sums of a
-// neuron, and their product needs no one else. Neurons of a tile that a row does not use may be NaN until the
-// end: every neuron has a column of its own.
+// Blocks walk over the tiles of h that any row needs (elastic_linear_tiles.h); other tiles stay as they are.
+// A consumer's part of B is some rows of w_gate, and behind them as many of w_up: one thread then holds both
+// sums of a neuron and multiplies them by itself. Neurons of a tile that a row does not use may be NaN until
+// the end, since every neuron has a column of its own.
 #include "kernels/device/pipeline_sm90.cuh"
 #include "kernels/elastic_linear.h"
 #include "kernels/elastic_linear_tiles.h"

@@ -1,5 +1,5 @@
-// The gradients of head_attention on any GPU, float, double and 16-bit types of larger D; smaller ones go to
-// the tensor cores (head_attention_backward_pairs.cuh).
+// The gradients of head_attention on any GPU, for float, double and 16-bit types with a larger D. Smaller
+// heads go to the tensor cores (head_attention_backward_pairs.cuh).
 #include <cmath>
 
 #include "kernels/head_attention_backward_pairs.cuh"

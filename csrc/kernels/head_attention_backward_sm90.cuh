@@ -6,20 +6,21 @@
 //   queries    q, dout        k, v                                 P dP, then dS times k
 //   keys       k, v           q, dout of the heads that see them   dS times q, P times dout
 //
-// A block walks over the items of a schedule. The first warp is the producer: it brings an item's own pair,
-// two slots in turn, and the pairs of tiles that pass, through a ring of stages. The other two warpgroups are
-// the consumers, each with 64 of the own rows: scores and dP of a tile are own rows times the tile's by
-// wgmma, P and dS stay in registers and are the A of the products that follow, whose B is the tile again,
-// along its side. The queries' kernel passes over the keys twice, as delta must be whole before the first dS.
+// A block walks over the items of a schedule. The first warp is the producer: it loads the item's own pair,
+// in two slots that alternate, and the pairs of tiles that pass, through a ring of stages. The other two
+// warpgroups are the consumers, each with 64 of the own rows. Scores and dP of a tile are the own rows times
+// the tile's, by wgmma. P and dS stay in registers and are the A of the products that follow; their B is the
+// tile again, along its side. The queries' kernel passes over the keys twice, since delta must be complete
+// before the first dS.
 //
-// Gradients of keys are the sums of each head of their group, added in the order of the heads. Where there
-// are few blocks of keys and groups, a head is an item of its own, and a third kernel adds: who has all heads
-// of a group takes as long as they all do, and the other multiprocessors wait. The bits are the same.
+// The gradients of keys are sums over the heads of their group, added in the order of the heads. If there are
+// few blocks of keys and groups, each head is an item of its own and a third kernel adds them up: a block
+// that owns every head of a group would run last and leave the other SMs idle. The bits are the same.
 //
-// Tiles whose rows are neighbours, all there, come by the copy engine; the others (the last of a sequence,
-// rows in the order of their extents, rows that see no key at all) are gathered, with zeros where no row is:
-// 0 x NaN is NaN. Where queries are in the order of their extents, all four warps of the keys' producer
-// gather, a quarter of each tile, and do not wait for it: the next tile is asked for first.
+// Tiles whose rows are neighbours and all exist come by TMA. The others (the last tile of a sequence, rows in
+// the order of their extents, rows that see no key) are gathered, with zeros for rows that do not exist: 0 x
+// NaN is NaN. If queries are in the order of their extents, all four warps of the keys' producer gather, each
+// a quarter of a tile, and request the next tile before they wait for this one.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// head_attention on any GPU, float, double and heads above 128, by plain arithmetic; smaller ones of 16-bit
-// types go to the tensor cores (head_attention_items.cuh).
+// head_attention on any GPU by plain arithmetic, for float, double and head sizes above 128. Smaller heads of
+// 16-bit types go to the tensor cores (head_attention_items.cuh).
 #include <cmath>
 
 #include "kernels/head_attention_items.cuh"
@@ -9,9 +9,9 @@ namespace {
 
 using namespace attention;
 
-// 32 queries by 32 keys by 128 columns of the result; wider heads are as many items more, each with scores of
-// its own. A thread has two queries, with two keys' scores and eight columns; 16 neighbouring threads share
-// them.
+// 32 queries by 32 keys by 128 columns of the result. Wider heads make more items, each of which computes the
+// scores anew. A thread has two queries, the scores of two keys, and eight columns; 16 neighbouring threads
+// share the queries.
 constexpr int kPlainRows = 32, kPlainKeys = 32, kPlainColumns = 128, kPlainDepth = 16, kPlainThreads = 256;
 constexpr int kPlainEights = kPlainColumns / 32;
 

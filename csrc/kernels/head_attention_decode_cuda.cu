@@ -1,5 +1,5 @@
-// head_attention_decode on any GPU, float, double and 16-bit types of D above 128, and the sum of the chunks;
-// smaller heads go to the tensor cores (head_attention_decode_units.cuh).
+// head_attention_decode on any GPU for float, double and 16-bit types with D above 128, and the sum over
+// chunks. Smaller heads go to the tensor cores (head_attention_decode_units.cuh).
 #include <cmath>
 
 #include "kernels/device/copy.cuh"

@@ -36,8 +36,8 @@ using Tile = typename S::scalar_t[S::kPanels][rows][S::kPanel];
 
 __device__ __forceinline__ int lane_of() { return threadIdx.x % 32; }
 
-// Items of this block, in rounds that go over the grid forth and back: who has the longest of one round has
-// the shortest of the next.
+// The items of this block. Rounds go over the grid forth and back, so that the block with the longest item of
+// one round has the shortest of the next.
 __device__ __forceinline__ int64_t item_of(int64_t round) {
   return round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
 }

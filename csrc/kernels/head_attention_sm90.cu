@@ -1,15 +1,15 @@
 // head_attention on Hopper, bf16 and fp16, head sizes 64, 80, 96 and 128.
 //
-// Blocks walk over the schedule's items: kQueries queries of one head against all keys that one of them sees,
-// kKeys at a time from k_start on. Of the first warpgroup, one warp brings the queries of the item after, one
-// the keys and values, through rings of stages, and one clears the values behind a sequence's last key, which
-// are another's. The other two warpgroups are the consumers, each with 64 of the queries. They take turns:
-// while one computes its weights, the tensor cores work for the other. Within a consumer they work too: the
-// scores of a block are asked for before the sums of the block ahead, and the weights are computed during
-// these.
+// Blocks walk over the schedule's items. An item is kQueries queries of one head against all keys that any of
+// them sees, kKeys at a time from k_start on. In the first warpgroup, one warp loads the queries of the next
+// item and one loads keys and values, through rings of stages and by TMA where the rows are neighbours; a
+// third clears the values behind a sequence's last key, which belong to another sequence. The other two
+// warpgroups are the consumers, each with 64 of the queries. They take turns: while one computes its softmax
+// weights, the tensor cores work for the other. Within a consumer they overlap too: it issues the scores of a
+// block before the sums of the block ahead, and computes the weights during these.
 //
-// A row's result does not depend on the other rows: a block of which it sees nothing leaves its maximum, its
-// total and its sums as they are, and every sum has its order.
+// A row's result does not depend on other rows: a block of which it sees nothing leaves its maximum, its
+// total and its sums as they are, and every sum has a fixed order.
 #include <algorithm>
 #include <cmath>
 
