@@ -88,14 +88,14 @@ class Decoder:
     hold other weights than its own model's: there is none.
 
     Args:
-        weights: by name, in float32, bfloat16 or float16, all in the dtype of ``embedding`` except int8 panels and
-            scales, on the CPU. Of the model: embedding [vocabulary, K], contiguous, norm [K], head [vocabulary, K]. For
-            each layer, as a list: in_norm, mlp_norm [K]; q [H * D, K], k, v [G * D, K], o [K, H * D]; gate, up [F, K],
-            down [K, F]; where the model has them q_norm, k_norm [D] and a bias of each projection, q_bias to down_bias.
-            In a format of panels the head and the projections are those of `pack_linear` (q in one block per group with
-            unit "query"), up and gate together in ``up`` (`pack_mlp`), and formats with scales have head_scales,
-            q_scales to down_scales beside them.
-        shape: of the model.
+        weights: maps names to tensors on the CPU, in float32, bfloat16 or float16; all have the dtype of
+            ``embedding`` except int8 panels and scales. For the model: embedding [vocabulary, K], contiguous, norm
+            [K], head [vocabulary, K]. For each layer, as a list: in_norm, mlp_norm [K]; q [H * D, K], k, v [G * D,
+            K], o [K, H * D]; gate, up [F, K], down [K, F]; where the model has them q_norm, k_norm [D] and a bias of
+            each projection, q_bias to down_bias. In a format of panels the head and the projections are those of
+            `pack_linear` (q in one block per group with unit "query"), up and gate together in ``up`` (`pack_mlp`),
+            and formats with scales have head_scales, q_scales to down_scales beside them.
+        shape: the sizes and settings that all layers share.
     """
 
     def __init__(self, weights: Mapping[str, Tensor | Sequence[Tensor]], shape: DecoderShape) -> None:
@@ -148,10 +148,10 @@ class Decoder:
         Args:
             ids: [B, T] int64, each in [0, vocabulary).
             cos: [B or 1, T, R], R even and at most D: the table of the rotary embedding, in the dtype of the embedding.
-            sin: likewise.
-            keys: of each layer [B, room, G', D], room >= cached + T, in the dtype of the embedding: the cache. No two
-                elements share memory.
-            values: likewise.
+            sin: the other table of the rotary embedding, in the shape of ``cos``.
+            keys: the cache of each layer, [B, room, G', D] with room >= cached + T, in the dtype of the embedding. No
+                two elements share memory.
+            values: the values of the cache, laid out as ``keys``.
             cached: tokens that the cache holds already.
             step: what each layer uses.
             keep: how many of the last tokens of each sequence get logits.

@@ -43,7 +43,7 @@ def tune(
         model: elastic, with float32 weights.
         router: on the model's device; its last trained target is the full model.
         fraction: share of the full latency of choice probabilities: ``table.expected(*p) / table.full_ms``.
-        tokens, config, directory, teacher, resume, progress, validation, begun: as for `train`.
+        tokens, config, directory, teacher, resume, progress, validation, begun: what `train` takes.
     """
     check_model(model)
     check_teacher(model, teacher, config)

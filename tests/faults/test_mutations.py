@@ -47,10 +47,10 @@ class Reader:
     """A command and the files that it reads.
 
     Attributes:
-        folder: of the fixture.
+        folder: the folder of the fixture.
         files: patterns of those to damage.
         argv: the command; ``{}`` stands for the folder.
-        share: of the cases.
+        share: how large a part of the cases it gets.
         sure: files that a checksum covers: whatever happens to them must be told.
     """
 

@@ -28,7 +28,7 @@ def local(
     Args:
         source: a directory, or an id.
         revision: branch, tag or commit of an id.
-        cache_dir, token: as for ``huggingface_hub.snapshot_download``.
+        cache_dir, token: what ``huggingface_hub.snapshot_download`` takes.
 
     Raises:
         CheckpointError: neither is there.

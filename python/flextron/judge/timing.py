@@ -147,7 +147,7 @@ def compare(
 
     Args:
         reference: its name (for ``setup``) and callable.
-        candidates, rounds, min_seconds, setup, on_round: as for :func:`bench`.
+        candidates, rounds, min_seconds, setup, on_round: what :func:`bench` takes.
 
     Returns:
         The reference's Timing over all its samples, and name -> Comparison.

@@ -16,8 +16,9 @@ class Family:
 
     Attributes:
         qk_norm: each head's query and key pass an RMSNorm before the rotary embedding (``q_norm``, ``k_norm``).
-        qkv_bias, output_bias: name of the configuration flag, or a fixed bool.
-        mlp_bias: likewise.
+        qkv_bias: whether the projections q, k and v have a bias: a bool, or the name of the configuration's flag.
+        output_bias: the same for the output projection.
+        mlp_bias: the same for the three projections of the MLP.
     """
 
     qk_norm: bool = False

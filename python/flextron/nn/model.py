@@ -300,7 +300,7 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         """Choose sub-networks by exactly one budget, for the whole batch or, by a list, for each request of it.
 
         Args:
-            fraction: of the full model's measured latency, in (0, 1].
+            fraction: a share of the full model's measured latency, in (0, 1].
             latency_ms: milliseconds of one forward of the profiled phase.
             tokens_per_s: the same, as a rate.
             params: parameters of the sub-network; with ``kv="all"`` the key/value projections of all groups count.

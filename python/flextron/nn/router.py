@@ -66,7 +66,7 @@ class StaticRouter(nn.Module):
         head_choices: choices of an attention, C_heads.
         targets: trained targets, ascending in (0, 1]: fractions of the full model's latency.
         hidden: width of the hidden layer.
-        seed: of the initial weights.
+        seed: draws the initial weights.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class AdaptiveRouter(nn.Module):
         mlp_choices, head_choices: counts of choices.
         targets: trained targets, ascending in (0, 1].
         hidden: width of the hidden layer.
-        seed: of the initial weights.
+        seed: draws the initial weights.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ def load_stock(
     Args:
         who, what: begin the message: ``convert: parent``.
         source: the directory or id.
-        dtype: of the weights; ``"auto"``: what the configuration says, transformers' own default.
+        dtype: what the weights have in memory; ``"auto"`` takes what the configuration says, as transformers does.
         strip_prefix: taken off the beginning of every name in the files.
 
     Raises:
