@@ -31,7 +31,7 @@ PAGES = sorted(
 each_page = pytest.mark.parametrize("page", PAGES)
 
 LANGUAGES = {"bash", "text", "python", "cpp"}  # text: drawings, formulas and output
-PROGRAMS = ("flextron", "make", "python", "pytest", "bash", "pip", "git", "pre-commit")
+PROGRAMS = ("flextron", "make", "python", "pytest", "bash", "pip", "git", "pre-commit", "nvcc")
 
 # Why a command is not run here, though its arguments are parsed and its files are looked up; the first row that
 # matches. Commands that no row matches are run.
@@ -45,6 +45,7 @@ NOT_RUN = (
     (r"python python/benchmarks/\w+\.py\b", "tests/test_bench*.py run them on small shapes"),
     (r"bash tests/two_torches\.sh\b", "downloads gigabytes; .ci/run does where it is asked to"),
     (r"pre-commit install\b", "changes the clone"),
+    (r"nvcc\b", "needs CUDA's compiler; make resources runs it on every kernel"),
 )
 
 
@@ -96,7 +97,7 @@ def wrong_with(command):
         return wrong_with_make(rest)
     if program == "python" and rest[0].startswith("python/benchmarks/") and (wrong := wrong_with_bench(rest)):
         return wrong
-    paths = [word for word in words if re.fullmatch(r"[\w./-]+\.(py|sh)|tests(/\w+)*", word)]
+    paths = [word for word in words if re.fullmatch(r"[\w./-]+\.(py|sh|cu)|tests(/\w+)*", word)]
     missing = [path for path in paths if not (ROOT / path).exists()]
     if missing:
         return f"{missing[0]} must be a file"
@@ -190,6 +191,7 @@ def test_every_command_that_is_not_run_says_why():
         ("make test COLOUR=red", "COLOUR"),
         ("pytest tests/no_such_file.py", "must be a file"),
         ("bash tests/no_such.sh", "must be a file"),
+        ("nvcc -c csrc/kernels/no_such.cu", "must be a file"),
         ("FLEXTRON_NO_SUCH=1 pytest tests", "FLEXTRON_NO_SUCH"),
         ("python python/benchmarks/bench_ops.py --no-such-option", "arguments"),
         ("rm -rf /", "programs"),

@@ -26,6 +26,7 @@ WRONG = {
     "train d --foo": "arguments must be among those that --help lists, got --foo",
     "train d --s 3": "train: options must be written out as one of --steps, --seed, got --s",
     "train d --restart=3": "train: --restart must be given without a value, got",
+    "eval d --budgets=": "eval: --budgets must be numbers with commas between, got nothing",
     "eval d --budgets 1,x": "eval: --budgets must be numbers with commas between, got 1,x",
 }
 

@@ -35,9 +35,7 @@ def prefix_gate(x: Tensor, gate: Tensor, width: Tensor) -> Tensor:
 
 @common.register_fake("prefix_gate")
 def _shape(x, gate, width):
-    return x.new_empty(
-        x.shape
-    )  # not empty_like: the kernel's output is contiguous even where x is a transpose
+    return x.new_empty(x.shape)  # not empty_like: y is contiguous even where x is a transpose
 
 
 @common.register_fake("prefix_gate_backward")

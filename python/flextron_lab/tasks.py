@@ -71,7 +71,7 @@ def check(tasks: Sequence[str], data_dir: str | Path) -> None:
     for name in tasks:
         for file in TASKS[name].splits.values():
             if not (Path(data_dir) / file).is_file():
-                raise FileNotFoundError(f"eval: data-dir must hold {file} for {name}, got {data_dir}")
+                raise FileNotFoundError(f"eval: --data-dir must hold {file} for {name}, got {data_dir}")
 
 
 def load(name: str, data_dir: str | Path) -> list[Any]:

@@ -177,6 +177,8 @@ def test_budgets_are_those_of_the_dial() -> None:
         extract(model, 0.5, params=9000)
     with pytest.raises(ValueError, match=r"widths: mlp\[0\] must be one of"):
         extract(model, Widths((7, 10, 10), (1, 1, 1)))
+    with pytest.raises(TypeError, match="extract: model must be elastic, got LlamaForCausalLM"):
+        extract(small_model(), 1.0)
 
 
 def test_widths_of_several_requests_are_no_network() -> None:

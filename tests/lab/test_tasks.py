@@ -80,7 +80,7 @@ def test_mmlu_shows_five_examples_of_the_subject():
 def test_unknown_tasks_and_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"eval: tasks must be among arc_easy, .*, got boolq"):
         tasks.check(["piqa", "boolq"], tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"eval: data-dir must hold piqa_val\.jsonl\.gz for piqa"):
+    with pytest.raises(FileNotFoundError, match=r"eval: --data-dir must hold piqa_val\.jsonl\.gz for piqa"):
         tasks.check(["piqa"], tmp_path)
 
 

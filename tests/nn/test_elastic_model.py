@@ -269,6 +269,8 @@ def test_what_is_not_supported_is_refused():
         make_elastic(small_model(return_dict=False))
     with pytest.raises(NotImplementedError, match="activation must be one of"):
         make_elastic(small_model(hidden_act="tanh"))
+    with pytest.raises(TypeError, match="make_elastic: model must be a transformers causal LM, got Linear"):
+        make_elastic(torch.nn.Linear(2, 2))
     model = elastic()
     with pytest.raises(ValueError, match="must not be elastic already"):
         make_elastic(model)

@@ -60,8 +60,7 @@ class Planner:
         if phase not in self.tables:
             have = ", ".join(sorted(self.tables)) or "none"
             raise ValueError(
-                f"budget: phase must be one with a latency table, got {phase!r} (there: {have}); "
-                "run `flextron profile DIR` first"
+                f"budget: latency must have a table of phase {phase!r}, got {have}; run `flextron profile DIR` first"
             )
         return self.tables[phase]
 

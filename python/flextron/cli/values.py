@@ -50,11 +50,15 @@ def wholes(value: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in value.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between, got {value}") from None
+        raise argparse.ArgumentTypeError(
+            f"must be whole numbers with commas between, got {value or 'nothing'}"
+        ) from None
 
 
 def reals(value: str) -> tuple[float, ...]:
     try:
         return tuple(real(part) for part in value.split(","))
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"must be numbers with commas between, got {value}") from None
+        raise argparse.ArgumentTypeError(
+            f"must be numbers with commas between, got {value or 'nothing'}"
+        ) from None

@@ -523,6 +523,8 @@ def make_elastic(model: PreTrainedModel, config: ElasticConfig | None = None) ->
     """
     if isinstance(model, ElasticModel):
         raise ValueError("make_elastic: model must not be elastic already")
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"make_elastic: model must be a transformers causal LM, got {type(model).__name__}")
     family_of(model.config)
     hf = model.config
     own = (

@@ -63,6 +63,8 @@ def extract(
 
 def widths_of(model: Elastic, budget: Widths | float | None, units: dict[str, Any]) -> Widths:
     """The one static network that `extract` was asked for."""
+    if not hasattr(model, "layers_of"):
+        raise TypeError(f"extract: model must be elastic, got {type(model).__name__}")
     if isinstance(budget, Widths):
         model.elastic.check(budget)
         return budget
