@@ -29,7 +29,7 @@ def rows(parser: argparse.ArgumentParser) -> Iterator[str]:
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction) or action.dest == "json":
             continue  # every command's
-        name = action.option_strings[-1] if action.option_strings else action.dest
+        name = ", ".join(action.option_strings) or action.dest
         value = formatter._format_args(action, action.dest.upper()) if action.option_strings else ""
         meaning = formatter._expand_help(action) if action.help else ""
         cell = f"{name} {value}".strip().replace("|", "\\|")

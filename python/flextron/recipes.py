@@ -136,8 +136,9 @@ class TuneConfig(TrainConfig):
     router_rate: float = about(30.0, "the router's learning rate, as a multiple of the model's", least=0)
     gates: str = about(
         "hard",
-        "how a layer mixes its widths while the router learns: hard gates cost a token (static router: a sequence) "
-        "its own choice and pass gradients straight through; soft ones mix all widths and cost the widest",
+        "how a layer mixes its widths while the router learns: hard gates run each token (static router: each "
+        "sequence) at its own choice alone, with straight-through gradients; soft gates mix all widths, at the cost of "
+        "the widest",
         choices=GATES,
     )
     latency_weight: float = about(
@@ -221,8 +222,8 @@ class AdaptiveConfig:
     targets: tuple[float, ...] = about(_TARGETS, _TARGETS_ARE)
     gates: str = about(
         "soft",
-        "how a layer mixes its widths while the router learns: soft gates mix all widths and cost the widest; hard "
-        "ones cost each token its own choice and pass gradients straight through",
+        "how a layer mixes its widths while the router learns: soft gates mix all widths, at the cost of the widest; "
+        "hard gates run each token at its own choice alone, with straight-through gradients",
         choices=GATES,
     )
     steps: int = about(400, "steps that a router takes", positive=True)
