@@ -95,6 +95,12 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, cap
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_a_number_names_no_checkpoint():
+    for load, _ in LOADERS:
+        with pytest.raises(TypeError, match="directory must be a path or a hub id, got 3"):
+            load(3)
+
+
 def test_an_id_is_fetched_from_the_hub(stored, tmp_path, monkeypatch, capsys):
     """A snapshot of the hub's cache is a folder of links to files of other names."""
     asked = []

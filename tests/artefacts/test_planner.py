@@ -103,9 +103,16 @@ def test_a_budget_is_a_positive_number(value):
         PLANNER.resolve(value)
 
 
-def test_a_fraction_is_at_most_one():
+@pytest.mark.parametrize("planner", [PLANNER, Planner(CONFIG)])
+def test_a_fraction_is_at_most_one(planner):
     with pytest.raises(ValueError, match=r"fraction must be in \(0, 1\], got 1.5"):
-        PLANNER.resolve(1.5)
+        planner.resolve(1.5)
+
+
+@pytest.mark.parametrize("budget", [{"fraction": 0.5}, {"params": 1e9}, {"widths": CONFIG.smallest()}])
+def test_a_phase_is_one_of_two_whatever_the_budget(budget):
+    with pytest.raises(ValueError, match="budget: phase must be one of prefill, decode, got 'train'"):
+        PLANNER.resolve(**budget, phase="train")
 
 
 def test_without_a_table_the_user_is_told_what_to_run():

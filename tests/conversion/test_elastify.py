@@ -204,6 +204,10 @@ def test_generation_settings_are_kept(tmp_path: Path) -> None:
         ({"mlp_choices": (8, 16)}, "mlp_choices must ascend from at least 1 to 40"),
         ({"calibration": calibration(1)}, "at least 2 sequences"),
         ({"calibration": calibration() + 60}, "ids below 61"),
+        (
+            {"calibration": calibration(2, 257)},
+            "length must be at most the 256 positions of the parent, got 257",
+        ),
     ],
 )
 def test_bad_options_are_refused_and_nothing_written(

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from flextron.artefacts.ladder import Ladder, uniform_ladder
-from flextron.artefacts.latency_table import LatencyTable
+from flextron.artefacts.latency_table import PHASES, LatencyTable
 from flextron.config import ElasticConfig, Widths, count, number
 
 BUDGETS = ("fraction", "latency_ms", "tokens_per_s", "params", "memory_gb", "widths")
@@ -104,10 +104,11 @@ class Planner:
         """
         values = (fraction, latency_ms, tokens_per_s, params, memory_gb, widths)
         name, value = _only(BUDGETS, values)
+        _check_phase(phase)
         if widths is not None:
             self.config.check(widths)
             return widths
-        value = _positive(name, value)
+        value = _amount(name, value)
         batch, context = _workload(batch, context)
         if name == "params" and (batch is not None or context is not None):
             raise ValueError(
@@ -141,7 +142,8 @@ class Planner:
             ValueError: none or several budgets, or an impossible one: the message names the best possible.
         """
         name, value = _only(BUDGETS[:3], (fraction, latency_ms, tokens_per_s))
-        value = _positive(name, value)
+        _check_phase(phase)
+        value = _amount(name, value)
         batch, context = _workload(batch, context)
         limit = self._time_limit(name, value, phase, batch, context, adaptive=True)
         if limit.cost(self.config.smallest()) > limit.limit * (1 + 1e-9):
@@ -188,8 +190,6 @@ class Planner:
                     f"profile the model with the {what} you want"
                 )
         if name == "fraction":
-            if value > 1:
-                raise ValueError(f"budget: fraction must be in (0, 1], got {value:g}")
             return _Limit(fraction, value, _up, "at least", "fastest")
         if name == "latency_ms":
             return _Limit(predict, value, _up, "at least", "fastest")
@@ -207,7 +207,13 @@ def _only(names: Sequence[str], values: Sequence[Any]) -> tuple[str, Any]:
     return next(iter(given.items()))
 
 
-def _positive(name: str, value: Any) -> float:
+def _check_phase(phase: Any) -> None:
+    if phase not in PHASES:
+        raise ValueError(f"budget: phase must be one of {', '.join(PHASES)}, got {phase!r}")
+
+
+def _amount(name: str, value: Any) -> float:
+    """A budget's number; that of a fraction is at most 1."""
     fault = f"budget: {name} must be a positive number, got {value!r}"
     try:
         own = number(name, value)
@@ -215,6 +221,8 @@ def _positive(name: str, value: Any) -> float:
         raise ValueError(fault) from None
     if not math.isfinite(own) or own <= 0:
         raise ValueError(fault)
+    if name == "fraction" and own > 1:
+        raise ValueError(f"budget: fraction must be in (0, 1], got {own:g}")
     return own
 
 

@@ -33,7 +33,10 @@ def local(
     Raises:
         CheckpointError: neither is there.
         ValueError: a revision of a directory.
+        TypeError: a source that names nothing.
     """
+    if not isinstance(source, str | Path):
+        raise TypeError(f"directory must be a path or a hub id, got {source!r}")
     path = Path(source).expanduser()
     if path.exists():
         if revision is not None:

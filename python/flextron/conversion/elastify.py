@@ -102,6 +102,11 @@ def convert(
     with foreign("convert: parent", "a model that can be built", passed=(ValueError, NotImplementedError)):
         make_elastic(skeleton(copy.deepcopy(hf_config)), config)
     check_tokens("convert", calibration, config.vocab_size, sequences=2)
+    positions = getattr(hf_config, "max_position_embeddings", None) or calibration.shape[1]
+    if calibration.shape[1] > positions:
+        raise ValueError(
+            f"convert: length must be at most the {positions} positions of the parent, got {calibration.shape[1]}"
+        )
 
     held_out = min(_HELD_OUT, max(1, len(calibration) // 4))
     proof = calibration[-held_out:, :_HELD_OUT_TOKENS]
