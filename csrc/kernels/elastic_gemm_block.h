@@ -198,12 +198,6 @@ inline float sum_of(Vec<float> v) {
   return lane[0];
 }
 
-// A vector whose first n < kWide elements are there. Not inlined: a tile has dozens of these.
-template <class W>
-__attribute__((noinline)) void fill_up(float* to, const W* from, i64 n) {
-  for (i64 e = 0; e < kWide; ++e) to[e] = e < n ? widen(from[e]) : 0.0f;
-}
-
 // c[i][j] += dot product of row i of a and row j of w.
 template <int rows, int features, class W>
 void dot_tile(i64 K, const float* a, i64 a_row, const W* w, i64 stride, float* c) {
@@ -221,13 +215,13 @@ void dot_tile(i64 K, const float* a, i64 a_row, const W* w, i64 stride, float* c
       for (int i = 0; i < rows; ++i) sum[j][i] += load_loose<float>(a + i * a_row + k) * weight;
     }
   if (k < K) {  // the rest of a vector, filled up with zeros
-    float x[rows][kWide], y[kWide];
-    for (int i = 0; i < rows; ++i) fill_up(x[i], a + i * a_row + k, K - k);
-#pragma GCC unroll 8
+    float x[kWide], y[kWide];
     for (int j = 0; j < features; ++j) {
-      fill_up(y, w + j * stride + k, K - k);
-#pragma GCC unroll 16
-      for (int i = 0; i < rows; ++i) sum[j][i] += load_loose<float>(x[i]) * load_loose<float>(y);
+      for (i64 e = 0; e < kWide; ++e) y[e] = k + e < K ? widen(w[j * stride + k + e]) : 0.0f;
+      for (int i = 0; i < rows; ++i) {
+        for (i64 e = 0; e < kWide; ++e) x[e] = k + e < K ? a[i * a_row + k + e] : 0.0f;
+        sum[j][i] += load_loose<float>(x) * load_loose<float>(y);
+      }
     }
   }
 #pragma GCC unroll 8

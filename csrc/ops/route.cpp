@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, std::optional<int
                                   .seed = static_cast<uint64_t>(seed.value_or(0)),
                                   .noisy = seed.has_value()};
     const auto cpu = [&] {
-      constexpr int64_t kCost = 16, kNoisyCost = 256;  // of a logit: 1.2 ns, and 18 where noise is drawn
+      constexpr int64_t kCost = 2, kNoisyCost = 32;  // of a logit: 1.2 ns, and 18 where noise is drawn
       parallel_for(T, C * (p.noisy ? kNoisyCost : kCost),
                    [&](int64_t begin, int64_t end) { route_choices_cpu(p, begin, end); });
       route_order_cpu(p);

@@ -39,7 +39,7 @@ def new_threads(call):
 torch.set_num_threads(1)  # so that what makes the inputs shares nothing
 """
 SMALL = """
-calls = [linear(8, 128), mlp(8, 128), packed_mlp(8, 128), decode(1000)]
+calls = [linear(7, 128), mlp(2, 128), packed_mlp(2, 128), decode(200)]
 for case in CASES:
     op, inputs = case.wrapper, next(iter(case.inputs("cpu", torch.float32)))
     calls.append(lambda op=op, inputs=inputs: op(**inputs))
