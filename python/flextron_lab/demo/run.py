@@ -232,7 +232,10 @@ def _run(parent: str, out: Path, data: str | Path | None, seed: int, progress: P
 
 def _check_room(out: Path) -> None:
     """Raise unless the folder is new, empty or an earlier demonstration."""
-    if out.exists() and not (out / _MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
+    if not out.exists() or (out / _MARK).is_file():
+        return
+    # a demonstration that was killed early leaves its lock
+    if not out.is_dir() or any(path.name != LOCK_FILE for path in out.iterdir()):
         raise ValueError(f"demo: out must be new, empty or an earlier demonstration, got {out}")
 
 
