@@ -100,15 +100,15 @@ void differentiate_step(const Mlp& mlp, const HiddenGradient& gradient, const Hi
                   .d = step.extent});
 }
 
-Gradients no_gradients(const Tensor& x) {
-  const auto none = [&] { return empty(x, {0}); };
-  return {none(), none(), none(), none(), none(), none(), none(), none()};
-}
-
-Tensor output_bias_gradient(const Tensor& dy) {
-  const Tensor db = empty(dy, {dy.size(1)});
-  sum_rows_into(db, dy);
-  return db;
+Gradients begin_gradients(const Mlp& mlp, const Tensor& dy, const Wanted& wanted) {
+  const auto none = [&] { return empty(mlp.x, {0}); };
+  Gradients d{none(), none(), none(), none(), none(), none(), none(), none()};
+  if (wanted.b_down) {
+    d.b_down = empty(dy, {dy.size(1)});
+    sum_rows_into(d.b_down, dy);
+  }
+  if (wanted.mixture) d.mixture = zeros(*mlp.mixture, {mlp.x.size(0), mlp.mixture_choices()});
+  return d;
 }
 
 Tensor up_weight_gradient(const Mlp& mlp, const Tensor& dhidden, const Tensor& x) {
@@ -127,11 +127,16 @@ Tensor down_weight_gradient(const Mlp& mlp, const Tensor& scaled, const Tensor& 
   return dw;
 }
 
-Tensor hidden_bias_gradient(const Mlp& mlp, const Tensor& dhidden) {
-  const Tensor db = zeros_from(0, mlp.extents.widest(), dhidden, {mlp.w_up.size(0)});
-  for (const ColumnBlock& b : column_blocks(mlp.extents.stairs))
-    sum_rows_into(rows(db, b.begin, b.end), columns(rows(dhidden, 0, b.rows), b.begin, b.end));
-  return torch::stable::to(db, mlp.x.scalar_type());
+void hidden_bias_gradients(const Mlp& mlp, const HiddenGradient& gradient, const Wanted& wanted,
+                           Gradients& d) {
+  const auto of = [&](const Tensor& dhidden) {
+    const Tensor db = zeros_from(0, mlp.extents.widest(), dhidden, {mlp.w_up.size(0)});
+    for (const ColumnBlock& b : column_blocks(mlp.extents.stairs))
+      sum_rows_into(rows(db, b.begin, b.end), columns(rows(dhidden, 0, b.rows), b.begin, b.end));
+    return torch::stable::to(db, mlp.x.scalar_type());
+  };
+  if (wanted.b_gate) d.b_gate = of(*gradient.dg);
+  if (wanted.b_up) d.b_up = of(gradient.du);
 }
 
 }  // namespace flextron::mlp

@@ -36,13 +36,13 @@ void differentiate_step(const Mlp& mlp, const HiddenGradient& gradient, const Hi
 
 // ---- gradients by the vendor's GEMM, column block by column block; zeros beyond the widest row ----
 
-Gradients no_gradients(const Tensor& x);
-// Of b_down, from dy.
-Tensor output_bias_gradient(const Tensor& dy);
+// That of b_down, and zeros for the mixture's; the others are empty, as all are that nobody wants.
+Gradients begin_gradients(const Mlp& mlp, const Tensor& dy, const Wanted& wanted);
 // Of w_up from du, of w_gate from dg.
 Tensor up_weight_gradient(const Mlp& mlp, const Tensor& dhidden, const Tensor& x);
 Tensor down_weight_gradient(const Mlp& mlp, const Tensor& scaled, const Tensor& dy);
-// Of b_up from du, of b_gate from dg, in the dtype of x.
-Tensor hidden_bias_gradient(const Mlp& mlp, const Tensor& dhidden);
+// Of b_gate and b_up, in the dtype of x.
+void hidden_bias_gradients(const Mlp& mlp, const HiddenGradient& gradient, const Wanted& wanted,
+                           Gradients& d);
 
 }  // namespace flextron::mlp

@@ -157,12 +157,9 @@ WithHidden forward_with_hidden_on_panels(const Mlp& mlp) {
 
 Gradients backward_on_panels(const Mlp& mlp, const Tensor& dy_rows, const Hidden& hidden,
                              const Wanted& wanted, Executor weight_gradient) {
-  Gradients d = no_gradients(mlp.x);
-  if (wanted.b_down) d.b_down = output_bias_gradient(dy_rows);
+  Gradients d = begin_gradients(mlp, dy_rows, wanted);
   if (!wanted.beyond_b_down()) return d;
-  OptionalTensor dmixture;
-  if (wanted.mixture)
-    d.mixture = dmixture.emplace(zeros(*mlp.mixture, {mlp.x.size(0), mlp.mixture_choices()}));
+  const OptionalTensor dmixture = wanted.mixture ? OptionalTensor(d.mixture) : std::nullopt;
   const FloatRows dy = float_rows(dy_rows, mlp.extents.order), x = float_rows(mlp.x, mlp.extents.order);
   const HiddenGradient gradient = hidden_gradient(mlp, dy, hidden, dmixture);
   const bool own = weight_gradient == Executor::kPanels;
@@ -176,8 +173,7 @@ Gradients backward_on_panels(const Mlp& mlp, const Tensor& dy_rows, const Hidden
   if (wanted.w_down)
     d.w_down = own ? own_down_weight_gradient(mlp, gradient.scaled, dy)
                    : down_weight_gradient(mlp, gradient.scaled, dy.first(dy_rows.size(1)));
-  if (wanted.b_gate) d.b_gate = hidden_bias_gradient(mlp, *gradient.dg);
-  if (wanted.b_up) d.b_up = hidden_bias_gradient(mlp, gradient.du);
+  hidden_bias_gradients(mlp, gradient, wanted, d);
   return d;
 }
 

@@ -96,20 +96,16 @@ WithHidden forward_with_hidden_on_views(const Mlp& mlp) {
 
 Gradients backward_on_views(const Mlp& mlp, const Tensor& dy_rows, const Hidden& hidden,
                             const Wanted& wanted) {
-  Gradients d = no_gradients(mlp.x);
-  if (wanted.b_down) d.b_down = output_bias_gradient(dy_rows);
+  Gradients d = begin_gradients(mlp, dy_rows, wanted);
   if (!wanted.beyond_b_down()) return d;
-  OptionalTensor dmixture;
-  if (wanted.mixture)
-    d.mixture = dmixture.emplace(zeros(*mlp.mixture, {mlp.x.size(0), mlp.mixture_choices()}));
+  const OptionalTensor dmixture = wanted.mixture ? OptionalTensor(d.mixture) : std::nullopt;
   const Tensor dy = gather_rows(dy_rows, mlp.extents.order), x = gather_rows(mlp.x, mlp.extents.order);
   const HiddenGradient gradient = hidden_gradient(mlp, dy, hidden, dmixture);
   if (wanted.x) d.x = input_gradient(mlp, gradient);
   if (wanted.w_gate) d.w_gate = up_weight_gradient(mlp, *gradient.dg, x);
   if (wanted.w_up) d.w_up = up_weight_gradient(mlp, gradient.du, x);
   if (wanted.w_down) d.w_down = down_weight_gradient(mlp, gradient.scaled, dy);
-  if (wanted.b_gate) d.b_gate = hidden_bias_gradient(mlp, *gradient.dg);
-  if (wanted.b_up) d.b_up = hidden_bias_gradient(mlp, gradient.du);
+  hidden_bias_gradients(mlp, gradient, wanted, d);
   return d;
 }
 
