@@ -51,9 +51,7 @@ def room_for_model(directory: str | Path, who: str, force: bool = False) -> list
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{who}: {directory} must be a directory, got a file")
     recover(directory)
-    names = (
-        sorted(p.name for p in directory.iterdir() if p.name not in _IGNORED) if directory.exists() else []
-    )
+    names = names_in(directory)
     if not names:
         return []
     if not force:
@@ -66,6 +64,13 @@ def room_for_model(directory: str | Path, who: str, force: bool = False) -> list
             f"{who}: {directory} must hold a model to be replaced, got no {lacks} beside {listed(names)}"
         )
     return _matching(names, (*_MODEL, *(_ELASTIC if ELASTIC_FILE in names else ())))
+
+
+def names_in(directory: Path) -> list[str]:
+    """What a directory holds, beside what is left by a writer or held by the caller; nothing where there is none."""
+    if not directory.exists():
+        return []
+    return sorted(p.name for p in directory.iterdir() if p.name not in _IGNORED)
 
 
 def _holds_model(names: list[str]) -> bool:

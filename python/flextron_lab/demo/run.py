@@ -18,6 +18,7 @@ from flextron import pipeline
 from flextron.artefacts.latency_table import Workload
 from flextron.checkpoint.io import read_json, write_json
 from flextron.checkpoint.lock import LOCK_FILE, locked
+from flextron.checkpoint.room import names_in
 from flextron.corpus import documents, encode, held_out_windows
 from flextron.exporting import export
 from flextron.inference import from_pretrained, generate
@@ -232,10 +233,9 @@ def _run(parent: str, out: Path, data: str | Path | None, seed: int, progress: P
 
 def _check_room(out: Path) -> None:
     """Raise unless the folder is new, empty or an earlier demonstration."""
-    if not out.exists() or (out / _MARK).is_file():
+    if (out / _MARK).is_file():
         return
-    # a demonstration that was killed early leaves its lock
-    if not out.is_dir() or any(path.name != LOCK_FILE for path in out.iterdir()):
+    if out.is_file() or names_in(out):
         raise ValueError(f"demo: out must be new, empty or an earlier demonstration, got {out}")
 
 
