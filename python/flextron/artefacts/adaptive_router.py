@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from math import prod
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from flextron.artefacts.latency_table import LatencyTable
 from flextron.artefacts.reports import FitReport, GateReport
+from flextron.artefacts.router_files import RouterFiles
 from flextron.checkpoint.files import Files, opened
 from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
-from flextron.checkpoint.io import save_tensors, write_json
-from flextron.checkpoint.origin import KEY, Origin, fits
+from flextron.checkpoint.origin import Origin, fits
 from flextron.checkpoint.schema import build, checking
-from flextron.checkpoint.transaction import commit
 from flextron.nn.router import AdaptiveRouter
 from flextron.recipes import AdaptiveConfig
 
-FILES = TENSORS, DESCRIPTION = "adaptive.safetensors", "adaptive.json"
+DESCRIPTION = "adaptive.json"
+FILES = "adaptive.safetensors", DESCRIPTION
 
 Grid = tuple[tuple[float, ...], tuple[float, ...]]  # fractions, and the offset of each
 
@@ -43,7 +42,7 @@ class AdaptiveReport:
 
 
 @dataclass(frozen=True)
-class AdaptiveResult:
+class AdaptiveResult(RouterFiles):
     """A trained adaptive router and the report of its training.
 
     Attributes:
@@ -59,6 +58,7 @@ class AdaptiveResult:
         gate: when the router moved; None where there was no surrogate.
     """
 
+    FILES = FILES
     router: AdaptiveRouter
     targets: tuple[AdaptiveReport, ...]
     dropped_targets: tuple[float, ...]
@@ -71,7 +71,6 @@ class AdaptiveResult:
     gate: GateReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the router's weights."""
         r = self.router
         sizes = ("num_layers", "hidden_size", "mlp_choices", "head_choices", "hidden")
         return {
@@ -89,16 +88,6 @@ class AdaptiveResult:
             "gate": None if self.gate is None else asdict(self.gate),
         }
 
-    def save(self, directory: str | Path, origin: Origin) -> None:
-        """Write ``adaptive.safetensors`` and ``adaptive.json`` into an elastic checkpoint, both or neither."""
-        with commit(directory) as stage:
-            self.write(stage, origin)
-
-    def write(self, folder: Path, origin: Origin) -> None:
-        """Write both files; ``origin`` is the model that they were made for."""
-        checksum = save_tensors(folder / TENSORS, self.router.state_dict())
-        write_json(folder / DESCRIPTION, {**self.to_dict(), KEY: origin.to_dict(), "checksum": checksum})
-
     @classmethod
     def load(cls, directory: str | Path | Files) -> AdaptiveResult:
         """Read a stored router; CheckpointError says in one sentence what is wrong with which file."""
@@ -106,28 +95,22 @@ class AdaptiveResult:
             path, values = files / DESCRIPTION, files.read_json(DESCRIPTION)
             check_format(values, path)
             size = build(_Size, values.get("router"), path, "router")
-            weights = sum(map(prod, files.shapes(TENSORS).values()))
+            weights = cls.weights(files)
             if not all(
                 1 <= n <= weights for n in (size.num_layers, size.hidden_size, size.hidden, size.parameters)
             ):
                 raise CheckpointError(f"{path}: router must fit the weights, got {size}")
             with checking(path):
                 router = AdaptiveRouter(**asdict(size))
-            checksum = build(str, values.get("checksum"), path, "checksum")
-            router.load_state_dict(files.load_tensors(TENSORS, router.state_dict(), checksum))
+            cls.load_weights(router, files, values)
         router.calibration = build(dict[str, Grid], values.get("calibration"), path, "calibration")
         for phase, (grid, offsets) in router.calibration.items():
             if len(grid) != len(offsets) or len(grid) < 2 or any(a >= b for a, b in pairwise(grid)):
                 raise CheckpointError(
                     f"{path}: calibration.{phase} must be ascending fractions and an offset for each, got others"
                 )
-        hints = get_type_hints(cls)
         # older checkpoints, from before the form could be chosen, have neither surrogate nor gate
-        stored = {
-            f.name: build(hints[f.name], values.get(f.name), path, f.name)
-            for f in fields(cls)
-            if f.name != "router"
-        }
+        stored = cls.read_fields(values, path, but=("router",))
         return cls(router=router.requires_grad_(False), **stored)
 
 

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from math import prod
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from flextron.artefacts.ladder import Ladder
 from flextron.artefacts.latency_table import LatencyTable
 from flextron.artefacts.reports import FitReport, GateReport
+from flextron.artefacts.router_files import RouterFiles
 from flextron.checkpoint.files import Files, opened
 from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
-from flextron.checkpoint.io import save_tensors, write_json
-from flextron.checkpoint.origin import KEY, Origin, fits
+from flextron.checkpoint.origin import Origin, fits
 from flextron.checkpoint.schema import build, checking
-from flextron.checkpoint.transaction import commit
 from flextron.config import Widths
 from flextron.nn.router import StaticRouter
 from flextron.recipes import RouteConfig
 
-FILES = TENSORS, DESCRIPTION = "routers.safetensors", "routers.json"
+DESCRIPTION = "routers.json"
+FILES = "routers.safetensors", DESCRIPTION
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class TargetReport:
 
 
 @dataclass(frozen=True)
-class RouterResult:
+class RouterResult(RouterFiles):
     """Trained static routers, the ladder that budgets use, and the report of the training.
 
     Attributes:
@@ -72,6 +71,7 @@ class RouterResult:
         costs: ``LatencyTable.costs`` of the table that they were trained on.
     """
 
+    FILES = FILES
     router: StaticRouter
     ladder: Ladder
     surrogate: FitReport
@@ -85,7 +85,6 @@ class RouterResult:
     costs: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the router's weights."""
         r = self.router
         return {
             "format": FORMAT,
@@ -102,16 +101,6 @@ class RouterResult:
             "costs": self.costs,
         }
 
-    def save(self, directory: str | Path, origin: Origin) -> None:
-        """Write ``routers.safetensors`` and ``routers.json`` into an elastic checkpoint, both or neither."""
-        with commit(directory) as stage:
-            self.write(stage, origin)
-
-    def write(self, folder: Path, origin: Origin) -> None:
-        """Write both files; ``origin`` is the model that they were made for."""
-        checksum = save_tensors(folder / TENSORS, self.router.state_dict())
-        write_json(folder / DESCRIPTION, {**self.to_dict(), KEY: origin.to_dict(), "checksum": checksum})
-
     @classmethod
     def load(cls, directory: str | Path | Files) -> RouterResult:
         """Read stored routers; CheckpointError says in one sentence what is wrong with which file."""
@@ -120,20 +109,13 @@ class RouterResult:
             ladder = build(Ladder, values.get("ladder"), path, "ladder")
             size = build(_Size, values.get("router"), path, "router")
             counts = len(ladder.mlp_choices), len(ladder.head_choices)
-            weights = sum(map(prod, files.shapes(TENSORS).values()))
+            weights = cls.weights(files)
             if not 1 <= size.hidden <= weights or ladder.num_layers > weights:
                 raise CheckpointError(f"{path}: router.hidden must fit the weights, got {size.hidden}")
             with checking(path):
                 router = StaticRouter(ladder.num_layers, *counts, size.targets, size.hidden)
-            checksum = build(str, values.get("checksum"), path, "checksum")
-            router.load_state_dict(files.load_tensors(TENSORS, router.state_dict(), checksum))
-        hints = get_type_hints(cls)
-        stored = {
-            f.name: build(hints[f.name], values.get(f.name), path, f.name)
-            for f in fields(cls)
-            if f.name not in ("router", "ladder")
-        }
-        return cls(router=router, ladder=ladder, **stored)
+            cls.load_weights(router, files, values)
+        return cls(router=router, ladder=ladder, **cls.read_fields(values, path, but=("router", "ladder")))
 
 
 @dataclass(frozen=True)
