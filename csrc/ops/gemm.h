@@ -98,12 +98,6 @@ inline void matmul_into(Tensor out, const Tensor& left, const Tensor& right) {
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-inline Tensor matmul(const Tensor& a, const Tensor& b) {
-  Tensor out = empty(a, {a.size(0), b.size(1)});
-  matmul_into(out, a, b);
-  return out;
-}
-
 // out = x weight^T + bias, exactly torch's own linear.
 inline void linear_into(Tensor out, const Tensor& inputs, const Tensor& weight_rows,
                         const std::optional<Tensor>& bias) {
