@@ -109,6 +109,12 @@ def dtype(parser: ArgumentParser, auto: str) -> None:
     )
 
 
+def restart(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--restart", action="store_true", help="discard an unfinished run instead of resuming it"
+    )
+
+
 def judged(parser: ArgumentParser, rounds: int) -> None:
     """What losses and latencies of budgets are measured on."""
     parser.add_argument(

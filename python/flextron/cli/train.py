@@ -20,9 +20,7 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("directory", help="elastic checkpoint to train, in place")
     shared.data(parser)
     shared.from_fields(parser, TrainConfig, FIELDS)
-    parser.add_argument(
-        "--restart", action="store_true", help="discard an unfinished run instead of resuming it"
-    )
+    shared.restart(parser)
     shared.dtype(parser, "the one that each tensor has in the checkpoint; training itself is in float32")
 
 

@@ -26,9 +26,7 @@ def options(parser: ArgumentParser) -> None:
         help="tune with the router that chooses for every token, not with the static one",
     )
     shared.from_fields(parser, TuneConfig, FIELDS)
-    parser.add_argument(
-        "--restart", action="store_true", help="discard an unfinished run instead of resuming it"
-    )
+    shared.restart(parser)
 
 
 def run(args: Namespace) -> dict[str, Any]:
