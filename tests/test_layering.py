@@ -38,7 +38,7 @@ LIBRARIES = {
 STAGES = {
     *("flextron.artefacts", "flextron.judge", "flextron.nn"),
     *("flextron.config", "flextron.recipes", "flextron.data", "flextron.checkpoint", "flextron.ui"),
-    "flextron.sentences",
+    *("flextron.sentences", "flextron.devices"),
 }
 EVERYTHING = "everything of the library"
 PYTHON = {
@@ -46,6 +46,7 @@ PYTHON = {
     "flextron.config": set(),
     "flextron.recipes": {"flextron.config"},
     "flextron.sentences": set(),
+    "flextron.devices": set(),
     "flextron.data": set(),
     "flextron.ui": set(),
     "flextron.testing": {"flextron.testing"},
