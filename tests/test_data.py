@@ -333,6 +333,31 @@ def test_position_is_resumed_exactly(before):
         assert torch.equal(next(one), next(other))
 
 
+@pytest.mark.parametrize(("batch_size", "size"), [(4, 2), (5, 2), (5, 3), (3, 3), (7, 4)])
+def test_processes_share_the_batches_of_one(batch_size, size):
+    tokens = torch.arange(70)
+    whole = Batches(tokens, batch_size, 10, seed=1)
+    parts = [Batches(tokens, batch_size, 10, seed=1, part=(rank, size)) for rank in range(size)]
+    lengths = {len(part.rows) for part in parts}
+    assert max(lengths) - min(lengths) <= 1 and min(lengths) >= 1
+    for _ in range(5):
+        assert torch.equal(torch.cat([next(part) for part in parts]), next(whole))
+    assert {part.state_dict()["drawn"] for part in parts} == {whole.state_dict()["drawn"]}
+    # at another number of processes the same windows follow
+    again = Batches(tokens, batch_size, 10, seed=1, part=(0, 1))
+    again.load_state_dict(parts[-1].state_dict())
+    assert torch.equal(next(again), next(whole))
+
+
+def test_a_batch_has_a_row_for_every_process():
+    with pytest.raises(
+        ValueError, match="batch_size must be at least 1 for each of the 3 processes, got 2 in all"
+    ):
+        Batches(torch.arange(70), 2, 10, part=(0, 3))
+    with pytest.raises(ValueError, match="part must be a process and how many there are, got 2 of 2"):
+        Batches(torch.arange(70), 4, 10, part=(2, 2))
+
+
 def test_batches_do_not_touch_the_global_generator():
     state = torch.get_rng_state()
     next(Batches(torch.arange(70), 3, 10))

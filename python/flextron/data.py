@@ -176,20 +176,25 @@ class Batches:
 
     The stream is cut into consecutive windows; a tail shorter than a window is left out. The order of an epoch
     depends only on the seed and the number of the epoch. A batch may span two epochs. So one integer says exactly
-    where a run stands.
+    where a run stands, whoever reads it: processes that share the batches count the same windows, and each gets
+    its own consecutive rows of every batch (see `rows_of`).
 
     Args:
         tokens: [tokens] int64.
-        batch_size: windows in a batch.
+        batch_size: windows in a batch, over all processes.
         length: tokens in a window.
         seed: decides the order of every epoch.
+        part: (rank, size): the process that reads, and how many there are; its batches have only its rows.
     """
 
-    def __init__(self, tokens: Tensor, batch_size: int, length: int, seed: int = 0) -> None:
+    def __init__(
+        self, tokens: Tensor, batch_size: int, length: int, seed: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"Batches: batch_size must be at least 1, got {batch_size}")
         _check_stream("Batches", tokens, length)
         self.batch_size = batch_size
+        self.rows = rows_of(batch_size, *part)
         self.seed = seed
         self._windows = tokens[: len(tokens) // length * length].view(-1, length)
         self._drawn = 0  # windows handed out since the beginning
@@ -203,7 +208,7 @@ class Batches:
         return self
 
     def __next__(self) -> Tensor:
-        rows = [self._row(self._drawn + i) for i in range(self.batch_size)]
+        rows = [self._row(self._drawn + i) for i in self.rows]
         self._drawn += self.batch_size
         return self._windows[rows]
 
@@ -219,6 +224,21 @@ class Batches:
             order = torch.randperm(self.windows_per_epoch, generator=seeded(f"batches/{self.seed}/{epoch}"))
             self._epoch, self._order = epoch, order
         return int(self._order[place])
+
+
+def rows_of(batch_size: int, rank: int, size: int) -> range:
+    """The rows of a batch that are the part of process ``rank`` of ``size``: consecutive, at most one more or less.
+
+    The parts of all processes are the batch. A mean over all its rows is that of the parts' means, weighted by their
+    lengths.
+    """
+    if not 0 <= rank < size:
+        raise ValueError(f"Batches: part must be a process and how many there are, got {rank} of {size}")
+    if batch_size < size:
+        raise ValueError(
+            f"Batches: batch_size must be at least 1 for each of the {size} processes, got {batch_size} in all"
+        )
+    return range(rank * batch_size // size, (rank + 1) * batch_size // size)
 
 
 def seeded(purpose: str) -> torch.Generator:
