@@ -38,7 +38,7 @@ LIBRARIES = {
 STAGES = {
     *("flextron.artefacts", "flextron.judge", "flextron.nn"),
     *("flextron.config", "flextron.recipes", "flextron.data", "flextron.checkpoint", "flextron.ui"),
-    *("flextron.sentences", "flextron.devices"),
+    *("flextron.sentences", "flextron.devices", "flextron.ranks"),
 }
 EVERYTHING = "everything of the library"
 PYTHON = {
@@ -49,6 +49,7 @@ PYTHON = {
     "flextron.devices": set(),
     "flextron.data": set(),
     "flextron.ui": set(),
+    "flextron.ranks": {"flextron.sentences"},
     "flextron.testing": {"flextron.testing"},
     "flextron.checkpoint": {"flextron.checkpoint", "flextron.config", "flextron.sentences"},
     "flextron.nn": {"flextron.nn", "flextron.config", "flextron.sentences", "flextron_ext"},
@@ -58,7 +59,10 @@ PYTHON = {
     },
     "flextron.inference": {"flextron.artefacts", "flextron.nn", "flextron.checkpoint", "flextron.config"},
     "flextron.corpus": {"flextron.data", "flextron.config"},
-    "flextron.judge": {"flextron.judge", "flextron.artefacts", "flextron.nn", "flextron.config"},
+    "flextron.judge": {
+        *("flextron.judge", "flextron.artefacts", "flextron.nn"),
+        *("flextron.config", "flextron.ranks"),
+    },
     "flextron.conversion": {"flextron.conversion", *STAGES},
     "flextron.training": {"flextron.training", *STAGES},
     "flextron.routing": {"flextron.routing", *STAGES},
