@@ -89,7 +89,11 @@ class TrainConfig:
     )
     temperature: float = about(1.0, "temperature at which teacher and student are compared")
     bf16: bool | None = about(
-        None, "whether to autocast to bfloat16; None: where the device computes it fast"
+        None, "whether to autocast to bfloat16; by default where the device computes it fast"
+    )
+    checkpoint_activations: bool = about(
+        False,
+        "keep each layer's input alone and run the layer again in the backward pass: less memory, a third more work",
     )
     eval_every: int = about(
         100,

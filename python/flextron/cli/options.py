@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
 from typing import Any, TypeVar
@@ -44,7 +44,11 @@ def from_two(parser: ArgumentParser, static: type[Any], adaptive: type[Any], nam
 
 
 def _add(parser: ArgumentParser, f: Field[Any], text: str, default: Any = None) -> None:
-    kind, _, _ = str(f.type).partition(" | ")
+    kind, _, rest = str(f.type).partition(" | ")
+    if kind == "bool":  # either way where the default is neither
+        action = BooleanOptionalAction if rest else "store_true"
+        parser.add_argument(f"--{f.name.replace('_', '-')}", action=action, default=default, help=text)
+        return
     least = 1 if f.metadata["positive"] else f.metadata["least"]
     types: dict[str, tuple[Callable[[str], Any], str | None]] = {
         "int": (values.whole if least is None else values.at_least(least), None),

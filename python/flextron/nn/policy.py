@@ -6,6 +6,7 @@ attention and its MLP. Without a policy every token uses the layer's width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -87,6 +88,10 @@ class Policy:
     def __call__(self, x: Tensor, layer: int) -> Decision:
         """Decide for the tokens of x [B, T, K], the normalised input of a layer."""
         raise NotImplementedError
+
+    def again(self) -> Policy:
+        """What to ask when a layer runs again in the backward pass: its next decision is the one due here now."""
+        return self
 
     def extents(self, B: int, kv_heads: Sequence[int]) -> DecoderStep | None:
         """The same for the decoder op and B sequences; None where the op cannot decide so."""
@@ -219,6 +224,12 @@ class Relaxed(Policy):
     def __call__(self, x: Tensor, layer: int) -> Decision:
         drawn = self._drawn(x, layer)
         return Decision(*(self._decision(p, menu, x) for p, menu in zip(drawn, self.menus, strict=True)))
+
+    def again(self) -> Relaxed:
+        other = copy.copy(self)
+        other.soft = {}  # those of the forward stay, and nothing holds what was computed again
+        other.noise = None if self.noise is None else self.noise.clone()
+        return other
 
     def _drawn(self, x: Tensor, layer: int) -> Probabilities:
         logits = self.logits(x, layer)

@@ -9,6 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from flextron.data import Batches
 from flextron.judge.loss import evaluate, restored
 from flextron.judge.objectives import cross_entropy, distillation
 from flextron.nn.protocol import Elastic
+from flextron.nn.recomputation import recomputing
 from flextron.nn.storage import storage
 from flextron.recipes import TrainConfig
 from flextron.training.resume import (
@@ -32,8 +34,9 @@ from flextron.training.resume import (
 )
 from flextron.training.sampler import WidthSampler, homogeneous
 
-# Fields that change what a run reports and when it saves, but no weight; they may differ in a resumed run.
-_FREE_FIELDS = {"eval_every", "eval_widths", "checkpoint_every"}
+# Fields that change what a run reports, when it saves and what memory it takes, but no weight; they may differ in a
+# resumed run.
+_FREE_FIELDS = {"eval_every", "eval_widths", "checkpoint_every", "checkpoint_activations"}
 
 # (step, steps, the step's line of metrics.jsonl)
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -134,7 +137,8 @@ def run_to_the_end(
 ) -> TrainReport:
     """Run, and leave the model's dial and mode, and torch's global generator, as they were."""
     devices = [run.device] if run.device.type == "cuda" else []
-    with restored(run.model), torch.random.fork_rng(devices=devices):
+    layers = recomputing(run.model) if run.config.checkpoint_activations else nullcontext()
+    with restored(run.model), layers, torch.random.fork_rng(devices=devices):
         return run.to_the_end(resume, progress, begun)
 
 
