@@ -12,6 +12,7 @@ import tiny_run
 import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flextron.checkpoint import load_tensors
 from flextron.config import Widths
@@ -322,6 +323,35 @@ def test_nan_stops_before_the_weights_are_damaged(where, tmp_path):
     assert model.widths == model.elastic.full()
     assert all(p.grad is None for p in model.parameters())
     assert train(model, tiny_run.tokens(), config, tmp_path).resumed_from == 2
+
+
+class Reads(TorchDispatchMode):
+    """What the host reads of float32 tensors (the sampler draws in float64), between the optimiser's steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.events += ["item"] * (args[0].dtype == torch.float32)
+        elif func is torch.ops.aten._fused_adamw_.default and self.events[-1:] != ["step"]:
+            self.events.append("step")  # both groups of parameters
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_reads_the_device_once_a_step_and_after_it(tmp_path, monkeypatch):
+    reads, tolist = Reads(), torch.Tensor.tolist
+
+    def counted(self):
+        reads.events += ["list"] * (self.dtype == torch.float32)
+        return tolist(self)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    model, teacher = tiny_run.elastic(), tiny_run.parent(1)
+    with reads:
+        train(model, tiny_run.tokens(), replace(BASE, steps=4), tmp_path, teacher=teacher)
+    assert reads.events == ["step", "list"] * 4
 
 
 def test_gradients_left_by_the_caller_do_not_count(tmp_path):

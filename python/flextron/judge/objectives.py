@@ -88,7 +88,7 @@ def distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: fl
         loss = (p * (log_p - log_q)).sum(1) * temperature**2
         return loss, log_q.exp_().sub_(p).mul_(temperature)
 
-    count = torch.tensor(len(teacher), device=teacher.device)
+    count = teacher.new_full((), len(teacher), dtype=torch.int64)  # filled on the device, where it is read
     return _ChunkedMean.apply(student_logits.reshape(-1, student_logits.shape[-1]), rows, count)
 
 

@@ -157,6 +157,7 @@ class Run:
         self.model, self.config, self.teacher, self.validation = model, config, teacher, validation
         self.device = next(model.parameters()).device
         self.bf16 = bf16_is_fast(self.device) if config.bf16 is None else config.bf16
+        self.optimizer: Any  # `found_inf` is no attribute of its class
         self.optimizer, self.names = _optimizer(model, config)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.batches = Batches(tokens, config.batch_size, config.length, config.seed)
@@ -209,23 +210,19 @@ class Run:
         self.model.train()
         terms, size = self._accumulate()
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        record = {"step": step, **{name: float(term) for name, term in terms.items()}}
-        record |= {"learning_rate": rate, "gradient_norm": float(norm), "size": size}
-        self._require_finite(record)
         if self.config.clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
+        values = torch.stack([*terms.values(), norm])
+        # Where this is 1 the fused step changes nothing (as `torch.amp.GradScaler` has it), so that the device goes on
+        # with the step while the host waits for the values: its one read of the device in a step.
+        self.optimizer.found_inf = (~values.isfinite().all()).float()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        *means, total = values.tolist()
+        record = {"step": step, **dict(zip(terms, means, strict=True))}
+        record |= {"learning_rate": rate, "gradient_norm": total, "size": size}
+        _require_finite(record)
         return record | {"tokens": step * self._tokens_per_step(), "seconds": time.perf_counter() - began}
-
-    def _require_finite(self, record: dict[str, Any]) -> None:
-        for name in ("loss", "gradient_norm"):
-            if not math.isfinite(record[name]):
-                self.optimizer.zero_grad()
-                raise FloatingPointError(
-                    f"train: {name} must be finite, got {record[name]} at step {record['step']}; "
-                    "the weights are those before that step"
-                )
 
     def _accumulate(self) -> tuple[dict[str, Tensor], float]:
         """Add up the gradient of one step; the means of the loss terms and of the sub-networks' size."""
@@ -233,13 +230,18 @@ class Run:
         sums: dict[str, Tensor] = {}
         size = 0.0
         for _ in range(count):
-            batch = next(self.batches).to(self.device)
-            terms, share = self._micro_batch(batch)
+            terms, share = self._micro_batch(self._on_device(next(self.batches)))
             (terms["loss"] / count).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / count
             size += share / count
         return sums, size
+
+    def _on_device(self, batch: Tensor) -> Tensor:
+        """The batch on the model's device; a copy to a GPU is enqueued, and waits for nothing."""
+        if self.device.type == "cuda":
+            return batch.pin_memory().to(self.device, non_blocking=True)
+        return batch.to(self.device)
 
     def _micro_batch(self, batch: Tensor) -> tuple[dict[str, Tensor], float]:
         """The loss terms of a batch at another sub-network, and its size."""
@@ -342,9 +344,17 @@ def _optimizer(model: Elastic, config: TrainConfig) -> tuple[torch.optim.AdamW, 
     trained.sort(key=lambda member: member[1].dim() < 2)  # stable: matrices, then vectors
     matrices = {"params": [p for _, p in trained if p.dim() >= 2], "weight_decay": config.weight_decay}
     vectors = {"params": [p for _, p in trained if p.dim() < 2], "weight_decay": 0.0}
-    fused = all(p.device.type in ("cpu", "cuda", "mps", "xpu") for _, p in trained)
-    optimizer = torch.optim.AdamW((matrices, vectors), config.learning_rate, config.betas, fused=fused)
+    optimizer = torch.optim.AdamW((matrices, vectors), config.learning_rate, config.betas, fused=True)
     return optimizer, [name for name, _ in trained]
+
+
+def _require_finite(record: Mapping[str, Any]) -> None:
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(record[name]):
+            raise FloatingPointError(
+                f"train: {name} must be finite, got {record[name]} at step {record['step']}; "
+                "the weights are those before that step"
+            )
 
 
 def _default_eval_widths(model: Elastic) -> tuple[Widths, ...]:
