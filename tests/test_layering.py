@@ -50,6 +50,7 @@ PYTHON = {
     "flextron.data": set(),
     "flextron.ui": set(),
     "flextron.ranks": {"flextron.sentences"},
+    "flextron.scale": {"flextron.scale", "flextron.config", "flextron.recipes", "flextron.devices"},
     "flextron.testing": {"flextron.testing"},
     "flextron.checkpoint": {"flextron.checkpoint", "flextron.config", "flextron.sentences"},
     "flextron.nn": {"flextron.nn", "flextron.config", "flextron.sentences", "flextron_ext"},

@@ -13,6 +13,8 @@ from flextron.config import Widths, check_numbers, check_targets, number
 GATES = ("soft", "hard")
 ROUTE_FORMS = ("surrogate", "gumbel", "search")
 ADAPTIVE_FORMS = ("gumbel", "surrogate")
+SHARDS = ("none", "full", "hybrid")
+TEACHERS = ("none", "whole", "sharded", "cached")
 REPORTED = 3  # evaluations that a report takes at each target below 1: routed, uniform, searched
 JUDGING = 6  # every sixth observation of an adaptive router judges its surrogate, which is not trained on it
 
@@ -266,3 +268,43 @@ class AdaptiveConfig:
         object.__setattr__(self, "targets", check_targets("AdaptiveConfig", self.targets, to_full=True))
         if self.form == "surrogate" and self.gates != "soft":
             _refuse(self, "gates", "be soft with the form surrogate", repr(self.gates))
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What decides how much memory, traffic and time a training step takes on each GPU."""
+
+    rows: int = about(1, "sequences in a GPU's micro-batch", least=1)
+    length: int = about(4096, "tokens in a training sequence", least=2)
+    accumulation: int = about(1, "micro-batches in a step", least=1)
+    bf16: bool = about(True, "whether to autocast to bfloat16")
+    checkpoint_activations: bool = about(False, "keep each layer's input alone and run the layer again")
+    shard: str = about(
+        "none",
+        "who holds weights, gradients and optimiser states: every GPU all (none), each its part (full), each its part "
+        "of the node's (hybrid)",
+        choices=SHARDS,
+    )
+    node: int = about(8, "GPUs in a node", least=1)
+    teacher: str = about(
+        "none",
+        "teacher of a distillation: on every GPU, sharded, or its logits from a cache",
+        choices=TEACHERS,
+    )
+    teacher_value: int = about(2, "bytes of one of the teacher's weights", least=1)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @classmethod
+    def of(cls, config: TrainConfig, ranks: int, **facts: Any) -> StepConfig:
+        """The step of a run on so many ranks; facts are the fields that its configuration does not decide."""
+        shared = {
+            name: getattr(config, name) for name in ("length", "accumulation", "checkpoint_activations")
+        }
+        teacher = "whole" if config.distillation else "none"
+        return cls(**{"rows": -(-config.batch_size // ranks), "teacher": teacher, **shared, **facts})
+
+    def shards(self, ranks: int) -> int:
+        """How many ranks share one copy of the weights."""
+        return {"none": 1, "full": ranks, "hybrid": min(self.node, ranks)}[self.shard]
