@@ -64,7 +64,7 @@ def test_every_weight_has_the_dtype_asked_for(stored, load, name, given, found):
         ({"device_map": "disk"}, "device_map must be auto or one device"),
         ({"device_map": "meta"}, "device_map must be auto or one device"),
         ({"device_map": {"model": 0, "lm_head": "cpu"}}, "device_map must be auto or one device"),
-        ({"device_map": "cuda:99"}, "device_map must be a device of this machine, got 'cuda:99'"),
+        ({"device_map": "cuda:99"}, "device_map must be one that can be used here, got cuda:99"),
         ({"revision": "main"}, "revision must be given of a hub id only, got 'main' of a path"),
     ],
 )

@@ -5,43 +5,48 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from flextron.artefacts.directory import ElasticDirectory
 from flextron.checkpoint.hub import local
 from flextron.config import count
-from flextron.nn.placement import one_device
+from flextron.nn.placement import Device, device_of_call
 from flextron.nn.protocol import Elastic
 from flextron.nn.storage import Dtype
 
 
 def from_pretrained(
-    directory: str | Path, dtype: Dtype = torch.float32, *, device_map: Any = None, **hub: Any
+    directory: str | Path,
+    dtype: Dtype | None = None,
+    *,
+    device: Device = "auto",
+    device_map: Any = None,
+    **hub: Any,
 ) -> Elastic:
     """Load an elastic checkpoint: a transformers causal LM whose layers are elastic, with its budget dial.
 
     Args:
         directory: written by `convert` (and `train`, `profile`, `route`), or the id of one on the hub.
-        dtype: the weights' dtype in memory: ``"bfloat16"``, a torch dtype, or ``"auto"``, the one they are stored in.
-        device_map: the one device to load to, such as ``"cuda:0"``; ``"auto"``: the first GPU, else the CPU; None: the
-            CPU.
+        dtype: the weights' dtype in memory: ``"bfloat16"``, a torch dtype, or ``"auto"``, the one they are stored in;
+            None: ``"auto"`` on a GPU, float32 on a CPU.
+        device: where to load to: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"``: the first GPU, else the CPU.
+        device_map: the same under transformers' name, also ``{"": device}``.
         hub: ``revision``, ``cache_dir`` and ``token`` of a hub id.
 
     Raises:
         CheckpointError: one sentence that says what is wrong with which file.
-        ValueError: what is wrong with ``dtype`` or ``device_map``, in one sentence.
+        ValueError: what is wrong with ``dtype`` or ``device``, in one sentence.
     """
-    device = one_device("from_pretrained", device_map)
+    chosen = device_of_call("from_pretrained", device, device_map)
     with ElasticDirectory.open(local(directory, **hub)) as checkpoint:
-        return checkpoint.equipped(dtype, device)
+        return checkpoint.equipped(dtype, chosen)
 
 
 def generate(
     model: Elastic, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 48
 ) -> str:
     """Greedy continuation of a prompt at the model's present budget."""
-    encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if not encoded["input_ids"].numel():
         raise ValueError(f"generate: prompt must have at least one token, got {prompt!r}")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

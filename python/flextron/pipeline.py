@@ -27,6 +27,7 @@ from flextron.conversion import convert as convert_model
 from flextron.conversion.source import room_beside, source_of
 from flextron.corpus import Data, corpus, windows
 from flextron.judge.loss import evaluate
+from flextron.nn.placement import Device, current, one_device
 from flextron.nn.protocol import Elastic
 from flextron.nn.skeleton import parameter_shapes
 from flextron.nn.storage import Dtype, round_in_place, storage
@@ -48,16 +49,17 @@ Progress = Callable[[str, int, int], Any]
 
 
 def _alone(stage: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a stage hold its directory's lock from beginning to end."""
+    """Let a stage hold its directory's lock from beginning to end; its ``device`` is checked before, once for all."""
 
     @functools.wraps(stage)
-    def run(directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+    def run(directory: str | Path, *args: Any, device: Device = "auto", **kwargs: Any) -> Any:
+        chosen = one_device(stage.__name__, device)
         if not Path(directory).is_dir():  # where a lock would make one
             raise CheckpointError(
                 f"{stage.__name__}: {directory} must be an elastic checkpoint, got no directory"
             )
-        with locked(directory, stage.__name__):
-            return stage(directory, *args, **kwargs)
+        with locked(directory, stage.__name__), current(chosen):
+            return stage(directory, *args, device=chosen, **kwargs)
 
     return run
 
@@ -76,6 +78,7 @@ def convert(
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress = _silent,
     force: bool = False,
+    device: Device = "auto",
     **options: Any,
 ) -> dict[str, Any]:
     """Make an elastic checkpoint of a stock one: score, sort, prove that the full model is unchanged.
@@ -87,14 +90,18 @@ def convert(
         samples: sequences to calibrate on.
         length: tokens in a sequence.
         force: replace the model that is in ``directory``, which must be new or empty otherwise.
+        device: where to score and to prove: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"``: that of a loaded
+            parent, the first GPU, or else the CPU. Every stage takes it.
         options: ``unit``, ``aggregate``, ``mlp_choices``, ``head_choices``, ``order``, ``seed``, ``batch_size``,
             ``dtype``, ``strip_prefix`` of `flextron.conversion.elastify.convert`.
 
     Returns:
         The parity certificate, the dtypes that are stored and how importance was scored, as in ``flextron.json``.
     """
+    is_loaded = device == "auto" and isinstance(parent, PreTrainedModel)
+    chosen = parent.device if is_loaded else one_device("convert", device)
     room_beside(parent, directory, force)  # before the work, too
-    with locked(directory, "convert"):
+    with locked(directory, "convert"), current(chosen):
         if tokenizer is None:
             tokenizer = read_tokenizer(source_of(parent))
         return convert_model(
@@ -104,6 +111,7 @@ def convert(
             tokenizer=tokenizer,
             progress=lambda done, total: progress("scoring neurons and heads", done, total),
             force=force,
+            device=chosen,
             **options,
         )
 
@@ -117,6 +125,7 @@ def train(
     restart: bool = False,
     validation_windows: int = 8,
     dtype: Dtype = "auto",
+    device: Any = "auto",
     progress: Progress = _silent,
 ) -> TrainReport:
     """Elastic continued training of a checkpoint, in place. A killed run goes on when it is called again.
@@ -124,6 +133,7 @@ def train(
     Training computes in float32, and so does the run's own folder store it: nothing is lost when it is resumed or
     given more steps. The checkpoint is stored in ``dtype``: ``"auto"``, each tensor in the one it had there,
     ``"float32"``, ``"bfloat16"`` or ``"float16"``. What that rounds off is in the report's last evaluation.
+    ``device`` is what `convert` takes.
 
     Latency tables stay, since no size changes; routers are dropped, since every loss does.
 
@@ -131,8 +141,8 @@ def train(
     parent itself. The run keeps it, for more steps later (see `flextron.training.train`).
     """
     with ElasticDirectory.open(directory) as checkpoint:
-        model = checkpoint.model()
-        teacher, keep_teacher = _teacher(checkpoint, TRAINING_FOLDER, config, restart)
+        model = checkpoint.model(device=device)
+        teacher, keep_teacher = _teacher(checkpoint, TRAINING_FOLDER, config, restart, device)
         routers_of = {module: checkpoint.made_for(module.DESCRIPTION) for module in _ROUTERS}
     model.stored = storage("train", model, dtype)
     tokens = corpus(read_tokenizer(directory), data)
@@ -170,14 +180,21 @@ def _evaluated_again(model: Elastic, report: TrainReport, validation: Tensor) ->
 
 @_alone
 def profile(
-    directory: str | Path, workloads: Sequence[Workload], *, progress: Progress = _silent, **options: Any
+    directory: str | Path,
+    workloads: Sequence[Workload],
+    *,
+    dtype: Dtype | None = None,
+    device: Any = "auto",
+    progress: Progress = _silent,
+    **options: Any,
 ) -> dict[str, LatencyTable]:
     """Measure the latency table of each workload on this machine and store them; other phases' tables stay.
 
-    Tables of another model, or damaged ones, are replaced.
+    Tables of another model, or damaged ones, are replaced. ``dtype`` is what the weights have in memory, as
+    `flextron.from_pretrained` takes it.
     """
     with ElasticDirectory.open(directory) as checkpoint:
-        model = checkpoint.model()
+        model = checkpoint.model(dtype, device)
         try:
             tables = checkpoint.tables
         except CheckpointError:
@@ -191,14 +208,19 @@ def profile(
 
 @_alone
 def profile_adaptive(
-    directory: str | Path, *, progress: Progress = _silent, **options: Any
+    directory: str | Path,
+    *,
+    dtype: Dtype | None = None,
+    device: Any = "auto",
+    progress: Progress = _silent,
+    **options: Any,
 ) -> dict[str, LatencyTable]:
     """Measure the time of forwards with an adaptive router, for each phase profiled on this machine, and store it.
 
     Phases where it is known stay as they are. ``options`` are those of `measure_adaptive`.
     """
     with ElasticDirectory.open(directory) as checkpoint:
-        model, tables = checkpoint.model(), checkpoint.tables
+        model, tables = checkpoint.model(dtype, device), checkpoint.tables
     return _profile_adaptive(directory, model, tables, progress, **options)
 
 
@@ -228,11 +250,13 @@ def route(
     phase: str = "prefill",
     samples: int = 4,
     length: int = 128,
+    dtype: Dtype | None = None,
+    device: Any = "auto",
     progress: Progress = _silent,
 ) -> RouterResult:
     """Train the static routers for one phase's latency on the loss of a few sequences, and store them."""
     with ElasticDirectory.open(directory) as checkpoint:
-        model, tables, origin = checkpoint.model(), checkpoint.tables, checkpoint.origin
+        model, tables, origin = checkpoint.model(dtype, device), checkpoint.tables, checkpoint.origin
     if phase not in tables:
         raise ValueError(
             f"route: {directory} must have a latency table of {phase}; run `flextron profile {directory}`"
@@ -261,6 +285,8 @@ def route_adaptive(
     phase: str = "prefill",
     samples: int = 64,
     length: int = 128,
+    dtype: Dtype | None = None,
+    device: Any = "auto",
     progress: Progress = _silent,
 ) -> AdaptiveResult:
     """Train the router that chooses for every token, starting where the static routers are, and store it.
@@ -274,9 +300,11 @@ def route_adaptive(
         phase: the phase whose latency is trained for; budgets of every profiled phase are calibrated.
         samples: sequences to train, calibrate and judge on.
         length: tokens in a sequence.
+        dtype: the weights' dtype in memory, as `flextron.from_pretrained` takes it.
+        device: as `convert` takes it.
     """
     with ElasticDirectory.open(directory) as checkpoint:
-        model, planner, origin = checkpoint.model(), checkpoint.planner(), checkpoint.origin
+        model, planner, origin = checkpoint.model(dtype, device), checkpoint.planner(), checkpoint.origin
     planner.table(phase)
     tokens = windows(corpus(read_tokenizer(directory), data).train, samples, length, "route")
     hidden = config.hidden if config else None
@@ -296,6 +324,8 @@ def tune(
     restart: bool = False,
     validation_windows: int = 8,
     samples: int = 16,
+    dtype: Dtype = "auto",
+    device: Any = "auto",
     progress: Progress = _silent,
 ) -> TrainReport:
     """Train the model and one of its routers jointly, in place. A killed run goes on when it is called again.
@@ -313,10 +343,12 @@ def tune(
         restart: discard an unfinished run instead of resuming it.
         validation_windows: sequences behind the evaluations in ``metrics.jsonl``.
         samples: sequences for the new calibration and reports; for the adaptive router, half for each.
+        dtype: what the checkpoint is stored in, as `train` takes it.
+        device: as `convert` takes it.
     """
     config = config or TuneConfig()
     with ElasticDirectory.open(directory) as checkpoint:
-        model = checkpoint.equipped()
+        model = checkpoint.equipped(device=device)
         # routers made for other weights were left out with a warning: they are not asked for again
         static = checkpoint.static() if model.planner.ladder.origin == "router" else None
         own = checkpoint.adaptive() if model.adaptive is not None else None
@@ -326,12 +358,13 @@ def tune(
             raise ValueError(
                 f"tune: {directory} must have a router made for its weights, got none; run `{command}`"
             )
-        teacher, keep_teacher = _teacher(checkpoint, TUNING_FOLDER, config, restart)
+        teacher, keep_teacher = _teacher(checkpoint, TUNING_FOLDER, config, restart, device)
+    model.stored = storage("tune", model, dtype)
     table = model.planner.table(found.phase)
     tokens = corpus(read_tokenizer(directory), data)
     report = tune_model(
         model,
-        found.router,
+        found.router.to(device),
         lambda p: table.expected(*p, adaptive=adaptive) / table.full_ms,
         tokens.train,
         config,
@@ -389,12 +422,12 @@ def clean(directory: str | Path, *, unfinished: bool = False, dry_run: bool = Fa
 
 
 def _teacher(
-    checkpoint: ElasticDirectory, folder: str, config: TrainConfig, restart: bool
+    checkpoint: ElasticDirectory, folder: str, config: TrainConfig, restart: bool, device: torch.device
 ) -> tuple[Any, Callable[[], None] | None]:
     """(the teacher of a run in ``folder``, a call that keeps it there when the run begins), or None twice."""
     if not config.distillation:
         return None, None
-    teacher = checkpoint.model()
+    teacher = checkpoint.model(device=device)
     weights, kept = checkpoint.path / WEIGHTS_FILE, checkpoint.path / folder / resume.TEACHER_FILE
     if not restart and kept.is_file() and resume.has_checkpoints(kept.parent):
         tensors = load_tensors(kept, parameter_shapes(teacher))

@@ -21,6 +21,7 @@ from flextron.artefacts.static_router import RouterResult, load_ladder
 from flextron.checkpoint import WEIGHTS_FILE, CheckpointError, Files, Origin, opened
 from flextron.checkpoint.origin import made_for
 from flextron.checkpoint.schema import checking
+from flextron.nn.placement import CPU
 from flextron.nn.protocol import Elastic
 from flextron.nn.storage import Dtype
 
@@ -62,10 +63,10 @@ class ElasticDirectory:
         """The latency tables, by phase."""
         return load_tables(self._files, self.origin.elastic)
 
-    def model(self, dtype: Dtype = torch.float32) -> Elastic:
-        """The elastic model alone, at full width and in eval mode; ``"auto"`` is the dtype that is stored."""
+    def model(self, dtype: Dtype | None = torch.float32, device: torch.device = CPU) -> Elastic:
+        """The elastic model alone, at full width and in eval mode; see `flextron.nn.placement.memory_dtype`."""
         checksum = self.meta["checksums"][WEIGHTS_FILE]
-        return read_model(self._files, self.origin.elastic, dtype, checksum)
+        return read_model(self._files, self.origin.elastic, dtype, checksum, device)
 
     def planner(self) -> Planner:
         """The planner of the tables and the routed ladder, or of the uniform ladder where no routers were trained."""
@@ -87,14 +88,12 @@ class ElasticDirectory:
         except CheckpointError:
             return None
 
-    def equipped(self, dtype: Dtype = torch.float32, device: torch.device | None = None) -> Elastic:
+    def equipped(self, dtype: Dtype | None = torch.float32, device: torch.device = CPU) -> Elastic:
         """The model with its planner and, where one was trained, its adaptive router.
 
         Warns where either was made on another machine or for other tables.
         """
-        model = self.model(dtype)
-        if device is not None:
-            model.to(device)
+        model = self.model(dtype, device)
         model.planner = self.planner()
         if (result := self.adaptive()) is not None:
             with checking(self.path / adaptive_router.DESCRIPTION):

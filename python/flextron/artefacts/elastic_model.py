@@ -33,7 +33,7 @@ from flextron.checkpoint.hf import read_config, read_generation_config, write_to
 from flextron.checkpoint.schema import build, checksums_of
 from flextron.config import ElasticConfig
 from flextron.nn import check_plain, elastic_config
-from flextron.nn.placement import memory_dtype
+from flextron.nn.placement import CPU, memory_dtype
 from flextron.nn.protocol import Elastic
 from flextron.nn.skeleton import fill, parameter_shapes, say_tied, skeleton
 from flextron.nn.stock import read_back
@@ -150,7 +150,11 @@ def read_meta(files: Files) -> dict[str, Any]:
 
 
 def read_model(
-    directory: str | Path | Files, elastic: ElasticConfig, dtype: Dtype, checksum: str | None = None
+    directory: str | Path | Files,
+    elastic: ElasticConfig,
+    dtype: Dtype | None,
+    checksum: str | None = None,
+    device: torch.device = CPU,
 ) -> Elastic:
     """The elastic model of a directory, once its ``flextron.json`` is read or where it is still to be written.
 
@@ -158,7 +162,7 @@ def read_model(
     """
     with opened(directory) as files:
         config = _read_config(files, elastic)
-        config.dtype = dtype = memory_dtype("load", dtype, config.dtype)
+        config.dtype = dtype = memory_dtype("load", dtype, config.dtype, device)
         model = skeleton(config)
         tensors = files.load_tensors(WEIGHTS_FILE, parameter_shapes(model), checksum)
         # Copied: the file's tensors may lie in a memory mapping, aligned to 8 bytes only.
@@ -166,7 +170,7 @@ def read_model(
         model.generation_config = read_generation_config(files) or model.generation_config
         model.name_or_path = str(files.directory)
     model.stored = {name: tensor.dtype for name, tensor in tensors.items()}
-    return make_elastic(model, elastic)
+    return make_elastic(model.to(device), elastic)
 
 
 def _stock_config(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedConfig:

@@ -55,7 +55,8 @@ def options(parser: ArgumentParser) -> None:
         default=0,
         help="seed of the random order and of the sub-networks that are proven",
     )
-    shared.dtype(parser, "the one that each tensor has in the source")
+    shared.stored_dtype(parser, "the one that each tensor has in the source")
+    shared.device(parser)
     add("--force", action="store_true", help="replace the model that is in DIRECTORY")
     add(
         "--strip-prefix",
@@ -77,6 +78,7 @@ def run(args: Namespace) -> dict[str, Any]:
         "head_choices",
         "seed",
         "dtype",
+        "device",
     )
     with ui.reporter() as progress:
         report = pipeline.convert(

@@ -40,6 +40,7 @@ def options(parser: ArgumentParser) -> None:
         help="folder that holds the files of --tasks; $FLEXTRON_DATA/benchmarks by default",
     )
     shared.pack(parser)
+    shared.placed(parser)
 
 
 def run(args: Namespace) -> list[dict[str, Any]]:

@@ -24,16 +24,19 @@ def options(parser: ArgumentParser) -> None:
         help="how layers of different widths are stored: uniform and padded load in stock transformers, ragged keeps "
         "a width for every layer",
     )
-    shared.dtype(parser, "the one that each tensor has in the checkpoint")
+    shared.stored_dtype(parser, "the one that each tensor has in the checkpoint")
+    shared.device(parser)
 
 
 def run(args: Namespace) -> dict[str, Any]:
     from flextron.checkpoint.hf import read_tokenizer
     from flextron.exporting import export
     from flextron.inference import from_pretrained
+    from flextron.nn.placement import one_device
 
+    device = one_device("export", args.device)
     directory = shared.fetched(args)
-    model = from_pretrained(directory)
+    model = from_pretrained(directory, "float32", device=device)
     widths: Any = model.set_budget(**shared.budget_of(args))
     tokenizer = read_tokenizer(directory)
     report = export(

@@ -20,6 +20,7 @@ def options(parser: ArgumentParser) -> None:
     add("--prompt", required=True, help="text to continue")
     add("--max-new-tokens", type=values.count, default=64, help="number of tokens to add at most")
     shared.pack(parser)
+    shared.placed(parser)
 
 
 def run(args: Namespace) -> dict[str, Any]:

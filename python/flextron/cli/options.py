@@ -104,13 +104,41 @@ def text_of(args: Namespace) -> Any:
     return Text(args.data, args.field)
 
 
-def dtype(parser: ArgumentParser, auto: str) -> None:
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def device(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        type=values.device,
+        default="auto",
+        metavar="DEVICE",
+        help="where to compute: cpu, cuda, cuda:1 or another GPU; auto: the first GPU, else the CPU",
+    )
+
+
+def stored_dtype(parser: ArgumentParser, auto: str) -> None:
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=_DTYPES,
         default="auto",
         help=f"dtype in which weights are stored; auto: {auto}",
     )
+
+
+def memory_dtype(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        help="dtype that weights have in memory while this runs, the checkpoint's stay; auto: the one they are stored "
+        "in (default: auto on a GPU, float32 on a CPU)",
+    )
+
+
+def placed(parser: ArgumentParser) -> None:
+    """Where a command that changes no weight holds them, and how."""
+    device(parser)
+    memory_dtype(parser)
 
 
 def restart(parser: ArgumentParser) -> None:
@@ -161,12 +189,15 @@ def pack(parser: ArgumentParser) -> None:
 
 
 def loaded(args: Namespace) -> tuple[str, Any]:
-    """The directory of a checkpoint and its model, packed as --pack says."""
+    """The directory of a checkpoint and its model, on its device and packed as --pack says."""
     from flextron.inference import from_pretrained
     from flextron.nn.packed import pack
+    from flextron.nn.placement import one_device
 
+    # panels are a CPU's
+    device = one_device(args.command, "cpu" if args.pack and args.device == "auto" else args.device)
     directory = fetched(args)
-    model = from_pretrained(directory)
+    model = from_pretrained(directory, args.dtype, device=device)
     if args.pack:
         pack(model, None if args.pack == "same" else args.pack)
     return directory, model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
+from flextron.cli import options as shared
 from flextron.cli import values
 from flextron.cli.printing import warn
 
@@ -30,6 +31,7 @@ def options(parser: ArgumentParser) -> None:
         default=0,
         help="seed of the random configurations that the fitted table is judged on",
     )
+    shared.placed(parser)
 
 
 def run(args: Namespace) -> dict[str, Any]:
@@ -43,7 +45,13 @@ def run(args: Namespace) -> dict[str, Any]:
         workloads.append(Workload.decode(args.context, batch=args.batch))
     with ui.reporter() as progress:
         tables = pipeline.profile(
-            args.directory, workloads, rounds=args.rounds, seed=args.seed, progress=progress
+            args.directory,
+            workloads,
+            rounds=args.rounds,
+            seed=args.seed,
+            dtype=args.dtype,
+            device=args.device,
+            progress=progress,
         )
     if not args.json:
         rows = [

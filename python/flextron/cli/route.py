@@ -30,6 +30,7 @@ def options(parser: ArgumentParser) -> None:
         action="store_true",
         help="train the router that chooses for every token, from where the static routers are",
     )
+    shared.placed(parser)
 
 
 def run(args: Namespace) -> dict[str, Any]:
@@ -90,7 +91,10 @@ def _adaptive(args: Namespace) -> dict[str, Any]:
 
 
 def _text(args: Namespace) -> dict[str, Any]:
-    return {"data": shared.text_of(args), **shared.given(args, "phase", "samples", "length")}
+    return {
+        "data": shared.text_of(args),
+        **shared.given(args, "phase", "samples", "length", "dtype", "device"),
+    }
 
 
 def _say_fit(fit: Any, gate: Any) -> None:

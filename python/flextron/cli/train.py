@@ -21,7 +21,10 @@ def options(parser: ArgumentParser) -> None:
     shared.data(parser)
     shared.from_fields(parser, TrainConfig, FIELDS)
     shared.restart(parser)
-    shared.dtype(parser, "the one that each tensor has in the checkpoint; training itself is in float32")
+    shared.stored_dtype(
+        parser, "the one that each tensor has in the checkpoint; training itself is in float32"
+    )
+    shared.device(parser)
 
 
 def run(args: Namespace) -> dict[str, Any]:
@@ -35,6 +38,7 @@ def run(args: Namespace) -> dict[str, Any]:
             data=shared.text_of(args),
             restart=args.restart,
             dtype=args.dtype,
+            device=args.device,
             progress=progress,
         )
     if not args.json and report.evaluations:

@@ -27,6 +27,8 @@ def options(parser: ArgumentParser) -> None:
     )
     shared.from_fields(parser, TuneConfig, FIELDS)
     shared.restart(parser)
+    shared.stored_dtype(parser, "the one that each tensor has in the checkpoint; tuning itself is in float32")
+    shared.device(parser)
 
 
 def run(args: Namespace) -> dict[str, Any]:
@@ -40,6 +42,8 @@ def run(args: Namespace) -> dict[str, Any]:
             adaptive=args.adaptive,
             data=shared.text_of(args),
             restart=args.restart,
+            dtype=args.dtype,
+            device=args.device,
             progress=progress,
         )
     say(args, f"{args.directory}: tuned on {report.tokens} tokens, {report.seconds:.0f} s in this run")

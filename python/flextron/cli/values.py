@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 
 
@@ -23,6 +24,12 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 count = at_least(1)
+
+
+def device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N, got {value}")
+    return value
 
 
 def whole(value: str) -> int:

@@ -22,6 +22,7 @@ from flextron.conversion.reorder import LayerOrder, identity_orders, random_orde
 from flextron.conversion.source import room_beside, source_of
 from flextron.data import seeded
 from flextron.nn import ElasticModel, elastic_config
+from flextron.nn.placement import CPU
 from flextron.nn.proof import difference, logits_of, prove_sub_network, require_close
 from flextron.nn.protocol import Elastic
 from flextron.nn.skeleton import skeleton
@@ -50,6 +51,7 @@ def convert(
     dtype: Dtype = "auto",
     strip_prefix: str | None = None,
     force: bool = False,
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
     """Make an elastic checkpoint of a stock one.
 
@@ -72,6 +74,7 @@ def convert(
             tensor's own dtype.
         strip_prefix: a prefix to remove from every tensor's name, ``"_orig_mod."`` or ``"module."``.
         force: replace the model that is in ``out_dir``, which must be new or empty otherwise.
+        device: where to score and to prove.
 
     Returns:
         What ``flextron.json`` stores: ``dtypes``, ``importance`` and ``parity``. In that, ``max_abs`` and ``max_rel``
@@ -112,12 +115,12 @@ def convert(
     proof = calibration[-held_out:, :_HELD_OUT_TOKENS]
     if source is not None:
         with foreign(source, "a model that transformers reads", passed=(ValueError, OSError)):
-            model = read_parent(source, strip_prefix)
+            model = read_parent(source, strip_prefix, device)
         tokenizer = tokenizer or _tokenizer_of(source)
     elif strip_prefix is not None:
         raise ValueError("convert: strip_prefix must be None when parent is a loaded model")
     else:
-        model = copy_parent(parent, proof)
+        model = copy_parent(parent, proof, device)
     # now it is known whether the weights are tied
     config = elastic_config(model.config, unit, mlp_choices, head_choices)
     model.stored = storage("convert", model, dtype)
@@ -134,7 +137,7 @@ def convert(
 
     def prove(stage: Path, stock: PreTrainedModel) -> dict[str, Any]:
         model.to("meta")  # it is on disk by now; this makes room for what is read back
-        report["parity"] = _prove(stage, stock, config, proof, before, expected, seed)
+        report["parity"] = _prove(stage, stock, config, proof, before, expected, seed, device)
         return report
 
     def beside(stage: Path, _: Origin) -> None:
@@ -178,6 +181,7 @@ def _prove(
     parent: Tensor,
     expected: Tensor,
     seed: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """The certificate of a staged checkpoint, in float32 arithmetic on the very values that are on the disk.
 
@@ -188,11 +192,11 @@ def _prove(
             a narrower dtype was requested.
     """
     dtype = stock.dtype
-    read = logits_of(stock.to(parent.dtype), proof)
+    read = logits_of(stock.to(device, parent.dtype), proof)
     whose = "the parent's"
     require_close("convert", whose, expected, read)
     stock.to("meta")  # room for the next
-    elastic = read_model(stage, config, parent.dtype)
+    elastic = read_model(stage, config, parent.dtype, device=device)
     first = proof[:1]  # a wrong layer shows in one sequence
     full = require_close("convert", whose, expected[:1], logits_of(elastic, first))
     return {

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from flextron.checkpoint import opened, stored_dtypes
 from flextron.conversion.source import weight_names
+from flextron.nn.placement import CPU
 from flextron.nn.proof import logits_of, require_close
 from flextron.nn.skeleton import fill, parameter_shapes, say_tied, skeleton
 from flextron.nn.stock import load_stock
@@ -21,8 +22,10 @@ from flextron.sentences import listed
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def read_parent(source: str | Path, strip_prefix: str | None = None) -> PreTrainedModel:
-    """Load the stock model in a directory, in eval mode.
+def read_parent(
+    source: str | Path, strip_prefix: str | None = None, device: torch.device = CPU
+) -> PreTrainedModel:
+    """Load the stock model in a directory to a device, in eval mode.
 
     Its weights are float32, or float64 if any of them is stored so, which holds every narrower value exactly. Its
     attribute ``stored`` maps names to the dtypes in the files. Its configuration says that embeddings are tied if the
@@ -55,10 +58,10 @@ def read_parent(source: str | Path, strip_prefix: str | None = None) -> PreTrain
         )
     model.stored = {name: _DTYPES[dtype] if dtype else common(floating) for name, dtype in said.items()}
     say_tied(model, model.config)
-    return model.eval()
+    return model.eval().to(device)
 
 
-def copy_parent(parent: PreTrainedModel, proof: Tensor) -> PreTrainedModel:
+def copy_parent(parent: PreTrainedModel, proof: Tensor, device: torch.device) -> PreTrainedModel:
     """Copy a loaded model's parameters and configuration, and nothing else, into what `read_parent` would give.
 
     Raises:
@@ -79,7 +82,7 @@ def copy_parent(parent: PreTrainedModel, proof: Tensor) -> PreTrainedModel:
     given = {name: given[name].detach() for name in parameter_shapes(model)}
     if len({tensor.dtype for tensor in given.values()}) == 1:
         _require_stock(parent, fill(skeleton(config), given).to(parent.device), proof)
-    fill(model, {name: tensor.to(widest, copy=True) for name, tensor in given.items()}).to(parent.device)
+    fill(model, {name: tensor.to(device, widest, copy=True) for name, tensor in given.items()}).to(device)
     model.generation_config = copy.deepcopy(parent.generation_config)
     model.stored = stored
     return model

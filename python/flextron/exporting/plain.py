@@ -31,7 +31,7 @@ from flextron.checkpoint.room import room_for_model
 from flextron.checkpoint.schema import build as build_from
 from flextron.checkpoint.schema import checksums_of
 from flextron.config import ElasticConfig, Widths
-from flextron.nn.placement import memory_dtype, one_device
+from flextron.nn.placement import Device, device_of_call, memory_dtype
 from flextron.nn.plain import LAYOUT_KEY, SIZES, build, layout_of, resize, stock_problem, widths_of
 from flextron.nn.proof import difference, in_dtype, logits_of, require_close
 from flextron.nn.protocol import Elastic
@@ -111,7 +111,11 @@ def export(
         weights = save_tensors(stage / WEIGHTS_FILE, tensors)
         report["checksums"] = {WEIGHTS_FILE: weights, CONFIG_FILE: checksum_of(stage / CONFIG_FILE)}
         ragged = chosen == "ragged"
-        read = load_plain(stage, plain.config.dtype) if ragged else read_back("export", stage, tensors)
+        read = (
+            load_plain(stage, plain.config.dtype, device=model.device)
+            if ragged
+            else read_back("export", stage, tensors)
+        )
         report["parity"] = proof.of(read)
         write_json(stage / EXPORT_FILE, report)
         write_card(stage, model.name_or_path or None, directory.resolve().name, _card(report))
@@ -132,6 +136,7 @@ class _Proof:
         self.work = common([torch.float32, *(p.dtype for p in model.parameters())])
         draw = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(model.elastic.vocab_size, _PROOF_SHAPE, generator=draw)
+        self.elastic_on = model.device
         full = in_dtype(model, self.work)
         with full.budget(widths=widths):
             self.elastic = logits_of(full, self.tokens)
@@ -145,7 +150,7 @@ class _Proof:
     def of(self, read: PreTrainedModel) -> dict[str, Any]:
         """The certificate for a model that was read back."""
         dtype = name_of(read.dtype)
-        logits = logits_of(read.to(self.work), self.tokens)
+        logits = logits_of(read.to(self.elastic_on, self.work), self.tokens)
         require_close("export", _WHOSE, self.expected, logits)
         return {
             **difference(self.elastic, logits),
@@ -156,26 +161,32 @@ class _Proof:
 
 
 def load_plain(
-    directory: str | Path, dtype: Dtype = torch.float32, *, device_map: Any = None, **hub: Any
+    directory: str | Path,
+    dtype: Dtype | None = None,
+    *,
+    device: Device = "auto",
+    device_map: Any = None,
+    **hub: Any,
 ) -> PreTrainedModel:
     """Load an exported sub-network of any layout, or an extracted one that was saved with ``save_pretrained``.
 
     Args:
         directory: the directory of the export, or a hub id.
-        dtype: what weights have in memory; ``"auto"`` keeps the stored dtypes.
-        device_map: the one device to load to, or ``"auto"``; None means the CPU.
+        dtype: what weights have in memory; ``"auto"``: what they are stored in; None: ``"auto"`` on a GPU, float32 on a
+            CPU.
+        device, device_map: what `flextron.from_pretrained` takes.
         hub: ``revision``, ``cache_dir`` and ``token`` for a hub id.
 
     Raises:
         CheckpointError: one sentence that says which file is wrong, and how.
     """
-    device = one_device("load_plain", device_map)
+    chosen = device_of_call("load_plain", device, device_map)
     directory = local(directory, **hub)
     with opened(directory) as files:
         weights = _checked(files) if EXPORT_FILE in files else None
         shapes = files.shapes(WEIGHTS_FILE)
         config, values = read_config(files, shapes)
-        config.dtype = dtype = memory_dtype("load_plain", dtype, config.dtype)
+        config.dtype = dtype = memory_dtype("load_plain", dtype, config.dtype, chosen)
         layers = _layers_in(values, files / CONFIG_FILE, config.num_hidden_layers, shapes)
         with foreign(files / CONFIG_FILE, "the configuration of a model that can be built"):
             model = skeleton(config)
@@ -184,7 +195,7 @@ def load_plain(
         tensors = files.load_tensors(WEIGHTS_FILE, parameter_shapes(model), weights)
         fill(model, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()})
         model.generation_config = read_generation_config(files) or model.generation_config
-    return model if device is None else model.to(device)
+    return model.to(chosen)
 
 
 def _checked(files: Files) -> str:

@@ -16,6 +16,7 @@ def options(parser: ArgumentParser) -> None:
     shared.data(parser)
     shared.budgets(parser, (0.5, 0.6, 0.7, 0.8, 0.9))
     shared.judged(parser, rounds=5)
+    shared.placed(parser)
 
 
 def run(args: Namespace) -> dict[str, Any]:
@@ -30,6 +31,8 @@ def run(args: Namespace) -> dict[str, Any]:
             samples=args.samples,
             length=args.length,
             rounds=args.rounds,
+            dtype=args.dtype,
+            device=args.device,
             progress=progress,
         )
     say(args, str(path))

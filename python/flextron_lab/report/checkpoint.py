@@ -17,7 +17,9 @@ from flextron.checkpoint import commit
 from flextron.checkpoint.hf import read_tokenizer
 from flextron.corpus import Data, held_out_windows
 from flextron.judge.budgets import judge_budgets
+from flextron.nn.placement import Device, one_device
 from flextron.nn.protocol import Elastic
+from flextron.nn.storage import Dtype
 from flextron.training.resume import METRICS_FILE, read_metrics
 from flextron_lab.report import figures
 from flextron_lab.report.page import Section, render
@@ -34,6 +36,8 @@ def report(
     samples: int = 16,
     length: int = 256,
     rounds: int = 5,
+    dtype: Dtype | None = None,
+    device: Device = "auto",
     progress: Progress | None = None,
 ) -> Path:
     """Measure the budgets of a profiled checkpoint and write ``report.html`` into it.
@@ -45,10 +49,12 @@ def report(
         samples: number of held-out sequences.
         length: tokens in each of these sequences.
         rounds: samples taken of each latency.
+        dtype, device: what `flextron.from_pretrained` takes.
         progress: called with the name of the work, the steps done and the steps in all.
     """
+    chosen = one_device("report", device)
     with ElasticDirectory.open(directory) as checkpoint:
-        model = checkpoint.equipped()
+        model = checkpoint.equipped(dtype, chosen)
         static = checkpoint.static() if model.planner.ladder.origin == "router" else None
         adaptive = checkpoint.adaptive() if model.adaptive is not None else None
     tokenizer = read_tokenizer(directory)
