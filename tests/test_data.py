@@ -18,8 +18,18 @@ import pytest
 import torch
 import zstandard
 
-from flextron import data
-from flextron.data import Batches, Text, encode, read_documents, split_documents, stdlib_documents, windows
+from flextron.data import (
+    Batches,
+    Mixture,
+    Text,
+    encode,
+    read_documents,
+    shares,
+    split_documents,
+    stdlib_documents,
+    windows,
+)
+from flextron.documents import reading, stdlib
 
 
 def zst(text: str) -> bytes:
@@ -143,10 +153,10 @@ def test_a_field_may_be_named(tmp_path):
 )
 def test_standard_input_is_text_or_lines_of_json(monkeypatch, given, field, expected):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
-    data._piped.cache_clear()
+    reading._piped.cache_clear()
     assert read_documents(Text("-", field)) == expected
     assert read_documents(Text("-", field)) == expected  # a second stage in the same run
-    data._piped.cache_clear()
+    reading._piped.cache_clear()
 
 
 def test_a_dataset_of_the_hub_is_read(tmp_path, monkeypatch):
@@ -229,7 +239,7 @@ def test_standard_library_is_not_imported_and_always_the_same():
 
 
 def test_library_without_sources_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(stdlib.sysconfig, "get_path", lambda _: str(tmp_path))
     with pytest.raises(ValueError, match="must come with its sources"):
         stdlib_documents()
 
@@ -356,6 +366,61 @@ def test_a_batch_has_a_row_for_every_process():
         Batches(torch.arange(70), 2, 10, part=(0, 3))
     with pytest.raises(ValueError, match="part must be a process and how many there are, got 2 of 2"):
         Batches(torch.arange(70), 4, 10, part=(2, 2))
+
+
+def test_a_mixture_has_its_proportions_exactly_and_repeats_what_is_short():
+    long, short = torch.arange(40_000), torch.arange(-1, -101, -1)
+    batches = Batches(Mixture([long, short], [0.7, 0.3]), 100, 2, seed=5)
+    drawn = torch.cat([next(batches) for _ in range(200)])[:, 0]
+    for block in drawn.view(2, 10_000):
+        assert int((block < 0).sum()) == 3000
+    mine = drawn[drawn < 0]
+    for epoch in mine.view(-1, 50):
+        assert len(set(epoch.tolist())) == 50
+    assert len(set(drawn[drawn >= 0].tolist())) == 14_000  # of the long one, no window twice before its end
+    # no two streams of one mixture have the same order, and no two seeds
+    orders = {
+        tuple(next(Batches(Mixture([torch.arange(200)] * 2), 400, 2, seed))[:, 0].tolist()) for seed in (0, 1)
+    }
+    assert len(orders) == 2
+
+
+def test_a_mixture_goes_on_from_one_integer_and_is_shared():
+    mixture = Mixture([torch.arange(300), torch.arange(1000, 1300), torch.arange(2000, 2300)])
+    assert mixture.counts == [3334, 3333, 3333]
+    one = Batches(mixture, 7, 10, seed=1)
+    one.load_state_dict({"drawn": 9990})  # the third batch begins another block
+    other = Batches(mixture, 7, 10, seed=1)
+    while other.state_dict()["drawn"] < 9989:
+        next(other)
+    other.load_state_dict({"drawn": 9990})
+    parts = [Batches(mixture, 7, 10, 1, (rank, 2)) for rank in range(2)]
+    for part in parts:
+        part.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    for _ in range(4):
+        batch = next(one)
+        assert torch.equal(batch, next(other))
+        assert torch.equal(batch, torch.cat([next(part) for part in parts]))
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ([1.0], "weights must be one for each of the 2 streams, got 1"),
+        ([1.0, 0.0], "weights must be positive numbers, got 1, 0"),
+        ([1.0, float("nan")], "weights must be positive numbers, got 1, nan"),
+        ([1.0, 1e-6], "weights must each be at least 1/10000 of their sum, got 1, 1e-06"),
+    ],
+)
+def test_bad_weights_are_refused(weights, says):
+    with pytest.raises(ValueError, match=says):
+        Mixture([torch.arange(40)] * 2, weights)
+
+
+def test_shares_are_whole_and_add_up():
+    assert shares(10, [0.7, 0.3]) == [7, 3]
+    assert shares(10, [1, 1, 1]) == [4, 3, 3]
+    assert sum(shares(10_000, [0.1] * 7)) == 10_000
 
 
 def test_batches_do_not_touch_the_global_generator():

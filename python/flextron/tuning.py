@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flextron.data import seeded
+from flextron.data import Tokens, seeded
 from flextron.nn.protocol import Elastic
 from flextron.nn.router import AdaptiveRouter, GumbelSampler, StaticRouter
 from flextron.recipes import TuneConfig
@@ -24,7 +24,7 @@ def tune(
     model: Elastic,
     router: StaticRouter | AdaptiveRouter,
     fraction: Fraction,
-    tokens: Tensor,
+    tokens: Tokens,
     config: TuneConfig,
     directory: str | Path,
     *,
@@ -63,7 +63,7 @@ class _Tuning(Run):
     def __init__(
         self,
         model: Elastic,
-        tokens: Tensor,
+        tokens: Tokens,
         config: TuneConfig,
         directory: Path,
         teacher: nn.Module | None,
@@ -109,6 +109,6 @@ class _Tuning(Run):
         self.noise.generator.set_state(tensors["noise"])
         self.draws.set_state(tensors["targets"])
 
-    def _identity(self, tokens: Tensor) -> dict[str, Any]:
+    def _identity(self, tokens: Tokens) -> dict[str, Any]:
         router = {"class": type(self.router).__name__, "targets": list(self.router.targets)}
         return super()._identity(tokens) | {"router": router}

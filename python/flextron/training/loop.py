@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flextron.config import Widths
-from flextron.data import Batches
+from flextron.data import Batches, Tokens, checksum_of
 from flextron.judge.loss import evaluate, restored
 from flextron.judge.objectives import cross_entropy, distillation
 from flextron.nn.protocol import Elastic
@@ -89,7 +88,7 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 def train(
     model: Elastic,
-    tokens: Tensor,
+    tokens: Tokens,
     config: TrainConfig,
     directory: str | Path,
     *,
@@ -111,7 +110,7 @@ def train(
 
     Args:
         model: from `flextron.nn.make_elastic`, with float32 weights.
-        tokens: [tokens] int64, the stream to train on.
+        tokens: [tokens] int64, the stream to train on; or one that lies on the disk, or a mixture of streams.
         config: how.
         directory: folder of the run's checkpoints and metrics, its own.
         teacher: frozen model to distil from; given exactly when ``config.distillation`` is above 0.
@@ -148,7 +147,7 @@ class Run:
     def __init__(
         self,
         model: Elastic,
-        tokens: Tensor,
+        tokens: Tokens,
         config: TrainConfig,
         directory: Path,
         teacher: nn.Module | None,
@@ -306,7 +305,7 @@ class Run:
     def _load_more(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `_more_tensors` returned."""
 
-    def _identity(self, tokens: Tensor) -> dict[str, Any]:
+    def _identity(self, tokens: Tokens) -> dict[str, Any]:
         """What must be the same for a run to be the same."""
         trajectory = asdict(self.config)
         for name in _FREE_FIELDS:
@@ -323,7 +322,7 @@ class Run:
             "elastic": self.model.elastic.to_dict(),
             "teacher": teacher,
             "trained": self.names,
-            "tokens": hashlib.sha256(tokens.cpu().contiguous().numpy().data).hexdigest(),
+            "tokens": checksum_of(tokens),
         }
 
     def _size(self, widths: Widths) -> float:
