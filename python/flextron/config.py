@@ -189,6 +189,17 @@ class ElasticConfig:
             total += 2 * D * self.qk_norm
         return total
 
+    def flops(self, widths: Widths, length: int) -> int:
+        """Floating-point operations of a sub-network for one token of a training sequence, forward and backward.
+
+        ``6 N + 12 D T Σ H``: N parameters that are multiplied (all but a separate embedding), T tokens in a sequence, H
+        query heads of a layer. PaLM (Chowdhery et al., arXiv 2204.02311), appendix B, counts so: a causal mask saves
+        nothing, and what is computed again in the backward pass does not count.
+        """
+        N = self.params(widths) - (0 if self.tied else self.vocab_size * self.hidden_size)
+        heads = sum(map(self.query_heads, widths.heads))
+        return 6 * N + 12 * self.head_dim * length * heads
+
     def memory_bytes(
         self,
         widths: Widths,

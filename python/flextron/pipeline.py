@@ -46,6 +46,7 @@ from flextron.tuning import tune as tune_model
 TRAINING_FOLDER, TUNING_FOLDER = "training", "tuning"
 _ROUTERS = (static_router, adaptive_router)
 Progress = Callable[[str, int, int], Any]
+Measured = Callable[[Mapping[str, Any]], Any]  # called with a step's line of metrics.jsonl
 
 
 def _alone(stage: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,6 +67,20 @@ def _alone(stage: Callable[..., Any]) -> Callable[..., Any]:
 
 def _silent(what: str, done: int, total: int) -> None:
     """The progress callback of a call that gave none."""
+
+
+def _unseen(record: Mapping[str, Any]) -> None:
+    """The same of measurements."""
+
+
+def _told(what: str, progress: Progress, measured: Measured) -> Callable[[int, int, dict[str, Any]], None]:
+    """The callback of a training loop: what a step measured, then how far the run is."""
+
+    def tell(step: int, steps: int, record: dict[str, Any]) -> None:
+        measured(record)
+        progress(what, step, steps)
+
+    return tell
 
 
 def convert(
@@ -127,6 +142,7 @@ def train(
     dtype: Dtype = "auto",
     device: Any = "auto",
     progress: Progress = _silent,
+    measured: Measured = _unseen,
 ) -> TrainReport:
     """Elastic continued training of a checkpoint, in place. A killed run goes on when it is called again.
 
@@ -139,6 +155,8 @@ def train(
 
     The teacher of a distillation is the checkpoint as it was when the run began: right after `convert` that is the
     parent itself. The run keeps it, for more steps later (see `flextron.training.train`).
+
+    Before each call of ``progress``, ``measured`` is called with the step's line of ``metrics.jsonl``.
     """
     with ElasticDirectory.open(directory) as checkpoint:
         model = checkpoint.model(device=device)
@@ -155,7 +173,7 @@ def train(
         teacher=teacher,
         resume=not restart,
         validation=validation,
-        progress=lambda step, steps, _: progress("elastic training", step, steps),
+        progress=_told("elastic training", progress, measured),
         begun=keep_teacher,
     )
     if round_in_place("train", model, model.stored) and report.evaluations:
@@ -327,6 +345,7 @@ def tune(
     dtype: Dtype = "auto",
     device: Any = "auto",
     progress: Progress = _silent,
+    measured: Measured = _unseen,
 ) -> TrainReport:
     """Train the model and one of its routers jointly, in place. A killed run goes on when it is called again.
 
@@ -345,6 +364,7 @@ def tune(
         samples: sequences for the new calibration and reports; for the adaptive router, half for each.
         dtype: what the checkpoint is stored in, as `train` takes it.
         device: as `convert` takes it.
+        progress, measured: as in `train`.
     """
     config = config or TuneConfig()
     with ElasticDirectory.open(directory) as checkpoint:
@@ -372,7 +392,7 @@ def tune(
         teacher=teacher,
         resume=not restart,
         validation=windows(tokens.held_out, validation_windows, config.length),
-        progress=lambda step, steps, _: progress("joint tuning", step, steps),
+        progress=_told("joint tuning", progress, measured),
         begun=keep_teacher,
     )
     round_in_place("tune", model, model.stored)  # reports below are about the weights that will be stored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,13 @@ class _Tuning(Run):
         miss = latency_miss(self.fraction, p, tau)
         terms |= {"loss": terms["loss"] + c.latency_weight * miss, "latency_miss": miss}
         return terms, float(self.fraction(p).detach().mean())
+
+    def _flops(self) -> float:
+        hard = self.config.gates == "hard" and self.model.settings.now().policy is not None
+        return math.nan if hard else super()._flops()  # hard: what each token chose is on the device
+
+    def _smallest(self) -> float:
+        return 0.0  # shares of the full latency
 
     def _more_tensors(self) -> dict[str, Tensor]:
         state = {f"router.{name}": value for name, value in self.router.state_dict().items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -31,17 +32,34 @@ class Reporter:
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
         self._printed: dict[str, float] = {}
+        self._begun: dict[str, tuple[int, float]] = {}  # how much was done at the first call, and when
+        self._note = ""
+
+    def note(self, text: str) -> None:
+        """Show ``text`` beside what is called next."""
+        self._note = text
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if self._bars is not None:
             if what not in self._tasks:
-                self._tasks[what] = self._bars.add_task(what, total=total)
-            self._bars.update(self._tasks[what], completed=done, total=total)
+                self._tasks[what] = self._bars.add_task(what, total=total, note="")
+            self._bars.update(self._tasks[what], completed=done, total=total, note=self._note)
             return
         now = time.monotonic()
+        self._begun.setdefault(what, (done, now))
         if done >= total or now - self._printed.get(what, -_PLAIN_SECONDS) >= _PLAIN_SECONDS:
             self._printed[what] = now
-            console.print(f"{what} {done}/{total}", highlight=False)
+            left = self._left(what, done, total, now)
+            console.print(
+                ", ".join(filter(None, (f"{what} {done}/{total}", self._note, left))), highlight=False
+            )
+
+    def _left(self, what: str, done: int, total: int, now: float) -> str:
+        """The time that is left at the mean speed since the first call."""
+        first, began = self._begun[what]
+        if done >= total or done <= first:
+            return ""
+        return f"{timedelta(seconds=round((now - began) / (done - first) * (total - done)))} left"
 
 
 @contextmanager
@@ -57,6 +75,7 @@ def reporter() -> Iterator[Reporter]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console) as bars:
         yield Reporter(bars)

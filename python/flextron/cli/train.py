@@ -29,6 +29,7 @@ def options(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> dict[str, Any]:
     from flextron import pipeline, ui
+    from flextron.training.meter import line
 
     config = shared.taken(TrainConfig, args)
     with ui.reporter() as progress:
@@ -40,6 +41,7 @@ def run(args: Namespace) -> dict[str, Any]:
             dtype=args.dtype,
             device=args.device,
             progress=progress,
+            measured=lambda record: progress.note(line(record)),
         )
     if not args.json and report.evaluations:
         rows = [

@@ -33,6 +33,7 @@ def options(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> dict[str, Any]:
     from flextron import pipeline, ui
+    from flextron.training.meter import line
 
     config = shared.taken(TuneConfig, args)
     with ui.reporter() as progress:
@@ -45,6 +46,7 @@ def run(args: Namespace) -> dict[str, Any]:
             dtype=args.dtype,
             device=args.device,
             progress=progress,
+            measured=lambda record: progress.note(line(record)),
         )
     say(args, f"{args.directory}: tuned on {report.tokens} tokens, {report.seconds:.0f} s in this run")
     return training_result(report)

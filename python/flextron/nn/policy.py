@@ -228,7 +228,7 @@ class Relaxed(Policy):
     def again(self) -> Relaxed:
         other = copy.copy(self)
         other.soft = {}  # those of the forward stay, and nothing holds what was computed again
-        other.noise = None if self.noise is None else self.noise.clone()
+        other.noise = copy.deepcopy(self.noise)
         return other
 
     def _drawn(self, x: Tensor, layer: int) -> Probabilities:

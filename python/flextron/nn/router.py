@@ -123,12 +123,6 @@ class GumbelSampler:
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
 
-    def clone(self) -> GumbelSampler:
-        """One that goes on to draw what this one does."""
-        other = GumbelSampler(0)
-        other.generator.set_state(self.generator.get_state())
-        return other
-
     def __call__(self, logits: Logits, temperature: float, scale: float = 1.0) -> Probabilities:
         """Probabilities ``softmax((scale * logits + noise) / temperature)`` of each axis.
 

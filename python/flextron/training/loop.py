@@ -24,6 +24,7 @@ from flextron.nn.protocol import Elastic
 from flextron.nn.recomputation import recomputing
 from flextron.nn.storage import storage
 from flextron.recipes import TrainConfig
+from flextron.training.meter import Meter
 from flextron.training.resume import (
     Checkpoints,
     MetricsLog,
@@ -165,6 +166,8 @@ class Run:
         for widths in self.eval_widths:
             model.elastic.check(widths)
         self.directory = directory
+        self.seen: list[tuple[float, Tensor]] = []  # size and loss of each micro-batch of the last step
+        self.flops = 0.0  # of the last step
         self.checkpoints = Checkpoints(
             directory, self._identity(tokens), fingerprint(model.state_dict()), _stored(model)
         )
@@ -176,6 +179,7 @@ class Run:
         steps, every = self.config.steps, self.config.checkpoint_every
         start = self._start(resume)
         log = MetricsLog(self.directory, start)
+        self.meter = Meter(self.device, self.bf16, self._smallest(), log.read())
         self.optimizer.zero_grad()  # a gradient the caller left would be taken for ours
         if start == 0:
             if begun is not None:
@@ -189,6 +193,7 @@ class Run:
                 self._save(step)
             if progress is not None:
                 progress(step, steps, record)
+        log.close()
         records = log.read()
         return TrainReport(
             config=self.config,
@@ -211,29 +216,35 @@ class Run:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.config.clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
-        values = torch.stack([*terms.values(), norm])
+        values = torch.stack([*terms.values(), norm, *(loss for _, loss in self.seen)])
         # Where this is 1 the fused step changes nothing (as `torch.amp.GradScaler` has it), so that the device goes on
         # with the step while the host waits for the values: its one read of the device in a step.
         self.optimizer.found_inf = (~values.isfinite().all()).float()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        *means, total = values.tolist()
-        record = {"step": step, **dict(zip(terms, means, strict=True))}
-        record |= {"learning_rate": rate, "gradient_norm": total, "size": size}
+        read = iter(values.tolist())
+        record = {"step": step, **{name: next(read) for name in terms}}
+        record |= {"learning_rate": rate, "gradient_norm": next(read), "size": size}
         _require_finite(record)
-        return record | {"tokens": step * self._tokens_per_step(), "seconds": time.perf_counter() - began}
+        seconds, tokens = time.perf_counter() - began, self._tokens_per_step()
+        record |= {"tokens": step * tokens, "seconds": seconds}
+        seen = [(share, next(read)) for share, _ in self.seen]
+        return record | self.meter.measured(tokens, self.flops, seconds, seen)
 
     def _accumulate(self) -> tuple[dict[str, Tensor], float]:
         """Add up the gradient of one step; the means of the loss terms and of the sub-networks' size."""
         count = self.config.accumulation
         sums: dict[str, Tensor] = {}
         size = 0.0
+        self.seen, self.flops = [], 0.0
         for _ in range(count):
             terms, share = self._micro_batch(self._on_device(next(self.batches)))
             (terms["loss"] / count).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / count
             size += share / count
+            self.seen.append((share, terms["loss"].detach()))
+            self.flops += self._flops()
         return sums, size
 
     def _on_device(self, batch: Tensor) -> Tensor:
@@ -248,6 +259,11 @@ class Run:
         self.model.set_widths(widths)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self._losses(batch), self._size(widths)
+
+    def _flops(self) -> float:
+        """Operations of the micro-batch that was run last, on all processes; NaN where they are not known."""
+        c = self.config
+        return self.model.elastic.flops(self.model.widths, c.length) * c.batch_size * c.length
 
     def _losses(self, batch: Tensor) -> dict[str, Tensor]:
         c = self.config
@@ -324,6 +340,10 @@ class Run:
             "trained": self.names,
             "tokens": checksum_of(tokens),
         }
+
+    def _smallest(self) -> float:
+        """The size of the smallest sub-network that may be drawn."""
+        return self._size(self.model.elastic.smallest())
 
     def _size(self, widths: Widths) -> float:
         """Parameters of a sub-network as a share of the full model's."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,6 +24,7 @@ from torch import Tensor
 from flextron.checkpoint import CheckpointError, load_tensors, read_json, read_lines, save_tensors, write_json
 from flextron.checkpoint.schema import build
 from flextron.nn.protocol import Elastic
+from flextron.training import tensorboard
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -66,6 +68,7 @@ class Checkpoints:
         self._keep([])
         for name in (METRICS_FILE, TEACHER_FILE):
             (self.directory / name).unlink(missing_ok=True)
+        shutil.rmtree(self.directory / tensorboard.FOLDER, ignore_errors=True)
         write_json(self.directory / RUN_FILE, {**self.identity, "weights": self.weights})
 
     def extend(self, step: int) -> None:
@@ -212,7 +215,7 @@ def _last_step(directory: Path) -> int:
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one JSON object a line, each with its ``step``, flushed as it is written."""
+    """``metrics.jsonl``: one JSON object a line, each with its ``step``, flushed as it is written; and TensorBoard."""
 
     def __init__(self, directory: Path, resumed: int) -> None:
         """Go on after step ``resumed``: later lines, and one cut off by a crash, are dropped."""
@@ -226,13 +229,18 @@ class MetricsLog:
                     break
                 size += len(line)
             file.truncate(size)
+        self.board = tensorboard.Board(directory, resumed)
 
     def write(self, record: Mapping[str, Any]) -> None:
+        self.board.write(record)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         return read_metrics(self.path)
+
+    def close(self) -> None:
+        self.board.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
