@@ -10,6 +10,8 @@ if kind := os.environ.get("FLEXTRON_EMULATE"):
     emulator.load(kind, os.environ.get("FLEXTRON_EMULATE_SANITIZE") == "1")
 EMULATE = emulator.loaded()
 
+from processes import Processes  # noqa: E402
+
 from flextron_ext import build_info  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -85,3 +87,11 @@ def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts commands in several processes, as torchrun does."""
+    found = Processes()
+    yield found
+    found.close()

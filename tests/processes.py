@@ -1,25 +1,91 @@
-"""Several processes of one command, as torchrun would start them, without torchrun's own seconds."""
+"""Several processes of one command, as torchrun would start them, without torchrun's and Python's own seconds.
+
+Run as a program it is the process that they are forked from, which has everything imported: one JSON object a line
+comes in, ``{"ranks", "argv", "env"}`` to start processes or ``{"seconds"}`` to wait for them; one goes out, their
+``{"pids"}`` or ``{"codes"}``. An ``argv`` that begins with ``-c`` is Python, every other one a command of flextron's.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-SECONDS = 120  # that a test waits for its processes: a hang is a failure, not a wait
+from torch.distributed import TCPStore
+
+SECONDS = 120.0  # that a test waits for its processes: a hang is a failure, not a wait
+_KILLED = 137  # exit code of a process that a wait gave up on
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How one process ended."""
+    """How one process ended; a signal is a negative ``rc``."""
 
     rc: int
     out: str
     err: str
+
+
+class Processes:
+    """The parent of all processes of a test session."""
+
+    def __init__(self) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        # one thread: none is there to be lost in a fork; torch's own remarks are not what a test reads
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        self.server = subprocess.Popen([sys.executable, __file__], text=True, env=env, **pipes)
+        self.folder = tempfile.TemporaryDirectory()
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.wait()
+        self.folder.cleanup()
+
+    def start(self, size: int, argv: Sequence[str], **environment: Any) -> list[int]:
+        """Start a command as ranks 0 to ``size - 1`` of one machine, and return their process ids."""
+        self.store = TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )  # as torchrun's agent has it
+        given = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port}
+        given |= {"TORCHELASTIC_USE_AGENT_STORE": True, "FLEXTRON_RANKS_TIMEOUT": 60, **environment}
+        request = {"ranks": size, "argv": [str(word) for word in argv], "folder": self.folder.name}
+        return self._ask(request | {"env": {name: str(value) for name, value in given.items()}})["pids"]
+
+    def wait(self, seconds: float = SECONDS) -> list[Ended]:
+        """Wait for the processes that were started last; those that do not end in time are killed."""
+        codes = self._ask({"seconds": seconds})["codes"]
+        return [Ended(code, self.said(rank), self.said(rank, "err")) for rank, code in enumerate(codes)]
+
+    def run(self, size: int, argv: Sequence[str], **environment: Any) -> list[Ended]:
+        """Start a command and wait for it."""
+        self.start(size, argv, **environment)
+        return self.wait()
+
+    def said(self, rank: int, stream: str = "out") -> str:
+        """What a process has written so far."""
+        return (Path(self.folder.name) / f"{rank}.{stream}").read_text()
+
+    def ready(self, rank: int, text: str, seconds: float = SECONDS) -> None:
+        """Wait until a process has written a text."""
+        deadline = time.monotonic() + seconds
+        while text not in self.said(rank) + self.said(rank, "err"):
+            assert time.monotonic() < deadline, f"rank {rank} did not write {text!r}"
+            time.sleep(0.005)
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
 
 
 def free_port() -> int:
@@ -28,28 +94,72 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def start(size: int, argv: Sequence[str], **environment: Any) -> list[subprocess.Popen[str]]:
-    """Start ``python ARGV`` as ranks 0 to ``size - 1`` of one machine; a variable that is None is not set."""
-    given = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **environment}
-    found = []
-    for rank in range(size):
-        own = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "FLEXTRON_RANKS_TIMEOUT": 60, **given}
-        env = {name: str(value) for name, value in own.items() if value is not None}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        found.append(subprocess.Popen([sys.executable, *argv], env=env, text=True, **pipes))
-    return found
-
-
-def ended(processes: Sequence[subprocess.Popen[str]], seconds: float = SECONDS) -> list[Ended]:
-    """Wait for processes; those that do not end in time are killed, and fail the test."""
+def _child(rank: int, request: dict[str, Any]) -> None:
+    """The forked process: never returns."""
+    rc = 99
     try:
-        texts = [process.communicate(timeout=seconds) for process in processes]
+        for number, stream in ((1, "out"), (2, "err")):
+            name = os.path.join(request["folder"], f"{rank}.{stream}")
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.environ.update(request["env"])
+        os.environ.setdefault("RANK", str(rank))
+        os.environ.setdefault("LOCAL_RANK", str(rank))
+        argv = request["argv"]
+        if argv[0] == "-c":
+            sys.argv = argv
+            exec(argv[1], {"__name__": "__main__"})
+            rc = 0
+        else:
+            from flextron import cli
+
+            rc = cli.main(argv)
+    except SystemExit as error:
+        rc = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        rc = 1
     finally:
-        for process in processes:
-            process.kill()
-    return [Ended(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(rc)
 
 
-def run(size: int, argv: Sequence[str], **environment: Any) -> list[Ended]:
-    """Start processes and wait for them."""
-    return ended(start(size, argv, **environment))
+def _codes(pids: list[int], seconds: float) -> list[int]:
+    deadline, codes = time.monotonic() + seconds, dict.fromkeys(pids)
+    while None in codes.values():
+        for pid in [pid for pid, code in codes.items() if code is None]:
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                codes[pid] = _KILLED
+        time.sleep(0.005)
+    return [codes[pid] for pid in pids]
+
+
+def _serve() -> None:
+    import transformers  # noqa: F401
+
+    from flextron import pipeline  # noqa: F401
+
+    pids: list[int] = []
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "ranks" in request:
+            pids = []
+            for rank in range(request["ranks"]):
+                for stream in ("out", "err"):
+                    Path(request["folder"], f"{rank}.{stream}").write_text("")
+                pid = os.fork()
+                if pid == 0:
+                    _child(rank, request)
+                pids.append(pid)
+            print(json.dumps({"pids": pids}), flush=True)
+        else:
+            print(json.dumps({"codes": _codes(pids, request["seconds"])}), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -50,7 +50,7 @@ PYTHON = {
     "flextron.documents": {"flextron.documents", "flextron.sentences"},
     "flextron.data": {"flextron.documents"},
     "flextron.ui": set(),
-    "flextron.ranks": {"flextron.sentences"},
+    "flextron.ranks": {"flextron.ranks", "flextron.sentences"},
     "flextron.scale": {"flextron.scale", "flextron.config", "flextron.recipes", "flextron.devices"},
     "flextron.testing": {"flextron.testing"},
     "flextron.checkpoint": {"flextron.checkpoint", "flextron.config", "flextron.sentences"},

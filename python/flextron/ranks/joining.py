@@ -1,28 +1,27 @@
-"""The processes that torchrun started for one command: joining them, and what they agree on, share and average.
-
-A process that torchrun did not start is alone: everything here works, and does nothing. Messages between processes are
-JSON and tensors; nothing is pickled.
-"""
+"""Joining the processes that torchrun started, and what they tell each other."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flextron.ranks.ending import Ending, LostError
 from flextron.sentences import first_line, listed
 
 T = TypeVar("T")
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _TIMEOUT = 600.0  # seconds that a rank waits for the others, to join and in every exchange
+_PATIENCE = timedelta(days=1)  # and for what rank 0 does alone; one that dies is noticed at once all the same
 
 
 class Ranks(NamedTuple):
@@ -43,10 +42,12 @@ class Ranks(NamedTuple):
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 _now = ALONE
+_patient: dist.ProcessGroup | None = None
 
 
-class LostError(ConnectionError):
-    """The ranks cannot be joined, or one of them is gone."""
+def is_started() -> bool:
+    """Whether the environment says that this process is one of several ranks."""
+    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
 
 
 def now() -> Ranks:
@@ -65,57 +66,74 @@ def part(count: int) -> slice:
 
 
 @contextmanager
-def joined(who: str, device: str = "auto") -> Iterator[Ranks]:
+def joined(who: str, device: str = "auto", again: str = "start the same command again") -> Iterator[Ranks]:
     """Join the ranks that torchrun started for this command, and leave them at the end of the ``with`` block.
 
     Messages on the CPU go through gloo, those of GPU tensors through NCCL. Where torchrun did not start this
     process, it is `ALONE`. Where the ranks are joined already, by a caller or by a script, nothing is done again.
 
+    An error that leaves the ``with`` block ends all ranks, and one of them has it: a rank with an error of its own
+    before those that only lost it, of several the first. The others leave by SystemExit, without a word. A rank
+    that is killed, or told to stop by SIGTERM as torchrun does once another failed, is a `LostError`.
+
     Args:
         who: begins the message.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``; every rank takes the GPU of its local rank, if there are GPUs.
+        again: what to do when ranks were lost.
 
     Raises:
         ValueError: the environment is not torchrun's, or the device cannot be had.
         LostError: the ranks cannot reach each other, or lose each other inside the ``with`` block.
     """
-    global _now
-    if _now is not ALONE or not ("RANK" in os.environ or "WORLD_SIZE" in os.environ):
+    if _now is not ALONE or not is_started():
         yield _now
         return
     rank, size, local = _numbers(who)
-    own = not dist.is_initialized()
-    place = _device(who, device, local)
-    if own:
-        _connect(who, rank, size, place)
-    _now = Ranks(rank, size, local, place)
+    limit = timedelta(seconds=_seconds(who))
+    if dist.is_initialized():  # by a script, which ends it too
+        with _as(Ranks(rank, size, local, _device(who, device, local))) as me:
+            yield me
+        return
+    ending = Ending(who, rank, size, _rendezvous(who, size, limit), again)
+    with ending.heeded():
+        try:
+            place = ending.met(partial(_device, who, device, local))
+            _connect(ending.store, rank, size, place, limit)
+            with _as(Ranks(rank, size, local, place)) as me:
+                yield me
+        except BaseException as error:
+            if (
+                not torch.cuda.is_initialized()
+            ):  # NCCL's communicators may hang by now; gloo's tell the others
+                _disconnect()
+            if (told := ending.settled(error)) is error:
+                raise
+            raise told from error
+        _disconnect()
+
+
+@contextmanager
+def _as(me: Ranks) -> Iterator[Ranks]:
+    global _now, _patient
+    _now, _patient = me, dist.new_group(backend="gloo", timeout=_PATIENCE)
     try:
-        yield _now
-    except RuntimeError as error:
-        if not _is_lost(error):
-            raise
-        raise LostError(
-            f"{who}: all {size} processes must stay alive, got {_reason(error)}; start the same command again to "
-            "resume from the last checkpoint"
-        ) from error
+        yield me
     finally:
-        _now = ALONE
-        if own:
-            dist.destroy_process_group()
+        _now, _patient = ALONE, None
 
 
 def agree(who: str, facts: Mapping[str, Any]) -> None:
     """Raise ValueError on every rank, in one sentence, unless all ranks have the same facts (JSON values)."""
     texts = {name: json.dumps(value, sort_keys=True, default=str) for name, value in facts.items()}
     found = [json.loads(text) for text in _texts(json.dumps(texts))]
-    names = dict.fromkeys(name for other in found for name in other)
+    names = dict.fromkeys(name for of_rank in found for name in of_rank)
     for name in names:
-        values = [other.get(name, "nothing") for other in found]
+        values = [of_rank.get(name, "nothing") for of_rank in found]
         if len(set(values)) > 1:
             other = next(rank for rank, value in enumerate(values) if value != values[0])
             raise ValueError(
-                f"{who}: {name} must be the same on all {len(found)} processes, got {_short(values[0])} on rank 0 and "
-                f"{_short(values[other])} on rank {other}"
+                f"{who}: {name} must be the same on all {len(found)} processes, got {_short(values[0])} on rank 0 "
+                f"and {_short(values[other])} on rank {other}"
             )
 
 
@@ -126,7 +144,29 @@ def shared(value: T) -> T:
     if isinstance(value, Tensor):
         dist.broadcast(value, 0)
         return value
-    found: T = json.loads(_text(json.dumps(value) if is_first() else ""))
+    found: T = json.loads(_text(json.dumps(value) if is_first() else "", None))
+    return found
+
+
+def first(work: Callable[[], T]) -> T:
+    """What ``work`` returns on rank 0, which alone does it; a JSON value. Its error is one of all ranks.
+
+    The others wait for it without using a processor or a GPU.
+    """
+    if _now.size == 1:
+        return work()
+    if not is_first():
+        told = json.loads(_text("", _patient))
+        if told["refused"] is not None:
+            raise ValueError(told["refused"])
+        found: T = told["found"]
+        return found
+    try:
+        found = work()
+    except (ValueError, OSError, NotImplementedError) as error:
+        _text(json.dumps({"refused": first_line(error)}), _patient)
+        raise
+    _text(json.dumps({"refused": None, "found": found}), _patient)
     return found
 
 
@@ -182,32 +222,41 @@ def _device(who: str, device: str, local: int) -> torch.device:
     return torch.device("cuda", local)
 
 
-def _connect(who: str, rank: int, size: int, device: torch.device) -> None:
-    limit = timedelta(seconds=_seconds(who))
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
+def _rendezvous(who: str, size: int, limit: timedelta) -> dist.Store:
+    """The store that all ranks have joined."""
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=limit))
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=store,
-            rank=rank,
-            world_size=size,
-            timeout=limit,
-            device_id=device if on_gpu else None,
-        )
+        return store
     except (RuntimeError, OSError) as error:  # torch's DistError among them
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):
             raise LostError(
                 f"{who}: port {os.environ['MASTER_PORT']} must be free, got one that another program listens on; "
                 "give torchrun another --master-port, or --standalone"
             ) from None
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LostError(
             f"{who}: all {size} processes must reach {place} within {limit.total_seconds():.0f} s, "
             f"got {first_line(error)}"
         ) from None
+
+
+def _connect(store: dist.Store, rank: int, size: int, device: torch.device, limit: timedelta) -> None:
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=limit,
+        device_id=device if on_gpu else None,
+    )
+
+
+def _disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _seconds(who: str) -> float:
@@ -219,15 +268,6 @@ def _seconds(who: str) -> float:
     if not 0 < seconds < 1e6:
         raise ValueError(f"{who}: FLEXTRON_RANKS_TIMEOUT must be a number of seconds, got {given}")
     return seconds
-
-
-def _is_lost(error: RuntimeError) -> bool:
-    """Whether an exchange between ranks failed. gloo has no error class of its own."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
-
-
-def _reason(error: RuntimeError) -> str:
-    return "one that does not answer" if "imed out" in str(error) else "one gone"
 
 
 def _short(text: str) -> str:
@@ -247,13 +287,13 @@ def _texts(text: str) -> list[str]:
     return [row[:n].numpy().tobytes().decode() for row, n in zip(found, lengths, strict=True)]
 
 
-def _text(text: str) -> str:
+def _text(text: str, group: dist.ProcessGroup | None) -> str:
     """Rank 0's text."""
     own = _letters(text)
     length = torch.tensor(len(own))
-    dist.broadcast(length, 0)
+    dist.broadcast(length, 0, group=group)
     own = own if is_first() else torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(own, 0)
+    dist.broadcast(own, 0, group=group)
     return own.numpy().tobytes().decode()
 
 

@@ -1,11 +1,12 @@
 """Several processes join, agree, share and average; what goes wrong is one sentence."""
 
 import json
+import re
 import socket
 
 import pytest
 import torch
-from processes import free_port, run
+from processes import free_port
 
 from flextron import ranks
 
@@ -30,8 +31,8 @@ print(json.dumps(found))
 """
 
 
-def test_three_processes_agree_share_and_average():
-    found = [json.loads(e.out) for e in run(3, ["-c", EXCHANGE])]
+def test_three_processes_agree_share_and_average(processes):
+    found = [json.loads(e.out) for e in processes.run(3, ["-c", EXCHANGE])]
     assert [f["now"] for f in found] == [[0, 3, 0], [1, 3, 1], [2, 3, 2]]
     assert [f["part"] for f in found] == [[0, 2], [2, 4], [4, 7]]
     for f in found:
@@ -57,8 +58,6 @@ def test_a_process_that_torchrun_did_not_start_is_alone():
         ({"LOCAL_RANK": ""}, "auto", "torchrun must set RANK, .* got no LOCAL_RANK"),
         ({"WORLD_SIZE": "two"}, "auto", "WORLD_SIZE must be a whole number of at least 0, got two"),
         ({"RANK": "2"}, "auto", r"RANK must be below WORLD_SIZE \(2\), got 2"),
-        ({}, "cuda", "device must be one that this machine has, got cuda and no GPU"),
-        ({}, "cuda:1", "device must be auto, cpu or cuda when torchrun runs it .* got cuda:1"),
         (
             {"FLEXTRON_RANKS_TIMEOUT": "soon"},
             "cpu",
@@ -70,26 +69,40 @@ def test_what_cannot_join_is_one_sentence(monkeypatch, environment, where, sente
     given = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
     for name, value in {**given, **environment}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match=f"^train: {sentence}"), ranks.joined("train", where):
         pass
 
 
+DEVICES = """
+import sys
+import torch
+from flextron import ranks
+
+torch.cuda.device_count = lambda: int(sys.argv[3])
+torch.distributed.is_nccl_available = lambda: sys.argv[4] == "nccl"
+try:
+    with ranks.joined("train", sys.argv[2]):
+        pass
+except ValueError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+"""
+
+
 @pytest.mark.parametrize(
-    ("nccl", "local", "sentence"),
+    ("asked", "gpus", "nccl", "sentence"),
     [
-        (False, 0, "torch must have NCCL for GPUs in several processes"),
-        (True, 1, "--nproc-per-node must be at most the 1 GPUs of this machine, got local rank 1"),
+        ("cuda", 0, "nccl", "device must be one that this machine has, got cuda and no GPU"),
+        ("cuda:1", 2, "nccl", "device must be auto, cpu or cuda when torchrun runs it .* got cuda:1"),
+        ("auto", 2, "no", "torch must have NCCL for GPUs in several processes"),
+        ("auto", 1, "nccl", "--nproc-per-node must be at most the 1 GPUs of this machine, got local rank 1"),
     ],
 )
-def test_gpus_need_nccl_and_one_for_each_process(monkeypatch, nccl, local, sentence):
-    given = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": local, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
-    for name, value in given.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
-    with pytest.raises(ValueError, match=f"^train: {sentence}"), ranks.joined("train"):
-        pass
+def test_every_process_must_have_a_device(processes, asked, gpus, nccl, sentence):
+    ended = processes.run(2, ["-c", DEVICES, asked, gpus, nccl])
+    assert [e.rc for e in ended] == [2, 2]
+    said = "".join(e.err for e in ended)
+    assert re.fullmatch(f"train: {sentence}.*\n", said)
 
 
 def test_a_busy_port_and_a_master_that_is_not_there_are_one_sentence(monkeypatch):

@@ -1,0 +1,35 @@
+"""The processes that torchrun started for one command: joining them, and what they agree on, share and average.
+
+A process that torchrun did not start is alone: everything here works, and does nothing. Messages between processes are
+JSON and tensors; nothing is pickled.
+"""
+
+from flextron.ranks.ending import LostError
+from flextron.ranks.joining import (
+    ALONE,
+    Ranks,
+    agree,
+    first,
+    is_first,
+    is_started,
+    joined,
+    mean,
+    now,
+    part,
+    shared,
+)
+
+__all__ = [
+    "ALONE",
+    "LostError",
+    "Ranks",
+    "agree",
+    "first",
+    "is_first",
+    "is_started",
+    "joined",
+    "mean",
+    "now",
+    "part",
+    "shared",
+]
