@@ -157,8 +157,14 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
         "--checkpoint-every", 2, "--distillation", 1,
     )  # fmt: skip
     assert len(trained["losses"]) == 4 and len(trained["evaluations"]) == 3
-    tables = answer(capsys, "profile", elastic, "--length", 16, "--context", 16, "--rounds", 2)
-    assert set(tables) == {"prefill", "decode"}
+    answer(capsys, "profile", elastic, "--length", 16, "--context", 16, "--rounds", 2)
+    batches = ("--phase", "decode", "--context", 16, "--batch", "1,3", "--rounds", 2)
+    profiled = answer(capsys, "profile", elastic, *batches)  # prefill stays
+    assert [(t["workload"]["phase"], t["workload"]["batch"]) for t in profiled["tables"]] == [
+        ("prefill", 1),
+        ("decode", 1),
+        ("decode", 3),
+    ]
     routers = answer(
         capsys, "route", elastic, *common, "--evaluations", 24, "--prefill", 16, "--steps", 20, "--length", 32,
         "--targets", "0.8,1",
@@ -177,7 +183,10 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
     assert own["targets"][0]["target"] == 0.8 and set(own["calibration"]) == {"prefill", "decode"}
     assert main(["eval", str(elastic), "--data", str(text), "--budgets", "1", "--rounds", "2"]) == 0
     assert "measured ms" in capsys.readouterr().out
-    rows = answer(capsys, "eval", elastic, *common, "--budgets", "0.8,1", "--rounds", 2, "--length", 32)
+    rows = answer(
+        capsys, "eval", elastic, *common, "--budgets", "0.8,1", "--rounds", 2, "--length", 32, "--phase", "decode",
+        "--batch", 4,
+    )  # fmt: skip
     assert [row["kind"] for row in rows] == ["full", "routed", "uniform"]
     joint = ("tune", elastic, *common, "--steps", 2, "--batch-size", 2, "--length", 32, "--eval-every", 0)
     for which in ((), ("--adaptive", "--distillation", 1)):
@@ -218,9 +227,16 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
         p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "small").parameters()
     )
     facts = answer(capsys, "info", elastic)
-    assert facts["routers"] == facts["adaptive router"] == "trained for prefill" and set(
-        facts["latency tables"]
-    ) == {"prefill", "decode"}
+    ((machine, known),) = facts["latency tables"].items()
+    after = "decode after 16 tokens"
+    assert (
+        list(known) == ["prefill of 16 tokens", after, f"{after}, batch 3"] and machine == profiled["machine"]
+    )
+    assert facts["routers"] == f"trained for {next(iter(known))} on {machine}"
+    assert facts["adaptive router"] == "trained for prefill"
+    assert answer(capsys, *asked, "--machine", machine, "--batch", 1) == said
+    refused = complaint(capsys, *asked, "--machine", "nvidia-h200-bfloat16")
+    assert f"budget: machine must be one of {machine}, got 'nvidia-h200-bfloat16'\n" in refused
     made = answer(capsys, "report", elastic, *common, "--budgets", "0.8", "--rounds", 2, "--length", 32)
     page = (elastic / "report.html").read_text(encoding="utf-8")
     assert made == {"page": str(elastic / "report.html")}
@@ -261,7 +277,7 @@ def test_what_was_measured_on_other_weights_does_not_survive(elastic, parent, te
     assert facts["parity is of"] == "the weights before they were trained or saved again"
     assert facts["stored in"] == {"float16": 29} and facts["stock transformers loads"] == "float16"
     assert facts["routers"] == facts["adaptive router"] == "none"
-    assert set(facts["latency tables"]) == {"prefill"}
+    assert [list(known) for known in facts["latency tables"].values()] == [["prefill of 16 tokens"]]
     answer(capsys, *route)
     answer(capsys, "convert", parent, elastic, *common, "--samples", 8, "--mlp-choices", "16,40", "--force")
     facts = answer(capsys, "info", elastic)
@@ -313,7 +329,7 @@ def test_files_of_another_model_are_refused_until_the_named_command_is_run(
     """The menus are the same; the other model has another vocabulary, so every forward takes other time."""
     monkeypatch.setattr("flextron.routing.calibrate._BISECTIONS", 2)
     answer(capsys, "profile", elastic, *PROFILE)
-    path = elastic / "latency.json"
+    (path,) = elastic.glob("latency/*.json")
     path.write_text(path.read_text().replace('"vocab_size": 300', '"vocab_size": 302'))
     here = json.loads((elastic / "flextron.json").read_text())["elastic"]
     other = {"format": 1, "made_for": {"elastic": {**here, "vocab_size": 302}, "weights": "0" * 64}}
@@ -321,7 +337,11 @@ def test_files_of_another_model_are_refused_until_the_named_command_is_run(
         (elastic / name).write_text(json.dumps(other))
     asked = ("generate", elastic, "--params", 1e9, "--prompt", "the cat", "--max-new-tokens", 1)
     for name, stage, mend in (
-        ("latency.json", ("profile", elastic, *PROFILE), f"profile {elastic}`"),
+        (
+            path.name,
+            ("profile", elastic, *PROFILE),
+            f"profile {elastic}` on that machine, or remove the file",
+        ),
         ("routers.json", ("route", elastic, "--data", text, *ROUTE), f"route {elastic}`"),
         ("adaptive.json", ("route", elastic, "--data", text, *ADAPTIVE), f"route {elastic} --adaptive`"),
     ):

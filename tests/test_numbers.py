@@ -31,7 +31,7 @@ def budget(**given: Any) -> Any:
 
 def planner(**given: Any) -> Any:
     config = elastic().elastic
-    return Planner(config, {}, uniform_ladder(config)).resolve(**given)
+    return Planner(config, (), uniform_ladder(config)).resolve(**given)
 
 
 def menus(choices: Any) -> Any:

@@ -28,8 +28,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 import flextron
+from flextron.artefacts.machine import processor
 from flextron.config import Widths
-from flextron.judge.timing import processor, wait_until_idle
+from flextron.judge.timing import wait_until_idle
 from flextron.nn import elastic_config, make_elastic
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flextron_ext as ops
-from flextron.judge.timing import bench, device_clock, processor, wait_until_idle, wall_clock
+from flextron.artefacts.machine import processor
+from flextron.judge.timing import bench, device_clock, wait_until_idle, wall_clock
 from flextron.testing.numerics import assert_no_worse
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)

@@ -7,7 +7,7 @@ import argparse
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flextron.artefacts.latency_table import machine_of
+from flextron.artefacts.machine import machine_of
 from flextron.config import Widths
 from flextron.judge.objectives import cross_entropy
 from flextron.judge.timing import compare, wait_until_idle

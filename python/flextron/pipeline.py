@@ -18,8 +18,11 @@ from flextron.artefacts import adaptive_router, static_router
 from flextron.artefacts.adaptive_router import AdaptiveResult
 from flextron.artefacts.directory import ElasticDirectory
 from flextron.artefacts.elastic_model import save_elastic
-from flextron.artefacts.latency_table import LatencyTable, Workload, machine_of, save_tables
-from flextron.artefacts.static_router import RouterResult
+from flextron.artefacts.latency_files import Tables, by_phase, of_machine, save_tables
+from flextron.artefacts.latency_table import LatencyTable, Workload
+from flextron.artefacts.machine import machine_of
+from flextron.artefacts.planner import Planner, planner_of
+from flextron.artefacts.static_router import RouterResult, trained_on
 from flextron.checkpoint import WEIGHTS_FILE, CheckpointError, Origin, load_tensors, locked
 from flextron.checkpoint.hf import read_tokenizer
 from flextron.config import Widths
@@ -205,23 +208,20 @@ def profile(
     device: Any = "auto",
     progress: Progress = _silent,
     **options: Any,
-) -> dict[str, LatencyTable]:
-    """Measure the latency table of each workload on this machine and store them; other phases' tables stay.
+) -> Tables:
+    """Measure the latency table of each workload on this machine and store them; returns all tables of this machine.
 
-    Tables of another model, or damaged ones, are replaced. ``dtype`` is what the weights have in memory, as
-    `flextron.from_pretrained` takes it.
+    Its tables of other workloads stay, and so do other machines'; what is damaged or of another model is replaced.
+    ``dtype`` is what the weights have in memory, as `flextron.from_pretrained` takes it.
     """
     with ElasticDirectory.open(directory) as checkpoint:
         model = checkpoint.model(dtype, device)
-        try:
-            tables = checkpoint.tables
-        except CheckpointError:
-            tables = {}
+        tables = checkpoint.kept_tables(machine_of(model))
     for workload in workloads:
-        what = f"timing {workload.phase}"
-        tables[workload.phase] = profile_model(model, workload, progress=partial(progress, what), **options)
+        what = f"timing {workload}"
+        tables += (profile_model(model, workload, progress=partial(progress, what), **options),)
     save_tables(tables, directory)
-    return tables
+    return of_machine(tables, machine_of(model))
 
 
 @_alone
@@ -235,7 +235,8 @@ def profile_adaptive(
 ) -> dict[str, LatencyTable]:
     """Measure the time of forwards with an adaptive router, for each phase profiled on this machine, and store it.
 
-    Phases where it is known stay as they are. ``options`` are those of `measure_adaptive`.
+    Returns the table that adaptive budgets of each phase mean: that of the smallest workload. Where it is known it
+    stays as it is. ``options`` are those of `measure_adaptive`.
     """
     with ElasticDirectory.open(directory) as checkpoint:
         model, tables = checkpoint.model(dtype, device), checkpoint.tables
@@ -243,20 +244,17 @@ def profile_adaptive(
 
 
 def _profile_adaptive(
-    directory: str | Path,
-    model: Elastic,
-    tables: Mapping[str, LatencyTable],
-    progress: Progress,
-    **options: Any,
+    directory: str | Path, model: Elastic, tables: Tables, progress: Progress, **options: Any
 ) -> dict[str, LatencyTable]:
-    found = {}
-    for phase, table in tables.items():
+    own = of_machine(tables, machine_of(model))
+    known, found = by_phase(own), {}
+    for phase, table in known.items():
         if table.adaptive is None and not table.differs(machine_of(model)):
             what = f"timing routers, {phase}"
             found[phase] = measure_adaptive(model, table, progress=partial(progress, what), **options)
     if found:
-        save_tables({**tables, **found}, directory)
-    return {**tables, **found}
+        save_tables((*own, *found.values()), directory)
+    return known | found
 
 
 @_alone
@@ -266,25 +264,29 @@ def route(
     *,
     data: Data = None,
     phase: str = "prefill",
+    batch: int | None = None,
+    context: int | None = None,
+    machine: str | None = None,
     samples: int = 4,
     length: int = 128,
     dtype: Dtype | None = None,
     device: Any = "auto",
     progress: Progress = _silent,
 ) -> RouterResult:
-    """Train the static routers for one phase's latency on the loss of a few sequences, and store them."""
+    """Train the static routers for one phase's latency on the loss of a few sequences, and store them.
+
+    ``batch``, ``context`` and ``machine`` say which latency table of the phase, as those of `set_budget` do.
+    """
     with ElasticDirectory.open(directory) as checkpoint:
         model, tables, origin = checkpoint.model(dtype, device), checkpoint.tables, checkpoint.origin
-    if phase not in tables:
-        raise ValueError(
-            f"route: {directory} must have a latency table of {phase}; run `flextron profile {directory}`"
-        )
+    planner = Planner(model.elastic, tables, machine=machine_of(model))
+    table = planner.table(phase, batch=batch, context=context, machine=machine)
     # From the training text: the text that judges the routers must not have chosen them.
     tokens = windows(corpus(read_tokenizer(directory), data).train, samples, length, "route")
     model.requires_grad_(False)
     result = train_routers(
         model.elastic,
-        tables[phase],
+        table,
         lambda widths: evaluate(model, tokens, [widths], batch_size=samples)[0],
         config,
         progress,
@@ -322,7 +324,8 @@ def route_adaptive(
         device: as `convert` takes it.
     """
     with ElasticDirectory.open(directory) as checkpoint:
-        model, planner, origin = checkpoint.model(dtype, device), checkpoint.planner(), checkpoint.origin
+        model, origin = checkpoint.model(dtype, device), checkpoint.origin
+        planner = checkpoint.planner(machine_of(model))
     planner.table(phase)
     tokens = windows(corpus(read_tokenizer(directory), data).train, samples, length, "route")
     hidden = config.hidden if config else None
@@ -380,7 +383,11 @@ def tune(
             )
         teacher, keep_teacher = _teacher(checkpoint, TUNING_FOLDER, config, restart, device)
     model.stored = storage("tune", model, dtype)
-    table = model.planner.table(found.phase)
+    planner = planner_of(model)
+    tables, ladder = by_phase(planner.here), planner.ladder
+    # the ladder may have been trained on another machine's table, or another workload's
+    trained = static and trained_on(planner.tables, static.phase, static.costs)
+    table = trained if trained and not adaptive else planner.table(found.phase)
     tokens = corpus(read_tokenizer(directory), data)
     report = tune_model(
         model,
@@ -397,11 +404,10 @@ def tune(
     )
     round_in_place("tune", model, model.stored)  # reports below are about the weights that will be stored
     judged = windows(tokens.train, samples, config.length)
-    tables, ladder = model.planner.tables, model.planner.ladder
     fresh: list[RouterResult | AdaptiveResult] = []
-    if static and static.phase in tables:
+    if static and (own_table := trained or tables.get(static.phase)):
         static = static_routing.refreshed(
-            static, model.elastic, tables[static.phase], lambda w: evaluate(model, judged, [w])[0]
+            static, model.elastic, own_table, lambda w: evaluate(model, judged, [w])[0]
         )
         ladder = static.ladder
         fresh.append(static)

@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerFast
 
 import flextron
 from flextron import pipeline
+from flextron.artefacts import machine
 from flextron.artefacts.elastic_model import save_elastic
-from flextron.artefacts.latency_table import machine_of, save_tables
+from flextron.artefacts.latency_files import save_tables
+from flextron.artefacts.machine import machine_of, name_of
 from flextron.checkpoint import recover
 from flextron.cli import main
 from flextron.corpus import Corpus
@@ -43,7 +45,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="w2", pad_token="w2")
     save_elastic(model, directory, tokenizer)
     table = make_table(model.elastic, base=0.1)
-    save_tables({"prefill": replace(table, machine=machine_of(model), adaptive=(0.1, 1.1))}, directory)
+    save_tables([replace(table, machine=machine_of(model), adaptive=(0.1, 1.1))], directory)
     pipeline.route(directory, ROUTE, **SHORT)
     pipeline.route_adaptive(directory, ADAPTIVE, **SHORT)
     return directory
@@ -114,7 +116,34 @@ def test_what_was_left_for_other_weights_is_dropped_by_training(elastic: Path) -
     assert before.adaptive is not None and before.planner.ladder.origin == "router"
     pipeline.train(elastic, flextron.TrainConfig(steps=1, batch_size=2, length=16), data=TEXT)
     names = {path.name for path in elastic.iterdir()}
-    assert "latency.json" in names and not names & {"routers.json", "adaptive.json"}
+    assert "latency" in names and not names & {"routers.json", "adaptive.json"}
+
+
+def test_a_checkpoint_on_another_machine_says_what_it_knows_and_learns_this_one(
+    elastic: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (known,) = (elastic / "latency").iterdir()
+    before = known.read_bytes()
+    monkeypatch.setattr(machine, "_cpu", lambda: ("Other CPU", ()))
+    here = name_of(machine.machine_on(torch.device("cpu"), torch.float32))
+    with pytest.warns(UserWarning) as said:
+        model = flextron.from_pretrained(elastic)
+    assert [str(one.message) for one in said] == [
+        f"{elastic}: has latency tables of {known.stem} only, none of {here}; run `flextron profile {elastic}`"
+    ]
+    assert model.set_budget(params=1e9) == model.elastic.full()
+    with pytest.raises(
+        ValueError, match=rf"table of this machine \({here}\), got those of {known.stem} only; run"
+    ):
+        model.set_budget(0.9)
+    elsewhere = model.set_budget(0.9, machine=known.stem)
+    pipeline.profile(elastic, [flextron.Workload.prefill(4)], rounds=1, min_seconds=0.0, fit=2, held_out=1)
+    assert known.read_bytes() == before and {p.stem for p in known.parent.iterdir()} == {known.stem, here}
+    with pytest.warns(UserWarning, match="the adaptive router is calibrated for other latency tables"):
+        model = flextron.from_pretrained(elastic)
+    assert [table.machine_name for table in model.planner.here] == [here]
+    assert model.planner.ladder.origin == "router"  # its networks are the same everywhere
+    assert model.set_budget(0.9, machine=known.stem) == elsewhere
 
 
 _INFERENCE = """

@@ -8,12 +8,13 @@ import pytest
 from routing.synthetic import make_config, make_origin, make_table, planner_in
 
 from flextron.artefacts.ladder import Ladder, uniform_ladder
-from flextron.artefacts.latency_table import save_tables
+from flextron.artefacts.latency_files import save_tables
 from flextron.artefacts.planner import Planner
 from flextron.config import Widths
 
 CONFIG = make_config()
-TABLES = {"prefill": make_table(CONFIG), "decode": make_table(CONFIG, "decode", base=0.5)}
+TABLES = (make_table(CONFIG), make_table(CONFIG, "decode", base=0.5))
+PREFILL, DECODE = TABLES
 PLANNER = Planner(CONFIG, TABLES)
 
 
@@ -25,14 +26,16 @@ def test_fraction_is_of_the_full_latency():
 
 def test_phases_have_their_own_tables():
     assert PLANNER.resolve(0.5, phase="decode") != PLANNER.resolve(0.5)
-    assert PLANNER.resolve(0.5, phase="decode") == Planner(CONFIG, {"prefill": TABLES["decode"]}).resolve(0.5)
+    assert PLANNER.resolve(0.5, phase="decode") == Planner(
+        CONFIG, [replace(DECODE, workload=PREFILL.workload)]
+    ).resolve(0.5)
 
 
 def test_milliseconds_and_rates_say_the_same():
     widths = PLANNER.resolve(latency_ms=20.0)
     assert PLANNER.predict(widths) <= 20.0
     assert PLANNER.resolve(tokens_per_s=128 / 0.020) == widths  # the prefill workload has 128 tokens
-    assert PLANNER.resolve(fraction=20.0 / TABLES["prefill"].full_ms) == widths
+    assert PLANNER.resolve(fraction=20.0 / PREFILL.full_ms) == widths
 
 
 def test_parameters_and_memory_need_no_table():
@@ -120,12 +123,12 @@ def test_without_a_table_the_user_is_told_what_to_run():
         with pytest.raises(ValueError, match="run `flextron profile DIR` first"):
             Planner(CONFIG).resolve(**budget)
     with pytest.raises(ValueError, match="phase 'decode', got prefill;"):
-        Planner(CONFIG, {"prefill": TABLES["prefill"]}).resolve(0.5, phase="decode")
+        Planner(CONFIG, [PREFILL]).resolve(0.5, phase="decode")
 
 
-def test_another_batch_than_the_profiled_is_refused():
-    assert PLANNER.resolve(0.5, batch=1) == PLANNER.resolve(0.5)
-    with pytest.raises(ValueError, match="batch must be 1, as in the prefill latency table, got 4"):
+def test_a_batch_far_from_the_profiled_is_refused():
+    assert PLANNER.resolve(0.5, batch=1) == PLANNER.resolve(0.5, batch=2) == PLANNER.resolve(0.5)
+    with pytest.raises(ValueError, match="batch must be near 1, as in the prefill latency tables, got 4"):
         PLANNER.resolve(0.5, batch=4)
 
 
@@ -141,7 +144,7 @@ def test_other_menus_are_refused():
     with pytest.raises(ValueError, match="must be of this model, got one of num_layers 12 instead of 4; run"):
         Planner(make_config(layers=4), TABLES)
     with pytest.raises(ValueError, match="ladder: layers and menus"):
-        Planner(make_config(layers=4), {}, uniform_ladder(CONFIG))
+        Planner(make_config(layers=4), (), uniform_ladder(CONFIG))
 
 
 def test_loading_takes_what_is_there(tmp_path):

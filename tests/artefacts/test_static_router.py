@@ -7,7 +7,7 @@ import pytest
 import torch
 from routing.synthetic import SyntheticLoss, make_config, make_origin, make_table, planner_in
 
-from flextron.artefacts.latency_table import save_tables
+from flextron.artefacts.latency_files import save_tables
 from flextron.artefacts.static_router import RouterResult, load, load_ladder
 from flextron.checkpoint import CheckpointError
 from flextron.recipes import RouteConfig
@@ -35,7 +35,7 @@ def test_routers_survive_the_file(trained, tmp_path):
     for a, b in zip(loaded.router(0.57), trained.router(0.57), strict=True):
         assert torch.equal(a, b)
     assert load_ladder(tmp_path, ORIGIN) == trained.ladder
-    save_tables({"prefill": TABLE}, tmp_path)
+    save_tables([TABLE], tmp_path)
     assert planner_in(tmp_path, ORIGIN).ladder == trained.ladder
 
 
@@ -78,7 +78,7 @@ def test_routers_of_unknown_weights_are_left_out_and_named(trained, tmp_path):
 
 def test_routers_trained_on_another_table_are_used_and_say_so(trained, tmp_path):
     trained.save(tmp_path, ORIGIN)
-    for tables in ({}, {"prefill": replace(TABLE, slope=2.0)}):
+    for tables in ((), (replace(TABLE, slope=2.0),)):
         with pytest.warns(
             UserWarning, match="trained on another latency table of prefill .* run `flextron route"
         ):

@@ -163,6 +163,9 @@ def test_budgets_are_those_of_the_dial() -> None:
     )
 
     class Planner:
+        def at(self, *_: Any) -> Any:
+            return self
+
         def resolve(self, **budget: Any) -> Widths:
             assert budget["phase"] in ("prefill", "decode")
             assert len(budget.keys() & {"fraction", "params", "latency_ms"}) == 1

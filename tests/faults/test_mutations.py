@@ -27,7 +27,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from flextron import pipeline
-from flextron.artefacts.latency_table import machine_of, save_tables
+from flextron.artefacts.latency_files import save_tables
+from flextron.artefacts.machine import machine_of
 from flextron.exporting import export
 from flextron.inference import from_pretrained
 from flextron.recipes import AdaptiveConfig, RouteConfig, TrainConfig
@@ -67,7 +68,7 @@ READERS = (
     Reader("elastic", ("flextron.json", *_WEIGHTS), ("info", "{}", "--json"), 0.15, _WEIGHTS),
     Reader(
         "elastic",
-        (*_ROUTERS, "latency.json"),
+        (*_ROUTERS, "latency/*.json"),
         ("info", "{}", "--json"),
         0.2,
         ("routers.safetensors", "adaptive.safetensors"),
@@ -76,7 +77,7 @@ READERS = (
         "elastic",
         (
             "adaptive.json",
-            "latency.json",
+            "latency/*.json",
             "generation_config.json",
             "tokenizer.json",
             "tokenizer_config.json",
@@ -122,8 +123,10 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = TrainConfig(steps=2, batch_size=2, length=16, eval_every=1, checkpoint_every=1)
     pipeline.train(elastic, config, validation_windows=2, **options)
     model = from_pretrained(elastic)
-    table = replace(make_table(model.elastic, base=0.1), machine=machine_of(model), adaptive=(0.1, 1.1))
-    save_tables({"prefill": table}, elastic)
+    table = replace(
+        make_table(model.elastic, base=0.1), machine=machine_of(model) | {"threads": 1}, adaptive=(0.1, 1.1)
+    )
+    save_tables([table], elastic)
     route = RouteConfig(targets=(0.8, 1.0), evaluations=16, prefill=8, steps=4, surrogate_steps=4)
     pipeline.route(elastic, replace(route, form="search"), samples=2, length=16, **options)
     adaptive = AdaptiveConfig(targets=(0.8, 1.0), steps=2, batch=2, calibration=2, judged=2)

@@ -362,10 +362,15 @@ def test_a_budget_counts_what_the_model_is_in():
     seen = {}
 
     class Planner:
+        def at(self, device: torch.device, dtype: torch.dtype) -> Any:
+            assert (device, dtype) == (torch.device("cpu"), torch.bfloat16)
+            return self
+
         def resolve(self, **budget: Any) -> Widths:
             seen.update(budget)
             return model.elastic.smallest()
 
     model.planner = Planner()
     model.set_budget(memory_gb=0.1, batch=3, context=100, kv="all")
-    assert seen == dict(memory_gb=0.1, phase="prefill", batch=3, context=100, kv="all", bytes_per_value=2)
+    counted = dict(batch=3, context=100, kv="all", bytes_per_value=2)
+    assert seen == dict(memory_gb=0.1, phase="prefill", machine=None, **counted)

@@ -239,7 +239,9 @@ def test_target_one_is_the_full_model_also_beside_others():
 
 def test_an_adaptive_budget_needs_a_router_for_the_phase():
     model = elastic()
-    model.planner = type("Everything", (), {"target": lambda self, fraction, **_: fraction})()
+    model.planner = type(
+        "Everything", (), {"at": lambda self, *_: self, "target": lambda self, fraction, **_: fraction}
+    )()
     with pytest.raises(
         ValueError, match="needs an adaptive router; run `flextron route DIR --adaptive` first"
     ):

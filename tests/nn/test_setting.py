@@ -24,6 +24,9 @@ def planned(model: Any) -> Any:
     """The model with a planner for which a fraction is the place of a uniform network in the menus."""
 
     class Planner:
+        def at(self, *_: Any) -> Any:
+            return self
+
         def resolve(self, fraction: float, **_: Any) -> Widths:
             menus = model.elastic.mlp_choices, model.elastic.head_choices
             return model.elastic.uniform(*(round(fraction * (len(menu) - 1)) for menu in menus))

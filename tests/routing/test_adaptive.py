@@ -297,7 +297,7 @@ def test_adaptive_budgets_count_what_choosing_takes(model, tables):
     assert float(table.expected(*certain, adaptive=True)) / table.full_ms == pytest.approx(fastest)
     assert float(table.expected(*certain)) == pytest.approx(plain.smallest_ms)
     assert table.fraction(c.smallest()) == plain.fraction(c.smallest())
-    planner = Planner(c, {"prefill": table})
+    planner = Planner(c, [table])
     assert planner.target(fastest + 0.01) == pytest.approx(fastest + 0.01)
     assert planner.target(latency_ms=0.9 * plain.full_ms) == pytest.approx(0.9)
     with pytest.raises(ValueError, match=f"fraction must be at least {fastest:.2f}"):
@@ -321,7 +321,7 @@ def test_adaptive_budgets_count_what_choosing_takes(model, tables):
 
 
 def test_budgets_of_latency_become_fractions(model, tables):
-    planner, table = Planner(model.elastic, tables), tables["prefill"]
+    planner, table = Planner(model.elastic, tables.values()), tables["prefill"]
     half = (table.smallest_ms + table.full_ms) / 2
     assert planner.target(latency_ms=half) == pytest.approx(half / table.full_ms)
     assert planner.target(tokens_per_s=128e3 / half) == pytest.approx(half / table.full_ms)

@@ -9,7 +9,9 @@ import torch
 from synthetic import make_table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flextron.artefacts.latency_table import Workload, load_tables, machine_of, save_tables
+from flextron.artefacts.latency_files import load_tables, save_tables
+from flextron.artefacts.latency_table import Workload
+from flextron.artefacts.machine import machine_of
 from flextron.judge.latency import _filled_cache, measure, whole_model
 from flextron.nn import make_elastic
 from flextron.recipes import RouteConfig
@@ -61,8 +63,8 @@ def test_a_profile_has_a_cost_for_every_choice(model, workload, tmp_path):
     assert math.isfinite(table.residual_worst)
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert table.differs(machine_of(model)) == []
-    save_tables({workload.phase: table}, tmp_path)
-    assert load_tables(tmp_path, model.elastic) == {workload.phase: table}
+    save_tables([table], tmp_path)
+    assert load_tables(tmp_path, model.elastic) == (table,)
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.phase)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from flextron import pipeline
 from flextron.artefacts.directory import load_elastic
 from flextron.artefacts.elastic_model import save_elastic
+from flextron.artefacts.latency_table import Workload
 from flextron.checkpoint import load_tensors, read_json, stored_dtypes
 from flextron.config import Widths
 from flextron.conversion import convert
@@ -128,10 +129,17 @@ def test_what_tuning_reads_off_a_router_is_of_the_weights_as_stored(
 ) -> None:
     """A stand-in for the router and for its training: what is measured afterwards must be of what lies there."""
     model, _ = load_elastic(checkpoint)
-    table = SimpleNamespace(full_ms=1.0)
+    table = SimpleNamespace(full_ms=1.0, costs="these", workload=Workload.prefill(8))
     ladder = SimpleNamespace(origin="router")
-    model.planner = SimpleNamespace(ladder=ladder, table=lambda _: table, tables={"prefill": table})
-    found = SimpleNamespace(phase="prefill", router=None, ladder=ladder, write=lambda stage, origin: None)
+    planner = SimpleNamespace(ladder=ladder, table=lambda _: table, tables=(table,), here=(table,))
+    model.planner = SimpleNamespace(at=lambda *_: planner, ladder=ladder)
+    found = SimpleNamespace(
+        phase="prefill",
+        costs="these",
+        router=torch.nn.Identity(),
+        ladder=ladder,
+        write=lambda stage, origin: None,
+    )
     said = []
 
     def moved(model: Any, *_: Any, **__: Any) -> None:
@@ -143,7 +151,7 @@ def test_what_tuning_reads_off_a_router_is_of_the_weights_as_stored(
         said.append(loss(elastic.full()))
         return found
 
-    there = SimpleNamespace(equipped=lambda: model, static=lambda: found)
+    there = SimpleNamespace(equipped=lambda **_: model, static=lambda: found)
     monkeypatch.setattr(pipeline, "ElasticDirectory", SimpleNamespace(open=lambda _: nullcontext(there)))
     monkeypatch.setattr(pipeline, "tune_model", moved)
     monkeypatch.setattr(pipeline.static_routing, "refreshed", refreshed)

@@ -15,7 +15,8 @@ from flextron.artefacts import adaptive_router, static_router
 from flextron.artefacts.adaptive_router import AdaptiveResult, costs_of
 from flextron.artefacts.elastic_model import read_meta, read_model
 from flextron.artefacts.ladder import uniform_ladder
-from flextron.artefacts.latency_table import LatencyTable, load_tables, machine_of
+from flextron.artefacts.latency_files import Tables, by_phase, kept_tables, load_tables, machines
+from flextron.artefacts.machine import Machine, machine_of, name_of
 from flextron.artefacts.planner import Planner
 from flextron.artefacts.static_router import RouterResult, load_ladder
 from flextron.checkpoint import WEIGHTS_FILE, CheckpointError, Files, Origin, opened
@@ -59,8 +60,8 @@ class ElasticDirectory:
         return Origin.of(self.meta)
 
     @cached_property
-    def tables(self) -> dict[str, LatencyTable]:
-        """The latency tables, by phase."""
+    def tables(self) -> Tables:
+        """The latency tables, of all machines."""
         return load_tables(self._files, self.origin.elastic)
 
     def model(self, dtype: Dtype | None = torch.float32, device: torch.device = CPU) -> Elastic:
@@ -68,10 +69,19 @@ class ElasticDirectory:
         checksum = self.meta["checksums"][WEIGHTS_FILE]
         return read_model(self._files, self.origin.elastic, dtype, checksum, device)
 
-    def planner(self) -> Planner:
-        """The planner of the tables and the routed ladder, or of the uniform ladder where no routers were trained."""
+    def kept_tables(self, machine: Machine) -> Tables:
+        """What is stored again beside new tables of ``machine``; see `flextron.artefacts.latency_files.kept_tables`."""
+        return kept_tables(self._files, self.origin.elastic, machine)
+
+    def planner(self, machine: Machine | None = None) -> Planner:
+        """The planner of the tables and the routed ladder, or of the uniform ladder where no routers were trained.
+
+        ``machine`` is the one that budgets are about; None: the only one that was profiled.
+        """
         ladder = load_ladder(self._files, self.origin, self.tables)
-        return Planner(self.origin.elastic, self.tables, ladder or uniform_ladder(self.origin.elastic))
+        return Planner(
+            self.origin.elastic, self.tables, ladder or uniform_ladder(self.origin.elastic), machine
+        )
 
     def static(self) -> RouterResult | None:
         """The static routers and their report."""
@@ -91,23 +101,27 @@ class ElasticDirectory:
     def equipped(self, dtype: Dtype | None = torch.float32, device: torch.device = CPU) -> Elastic:
         """The model with its planner and, where one was trained, its adaptive router.
 
-        Warns where either was made on another machine or for other tables.
+        Warns where this machine was not profiled, or was another then, and where the router is for other tables.
         """
         model = self.model(dtype, device)
-        model.planner = self.planner()
+        here = machine_of(model)
+        model.planner = self.planner(here)
         if (result := self.adaptive()) is not None:
             with checking(self.path / adaptive_router.DESCRIPTION):
                 result.router.check(model.elastic)
             model.attach_router(result.router)
-            if result.costs != costs_of(self.tables):
+            if model.planner.here and result.costs != costs_of(by_phase(model.planner.here)):
                 self._warn(
                     "the adaptive router is calibrated for other latency tables",
                     "flextron route",
                     " --adaptive",
                 )
-        for table in self.tables.values():
-            if changes := table.differs(machine_of(model)):
-                self._warn("; ".join(changes), "flextron profile")
+        changes = [change for table in model.planner.here for change in table.differs(here)]
+        if changes:
+            self._warn("; ".join(dict.fromkeys(changes)), "flextron profile")
+        elif self.tables and not model.planner.here:
+            known = " and ".join(machines(self.tables))
+            self._warn(f"has latency tables of {known} only, none of {name_of(here)}", "flextron profile")
         return model
 
     def _warn(self, what: str, command: str, options: str = "") -> None:

@@ -2,16 +2,13 @@
 
     T(config) = base + slope * sum over layers ( heads[layer, n_c] + mlp[layer, d_c] )
 
-All times are milliseconds. `flextron.routing.profile` measures a table.
+All times are milliseconds. `flextron.routing.profile` measures a table; `latency_files.py` stores a checkpoint's.
 """
 
 from __future__ import annotations
 
-import platform
-import warnings
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,17 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextron.checkpoint.files import Files, opened
-from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
-from flextron.checkpoint.io import write_json
-from flextron.checkpoint.origin import check_model
+from flextron.artefacts.machine import Machine, name_of
+from flextron.checkpoint.format import CheckpointError
 from flextron.checkpoint.schema import build
 from flextron.config import AXES, ElasticConfig, Widths, check_numbers
-from flextron.nn.protocol import Elastic
 from flextron.nn.router import Indices
 from flextron.sentences import listed
 
-FILE = "latency.json"
 PHASES = ("prefill", "decode")
 
 
@@ -80,6 +73,20 @@ class Workload:
         """Tokens that one forward takes in."""
         return self.batch * self.length
 
+    def __str__(self) -> str:
+        what = f"prefill of {self.length}" if self.phase == "prefill" else f"decode after {self.context}"
+        return f"{what} tokens" + (f", batch {self.batch}" if self.batch > 1 else "")
+
+    @property
+    def depth(self) -> int:
+        """Tokens of each sequence that the phase is about: those of its prompt, or those that are cached."""
+        return self.length if self.phase == "prefill" else self.context
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Where its table stands among a machine's: by phase, batch and depth."""
+        return PHASES.index(self.phase), self.batch, self.depth
+
 
 @dataclass(frozen=True)
 class Check:
@@ -97,7 +104,7 @@ class Check:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Measured costs of the choices of one phase on one machine.
+    """Measured costs of the choices for one workload on one machine.
 
     Attributes:
         workload, machine: what was timed and where, the key of the table.
@@ -134,6 +141,10 @@ class LatencyTable:
     @property
     def num_layers(self) -> int:
         return self.elastic.num_layers
+
+    @property
+    def machine_name(self) -> str:
+        return name_of(self.machine)
 
     @cached_property
     def full_ms(self) -> float:
@@ -231,14 +242,13 @@ class LatencyTable:
             "slope": self.slope,
         }
 
-    def differs(self, machine: dict[str, Any]) -> list[str]:
-        """One sentence for each way in which ``machine`` (see `machine_of`) differs from the one measured."""
-        keys = sorted(self.machine.keys() | machine.keys())
+    def differs(self, machine: Machine) -> list[str]:
+        """One phrase for each fact of ``machine`` (see `machine_of`) that was another when the table was measured."""
         return [
-            f"the {self.workload.phase} table was measured with {k} {self.machine.get(k)!r}, "
-            f"now it is {machine.get(k)!r}"
-            for k in keys
-            if self.machine.get(k) != machine.get(k)
+            f"the {self.workload.phase} table was measured with {fact} {self.machine[fact]!r}, "
+            f"now it is {machine[fact]!r}"
+            for fact in sorted(self.machine.keys() & machine.keys())
+            if self.machine[fact] != machine[fact]
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -248,7 +258,9 @@ class LatencyTable:
         return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], path: str | Path = FILE, place: str = "") -> LatencyTable:
+    def from_dict(
+        cls, values: dict[str, Any], path: str | Path = "latency table", place: str = ""
+    ) -> LatencyTable:
         """Read what `to_dict` returned; CheckpointError says what is wrong in ``path``."""
         kept = {k: v for k, v in values.items() if k not in ("residual_median", "residual_worst")}
         table = build(cls, kept, path, place)
@@ -266,63 +278,3 @@ class LatencyTable:
         if any(c.measured <= 0 for c in (*table.fitted, *table.held_out)):
             raise CheckpointError(f"{path}: {place} must have measured times above 0, got others")
         return table
-
-
-def save_tables(tables: dict[str, LatencyTable], directory: str | Path) -> None:
-    """Write tables, by phase, as ``latency.json`` of an elastic checkpoint."""
-    content = {"format": FORMAT, "tables": {phase: table.to_dict() for phase, table in tables.items()}}
-    write_json(Path(directory) / FILE, content)
-
-
-def load_tables(directory: str | Path | Files, config: ElasticConfig) -> dict[str, LatencyTable]:
-    """The tables of an elastic checkpoint, by phase; empty when it was never profiled.
-
-    A table that does not say which model it is of is left out with a warning.
-
-    Raises:
-        CheckpointError: the file is damaged, or a table is of a model that is not ``config``.
-    """
-    with opened(directory) as files:
-        if FILE not in files:
-            return {}
-        path, content = files / FILE, files.read_json(FILE)
-        mend = f"flextron profile {files.directory}"
-    check_format(content, path)
-    found = build(dict[str, dict[str, Any]], content.get("tables"), path, "tables")
-    tables = {}
-    for phase, values in found.items():
-        if "elastic" not in values:
-            warnings.warn(
-                f"{path}: a table does not say which model it is of, and is left out; run `{mend}`",
-                stacklevel=2,
-            )
-            continue
-        tables[phase] = LatencyTable.from_dict(values, path, f"tables.{phase}")
-        if tables[phase].workload.phase != phase:
-            raise CheckpointError(
-                f"{path}: tables.{phase} must be of {phase}, got {tables[phase].workload.phase}"
-            )
-        check_model(path, tables[phase].elastic, config, mend)
-    return tables
-
-
-def machine_of(model: Elastic) -> dict[str, Any]:
-    """The device, dtype, threads and versions that a measurement of this model holds for."""
-    weight = model.get_input_embeddings().weight
-    on_gpu = weight.device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(weight.device) if on_gpu else _cpu_name(),
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "flextron": metadata.version("flextron"),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

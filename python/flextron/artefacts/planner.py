@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
+
 from flextron.artefacts.ladder import Ladder, uniform_ladder
+from flextron.artefacts.latency_files import Tables, machines, nearest, of_machine
 from flextron.artefacts.latency_table import PHASES, LatencyTable
+from flextron.artefacts.machine import Machine, machine_on, name_of
 from flextron.config import ElasticConfig, Widths, count, number
+from flextron.nn.protocol import Elastic
+from flextron.sentences import listed
 
 BUDGETS = ("fraction", "latency_ms", "tokens_per_s", "params", "memory_gb", "widths")
 _GB = 1e9
@@ -34,35 +40,70 @@ class Planner:
 
     Attributes:
         config: the menus.
-        tables: latency tables by phase; without one, only ``params``, ``memory_gb`` and ``widths`` are
+        tables: latency tables, of all machines; without one, only ``params``, ``memory_gb`` and ``widths`` are
             understood.
-        ladder: the routed ladder; None: the uniform one.
+        ladder: the routed ladder; None: the uniform one. Its networks are the same on every machine, what they take
+            is not.
+        machine: the machine that budgets are about; None: the only one that there are tables of.
     """
 
     config: ElasticConfig
-    tables: Mapping[str, LatencyTable] = field(default_factory=dict)
+    tables: Tables = ()
     ladder: Ladder = None  # type: ignore[assignment]  # becomes the uniform ladder
+    machine: Machine | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tables", dict(self.tables or {}))
+        object.__setattr__(self, "tables", tuple(self.tables))
         ladder = self.ladder or uniform_ladder(self.config)
         ladder.check(self.config)
         object.__setattr__(self, "ladder", ladder)
-        for table in self.tables.values():
+        for table in self.tables:
             table.check(self.config)
 
-    def table(self, phase: str) -> LatencyTable:
+    def at(self, device: torch.device, dtype: torch.dtype) -> Planner:
+        """The planner of budgets for a model that is on ``device`` with weights of ``dtype``."""
+        return replace(self, machine=machine_on(device, dtype))
+
+    @property
+    def here(self) -> Tables:
+        """The tables of the planner's machine."""
+        return self.tables if self.machine is None else of_machine(self.tables, self.machine)
+
+    def table(
+        self, phase: str, *, batch: int | None = None, context: int | None = None, machine: str | None = None
+    ) -> LatencyTable:
         """The latency table of a phase.
 
+        Args:
+            phase: ``"prefill"`` or ``"decode"``.
+            batch, context: sequences, and tokens of a prompt or in the cache: the nearest that were profiled are
+                meant; None: the fewest.
+            machine: the name of another machine, as ``flextron info`` lists them; None: this one.
+
         Raises:
-            ValueError: it was never measured; the sentence says how to.
+            ValueError: it was never measured; the sentence says what was, and how to.
         """
-        if phase not in self.tables:
-            have = ", ".join(sorted(self.tables)) or "none"
-            raise ValueError(
-                f"budget: latency must have a table of phase {phase!r}, got {have}; run `flextron profile DIR` first"
-            )
-        return self.tables[phase]
+        own = self._of_machine(machine)
+        if found := [table for table in own if table.workload.phase == phase]:
+            return nearest(found, batch, context)
+        have = ", ".join(sorted({table.workload.phase for table in own})) or "none"
+        raise ValueError(
+            f"budget: latency must have a table of phase {phase!r}, got {have}; run `flextron profile DIR` first"
+        )
+
+    def _of_machine(self, name: str | None) -> Tables:
+        known = machines(self.tables)
+        if name is None and self.machine is not None:
+            found = self.here
+            if not found and known:
+                raise ValueError(
+                    f"budget: latency must have a table of this machine ({name_of(self.machine)}), got those of "
+                    f"{listed(known)} only; run `flextron profile DIR`, or give one of these as machine"
+                )
+            return found
+        if (name is None and len(known) > 1) or (name is not None and name not in known):
+            raise ValueError(f"budget: machine must be one of {listed(known) or 'none'}, got {name!r}")
+        return self.tables if name is None else of_machine(self.tables, name)
 
     def predict(self, widths: Widths, phase: str = "prefill") -> float:
         """Milliseconds of one forward of the phase's workload."""
@@ -81,6 +122,7 @@ class Planner:
         phase: str = "prefill",
         batch: int | None = None,
         context: int | None = None,
+        machine: str | None = None,
         kv: str = "selected",
         bytes_per_value: int = 4,
     ) -> Widths:
@@ -95,7 +137,8 @@ class Planner:
             widths: themselves; they are checked against the menus.
             phase: ``"prefill"`` or ``"decode"``: which latency table.
             batch, context: size of the key/value cache that ``memory_gb`` counts (1 and 0 unless given). For a
-                budget of latency they must be the profiled ones when they are given.
+                budget of latency, which of the profiled workloads is meant: see `table`.
+            machine: the name of the machine whose latency is meant; None: the one that the model is on.
             kv: which key/value groups ``params`` and ``memory_gb`` count: ``"selected"`` or ``"all"``.
             bytes_per_value: bytes that a weight or cached value takes in memory.
 
@@ -105,6 +148,10 @@ class Planner:
         values = (fraction, latency_ms, tokens_per_s, params, memory_gb, widths)
         name, value = _only(BUDGETS, values)
         _check_phase(phase)
+        if machine is not None and name not in BUDGETS[:3]:
+            raise ValueError(
+                f"budget: machine must be given with a budget of latency, got {machine!r} with {name}"
+            )
         if widths is not None:
             self.config.check(widths)
             return widths
@@ -118,7 +165,7 @@ class Planner:
         if name in ("params", "memory_gb"):
             limit = self._size_limit(name, value, batch or 1, context or 0, kv, bytes_per_value)
         else:
-            limit = self._time_limit(name, value, phase, batch, context)
+            limit = _time_limit(name, value, self.table(phase, batch=batch, context=context, machine=machine))
         found = self.ladder.highest(limit.cost, limit.limit)
         if found is None:
             raise _impossible(name, value, limit, self.ladder.rungs[0])
@@ -133,10 +180,12 @@ class Planner:
         phase: str = "prefill",
         batch: int | None = None,
         context: int | None = None,
+        machine: str | None = None,
     ) -> float:
         """One budget of latency as a fraction of the full model's, which is what an adaptive router takes.
 
-        More than the full model needs is 1. The arguments are those of `resolve`.
+        More than the full model needs is 1. The arguments are those of `resolve`; the router is calibrated for the
+        smallest workload of each phase, and takes no other.
 
         Raises:
             ValueError: none or several budgets, or an impossible one: the message names the best possible.
@@ -145,10 +194,16 @@ class Planner:
         _check_phase(phase)
         value = _amount(name, value)
         batch, context = _workload(batch, context)
-        limit = self._time_limit(name, value, phase, batch, context, adaptive=True)
+        table = self.table(phase, batch=batch, context=context, machine=machine)
+        calibrated = self.table(phase, machine=machine)
+        if table.workload != calibrated.workload:
+            raise ValueError(
+                f"budget: batch and context must be near {calibrated.workload.batch} and {calibrated.workload.depth}, "
+                f"for which the adaptive router is calibrated, got {batch} and {context}"
+            )
+        limit = _time_limit(name, value, table, adaptive=True)
         if limit.cost(self.config.smallest()) > limit.limit * (1 + 1e-9):
             raise _impossible(name, value, limit, self.config.smallest())
-        table = self.table(phase)
         return min(1.0, limit.limit if name == "fraction" else limit.limit / table.full_ms)
 
     def _size_limit(
@@ -171,30 +226,21 @@ class Planner:
 
         return _Limit(gigabytes, value, _up, "at least", "smallest")
 
-    def _time_limit(
-        self,
-        name: str,
-        value: float,
-        phase: str,
-        batch: int | None,
-        context: int | None,
-        adaptive: bool = False,
-    ) -> _Limit:
-        table = self.table(phase)
-        predict, fraction = (partial(f, adaptive=adaptive) for f in (table.predict, table.fraction))
-        for what, wanted in (("batch", batch), ("context", context)):
-            profiled = getattr(table.workload, what)
-            if wanted is not None and wanted != profiled:
-                raise ValueError(
-                    f"budget: {what} must be {profiled}, as in the {phase} latency table, got {wanted}; "
-                    f"profile the model with the {what} you want"
-                )
-        if name == "fraction":
-            return _Limit(fraction, value, _up, "at least", "fastest")
-        if name == "latency_ms":
-            return _Limit(predict, value, _up, "at least", "fastest")
-        thousands = 1e3 * table.workload.tokens
-        return _Limit(predict, thousands / value, lambda ms: _down(thousands / ms), "at most", "fastest")
+
+def _time_limit(name: str, value: float, table: LatencyTable, adaptive: bool = False) -> _Limit:
+    predict, fraction = (partial(f, adaptive=adaptive) for f in (table.predict, table.fraction))
+    if name == "fraction":
+        return _Limit(fraction, value, _up, "at least", "fastest")
+    if name == "latency_ms":
+        return _Limit(predict, value, _up, "at least", "fastest")
+    thousands = 1e3 * table.workload.tokens
+    return _Limit(predict, thousands / value, lambda ms: _down(thousands / ms), "at most", "fastest")
+
+
+def planner_of(model: Elastic) -> Planner:
+    """The planner of a model of a checkpoint, for the machine that it is on now."""
+    weight = model.get_input_embeddings().weight
+    return model.planner.at(weight.device, weight.dtype)
 
 
 def _only(names: Sequence[str], values: Sequence[Any]) -> tuple[str, Any]:

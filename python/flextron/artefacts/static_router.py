@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -133,11 +133,11 @@ def load(directory: str | Path | Files, origin: Origin) -> RouterResult | None:
 
 
 def load_ladder(
-    directory: str | Path | Files, origin: Origin, tables: Mapping[str, LatencyTable] | None = None
+    directory: str | Path | Files, origin: Origin, tables: Iterable[LatencyTable] | None = None
 ) -> Ladder | None:
     """The routed ladder of an elastic checkpoint; None when no routers were trained for its weights.
 
-    Where ``tables`` are given and it rests on another one, a warning says so: budgets are met by the new table.
+    Where ``tables`` are given and it rests on none of them, a warning says so: budgets are met by the new ones.
     """
     with opened(directory) as files:
         if not _stored(files, origin):
@@ -145,13 +145,18 @@ def load_ladder(
         path, values = _read(files)
         ladder = build(Ladder, values.get("ladder"), path, "ladder")
         phase = build(str, values.get("phase"), path, "phase")
-        if tables is not None and (phase not in tables or tables[phase].costs != values.get("costs")):
+        if tables is not None and trained_on(tables, phase, values.get("costs")) is None:
             warnings.warn(
-                f"{path}: was trained on another latency table of {phase} than the one here; "
+                f"{path}: was trained on another latency table of {phase} than those here; "
                 f"run `flextron route {files.directory}`",
                 stacklevel=3,
             )
     return ladder
+
+
+def trained_on(tables: Iterable[LatencyTable], phase: str, costs: Any) -> LatencyTable | None:
+    """The table, of whatever machine, that routers with these costs were trained on; None where it is gone."""
+    return next((t for t in tables if t.workload.phase == phase and t.costs == costs), None)
 
 
 def _stored(files: Files, origin: Origin) -> bool:

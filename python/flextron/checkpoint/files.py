@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from flextron.checkpoint.format import CheckpointError
+from flextron.checkpoint.format import LATENCY_FOLDER, CheckpointError
 from flextron.checkpoint.io import check_checksum, existing, parse_json, parse_shapes, parse_tensors
 from flextron.checkpoint.transaction import COMMITTED, recover
 
@@ -26,6 +26,10 @@ class Files:
 
     def __contains__(self, name: str) -> bool:
         return name in self._handles
+
+    def names(self) -> Collection[str]:
+        """What was opened; a file of a folder as ``folder/name``."""
+        return self._handles.keys()
 
     def __truediv__(self, name: str) -> Path:
         """The path of a file, for messages."""
@@ -97,7 +101,14 @@ def _at_one_moment(directory: Path, stack: contextlib.ExitStack) -> dict[str, Bi
 
 
 def _names(directory: Path) -> set[str]:
-    with os.scandir(directory) as entries:
+    names = _names_in(directory)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        names |= {f"{LATENCY_FOLDER}/{name}" for name in _names_in(directory / LATENCY_FOLDER)}
+    return names
+
+
+def _names_in(folder: Path) -> set[str]:
+    with os.scandir(folder) as entries:
         return {
             e.name
             for e in entries

@@ -16,6 +16,7 @@ FORMAT = 1
 ELASTIC_FILE = "flextron.json"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+LATENCY_FOLDER = "latency"  # of an elastic checkpoint: a file for each machine that it was profiled on
 LFS_POINTER = b"version https://git-lfs"  # what git leaves in place of a large file that was not fetched
 
 # First bytes of files that are offered in place of safetensors: (magic, what it is).

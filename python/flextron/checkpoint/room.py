@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from flextron.checkpoint.format import CONFIG_FILE, ELASTIC_FILE, CheckpointError
+from flextron.checkpoint.format import CONFIG_FILE, ELASTIC_FILE, LATENCY_FOLDER, CheckpointError
 from flextron.checkpoint.lock import LOCK_FILE
 from flextron.checkpoint.transaction import recover
 from flextron.sentences import listed
@@ -28,6 +28,7 @@ _MODEL = (
 _ELASTIC = (
     ELASTIC_FILE,
     "latency.json",
+    LATENCY_FOLDER,
     "routers.json",
     "adaptive.json",
     "report.html",

@@ -23,6 +23,7 @@ def options(parser: ArgumentParser) -> None:
         help="judge the adaptive router too, which chooses widths for every token",
     )
     shared.phase(parser, "phase whose latency is measured, and is meant by the budgets")
+    shared.workload(parser)
     shared.judged(parser, rounds=7)
     add(
         "--tasks",
@@ -45,6 +46,7 @@ def options(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> list[dict[str, Any]]:
     from flextron import ui
+    from flextron.artefacts.planner import planner_of
     from flextron.checkpoint.hf import read_tokenizer
     from flextron.corpus import held_out_windows
     from flextron.judge.budgets import judge_budgets
@@ -56,7 +58,7 @@ def run(args: Namespace) -> list[dict[str, Any]]:
             raise ValueError(f"eval: --{name.replace('_', '-')} must be given with --tasks only")
     text = shared.text_of(args)
     directory, model = shared.loaded(args)
-    model.planner.table(args.phase)
+    planner_of(model).table(args.phase, batch=args.batch, context=args.context)
     tokens = held_out_windows(read_tokenizer(directory), text, args.samples, args.length)
     with ui.reporter() as progress:
         found = judge_budgets(
@@ -64,6 +66,8 @@ def run(args: Namespace) -> list[dict[str, Any]]:
             tokens,
             [b for b in args.budgets if b != 1],
             phase=args.phase,
+            batch=args.batch,
+            context=args.context,
             adaptive=args.adaptive,
             rounds=args.rounds,
             progress=progress,

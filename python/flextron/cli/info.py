@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from flextron.cli import options as shared
+
+if TYPE_CHECKING:  # the help of a command needs neither
+    from flextron.artefacts.latency_table import LatencyTable
+    from flextron.artefacts.static_router import RouterResult
 
 EXAMPLE = "flextron info elastic/"
 
@@ -26,6 +31,7 @@ def run(args: Namespace) -> dict[str, Any]:
 
 def _facts(directory: str) -> dict[str, Any]:
     from flextron.artefacts.directory import ElasticDirectory
+    from flextron.artefacts.latency_files import machines, of_machine
     from flextron.nn.storage import common, counted, name_of
 
     with ElasticDirectory.open(directory) as checkpoint:
@@ -42,10 +48,23 @@ def _facts(directory: str) -> dict[str, Any]:
         "stored in": counted(model.stored),
         "stock transformers loads": name_of(common(model.stored.values())),
         **_parity(meta),
-        "latency tables": {n: f"{t.smallest_ms:.1f} .. {t.full_ms:.1f} ms" for n, t in tables.items()},
-        "routers": f"trained for {routers.phase}" if routers else "none",
+        "latency tables": {name: _latencies(of_machine(tables, name)) for name in machines(tables)},
+        "routers": f"trained for {_target(routers, tables)}" if routers else "none",
         "adaptive router": f"trained for {adaptive.phase}" if adaptive else "none",
     }
+
+
+def _latencies(tables: Sequence[LatencyTable]) -> dict[str, str]:
+    """The range of each workload of one machine."""
+    return {str(t.workload): f"{t.smallest_ms:.4g} .. {t.full_ms:.4g} ms" for t in tables}
+
+
+def _target(routers: RouterResult, tables: Sequence[LatencyTable]) -> str:
+    """What routers were trained for, as far as the table is still there."""
+    from flextron.artefacts.static_router import trained_on
+
+    table = trained_on(tables, routers.phase, routers.costs)
+    return routers.phase if table is None else f"{table.workload} on {table.machine_name}"
 
 
 def _parity(meta: dict[str, Any]) -> dict[str, Any]:
@@ -62,6 +81,8 @@ def _parity(meta: dict[str, Any]) -> dict[str, Any]:
 
 def shown(value: Any) -> str:
     """A fact as a reader wants it: {"float32": 272} is 272 × float32, and a figure of a proof has two digits."""
+    if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
+        return "; ".join(f"{name}: {shown(inner)}" for name, inner in value.items())
     if isinstance(value, dict):
         parts = [f"{n} × {name}" if isinstance(n, int) else f"{name} {n}" for name, n in value.items()]
         return ", ".join(parts) or "none"

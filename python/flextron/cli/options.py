@@ -220,12 +220,31 @@ def budget(parser: ArgumentParser) -> None:
     for name, text in kinds.items():
         group.add_argument(name, type=values.real, help=text)
     phase(parser, "phase whose latency the budget means")
-    parser.add_argument("--context", type=values.count, help="tokens in the cache that --memory-gb counts")
-    parser.add_argument("--batch", type=values.count, help="sequences in the cache that --memory-gb counts")
+    workload(parser, "; with --memory-gb, those that the cache has room for")
+    machine(parser)
+
+
+def workload(parser: ArgumentParser, more: str = "") -> None:
+    """Which of the profiled workloads of a phase is meant."""
+    for name, what in (
+        ("--batch", "sequences side by side"),
+        ("--context", "tokens in a prompt or in the cache"),
+    ):
+        text = f"{what} whose latency is meant: the nearest that was profiled, the fewest by default{more}"
+        parser.add_argument(name, type=values.count, help=text)
+
+
+def machine(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--machine",
+        metavar="NAME",
+        help="machine whose latency is meant, as `flextron info` lists them; this one by default",
+    )
 
 
 def budget_of(args: Namespace) -> dict[str, Any]:
     """The one budget that was given, with its phase and cache."""
     one = given(args, "latency_ms", "tokens_per_s", "params", "memory_gb")
     one = one or {"fraction": 1.0 if args.budget is None else args.budget}
-    return one | {"phase": args.phase, "context": args.context, "batch": args.batch}
+    chosen = {name: getattr(args, name) for name in ("phase", "batch", "context", "machine")}
+    return one | chosen

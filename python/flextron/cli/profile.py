@@ -9,21 +9,27 @@ from flextron.cli import options as shared
 from flextron.cli import values
 from flextron.cli.printing import warn
 
-EXAMPLE = "flextron profile elastic/ --length 512"
+EXAMPLE = "flextron profile elastic/ --batch 1,8,64"
 
 
 def options(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("directory", help="elastic checkpoint to measure; its tables are stored there")
+    add(
+        "directory",
+        help="elastic checkpoint to measure; the tables are stored there, in a file for each machine",
+    )
     add(
         "--phase",
         choices=("prefill", "decode", "both"),
         default="both",
         help="phase to measure: a whole prompt at once (prefill), one token after a cache (decode), or both",
     )
-    add("--length", type=values.count, default=512, help="tokens in a prompt")
-    add("--context", type=values.count, default=512, help="tokens in the cache of a decode step")
-    add("--batch", type=values.count, default=1, help="sequences that run side by side")
+    for name, default, text in (
+        ("--length", (512,), "tokens in a prompt"),
+        ("--context", (512,), "tokens in the cache of a decode step"),
+        ("--batch", (1,), "sequences that run side by side"),
+    ):
+        add(name, type=values.counts, default=default, metavar="N,N,..", help=f"{text}, with a table for each number")
     add("--rounds", type=values.count, default=7, help="samples to take of each latency")
     add(
         "--seed",
@@ -40,9 +46,9 @@ def run(args: Namespace) -> dict[str, Any]:
 
     workloads = []
     if args.phase != "decode":
-        workloads.append(Workload.prefill(args.length, batch=args.batch))
+        workloads += [Workload.prefill(n, batch) for batch in args.batch for n in args.length]
     if args.phase != "prefill":
-        workloads.append(Workload.decode(args.context, batch=args.batch))
+        workloads += [Workload.decode(n, batch) for batch in args.batch for n in args.context]
     with ui.reporter() as progress:
         tables = pipeline.profile(
             args.directory,
@@ -56,17 +62,19 @@ def run(args: Namespace) -> dict[str, Any]:
     if not args.json:
         rows = [
             [
-                name,
-                f"{table.full_ms:.1f}",
-                f"{table.smallest_ms:.1f}",
+                str(table.workload),
+                f"{table.full_ms:.4g}",
+                f"{table.smallest_ms:.4g}",
                 f"{100 * table.residual_median:.1f} %",
                 f"{100 * table.residual_worst:.1f} %",
             ]
-            for name, table in tables.items()
+            for table in tables
+            if table.workload in workloads
         ]
-        header = ["phase", "full ms", "smallest ms", "median error", "worst error"]
-        ui.print_table("latency, and error on configurations not fitted", header, rows)
-        for table in tables.values():
+        header = ["workload", "full ms", "smallest ms", "median error", "worst error"]
+        title = f"latency on {tables[0].machine_name}, and error on configurations not fitted"
+        ui.print_table(title, header, rows)
+        for table in tables:
             for warning in table.warnings:
-                warn(warning)
-    return {name: table.to_dict() for name, table in tables.items()}
+                warn(f"{table.workload}: {warning}")
+    return {"machine": tables[0].machine_name, "tables": [table.to_dict() for table in tables]}

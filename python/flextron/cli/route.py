@@ -17,6 +17,8 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("directory", help="elastic checkpoint to train routers for; it must be profiled")
     shared.data(parser)
     shared.phase(parser, "phase whose latency the targets mean")
+    shared.workload(parser)
+    shared.machine(parser)
     fields = ("targets", "form", "evaluations", "prefill", "steps", "gates", "seed")
     shared.from_two(parser, RouteConfig, AdaptiveConfig, fields)
     parser.add_argument(
@@ -43,8 +45,9 @@ def _static(args: Namespace) -> dict[str, Any]:
     if args.gates:
         raise ValueError("route: --gates must be given with --adaptive only")
     config = shared.taken(RouteConfig, args)
+    table = shared.given(args, "batch", "context", "machine")
     with ui.reporter() as progress:
-        result = pipeline.route(args.directory, config, **_text(args), progress=progress)
+        result = pipeline.route(args.directory, config, **table, **_text(args), progress=progress)
     if not args.json:
         header = ["target", "routed", "uniform", "searched (surrogate)"]
         rows = [
@@ -70,6 +73,12 @@ def _adaptive(args: Namespace) -> dict[str, Any]:
         )
     if args.prefill is not None and args.form != "surrogate":
         raise ValueError("route: --prefill must be given with --adaptive only for --form surrogate")
+    for name in ("batch", "context", "machine"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"route: --{name} must not be given with --adaptive, which is calibrated for each phase's smallest "
+                "workload on this machine"
+            )
     config = shared.taken(AdaptiveConfig, args)
     with ui.reporter() as progress:
         result = pipeline.route_adaptive(args.directory, config, **_text(args), progress=progress)

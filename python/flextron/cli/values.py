@@ -62,6 +62,10 @@ def wholes(value: str) -> tuple[int, ...]:
         ) from None
 
 
+def counts(value: str) -> tuple[int, ...]:
+    return tuple(count(part) for part in value.split(","))
+
+
 def reals(value: str) -> tuple[float, ...]:
     try:
         return tuple(real(part) for part in value.split(","))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flextron.artefacts.ladder import uniform_ladder
 from flextron.artefacts.latency_table import Workload
+from flextron.artefacts.planner import planner_of
 from flextron.config import Widths
 from flextron.judge.latency import fractions, measure
 from flextron.judge.loss import evaluate
@@ -25,6 +26,8 @@ def judge_budgets(
     targets: Sequence[float],
     *,
     phase: str = "prefill",
+    batch: int | None = None,
+    context: int | None = None,
     adaptive: bool = False,
     rounds: int = 5,
     batch_size: int = 4,
@@ -40,15 +43,16 @@ def judge_budgets(
         model: from `from_pretrained`, profiled.
         tokens: [n, length] int64, held out.
         targets: fractions of the full model's latency.
+        phase, batch, context: which of the workloads that were profiled on this machine; see `Planner.table`.
         rounds: samples of each measurement; full model and candidates are interleaved.
     """
-    planner = model.planner
-    table = planner.table(phase)
+    planner, workload = planner_of(model), {"phase": phase, "batch": batch, "context": context}
+    table = planner.table(**workload)
     planners = {"uniform": replace(planner, ladder=uniform_ladder(model.elastic))}
     if planner.ladder.origin != "uniform":
         planners = {"routed": planner} | planners
     chosen: list[tuple[str, float, Widths | Dial]] = [("full", 1.0, model.elastic.full())]
-    chosen += [(kind, t, p.resolve(t, phase=phase)) for kind, p in planners.items() for t in targets]
+    chosen += [(kind, t, p.resolve(t, **workload)) for kind, p in planners.items() for t in targets]
     predicted = [table.predict(widths) for _, _, widths in chosen]
     if adaptive:
         chosen += [("adaptive", t, Dial.adaptive(model.elastic, [t], phase)) for t in targets]

@@ -10,7 +10,7 @@ from torch import Tensor
 from flextron.artefacts.latency_table import LatencyTable, Workload
 from flextron.config import Widths
 from flextron.judge.loss import restored
-from flextron.judge.timing import compare
+from flextron.judge.timing import clock_of, compare
 from flextron.nn import Dial, ElasticCache
 from flextron.nn.cache import ElasticCacheLayer
 from flextron.nn.protocol import Elastic
@@ -30,8 +30,9 @@ def measure(
     """Milliseconds of the whole model: (full, one for each of ``widths``, which may be dials).
 
     Each configuration is timed between two runs of the full model. Its median ratio to them, times the full model's
-    median, is returned: the drift of a shared machine cancels. ``ids`` [batch, length] are
-    the tokens; random ones by default, which is all the same unless a router looks at them.
+    median, is returned: the drift of a shared machine cancels. On a GPU the time is that between two events on its
+    stream. ``ids`` [batch, length] are the tokens; random ones by default, which is all the same unless a router looks
+    at them.
     """
     choices = {str(i): Dial.of(w) for i, w in enumerate(widths)}
     choices["full"] = Dial.of(model.elastic.full())
@@ -45,6 +46,7 @@ def measure(
             min_seconds,
             setup=lambda name: model.turn(choices[name]),
             on_round=on_round,
+            clock=clock_of(model.get_input_embeddings().weight.device),
         )
     full_ms = 1e3 * reference.median
     return full_ms, [full_ms * others[str(i)].ratio for i in range(len(widths))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from time import perf_counter, sleep
 
 import torch
 
-_WORDS = (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("avx512_bf16", "AVX512-BF16"), ("amx_tile", "AMX"))
 Setup = Callable[[str], object]
 # A callable, and how often -> seconds for all of its calls.
 Clock = Callable[[Callable[[], object], int], float]
@@ -93,6 +91,11 @@ def device_clock(run: Callable[[], object], repeats: int) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
+def clock_of(device: torch.device) -> Clock:
+    """The clock of what runs on ``device``: events on a GPU, which count no wait of the host for its results."""
+    return device_clock if device.type == "cuda" else wall_clock
+
+
 def bench(
     candidates: Mapping[str, Callable[[], object]],
     rounds: int = 7,
@@ -138,6 +141,7 @@ def compare(
     *,
     setup: Setup | None = None,
     on_round: Callable[[int], object] | None = None,
+    clock: Clock = wall_clock,
 ) -> tuple[Timing, dict[str, Comparison]]:
     """Time each candidate between two samples of one reference.
 
@@ -147,22 +151,22 @@ def compare(
 
     Args:
         reference: its name (for ``setup``) and callable.
-        candidates, rounds, min_seconds, setup, on_round: what :func:`bench` takes.
+        candidates, rounds, min_seconds, setup, on_round, clock: what :func:`bench` takes.
 
     Returns:
         The reference's Timing over all its samples, and name -> Comparison.
     """
     _check(candidates, rounds, min_seconds)
     base_name, base_run = reference
-    base_repeats = _warm_up(base_name, base_run, min_seconds, setup)
-    repeats = {name: _warm_up(name, run, min_seconds, setup) for name, run in candidates.items()}
+    base_repeats = _warm_up(base_name, base_run, min_seconds, setup, clock)
+    repeats = {name: _warm_up(name, run, min_seconds, setup, clock) for name, run in candidates.items()}
     base: list[float] = []
     ratios: dict[str, list[float]] = {name: [] for name in candidates}
     for done in range(rounds):
-        base.append(_sample(base_name, base_run, base_repeats, setup))
+        base.append(_sample(base_name, base_run, base_repeats, setup, clock))
         for name in _alternate(list(candidates), done):
-            seconds = _sample(name, candidates[name], repeats[name], setup)
-            base.append(_sample(base_name, base_run, base_repeats, setup))
+            seconds = _sample(name, candidates[name], repeats[name], setup, clock)
+            base.append(_sample(base_name, base_run, base_repeats, setup, clock))
             ratios[name].append(2 * seconds / (base[-2] + base[-1]))
         if on_round is not None:
             on_round(done + 1)
@@ -197,7 +201,7 @@ def _alternate(names: list[str], done: int) -> list[str]:
 
 
 def _warm_up(
-    name: str, run: Callable[[], object], min_seconds: float, setup: Setup | None, clock: Clock = wall_clock
+    name: str, run: Callable[[], object], min_seconds: float, setup: Setup | None, clock: Clock
 ) -> int:
     """Run twice (the first call may allocate or compile), and return how many calls fill a sample."""
     _sample(name, run, 1, setup, clock)
@@ -205,9 +209,7 @@ def _warm_up(
     return max(1, min(_MAX_REPEATS, math.ceil(min_seconds / max(once, 1e-9))))
 
 
-def _sample(
-    name: str, run: Callable[[], object], repeats: int, setup: Setup | None, clock: Clock = wall_clock
-) -> float:
+def _sample(name: str, run: Callable[[], object], repeats: int, setup: Setup | None, clock: Clock) -> float:
     if setup is not None:
         setup(name)
     return clock(run, repeats) / repeats
@@ -216,16 +218,3 @@ def _sample(
 def _wait_for_device() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-def processor() -> str:
-    """This machine's processor and its widest instruction sets: several of them share a name like "AMD EPYC"."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    pairs = (line.partition(":") for line in lines if ":" in line)
-    facts = {name.strip(): fact.strip() for name, _, fact in pairs}
-    flags = facts.get("flags", "").split()
-    sets = [word for flag, word in _WORDS if flag in flags]
-    if "AVX-512" in sets:
-        sets.remove("AVX2")
-    return ", ".join([facts.get("model name", f"{platform.machine()} CPU"), *sets])

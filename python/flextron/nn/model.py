@@ -295,6 +295,7 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         phase: str = "prefill",
         batch: int | None = None,
         context: int | None = None,
+        machine: str | None = None,
         kv: str | None = None,
     ) -> Widths | list[Widths] | float | list[float]:
         """Choose sub-networks by exactly one budget, for the whole batch or, by a list, for each request of it.
@@ -309,7 +310,11 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
             adaptive: let the adaptive router choose for every token and layer, so that the mean over tokens meets
                 the budget, which must be one of latency.
             phase: ``"prefill"`` or ``"decode"``: which latency table.
-            batch, context: sequences and tokens of the cache that ``memory_gb`` counts; default 1 and 0.
+            batch, context: sequences and tokens of the cache that ``memory_gb`` counts; default 1 and 0. For a budget
+                of latency, sequences and tokens of a prompt or in the cache: the nearest profiled workload is meant,
+                by default the smallest; more than a factor of two beyond what was profiled is refused.
+            machine: the name of the machine whose latency tables are meant, as ``flextron info`` lists them; default:
+                the machine that the model is on.
             kv: ``"selected"``: only key/value groups in use (of any request) are projected and cached; the default.
                 ``"all"``: all are, so that the budget may rise during a generation; always so when ``adaptive``.
 
@@ -343,7 +348,7 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
             values = [number(f"set_budget: {name}", v) for v in values]
         if not values:
             raise ValueError(f"set_budget: {name} must be given for at least one request, got none")
-        options = {"phase": phase, "batch": batch, "context": context}
+        options = {"phase": phase, "batch": batch, "context": context, "machine": machine}
         if adaptive:
             targets = [self._target(name, v, options) for v in values]
             self.turn(Dial.adaptive(self.elastic, targets, phase))
@@ -373,7 +378,8 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"set_budget: {name} needs a planner; load the model with flextron.from_pretrained"
             )
-        return self.planner
+        weight = self.get_input_embeddings().weight
+        return self.planner.at(weight.device, weight.dtype)
 
     @contextlib.contextmanager
     def budget(self, fraction: float | Sequence[float] | None = None, **kwargs: Any) -> Iterator[Any]:

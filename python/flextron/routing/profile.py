@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from flextron.artefacts.latency_table import LatencyTable, Workload, machine_of
+from flextron.artefacts.latency_table import LatencyTable, Workload
+from flextron.artefacts.machine import machine_of
 from flextron.config import AXES, ElasticConfig, Widths
 from flextron.judge.latency import measure, whole_model
 from flextron.judge.loss import restored

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from flextron import pipeline
+from flextron.artefacts.latency_files import by_phase
 from flextron.artefacts.latency_table import Workload
 from flextron.checkpoint.io import read_json, write_json
 from flextron.checkpoint.lock import LOCK_FILE, locked
@@ -189,7 +190,7 @@ def _run(parent: str, out: Path, data: str | Path | None, seed: int, progress: P
         )
     with clock.stage("evaluate"):
         model = from_pretrained(elastic)
-        table = tables["prefill"]
+        table = by_phase(tables)["prefill"]
         tokens = held_out_windows(source.tokenizer, corpus, plan.judged, plan.length)
         fastest = table.smallest_ms / table.full_ms
         targets = [t for t in plan.targets if t >= fastest]
@@ -211,7 +212,7 @@ def _run(parent: str, out: Path, data: str | Path | None, seed: int, progress: P
             "losses": trained.losses,
         },
         "table": _residual(table),
-        "decode_table": _residual(tables["decode"]),
+        "decode_table": _residual(by_phase(tables)["decode"]),
         "surrogate": routed.surrogate.to_dict(),
         "gate": asdict(routed.gate),
         "routing": [asdict(t) for t in routed.targets],

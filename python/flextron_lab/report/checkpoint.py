@@ -12,6 +12,7 @@ import torch
 from flextron import pipeline
 from flextron.artefacts.adaptive_router import AdaptiveResult
 from flextron.artefacts.directory import ElasticDirectory
+from flextron.artefacts.planner import planner_of
 from flextron.artefacts.static_router import RouterResult
 from flextron.checkpoint import commit
 from flextron.checkpoint.hf import read_tokenizer
@@ -58,7 +59,7 @@ def report(
         static = checkpoint.static() if model.planner.ladder.origin == "router" else None
         adaptive = checkpoint.adaptive() if model.adaptive is not None else None
     tokenizer = read_tokenizer(directory)
-    table = model.planner.table("prefill")
+    table = planner_of(model).table("prefill")
     fastest = table.smallest_ms / table.full_ms
     targets = [b for b in sorted(budgets) if fastest <= b < 1]
     if not targets:
@@ -79,7 +80,7 @@ def report(
     lead = (
         f"{model.elastic.family}, {model.elastic.num_layers} layers, "
         f"{model.elastic.params(model.elastic.full()) / 1e6:.2f} M parameters at full width; "
-        f"{table.workload.tokens} tokens of prefill on {table.machine['device']}, {table.machine['threads']} threads"
+        f"{table.workload} on {table.machine_name}"
     )
     with commit(directory) as stage:
         (stage / PAGE).write_text(render(Path(directory).resolve().name, lead, sections), encoding="utf-8")

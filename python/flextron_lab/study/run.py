@@ -22,6 +22,7 @@ from flextron.artefacts.directory import ElasticDirectory, load_elastic
 from flextron.artefacts.elastic_model import save_elastic
 from flextron.artefacts.ladder import uniform_ladder
 from flextron.artefacts.latency_table import LatencyTable
+from flextron.artefacts.machine import machine_on
 from flextron.artefacts.static_router import RouterResult
 from flextron.checkpoint import locked, read_lines
 from flextron.checkpoint.hf import read_tokenizer
@@ -318,12 +319,12 @@ class Study:
 
     def table(self) -> LatencyTable:
         with ElasticDirectory.open(self._converted("importance", 0)) as checkpoint:
-            tables = checkpoint.tables
-        if self.plan.workload.phase not in tables:
+            planner = checkpoint.planner(machine_on(torch.device("cpu"), torch.float32))
+        if not planner.here:
             raise ValueError(
                 "reproduce: stages must include prepare and profile before this one, got neither"
             )
-        return tables[self.plan.workload.phase]
+        return planner.table(self.plan.workload.phase)
 
     def uniform(self) -> dict[float, Widths]:
         """The uniform ladder's widths for each budget, and the full model's at 1."""
