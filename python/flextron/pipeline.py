@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flextron import ranks
 from flextron.artefacts import adaptive_router, static_router
 from flextron.artefacts.adaptive_router import AdaptiveResult
 from flextron.artefacts.directory import ElasticDirectory
@@ -53,7 +55,10 @@ Measured = Callable[[Mapping[str, Any]], Any]  # called with a step's line of me
 
 
 def _alone(stage: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a stage hold its directory's lock from beginning to end; its ``device`` is checked before, once for all."""
+    """Let a stage hold its directory's lock from beginning to end: rank 0, which writes for all.
+
+    Its ``device`` is checked before, once for all.
+    """
 
     @functools.wraps(stage)
     def run(directory: str | Path, *args: Any, device: Device = "auto", **kwargs: Any) -> Any:
@@ -62,7 +67,8 @@ def _alone(stage: Callable[..., Any]) -> Callable[..., Any]:
             raise CheckpointError(
                 f"{stage.__name__}: {directory} must be an elastic checkpoint, got no directory"
             )
-        with locked(directory, stage.__name__), current(chosen):
+        lock = locked(directory, stage.__name__) if ranks.is_first() else nullcontext()
+        with lock, current(chosen):
             return stage(directory, *args, device=chosen, **kwargs)
 
     return run
@@ -181,13 +187,21 @@ def train(
     )
     if round_in_place("train", model, model.stored) and report.evaluations:
         report.evaluations.append(_evaluated_again(model, report, validation))
+    if ranks.is_first():
+        _keep_trained(model, directory, routers_of, moved=report.resumed_from < config.steps)
+    return report
+
+
+def _keep_trained(
+    model: Elastic, directory: str | Path, routers_of: Mapping[Any, Origin | None], moved: bool
+) -> None:
+    """Store a trained model; what was made for the weights that it had goes."""
     origin = save_elastic(model, directory)
     for module, made_for in routers_of.items():
         if made_for != origin:
             _discard(directory, *module.FILES)
-    if report.resumed_from < config.steps:
+    if moved:
         _discard(directory, TUNING_FOLDER)  # its run began at other weights
-    return report
 
 
 def _evaluated_again(model: Elastic, report: TrainReport, validation: Tensor) -> dict[str, Any]:

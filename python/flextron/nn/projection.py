@@ -22,6 +22,7 @@ _ALIGN = ("accelerate.hooks", "AlignDevicesHook")
 Projection = Any
 _PLAIN = ("torch.nn.modules.", "transformers.", "flextron.nn.")
 _FAKE = "torch._subclasses."  # what stands for a weight while a compiler looks
+_SHARD = "torch.distributed.tensor.DTensor"  # what stands for a weight until FSDP gathers it for its layer's forward
 RECORDER = "transformers.utils.output_capturing"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -220,7 +221,7 @@ def fault_of_call(module: nn.Module) -> str | None:
     if (
         weight is not None
         and type(weight) not in (nn.Parameter, Tensor)
-        and not named(weight).startswith(_FAKE)
+        and not named(weight).startswith((_FAKE, _SHARD))
     ):
         return f"{named(module)} with a weight that is a {named(weight)}"
     kind = next((kind for kind in _HOOKS if any(map(_acts, getattr(module, kind).values()))), None)

@@ -133,8 +133,11 @@ class GumbelSampler:
         return Probabilities(*(self._soft(axis, temperature, scale) for axis in logits))
 
     def _soft(self, logits: Tensor, temperature: float, scale: float) -> Tensor:
-        noise = torch.empty(logits.shape).exponential_(generator=self.generator).log().neg()
+        noise = self._exponential(logits.shape).log().neg()
         return torch.softmax((scale * logits + noise.to(logits)) / temperature, dim=-1)
+
+    def _exponential(self, shape: torch.Size) -> Tensor:
+        return torch.empty(shape).exponential_(generator=self.generator)
 
 
 def anneal(step: int, steps: int) -> tuple[float, float]:

@@ -207,7 +207,7 @@ class _Training(RouterTraining):
         policy = learning_policy(self.model, self.router, tau, self.noise, *annealed, self.options.gates)
         self.model.set_policy(policy, self.model.elastic.full(), "all")
         loss = sequence_losses(self.model, ids).mean()
-        return loss, latency_miss(self._fraction, mean_choices(policy, len(ids)), tau)
+        return loss, latency_miss(self._fraction(mean_choices(policy, len(ids))), tau)
 
 
 class _SurrogateTraining(_Training):
@@ -251,7 +251,8 @@ class _SurrogateTraining(_Training):
 
     def _terms(self, step: int) -> tuple[Tensor, Tensor]:
         p, tau = self.seen
-        return self.surrogate.loss(p, self._fraction(p)).mean(), latency_miss(self._fraction, p, tau)
+        spent = self._fraction(p)
+        return self.surrogate.loss(p, spent).mean(), latency_miss(spent, tau)
 
     def _observe(self, step: int) -> tuple[Probabilities, Tensor]:
         """Run the router's own choices, judge the surrogate by them, and let it learn them.

@@ -71,15 +71,14 @@ def mean_choices(policy: Relaxed, batch: int) -> Probabilities:
     return Probabilities(*(torch.stack(axis, dim=1) for axis in zip(*layers, strict=True)))
 
 
-def latency_miss(fraction: Fraction, p: Probabilities, tau: Tensor) -> Tensor:
+def latency_miss(spent: Tensor, tau: Tensor) -> Tensor:
     """relu(|T / (tau T_full) - 1| - 0.02), mean over the different targets; T is the mean of a target's sequences.
 
     Args:
-        fraction: T / T_full of choice probabilities.
-        p: mean probabilities of each sequence, [B, L, C].
+        spent: T / T_full of each sequence, [B].
         tau: [B], from a list of few targets.
     """
     targets, which = tau.unique(return_inverse=True)
-    sums = torch.zeros_like(targets).index_add(0, which, fraction(p) / tau)
+    sums = torch.zeros_like(targets).index_add(0, which, spent / tau)
     mean = sums / torch.bincount(which, minlength=len(targets))
     return functional.relu((mean - 1).abs() - TOLERANCE).mean()

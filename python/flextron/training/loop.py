@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flextron import ranks
 from flextron.config import Widths
-from flextron.data import Batches, Tokens, checksum_of
+from flextron.data import Batches, Tokens, checksum_of, seeded
 from flextron.judge.loss import evaluate, restored
 from flextron.judge.objectives import cross_entropy, distillation
 from flextron.nn.protocol import Elastic
@@ -33,6 +34,7 @@ from flextron.training.resume import (
     training_tensors,
 )
 from flextron.training.sampler import WidthSampler, homogeneous
+from flextron.training.sharding import Spread
 
 # Fields that change what a run reports, when it saves and what memory it takes, but no weight; they may differ in a
 # resumed run.
@@ -160,7 +162,7 @@ class Run:
         self.optimizer: Any  # `found_inf` is no attribute of its class
         self.optimizer, self.names = _optimizer(model, config)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.batches = Batches(tokens, config.batch_size, config.length, config.seed)
+        self.batches = Batches(tokens, config.batch_size, config.length, config.seed, part=ranks.now()[:2])
         self.sampler = WidthSampler(model.elastic, config.full_probability, config.seed, config.only)
         self.eval_widths = config.eval_widths or _default_eval_widths(model)
         for widths in self.eval_widths:
@@ -168,9 +170,10 @@ class Run:
         self.directory = directory
         self.seen: list[tuple[float, Tensor]] = []  # size and loss of each micro-batch of the last step
         self.flops = 0.0  # of the last step
-        self.checkpoints = Checkpoints(
-            directory, self._identity(tokens), fingerprint(model.state_dict()), _stored(model)
-        )
+        identity, weights = self._identity(tokens), fingerprint(model.state_dict())
+        ranks.agree("train", {**asdict(config), **identity, "weights": weights})
+        self.checkpoints = Checkpoints(directory, identity, weights, _stored(model))
+        self.spread = Spread(model, self.batches.rows, config.batch_size)
 
     def to_the_end(
         self, resume: bool, progress: Progress | None, begun: Callable[[], object] | None
@@ -182,7 +185,7 @@ class Run:
         self.meter = Meter(self.device, self.bf16, self._smallest(), log.read())
         self.optimizer.zero_grad()  # a gradient the caller left would be taken for ours
         if start == 0:
-            if begun is not None:
+            if begun is not None and ranks.is_first():
                 begun()
             self._evaluate(0, log)
         for step in range(start + 1, steps + 1):
@@ -209,27 +212,32 @@ class Run:
     def _step(self, step: int) -> dict[str, Any]:
         began = time.perf_counter()
         rate = learning_rate(self.config, step)
+        # a seed for each step and process, so that a checkpoint needs no state of torch's own generators
+        torch.manual_seed(seeded(f"torch/{self.config.seed}/{step}/{ranks.now().rank}").initial_seed())
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("rate", 1.0)  # a multiple of the model's
         self.model.train()
         terms, size = self._accumulate()
+        losses = self.spread.mean(torch.stack([*terms.values(), *(loss for _, loss in self.seen)]))
+        size, flops = self.spread.mean(torch.tensor([size, self.flops], dtype=torch.float64)).tolist()
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.config.clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
-        values = torch.stack([*terms.values(), norm, *(loss for _, loss in self.seen)])
+        values = torch.cat([norm[None], losses])
         # Where this is 1 the fused step changes nothing (as `torch.amp.GradScaler` has it), so that the device goes on
         # with the step while the host waits for the values: its one read of the device in a step.
         self.optimizer.found_inf = (~values.isfinite().all()).float()
         self.optimizer.step()
         self.optimizer.zero_grad()
         read = iter(values.tolist())
+        total = next(read)
         record = {"step": step, **{name: next(read) for name in terms}}
-        record |= {"learning_rate": rate, "gradient_norm": next(read), "size": size}
+        record |= {"learning_rate": rate, "gradient_norm": total, "size": size}
         _require_finite(record)
         seconds, tokens = time.perf_counter() - began, self._tokens_per_step()
         record |= {"tokens": step * tokens, "seconds": seconds}
         seen = [(share, next(read)) for share, _ in self.seen]
-        return record | self.meter.measured(tokens, self.flops, seconds, seen)
+        return record | self.meter.measured(tokens, flops, seconds, seen)
 
     def _accumulate(self) -> tuple[dict[str, Tensor], float]:
         """Add up the gradient of one step; the means of the loss terms and of the sub-networks' size."""
@@ -237,9 +245,10 @@ class Run:
         sums: dict[str, Tensor] = {}
         size = 0.0
         self.seen, self.flops = [], 0.0
-        for _ in range(count):
-            terms, share = self._micro_batch(self._on_device(next(self.batches)))
-            (terms["loss"] / count).backward()
+        for i in range(count):
+            with self.spread.micro_batch(last=i == count - 1):
+                terms, share = self._micro_batch(self._on_device(next(self.batches)))
+                (terms["loss"] * self.spread.weight / count).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / count
             size += share / count
@@ -267,7 +276,7 @@ class Run:
 
     def _losses(self, batch: Tensor) -> dict[str, Tensor]:
         c = self.config
-        logits = self.model(input_ids=batch, use_cache=False).logits
+        logits = self.spread.forward(input_ids=batch, use_cache=False).logits
         terms: dict[str, Tensor] = {}
         if c.cross_entropy:
             terms["cross_entropy"] = cross_entropy(logits, batch)
@@ -292,26 +301,20 @@ class Run:
     def _start(self, resume: bool) -> int:
         """Begin a run or resume it; returns the last step that is done."""
         saved = self.checkpoints.latest() if resume else None
+        ranks.agree("train", {"the step to go on from": saved.step if saved else 0})  # before a file changes
         if saved is None:
             self.checkpoints.begin()
-            torch.manual_seed(self.config.seed)
             return 0
         load_training_tensors(saved.tensors, self.model, self.optimizer, self.names)
         self._load_more(saved.tensors)
-        self.sampler.load_state_dict({"generator": saved.tensors["sampler"]})
+        self.sampler.load_state_dict(saved.tensors)
         self.batches.load_state_dict(saved.position)
-        torch.set_rng_state(saved.tensors["rng.cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(saved.tensors["rng.cuda"], self.device)
         self.checkpoints.extend(saved.step)
         return saved.step
 
     def _save(self, step: int) -> None:
         tensors = training_tensors(self.model, self.optimizer, self.names)
-        tensors |= {"sampler": self.sampler.state_dict()["generator"], "rng.cpu": torch.get_rng_state()}
-        tensors |= self._more_tensors()
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors |= self.sampler.state_dict() | self._more_tensors()
         self.checkpoints.save(step, tensors, self.batches.state_dict())
 
     def _more_tensors(self) -> dict[str, Tensor]:

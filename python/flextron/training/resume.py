@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flextron import ranks
 from flextron.checkpoint import CheckpointError, load_tensors, read_json, read_lines, save_tensors, write_json
 from flextron.checkpoint.schema import build
 from flextron.nn.protocol import Elastic
@@ -64,6 +65,8 @@ class Checkpoints:
 
     def begin(self) -> None:
         """Start afresh: remove every checkpoint and metric in the folder, and record what the run is."""
+        if not ranks.is_first():
+            return
         self.directory.mkdir(parents=True, exist_ok=True)
         self._keep([])
         for name in (METRICS_FILE, TEACHER_FILE):
@@ -73,6 +76,8 @@ class Checkpoints:
 
     def extend(self, step: int) -> None:
         """Record that the run was given more steps, from ``step`` on; otherwise do nothing."""
+        if not ranks.is_first():
+            return
         found = read_json(self.directory / RUN_FILE)
         had = found["config"]["steps"]
         if had != self.identity["config"]["steps"]:
@@ -82,6 +87,8 @@ class Checkpoints:
 
     def save(self, step: int, tensors: Mapping[str, Tensor], position: Mapping[str, Any]) -> None:
         """Write one checkpoint, then drop those older than the last two."""
+        if not ranks.is_first():
+            return
         checksum = save_tensors(self._path(step, "safetensors"), tensors)
         model = _below("model.", tensors)
         # as it is, and as it may be stored
@@ -215,11 +222,16 @@ def _last_step(directory: Path) -> int:
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one JSON object a line, each with its ``step``, flushed as it is written; and TensorBoard."""
+    """``metrics.jsonl``: one JSON object a line, each with its ``step``, flushed as it is written; and TensorBoard.
+
+    Rank 0 writes them.
+    """
 
     def __init__(self, directory: Path, resumed: int) -> None:
         """Go on after step ``resumed``: later lines, and one cut off by a crash, are dropped."""
         self.path = directory / METRICS_FILE
+        if not ranks.is_first():
+            return
         self.path.touch()
         records = read_metrics(self.path)  # a damaged one is refused before anything is cut off
         with self.path.open("rb+") as file:
@@ -232,15 +244,18 @@ class MetricsLog:
         self.board = tensorboard.Board(directory, resumed)
 
     def write(self, record: Mapping[str, Any]) -> None:
+        if not ranks.is_first():
+            return
         self.board.write(record)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        return read_metrics(self.path)
+        return ranks.shared(read_metrics(self.path) if ranks.is_first() else [])
 
     def close(self) -> None:
-        self.board.close()
+        if ranks.is_first():
+            self.board.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

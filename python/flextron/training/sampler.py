@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -67,10 +69,10 @@ class WidthSampler:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"generator": self._generator.get_state()}
+        return {"sampler": self._generator.get_state()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._generator.set_state(state["generator"])
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._generator.set_state(state["sampler"])
 
     def _indices(self, choices: int, count: int) -> list[int]:
         return torch.randint(choices, (count,), generator=self._generator).tolist()
