@@ -10,6 +10,7 @@ from flextron.nn.packed import Packing, pack
 from flextron.nn.policy import Dial
 from flextron.nn.projection import PackedLinear, check_plain
 from flextron.nn.protocol import Elastic
+from flextron.nn.static_cache import StaticCache
 
 __all__ = [
     "FAMILIES",
@@ -22,6 +23,7 @@ __all__ = [
     "ElasticModel",
     "PackedLinear",
     "Packing",
+    "StaticCache",
     "check_plain",
     "elastic_config",
     "make_elastic",

@@ -167,6 +167,7 @@ class ElasticCache(Cache):
         super().__init__(layer_class_to_replicate=ElasticCacheLayer)
         self._rooms: _Rooms | None = None
         self.is_left_padded = False  # known of a generation's masks, so that the host need not read them
+        self.is_own = False  # made by a generation, which may take another in its place
 
     def reserve(
         self, like: Tensor, B: int, tokens: int, groups: Sequence[int], head_dim: int

@@ -182,7 +182,7 @@ class ElasticForward:
         self.dtype = self.norm.dtype
         return (
             self.dtype in _DTYPES
-            and all(p.dtype == self.dtype and runs_on(p.device) for p in self.snapshot.parameters)
+            and all(p.dtype == self.dtype and p.device == self.norm.device for p in self.snapshot.parameters)
             and all(isinstance(w, Tensor) or len(w) == len(layers) for w in self.weights.values())
             and whole["embedding"].weight.is_contiguous()
         )
@@ -202,7 +202,7 @@ class ElasticForward:
 
     def extents(self, model: Elastic, B: int) -> DecoderStep | None:
         """What the op keeps of B sequences; None where the modules must run."""
-        if not self.serves or self.is_watched():
+        if not self.serves or not runs_on(self.norm.device) or self.is_watched():
             return None
         return model.settings.now().extents(B)
 
@@ -283,7 +283,7 @@ def try_forward(model: Elastic, arguments: dict[str, Any]) -> CausalLMOutputWith
     mask, k_start = arguments.get("attention_mask"), None
     if ids is None or ids.numel() == 0 or not (mask is None or isinstance(mask, Tensor)):
         return None
-    if wants_cache(model, arguments) if cache is None else not isinstance(cache, ElasticCache):
+    if wants_cache(model, arguments) if cache is None else type(cache) is not ElasticCache:
         return None
     if torch.is_grad_enabled() or not runs_on(ids.device) or is_transformed():
         return None

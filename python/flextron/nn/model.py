@@ -20,6 +20,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.activations import ACT2FN
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.hub import convert_file_size_to_int
 
@@ -31,6 +32,7 @@ from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.families import elastic_config, family_of
 from flextron.nn.forward import FORWARD, is_known, try_forward, wants_cache
 from flextron.nn.generation import is_plain, sample
+from flextron.nn.graph import give_back, lend
 from flextron.nn.masks import is_left_padded, with_form, with_none
 from flextron.nn.mixin import Mixin, mixed
 from flextron.nn.policy import Dial, PerRequest, PerToken, Policy
@@ -49,6 +51,10 @@ from flextron.nn.router import AdaptiveRouter, Indices
 from flextron.nn.setting import Setting, Settings
 
 KV_MODES = ("selected", "all")
+_ONE_BY_ONE = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+)  # the ways of generating that `_sample` goes
 _SHARD = "50GB"  # transformers' own default
 _REFUSED = {"push_to_hub": False, "distributed_checkpoint": False, "safe_serialization": True}
 _IGNORED = ("token", "save_peft_format", "save_original_format", "save_function")  # of what is not there
@@ -409,6 +415,7 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         kwargs["use_cache"] = next(bool(wanted) for wanted in asked if wanted is not None)
         if kwargs["use_cache"] and given_cache(kwargs) is None:
             kwargs["cache"] = ElasticCache()
+            kwargs["cache"].is_own = True
         cache = given_cache(kwargs)
         try:
             return super().generate(*args, **kwargs)
@@ -417,12 +424,22 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
                 cache.is_left_padded = False  # a later call may bring any mask
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         # it is "dynamic" or None; beside a cache transformers wants None
         generation_config.cache_implementation = None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
         cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
+        if isinstance(cache, ElasticCache) and cache.is_own and generation_mode in _ONE_BY_ONE:
+            sequences = batch_size * generation_config.num_return_sequences
+            cache = model_kwargs["cache"] = lend(self, sequences, max_cache_length) or cache
         if isinstance(cache, ElasticCache) and mask is not None and mask.device.type != "cpu":
             cache.is_left_padded = is_left_padded(mask)  # read once: generated tokens are visible
 
@@ -438,9 +455,13 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Our own loop of greedy and sampled generation where it gives the same; else transformers', a slower one."""
         options = (logits_processor, stopping_criteria, generation_config)
-        if not synced_gpus and is_plain(self, input_ids, generation_config, inputs):
-            return sample(self, input_ids, *options, streamer, inputs)
-        return super()._sample(input_ids, *options, synced_gpus, streamer, **inputs)
+        try:
+            if not synced_gpus and is_plain(self, input_ids, generation_config, inputs):
+                return sample(self, input_ids, *options, streamer, inputs)
+            return super()._sample(input_ids, *options, synced_gpus, streamer, **inputs)
+        finally:
+            if not generation_config.return_dict_in_generate:  # else the caller gets it
+                give_back(self, inputs.get("cache"))
 
 
 def _by_name(budget: Any) -> dict[str, Any]:
