@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,18 @@ def _alone(stage: Callable[..., Any]) -> Callable[..., Any]:
             raise CheckpointError(
                 f"{stage.__name__}: {directory} must be an elastic checkpoint, got no directory"
             )
-        lock = locked(directory, stage.__name__) if ranks.is_first() else nullcontext()
-        with lock, current(chosen):
+        with _one_writer(directory, stage.__name__), current(chosen):
             return stage(directory, *args, device=chosen, **kwargs)
 
     return run
+
+
+@contextlib.contextmanager
+def _one_writer(directory: str | Path, who: str) -> Iterator[None]:
+    """Hold a directory's lock for all processes: rank 0 does, which writes for all."""
+    with contextlib.ExitStack() as held:
+        ranks.first(lambda: held.enter_context(locked(directory, who)))
+        yield
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -124,8 +131,8 @@ def convert(
     """
     is_loaded = device == "auto" and isinstance(parent, PreTrainedModel)
     chosen = parent.device if is_loaded else one_device("convert", device)
-    room_beside(parent, directory, force)  # before the work, too
-    with locked(directory, "convert"), current(chosen):
+    ranks.first(lambda: room_beside(parent, directory, force))  # before the work, too
+    with _one_writer(directory, "convert"), current(chosen):
         if tokenizer is None:
             tokenizer = read_tokenizer(source_of(parent))
         return convert_model(
@@ -261,14 +268,20 @@ def _profile_adaptive(
     directory: str | Path, model: Elastic, tables: Tables, progress: Progress, **options: Any
 ) -> dict[str, LatencyTable]:
     own = of_machine(tables, machine_of(model))
-    known, found = by_phase(own), {}
-    for phase, table in known.items():
-        if table.adaptive is None and not table.differs(machine_of(model)):
-            what = f"timing routers, {phase}"
-            found[phase] = measure_adaptive(model, table, progress=partial(progress, what), **options)
-    if found:
-        save_tables((*own, *found.values()), directory)
-    return known | found
+    timed = [t for t in by_phase(own).values() if t.adaptive is None and not t.differs(machine_of(model))]
+
+    def time_them() -> None:
+        found = []
+        for table in timed:
+            what = f"timing routers, {table.workload.phase}"
+            found.append(measure_adaptive(model, table, progress=partial(progress, what), **options))
+        save_tables((*own, *found), directory)
+
+    if timed:
+        ranks.first(time_them)
+        with ElasticDirectory.open(directory) as checkpoint:
+            own = of_machine(checkpoint.tables, machine_of(model))
+    return by_phase(own)
 
 
 @_alone
@@ -345,7 +358,7 @@ def route_adaptive(
     hidden = config.hidden if config else None
     tables = _profile_adaptive(directory, model, planner.tables, progress, hidden=hidden)
     result = train_adaptive(model, tables, planner.ladder, tokens, config, phase, progress)
-    result.save(directory, origin)
+    ranks.first(lambda: result.save(directory, origin))
     return result
 
 
@@ -432,7 +445,10 @@ def tune(
         for result in fresh:
             result.write(stage, origin)
 
-    save_elastic(model, directory, beside=beside)
+    def store() -> None:
+        save_elastic(model, directory, beside=beside)
+
+    ranks.first(store)
     return report
 
 

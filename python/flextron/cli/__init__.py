@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 
 from flextron.cli.discovery import commands, extension, is_missing
 from flextron.cli.parser import UsageError, parser_of
 from flextron.cli.printing import warn
+from flextron.cli.processes import is_silent, is_started, run
 from flextron.sentences import first_line
 
 # Errors that the user can mend: one sentence and exit code 2. Any other is a fault of ours and keeps its traceback.
 _EXPECTED = (ValueError, OSError, NotImplementedError, FloatingPointError)
+
+_LEFT = 3.0  # seconds for another process to say what is wrong with the command line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,9 +44,12 @@ def _main(argv: Sequence[str]) -> int:
             extension(asked, asked)
         args = parser_of(found).parse_args(argv)
     except (UsageError, ValueError) as error:
+        if is_silent():
+            time.sleep(_LEFT)  # torchrun stops all processes once one has ended, the one that speaks too
+            return 2
         return _refuse(str(error))
     try:
-        result = found[args.command].run(args)
+        result = run(found[args.command], args)
     except ModuleNotFoundError as error:
         if (error.name or "flextron").partition(".")[0] in ("flextron", "flextron_ext", "flextron_lab"):
             raise
@@ -58,7 +65,7 @@ def _main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"flextron: {args.command} interrupted", file=sys.stderr)
         return 130
-    if args.json:
+    if args.json and (not is_started() or os.environ["RANK"] == "0"):
         print(json.dumps(result, indent=2))
     return 0
 

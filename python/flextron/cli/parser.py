@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from flextron.cli.discovery import Command
+from flextron.cli.processes import IN_SEVERAL
 from flextron.cli.version import installed
 
 # argparse's sentences, and ours. What it says about a value is in our words already: see values.py.
@@ -61,6 +62,7 @@ def parser_of(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="flextron",
         description="Elastic language models: one checkpoint that runs at any latency target.",
+        epilog=f"`torchrun --nproc-per-node N -m flextron COMMAND ...` runs {IN_SEVERAL} in N processes.",
     )
     parser.add_argument(
         "--version", action=_Version, nargs=0, help="print versions and what the ops were built for, and exit"

@@ -29,7 +29,13 @@ def options(parser: ArgumentParser) -> None:
         ("--context", (512,), "tokens in the cache of a decode step"),
         ("--batch", (1,), "sequences that run side by side"),
     ):
-        add(name, type=values.counts, default=default, metavar="N,N,..", help=f"{text}, with a table for each number")
+        add(
+            name,
+            type=values.counts,
+            default=default,
+            metavar="N,N,..",
+            help=f"{text}, with a table for each number",
+        )
     add("--rounds", type=values.count, default=7, help="samples to take of each latency")
     add(
         "--seed",

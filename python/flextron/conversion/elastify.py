@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from flextron import ranks
 from flextron.artefacts.elastic_model import make_elastic, read_model, save_elastic
 from flextron.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Origin, checksum_of
 from flextron.checkpoint.card import write_card
@@ -92,7 +93,7 @@ def convert(
         raise ValueError(f"convert: order must be one of {', '.join(ORDERS)}, got {order!r}")
     if isinstance(parent, ElasticModel):
         raise ValueError("convert: parent must be a stock model, got one that is elastic already")
-    drop = room_beside(parent, out_dir, force)
+    drop = ranks.first(lambda: room_beside(parent, out_dir, force))
     source = source_of(parent) if isinstance(parent, str | Path) else None
     where = source or _home(parent)
     if source is not None:
@@ -131,21 +132,27 @@ def convert(
     orders, found = _orders(
         model, config, calibration[:-held_out], order, aggregate, seed, batch_size, progress
     )
-    reorder(model, orders, config)
-    make_elastic(model, config)
-    report = {"importance": found, "dtypes": counted(model.stored)}
 
-    def prove(stage: Path, stock: PreTrainedModel) -> dict[str, Any]:
-        model.to("meta")  # it is on disk by now; this makes room for what is read back
-        report["parity"] = _prove(stage, stock, config, proof, before, expected, seed, device)
+    def store() -> dict[str, Any]:
+        reorder(model, orders, config)
+        make_elastic(model, config)
+        report = {"importance": found, "dtypes": counted(model.stored)}
+
+        def prove(stage: Path, stock: PreTrainedModel) -> dict[str, Any]:
+            model.to("meta")  # it is on disk by now; this makes room for what is read back
+            report["parity"] = _prove(stage, stock, config, proof, before, expected, seed, device)
+            return report
+
+        def beside(stage: Path, _: Origin) -> None:
+            base = str(parent) if source is not None and not Path(str(parent)).exists() else None
+            write_card(stage, where, f"{Path(out_dir).resolve().name}, elastic", _card(config, report), base)
+
+        save_elastic(model, out_dir, tokenizer, {}, beside, prove=prove, drop=drop)
         return report
 
-    def beside(stage: Path, _: Origin) -> None:
-        base = str(parent) if source is not None and not Path(str(parent)).exists() else None
-        write_card(stage, where, f"{Path(out_dir).resolve().name}, elastic", _card(config, report), base)
-
-    save_elastic(model, out_dir, tokenizer, {}, beside, prove=prove, drop=drop)
-    return report
+    if not ranks.is_first():
+        model.to("meta")  # rank 0 goes on alone
+    return ranks.first(store)
 
 
 def _home(parent: Any) -> Path | None:

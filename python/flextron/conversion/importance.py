@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flextron import ranks
+
 AGGREGATES = ("l2", "mean_abs", "variance")
 Progress = Callable[[int, int], None]  # (sequences done, sequences in all)
 
@@ -48,11 +50,12 @@ class _Moments:
 
     def add(self, values: Tensor) -> None:
         """values [T, N] float32."""
-        n = values.shape[0]
-        total = self.count + n
         mean = values.mean(0)
+        self.merge(values.shape[0], mean, (values - mean).square().sum(0))
+
+    def merge(self, n: int, mean: Tensor, deviation: Tensor) -> None:
+        total = self.count + n
         shift = mean - self.mean
-        deviation = (values - mean).square().sum(0)
         self.deviation = self.deviation + deviation + shift.square() * (self.count * n / total)
         self.mean = self.mean + shift * (n / total)
         self.count = total
@@ -62,6 +65,16 @@ class _Moments:
         if name == "l2":
             return (self.deviation + self.count * self.mean**2).sqrt().cpu()
         return (self.mean if name == "mean_abs" else self.deviation / self.count).cpu()
+
+
+def _of_all(moments: _Moments) -> _Moments:
+    """The moments of what all processes have added, one after the other."""
+    found = _Moments()
+    counts = ranks.gathered(torch.tensor(moments.count))
+    parts = zip(counts, ranks.gathered(moments.mean), ranks.gathered(moments.deviation), strict=True)
+    for count, mean, deviation in parts:
+        found.merge(int(count), mean, deviation)
+    return found
 
 
 def score(
@@ -75,7 +88,8 @@ def score(
     """Measure neurons and heads of a stock Llama-family model.
 
     The score of neuron i is ``|act(gate_i x) * (up_i x)|``, which is what the down projection sees of it. The score of
-    head i is ``||head_i(x)||_2`` before the output projection. Both are combined over all tokens, in float32.
+    head i is ``||head_i(x)||_2`` before the output projection. Both are combined over all tokens, in float32. Each of
+    several processes measures its part of the sequences.
 
     Args:
         model: transformers causal LM, not elastic yet.
@@ -90,6 +104,7 @@ def score(
     if aggregate not in AGGREGATES:
         raise ValueError(f"score: aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
     check_tokens("score", calibration, model.config.vocab_size)
+    mine = ranks.rows_of("convert: samples", calibration)
     layers = model.model.layers
     neurons, heads = [_Moments() for _ in layers], [_Moments() for _ in layers]
 
@@ -112,18 +127,18 @@ def score(
     try:
         model.eval()
         with torch.no_grad():
-            for start in range(0, len(calibration), batch_size):
-                batch = calibration[start : start + batch_size].to(model.device)
+            for start in range(0, len(mine), batch_size):
+                batch = mine[start : start + batch_size].to(model.device)
                 model.model(input_ids=batch, use_cache=False)
                 if progress:
-                    progress(start + len(batch), len(calibration))
+                    progress(start + len(batch), len(mine))
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
     return Importance(
-        tuple(m.aggregate(aggregate) for m in neurons),
-        tuple(m.aggregate(aggregate) for m in heads),
+        tuple(_of_all(m).aggregate(aggregate) for m in neurons),
+        tuple(_of_all(m).aggregate(aggregate) for m in heads),
         aggregate,
         calibration.numel(),
     )

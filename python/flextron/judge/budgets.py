@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from flextron import ranks
 from flextron.artefacts.ladder import uniform_ladder
 from flextron.artefacts.latency_table import Workload
 from flextron.artefacts.planner import planner_of
@@ -18,6 +21,7 @@ from flextron.nn import Dial
 from flextron.nn.protocol import Elastic
 
 Progress = Callable[[str, int, int], Any]
+_SAMPLES = "eval: samples"
 
 
 def judge_budgets(
@@ -35,6 +39,8 @@ def judge_budgets(
 ) -> list[dict[str, Any]]:
     """Loss, predicted and measured latency of the full model and of each target.
 
+    Of several processes each takes its part of ``tokens``, and rank 0 alone measures time while the others wait.
+
     A target is met once by the routers, if there are any (``"routed"``), and once by a ladder that treats all
     layers alike (``"uniform"``); with ``adaptive`` also by the router that chooses for every token: what is
     predicted then is the mean over ``tokens``, and what is measured has the routers' own time in it.
@@ -48,6 +54,7 @@ def judge_budgets(
     """
     planner, workload = planner_of(model), {"phase": phase, "batch": batch, "context": context}
     table = planner.table(**workload)
+    ranks.rows_of(_SAMPLES, tokens)  # before the work
     planners = {"uniform": replace(planner, ladder=uniform_ladder(model.elastic))}
     if planner.ladder.origin != "uniform":
         planners = {"routed": planner} | planners
@@ -56,15 +63,20 @@ def judge_budgets(
     predicted = [table.predict(widths) for _, _, widths in chosen]
     if adaptive:
         chosen += [("adaptive", t, Dial.adaptive(model.elastic, [t], phase)) for t in targets]
-        found = fractions(model, table, tokens, targets, phase)
+        group = table.workload.batch if phase == "decode" else 1
+        found = ranks.over_rows(
+            _SAMPLES, tokens, lambda mine: fractions(model, table, mine, targets, phase), group
+        )
         predicted += (found * table.full_ms).tolist()
-    full_ms, others = measure(
-        model,
-        [dial for _, _, dial in chosen[1:]] or [chosen[0][2]],
-        table.workload,
-        rounds=rounds,
-        ids=_workload_tokens(tokens, table.workload),
-        on_round=lambda done: progress("measuring budgets", done, rounds),
+    full_ms, others = ranks.first(
+        lambda: measure(
+            model,
+            [dial for _, _, dial in chosen[1:]] or [chosen[0][2]],
+            table.workload,
+            rounds=rounds,
+            ids=_workload_tokens(tokens, table.workload),
+            on_round=lambda done: progress("measuring budgets", done, rounds),
+        )
     )
     rows = []
     for (kind, target, dial), ms, expected in zip(chosen, [full_ms, *others], predicted, strict=False):
@@ -73,7 +85,7 @@ def judge_budgets(
             {
                 "kind": kind,
                 "target": target,
-                "loss": evaluate(model, tokens, [dial], batch_size)[0],
+                "loss": float(ranks.over_rows(_SAMPLES, tokens, partial(_loss, model, dial, batch_size))),
                 "predicted_ms": expected,
                 "measured_ms": ms,
                 "measured_fraction": ms / full_ms,
@@ -85,6 +97,10 @@ def judge_budgets(
         )
         progress("held-out loss of budgets", len(rows), len(chosen))
     return rows
+
+
+def _loss(model: Elastic, dial: Widths | Dial, batch_size: int, tokens: Tensor) -> Tensor:
+    return torch.tensor(evaluate(model, tokens, [dial], batch_size)[0], dtype=torch.float64)
 
 
 def _workload_tokens(tokens: Tensor, workload: Workload) -> Tensor:

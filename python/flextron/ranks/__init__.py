@@ -10,13 +10,17 @@ from flextron.ranks.joining import (
     Ranks,
     agree,
     first,
+    gathered,
     is_first,
     is_started,
     joined,
     mean,
     now,
+    over_rows,
     part,
+    rows_of,
     shared,
+    total,
 )
 
 __all__ = [
@@ -25,11 +29,15 @@ __all__ = [
     "Ranks",
     "agree",
     "first",
+    "gathered",
     "is_first",
     "is_started",
     "joined",
     "mean",
     "now",
+    "over_rows",
     "part",
+    "rows_of",
     "shared",
+    "total",
 ]

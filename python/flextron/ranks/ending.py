@@ -128,7 +128,7 @@ class Ending:
     def _keep_store(self) -> None:
         """Let the others read that this rank tells before the store goes with it, where no agent of torchrun has it."""
         deadline = time.monotonic() + _KEPT
-        while time.monotonic() < deadline and self.store.add("told", 0) + len(self._gone()) < self.size:
+        while time.monotonic() < deadline and self.store.add("told", 0) < self.size > len(self._gone()) + 1:
             time.sleep(_STEP)
 
     def _sentence(self, error: BaseException) -> str:

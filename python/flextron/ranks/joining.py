@@ -102,9 +102,7 @@ def joined(who: str, device: str = "auto", again: str = "start the same command 
             with _as(Ranks(rank, size, local, place)) as me:
                 yield me
         except BaseException as error:
-            if (
-                not torch.cuda.is_initialized()
-            ):  # NCCL's communicators may hang by now; gloo's tell the others
+            if not torch.cuda.is_initialized():  # NCCL may hang by now; gloo tells the others
                 _disconnect()
             if (told := ending.settled(error)) is error:
                 raise
@@ -115,11 +113,14 @@ def joined(who: str, device: str = "auto", again: str = "start the same command 
 @contextmanager
 def _as(me: Ranks) -> Iterator[Ranks]:
     global _now, _patient
-    _now, _patient = me, dist.new_group(backend="gloo", timeout=_PATIENCE)
+    before = _now, _patient
+    _now = me
+    if me is not ALONE:
+        _patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
     try:
         yield me
     finally:
-        _now, _patient = ALONE, None
+        _now, _patient = before
 
 
 def agree(who: str, facts: Mapping[str, Any]) -> None:
@@ -151,10 +152,11 @@ def shared(value: T) -> T:
 def first(work: Callable[[], T]) -> T:
     """What ``work`` returns on rank 0, which alone does it; a JSON value. Its error is one of all ranks.
 
-    The others wait for it without using a processor or a GPU.
+    It begins once all ranks are there. The others wait for it without using a processor or a GPU.
     """
     if _now.size == 1:
         return work()
+    dist.barrier(_patient)
     if not is_first():
         told = json.loads(_text("", _patient))
         if told["refused"] is not None:
@@ -162,7 +164,8 @@ def first(work: Callable[[], T]) -> T:
         found: T = told["found"]
         return found
     try:
-        found = work()
+        with _as(ALONE):  # what it calls must not wait for the others
+            found = work()
     except (ValueError, OSError, NotImplementedError) as error:
         _text(json.dumps({"refused": first_line(error)}), _patient)
         raise
@@ -170,15 +173,52 @@ def first(work: Callable[[], T]) -> T:
     return found
 
 
-def mean(tensor: Tensor, weight: float = 1.0) -> Tensor:
-    """The mean over the ranks' tensors, of the same shape and dtype everywhere, by the weights of the ranks."""
+def total(tensor: Tensor) -> Tensor:
+    """The sum over the ranks' tensors, which have one shape and dtype; the same bits everywhere."""
     if _now.size == 1:
         return tensor
-    total = torch.tensor(weight, dtype=torch.float64)
-    dist.all_reduce(total)
-    found = tensor * weight
+    found = tensor.clone()
     dist.all_reduce(found)
-    return found / float(total)
+    return found
+
+
+def mean(tensor: Tensor, weight: float = 1.0) -> Tensor:
+    """The mean over the ranks' tensors, which have one shape and dtype, by the weights of the ranks."""
+    if _now.size == 1:
+        return tensor
+    return total(tensor * weight) / float(total(torch.tensor(weight, dtype=torch.float64)))
+
+
+def gathered(tensor: Tensor) -> list[Tensor]:
+    """Every rank's tensor, which have one shape and dtype, in the order of ranks."""
+    if _now.size == 1:
+        return [tensor]
+    found = [torch.empty_like(tensor) for _ in range(_now.size)]
+    dist.all_gather(found, tensor.contiguous())
+    return found
+
+
+def rows_of(who: str, rows: Tensor, group: int = 1) -> Tensor:
+    """This rank's part of the rows, of which ``group`` at a time stay together.
+
+    Raises:
+        ValueError: there is not a group for every rank; the message begins with ``who``.
+    """
+    groups = len(rows) // group
+    if groups < _now.size:
+        raise ValueError(
+            f"{who} must be at least {_now.size * group} for {_now.size} processes, got {len(rows)}"
+        )
+    mine = part(groups)
+    return rows[mine.start * group : mine.stop * group]
+
+
+def over_rows(who: str, rows: Tensor, measure: Callable[[Tensor], Tensor], group: int = 1) -> Tensor:
+    """``measure``, a mean over groups of rows, of all ``rows``: every rank measures those that `rows_of` gives it."""
+    if _now.size == 1:
+        return measure(rows)
+    mine = rows_of(who, rows, group)
+    return mean(measure(mine), len(mine))
 
 
 def _numbers(who: str) -> tuple[int, int, int]:

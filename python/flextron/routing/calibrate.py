@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from flextron import ranks
 from flextron.artefacts.latency_table import LatencyTable
 from flextron.judge.latency import fractions
 from flextron.nn.protocol import Elastic
@@ -42,7 +43,7 @@ def calibrate(
             middle = (low + high) / 2
             router.calibration[phase] = (grid, tuple(middle.tolist()))
             targets = torch.tensor(grid, dtype=torch.float64)[left]
-            short = targets - fractions(model, table, tokens, targets.tolist(), phase)
+            short = targets - fractions_of_all(model, table, tokens, targets.tolist(), phase)
             low[left] = torch.where(short < 0, low[left], middle[left])
             is_close = (short >= 0) & (short < _CLOSE)
             high[left] = torch.where((short < 0) | is_close, middle[left], high[left])
@@ -51,6 +52,19 @@ def calibrate(
             if not len(left):
                 break
         router.calibration[phase] = (grid, tuple(low.tolist()))
+
+
+def fractions_of_all(
+    model: Elastic, table: LatencyTable, tokens: Tensor, targets: Sequence[float], phase: str
+) -> Tensor:
+    """`fractions` of tokens, of which each of several processes takes its part."""
+    group = table.workload.batch if phase == "decode" else 1
+    return ranks.over_rows(
+        "route: calibration and judged",
+        tokens,
+        lambda mine: fractions(model, table, mine, targets, phase),
+        group,
+    )
 
 
 def calibration_grid(fastest: float, targets: Sequence[float]) -> tuple[float, ...]:

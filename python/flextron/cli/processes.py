@@ -1,0 +1,72 @@
+"""A command in one process, or in several that torchrun started: rank 0 prints for all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+from flextron.cli.discovery import Command
+
+IN_SEVERAL = "convert, train, tune, eval and route --adaptive"
+_RESUMED = ("train", "tune")
+
+
+def is_started() -> bool:
+    """Whether torchrun started this process; told without torch, which takes seconds to import."""
+    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
+
+
+def is_silent() -> bool:
+    """Whether what every process finds wrong by itself is another's to say: one of each machine says it."""
+    return is_started() and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def run(command: Command, args: Namespace) -> Any:
+    """What the command returns."""
+    if not is_started():
+        return command.run(args)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its errors reach us as exceptions, too
+    from flextron import ranks
+
+    again = "start the same command again" + " to resume from the last checkpoint" * (
+        args.command in _RESUMED
+    )
+    with ranks.joined(args.command, getattr(args, "device", "auto"), again) as me:
+        if me.size > 1:
+            _check(args, me.size)
+        with contextlib.nullcontext() if ranks.is_first() else _quiet():
+            return command.run(args)
+
+
+def _check(args: Namespace, size: int) -> None:
+    """Refuse a command that runs in one process, and processes that were not started alike."""
+    from flextron import ranks
+    from flextron.cli.version import installed
+
+    ranks.agree(args.command, {"versions": installed()[0], **vars(args)})
+    static = args.command == "route" and not args.adaptive
+    if args.command not in IN_SEVERAL or static or getattr(args, "tasks", None):
+        what = "route without --adaptive" if static else args.command
+        what += " --tasks" * (getattr(args, "tasks", None) is not None)
+        raise ValueError(
+            f"{args.command}: processes must be 1 for {what}, got {size}; torchrun is for {IN_SEVERAL}"
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Print nothing; what leaves as an error is not printed here either."""
+    from flextron import ui
+
+    quiet = ui.console.quiet
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ui.console.quiet = True
+        try:
+            yield
+        finally:
+            ui.console.quiet = quiet

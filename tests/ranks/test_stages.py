@@ -1,0 +1,56 @@
+"""A stage on several processes does what it does in one, and one process speaks."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+def answer(ended):
+    """What the first process printed, where all have succeeded and the others are silent."""
+    assert [e.rc for e in ended] == [0] * len(ended), [e.err for e in ended]
+    assert all(e.out == e.err == "" for e in ended[1:])
+    return json.loads(ended[0].out)
+
+
+def test_convert_scores_each_part_and_sorts_as_one_process_does(processes, made, tmp_path):
+    argv = ["convert", made / "parent", tmp_path / "new", "--data", made / "text.jsonl", "--json"]
+    argv += ["--samples", 14, "--length", 16, "--device", "cpu"]
+    report = answer(processes.run(3, argv))
+    stored = json.loads((made / "elastic" / "flextron.json").read_text())
+    assert report == {name: stored[name] for name in report}
+    ours, theirs = (load_file(d / "model.safetensors") for d in (tmp_path / "new", made / "elastic"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_eval_weighs_the_parts_of_all_processes(processes, made):
+    argv = ["eval", made / "elastic", "--data", made / "text.jsonl", "--json", "--device", "cpu"]
+    argv += ["--budgets", "0.7,1", "--samples", 5, "--length", 16, "--rounds", 1]
+    several, one = (answer(processes.run(size, argv)) for size in (3, 1))
+    assert len(several) == len(one) > 1
+    for a, b in zip(several, one, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+        for name in ("kind", "target", "predicted_ms", "params", "mlp_widths", "kv_groups"):
+            assert a[name] == b[name]
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (
+            ["generate", "--prompt", "the cat"],
+            "generate: processes must be 1 for generate, got 2; torchrun is for",
+        ),
+        (["route"], "route: processes must be 1 for route without --adaptive, got 2; torchrun is for"),
+        (["eval", "--samples", "many"], "eval: --samples must be a whole number of at least 1, got many"),
+        (["eval", "--samples", 1, "--length", 16], "eval: samples must be at least 2 for 2 processes, got 1"),
+        (["train", "--device", "cuda"], "train: device must be one that "),
+    ],
+)
+def test_a_refusal_is_said_once(processes, made, argv, sentence):
+    data = ["--data", made / "text.jsonl"] if argv[0] in ("eval", "train") else []
+    ended = processes.run(2, [argv[0], made / "elastic", *data, *argv[1:]])
+    assert [e.rc for e in ended] == [2, 2]
+    said = "".join(e.out + e.err for e in ended)
+    assert said.startswith(f"flextron: {sentence}") and said.count("\n") == 1
