@@ -202,13 +202,24 @@ class Batches:
     @property
     def windows_per_epoch(self) -> int:
         """How many windows there are, in all streams together."""
-        return sum(order.count for order in self._orders)
+        return sum(self.windows_of)
+
+    @property
+    def windows_of(self) -> list[int]:
+        """How many windows each stream has."""
+        return [order.count for order in self._orders]
+
+    @property
+    def last(self) -> range:
+        """The draws of the batch that was handed out last, of this process."""
+        first = self._drawn - self.batch_size
+        return range(first + self.rows.start, first + self.rows.stop)
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
 
     def __next__(self) -> Tensor:
-        found = torch.stack([self._window(self._drawn + i) for i in self.rows])
+        found = torch.stack([self.window(self._drawn + i) for i in self.rows])
         self._drawn += self.batch_size
         return found
 
@@ -218,9 +229,15 @@ class Batches:
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._drawn = int(state["drawn"])
 
-    def _window(self, draw: int) -> Tensor:
+    def window(self, draw: int) -> Tensor:
+        """The tokens of a draw, counted from the beginning: [length] int64."""
+        stream, index = self.place(draw)
+        return self._streams[stream].window(index * self.length, self.length)
+
+    def place(self, draw: int) -> tuple[int, int]:
+        """(stream, which of its windows) of a draw."""
         stream, own_draw = self._turns(draw) if self._turns else (0, draw)
-        return self._streams[stream].window(self._orders[stream](own_draw) * self.length, self.length)
+        return stream, self._orders[stream](own_draw)
 
 
 class _Order:

@@ -191,6 +191,7 @@ def train(
         validation=validation,
         progress=_told("elastic training", progress, measured),
         begun=keep_teacher,
+        cached=partial(progress, "the teacher's logits"),
     )
     if round_in_place("train", model, model.stored) and report.evaluations:
         report.evaluations.append(_evaluated_again(model, report, validation))
@@ -428,6 +429,7 @@ def tune(
         validation=windows(tokens.held_out, validation_windows, config.length),
         progress=_told("joint tuning", progress, measured),
         begun=keep_teacher,
+        cached=partial(progress, "the teacher's logits"),
     )
     round_in_place("tune", model, model.stored)  # reports below are about the weights that will be stored
     judged = windows(tokens.train, samples, config.length)

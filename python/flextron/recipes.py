@@ -89,6 +89,12 @@ class TrainConfig:
         "weight of the KL divergence from the teacher: the checkpoint as it was when the run began",
         least=0,
     )
+    teacher_logits: int = about(
+        0,
+        "how many of the teacher's logits to keep of each token, the largest, on the disk: computed once before the "
+        "first step, instead of in every step; all others count as one; 0: the teacher itself runs in every step",
+        least=0,
+    )
     temperature: float = about(1.0, "temperature at which teacher and student are compared")
     bf16: bool | None = about(
         None, "whether to autocast to bfloat16; by default where the device computes it fast"
@@ -128,6 +134,8 @@ class TrainConfig:
             _refuse(self, "betas", "be two in [0, 1)")
         if self.clip is not None and self.clip <= 0:
             _refuse(self, "clip", "be above 0, or None")
+        if self.teacher_logits and not self.distillation:
+            _refuse(self, "teacher_logits", "be 0 without distillation")
         if not self.cross_entropy + self.distillation > 0:
             raise ValueError(
                 "TrainConfig: one of cross_entropy and distillation must be above 0, got 0 and 0"

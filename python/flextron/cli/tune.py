@@ -12,8 +12,8 @@ from flextron.recipes import TuneConfig
 EXAMPLE = "flextron tune elastic/ --adaptive --distillation 1"
 FIELDS = [
     "steps", "batch_size", "length", "accumulation", "learning_rate", "router_rate", "gates",
-    "latency_weight", "cross_entropy", "distillation", "full_probability", "bf16", "checkpoint_activations",
-    "eval_every", "checkpoint_every", "seed",
+    "latency_weight", "cross_entropy", "distillation", "teacher_logits", "full_probability", "bf16",
+    "checkpoint_activations", "eval_every", "checkpoint_every", "seed",
 ]  # fmt: skip
 
 

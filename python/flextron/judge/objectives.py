@@ -8,6 +8,7 @@ the usual log-softmax would keep two more copies of everything.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,76 @@ def distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: fl
 
     count = teacher.new_full((), len(teacher), dtype=torch.int64)  # filled on the device, where it is read
     return _ChunkedMean.apply(student_logits.reshape(-1, student_logits.shape[-1]), rows, count)
+
+
+class TopLogits(NamedTuple):
+    """A teacher's prediction, shortened: its most probable tokens, and all others as one.
+
+    Attributes:
+        values: [..., k] log p of the most probable tokens, float32.
+        indices: [..., k] these tokens, int32.
+        rest: [...] log of the share of all others; -inf where there are none.
+    """
+
+    values: Tensor
+    indices: Tensor
+    rest: Tensor
+
+
+def top_logits(logits: Tensor, k: int, temperature: float = 1.0) -> TopLogits:
+    """The k most probable tokens of ``softmax(logits/τ)``, computed in float32; logits [..., V]."""
+    flat = logits.detach().flatten(0, -2)
+    parts = []
+    for z in flat.split(max(1, _CHUNK_VALUES // flat.shape[-1])):
+        log_p = (z.float() / temperature).log_softmax(1)
+        values, indices = log_p.topk(k)
+        rest = log_p.scatter_(1, indices, -torch.inf).logsumexp(1)
+        parts.append((values, indices.to(torch.int32), rest))
+    values, indices, rest = (torch.cat(part) for part in zip(*parts, strict=True))
+    shape = logits.shape[:-1]
+    return TopLogits(values.view(*shape, k), indices.view(*shape, k), rest.view(shape))
+
+
+def distillation_from_top(student_logits: Tensor, teacher: TopLogits, temperature: float = 1.0) -> Tensor:
+    """`distillation` from `top_logits`: forward KL of the k most probable tokens and of one more, all the others.
+
+    ``τ²/n Σ_tokens (Σ_{v in top} p_v (log p_v - log q_v) + p_r (log p_r - log q_r))``, where p_r and q_r are what
+    teacher and student give to all other tokens together. The top alone would teach the student too sharp a
+    distribution (Anshumann et al., *Sparse Logit Sampling*, arXiv 2503.16870). With the rest as one token the loss is
+    a divergence again, and at most the whole one by the log sum inequality (Cover and Thomas, *Elements of Information
+    Theory*, theorem 2.7.1): what differs is how the student shares out q_r. With k = V it is `distillation`.
+
+    Args:
+        student_logits: [..., V], floating.
+        teacher: of these positions, at this temperature.
+        temperature: τ > 0.
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits).
+    """
+    if teacher.rest.shape != student_logits.shape[:-1]:
+        raise ValueError(
+            "distillation_from_top: teacher must be of the positions of student_logits "
+            f"{list(student_logits.shape[:-1])}, got {list(teacher.rest.shape)}"
+        )
+    values, indices = teacher.values.flatten(0, -2), teacher.indices.flatten(0, -2)
+    rest = teacher.rest.flatten()
+
+    def rows(z: Tensor, place: slice) -> tuple[Tensor, Tensor]:
+        log_p, top, log_rest = values[place].to(z.dtype), indices[place].long(), rest[place].to(z.dtype)
+        log_q = (z / temperature).log_softmax(1)
+        log_q_top = log_q.gather(1, top)
+        others = log_q.scatter_(1, top, -torch.inf)
+        log_q_rest = others.logsumexp(1)
+        p, p_rest = log_p.exp(), log_rest.exp()
+        further = torch.where(p_rest > 0, log_rest - log_q_rest, 0)
+        loss = ((p * (log_p - log_q_top)).sum(1) + p_rest * further) * temperature**2
+        # q_v - p_v in the top; what is beyond it has its share of q_r - p_r
+        beyond = others.sub_(log_q_rest[:, None]).exp_().mul_((log_q_rest.exp() - p_rest)[:, None])
+        return loss, beyond.scatter_(1, top, log_q_top.exp() - p).mul_(temperature)
+
+    count = values.new_full((), len(values), dtype=torch.int64)
+    return _ChunkedMean.apply(student_logits.flatten(0, -2), rows, count)
 
 
 class _ChunkedMean(torch.autograd.Function):

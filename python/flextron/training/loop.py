@@ -20,7 +20,7 @@ from flextron import ranks
 from flextron.config import Widths
 from flextron.data import Batches, Tokens, checksum_of, seeded
 from flextron.judge.loss import evaluate, restored
-from flextron.judge.objectives import cross_entropy, distillation
+from flextron.judge.objectives import TopLogits, cross_entropy, distillation, distillation_from_top
 from flextron.nn.protocol import Elastic
 from flextron.nn.recomputation import recomputing
 from flextron.nn.storage import storage
@@ -35,6 +35,7 @@ from flextron.training.resume import (
 )
 from flextron.training.sampler import WidthSampler, homogeneous
 from flextron.training.sharding import Spread
+from flextron.training.teacher import TeacherLogits, Told
 
 # Fields that change what a run reports, when it saves and what memory it takes, but no weight; they may differ in a
 # resumed run.
@@ -100,6 +101,7 @@ def train(
     progress: Progress | None = None,
     validation: Tensor | None = None,
     begun: Callable[[], object] | None = None,
+    cached: Told | None = None,
 ) -> TrainReport:
     """Train an elastic model in place, each micro-batch at another sub-network.
 
@@ -122,6 +124,8 @@ def train(
         progress: called after every step with (step, steps, the step's metrics).
         validation: [n, length] int64, for the evaluations; none without it.
         begun: called once ``directory`` is the folder of a run that begins, before its first step.
+        cached: called with (windows done, windows) while ``config.teacher_logits`` are computed, after which the
+            teacher leaves the GPU.
 
     Raises:
         ValueError: an argument does not fit, or ``directory`` holds another run.
@@ -131,17 +135,21 @@ def train(
     check_model(model)
     check_teacher(model, teacher, config)
     run = Run(model, tokens, config, Path(directory), teacher, validation)
-    return run_to_the_end(run, resume, progress, begun)
+    return run_to_the_end(run, resume, progress, begun, cached)
 
 
 def run_to_the_end(
-    run: Run, resume: bool, progress: Progress | None, begun: Callable[[], object] | None
+    run: Run,
+    resume: bool,
+    progress: Progress | None,
+    begun: Callable[[], object] | None,
+    cached: Told | None,
 ) -> TrainReport:
     """Run, and leave the model's dial and mode, and torch's global generator, as they were."""
     devices = [run.device] if run.device.type == "cuda" else []
     layers = recomputing(run.model) if run.config.checkpoint_activations else nullcontext()
     with restored(run.model), layers, torch.random.fork_rng(devices=devices):
-        return run.to_the_end(resume, progress, begun)
+        return run.to_the_end(resume, progress, begun, cached)
 
 
 class Run:
@@ -172,11 +180,16 @@ class Run:
         self.flops = 0.0  # of the last step
         identity, weights = self._identity(tokens), fingerprint(model.state_dict())
         ranks.agree("train", {**asdict(config), **identity, "weights": weights})
+        self.top = self._top_logits(identity) if config.teacher_logits else None
         self.checkpoints = Checkpoints(directory, identity, weights, _stored(model))
         self.spread = Spread(model, self.batches.rows, config.batch_size)
 
     def to_the_end(
-        self, resume: bool, progress: Progress | None, begun: Callable[[], object] | None
+        self,
+        resume: bool,
+        progress: Progress | None,
+        begun: Callable[[], object] | None,
+        cached: Told | None,
     ) -> TrainReport:
         began = time.perf_counter()
         steps, every = self.config.steps, self.config.checkpoint_every
@@ -188,6 +201,8 @@ class Run:
             if begun is not None and ranks.is_first():
                 begun()
             self._evaluate(0, log)
+        if self.top is not None and start < steps:
+            self._ask_teacher(self.top, cached)
         for step in range(start + 1, steps + 1):
             record = self._step(step)
             log.write(record)
@@ -280,12 +295,40 @@ class Run:
         terms: dict[str, Tensor] = {}
         if c.cross_entropy:
             terms["cross_entropy"] = cross_entropy(logits, batch)
-        if self.teacher is not None:
+        if self.top is not None:
+            top = TopLogits(*map(self._on_device, self.top.read(self.batches.last)))
+            terms["distillation"] = distillation_from_top(logits, top, c.temperature)
+        elif self.teacher is not None:
             with torch.no_grad():
                 wanted = self.teacher(input_ids=batch, use_cache=False).logits
             terms["distillation"] = distillation(logits, wanted, c.temperature)
         loss = sum(getattr(c, name) * term for name, term in terms.items())
         return {"loss": loss, **terms}
+
+    def _top_logits(self, identity: Mapping[str, Any]) -> TeacherLogits:
+        """The teacher's logits on the disk; whoever has the same teacher, text and order has the same ones."""
+        c, vocabulary = self.config, self.model.elastic.vocab_size
+        if c.teacher_logits > vocabulary:
+            raise ValueError(
+                f"train: teacher_logits must be at most the vocabulary, {vocabulary}, got {c.teacher_logits}"
+            )
+        facts = {name: identity[name] for name in ("teacher", "tokens")}
+        facts |= {"seed": c.seed, "temperature": c.temperature, "bf16": self.bf16}
+        draws = c.steps * c.accumulation * c.batch_size
+        top = TeacherLogits(self.directory, self.batches, draws, c.teacher_logits, facts)
+        top.check_room()
+        return top
+
+    def _ask_teacher(self, top: TeacherLogits, cached: Told | None) -> None:
+        teacher: Any = self.teacher
+
+        def logits(windows: Tensor) -> Tensor:
+            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                return teacher(input_ids=self._on_device(windows), use_cache=False).logits
+
+        rows = -(-self.config.batch_size // ranks.now().size)
+        top.fill(logits, rows, self.config.temperature, cached)
+        teacher.to("cpu")
 
     def _evaluate(self, step: int, log: MetricsLog) -> None:
         every = self.config.eval_every

@@ -3,7 +3,8 @@
 A run's folder holds ``run.json`` (what the run is), ``metrics.jsonl`` (what it measured) and, for each kept
 step, ``step-N.safetensors`` (weights, optimiser, generators) and ``step-N.json`` (data position, sha256 of
 the other). The JSON file is written last: a step counts when it is there. Where the teacher was the checkpoint
-itself, ``teacher.safetensors`` keeps it. All but the first two only resuming needs, and `clean` removes it.
+itself, ``teacher.safetensors`` keeps it; ``teacher-logits`` has its cached logits (`teacher.py`). All but the first two
+only resuming needs, and `clean` removes it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from flextron import ranks
 from flextron.checkpoint import CheckpointError, load_tensors, read_json, read_lines, save_tensors, write_json
 from flextron.checkpoint.schema import build
 from flextron.nn.protocol import Elastic
-from flextron.training import tensorboard
+from flextron.recipes import TrainConfig
+from flextron.training import teacher, tensorboard
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -134,6 +136,8 @@ class Checkpoints:
         began = [found, *(e for e in found.get("extended", ()) if isinstance(e, dict))]
         known = {w for start in began if isinstance(w := start.get("weights"), str)}
         found = {name: value for name, value in found.items() if name not in ("weights", "extended")}
+        if isinstance(found.get("config"), dict):
+            found["config"] = self._defaults(found["config"]) | found["config"]
         differing = _differing(self.identity, found)
         if differing and not (differing == ["config.steps"] and self._is_longer(found["config"]["steps"])):
             raise ValueError(
@@ -149,6 +153,11 @@ class Checkpoints:
                 f"train: the run in {self.directory} must be resumed with the weights it started from or saved, "
                 "got another model's; resume=False (on the command line --restart) starts it afresh"
             )
+
+    def _defaults(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that the version which began the run did not have: there they had what is the default now."""
+        later = self.identity["config"].keys() - config.keys()
+        return json.loads(json.dumps({f.name: f.default for f in fields(TrainConfig) if f.name in later}))
 
     def _is_longer(self, steps: Any) -> bool:
         return isinstance(steps, int) and self.identity["config"]["steps"] > steps
@@ -197,7 +206,8 @@ def clean(directory: Path, *, unfinished: bool = False, dry_run: bool = False) -
         ValueError: the run is not finished, and ``unfinished`` is False.
     """
     # the JSON files first: see `_keep`
-    patterns = ("step-*.json", "step-*.safetensors", TEACHER_FILE, ".*.tmp")
+    logits = (f"{teacher.FOLDER}/{name}" for name in ("*.json", "*.safetensors", ".*.tmp"))
+    patterns = ("step-*.json", "step-*.safetensors", TEACHER_FILE, ".*.tmp", *logits)
     found = [path for pattern in patterns for path in sorted(directory.glob(pattern))]
     if not found:
         return []
@@ -214,6 +224,8 @@ def clean(directory: Path, *, unfinished: bool = False, dry_run: bool = False) -
         write_json(path, {**run, CLEANED: done})
         for file in found:
             file.unlink()
+        with suppress(FileNotFoundError):
+            (directory / teacher.FOLDER).rmdir()
     return found
 
 
