@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from flextron.nn import ElasticCache, StaticCache
 from flextron.nn.decode_step import can_step
 from flextron.nn.forward import ElasticForward
-from flextron.nn.graph import Begin, CapturedStep
-from flextron.nn.policy import PerToken
+from flextron.nn.graph import Begin, CapturedStep, router_of
 
 
 def captured_step(model: Any, cache: StaticCache) -> CapturedStep:
-    policy, forward = model.settings.now().policy, ElasticForward.of(model)
+    forward = ElasticForward.of(model)
     assert can_step(model, forward)
-    return CapturedStep(model, forward, cache, policy.router if isinstance(policy, PerToken) else None)
+    return CapturedStep(model, forward, cache, router_of(model.settings.now()))
 
 
 def set_to(model: Any, how: str) -> None:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flextron.config import Widths
-from flextron.nn import StaticCache, graph
+from flextron.nn import StaticCache, graph, rooms
 
 GREEDY = dict(max_new_tokens=10, do_sample=False, pad_token_id=0)
 
@@ -26,7 +26,7 @@ GREEDY = dict(max_new_tokens=10, do_sample=False, pad_token_id=0)
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """`generate` takes the way that it takes on a GPU; steps run as Python runs them."""
-    monkeypatch.setattr(graph, "CAPTURED_ON", ("cpu",))
+    monkeypatch.setattr(rooms, "CAPTURED_ON", ("cpu",))
 
 
 @pytest.fixture
@@ -116,11 +116,11 @@ def test_a_room_is_used_again_and_grows(on_a_gpu, counted, monkeypatch):
     assert len(counted) == 1
     model.generate(tokens(3, 7), **GREEDY)  # other sequences, another room
     assert len(counted) == 2
-    monkeypatch.setattr(graph, "_AT_FIRST", 20)
+    monkeypatch.setattr(rooms, "_AT_FIRST", 20)
     long = GREEDY | dict(max_new_tokens=260)
     found = model.generate(ids, **long)
     assert len(counted) == 3  # 256 tokens became 512
-    monkeypatch.setattr(graph, "CAPTURED_ON", ())
+    monkeypatch.setattr(rooms, "CAPTURED_ON", ())
     assert torch.equal(found, model.generate(ids, **long))
 
 
@@ -142,7 +142,7 @@ def test_what_is_returned_is_not_written_again(on_a_gpu, monkeypatch):
     mine = model.generate(ids, **asked)
     assert isinstance(mine.cache, StaticCache) and mine.cache.get_seq_length() == 15
     model.generate(ids.flip(0), **GREEDY)
-    monkeypatch.setattr(graph, "CAPTURED_ON", ())
+    monkeypatch.setattr(rooms, "CAPTURED_ON", ())
     theirs = model.generate(ids, **asked)
     for name in ("scores", "logits"):
         assert relative(torch.stack(mine[name]), torch.stack(theirs[name])) < 1e-5
@@ -156,7 +156,7 @@ def test_the_modules_take_over_between_tokens(on_a_gpu, monkeypatch):
     model, ids = elastic(), tokens(2, 6)
     results, seen = [], []
     for kinds in (("cpu",), ()):
-        monkeypatch.setattr(graph, "CAPTURED_ON", kinds)
+        monkeypatch.setattr(rooms, "CAPTURED_ON", kinds)
         model.set_widths(model.elastic.full(), "all")
         handles: list[Any] = []
 
@@ -210,3 +210,26 @@ def test_the_host_reads_no_more_for_more_tokens(dial, on_a_gpu):
     few, more = (reads(model, ids, new, eos_token_id=60) for new in (4, 30))
     assert few == more and few.total() <= 6  # most of them are transformers', of the mask and the arguments
     assert reads(model, ids, 30, eos_token_id=60, do_sample=True).total() > more.total() + 20  # they are seen
+
+
+def test_a_step_to_time_stays_where_it_is(on_a_gpu, counted):
+    """At whatever budget is set; several share a room, and graphs."""
+    model, ids = routed(elastic("qwen3", "3:1")), tokens(3, 1)
+    runs = [rooms.repeated(model, ids, 20) for _ in range(2)]
+    (cache,) = rooms._filled.values()
+    dials = [
+        partial(model.set_widths, widths, "all") for widths in (*ten(model.elastic), three(model.elastic))
+    ]
+    for i, dial in enumerate([*dials, partial(turned, model, 0.4, 0.6, 0.8)]):
+        dial()
+        runs[i % 2]()
+        (state,) = [step.state for step in cache.steps.values() if step.setting is model.settings.now()]
+        state.ids[:3] = ids[:, 0]
+        state.positions[:3] = 20
+        with torch.no_grad():
+            expected = model(ids, cache=cache, position_ids=torch.full((3, 1), 20)).logits[:, 0]
+        cache.crop(-1)
+        assert relative(runs[1 - i % 2](), expected) < 1e-5
+        assert state.lengths.tolist() == [20, 20, 20, 0]
+    assert len(counted) == 2
+    assert rooms.repeated(model, tokens(3, 2), 20) is None

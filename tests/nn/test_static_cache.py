@@ -17,7 +17,7 @@ PAGES = (None, 4)
 
 def static_cache(model: Any, sequences: int = 3, room: int = 32, page: int | None = None) -> StaticCache:
     """Its pages, where it has some, belong to the sequences in no order."""
-    cache = StaticCache(model.elastic, sequences, room, dtype=model.dtype, device=model.device, page=page)
+    cache = StaticCache(model, sequences, room, page)
     if page is not None:
         cache.table.copy_(torch.randperm(cache.table.numel()).view(cache.table.shape))
     return cache

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad as padded
 
-from flextron.nn.decode_step import DecodeStep, Kept, Room, Targets, can_step
+from flextron.nn.decode_step import DecodeStep, Kept, Room, Targets
 from flextron.nn.forward import ElasticForward
+from flextron.nn.policy import PerToken
 from flextron.nn.protocol import Elastic
 from flextron.nn.router import AdaptiveRouter
-from flextron.nn.static_cache import StaticCache, room_for
+from flextron.nn.setting import Setting
+from flextron.nn.static_cache import StaticCache
 from flextron_ext import DecoderStep
 
-CAPTURED_ON = ("cuda",)
 MOST_ENDS = 16  # tokens that end a sequence
-_BATCH = 64  # the ops stream weights past so many tokens at most
-_KEPT_ROOMS = 2
-_AT_FIRST = 4096  # tokens of a new room at most
 _WARM_UP = 2  # runs before a capture: libraries allocate and choose kernels in the first one
 _captures = 0
 
@@ -117,7 +114,13 @@ class CapturedStep:
         self.forward, self.sequences = forward, cache.sequences
         self.step = DecodeStep(model, forward, cache.is_paged, router)
         self.state = _state(self.step, cache)
+        self.setting: Setting | None = None  # what `repeated` has written
         self._replay: Callable[[], Tensor] | None = None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing was captured yet."""
+        return self._replay is None
 
     def turn(self, extents: DecoderStep, B: int) -> None:
         """Write what each of B sequences keeps. The host waits for nothing."""
@@ -139,7 +142,7 @@ class CapturedStep:
     def begin(self, at: Begin) -> None:
         """Go on from there; the first time, after a capture."""
         self._put(at)
-        if self._replay is None:
+        if self.is_new:
             self._replay = captured(self._run, self.state)
             self._put(at)  # a capture runs the step
 
@@ -222,36 +225,6 @@ def step_in(
     return step
 
 
-# ---- rooms that generations take turns in ----
-
-_rooms: weakref.WeakKeyDictionary[Any, list[StaticCache]] = weakref.WeakKeyDictionary()
-
-
-def lend(model: Elastic, B: int, tokens: int) -> StaticCache | None:
-    """An empty cache for B sequences of so many tokens: one that was given back, its graphs with it, or a new one.
-
-    None where a step cannot be captured. A room for very many tokens begins smaller, and grows.
-    """
-    if model.device.type not in CAPTURED_ON or not can_step(model, ElasticForward.of(model)):
-        return None
-    sequences = 1 << (B - 1).bit_length() if B <= _BATCH else -(-B // _BATCH) * _BATCH
-    tokens = min(tokens, _AT_FIRST)
-    free = _rooms.setdefault(model, [])
-    for cache in free:
-        layer = cache.layers[0]
-        same = (layer.dtype, layer.device) == (model.dtype, model.device)
-        if same and cache.sequences == sequences and cache.tokens >= tokens:
-            free.remove(cache)
-            return cache
-    cache = StaticCache(model.elastic, sequences, room_for(tokens), dtype=model.dtype, device=model.device)
-    cache.is_lent = True
-    return cache
-
-
-def give_back(model: Elastic, cache: object) -> None:
-    """Keep a lent room for later generations: the last two, which hold memory as long as the model lives."""
-    if isinstance(cache, StaticCache) and cache.is_lent:
-        cache.reset()
-        free = _rooms.setdefault(model, [])
-        free.append(cache)
-        del free[:-_KEPT_ROOMS]
+def router_of(setting: Setting) -> AdaptiveRouter | None:
+    """What chooses for every token, where something does."""
+    return setting.policy.router if isinstance(setting.policy, PerToken) else None

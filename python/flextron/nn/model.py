@@ -32,7 +32,6 @@ from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.families import elastic_config, family_of
 from flextron.nn.forward import FORWARD, is_known, try_forward, wants_cache
 from flextron.nn.generation import is_plain, sample
-from flextron.nn.graph import give_back, lend
 from flextron.nn.masks import is_left_padded, with_form, with_none
 from flextron.nn.mixin import Mixin, mixed
 from flextron.nn.policy import Dial, PerRequest, PerToken, Policy
@@ -46,6 +45,7 @@ from flextron.nn.projection import (
     named,
 )
 from flextron.nn.protocol import Elastic, Planner, Writer
+from flextron.nn.rooms import give_back, lend
 from flextron.nn.rotary import forget
 from flextron.nn.router import AdaptiveRouter, Indices
 from flextron.nn.setting import Setting, Settings

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextron.config import ElasticConfig
 from flextron.nn.cache import ElasticCache, ElasticCacheLayer
+from flextron.nn.protocol import Elastic
 
 _LEAST = 256  # tokens of the smallest room
 
@@ -97,10 +97,9 @@ class StaticCache(ElasticCache):
     and the next step is captured again.
 
     Args:
-        config: that of the model.
+        model: whose dtype and device the cache has.
         sequences: the largest batch.
         tokens: of each sequence, prompt included.
-        dtype, device: the model's.
         page: tokens of a page; None: contiguous.
 
     Attributes:
@@ -110,16 +109,7 @@ class StaticCache(ElasticCache):
         is_lent: whether a generation has it from `flextron.nn.graph.lend`.
     """
 
-    def __init__(
-        self,
-        config: ElasticConfig,
-        sequences: int,
-        tokens: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        page: int | None = None,
-    ) -> None:
+    def __init__(self, model: Elastic, sequences: int, tokens: int, page: int | None = None) -> None:
         super().__init__()
         for name, value in (
             ("sequences", sequences),
@@ -128,7 +118,8 @@ class StaticCache(ElasticCache):
         ):
             if value < 1:
                 raise ValueError(f"StaticCache: {name} must be at least 1, got {value}")
-        self.config, self.sequences = config, sequences
+        config, device = model.elastic, model.device
+        self.sequences = sequences
         self.is_paged, self.page = page is not None, page or tokens
         columns = -(-tokens // self.page)
         self.table = _pages(sequences, 0, columns, device)
@@ -136,7 +127,7 @@ class StaticCache(ElasticCache):
         self.steps: dict[Any, Any] = {}
         self.is_lent = False
         shape = (sequences * columns, self.page, config.num_kv_heads, config.head_dim)
-        like = torch.empty(0, dtype=dtype, device=device)
+        like = torch.empty(0, dtype=model.dtype, device=device)
         self.layers = [
             StaticLayer(self, like.new_empty(shape), like.new_empty(shape)) for _ in range(config.num_layers)
         ]
