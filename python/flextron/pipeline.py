@@ -25,8 +25,9 @@ from flextron.artefacts.latency_table import LatencyTable, Workload
 from flextron.artefacts.machine import machine_of
 from flextron.artefacts.planner import Planner, planner_of
 from flextron.artefacts.static_router import RouterResult, trained_on
-from flextron.checkpoint import WEIGHTS_FILE, CheckpointError, Origin, load_tensors, locked
+from flextron.checkpoint import CheckpointError, Origin, locked
 from flextron.checkpoint.hf import read_tokenizer
+from flextron.checkpoint.weights import overwrite, weight_files
 from flextron.config import Widths
 from flextron.conversion import convert as convert_model
 from flextron.conversion.source import room_beside, source_of
@@ -34,7 +35,6 @@ from flextron.corpus import Data, corpus, windows
 from flextron.judge.loss import evaluate
 from flextron.nn.placement import Device, current, one_device
 from flextron.nn.protocol import Elastic
-from flextron.nn.skeleton import parameter_shapes
 from flextron.nn.storage import Dtype, round_in_place, storage
 from flextron.recipes import AdaptiveConfig, RouteConfig, TrainConfig, TuneConfig
 from flextron.routing import adaptive as adaptive_routing
@@ -486,13 +486,17 @@ def _teacher(
     if not config.distillation:
         return None, None
     teacher = checkpoint.model(device=device)
-    weights, kept = checkpoint.path / WEIGHTS_FILE, checkpoint.path / folder / resume.TEACHER_FILE
-    if not restart and kept.is_file() and resume.has_checkpoints(kept.parent):
-        tensors = load_tensors(kept, parameter_shapes(teacher))
-        with torch.no_grad():
-            for name, parameter in teacher.named_parameters():
-                parameter.copy_(tensors[name])
-    return teacher.requires_grad_(False), lambda: _link(weights, kept)
+    run = checkpoint.path / folder
+    kept = sorted(run.glob(resume.TEACHER_FILES))
+    if not restart and kept and resume.has_checkpoints(run):
+        overwrite(dict(teacher.named_parameters()), kept)
+    weights = weight_files(checkpoint.meta["checksums"])
+
+    def keep() -> None:
+        for name in weights:
+            _link(checkpoint.path / name, run / name.replace("model", "teacher", 1))
+
+    return teacher.requires_grad_(False), keep
 
 
 def _link(source: Path, target: Path) -> None:

@@ -19,7 +19,7 @@ from flextron.artefacts.latency_files import Tables, by_phase, kept_tables, load
 from flextron.artefacts.machine import Machine, machine_of, name_of
 from flextron.artefacts.planner import Planner
 from flextron.artefacts.static_router import RouterResult, load_ladder
-from flextron.checkpoint import WEIGHTS_FILE, CheckpointError, Files, Origin, opened
+from flextron.checkpoint import CheckpointError, Files, Origin, opened
 from flextron.checkpoint.origin import made_for
 from flextron.checkpoint.schema import checking
 from flextron.nn.placement import CPU
@@ -66,8 +66,7 @@ class ElasticDirectory:
 
     def model(self, dtype: Dtype | None = torch.float32, device: torch.device = CPU) -> Elastic:
         """The elastic model alone, at full width and in eval mode; see `flextron.nn.placement.memory_dtype`."""
-        checksum = self.meta["checksums"][WEIGHTS_FILE]
-        return read_model(self._files, self.origin.elastic, dtype, checksum, device)
+        return read_model(self._files, self.origin.elastic, dtype, self.meta["checksums"], device)
 
     def kept_tables(self, machine: Machine) -> Tables:
         """What is stored again beside new tables of ``machine``; see `flextron.artefacts.latency_files.kept_tables`."""

@@ -17,7 +17,7 @@ from flextron.checkpoint import (
     CONFIG_FILE,
     ELASTIC_FILE,
     FORMAT,
-    WEIGHTS_FILE,
+    INDEX_FILE,
     CheckpointError,
     Files,
     Origin,
@@ -26,11 +26,13 @@ from flextron.checkpoint import (
     commit,
     opened,
     read_json,
-    save_tensors,
     write_json,
 )
 from flextron.checkpoint.hf import read_config, read_generation_config, write_tokenizer
+from flextron.checkpoint.origin import weights_of
+from flextron.checkpoint.room import names_in
 from flextron.checkpoint.schema import build, checksums_of
+from flextron.checkpoint.weights import load_weights, save_weights, verify_beside, weight_files, weight_shapes
 from flextron.config import ElasticConfig
 from flextron.nn import check_plain, elastic_config
 from flextron.nn.placement import CPU, memory_dtype
@@ -55,10 +57,11 @@ def save_elastic(
     report: dict[str, Any] | None = None,
     beside: Callable[[Path, Origin], None] | None = None,
     *,
-    prove: Callable[[Path, PreTrainedModel], dict[str, Any]] | None = None,
+    prove: Callable[[Path, PreTrainedModel, str], dict[str, Any]] | None = None,
     dtype: Dtype = "auto",
     tensors: Mapping[str, Tensor] | None = None,
     drop: Iterable[str] = (),
+    shard_bytes: int | None = None,
 ) -> Origin:
     """Write an elastic model, all of it or nothing; other files in ``directory`` stay.
 
@@ -70,11 +73,12 @@ def save_elastic(
         tokenizer: stored too when given.
         report: what conversion found (``parity``, ``importance``); None keeps what the directory has.
         beside: writes into a folder what was made for these weights; it is stored with them or not at all.
-        prove: called with the folder of the new files and the stock model read from it. What it returns joins the
-            report; an error that it raises leaves the old files.
+        prove: called with the folder of the new files, the stock model read from it and the identity of its weights.
+            What it returns joins the report; an error that it raises leaves the old files.
         dtype: ``"auto"``: each tensor in its own dtype in the file that the model was loaded from.
         tensors: the model's parameters by name, where they are not in the model; each is stored in its own dtype.
-        drop: names in ``directory`` that go when the new files begin to count.
+        drop: names in ``directory`` that go when the new files begin to count. Weights in other files always go.
+        shard_bytes: what `save_weights` takes.
 
     Returns:
         What files made for these weights are to say they were made for.
@@ -91,7 +95,10 @@ def save_elastic(
     config, own = _stock_config(model, common(dtypes.values())), model.elastic
     # the vocabulary, and whether embeddings are tied, may have changed since the model was made elastic
     own = elastic_config(config, own.unit, own.mlp_choices, own.head_choices)
-    with commit(directory, drop) as stage:
+    gone = list(drop)
+    with commit(directory, gone) as stage:
+        there = names_in(Path(directory))  # now that an interrupted save is finished
+        gone += [*weight_files(there), *(name for name in there if name == INDEX_FILE)]
         if report is None and (before := Path(directory) / ELASTIC_FILE).is_file():
             report = {k: v for k, v in read_json(before).items() if k not in _OWN_KEYS}
         config.save_pretrained(stage)
@@ -99,17 +106,15 @@ def save_elastic(
             model.generation_config.save_pretrained(stage)
         if tokenizer is not None:
             write_tokenizer(tokenizer, stage)
-        checksums = {
-            WEIGHTS_FILE: save_tensors(stage / WEIGHTS_FILE, tensors),
-            CONFIG_FILE: checksum_of(stage / CONFIG_FILE),
-        }
+        checksums = save_weights(stage, tensors, shard_bytes)
+        checksums[CONFIG_FILE] = checksum_of(stage / CONFIG_FILE)
         stock = read_back("save", stage, tensors)
         del tensors
         meta = {
             "format": FORMAT,
             "elastic": own.to_dict(),
             **(report or {}),
-            **(prove(stage, stock) if prove else {}),
+            **(prove(stage, stock, weights_of(checksums)) if prove else {}),
             "dtypes": counted(dtypes),
             "checksums": checksums,
             "versions": _versions(),
@@ -121,9 +126,11 @@ def save_elastic(
     return origin
 
 
-def write(model: Elastic, directory: str | Path, tensors: Mapping[str, Tensor]) -> None:
+def write(
+    model: Elastic, directory: str | Path, tensors: Mapping[str, Tensor], shard_bytes: int | None
+) -> None:
     """Save a model on behalf of its ``save_pretrained``; see `flextron.nn.model.Writer`."""
-    save_elastic(model, directory, tensors=tensors)
+    save_elastic(model, directory, tensors=tensors, shard_bytes=shard_bytes)
 
 
 def make_elastic(model: PreTrainedModel, config: ElasticConfig | None = None) -> Elastic:
@@ -145,7 +152,7 @@ def read_meta(files: Files) -> dict[str, Any]:
     build(ElasticConfig, meta.get("elastic"), path, "elastic")
     checksums = checksums_of(meta, path)
     _check_parity(meta, path)
-    files.verify({name: checksum for name, checksum in checksums.items() if name != WEIGHTS_FILE})
+    verify_beside(files, checksums)
     return meta
 
 
@@ -153,7 +160,7 @@ def read_model(
     directory: str | Path | Files,
     elastic: ElasticConfig,
     dtype: Dtype | None,
-    checksum: str | None = None,
+    checksums: Mapping[str, str] | None = None,
     device: torch.device = CPU,
 ) -> Elastic:
     """The elastic model of a directory, once its ``flextron.json`` is read or where it is still to be written.
@@ -164,13 +171,12 @@ def read_model(
         config = _read_config(files, elastic)
         config.dtype = dtype = memory_dtype("load", dtype, config.dtype, device)
         model = skeleton(config)
-        tensors = files.load_tensors(WEIGHTS_FILE, parameter_shapes(model), checksum)
-        # Copied: the file's tensors may lie in a memory mapping, aligned to 8 bytes only.
-        fill(model, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()})
+        tensors, stored = load_weights(files, parameter_shapes(model), checksums, dtype, device)
+        fill(model, tensors).to(device)  # the rest of it: a few buffers
         model.generation_config = read_generation_config(files) or model.generation_config
         model.name_or_path = str(files.directory)
-    model.stored = {name: tensor.dtype for name, tensor in tensors.items()}
-    return make_elastic(model.to(device), elastic)
+    model.stored = stored
+    return make_elastic(model, elastic)
 
 
 def _stock_config(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedConfig:
@@ -199,7 +205,7 @@ def _check_parity(meta: dict[str, Any], path: Path) -> None:
 
 def _read_config(files: Files, elastic: ElasticConfig) -> PreTrainedConfig:
     path = files / CONFIG_FILE
-    config, _ = read_config(files, files.shapes(WEIGHTS_FILE))
+    config, _ = read_config(files, weight_shapes(files))
     if config.model_type != elastic.family:
         raise CheckpointError(
             f"{path}: model_type must be {elastic.family!r} as in {ELASTIC_FILE}, got {config.model_type!r}"

@@ -37,24 +37,25 @@ class Files:
 
     def read_json(self, name: str) -> dict[str, Any]:
         """As `read_json`."""
-        return parse_json(self / name, self._handle(name))
+        return parse_json(self / name, self.handle(name))
 
     def load_tensors(
         self, name: str, expected: Mapping[str, Any] | None = None, checksum: str | None = None
     ) -> dict[str, Tensor]:
         """As `load_tensors`."""
-        return parse_tensors(self / name, self._handle(name), expected, checksum)
+        return parse_tensors(self / name, self.handle(name), expected, checksum)
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the tensors of a safetensors file, which are not read."""
-        return parse_shapes(self / name, self._handle(name))
+        return parse_shapes(self / name, self.handle(name))
 
     def verify(self, checksums: Mapping[str, str]) -> None:
         """Refuse a file that is missing, or is not the one that was written with the others: name -> sha256."""
         for name, checksum in checksums.items():
-            check_checksum(self / name, self._handle(name), checksum)
+            check_checksum(self / name, self.handle(name), checksum)
 
-    def _handle(self, name: str) -> BinaryIO:
+    def handle(self, name: str) -> BinaryIO:
+        """A file, opened and at its beginning."""
         if name not in self._handles:
             existing(self / name)  # says what is in its place
             raise CheckpointError(f"{self / name}: must be a file, got one that is not read or came later")

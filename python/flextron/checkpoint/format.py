@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 FORMAT = 1
 ELASTIC_FILE = "flextron.json"
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"  # of weights in several files
 CONFIG_FILE = "config.json"
 LATENCY_FOLDER = "latency"  # of an elastic checkpoint: a file for each machine that it was profiled on
 LFS_POINTER = b"version https://git-lfs"  # what git leaves in place of a large file that was not fetched

@@ -173,32 +173,33 @@ def parse_tensors(
     check_safetensors(path, file)
     if checksum is not None:
         check_checksum(path, file, checksum)
-    with _reading(path):
-        with safe_open(_reopened(path, file), framework="pt", device="cpu") as opened_file:
+    with reading(path):
+        with safe_open(reopened(path, file), framework="pt", device="cpu") as opened_file:
             shared = json.loads((opened_file.metadata() or {}).get(_SHARED, "{}"))
             tensors = {name: opened_file.get_tensor(name) for name in opened_file.keys()}  # noqa: SIM118 (not a dict)
         tensors |= {second: tensors[first] for second, first in shared.items()}
     if expected is not None:
-        _check_tensors(path, tensors, expected)
+        check_tensors(path, tensors, expected)
     return tensors
 
 
 def parse_shapes(path: Path, file: BinaryIO) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors of a safetensors file that is open; no tensor is read."""
     check_safetensors(path, file)
-    with _reading(path), safe_open(_reopened(path, file), framework="pt") as opened_file:
+    with reading(path), safe_open(reopened(path, file), framework="pt") as opened_file:
         return {name: tuple(opened_file.get_slice(name).get_shape()) for name in opened_file.keys()}  # noqa: SIM118
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
+    """What the safetensors library raises over a file becomes one sentence."""
     try:
         yield
     except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: must be a readable safetensors file, got {error!r}") from None
 
 
-def _reopened(path: Path, file: BinaryIO) -> str:
+def reopened(path: Path, file: BinaryIO) -> str:
     """A path that opens the same file again even if another has taken its place, where the system has one."""
     for folder in ("/proc/self/fd", "/dev/fd"):
         if os.path.exists(name := f"{folder}/{file.fileno()}"):
@@ -219,8 +220,8 @@ def check_checksum(path: Path, file: Any, checksum: Any) -> None:
         )
 
 
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Any]) -> None:
-    """Refuse tensors whose names, shapes or (where ``expected`` has tensors) dtypes are others."""
+def check_tensors(path: Path, tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse tensors, or shapes of them, whose names, shapes or (where both have them) dtypes are not expected."""
     faults = []
     if missing := [name for name in expected if name not in tensors]:
         faults.append(f"missing {listed(missing)}")
@@ -229,10 +230,10 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[
     shapes, dtypes = [], []
     for name in expected.keys() & tensors.keys():
         have, want = tensors[name], expected[name]
-        shape = tuple(getattr(want, "shape", want))
-        if tuple(have.shape) != shape:
-            shapes.append(f"{name} {list(have.shape)} instead of {list(shape)}")
-        if isinstance(want, Tensor) and have.dtype != want.dtype:
+        found, shape = (tuple(getattr(one, "shape", one)) for one in (have, want))
+        if found != shape:
+            shapes.append(f"{name} {list(found)} instead of {list(shape)}")
+        if isinstance(have, Tensor) and isinstance(want, Tensor) and have.dtype != want.dtype:
             dtypes.append(f"{name} {have.dtype} instead of {want.dtype}")
     if shapes:
         faults.append(f"wrong shape {listed(sorted(shapes))}")

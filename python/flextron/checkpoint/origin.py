@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,7 @@ class Origin:
     @classmethod
     def of(cls, meta: dict[str, Any]) -> Origin:
         """The origin that the contents of ``flextron.json`` describe."""
-        checksums = meta["checksums"]
-        weights = [checksums[name] for name in sorted(checksums) if name.endswith(".safetensors")]
-        return cls(ElasticConfig.from_dict(meta["elastic"]), ",".join(weights))
+        return cls(ElasticConfig.from_dict(meta["elastic"]), weights_of(meta["checksums"]))
 
     @classmethod
     def read(cls, directory: str | Path | Files) -> Origin:
@@ -47,6 +46,11 @@ class Origin:
 
     def to_dict(self) -> dict[str, Any]:
         return {"elastic": self.elastic.to_dict(), "weights": self.weights}
+
+
+def weights_of(checksums: Mapping[str, str]) -> str:
+    """The identity of weights: the sha256 of each of their files, joined by a comma."""
+    return ",".join(checksums[name] for name in sorted(checksums) if name.endswith(".safetensors"))
 
 
 def made_for(directory: str | Path | Files, name: str) -> Origin | None:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
-from flextron.checkpoint.format import CONFIG_FILE, WEIGHTS_FILE, CheckpointError
+from flextron.checkpoint.format import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, CheckpointError
 
 T = TypeVar("T")
 _LARGEST = 2**63  # an int beyond it fits no tensor
@@ -69,7 +69,8 @@ def _dataclass(kind: Any, value: Any, path: str | Path, place: str) -> Any:
 def checksums_of(values: Mapping[str, Any], path: str | Path) -> dict[str, str]:
     """The sha256 by name that a sidecar records: those of weights and configuration must be there."""
     found = build(dict[str, str], values.get("checksums"), path, "checksums")
-    if missing := [name for name in (WEIGHTS_FILE, CONFIG_FILE) if name not in found]:
+    weights = WEIGHTS_FILE if INDEX_FILE not in found else INDEX_FILE
+    if missing := [name for name in (weights, CONFIG_FILE) if name not in found]:
         raise CheckpointError(f"{path}: checksums must name {' and '.join(missing)}, got none")
     return found
 

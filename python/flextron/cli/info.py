@@ -69,8 +69,10 @@ def _target(routers: RouterResult, tables: Sequence[LatencyTable]) -> str:
 
 def _parity(meta: dict[str, Any]) -> dict[str, Any]:
     """What the certificate says, and about which weights."""
+    from flextron.checkpoint.origin import weights_of
+
     parity = meta.get("parity", {})
-    now = parity.get("weights") == meta["checksums"]["model.safetensors"]
+    now = parity.get("weights") == weights_of(meta["checksums"])
     return {
         "parity": parity.get("max_rel"),
         "parity is of": "these weights" if now else "the weights before they were trained or saved again",

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flextron import ranks
 from flextron.artefacts.elastic_model import make_elastic, read_model, save_elastic
-from flextron.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Origin, checksum_of
+from flextron.checkpoint import CONFIG_FILE, Origin
 from flextron.checkpoint.card import write_card
 from flextron.checkpoint.hf import TOKENIZER_FILES, foreign, read_tokenizer
 from flextron.config import ElasticConfig, Widths
@@ -82,7 +82,7 @@ def convert(
         are between the parent and what stock transformers read back, in ``dtype``, on ``tokens`` tokens. ``rounding``
         is the part that another dtype than the parent's brought, ``elastic`` is for the full model of our own loader,
         and each of ``sub_networks`` is the elastic model at widths drawn with ``seed`` against the plain model taken
-        out of it. ``weights`` is the sha256 of the file that all this is about.
+        out of it. ``weights`` is the sha256 of the files that all this is about.
 
     Raises:
         ParityError: beside that rounding, one of them differs by more than 1e-4 of the largest logit; or a parent in
@@ -138,9 +138,10 @@ def convert(
         make_elastic(model, config)
         report = {"importance": found, "dtypes": counted(model.stored)}
 
-        def prove(stage: Path, stock: PreTrainedModel) -> dict[str, Any]:
+        def prove(stage: Path, stock: PreTrainedModel, weights: str) -> dict[str, Any]:
             model.to("meta")  # it is on disk by now; this makes room for what is read back
-            report["parity"] = _prove(stage, stock, config, proof, before, expected, seed, device)
+            proven = _prove(stage, stock, config, proof, before, expected, seed, device)
+            report["parity"] = {**proven, "weights": weights}
             return report
 
         def beside(stage: Path, _: Origin) -> None:
@@ -212,7 +213,6 @@ def _prove(
         "dtype": name_of(dtype),
         "elastic": full,
         "rounding": difference(parent, expected),
-        "weights": checksum_of(stage / WEIGHTS_FILE),
         "seed": seed,
         "sub_networks": [
             prove_sub_network("convert", elastic, widths, first) for widths in _drawn(config, seed)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flextron.checkpoint import opened, stored_dtypes
-from flextron.conversion.source import weight_names
+from flextron.checkpoint.weights import weight_names
 from flextron.nn.placement import CPU
 from flextron.nn.proof import logits_of, require_close
 from flextron.nn.skeleton import fill, parameter_shapes, say_tied, skeleton

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flextron.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, Files, opened
+from flextron.checkpoint import CONFIG_FILE, CheckpointError, Files, opened
 from flextron.checkpoint.hf import read_config, read_generation_config
 from flextron.checkpoint.hub import local
 from flextron.checkpoint.room import room_for_model
+from flextron.checkpoint.weights import weight_shapes
 from flextron.nn.families import family_of
-from flextron.sentences import listed
 
-_INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 _ADAPTER_FILE = "adapter_config.json"
 
 
@@ -39,10 +38,7 @@ def source_of(parent: str | Path) -> Path:
         )
     with opened(directory) as files:
         _refuse_quantised(files)
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name in weight_names(files):
-            shapes |= files.shapes(name)
-        config, _ = read_config(files, shapes)
+        config, _ = read_config(files, weight_shapes(files))
         family_of(config)
         read_generation_config(files)
     return directory
@@ -56,24 +52,3 @@ def _refuse_quantised(files: Files) -> None:
             f"{files / CONFIG_FILE}: must describe weights that are not quantised, got quantization_config of "
             f"{str(method or 'an unknown method')[:40]}; dequantise the model first"
         )
-
-
-def weight_names(files: Files) -> list[str]:
-    """The names of a model's safetensors files."""
-    if WEIGHTS_FILE in files:
-        return [WEIGHTS_FILE]
-    if _INDEX_FILE not in files:
-        kinds = (".bin", ".pt", ".pth", ".gguf")
-        other = sorted(p.name for p in files.directory.iterdir() if p.suffix in kinds)
-        raise CheckpointError(
-            f"{files.directory}: must hold its weights as {WEIGHTS_FILE} or in shards, got {listed(other) or 'neither'}"
-        )
-    shards = files.read_json(_INDEX_FILE).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(v, str) for v in shards.values()):
-        raise CheckpointError(
-            f"{files / _INDEX_FILE}: weight_map must name the file of each tensor, got something else"
-        )
-    names = sorted(set(shards.values()))
-    if missing := [name for name in names if name not in files]:
-        raise CheckpointError(f"{files / _INDEX_FILE}: every shard must be there, got no {listed(missing)}")
-    return names

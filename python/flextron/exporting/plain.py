@@ -14,14 +14,12 @@ from flextron.checkpoint import (
     CONFIG_FILE,
     ELASTIC_FILE,
     FORMAT,
-    WEIGHTS_FILE,
     CheckpointError,
     Files,
     check_format,
     checksum_of,
     commit,
     opened,
-    save_tensors,
     write_json,
 )
 from flextron.checkpoint.card import write_card
@@ -30,6 +28,7 @@ from flextron.checkpoint.hub import local
 from flextron.checkpoint.room import room_for_model
 from flextron.checkpoint.schema import build as build_from
 from flextron.checkpoint.schema import checksums_of
+from flextron.checkpoint.weights import load_weights, save_weights, verify_beside, weight_shapes
 from flextron.config import ElasticConfig, Widths
 from flextron.nn.placement import Device, device_of_call, memory_dtype
 from flextron.nn.plain import LAYOUT_KEY, SIZES, build, layout_of, resize, stock_problem, widths_of
@@ -108,8 +107,8 @@ def export(
             plain.generation_config.save_pretrained(stage)
         if tokenizer is not None:
             write_tokenizer(tokenizer, stage)
-        weights = save_tensors(stage / WEIGHTS_FILE, tensors)
-        report["checksums"] = {WEIGHTS_FILE: weights, CONFIG_FILE: checksum_of(stage / CONFIG_FILE)}
+        report["checksums"] = save_weights(stage, tensors)
+        report["checksums"][CONFIG_FILE] = checksum_of(stage / CONFIG_FILE)
         ragged = chosen == "ragged"
         read = (
             load_plain(stage, plain.config.dtype, device=model.device)
@@ -183,8 +182,8 @@ def load_plain(
     chosen = device_of_call("load_plain", device, device_map)
     directory = local(directory, **hub)
     with opened(directory) as files:
-        weights = _checked(files) if EXPORT_FILE in files else None
-        shapes = files.shapes(WEIGHTS_FILE)
+        checksums = _checked(files) if EXPORT_FILE in files else None
+        shapes = weight_shapes(files)
         config, values = read_config(files, shapes)
         config.dtype = dtype = memory_dtype("load_plain", dtype, config.dtype, chosen)
         layers = _layers_in(values, files / CONFIG_FILE, config.num_hidden_layers, shapes)
@@ -192,20 +191,19 @@ def load_plain(
             model = skeleton(config)
             if layers is not None:
                 resize(model, layers)
-        tensors = files.load_tensors(WEIGHTS_FILE, parameter_shapes(model), weights)
-        fill(model, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()})
+        tensors, _ = load_weights(files, parameter_shapes(model), checksums, dtype, chosen)
+        fill(model, tensors).to(chosen)  # the rest of it: a few buffers
         model.generation_config = read_generation_config(files) or model.generation_config
-    return model.to(chosen)
+    return model
 
 
-def _checked(files: Files) -> str:
-    """Check the files of an export, except the weights, whose checksum is returned."""
+def _checked(files: Files) -> dict[str, str]:
+    """Check the files of an export, except the weights; their checksums are among those that are returned."""
     path, report = files / EXPORT_FILE, files.read_json(EXPORT_FILE)
     check_format(report, path)
     checksums = checksums_of(report, path)
-    weights = checksums.pop(WEIGHTS_FILE)
-    files.verify(checksums)
-    return weights
+    verify_beside(files, checksums)
+    return checksums
 
 
 def _card(report: dict[str, Any]) -> list[str]:

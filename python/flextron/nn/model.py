@@ -55,7 +55,6 @@ _ONE_BY_ONE = (
     GenerationMode.GREEDY_SEARCH,
     GenerationMode.SAMPLE,
 )  # the ways of generating that `_sample` goes
-_SHARD = "50GB"  # transformers' own default
 _REFUSED = {"push_to_hub": False, "distributed_checkpoint": False, "safe_serialization": True}
 _IGNORED = ("token", "save_peft_format", "save_original_format", "save_function")  # of what is not there
 _CACHE = 3  # place of cache among the arguments of a causal LM's forward, in every family
@@ -159,7 +158,7 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         save_directory: str | Path,
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
-        max_shard_size: int | str = _SHARD,
+        max_shard_size: int | str | None = None,
         **options: Any,
     ) -> None:
         """Write a whole elastic checkpoint, which stock transformers reads as the full parent. Trainer calls it.
@@ -171,7 +170,7 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
             is_main_process: False: write nothing.
             state_dict: the parameters by name, where they were gathered elsewhere; tied ones may come twice.
                 Each is stored in the dtype that it has here, or else in memory.
-            max_shard_size: the largest size allowed for the one file that all weights are written to.
+            max_shard_size: the largest size of a file of weights, ``"2GB"`` or bytes; None: the writer's own, 5 GB.
             options: transformers' other options, which must have their defaults.
 
         Raises:
@@ -186,19 +185,14 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
                     f"save_pretrained: {name} must be {_REFUSED.get(name)} with an elastic model, got {value!r}"
                 )
         tensors = self._to_store(state_dict)
-        size = sum(t.nbytes for t in {t.data_ptr(): t for t in tensors.values()}.values())
-        if max_shard_size != _SHARD and size > convert_file_size_to_int(max_shard_size):
-            raise NotImplementedError(
-                f"save_pretrained: max_shard_size must hold the whole model, which is one file of {size} bytes, "
-                f"got {max_shard_size!r}"
-            )
         if self.writer is None:
             raise NotImplementedError(
                 "save_pretrained: model must be one of flextron.from_pretrained or flextron.make_elastic, got one of "
                 "flextron.nn.make_elastic, which builds models and writes no files"
             )
         if is_main_process:
-            self.writer(self, save_directory, tensors)
+            limit = None if max_shard_size is None else convert_file_size_to_int(max_shard_size)
+            self.writer(self, save_directory, tensors, limit)
 
     def _to_store(self, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         own = {name: p.detach() for name, p in self.named_parameters()}

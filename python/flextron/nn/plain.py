@@ -121,7 +121,7 @@ def build(model: Elastic, widths: Widths, layout: str) -> PreTrainedModel:
     plain = skeleton(config)
     if layout == "ragged":
         resize(plain, layers)
-    fill(plain, _tensors(model, kept, held))
+    fill(plain, _tensors(model, kept, held)).to(model.device)  # the rest of it: a few buffers
     plain.generation_config = copy.deepcopy(model.generation_config)
     return plain
 

@@ -34,7 +34,9 @@ class Planner(Protocol):
 class Writer(Protocol):
     """Stores a model as an elastic checkpoint: its weights, and the other files that such a directory has."""
 
-    def __call__(self, model: Elastic, directory: str | Path, tensors: Mapping[str, Tensor]) -> None: ...
+    def __call__(
+        self, model: Elastic, directory: str | Path, tensors: Mapping[str, Tensor], shard_bytes: int | None
+    ) -> None: ...
 
 
 @runtime_checkable

@@ -250,7 +250,7 @@ class _SurrogateTraining(_Training):
         return self.gate.is_waiting()
 
     def _terms(self, step: int) -> tuple[Tensor, Tensor]:
-        p, tau = self.seen
+        p, tau = Probabilities(*(axis.cpu() for axis in self.seen[0])), self.seen[1].cpu()
         spent = self._fraction(p)
         return self.surrogate.loss(p, spent).mean(), latency_miss(spent, tau)
 
@@ -302,10 +302,10 @@ class _SurrogateTraining(_Training):
         return Indices(*(axis.to(self.device) for axis in found))
 
     def _shares(self, choices: Indices) -> Probabilities:
-        """Indices [N, L] -> share of the tokens that chose each entry, [L, C]."""
+        """Indices [N, L] -> share of the tokens that chose each entry, [L, C], on the CPU, where the surrogate is."""
         return Probabilities(
             *(
-                functional.one_hot(axis, len(menu)).float().mean(0)
+                functional.one_hot(axis, len(menu)).float().mean(0).cpu()
                 for axis, menu in zip(choices, self.menus, strict=True)
             )
         )

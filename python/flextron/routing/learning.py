@@ -52,15 +52,16 @@ def relaxed_loss(model: Elastic, tokens: Tensor) -> Callable[[Probabilities], Te
     """A differentiable function from relaxed choices, one sub-network for each of n sequences, to the model's losses.
 
     It takes ``mlp`` and ``heads`` [n, L, C] and returns [n] nats: row i on the sequence i of ``tokens`` [N, T], from
-    the beginning again after N. The model is restored after each call; its parameters get no gradient when
-    they ask for none.
+    the beginning again after N. The choices may be on another device than the model. The model is restored after each
+    call; its parameters get no gradient when they ask for none.
     """
 
     def loss(p: Probabilities) -> Tensor:
-        ids = tokens[torch.arange(len(p.mlp)) % len(tokens)].to(p.mlp.device)
+        ids = tokens[torch.arange(len(p.mlp)) % len(tokens)].to(model.device)
+        here = Probabilities(*(axis.to(model.device) for axis in p))
         with restored(model):
-            model.set_policy(Mixed(p), model.elastic.full(), "all")
-            return sequence_losses(model, ids)
+            model.set_policy(Mixed(here), model.elastic.full(), "all")
+            return sequence_losses(model, ids).to(p.mlp.device)
 
     return loss
 

@@ -3,7 +3,7 @@
 A run's folder holds ``run.json`` (what the run is), ``metrics.jsonl`` (what it measured) and, for each kept
 step, ``step-N.safetensors`` (weights, optimiser, generators) and ``step-N.json`` (data position, sha256 of
 the other). The JSON file is written last: a step counts when it is there. Where the teacher was the checkpoint
-itself, ``teacher.safetensors`` keeps it; ``teacher-logits`` has its cached logits (`teacher.py`). All but the first two
+itself, ``teacher*.safetensors`` keep it; ``teacher-logits`` has its cached logits (`teacher.py`). All but the first two
 only resuming needs, and `clean` removes it.
 """
 
@@ -31,7 +31,7 @@ from flextron.training import teacher, tensorboard
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
-TEACHER_FILE = "teacher.safetensors"
+TEACHER_FILES = "teacher*.safetensors"  # as many as the model's weights have
 CLEANED = "cleaned"  # key of run.json: the last step, whose checkpoint `clean` removed
 _ROUNDINGS = (torch.bfloat16, torch.float16)  # dtypes that a user may ask a model to be stored in
 KEPT = 2  # checkpoints: the newest, and one in case that is damaged
@@ -71,8 +71,8 @@ class Checkpoints:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         self._keep([])
-        for name in (METRICS_FILE, TEACHER_FILE):
-            (self.directory / name).unlink(missing_ok=True)
+        for path in (self.directory / METRICS_FILE, *self.directory.glob(TEACHER_FILES)):
+            path.unlink(missing_ok=True)
         shutil.rmtree(self.directory / tensorboard.FOLDER, ignore_errors=True)
         write_json(self.directory / RUN_FILE, {**self.identity, "weights": self.weights})
 
@@ -207,7 +207,7 @@ def clean(directory: Path, *, unfinished: bool = False, dry_run: bool = False) -
     """
     # the JSON files first: see `_keep`
     logits = (f"{teacher.FOLDER}/{name}" for name in ("*.json", "*.safetensors", ".*.tmp"))
-    patterns = ("step-*.json", "step-*.safetensors", TEACHER_FILE, ".*.tmp", *logits)
+    patterns = ("step-*.json", "step-*.safetensors", TEACHER_FILES, ".*.tmp", *logits)
     found = [path for pattern in patterns for path in sorted(directory.glob(pattern))]
     if not found:
         return []
