@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from nn.models import small_model
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -143,4 +147,32 @@ def test_a_budget_that_has_changed_since_does_not_reach_a_layer_that_runs_again(
                 model.set_widths(model.elastic.full())
             loss.backward()
         found.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(*both) for both in zip(*found, strict=True))
+
+
+def test_layers_that_fsdp_shards_keep_their_bits_too():
+    """One process; and a step that `found_inf` stops leaves sharded weights as they are."""
+    found = []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for sharded in (False, True):
+            model = elastic()
+            for module in (*model.model.layers, model) if sharded else ():
+                fully_shard(module, mesh=mesh)
+            optimizer: Any = torch.optim.AdamW(model.parameters(), 1e-2, fused=True)
+            losses = []
+            for stopped in (0.0, 1.0, 0.0):
+                with recomputing(model) if sharded else nullcontext():
+                    loss = model(input_ids=tokens(), labels=tokens(), use_cache=False).loss
+                    loss.backward()
+                optimizer.found_inf = torch.tensor(stopped)
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.detach())
+            weights = [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()]
+            found.append([*losses, *weights])
+    finally:
+        dist.destroy_process_group()
+    assert found[0][1] == found[0][2] != found[0][0]
     assert all(torch.equal(*both) for both in zip(*found, strict=True))

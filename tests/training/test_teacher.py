@@ -12,6 +12,7 @@ import tiny_run
 import torch
 from torch import Tensor
 
+from flextron import ranks
 from flextron.data import Batches, Mixture
 from flextron.judge.objectives import TopLogits, distillation, distillation_from_top, top_logits
 from flextron.training import resume, teacher, train
@@ -159,6 +160,29 @@ def test_rows_of_a_mixture_are_those_of_its_windows(tmp_path):
         batch = next(batches)
         for ours, theirs in zip(top.read(batches.last), top_logits(table[batch], 3), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_processes_share_the_files_and_ask_equally_often(tmp_path, monkeypatch):
+    """Rank after rank, with what the first found to be missing: a stand-in for processes side by side."""
+    monkeypatch.setattr(
+        teacher, "_FILE_BYTES", 3 * 12 * (8 * 2 + 4)
+    )  # three windows a file, the last has one
+    batches = Batches(tiny_run.tokens(), 4, 12)
+    table = torch.randn(41, 41, generator=torch.Generator().manual_seed(0))
+    calls: list[list[int]] = [[], [], []]
+    for rank in (0, 1, 2):
+        if rank:
+            monkeypatch.setattr(teacher.ranks, "shared", lambda _: [0, 1, 2, 3, 4, 5])
+        monkeypatch.setattr(teacher.ranks, "now", lambda rank=rank: ranks.ALONE._replace(rank=rank, size=3))
+        monkeypatch.setattr(teacher.ranks, "is_first", lambda rank=rank: rank == 0)
+        monkeypatch.setattr(teacher.ranks, "agree", lambda *_: None)
+        top = TeacherLogits(tmp_path, batches, 16, 2, {})
+        top.fill(lambda windows, rank=rank: calls[rank].append(len(windows)) or table[windows], 2, 1.0, None)
+        assert len(list((tmp_path / teacher.FOLDER).glob("*.json"))) == 2 * (rank + 1)
+    assert [len(c) for c in calls] == [4, 4, 4] and sum(map(sum, calls)) == 16 + 1
+    for draw in range(16):
+        for ours, theirs in zip(top.read([draw]), top_logits(table[batches.window(draw)], 2), strict=True):
+            assert torch.equal(ours[0], theirs)
 
 
 def test_bad_input_is_one_sentence_and_changes_nothing(tmp_path, monkeypatch):
