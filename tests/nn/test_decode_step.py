@@ -60,6 +60,20 @@ def test_the_logits_are_those_of_the_modules(family, unit, how, by_modules):  # 
         assert relative(step()[:3], model(ids[:, t : t + 1], cache=expected).logits[:, 0]) < 1e-5
 
 
+@torch.no_grad()
+def test_in_bfloat16_norms_round_as_the_modules_do(by_modules):  # noqa: F811
+    """Weighed before it is rounded, each fourth value is another: a greedy token may be, then."""
+    model, ids = elastic("qwen3", "3:1", "kv_group").bfloat16(), tokens(3, 9)
+    for name, p in model.named_parameters():
+        if name.endswith("norm.weight"):
+            p.copy_(1 + 0.2 * torch.randn_like(p))
+    cache = static_cache(model, 4, 16)
+    model(ids, cache=cache)
+    step, norm = captured_step(model, cache).step, model.model.norm
+    x = torch.randn(64, model.config.hidden_size).bfloat16()
+    assert torch.equal(step._norm(x, norm.weight), norm(x))
+
+
 class Exported(nn.Module):
     """A captured step for torch.export, which wants to know the weights as parameters."""
 

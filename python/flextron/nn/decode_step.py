@@ -166,7 +166,8 @@ class DecodeStep:
         return logits, logits.argmax(-1)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight.shape, weight, self.eps)
+        # rounded before it is weighed, as transformers' norms do: in 16 bits each fourth value would be another
+        return rms_norm(x, weight.shape, None, self.eps) * weight
 
     def _heads(
         self,
