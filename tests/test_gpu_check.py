@@ -1,8 +1,11 @@
-"""The script of a GPU visit, as far as a machine without a GPU can tell: it parses, and says what it would do."""
+"""The script of a GPU visit, as far as a machine without a GPU can tell: its steps, and whole models with stand-ins."""
 
+import csv
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,8 @@ def test_a_dry_run_names_every_step_and_does_nothing(tmp_path):
     for step in (
         "device",
         "library",
+        "model, graph",
+        "model, llama8b",
         "words",
         "tests, sm_90",
         "tests, sm_80",
@@ -32,6 +37,33 @@ def test_a_dry_run_names_every_step_and_does_nothing(tmp_path):
     ):
         assert f"\n{step} " in f"\n{done.stdout}"
     assert not (tmp_path / "out").exists()
+    names = [line[:22].strip() for line in done.stdout.splitlines()]
+    assert names[3].startswith("model, ")  # what was never measured comes first
+    models, ops = (run("--dry-run", part).stdout for part in ("--models", "--ops"))
+    assert "model, " in models and "words" not in models and "model, " not in ops and "words" in ops
+
+
+def test_whole_models_are_checked_and_timed_on_a_cpu_with_stand_ins(tmp_path):
+    """The very code of a visit: a line for each check, and a row of figures for everyone who is there."""
+    done = run("--cpu", OUT=str(tmp_path), PYTHON=sys.executable, OMP_NUM_THREADS="1")
+    log = (tmp_path / "log.txt").read_text()
+    assert done.returncode == 0, log
+    for said in (
+        "tokens of the graph are eager's",
+        "one captured graph served ten budgets",
+        "losses of two steps",
+        "a CPU's peak is not measured",
+        "prefill of 32 tokens",
+        "vLLM is not installed",
+    ):
+        assert said in log
+    with (tmp_path / "models.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    who = {"flextron, graph", "flextron, eager", "transformers", "transformers, static + compile"}
+    assert {(row["who"], row["width"], row["batch"]) for row in rows} == {
+        (name, width, batch) for name in who for width in ("1", "0.5") for batch in ("1", "2")
+    }
+    assert all(float(row["prefill"]) > 0 and row["machine"] and row["commit"] for row in rows)
 
 
 def test_every_command_of_the_benchmarks_is_one_they_take():
@@ -41,13 +73,29 @@ def test_every_command_of_the_benchmarks_is_one_they_take():
         line.split(" bench ")[1] for line in run("--dry-run").stdout.splitlines() if " s  bench " in line
     ]
     assert len(lines) == 6
+    from test_bench_model import loaded
+
+    steps = run("--dry-run").stdout + run("--dry-run", "--cpu").stdout
+    of_models = [line.split("generation ")[1] for line in steps.splitlines() if " s  generation " in line]
+    assert len(of_models) == 7
+    for line in of_models:
+        loaded("bench_model").parse(f"--model {line}".split())
+    asked = {
+        name
+        for line in steps.splitlines()
+        if " s  models " in line
+        for name in line.split("models ")[1].split()
+    }
+    assert asked == {*loaded("check_model").CHECKS}
     for line in lines:
         bench_ops.parse(line.split()[1:])  # without the architecture
 
 
 def test_a_bad_argument_or_no_gpu_is_one_sentence(tmp_path):
     bad = run("--fast")
-    assert bad.returncode == 2 and "must be --dry-run, --only, --pack or nothing, got --fast" in bad.stderr
+    assert bad.returncode == 2 and re.search("must be --models, --ops, .* or nothing, got --fast", bad.stderr)
+    no_gpu = run("--ops", "--cpu")
+    assert no_gpu.returncode == 2 and "--ops must have a GPU, got --cpu" in no_gpu.stderr
     if shutil.which("nvidia-smi") is None:
         none = run(OUT=str(tmp_path))
         assert none.returncode == 2 and "must have a GPU" in none.stderr

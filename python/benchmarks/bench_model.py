@@ -1,9 +1,10 @@
 """Tokens per second of generate() beside stock transformers and llama.cpp: python bench_model.py --dtype bfloat16
 
-One sequence, greedy. The rivals hold the same weights. Stock transformers runs the full model and, at smaller widths,
-the plain model that `flextron.extract` takes out; llama.cpp runs the same plain models, if llama-cpp-python is
-installed. All take turns, in the opposite order in every round, and figures are medians over rounds. "Ideal" is the
-bound on decode: the bytes of the weights that a token needs, over the read bandwidth measured in the same run.
+Greedy. The rivals hold the same weights. Stock transformers runs the full model and, at smaller widths, the plain model
+that `flextron.extract` takes out; llama.cpp runs the same plain models, if llama-cpp-python is installed. With --device
+cuda the contestants are those of gpu_contestants.py. All take turns, in the opposite order in every round, and figures
+are medians over rounds. "Ideal" is the bound on decode: the bytes of weights, and on a GPU of the cache, that a step
+reads, over the read bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -12,23 +13,26 @@ import argparse
 import copy
 import csv
 import importlib.util
+import os
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
+from math import nan
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
+import gpu_contestants as gpu
 import torch
 from bench_training import smollm2_shape
+from gpu_contestants import Run, Times, at_width
 from llama_cpp_rival import LlamaCpp, write_gguf
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 import flextron
-from flextron.artefacts.machine import processor
 from flextron.config import Widths
 from flextron.judge.timing import wait_until_idle
 from flextron.nn import elastic_config, make_elastic
@@ -41,20 +45,27 @@ DTYPES = {
 }  # int8: only the weights are integers
 
 
-def llama1b_shape(layers: int) -> LlamaConfig:
-    """Llama-3.2-1B with fewer layers."""
+def llama_shape(hidden: int, neurons: int, layers: int, **more: Any) -> LlamaConfig:
+    """The shape of a Llama 3: head size and vocabulary are the same in all."""
+    shape = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}
     return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
+        hidden_size=hidden, intermediate_size=neurons, num_hidden_layers=layers, **(shape | more)
     )
 
 
-MODELS = {"smollm2": lambda args: smollm2_shape(), "llama1b": lambda args: llama1b_shape(args.layers)}
+def llama1b_shape(layers: int) -> LlamaConfig:
+    """Llama-3.2-1B, which has 16 layers."""
+    return llama_shape(2048, 8192, layers, tie_word_embeddings=True)
+
+
+MODELS = {
+    "smollm2": lambda args: smollm2_shape(),
+    "llama1b": lambda args: llama1b_shape(args.layers or (4 if args.device.type == "cpu" else 16)),
+    "llama8b": lambda args: llama_shape(4096, 14336, args.layers or 32, tie_word_embeddings=False),
+    "tiny": lambda args: llama_shape(
+        64, 256, args.layers or 2, vocab_size=512, num_attention_heads=4, num_key_value_heads=4
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -73,12 +84,9 @@ class Row:
     read_gb_s: float
     threads: int
     rounds: int
-    cpu: str
+    machine: str
     commit: str
-
-
-Times = tuple[float, float]  # seconds of the prompt, and of each token after it
-Run = Callable[[], Times]
+    batch: int = 1
 
 
 class _Clock(StoppingCriteria):
@@ -123,14 +131,6 @@ def of_llama_cpp(rival: LlamaCpp, ids: Tensor, new: int) -> Run:
         return first - begin, (perf_counter() - first) / new
 
     return run
-
-
-def at_width(run: Run, model: object, widths: Widths) -> Run:
-    def at() -> Times:
-        model.set_widths(widths)
-        return run()
-
-    return at
 
 
 def widths_of(model: object, share: float) -> Widths:
@@ -198,49 +198,106 @@ def contestants(
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
+    if args.device.type != "cpu" or args.as_gpu:
+        return [row for batch in args.batch for row in measure_on_gpu(args, batch)]
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         runs, sizes = contestants(args, Path(folder))
         if not args.no_wait:
             wait_until_idle()
-        bandwidth = read_bandwidth()
-        samples: dict[tuple[float, str], list[Times]] = {key: [] for key in runs}
-        for done in range(args.rounds + 1):
-            for key in list(runs)[:: -1 if done % 2 else 1]:
-                times = runs[key]()
-                if done:  # the first warms up
-                    samples[key].append(times)
-        bandwidth = max(bandwidth, read_bandwidth())
+        before, samples = read_bandwidth(), taking_turns(runs, args.rounds)
+        return rows_of(args, samples, sizes, max(before, read_bandwidth()), 1)
 
+
+def measure_on_gpu(args: argparse.Namespace, batch: int) -> list[Row]:
+    """The rows of one batch; they are written at once, as a GPU may be lent for a short time."""
+    torch.manual_seed(0)
+    device, dtype = args.device, DTYPES[args.dtype]
+    full = gpu.random_model(MODELS[args.model](args), dtype, device)
+    elastic = elastic_of(full)
+    widths = {share: widths_of(elastic, share) for share in args.widths}
+    ids = torch.randint(0, full.config.vocab_size, (batch, args.prompt), device=device)
+    sizes = {
+        share: elastic.elastic.memory_bytes(
+            chosen, batch=batch, context=args.prompt + args.new // 2, bytes_per_value=dtype.itemsize
+        )
+        for share, chosen in widths.items()
+    }
+    runs = {
+        (share, gpu.WHO[who]): make()
+        for share, who, make in gpu.contestants(full, elastic, widths, ids, args.new)
+        if who in args.who
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        if "vllm" in args.who and 1.0 in widths and gpu.has_vllm():
+            config = copy.deepcopy(full.config)
+            runs[1.0, gpu.WHO["vllm"]] = gpu.of_vllm(Path(folder), config, dtype, ids, args.new)
+        with torch.no_grad():
+            samples = taking_turns(runs, args.rounds)
+    bandwidth = gpu.read_bandwidth(device, 4 * 2**30 if device.type == "cuda" else 2**24)
+    rows = rows_of(args, samples, sizes, bandwidth, batch)
+    show(rows)
+    if args.csv:
+        write_csv(args.csv, rows)
+    del full, elastic, runs
+    gpu.forget()
+    return rows
+
+
+def taking_turns(runs: dict[tuple[float, str], Run], rounds: int) -> dict[tuple[float, str], list[Times]]:
+    samples: dict[tuple[float, str], list[Times]] = {key: [] for key in runs}
+    for done in range(rounds + 1):
+        for key in list(runs)[:: -1 if done % 2 else 1]:
+            times = runs[key]()
+            if done:  # the first warms up
+                samples[key].append(times)
+    return samples
+
+
+def rows_of(
+    args: argparse.Namespace,
+    samples: dict[tuple[float, str], list[Times]],
+    sizes: dict[float, int],
+    bandwidth: float,
+    batch: int,
+) -> list[Row]:
     def rate(values: list[float], tokens: int) -> tuple[float, float]:
-        return tokens / median(values), (max(values) - min(values)) / median(values)
+        middle = median(values)
+        # too few tokens for the clock, where they are a difference of two times
+        return (tokens / middle, (max(values) - min(values)) / middle) if middle > 0 else (nan, nan)
 
-    rows = []
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    rows, machine = [], gpu.name_of(args.device)
     for (share, who), times in samples.items():
         prompt, each = zip(*times, strict=True)
         row = (
-            *rate(list(prompt), args.prompt),
-            *rate(list(each), 1),
-            bandwidth / sizes[share],
+            *rate(list(prompt), batch * args.prompt),
+            *rate(list(each), batch),
+            batch * bandwidth / sizes[share],
             bandwidth / 1e9,
         )
-        tail = (torch.get_num_threads(), args.rounds, processor(), commit)
+        tail = (torch.get_num_threads(), args.rounds, machine, commit(), batch)
         rows.append(Row(args.model, args.dtype, share, who, *row, *tail))
     return rows
 
 
+def commit() -> str:
+    """The commit that figures are labelled with; a machine that a copy was brought to has no git."""
+    if known := os.environ.get("FLEXTRON_COMMIT"):
+        return known
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+
+
 def show(rows: list[Row]) -> None:
     print(
-        f"\n{rows[0].model}, {rows[0].dtype}, {rows[0].threads} threads, reads {rows[0].read_gb_s:.1f} GB/s"
+        f"\n{rows[0].model}, {rows[0].dtype}, batch {rows[0].batch}, {rows[0].threads} threads, "
+        f"reads {rows[0].read_gb_s:.1f} GB/s"
     )
     print(
-        f"{'width':>5}  {'':18} {'prefill/s':>9} {'spread':>6} {'decode/s':>9} {'spread':>6} {'of ideal':>8}"
+        f"{'width':>5}  {'':30} {'prefill/s':>9} {'spread':>6} {'decode/s':>9} {'spread':>6} {'of ideal':>8}"
     )
     for r in sorted(rows, key=lambda r: (-r.width, r.who)):
         print(
-            f"{r.width:5.2f}  {r.who:18} {r.prefill:9.1f} {r.prefill_spread:6.0%} {r.decode:9.1f} "
+            f"{r.width:5.2f}  {r.who:30} {r.prefill:9.1f} {r.prefill_spread:6.0%} {r.decode:9.1f} "
             f"{r.decode_spread:6.0%} {r.decode / r.ideal_decode:8.2f}"
         )
     full = {r.who: r for r in rows if r.width == 1}
@@ -258,7 +315,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", choices=MODELS, default="smollm2", help="shapes, with random weights")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--layers", type=int, default=4, help="of llama1b, which has 16")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, or cuda")
+    parser.add_argument("--layers", type=int, help="layers of a Llama; all on a GPU, 4 on a CPU by default")
+    parser.add_argument(
+        "--batch",
+        type=lambda text: [int(n) for n in text.split(",")],
+        default=[1],
+        help="sequences, on a GPU",
+    )
+    parser.add_argument(
+        "--who",
+        type=lambda text: text.split(","),
+        default=[who for who in gpu.WHO if who != "compiled"],
+        help=f"contestants on a GPU: some of {','.join(gpu.WHO)}; all but compiled, which takes minutes, by default",
+    )
+    parser.add_argument("--as-gpu", action="store_true", help="a GPU's contestants on a CPU, as stand-ins")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=24, help="tokens that are decoded after the first")
     parser.add_argument("--rounds", type=int, default=3)
@@ -284,10 +355,11 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     args = parse()
     rows = measure(args)
-    print(f"{processor()}, torch {torch.__version__}")
-    show(rows)
-    if args.csv:
-        write_csv(args.csv, rows)
+    print(f"{gpu.name_of(args.device)}, torch {torch.__version__}")
+    if args.device.type == "cpu" and not args.as_gpu:
+        show(rows)
+        if args.csv:
+            write_csv(args.csv, rows)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# A whole visit to a machine with a GPU, in under ten minutes: bash python/benchmarks/gpu_check.sh
+# Two visits to a machine with a GPU, each in under ten minutes: bash python/benchmarks/gpu_check.sh --models
 #
+#   --models            whole models: the captured graph, training, latency tables, generation beside its rivals
+#   --ops               the ops: tests, benchmarks, sanitizers. Without either: whole models, then ops while there is time
+#   --only PATTERN      of the steps, those whose names match, after those that set up
+#   --cpu               whole models on this machine's CPU: tiny ones, stand-ins for graphs and compilation. It needs the
+#                       project's own environment and shows that the script works, nothing of a GPU
 #   --dry-run           prints the steps and their limits, and does nothing
-#   --only PATTERN      the steps whose names match, after those that set up
 #   --pack [VERSION]    on the machine that has the build and a network: puts into build/gpu what a machine without
 #                       a network lacks: the op library, its sources' checksum, the commit, and wheels for that Python
-#                       (3.12 by default). About 35 MiB; copy it there with the repository.
+#                       (3.12 by default), transformers among them. Below 60 MiB; copy it there with the repository.
 #
 # The machine needs nvcc, cmake, ninja, a C++ compiler and a python3 with a CUDA build of torch (PYTHON= names
 # another). Nothing is installed: wheels are unpacked in build/gpu/site. The packed op library has no Python in it and
@@ -24,6 +28,8 @@ packed=build/gpu
 deadline=575 # of the whole visit, in seconds
 dry=
 only=
+parts="models ops"
+target=cuda
 failed=0
 
 sources_checksum() {
@@ -35,16 +41,22 @@ pack() {
   "$PYTHON" -m cmake --build build/cmake || { echo "gpu_check: build/cmake must build, got a failure" >&2; return 1; }
   rm -rf "$packed"
   mkdir -p "$packed/wheels"
-  cp "$library" "$packed/"
+  gzip -9 -c "$library" >"$packed/libflextron.so.gz"
   sources_checksum >"$packed/sources"
   git describe --always --dirty >"$packed/commit"
-  # What these need is named too: pip follows no dependency of a platform that it does not run on.
+  # What these need is named too: pip follows no dependency of a platform that it does not run on. The versions are
+  # those of the environment here, where the suite passed; torch and NumPy are the machine's.
+  "$PYTHON" -m pip freeze --exclude-editable | grep -v '@' >"$packed/versions"
   "$PYTHON" -m pip --disable-pip-version-check --quiet download --no-deps --only-binary=:all: \
     --python-version "$version" --implementation cp \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-    --dest "$packed/wheels" \
-    pybind11 pytest iniconfig pluggy packaging pygments pytest-xdist execnet hypothesis sortedcontainers || return 1
+    --dest "$packed/wheels" --constraint "$packed/versions" \
+    pybind11 pytest iniconfig pluggy packaging pygments pytest-xdist execnet hypothesis sortedcontainers \
+    transformers huggingface-hub tokenizers safetensors regex tqdm pyyaml filelock fsspec typing-extensions \
+    typer annotated-doc pydantic pydantic-core annotated-types typing-inspection shellingham rich markdown-it-py mdurl \
+    click httpx2 httpcore2 anyio h11 idna truststore || return 1
   du -sh "$packed"
+  (($(du -sm "$packed" | cut -f 1) < 60)) || { echo "gpu_check: build/gpu must be below 60 MiB, got more" >&2; return 1; }
 }
 
 # step NAME LIMIT COMMAND...: runs a function or command under a limit, logs it, and adds a line to the summary.
@@ -96,7 +108,8 @@ packages() {
     "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade \
       --target "$packed/site" "$packed"/wheels/*.whl || return
   fi
-  "$PYTHON" -c 'import hypothesis, pybind11, pytest; print("pybind11", pybind11.__version__, "pytest", pytest.__version__)'
+  "$PYTHON" -c 'import hypothesis, pybind11, pytest, transformers
+for one in (pybind11, pytest, transformers): print(one.__name__, one.__version__, end=" ")'
 }
 
 loads() {
@@ -108,6 +121,7 @@ library() {
   torch_dir=$("$PYTHON" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)') || return
   suffix=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
   includes=$("$PYTHON" -c 'import pybind11, sysconfig; print(sysconfig.get_path("include"), pybind11.get_include(), sep=";")') || return
+  [[ -f $packed/libflextron.so.gz ]] && gunzip -kf "$packed/libflextron.so.gz"
   if [[ -f $packed/libflextron.so && $(cat "$packed/sources") == "$(sources_checksum)" ]] && loads "$packed/libflextron.so"; then
     cp "$packed/libflextron.so" "$library" || return
     # shellcheck disable=SC2016 # the loader expands it
@@ -186,6 +200,16 @@ bench() {
   FLEXTRON_ARCH=$1 "$PYTHON" python/benchmarks/bench_ops.py --device cuda --rounds 3 --seconds 0.01 "${@:2}"
 }
 
+# models CHECK...: of check_model.py, each its line; what fails says so at once.
+models() {
+  "$PYTHON" python/benchmarks/check_model.py --device "$target" "$@"
+}
+
+# generation MODEL ARGUMENTS...: tokens per second beside the others, and a line of the CSV file for each.
+generation() {
+  "$PYTHON" python/benchmarks/bench_model.py --device "$target" --model "$1" --csv "$OUT/models.csv" --no-wait "${@:2}"
+}
+
 draw() {
   "$PYTHON" -c 'import matplotlib' || { echo "matplotlib is not here: bench_ops.py --read ops.csv --plot ops.png"; return 3; }
   for table in ops attention; do
@@ -193,10 +217,36 @@ draw() {
   done
 }
 
+whole_models() {
+  step "model, graph" 80 models tokens budgets
+  step "model, training" 60 models step memory
+  step "model, latency" 50 models table
+  local name
+  for name in smollm2 llama1b llama8b; do
+    step "model, $name" 75 generation $name --dtype bfloat16 --batch 1,16 --prompt 512 --new 32 --rounds 3
+  done
+  for name in smollm2 llama8b llama1b; do
+    step "model, $name compiled" 90 generation $name --dtype bfloat16 --batch 1,16 --prompt 512 --new 32 --rounds 3 --widths 1 --who graph,compiled
+  done
+}
+
+# The same on a CPU, in few processes.
+stand_ins() {
+  step "model, checks" 240 models
+  step "model, tiny" 120 generation tiny --as-gpu --batch 1,2 --prompt 8 --new 4 --rounds 1 --widths 1,0.5 --who graph,eager,stock,compiled,vllm
+}
+
 visit() {
+  [[ $target == cuda ]] || { stand_ins; return; }
   step device 30 device
   step packages 60 packages
   step library 240 library
+  [[ $parts == *models* ]] && whole_models
+  [[ $parts == *ops* ]] && ops
+  return 0
+}
+
+ops() {
   step "library alone" 40 alone flextron_ext/libflextron.so
   step words 90 words
   step "tests, sm_90" 120 suite 90
@@ -218,20 +268,26 @@ visit() {
   step "initcheck, ops" 120 initcheck_ops
 }
 
-case ${1:-} in
-  --pack) pack "${2:-3.12}"; exit ;;
-  --dry-run) dry=yes; visit; exit ;;
-  --only) only=${2:?"gpu_check: --only must have a pattern, got none"} ;;
-  "") ;;
-  *) echo "gpu_check: the argument must be --dry-run, --only, --pack or nothing, got $*" >&2; exit 2 ;;
-esac
+while (($#)); do
+  case $1 in
+    --pack) pack "${2:-3.12}"; exit ;;
+    --dry-run) dry=yes ;;
+    --only) only=${2:?"gpu_check: --only must have a pattern, got none"}; shift ;;
+    --models | --ops) parts=${1#--} ;;
+    --cpu) target=cpu ;;
+    *) echo "gpu_check: the argument must be --models, --ops, --only, --cpu, --dry-run, --pack or nothing, got $1" >&2; exit 2 ;;
+  esac
+  shift
+done
+[[ $target == cuda || $parts != ops ]] || { echo "gpu_check: --ops must have a GPU, got --cpu" >&2; exit 2; }
+[[ -z $dry ]] || { visit; exit; }
 
-command -v nvidia-smi >/dev/null || { echo "gpu_check: the machine must have a GPU, got no nvidia-smi" >&2; exit 2; }
+[[ $target == cpu ]] || command -v nvidia-smi >/dev/null || { echo "gpu_check: the machine must have a GPU, got no nvidia-smi" >&2; exit 2; }
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
-rm -f "$OUT"/{summary.txt,log.txt,ops.csv,ops_backward.csv,ops_small.csv,ops_sm80.csv,attention.csv,attention_backward.csv,ops.png,attention.png}
+rm -f "$OUT"/{summary.txt,log.txt,ops.csv,ops_backward.csv,ops_small.csv,ops_sm80.csv,models.csv,attention.csv,attention_backward.csv,ops.png,attention.png}
 FLEXTRON_COMMIT=$(cat "$packed/commit" 2>/dev/null || git describe --always --dirty 2>/dev/null)
-export OUT PYTHON packed FLEXTRON_COMMIT PYTHONUNBUFFERED=1
+export OUT PYTHON packed target FLEXTRON_COMMIT PYTHONUNBUFFERED=1
 export PYTHONPATH=$PWD:$PWD/python:$PWD/$packed/site
 while read -r _ _ name; do export -f "${name?}"; done < <(declare -F)
 

@@ -7,7 +7,7 @@ from nn.models import small_model
 from flextron.artefacts.latency_table import Workload
 from flextron.judge import latency, timing
 from flextron.judge.latency import measure
-from flextron.nn import make_elastic
+from flextron.nn import graph, make_elastic, rooms
 
 
 @pytest.fixture
@@ -66,3 +66,31 @@ def test_a_model_is_timed_by_its_devices_clock_in_rounds_between_runs_of_the_ful
     full, small, wide = config.full(), *asked
     warm_up = [full] * 2 + [small] * 2 + [wide] * 2
     assert seen == [*warm_up, full, small, full, wide, full, full, wide, full, small, full]
+
+
+def test_a_decode_step_is_timed_as_generation_takes_it_one_capture_for_all_dials(monkeypatch):
+    """On a GPU: here steps count as captured, and run as Python runs them."""
+    model = make_elastic(small_model())
+    config, workload = model.elastic, Workload.decode(4, batch=2)
+    made, seen, capture = [], [], graph.captured
+    monkeypatch.setattr(rooms, "CAPTURED_ON", ("cpu",))
+    monkeypatch.setattr(graph, "captured", lambda run, state: made.append(state) or capture(run, state))
+
+    def clock(run, repeats):
+        for _ in range(3):  # the context is the same at every repetition
+            run()
+        (state,) = made
+        seen.append((state.kept.mlp[0].tolist(), state.lengths.tolist()))
+        return 1.0
+
+    def forward(*_, **__):
+        raise AssertionError("modules ran")
+
+    monkeypatch.setattr(latency, "clock_of", lambda device: clock)
+    monkeypatch.setattr(model, "forward", forward)
+    before = model.dial
+    measure(model, [config.smallest(), config.uniform(1, 0)], workload, rounds=1, min_seconds=0)
+    assert model.dial == before
+    menu = config.mlp_choices
+    assert {tuple(kept) for kept, _ in seen} == {(menu[0],) * 2, (menu[1],) * 2, (menu[-1],) * 2}
+    assert {tuple(lengths) for _, lengths in seen} == {(4, 4)}

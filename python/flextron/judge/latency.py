@@ -32,8 +32,8 @@ def measure(
 
     Each configuration is timed between two runs of the full model. Its median ratio to them, times the full model's
     median, is returned: the drift of a shared machine cancels. On a GPU the time is that between two events on its
-    stream. ``ids`` [batch, length] are the tokens; random ones by default, which is all the same unless a router looks
-    at them.
+    stream, and a decode step is the replay of a captured graph, as in `generate`. ``ids`` [batch, length] are the
+    tokens; random ones by default, which is all the same unless a router looks at them.
     """
     choices = {str(i): Dial.of(w) for i, w in enumerate(widths)}
     choices["full"] = Dial.of(model.elastic.full())
