@@ -57,7 +57,7 @@ def parent(tmp_path_factory, text):
 
 
 COMMANDS = ("convert", "train", "profile", "route", "tune", "eval", "generate", "export", "info", "demo")
-COMMANDS += ("report", "reproduce", "clean")
+COMMANDS += ("report", "reproduce", "clean", "tokenize")
 
 
 def answer(capsys, *argv):
@@ -515,6 +515,36 @@ def test_a_demonstration_replaces_nothing_but_a_demonstration(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert "got" in complaint(capsys, "demo", "--parent", "tiny", "--out", tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_stage_takes_folders_of_tokens_and_mixtures(elastic, parent, text, tmp_path, capsys):
+    tokens = tmp_path / "tokens"
+    said = answer(capsys, "tokenize", text, tokens, "--model", elastic, "--held-out", "0.1", "--workers", "1")
+    assert said["documents"] == 60 and 0 < said["held_out"] < said["tokens"]
+    assert main(["tokenize", str(text), str(tokens), "--model", str(elastic), "--held-out", "0.1"]) == 0
+    assert "every file is as it was written" in capsys.readouterr().out
+    mixed = ["--data", tokens, "--data", text, "--weights", "3,1"]
+    steps = ["--steps", "2", "--length", "32", "--batch-size", "4"]
+    first = answer(capsys, "train", elastic, *mixed, *steps)
+    assert len(first["losses"]) == 2
+    assert answer(capsys, "train", elastic, *mixed, *steps)["resumed_from"] == 2
+    for argv, says in (
+        (["train", elastic, "--weights", "1"], "train: --weights must be given with --data, got no --data"),
+        (
+            ["train", elastic, *mixed[:-1], "1,2,3"],
+            "train: --weights must be one number for each of the 2 --data, got 3",
+        ),
+        (
+            ["train", elastic, *mixed[:-1], "1,-1", *steps],
+            "Mixture: weights must be positive numbers, got 1, -1",
+        ),
+        (["train", elastic, "--data", tokens, "--field", "x"], "text: field must be given for text"),
+        (["tokenize", text, tokens, "--model", elastic], "got other values of share; --restart"),
+        (["tokenize", text, tmp_path / "new", "--model", tmp_path / "no"], "no: must be a directory"),
+    ):
+        assert says in complaint(capsys, *argv)
+    (tokens / "tokens.json").write_text("{}")
+    assert "tokens.json: format must be there" in complaint(capsys, "train", elastic, "--data", tokens)
 
 
 def test_less_text_than_was_asked_for_is_said(elastic, text, tmp_path):

@@ -49,6 +49,15 @@ PYTHON = {
     "flextron.devices": set(),
     "flextron.documents": {"flextron.documents", "flextron.sentences"},
     "flextron.data": {"flextron.documents"},
+    "flextron.tokens": {
+        *(
+            "flextron.tokens",
+            "flextron.documents",
+            "flextron.data",
+            "flextron.checkpoint",
+            "flextron.sentences",
+        ),
+    },
     "flextron.ui": set(),
     "flextron.ranks": {"flextron.ranks", "flextron.sentences"},
     "flextron.scale": {"flextron.scale", "flextron.config", "flextron.recipes", "flextron.devices"},
@@ -60,7 +69,7 @@ PYTHON = {
         *("flextron.config", "flextron.recipes", "flextron.sentences"),
     },
     "flextron.inference": {"flextron.artefacts", "flextron.nn", "flextron.checkpoint", "flextron.config"},
-    "flextron.corpus": {"flextron.data", "flextron.config"},
+    "flextron.corpus": {"flextron.tokens", "flextron.data", "flextron.config", "flextron.ranks"},
     "flextron.judge": {
         *("flextron.judge", "flextron.artefacts", "flextron.nn"),
         *("flextron.config", "flextron.ranks"),

@@ -9,6 +9,7 @@ _HOME = {
     "AdaptiveConfig": "flextron.recipes",
     "ElasticConfig": "flextron.config",
     "Text": "flextron.data",
+    "Mix": "flextron.corpus",
     "RouteConfig": "flextron.recipes",
     "TrainConfig": "flextron.recipes",
     "TuneConfig": "flextron.recipes",
@@ -25,6 +26,7 @@ _HOME = {
     "profile": "flextron.pipeline",
     "route": "flextron.pipeline",
     "route_adaptive": "flextron.pipeline",
+    "tokenize": "flextron.tokens.writing",
     "train": "flextron.pipeline",
     "tune": "flextron.pipeline",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from flextron.checkpoint.format import CheckpointError
@@ -19,6 +20,7 @@ def local(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
+    tokenizer_only: bool = False,
 ) -> Path:
     """The directory that ``source`` names.
 
@@ -29,6 +31,7 @@ def local(
         source: a directory, or an id.
         revision: branch, tag or commit of an id.
         cache_dir, token: what ``huggingface_hub.snapshot_download`` takes.
+        tokenizer_only: leave the weights on the hub.
 
     Raises:
         CheckpointError: neither is there.
@@ -46,10 +49,17 @@ def local(
         raise CheckpointError(f"{source}: must be a directory, or a hub id as owner/name, got nothing there")
     if path.parent.is_dir():
         raise CheckpointError(f"{source}: must be a directory, got nothing of that name in {path.parent}")
-    return _fetched(source, revision, cache_dir, token)
+    left = (*_LEFT, "*.safetensors") if tokenizer_only else _LEFT
+    return _fetched(source, revision, cache_dir, token, left)
 
 
-def _fetched(name: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None) -> Path:
+def _fetched(
+    name: str,
+    revision: str | None,
+    cache_dir: str | Path | None,
+    token: str | bool | None,
+    left: Sequence[str],
+) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
@@ -59,7 +69,7 @@ def _fetched(name: str, revision: str | None, cache_dir: str | Path | None, toke
             cache_dir=cache_dir,
             token=token,
             allow_patterns=list(_READ),
-            ignore_patterns=list(_LEFT),
+            ignore_patterns=list(left),
         )
     except Exception as error:  # of the network, the hub or the disk: they have no class in common
         raise CheckpointError(

@@ -15,7 +15,19 @@ from typing import Any, Protocol, cast
 from flextron.sentences import first_line
 
 GROUP = "flextron.commands"
-OWN = ("convert", "train", "profile", "route", "tune", "eval", "generate", "export", "info", "clean")
+OWN = (
+    "tokenize",
+    "convert",
+    "train",
+    "profile",
+    "route",
+    "tune",
+    "eval",
+    "generate",
+    "export",
+    "info",
+    "clean",
+)
 LAB = ("report", "reproduce", "demo")  # flextron_lab's
 
 

@@ -85,8 +85,16 @@ def data(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="TEXT",
-        help="text to use: a file or folder (.txt, .md, .jsonl, .json, .csv, .parquet; also .xz, .gz, .zst), - for "
-        "standard input, or hf:owner/name[split]; Python's own documentation by default",
+        action="append",
+        help="text to use: a folder that `flextron tokenize` has written, a file or folder (.txt, .md, .jsonl, .json, "
+        ".csv, .parquet; also .xz, .gz, .zst), - for standard input, or hf:owner/name[split]; given several times, a "
+        "mixture; Python's own documentation by default",
+    )
+    parser.add_argument(
+        "--weights",
+        type=values.reals,
+        metavar="W,W,..",
+        help="shares of the tokens to draw from each --data; as many as each has, by default",
     )
     parser.add_argument(
         "--field", help='column or key of --data that holds the text; "text", or the only one, by default'
@@ -94,14 +102,25 @@ def data(parser: ArgumentParser) -> None:
 
 
 def text_of(args: Namespace) -> Any:
-    """--data and --field, as the stages take them."""
-    if args.field is None:
-        return args.data
+    """--data, --weights and --field, as the stages take them."""
+    for name in ("field", "weights"):
+        if getattr(args, name) is not None and args.data is None:
+            raise ValueError(f"{args.command}: --{name} must be given with --data, got no --data")
     if args.data is None:
-        raise ValueError(f"{args.command}: --field must be given with --data, got no --data")
-    from flextron.data import Text
+        return None
+    from flextron.documents import Text
 
-    return Text(args.data, args.field)
+    texts = [one if args.field is None else Text(one, args.field) for one in args.data]
+    if args.weights is None and len(texts) == 1:
+        return texts[0]
+    if args.weights is not None and len(args.weights) != len(texts):
+        raise ValueError(
+            f"{args.command}: --weights must be one number for each of the {len(texts)} --data, "
+            f"got {len(args.weights)}"
+        )
+    from flextron.corpus import Mix
+
+    return Mix(texts, args.weights)
 
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
