@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,16 +19,28 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 console = Console(stderr=True)  # standard output is for results
 
 _PLAIN_SECONDS = 10.0  # without a terminal a line is printed instead of a bar, at most this often
 
 
+class _Bars(Progress):
+    """Bars, and a line below them."""
+
+    note = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        if self.note:
+            yield Text(self.note, no_wrap=True, overflow="ellipsis")
+
+
 class Reporter:
     """Shows one progress bar for each ``what`` that it is called with."""
 
-    def __init__(self, bars: Progress | None) -> None:
+    def __init__(self, bars: _Bars | None) -> None:
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
         self._printed: dict[str, float] = {}
@@ -36,14 +48,16 @@ class Reporter:
         self._note = ""
 
     def note(self, text: str) -> None:
-        """Show ``text`` beside what is called next."""
+        """Show ``text`` with what is called next."""
         self._note = text
+        if self._bars is not None:
+            self._bars.note = text
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if self._bars is not None:
             if what not in self._tasks:
-                self._tasks[what] = self._bars.add_task(what, total=total, note="")
-            self._bars.update(self._tasks[what], completed=done, total=total, note=self._note)
+                self._tasks[what] = self._bars.add_task(what, total=total)
+            self._bars.update(self._tasks[what], completed=done, total=total)
             return
         now = time.monotonic()
         self._begun.setdefault(what, (done, now))
@@ -75,9 +89,8 @@ def reporter() -> Iterator[Reporter]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as bars:
+    with _Bars(*columns, console=console) as bars:
         yield Reporter(bars)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import tiny_run
 import torch
+from rich.console import Console
 
 from flextron import ui
 from flextron.devices import known
@@ -81,6 +83,17 @@ def test_without_a_terminal_a_line_has_the_note_and_the_time_left(monkeypatch):
         "training 11/100, loss 11, 0:02:58 left",
         "training 100/100, loss 100",
     ]
+
+
+def test_on_a_terminal_of_eighty_columns_bar_and_note_are_shown_whole(monkeypatch):
+    shown = StringIO()
+    monkeypatch.setattr(ui, "console", Console(file=shown, force_terminal=True, width=80))
+    note = "loss 3.214, 5.3k tokens/s, MFU 41 %, 12.3 GB"
+    with ui.reporter() as told:
+        told.note(note)
+        told("elastic training", 1, 3)
+    assert note in shown.getvalue() and "elastic training" in shown.getvalue()
+    assert "…" not in shown.getvalue()
 
 
 CURVES: dict[str, dict[str, dict[int, float]]] = {}
