@@ -167,7 +167,7 @@ class TeacherLogits:
 def _firsts(batches: Batches, draws: int) -> tuple[Tensor, list[Tensor]]:
     """The draws that give a window for the first time, and of each stream's windows their place among these."""
     slots = [torch.full((count,), -1) for count in batches.windows_of]
-    firsts = []
+    firsts: list[int] = []
     for draw in range(draws):
         stream, index = batches.place(draw)
         if slots[stream][index] < 0:
