@@ -408,10 +408,14 @@ def test_cleaning_removes_what_only_resuming_needs(elastic, text, capsys):
     gone = answer(capsys, "clean", elastic)
     assert gone["files"] == dry["files"] and gone["bytes"] == dry["bytes"] > 3 * 0.1e6
     training = elastic / "training"
-    names = ("step-00000001.json", "step-00000001.safetensors", "teacher.safetensors")
+    names = (
+        "step-00000001.json",
+        "step-00000001/shard-00001-model-00001-of-00001.safetensors",
+        "teacher.safetensors",
+    )
     assert list(gone["files"]) == [str(training / name) for name in names]
     assert sorted(path.name for path in training.iterdir()) == ["metrics.jsonl", "run.json"]
-    kept = {path: content for path, content in before.items() if path.parent != training}
+    kept = {path: content for path, content in before.items() if training not in path.parents}
     assert all(path.read_bytes() == content for path, content in kept.items())
     assert (training / "metrics.jsonl").read_bytes() == before[training / "metrics.jsonl"]
     assert answer(capsys, "clean", elastic) == {"files": {}, "bytes": 0, "dry_run": False}

@@ -38,7 +38,7 @@ LIBRARIES = {
 STAGES = {
     *("flextron.artefacts", "flextron.judge", "flextron.nn"),
     *("flextron.config", "flextron.recipes", "flextron.data", "flextron.checkpoint", "flextron.ui"),
-    *("flextron.sentences", "flextron.devices", "flextron.ranks"),
+    *("flextron.sentences", "flextron.devices", "flextron.ranks", "flextron.scale"),
 }
 EVERYTHING = "everything of the library"
 PYTHON = {

@@ -46,6 +46,7 @@ from flextron.routing.profile import profile as profile_model
 from flextron.routing.static import train_routers
 from flextron.training import TrainReport, resume
 from flextron.training import train as train_model
+from flextron.training.sharding import gathered
 from flextron.tuning import tune as tune_model
 
 TRAINING_FOLDER, TUNING_FOLDER = "training", "tuning"
@@ -195,16 +196,21 @@ def train(
     )
     if round_in_place("train", model, model.stored) and report.evaluations:
         report.evaluations.append(_evaluated_again(model, report, validation))
-    if ranks.is_first():
-        _keep_trained(model, directory, routers_of, moved=report.resumed_from < config.steps)
+    weights = gathered(model)
+    moved = report.resumed_from < config.steps
+    ranks.first(lambda: _keep_trained(model, weights, directory, routers_of, moved))
     return report
 
 
 def _keep_trained(
-    model: Elastic, directory: str | Path, routers_of: Mapping[Any, Origin | None], moved: bool
+    model: Elastic,
+    weights: Mapping[str, Tensor] | None,
+    directory: str | Path,
+    routers_of: Mapping[Any, Origin | None],
+    moved: bool,
 ) -> None:
     """Store a trained model; what was made for the weights that it had goes."""
-    origin = save_elastic(model, directory)
+    origin = save_elastic(model, directory, tensors=weights)
     for module, made_for in routers_of.items():
         if made_for != origin:
             _discard(directory, *module.FILES)
@@ -447,8 +453,10 @@ def tune(
         for result in fresh:
             result.write(stage, origin)
 
+    weights = gathered(model)
+
     def store() -> None:
-        save_elastic(model, directory, beside=beside)
+        save_elastic(model, directory, beside=beside, tensors=weights)
 
     ranks.first(store)
     return report

@@ -118,6 +118,13 @@ class TrainConfig:
     only: Widths | None = about(  # noqa: RUF009
         None, "one sub-network to train alone in every micro-batch; weights beyond it get no gradient"
     )
+    shard: str = about(
+        "auto",
+        "who holds weights, gradients and optimiser states: every process all (none), each its part (full), each its "
+        "part of the node's (hybrid); auto: none where that fits, else full",
+        choices=("auto", *SHARDS),
+    )
+    widths_per_rank: bool = about(False, "draw a sub-network for each process, not one for all")
     seed: int = about(0, "seed of the data order, of the sub-networks drawn and of torch")
 
     def __post_init__(self) -> None:
@@ -161,6 +168,11 @@ class TuneConfig(TrainConfig):
         "over a target's tokens",
         least=0,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.widths_per_rank:
+            _refuse(self, "widths_per_rank", "be False, for each sequence has a sub-network of its own")
 
 
 @dataclass(frozen=True)

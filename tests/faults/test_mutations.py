@@ -89,7 +89,10 @@ READERS = (
     Reader("ragged", ("export.json", *_WEIGHTS), ("plain", "{}"), 0.12, _WEIGHTS),
     Reader("bare", ("config.json", "model.safetensors"), ("plain", "{}"), 0.06),
     Reader(
-        "training", ("run.json", "metrics.jsonl", "step-*.json", "step-*.safetensors"), ("resume", "{}"), 0.1
+        "training",
+        ("run.json", "metrics.jsonl", "step-*.json", "step-*/*.safetensors"),
+        ("resume", "{}"),
+        0.1,
     ),
     Reader(
         "parent",

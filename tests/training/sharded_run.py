@@ -1,7 +1,6 @@
 """Runs of training on several processes, for the tests: each process is forked, so that it need not import torch.
 
-A case is a name and what it changes of `CONFIG`. A process runs its cases one after the other, and leaves in the folder
-of each a JSON file of its own; rank 0 leaves the weights, too.
+Each process leaves in the folder of a run a JSON file of its own; rank 0 leaves the weights, too.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from flextron.checkpoint import save_tensors
 from flextron.data import windows
 from flextron.recipes import TrainConfig, TuneConfig
 from flextron.training import train
+from flextron.training.sharding import full
 from flextron.tuning import tune
 
 CONFIG = TrainConfig(
@@ -43,12 +43,28 @@ CONFIG = TrainConfig(
     eval_every=3,
     checkpoint_every=0,
 )
-CASES: dict[str, dict[str, Any]] = {
-    "replicas": {},
-    "no-clip": {"clip": None, "accumulation": 1, "distillation": 0.0, "batch_size": 4},
-    "tune-static": {"router": "static", "gates": "hard", "full_probability": 0.2},
-    "tune-adaptive": {"router": "adaptive", "gates": "soft", "full_probability": 0.0, "distillation": 0.0},
+# name -> (numbers of processes, what it changes of CONFIG)
+CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "replicas": ((2, 4), {"shard": "none"}),
+    "full": ((3,), {"shard": "full"}),
+    "hybrid": ((4,), {"shard": "hybrid"}),
+    "recomputed": ((2,), {"shard": "full", "clip": None, "batch_size": 4, "checkpoint_activations": True}),
+    "tune-static": ((3,), {"shard": "full", "router": "static", "gates": "hard", "full_probability": 0.2}),
+    "tune-adaptive": (
+        (3,),
+        {"router": "adaptive", "gates": "soft", "full_probability": 0.0, "distillation": 0.0},
+    ),
 }
+# at a constant rate, so that a run can be given more steps
+LONG = {
+    "shard": "full",
+    "distillation": 0.0,
+    "warmup": 0.0,
+    "min_lr_ratio": 1.0,
+    "eval_every": 0,
+    "checkpoint_every": 1,
+}
+Job = tuple[dict[str, Any], Path]  # what it changes, and the folder of the run
 SECONDS = 120
 CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -59,10 +75,12 @@ def exact(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
 
 
 @mock.patch.object(LlamaRMSNorm, "forward", exact)
-def run(case: str, directory: Path) -> None:
-    """Run a case and write what came of it."""
+def run(changes: Mapping[str, Any], directory: Path) -> None:
+    """Run, or resume, and write what came of it."""
     directory.mkdir(parents=True, exist_ok=True)
-    changes = dict(CASES[case])
+    changes = dict(changes)
+    if ranks.now().size == 1:
+        changes.pop("shard", None)
     kind = changes.pop("router", None)
     config = (TuneConfig if kind else TrainConfig)(**asdict(CONFIG) | changes)
     model = tiny_run.elastic().double()
@@ -76,21 +94,21 @@ def run(case: str, directory: Path) -> None:
         report = train(model, tiny_run.tokens(), config, directory, **options)
     found = {"losses": report.losses, "evaluations": [r["sub_networks"] for r in report.evaluations]}
     (directory / f"rank-{ranks.now().rank}.json").write_text(json.dumps(found))
-    weights = model.state_dict() | (
-        {f"router.{k}": v for k, v in router.state_dict().items()} if kind else {}
-    )
+    weights = {name: full(p) for name, p in model.state_dict().items()}
+    weights |= {f"router.{k}": v for k, v in router.state_dict().items()} if kind else {}
     if ranks.is_first():
         save_tensors(directory / "weights.safetensors", weights)
 
 
-def start(size: int, root: Path, environment: Mapping[str, str] | None = None) -> None:
-    """Run all cases on ``size`` forked processes."""
+def start(size: int, jobs: Sequence[Job]) -> None:
+    """Run jobs, one after the other, on ``size`` forked processes; an even number is two nodes'."""
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # for the server of forks
     CONTEXT.set_forkserver_preload(["sharded_run"])
-    given = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    given |= {"LOCAL_WORLD_SIZE": str(size), "FLEXTRON_RANKS_TIMEOUT": "60", **(environment or {})}
+    node = size // 2 if size % 2 == 0 else size
+    given = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    given |= {"LOCAL_WORLD_SIZE": node, "FLEXTRON_RANKS_TIMEOUT": 60}
     processes = [
-        CONTEXT.Process(target=_process, args=({**given, "RANK": str(r), "LOCAL_RANK": str(r)}, root))
+        CONTEXT.Process(target=_process, args=({**given, "RANK": r, "LOCAL_RANK": r}, jobs))
         for r in range(size)
     ]
     for process in processes:
@@ -101,9 +119,9 @@ def start(size: int, root: Path, environment: Mapping[str, str] | None = None) -
     assert [process.exitcode for process in processes] == [0] * size
 
 
-def _process(environment: Mapping[str, str], root: Path) -> None:
-    os.environ.update(environment)
+def _process(environment: Mapping[str, Any], jobs: Sequence[Job]) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
     with ranks.joined("train"):
-        for case in CASES:
-            run(case, root / case)
+        for job in jobs:
+            run(*job)

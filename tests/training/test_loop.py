@@ -58,12 +58,14 @@ FLIPPED = {
     "checkpoint_every": 1,
     "full_probability": 1.0,
     "only": Widths((8, 8), (1, 1)),
+    "shard": "none",
+    "widths_per_rank": True,
     "seed": 1,
 }
 # these change what is reported and saved; the weights must not notice
 REPORTING = {"eval_every", "eval_widths", "checkpoint_every"}
 # these change what a run costs, and nothing else
-COSTS = {"checkpoint_activations"}
+COSTS = {"checkpoint_activations", "shard"}
 
 
 def outcome(config: TrainConfig, directory: Path) -> tuple[dict, tuple]:
@@ -319,8 +321,8 @@ def test_nan_stops_before_the_weights_are_damaged(where, tmp_path):
         FloatingPointError, match=f"{where} must be finite, got (nan|inf) at step 3; the weights"
     ):
         train(model, tiny_run.tokens(), config, tmp_path)
-    saved = load_tensors(tmp_path / "step-00000002.safetensors")
-    assert all(torch.equal(value, saved[f"model.{name}"]) for name, value in model.state_dict().items())
+    saved = load_tensors(tmp_path / "step-00000002" / "shard-00001-model-00001-of-00001.safetensors")
+    assert all(torch.equal(value, saved[f"model.{name}"]) for name, value in model.named_parameters())
     assert model.widths == model.elastic.full()
     assert all(p.grad is None for p in model.parameters())
     assert train(model, tiny_run.tokens(), config, tmp_path).resumed_from == 2

@@ -15,17 +15,17 @@ import pytest
 import tiny_run
 import torch
 
-from flextron.checkpoint import CheckpointError, load_tensors
+from flextron.checkpoint import CheckpointError, load_tensors, save_tensors
 from flextron.training import learning_rate, tensorboard, train
 
 SCRIPT = Path(tiny_run.__file__)
-LAST = "step-00000012.safetensors"
+LAST = "step-00000012"
 
 # Moments to kill at: between two checkpoints; before a checkpoint's tensors have their place; before the very
 # first checkpoint counts, as its tensors are there and its record is not.
 MOMENTS = {
     "between": ("stop-after-step", "8"),
-    "tensors": ("stop-before-file", "step-00000009.safetensors"),
+    "tensors": ("stop-before-file", "step-00000009"),
     "first": ("stop-before-file", "step-00000003.json"),
 }
 
@@ -64,7 +64,7 @@ def metrics(directory: Path) -> list[dict]:
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_run_resumes_bit_for_bit(runs, moment):
-    whole, resumed = load_tensors(runs / "whole" / LAST), load_tensors(runs / moment / LAST)
+    whole, resumed = stored(runs / "whole" / LAST), stored(runs / moment / LAST)
     assert whole.keys() == resumed.keys()
     for kind in ("model.", "optimizer.", "sampler"):
         assert any(name.startswith(kind) for name in whole)
@@ -81,17 +81,17 @@ def test_kill_really_came_in_the_middle(runs):
     def saved(moment):
         return sorted(p.name for p in (runs / f"{moment}-as-killed").glob("step-*"))
 
-    assert saved("between") == sorted(f"step-{n:08d}.{s}" for n in (3, 6) for s in ("json", "safetensors"))
+    assert saved("between") == sorted(f"step-{n:08d}{s}" for n in (3, 6) for s in ("", ".json"))
     assert len(metrics(runs / "between-as-killed")) > 8
     assert saved("tensors") == saved("between")
     assert list((runs / "tensors-as-killed").glob(".step-*.tmp"))
-    assert saved("first") == ["step-00000003.safetensors"]
+    assert saved("first") == ["step-00000003"]
 
 
 def test_two_checkpoints_are_kept_and_no_litter(runs):
     for moment in ("whole", *MOMENTS):
         names = sorted(p.name for p in (runs / moment).iterdir() if p.name != tensorboard.FOLDER)
-        expected = [f"step-{n:08d}.{s}" for n in (9, 12) for s in ("json", "safetensors")]
+        expected = [f"step-{n:08d}{s}" for n in (9, 12) for s in ("", ".json")]
         assert names == sorted([*expected, "metrics.jsonl", "run.json"])
 
 
@@ -99,6 +99,16 @@ def test_every_step_is_logged_once(runs):
     records = metrics(runs / "between")
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
     assert [r["step"] for r in records if "sub_networks" in r] == [0, 5, 10, 12]
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint that one process wrote."""
+    (file,) = folder.iterdir()
+    return load_tensors(file)
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 @pytest.fixture
@@ -117,35 +127,35 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate])
-@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+@pytest.mark.parametrize("suffix", ["/shard-00001-model-00001-of-00001.safetensors", ".json"])
 def test_damaged_checkpoint_is_passed_over_and_named(runs, finished, damage, suffix):
-    if (damage, suffix) == (flip_a_bit, "json"):
+    if (damage, suffix) == (flip_a_bit, ".json"):
         (finished / "step-00000012.json").write_text('{"step": 11, "position": {"drawn": 0}, "sha256": "0"}')
     else:
-        damage(finished / f"step-00000012.{suffix}")
-    with pytest.warns(UserWarning, match=f"passing over the checkpoint of step 12: .*step-00000012.{suffix}"):
+        damage(finished / f"step-00000012{suffix}")
+    with pytest.warns(UserWarning, match=f"passing over the checkpoint of step 12: .*step-00000012{suffix}"):
         tiny_run.run(finished)
-    whole, resumed = load_tensors(runs / "whole" / LAST), load_tensors(finished / LAST)
+    whole, resumed = stored(runs / "whole" / LAST), stored(finished / LAST)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert metrics(runs / "whole") == metrics(finished)
 
 
 @pytest.mark.filterwarnings("ignore:train. passing over")
 def test_no_intact_checkpoint_is_an_error_that_changes_nothing(finished):
-    for path in finished.glob("step-*.safetensors"):
+    for path in finished.glob("step-*/*.safetensors"):
         flip_a_bit(path)
-    before = {p.name: p.read_bytes() for p in finished.iterdir() if p.is_file()}
+    before = contents(finished)
     with pytest.raises(CheckpointError, match=r"must hold an intact checkpoint to resume from, got .*sha256"):
         tiny_run.run(finished)
-    assert before == {p.name: p.read_bytes() for p in finished.iterdir() if p.is_file()}
+    assert before == contents(finished)
 
 
 def test_finished_run_is_not_run_again(finished):
     calls = []
     model = tiny_run.run(finished, lambda *call: calls.append(call))
     assert not calls
-    weights = load_tensors(finished / LAST)
-    for name, value in model.state_dict().items():
+    weights = stored(finished / LAST)
+    for name, value in model.named_parameters():
         assert torch.equal(value, weights[f"model.{name}"])
 
 
@@ -218,8 +228,7 @@ def test_what_changes_no_weight_may_change(finished):
 
 
 def weights_of(directory: Path) -> dict[str, torch.Tensor]:
-    last = max(directory.glob("step-*.safetensors"))
-    return {name: value for name, value in load_tensors(last).items() if not name.startswith("rng.")}
+    return stored(max(directory.glob("step-*[0-9]")))
 
 
 @pytest.mark.parametrize("constant", [True, False])
@@ -251,8 +260,7 @@ def test_a_longer_run_that_is_killed_goes_on_from_the_weights_of_the_shorter(tmp
     train(model, tiny_run.tokens(), short, tmp_path)
     stored = copy.deepcopy(model)
     train(model, tiny_run.tokens(), long, tmp_path)
-    for path in tmp_path.glob("step-*6.*"):  # killed before its last step was written
-        path.unlink()
+    (tmp_path / "step-00000006.json").unlink()  # killed before its last step was written
     assert train(stored, tiny_run.tokens(), long, tmp_path).resumed_from == 5
 
 
@@ -262,12 +270,31 @@ def test_fewer_steps_are_refused(finished):
         train(tiny_run.elastic(), tiny_run.tokens(), config, finished, teacher=tiny_run.parent(1))
 
 
+def test_a_run_of_an_earlier_version_goes_on(runs, finished):
+    """It has one file for a step, with torch's generators and tied weights twice, and fewer settings."""
+    for step in (9, 12):
+        folder = finished / f"step-{step:08d}"
+        tensors = stored(folder) | {"rng.cpu": torch.get_rng_state()}
+        tensors["model.lm_head.weight"] = tensors["model.model.embed_tokens.weight"]
+        meta = json.loads(folder.with_suffix(".json").read_text())
+        meta["sha256"] = save_tensors(folder.with_suffix(".safetensors"), tensors)
+        folder.with_suffix(".json").write_text(json.dumps(meta))
+        shutil.rmtree(folder)
+    run = json.loads((finished / "run.json").read_text())
+    del run["config"]["widths_per_rank"]
+    (finished / "run.json").write_text(json.dumps(run))
+    (finished / "step-00000012.json").unlink()
+    tiny_run.run(finished)
+    whole, resumed = stored(runs / "whole" / LAST), stored(finished / LAST)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_resume_false_begins_again(finished):
     config = replace(tiny_run.CONFIG, steps=2, distillation=0.0)
     report = train(tiny_run.elastic(), tiny_run.tokens(), config, finished, resume=False)
     assert report.resumed_from == 0
     assert len(report.losses) == 2
     assert sorted(p.name for p in finished.glob("step-*")) == [
+        "step-00000002",
         "step-00000002.json",
-        "step-00000002.safetensors",
     ]

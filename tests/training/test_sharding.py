@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sharded_run
+import tiny_run
 import torch
 
 from flextron.checkpoint import load_tensors
+from flextron.training import WidthSampler
 
-SIZES = (2, 3, 4)
+HERE = [(case, size) for case, (sizes, _) in sharded_run.CASES.items() for size in sizes]
+LONG = sharded_run.LONG
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """The folders of every case, run by one process and by several."""
+    """The folders of every case, run by one process and by several; and of runs that go on."""
     root = tmp_path_factory.mktemp("sharded")
-    for case in sharded_run.CASES:
-        sharded_run.run(case, root / "1" / case)
+    for size in (2, 3, 4):
+        jobs = [
+            (changes, root / f"{case}-{size}")
+            for case, (sizes, changes) in sharded_run.CASES.items()
+            if size in sizes
+        ]
+        if size == 2:
+            jobs += [({**LONG, "steps": n}, root / "stopped") for n in (2, 4)]
+            jobs += [({**LONG, "steps": 4}, root / "whole"), ({**LONG, "steps": 2}, root / "moved")]
+            jobs += [({**LONG, "steps": 2, "widths_per_rank": True, "shard": "none"}, root / "wide")]
+        if size == 3:
+            jobs += [({**LONG, "steps": 3}, root / "moved")]
+        sharded_run.start(size, jobs)
+    for case, (_, changes) in sharded_run.CASES.items():
+        sharded_run.run(changes, root / f"{case}-1")
+    sharded_run.run({**LONG, "steps": 4}, root / "alone")
+    sharded_run.run({**LONG, "steps": 4}, root / "moved")
     return root
-
-
-@pytest.fixture(scope="module", params=SIZES)
-def several(request, root):
-    sharded_run.start(request.param, root / str(request.param))
-    return root / str(request.param)
 
 
 def told(directory: Path, rank: int = 0) -> dict:
@@ -44,11 +57,7 @@ def logged(directory: Path) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("case", sharded_run.CASES)
-def test_loss_gradient_and_weights_are_those_of_one_process(root, several, case):
-    one, many = root / "1" / case, several / case
-    # routers compute in float32
-    close = {"rel": 1e-5, "abs": 1e-5} if case.startswith("tune") else {"rel": 1e-9, "abs": 1e-10}
+def assert_same(one: Path, many: Path, processes: int, **close: float) -> None:
     for a, b in zip(logged(one), logged(many), strict=True):
         assert b == pytest.approx(a, **close)
     weights, found = (load_tensors(d / "weights.safetensors") for d in (one, many))
@@ -56,4 +65,44 @@ def test_loss_gradient_and_weights_are_those_of_one_process(root, several, case)
         assert torch.allclose(found[name], value, rtol=close["rel"], atol=close["abs"]), name
     for a, b in zip(told(one)["evaluations"], told(many)["evaluations"], strict=True):
         assert [row["loss"] for row in a] == pytest.approx([row["loss"] for row in b], **close)
-    assert all(told(many, rank) == told(many) for rank in range(int(several.name)))
+    assert all(told(many, rank) == told(many) for rank in range(processes))
+
+
+@pytest.mark.parametrize(("case", "size"), HERE)
+def test_loss_gradient_and_weights_are_those_of_one_process(root, case, size):
+    # routers compute in float32
+    close = {"rel": 1e-5, "abs": 1e-5} if case.startswith("tune") else {"rel": 1e-9, "abs": 1e-10}
+    assert_same(root / f"{case}-1", root / f"{case}-{size}", size, **close)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit_on_as_many_processes(root):
+    whole, stopped = (load_tensors(root / name / "weights.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(value, stopped[name]) for name, value in whole.items())
+    assert logged(root / "whole") == logged(root / "stopped")
+
+
+def test_a_run_goes_on_on_three_processes_and_then_on_one(root):
+    assert_same(root / "alone", root / "moved", 1, rel=1e-9, abs=1e-10)
+
+
+def test_checkpoints_of_several_processes_are_two_folders_of_safetensors(root):
+    """What a pickle would be in, and what a writer leaves, is not there."""
+    names = sorted(path.name for path in (root / "whole").rglob("*") if "step" in str(path))
+    shards = [f"shard-{r:05d}-model-00001-of-00001.safetensors" for r in (1, 2)] * 2
+    steps = [f"step-{n:08d}{suffix}" for n in (3, 4) for suffix in ("", ".json")]
+    assert names == sorted([*shards, *steps])
+
+
+def test_each_process_may_train_a_sub_network_of_its_own(root):
+    sizes = [line["size"] for line in logged(root / "wide") if "loss" in line]
+    config = replace(sharded_run.CONFIG, steps=2)
+    samplers = [
+        WidthSampler(tiny_run.elastic().elastic, config.full_probability, config.seed) for _ in range(2)
+    ]
+    drawn = [[sampler.draw_for(rank) for _ in range(4)] for rank, sampler in enumerate(samplers)]
+    assert drawn[0] != drawn[1]
+    params, full = (tiny_run.elastic().elastic.params, tiny_run.elastic().elastic.full())
+    shares = [[params(w) / params(full) for w in own] for own in drawn]
+    # rank 0 has two of the five rows; two micro-batches make a step
+    means = [(2 * a + 3 * b) / 5 for a, b in zip(*shares, strict=True)]
+    assert sizes == pytest.approx([sum(means[:2]) / 2, sum(means[2:]) / 2])

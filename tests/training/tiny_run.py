@@ -78,6 +78,13 @@ def run(directory: str | Path, progress: Any = None) -> Any:
     return model
 
 
+def wait_for(directory: str) -> None:
+    """Wait for ever, once the checkpoint that is written in the background is there."""
+    while list(Path(directory).glob(".step-*.tmp")) or not list(Path(directory).glob("step-*.json")):
+        time.sleep(0.01)
+    wait()
+
+
 def wait() -> None:
     print("waiting", flush=True)
     time.sleep(600)
@@ -89,7 +96,7 @@ def main(command: str, *arguments: str) -> None:
             run(directory)
     elif command == "stop-after-step":
         last, directory = arguments
-        run(directory, lambda step, steps, record: step == int(last) and wait())
+        run(directory, lambda step, steps, record: step == int(last) and wait_for(directory))
     elif command == "stop-before-file":
         name, directory = arguments
         replace = os.replace

@@ -86,8 +86,8 @@ def save_elastic(
     Raises:
         ValueError: what was read back is not what was written.
     """
-    check_plain("save", model)
     if tensors is None:
+        check_plain("save", model)
         dtypes = storage("save", model, dtype)
         tensors = rounded("save", dict(model.named_parameters()), dtypes)
     else:
@@ -185,7 +185,7 @@ def _stock_config(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedConfi
     # A parent that was read from a quantised file is plain floating point by now.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.architectures = [type(model).__name__]
+    config.architectures = [model.stock.__name__]  # FSDP2 puts a class of its own in front
     config.dtype = dtype
     say_tied(model, config)
     return config

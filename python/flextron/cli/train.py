@@ -12,8 +12,8 @@ from flextron.recipes import TrainConfig
 EXAMPLE = "flextron train elastic/ --steps 500 --distillation 1"
 FIELDS = [
     "steps", "batch_size", "length", "accumulation", "learning_rate", "cross_entropy", "distillation",
-    "teacher_logits", "full_probability", "bf16", "checkpoint_activations", "eval_every", "checkpoint_every",
-    "seed",
+    "teacher_logits", "full_probability", "bf16", "checkpoint_activations", "shard", "widths_per_rank",
+    "eval_every", "checkpoint_every", "seed",
 ]  # fmt: skip
 
 

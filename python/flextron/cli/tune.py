@@ -13,7 +13,7 @@ EXAMPLE = "flextron tune elastic/ --adaptive --distillation 1"
 FIELDS = [
     "steps", "batch_size", "length", "accumulation", "learning_rate", "router_rate", "gates",
     "latency_weight", "cross_entropy", "distillation", "teacher_logits", "full_probability", "bf16",
-    "checkpoint_activations", "eval_every", "checkpoint_every", "seed",
+    "checkpoint_activations", "shard", "eval_every", "checkpoint_every", "seed",
 ]  # fmt: skip
 
 

@@ -126,7 +126,7 @@ def _as(me: Ranks) -> Iterator[Ranks]:
 def agree(who: str, facts: Mapping[str, Any]) -> None:
     """Raise ValueError on every rank, in one sentence, unless all ranks have the same facts (JSON values)."""
     texts = {name: json.dumps(value, sort_keys=True, default=str) for name, value in facts.items()}
-    found = [json.loads(text) for text in _texts(json.dumps(texts))]
+    found = [json.loads(text) for text in every(json.dumps(texts))]
     names = dict.fromkeys(name for of_rank in found for name in of_rank)
     for name in names:
         values = [of_rank.get(name, "nothing") for of_rank in found]
@@ -314,7 +314,7 @@ def _short(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _texts(text: str) -> list[str]:
+def every(text: str) -> list[str]:
     """Every rank's text, in the order of ranks."""
     if _now.size == 1:
         return [text]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flextron import ranks
 from flextron.config import Widths
 from flextron.data import Batches, Tokens, checksum_of, seeded
-from flextron.judge.loss import evaluate, restored
+from flextron.judge.loss import restored
 from flextron.judge.objectives import TopLogits, cross_entropy, distillation, distillation_from_top
 from flextron.nn.protocol import Elastic
 from flextron.nn.recomputation import recomputing
@@ -34,12 +34,12 @@ from flextron.training.resume import (
     training_tensors,
 )
 from flextron.training.sampler import WidthSampler, homogeneous
-from flextron.training.sharding import Spread
+from flextron.training.sharding import Spread, full
 from flextron.training.teacher import TeacherLogits, Told
 
 # Fields that change what a run reports, when it saves and what memory it takes, but no weight; they may differ in a
 # resumed run.
-_FREE_FIELDS = {"eval_every", "eval_widths", "checkpoint_every", "checkpoint_activations"}
+_FREE_FIELDS = {"eval_every", "eval_widths", "checkpoint_every", "checkpoint_activations", "shard"}
 
 # (step, steps, the step's line of metrics.jsonl)
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -149,7 +149,14 @@ def run_to_the_end(
     devices = [run.device] if run.device.type == "cuda" else []
     layers = recomputing(run.model) if run.config.checkpoint_activations else nullcontext()
     with restored(run.model), layers, torch.random.fork_rng(devices=devices):
-        return run.to_the_end(resume, progress, begun, cached)
+        try:
+            report = run.to_the_end(resume, progress, begun, cached)
+        except BaseException:
+            with suppress(Exception):  # the error of the run is the one to tell
+                run.checkpoints.close()
+            raise
+        run.checkpoints.close()
+        return report
 
 
 class Run:
@@ -167,9 +174,7 @@ class Run:
         self.model, self.config, self.teacher, self.validation = model, config, teacher, validation
         self.device = next(model.parameters()).device
         self.bf16 = bf16_is_fast(self.device) if config.bf16 is None else config.bf16
-        self.optimizer: Any  # `found_inf` is no attribute of its class
-        self.optimizer, self.names = _optimizer(model, config)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.names = [name for name, _ in _trained(model)]
         self.batches = Batches(tokens, config.batch_size, config.length, config.seed, part=ranks.now()[:2])
         self.sampler = WidthSampler(model.elastic, config.full_probability, config.seed, config.only)
         self.eval_widths = config.eval_widths or _default_eval_widths(model)
@@ -182,7 +187,10 @@ class Run:
         ranks.agree("train", {**asdict(config), **identity, "weights": weights})
         self.top = self._top_logits(identity) if config.teacher_logits else None
         self.checkpoints = Checkpoints(directory, identity, weights, _stored(model))
-        self.spread = Spread(model, self.batches.rows, config.batch_size)
+        self.spread = Spread(model, teacher, config, self.bf16, self.batches.rows)
+        self.optimizer: Any  # `found_inf` is no attribute of its class
+        self.optimizer = _optimizer(model, config)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def to_the_end(
         self,
@@ -233,12 +241,15 @@ class Run:
             group["lr"] = rate * group.get("rate", 1.0)  # a multiple of the model's
         self.model.train()
         terms, size = self._accumulate()
-        losses = self.spread.mean(torch.stack([*terms.values(), *(loss for _, loss in self.seen)]))
+        losses = self.spread.mean(torch.stack([*terms.values()]))
+        of_widths = torch.stack([loss for _, loss in self.seen])
+        if not self.config.widths_per_rank:  # else rank 0 tells of its own sub-networks
+            of_widths = self.spread.mean(of_widths)
         size, flops = self.spread.mean(torch.tensor([size, self.flops], dtype=torch.float64)).tolist()
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = full(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
         if self.config.clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
-        values = torch.cat([norm[None], losses])
+        values = torch.cat([norm[None], losses, of_widths])
         # Where this is 1 the fused step changes nothing (as `torch.amp.GradScaler` has it), so that the device goes on
         # with the step while the host waits for the values: its one read of the device in a step.
         self.optimizer.found_inf = (~values.isfinite().all()).float()
@@ -279,7 +290,8 @@ class Run:
 
     def _micro_batch(self, batch: Tensor) -> tuple[dict[str, Tensor], float]:
         """The loss terms of a batch at another sub-network, and its size."""
-        widths = self.sampler.draw()
+        c = self.config
+        widths = self.sampler.draw_for(ranks.now().rank) if c.widths_per_rank else self.sampler.draw()
         self.model.set_widths(widths)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self._losses(batch), self._size(widths)
@@ -334,7 +346,7 @@ class Run:
         every = self.config.eval_every
         if self.validation is None or not every or (step % every and step != self.config.steps):
             return
-        losses = evaluate(self.model, self.validation, self.eval_widths, self.config.batch_size)
+        losses = self.spread.evaluated(self.validation, self.eval_widths)
         rows = [
             {"mlp": w.mlp, "heads": w.heads, "size": self._size(w), "loss": loss}
             for w, loss in zip(self.eval_widths, losses, strict=True)
@@ -348,9 +360,10 @@ class Run:
         if saved is None:
             self.checkpoints.begin()
             return 0
-        load_training_tensors(saved.tensors, self.model, self.optimizer, self.names)
-        self._load_more(saved.tensors)
-        self.sampler.load_state_dict(saved.tensors)
+        more = self.sampler.state_dict() | self._more_tensors()
+        load_training_tensors(saved.place, self.model, self.optimizer, self.names, more)
+        self.sampler.load_state_dict(more)
+        self._load_more(more)
         self.batches.load_state_dict(saved.position)
         self.checkpoints.extend(saved.step)
         return saved.step
@@ -358,7 +371,7 @@ class Run:
     def _save(self, step: int) -> None:
         tensors = training_tensors(self.model, self.optimizer, self.names)
         tensors |= self.sampler.state_dict() | self._more_tensors()
-        self.checkpoints.save(step, tensors, self.batches.state_dict())
+        self.checkpoints.save(step, tensors, self.model.state_dict(), self.batches.state_dict())
 
     def _more_tensors(self) -> dict[str, Tensor]:
         """What else a checkpoint holds: nothing here, a router in ``tuning.py``."""
@@ -400,17 +413,21 @@ class Run:
         return self.config.accumulation * self.config.batch_size * self.config.length
 
 
-def _optimizer(model: Elastic, config: TrainConfig) -> tuple[torch.optim.AdamW, list[str]]:
-    """AdamW, and the names of its parameters in its order.
+def _trained(model: Elastic) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that are trained: matrices, then vectors."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return sorted(trained, key=lambda member: member[1].dim() < 2)  # stable
+
+
+def _optimizer(model: Elastic, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW of the `_trained` parameters, in their order.
 
     Matrices decay, embeddings among them, vectors (norms, biases) do not: the habit of GPT-3 and Megatron-LM.
     """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    trained.sort(key=lambda member: member[1].dim() < 2)  # stable: matrices, then vectors
+    trained = _trained(model)
     matrices = {"params": [p for _, p in trained if p.dim() >= 2], "weight_decay": config.weight_decay}
     vectors = {"params": [p for _, p in trained if p.dim() < 2], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW((matrices, vectors), config.learning_rate, config.betas, fused=True)
-    return optimizer, [name for name, _ in trained]
+    return torch.optim.AdamW((matrices, vectors), config.learning_rate, config.betas, fused=True)
 
 
 def _require_finite(record: Mapping[str, Any]) -> None:

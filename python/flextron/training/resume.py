@@ -1,8 +1,8 @@
 """What a killed run needs to go on bit for bit; the run itself is in ``loop.py``.
 
 A run's folder holds ``run.json`` (what the run is), ``metrics.jsonl`` (what it measured) and, for each kept
-step, ``step-N.safetensors`` (weights, optimiser, generators) and ``step-N.json`` (data position, sha256 of
-the other). The JSON file is written last: a step counts when it is there. Where the teacher was the checkpoint
+step, the folder ``step-N`` (weights, optimiser, generators: ``storing.py``) and ``step-N.json`` (data position, sha256
+of its files). The JSON file is written last: a step counts when it is there. Where the teacher was the checkpoint
 itself, ``teacher*.safetensors`` keep it; ``teacher-logits`` has its cached logits (`teacher.py`). All but the first two
 only resuming needs, and `clean` removes it.
 """
@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,26 +24,31 @@ import torch
 from torch import Tensor
 
 from flextron import ranks
-from flextron.checkpoint import CheckpointError, load_tensors, read_json, read_lines, save_tensors, write_json
+from flextron.checkpoint import CheckpointError, load_tensors, read_json, read_lines, write_json
+from flextron.checkpoint.io import sync
 from flextron.checkpoint.schema import build
 from flextron.nn.protocol import Elastic
 from flextron.recipes import TrainConfig
 from flextron.training import teacher, tensorboard
+from flextron.training.sharding import full
+from flextron.training.storing import Writer, check_files, names_in, read
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 TEACHER_FILES = "teacher*.safetensors"  # as many as the model's weights have
 CLEANED = "cleaned"  # key of run.json: the last step, whose checkpoint `clean` removed
 _ROUNDINGS = (torch.bfloat16, torch.float16)  # dtypes that a user may ask a model to be stored in
+# The JSON file goes first: without it the step does not count, so no half of one is ever read.
+_PATTERNS = ("step-*.json", "step-*", ".step-*.tmp")
 KEPT = 2  # checkpoints: the newest, and one in case that is damaged
 
 
 @dataclass(frozen=True)
 class Saved:
-    """One checkpoint, read back."""
+    """One intact checkpoint."""
 
     step: int
-    tensors: dict[str, Tensor]
+    place: Path
     position: dict[str, Any]
 
 
@@ -64,6 +70,11 @@ class Checkpoints:
         self.weights = weights
         self.stored = stored
         self.identity = json.loads(json.dumps(identity))  # as it will be read back: lists, not tuples
+        self._writer = Writer()
+
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        self._writer.close()
 
     def begin(self) -> None:
         """Start afresh: remove every checkpoint and metric in the folder, and record what the run is."""
@@ -80,6 +91,7 @@ class Checkpoints:
         """Record that the run was given more steps, from ``step`` on; otherwise do nothing."""
         if not ranks.is_first():
             return
+        self._keep(self._steps())
         found = read_json(self.directory / RUN_FILE)
         had = found["config"]["steps"]
         if had != self.identity["config"]["steps"]:
@@ -87,18 +99,33 @@ class Checkpoints:
             extended = [*found.get("extended", []), {"step": step, "steps": had, "weights": self.weights}]
             write_json(self.directory / RUN_FILE, {**found, **self.identity, "extended": extended})
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], position: Mapping[str, Any]) -> None:
-        """Write one checkpoint, then drop those older than the last two."""
-        if not ranks.is_first():
-            return
-        checksum = save_tensors(self._path(step, "safetensors"), tensors)
-        model = _below("model.", tensors)
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        model: Mapping[str, Tensor],
+        position: Mapping[str, Any],
+    ) -> None:
+        """Write one checkpoint while training goes on, then drop those older than the last two.
+
+        ``model`` is the model's ``state_dict``, by which it is known later.
+        """
         # as it is, and as it may be stored
         roundings = ({}, self.stored, *(dict.fromkeys(model, dtype) for dtype in _ROUNDINGS))
-        weights = list(dict.fromkeys(fingerprint(model, dtypes) for dtypes in roundings))
-        meta = {"step": step, "sha256": checksum, "weights": weights, "position": dict(position)}
-        write_json(self._path(step, "json"), meta)
-        self._keep(self._steps()[-KEPT:])
+        weights = list(dict.fromkeys(fingerprints(model, roundings)))
+        temporary = self.directory / f".step-{step:08d}.tmp"
+
+        def count(checksums: dict[str, str]) -> None:
+            place = self._path(step)
+            place.with_suffix(".json").unlink(missing_ok=True)  # of one that was damaged
+            shutil.rmtree(place, ignore_errors=True)
+            os.replace(temporary, place)
+            sync(self.directory)
+            meta = {"step": step, "sha256": checksums, "weights": weights, "position": dict(position)}
+            write_json(place.with_suffix(".json"), meta)
+            self._keep(self._steps()[-KEPT:])
+
+        self._writer.write(temporary, tensors, count)
 
     def latest(self) -> Saved | None:
         """The newest intact checkpoint, or None where none was written.
@@ -123,13 +150,17 @@ class Checkpoints:
         )
 
     def _read(self, step: int) -> Saved:
-        meta = read_json(self._path(step, "json"))
+        place = self._path(step)
+        meta = read_json(place.with_suffix(".json"))
+        checksums = meta.get("sha256")
         if meta.get("step") != step or not isinstance(meta.get("position"), dict):
-            raise CheckpointError(
-                f"{self._path(step, 'json')}: must describe step {step}, got something else"
-            )
-        tensors = load_tensors(self._path(step, "safetensors"), checksum=str(meta.get("sha256")))
-        return Saved(step, tensors, meta["position"])
+            raise CheckpointError(f"{place}.json: must describe step {step}, got something else")
+        if isinstance(checksums, str):  # of an earlier version: one file
+            place = place.with_suffix(".safetensors")
+            load_tensors(place, checksum=checksums)
+        else:
+            check_files(place, build(dict[str, str], checksums, f"{place}.json", "sha256"))
+        return Saved(step, place, meta["position"])
 
     def _check_identity(self, steps: list[int]) -> None:
         found = read_json(self.directory / RUN_FILE)
@@ -146,7 +177,7 @@ class Checkpoints:
             )
         for step in steps:
             with suppress(CheckpointError):  # damaged: told when it is read
-                weights = read_json(self._path(step, "json")).get("weights")
+                weights = read_json(self._path(step).with_suffix(".json")).get("weights")
                 known |= {w for w in weights if isinstance(w, str)} if isinstance(weights, list) else set()
         if self.weights not in known:
             raise ValueError(
@@ -170,20 +201,21 @@ class Checkpoints:
                 "cleaned away; resume=False (on the command line --restart) starts another from the weights as they are"
             )
 
-    def _path(self, step: int, suffix: str) -> Path:
-        return self.directory / f"step-{step:08d}.{suffix}"
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}"
 
     def _steps(self) -> list[int]:
         return sorted(int(path.stem.removeprefix("step-")) for path in self.directory.glob("step-*.json"))
 
     def _keep(self, steps: list[int]) -> None:
         """Remove every file of another step, and what a killed writer left."""
-        kept = {self._path(step, suffix).name for step in steps for suffix in ("json", "safetensors")}
-        # The JSON file goes first: without it the step does not count, so no half of one is ever read.
-        for pattern in ("step-*.json", "step-*.safetensors", ".step-*.tmp"):
+        kept = {
+            f"{self._path(step).name}{suffix}" for step in steps for suffix in ("", ".json", ".safetensors")
+        }
+        for pattern in _PATTERNS:
             for path in self.directory.glob(pattern):
                 if path.name not in kept:
-                    path.unlink()
+                    _remove(path)
 
 
 def has_checkpoints(directory: Path) -> bool:
@@ -205,10 +237,9 @@ def clean(directory: Path, *, unfinished: bool = False, dry_run: bool = False) -
     Raises:
         ValueError: the run is not finished, and ``unfinished`` is False.
     """
-    # the JSON files first: see `_keep`
     logits = (f"{teacher.FOLDER}/{name}" for name in ("*.json", "*.safetensors", ".*.tmp"))
-    patterns = ("step-*.json", "step-*.safetensors", TEACHER_FILES, ".*.tmp", *logits)
-    found = [path for pattern in patterns for path in sorted(directory.glob(pattern))]
+    patterns = (*_PATTERNS, TEACHER_FILES, ".*.tmp", *logits)
+    found = list(dict.fromkeys(path for pattern in patterns for path in sorted(directory.glob(pattern))))
     if not found:
         return []
     path = directory / RUN_FILE
@@ -220,13 +251,14 @@ def clean(directory: Path, *, unfinished: bool = False, dry_run: bool = False) -
             f"clean: the run in {directory} must be finished, got step {done} of {steps}; unfinished=True (on the "
             "command line --unfinished) removes it all the same"
         )
+    files = [f for p in found for f in (sorted(p.iterdir()) if p.is_dir() else [p])]
     if not dry_run:
         write_json(path, {**run, CLEANED: done})
-        for file in found:
-            file.unlink()
+        for each in found:
+            _remove(each)
         with suppress(FileNotFoundError):
             (directory / teacher.FOLDER).rmdir()
-    return found
+    return files
 
 
 def _last_step(directory: Path) -> int:
@@ -312,39 +344,61 @@ class _Evaluation:
                 build(kind, row.get(name), METRICS_FILE, name)
 
 
-def fingerprint(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype] | None = None) -> str:
-    """A cheap hash of the name, shape and some values of each tensor, which tells models apart.
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A cheap hash of the name, shape and some values of each tensor, which tells models apart."""
+    return fingerprints(tensors, [{}])[0]
 
-    With ``dtypes``, the hash of the tensors after they were stored in these dtypes and read back.
+
+def fingerprints(tensors: Mapping[str, Tensor], roundings: Iterable[Mapping[str, torch.dtype]]) -> list[str]:
+    """For each of ``roundings``, the `fingerprint` of the tensors after they were stored in these dtypes and read back.
+
+    All processes call this, for sharded tensors are made whole one by one.
     """
-    digest = hashlib.sha256()
+    digests = [(hashlib.sha256(), dtypes) for dtypes in roundings]
     for name, value in tensors.items():
-        sample = value.detach().flatten()[:: max(1, value.numel() // 1024)].cpu().contiguous()
-        sample = sample.to((dtypes or {}).get(name, value.dtype)).to(value.dtype)
-        digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        sample = full(value.detach()).flatten()[:: max(1, value.numel() // 1024)].cpu().contiguous()
+        for digest, dtypes in digests:
+            rounded = sample.to(dtypes.get(name, value.dtype)).to(value.dtype)
+            digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
+            digest.update(rounded.view(torch.uint8).numpy().data)
+    return [digest.hexdigest() for digest, _ in digests]
 
 
 def training_tensors(model: Elastic, optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The weights and the optimiser's state, flat. ``names`` are the parameters in the optimiser's order."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    """The weights, tied ones once, and the optimiser's state, flat. ``names`` are its parameters, in order."""
+    once = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items() if name not in tied}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{names[index]}.{key}": value for key, value in state.items()}
     return tensors
 
 
 def load_training_tensors(
-    tensors: Mapping[str, Tensor], model: Elastic, optimizer: torch.optim.Optimizer, names: list[str]
+    place: Path,
+    model: Elastic,
+    optimizer: torch.optim.Optimizer,
+    names: list[str],
+    more: Mapping[str, Tensor],
 ) -> None:
-    """Put back what :func:`training_tensors` returned."""
-    model.load_state_dict(_below("model.", tensors), strict=True)
-    state = {i: found for i, name in enumerate(names) if (found := _below(f"optimizer.{name}.", tensors))}
+    """Read what :func:`training_tensors` returned, and ``more`` tensors, into those that are here."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    stored, state = names_in(place), {}
+    for i, (name, p) in enumerate(zip(names, parameters, strict=True)):
+        if f"optimizer.{name}.step" in stored:
+            state[i] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+    moments = {f"optimizer.{names[i]}.{key}": t for i, found in state.items() for key, t in found.items()}
+    weights = {n: t for n, t in training_tensors(model, optimizer, names).items() if n.startswith("model.")}
+    read(place, {**weights, **moments, **more})
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _differing(ours: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -54,16 +54,24 @@ class WidthSampler:
         self._generator = seeded(f"widths/{seed}")
 
     def draw(self) -> Widths:
+        return self._drawn(self._generator)
+
+    def draw_for(self, rank: int) -> Widths:
+        """Draw for each of several processes at once; this one's. The state does not depend on their number."""
+        base = int(torch.randint(2**62, (), generator=self._generator))
+        return self._drawn(seeded(f"widths/{base}/{rank}"))
+
+    def _drawn(self, generator: torch.Generator) -> Widths:
         if self.only is not None:
             return self.only
-        kind = float(torch.rand((), dtype=torch.float64, generator=self._generator))
+        kind = float(torch.rand((), dtype=torch.float64, generator=generator))
         if kind < self.full_probability:
             return self.config.full()
         if kind < (1 + self.full_probability) / 2:
-            return self._homogeneous[self._indices(len(self._homogeneous), 1)[0]]
+            return self._homogeneous[_indices(len(self._homogeneous), 1, generator)[0]]
         layers = self.config.num_layers
-        mlp = self._indices(len(self.config.mlp_choices), layers)
-        heads = self._indices(len(self.config.head_choices), layers)
+        mlp = _indices(len(self.config.mlp_choices), layers, generator)
+        heads = _indices(len(self.config.head_choices), layers, generator)
         return Widths(
             tuple(self.config.mlp_choices[i] for i in mlp), tuple(self.config.head_choices[i] for i in heads)
         )
@@ -74,8 +82,9 @@ class WidthSampler:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._generator.set_state(state["sampler"])
 
-    def _indices(self, choices: int, count: int) -> list[int]:
-        return torch.randint(choices, (count,), generator=self._generator).tolist()
+
+def _indices(choices: int, count: int, generator: torch.Generator) -> list[int]:
+    return torch.randint(choices, (count,), generator=generator).tolist()
 
 
 def _nearest(index: int, longest: int, size: int) -> int:

@@ -1,49 +1,79 @@
 """A run on several processes: who has which rows of a batch, how gradients meet, and where weights lie.
 
 Each process takes its part of every micro-batch. Losses are means over rows, so a process weighs its own by the share
-of rows that it has; gradients are then the whole batch's, whatever the number of processes.
+of rows that it has; gradients are then the whole batch's, whatever the number of processes. Weights, gradients and the
+optimiser's states are on every process (DDP), or each process has its part of every layer (FSDP2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from flextron import ranks
+from flextron.config import Widths
+from flextron.judge.loss import evaluate
 from flextron.nn.protocol import Elastic
+from flextron.nn.storage import storage
+from flextron.recipes import StepConfig, TrainConfig
+from flextron.scale.memory import USABLE, estimate
 
 
 class Spread:
-    """A model on the processes of a run.
+    """A model on the processes of a run. Its parameters may be other objects afterwards.
 
     Attributes:
         forward: runs the model, and makes its gradients meet in the backward pass.
+        weight: what a loss of this process counts in a mean over processes, so that it is the mean over rows.
     """
 
-    def __init__(self, model: Elastic, rows: range, batch_size: int) -> None:
-        """``rows`` of the ``batch_size`` in a micro-batch are this process's."""
-        self.ranks, self.batch_size = ranks.now(), batch_size
+    def __init__(
+        self, model: Elastic, teacher: nn.Module | None, config: TrainConfig, bf16: bool, rows: range
+    ) -> None:
+        """``rows`` of a micro-batch are this process's."""
+        self.ranks, self.batch_size = ranks.now(), config.batch_size
         self.part, self.rows = slice(rows.start, rows.stop), len(rows)
-        # what a loss here counts in a mean over processes, so that it is the mean over rows: 1 if all have as many
-        self.weight = self.ranks.size * len(rows) / batch_size
+        self.weight = self.ranks.size * len(rows) / config.batch_size
+        self.model = model
         self.forward: Any = model
-        if self.ranks.size > 1:
+        self.shard = _chosen(model, config, bf16)
+        if self.shard != "none":
+            mesh = _mesh(self.ranks, self.shard)
+            for module in filter(None, (model, teacher)):
+                _cut(module, mesh, bf16)
+            step = _step(config, bf16, self.shard)
+            whole_gradient = 4 * sum(p.numel() for p in model.parameters())
+            taken = estimate(model.elastic, step, self.ranks.size).total + whole_gradient
+            self.once = taken <= USABLE * memory_of(model.device)
+        elif self.ranks.size > 1:
             on = [model.device] if model.device.type == "cuda" else None
             self.forward = DistributedDataParallel(
                 model, device_ids=on, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
 
-    @contextmanager
-    def micro_batch(self, last: bool) -> Iterator[None]:
-        """Around the forward and backward pass of a micro-batch; gradients meet in the last one of a step."""
-        with nullcontext() if last or self.ranks.size == 1 else self.forward.no_sync():
-            yield
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        """Around the forward and backward pass of a micro-batch; gradients meet in the last one of a step.
+
+        Gradients that wait for it are as large as the whole model. Where shards leave no room for that, they meet in
+        every micro-batch, and between nodes in the last one.
+        """
+        if self.shard == "none":
+            return nullcontext() if last or self.ranks.size == 1 else self.forward.no_sync()
+        if self.once:
+            self.forward.set_requires_gradient_sync(last)
+        else:
+            self.forward.set_requires_all_reduce(last)
+        return nullcontext()
 
     def mean(self, values: Tensor) -> Tensor:
         """Means over the rows here -> over the rows of all processes. On the host it waits for no device."""
@@ -52,6 +82,20 @@ class Spread:
         found = values.double() * self.rows
         dist.all_reduce(found)
         return found / self.batch_size
+
+    def evaluated(self, tokens: Tensor, widths: Sequence[Widths]) -> list[float]:
+        """`evaluate`, by all processes together: each has its part of every batch, and runs as many forwards."""
+        if self.ranks.size == 1:
+            return evaluate(self.model, tokens, widths, self.batch_size)
+        total = torch.zeros(len(widths), dtype=torch.float64)
+        for rows in tokens.split(self.batch_size):
+            own = rows[ranks.part(len(rows))]
+            mine, weight = (
+                (own, len(own)) if len(rows) >= self.ranks.size else (rows, len(rows) / self.ranks.size)
+            )
+            total += torch.tensor(evaluate(self.model, mine, widths, len(mine)), dtype=torch.float64) * weight
+        dist.all_reduce(total)
+        return (total / len(tokens)).tolist()
 
     def whole(self, values: Tensor) -> Tensor:
         """A number of each row here -> of each row of the batch.
@@ -76,3 +120,80 @@ class Spread:
         flat /= self.ranks.size
         for gradient, found in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(found.view_as(gradient))
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A tensor whole, where this process has a part of it; all processes call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(model: Elastic) -> dict[str, Tensor] | None:
+    """A sharded model's parameters by name, as they are stored, in rank 0's memory; None where a model is whole.
+
+    All ranks call this. One tensor at a time is whole on a device.
+    """
+    if not any(isinstance(p, DTensor) for p in model.parameters()):
+        return None
+    dtypes, found = storage("save", model), {}
+    for name, p in model.named_parameters():
+        whole = full(p.detach().to(dtypes[name]))
+        if ranks.is_first():
+            found[name] = whole.cpu()
+    return found
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a process can have: the GPU's, or its part of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 40
+    return machine // _on_this_node()
+
+
+def _on_this_node() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.now().size))
+
+
+def _step(config: TrainConfig, bf16: bool, shard: str) -> StepConfig:
+    facts: dict[str, Any] = {"bf16": bf16, "shard": shard, "node": _on_this_node(), "teacher_value": 4}
+    if config.distillation and shard != "none":
+        facts["teacher"] = "sharded"
+    return StepConfig.of(config, ranks.now().size, **facts)
+
+
+def _chosen(model: Elastic, config: TrainConfig, bf16: bool) -> str:
+    """Who holds the weights: ``none``, ``full`` or ``hybrid``; the same on all ranks."""
+    size, node = ranks.now().size, _on_this_node()
+    if size == 1:
+        if config.shard in ("full", "hybrid"):
+            raise ValueError(
+                f"train: shard must be auto or none in one process, got {config.shard}; torchrun starts several"
+            )
+        return "none"
+    if config.shard == "hybrid" and size % node:
+        raise ValueError(
+            "train: shard must be full or none where nodes have unequal numbers of processes, got hybrid with "
+            f"{size} in all and {node} on this one"
+        )
+    if config.shard != "auto":
+        return config.shard
+    taken = estimate(model.elastic, _step(config, bf16, "none"), size).total
+    fits = ranks.mean(torch.tensor(float(taken <= USABLE * memory_of(model.device))))
+    return "none" if float(fits) == 1 else "full"
+
+
+def _mesh(me: ranks.Ranks, shard: str) -> DeviceMesh:
+    """One dimension, along which weights are sharded; with ``hybrid`` nodes come first, which all have all weights."""
+    if shard == "full":
+        return init_device_mesh(me.device.type, (me.size,), mesh_dim_names=("shards",))
+    node = _on_this_node()
+    return init_device_mesh(me.device.type, (me.size // node, node), mesh_dim_names=("nodes", "shards"))
+
+
+def _cut(model: nn.Module, mesh: DeviceMesh, bf16: bool) -> None:
+    """Shard a causal LM in place, a layer at a time: float32 masters, and in bfloat16 what is computed and gathered."""
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    inner: Any = model
+    for layer in inner.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
