@@ -10,6 +10,7 @@ import argparse
 import random
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -174,6 +175,28 @@ def memory(device: torch.device) -> str:
     return f"estimated {expected / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB: {error:+.1%}"
 
 
+def reads(device: torch.device) -> str:
+    """How often the host waits for the device in a step of training with a teacher: once."""
+    if device.type != "cuda":
+        return "a CPU is not waited for; tests/training/test_loop.py counts what is read"
+    text = torch.randint(shape(device).vocab_size, (4096,), generator=torch.Generator().manual_seed(0))
+    waits = []
+    for steps in (2, 6):  # what a run does besides its steps is in both
+        config = TrainConfig(steps=steps, batch_size=2, length=64, distillation=1.0, checkpoint_every=0)
+        teacher = elastic(device).eval()
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                train(elastic(device), text, config, folder, teacher=teacher)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing" in str(w.message) for w in told))
+    each = (waits[1] - waits[0]) / 4
+    assert each <= 1, f"reads: the host must wait for the device once a step, got {each:g} times"
+    return f"the host waits for the device {each:g} times a step"
+
+
 def table(device: torch.device) -> str:
     """A latency table of each phase, by the device's clock."""
     is_gpu = device.type == "cuda"
@@ -190,7 +213,7 @@ def table(device: torch.device) -> str:
 
 
 CHECKS: dict[str, Callable[[torch.device], str]] = {
-    f.__name__: f for f in (tokens, budgets, step, memory, table)
+    f.__name__: f for f in (tokens, budgets, step, memory, reads, table)
 }
 
 

@@ -219,7 +219,7 @@ draw() {
 
 whole_models() {
   step "model, graph" 80 models tokens budgets
-  step "model, training" 60 models step memory
+  step "model, training" 60 models step memory reads
   step "model, latency" 50 models table
   local name
   for name in smollm2 llama1b llama8b; do
