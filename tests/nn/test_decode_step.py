@@ -17,6 +17,7 @@ from flextron.nn import ElasticCache, StaticCache
 from flextron.nn.decode_step import can_step
 from flextron.nn.forward import ElasticForward
 from flextron.nn.graph import Begin, CapturedStep, router_of
+from flextron.testing.numerics import assert_no_worse
 
 
 def captured_step(model: Any, cache: StaticCache) -> CapturedStep:
@@ -72,6 +73,25 @@ def test_in_bfloat16_norms_round_as_the_modules_do(by_modules):  # noqa: F811
     step, norm = captured_step(model, cache).step, model.model.norm
     x = torch.randn(64, model.config.hidden_size).bfloat16()
     assert torch.equal(step._norm(x, norm.weight), norm(x))
+
+
+@pytest.mark.parametrize("how", ["one-all", "each-selected"])
+@torch.no_grad()
+def test_16_bit_logits_are_as_exact_as_the_modules(how, device, by_modules):  # noqa: F811
+    ids, found = tokens(3, 10).to(device), {}
+    for kind in ("ours", "plain", "exact"):
+        model = elastic("qwen3", "3:1").bfloat16().to(device, torch.float64 if kind == "exact" else None)
+        set_to(model, how)
+        cache = static_cache(model, 4, 16) if kind == "ours" else ElasticCache()
+        model(ids[:, :9], cache=cache)
+        if isinstance(cache, StaticCache):
+            step = captured_step(model, cache)
+            step.turn(model.settings.now().extents(3), 3)
+            step.begin(Begin(ids[:, 9], torch.full_like(ids[:, 9], 9), 9, None))
+            found[kind] = step()[:3]
+        else:
+            found[kind] = model(ids[:, 9:], cache=cache).logits[:, 0]
+    assert_no_worse(**found)
 
 
 class Exported(nn.Module):

@@ -36,7 +36,8 @@ def traced(monkeypatch):
 
     def captured(run: Any, state: Any) -> Any:
         tensors, spec = pytree.tree_flatten(state)
-        run(state)  # as a capture does; what it changed must be put right
+        for _ in range(2):
+            run(state)  # as a capture does; what it changes must be put right
         made.append(make_fx(lambda *tensors: run(pytree.tree_unflatten(list(tensors), spec)))(*tensors))
         return partial(made[-1], *tensors)
 
@@ -70,7 +71,7 @@ def ten(config: Any) -> list[Widths]:
 @pytest.mark.parametrize("page, batch", [(None, 1), (4, 3), (None, 16)])
 def test_one_capture_serves_ten_budgets(page, batch, traced):
     model = routed(elastic("qwen3", "3:1", "query" if page else "kv_group", num_hidden_layers=2))
-    cache = static_cache(model, batch + 1, 24, page)
+    cache = static_cache(model, batch + 1, 13, page)  # no more room than is needed
     ids, mask = left_padded() if batch == 3 else (tokens(batch, 9), None)
     settings = dict(attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
 
@@ -91,6 +92,54 @@ def test_one_capture_serves_ten_budgets(page, batch, traced):
         turned(model, *targets)
         check()
     assert len(traced) == 2
+
+
+def test_what_a_gpu_did_beyond_the_last_token_is_gone():
+    """The host learns late that all sequences have ended."""
+    model, (ids, mask) = elastic("llama", "3:1"), left_padded()
+    settings = dict(
+        attention_mask=mask, eos_token_id=[3, 7, 11, 20, 30, 31], **GREEDY | dict(max_new_tokens=24)
+    )
+    expected, cache = model.generate(ids, **settings), static_cache(model, 4, 40)
+    assert torch.equal(model.generate(ids, cache=cache, **settings), expected)
+    assert cache.get_seq_length() == expected.shape[1] - 1 < 9 + 23
+
+
+def test_a_capture_stays_within_the_room(traced):
+    model, ids = elastic(num_hidden_layers=1), tokens(2, 9)
+    settings = GREEDY | dict(max_new_tokens=2)
+    cache = static_cache(model, 2, 10)  # of which the step fills the last
+    assert torch.equal(model.generate(ids, cache=cache, **settings), model.generate(ids, **settings))
+    assert cache.tokens == 10 and len(traced) == 1
+
+
+def test_on_a_gpu_replays_give_what_the_step_gives(device, monkeypatch):
+    """To the bit, in one capture; in float32 the modules' tokens too."""
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = routed(elastic("qwen3", "3:1")).to(device, dtype)
+        ids, mask = (x.to(device) for x in left_padded())
+        settings = dict(
+            attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=60
+        )
+        before = graph.captures()
+        dials = [partial(model.set_widths, widths, "all") for widths in ten(model.elastic)]
+        dials += [partial(model.set_widths, three(model.elastic)), partial(turned, model, 0.4, 0.6, 0.8)]
+        found = []
+        for dial in dials:
+            dial()
+            found.append(model.generate(ids, **settings))
+        assert graph.captures() == before + 2
+        for i, dial in enumerate(dials):
+            dial()
+            with monkeypatch.context() as patch:
+                patch.setattr(graph, "captured", partial)
+                cache = StaticCache(model, 4, 256)
+                assert torch.equal(model.generate(ids, cache=cache, **settings), found[i])
+                patch.setattr(rooms, "CAPTURED_ON", ())
+                if dtype == torch.float32:
+                    assert torch.equal(model.generate(ids, **settings), found[i])
 
 
 DIALS = ("adaptive", "requests", "mixed", "full")

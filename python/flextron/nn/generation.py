@@ -47,6 +47,7 @@ def is_plain(model: Elastic, input_ids: Tensor, config: GenerationConfig, inputs
     cache, mask, positions = (inputs.get(name) for name in ("cache", "attention_mask", "position_ids"))
     return (
         (runs_on(input_ids.device) or isinstance(cache, StaticCache))
+        and input_ids.device == model.device
         and input_ids.numel() > 0
         and isinstance(cache, ElasticCache)
         and cache.get_seq_length() == 0

@@ -143,8 +143,9 @@ class CapturedStep:
         """Go on from there; the first time, after a capture."""
         self._put(at)
         if self.is_new:
+            self.state.advance.zero_()  # a capture runs the step, which must stay within the room
             self._replay = captured(self._run, self.state)
-            self._put(at)  # a capture runs the step
+            self._put(at)
 
     def _put(self, at: Begin) -> None:
         state, B = self.state, len(at.ids)

@@ -36,10 +36,10 @@ class Steps:
         self.extents: DecoderStep | None = None
         self.mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         self.order: Tensor | None = None
-        if self.mask is not None and not is_left_padded(self.mask):
+        if self.mask is not None and not (self.cache.is_left_padded or is_left_padded(self.mask)):
             self._hide_first(self.mask)
         self.k_start = None if self.mask is None else first_keys(self.mask)
-        last = torch.tensor([[prompt.shape[1] - 1]], device=prompt.device)
+        last = torch.full((1, 1), prompt.shape[1] - 1, device=prompt.device)
         self.last = last if positions is None else positions[:, -1:]
         self.passed = 0  # tokens since that position
         # RoPE tables that depend on the longest position asked for must not be made ahead
@@ -173,7 +173,7 @@ class CapturedSteps(Steps):
         if not self._is_served(B):
             return super().ahead(tokens, most, unfinished, ending, config)
         self.passed += 1  # the position of the first
-        ends = torch.cat([end.flatten() for end in ending]) if ending else None
+        ends = torch.cat([end.flatten().to(tokens.device) for end in ending]) if ending else None
         captured = self._begun(tokens, unfinished[:, 0], ends, config._pad_token_tensor)
         self.passed -= 1
         most, setting = min(most, self.cache.tokens - length), self.setting
@@ -211,7 +211,7 @@ class _Late:
         place = self.written % len(self.copies)
         self.copies[place : place + 1].copy_(self.flag, non_blocking=True)
         if self.events:
-            self.events[place].record()
+            self.events[place].record(torch.cuda.current_stream(self.flag.device))
         self.written += 1
 
     def first_end(self, upto: int) -> int | None:
