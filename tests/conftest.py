@@ -56,6 +56,15 @@ def uninitialised_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def auto_is_the_cpu(monkeypatch):
+    """Stages run where they run without a GPU; tests of ops, and gpu_check.sh, are for the GPU."""
+    if torch.cuda.is_available():
+        from flextron.nn import placement
+
+        monkeypatch.setattr(placement, "_takes_gpus", lambda who: False)
+
+
 @pytest.fixture
 def a_gpu_or_its_emulator(device):
     """For tests of CUDA kernels: skipped where none runs."""

@@ -18,9 +18,13 @@ from flextron.nn.placement import memory_dtype, one_device
 RUN_A_MODEL = ("convert", "train", "profile", "route", "tune", "eval", "generate", "export", "report")
 
 
+TAKES_GPUS = placement._takes_gpus  # as it is outside of tests: see conftest.py
+
+
 @pytest.fixture
 def gpus(monkeypatch):
     """Lets torch and the ops seem to have so many GPUs, or why there are none."""
+    monkeypatch.setattr(placement, "_takes_gpus", TAKES_GPUS)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 

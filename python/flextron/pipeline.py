@@ -130,8 +130,10 @@ def convert(
     Returns:
         The parity certificate, the dtypes that are stored and how importance was scored, as in ``flextron.json``.
     """
-    is_loaded = device == "auto" and isinstance(parent, PreTrainedModel)
-    chosen = parent.device if is_loaded else one_device("convert", device)
+    if device == "auto" and isinstance(parent, PreTrainedModel):
+        chosen = torch.device(parent.device)
+    else:
+        chosen = one_device("convert", device)
     ranks.first(lambda: room_beside(parent, directory, force))  # before the work, too
     with _one_writer(directory, "convert"), current(chosen):
         if tokenizer is None:

@@ -148,7 +148,7 @@ def load_weights(
 @torch.no_grad()
 def overwrite(parameters: Mapping[str, Tensor], paths: Iterable[Path]) -> None:
     """Copy over a model's parameters the tensors in these files, which must be all of them."""
-    paths, shapes = list(paths), {}
+    paths, shapes = list(paths), dict[str, tuple[int, ...]]()
     with contextlib.ExitStack() as stack:
         handles = [stack.enter_context(existing(path).open("rb")) for path in paths]
         for path, handle in zip(paths, handles, strict=True):

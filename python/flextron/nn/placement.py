@@ -56,12 +56,9 @@ def one_device(who: str, device: Any = "auto", name: str = "device") -> torch.de
         )
     if spoken == "cpu":
         return CPU
-    fault = _fault_of_gpus()
-    if spoken == "auto" and fault is not None:
-        if torch.cuda.is_available():  # a GPU that waits for our ops
-            warnings.warn(f"{who}: runs on the CPU, for {fault}", stacklevel=3)
+    if spoken == "auto" and not _takes_gpus(who):
         return CPU
-    if fault is not None:
+    if (fault := _fault_of_gpus()) is not None:
         raise ValueError(f"{who}: {name} must be one that can be used here, got {spoken}, but {fault}")
     _, _, index = spoken.partition(":")
     return torch.device("cuda", _checked(who, name, spoken, int(index) if index else None))
@@ -99,6 +96,14 @@ def _checked(who: str, name: str, spoken: str, index: int | None) -> int:
             f"got {spoken}"
         )
     return own if index is None else index
+
+
+def _takes_gpus(who: str) -> bool:
+    """Whether ``"auto"`` is a GPU."""
+    fault = _fault_of_gpus()
+    if fault is not None and torch.cuda.is_available():  # one that waits for our ops
+        warnings.warn(f"{who}: runs on the CPU, for {fault}", stacklevel=4)
+    return fault is None
 
 
 def _fault_of_gpus() -> str | None:
