@@ -52,7 +52,8 @@ def judge_budgets(
         phase, batch, context: which of the workloads that were profiled on this machine; see `Planner.table`.
         rounds: samples of each measurement; full model and candidates are interleaved.
     """
-    planner, workload = planner_of(model), {"phase": phase, "batch": batch, "context": context}
+    planner = planner_of(model)
+    workload: dict[str, Any] = {"phase": phase, "batch": batch, "context": context}
     table = planner.table(**workload)
     ranks.rows_of(_SAMPLES, tokens)  # before the work
     planners = {"uniform": replace(planner, ladder=uniform_ladder(model.elastic))}
