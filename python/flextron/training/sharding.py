@@ -49,8 +49,9 @@ class Spread:
         self.shard = _chosen(model, config, bf16)
         if self.shard != "none":
             mesh = _mesh(self.ranks, self.shard)
-            for module in filter(None, (model, teacher)):
-                _cut(module, mesh, bf16)
+            for module in (model, teacher):
+                if module is not None:
+                    _cut(module, mesh, bf16)
             step = _step(config, bf16, self.shard)
             whole_gradient = 4 * sum(p.numel() for p in model.parameters())
             taken = estimate(model.elastic, step, self.ranks.size).total + whole_gradient
@@ -190,10 +191,9 @@ def _mesh(me: ranks.Ranks, shard: str) -> DeviceMesh:
     return init_device_mesh(me.device.type, (me.size // node, node), mesh_dim_names=("nodes", "shards"))
 
 
-def _cut(model: nn.Module, mesh: DeviceMesh, bf16: bool) -> None:
+def _cut(model: Any, mesh: DeviceMesh, bf16: bool) -> None:
     """Shard a causal LM in place, a layer at a time: float32 masters, and in bfloat16 what is computed and gathered."""
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-    inner: Any = model
-    for layer in inner.model.layers:
+    for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

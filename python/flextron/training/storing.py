@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,7 +50,7 @@ class Writer:
         self.wait()
         _expect_one_process()
         writer = HuggingFaceStorageWriter(str(folder), _files(tensors), save_distributed=True)
-        saved = dcp.async_save(
+        saved: Any = dcp.async_save(
             _own(tensors), storage_writer=writer, process_group=self._group, no_dist=self._group is None
         )
         self._pending = self._thread.submit(self._finish, saved, folder, done)
@@ -163,7 +164,8 @@ def _read_file(path: Path, targets: Mapping[str, Tensor]) -> None:
 
 def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What this process writes: sharded tensors, and its part of those that every process has."""
-    me, loads, own = ranks.now(), [0] * ranks.now().size, {}
+    me, loads = ranks.now(), [0] * ranks.now().size
+    own: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
             own[name] = tensor
