@@ -83,7 +83,9 @@ def test_what_names_no_field_is_decided_by_the_first_records(tmp_path):
     assert read_documents(path) == ["one", "two", "two"]
     with path.open("a") as file:
         file.write('\n{"body": "three", "title": "T"}\n')
-    assert joined(path, [path.stat().st_size - 60])[-1] == "three"  # as the head says, though this part could not
+    assert (
+        joined(path, [path.stat().st_size - 60])[-1] == "three"
+    )  # as the head says, though this part could not
     (tmp_path / "b.csv").write_text("id,body\n" + "1,\n" * 1200 + "2,one\n")
     assert read_documents(tmp_path / "b.csv") == ["one"]
 
