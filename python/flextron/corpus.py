@@ -69,7 +69,7 @@ def corpus(tokenizer: Any, data: Data = None) -> Corpus:
             weights = [float(len(stream)) for stream in sides[0]]  # type: ignore[arg-type]
         return Corpus(*(Mixture(side, weights) for side in sides))  # type: ignore[arg-type]
     path = data.path if isinstance(data, text.Text) else data
-    if is_token_folder(path):
+    if path is not None and is_token_folder(path):
         if isinstance(data, text.Text) and data.field is not None:
             raise ValueError(
                 f"text: field must be given for text, got {data.field!r} for the tokens in {path}"
@@ -91,7 +91,7 @@ def _encoded_once(tokenizer: Any, data: Any) -> Corpus:
         except (ValueError, OSError, ImportError) as error:
             problem = error
     sides = [len(found.train), len(found.held_out)] if found is not None else None  # type: ignore[arg-type]
-    facts = ranks.shared({"problem": problem and str(problem), "sides": sides})
+    facts: dict[str, Any] = ranks.shared({"problem": problem and str(problem), "sides": sides})
     if facts["problem"] is not None:
         raise problem or ValueError(facts["problem"])
     own = (
@@ -113,10 +113,11 @@ def windows(stream: Tokens, samples: int, length: int, who: str | None = None) -
     Where it does not reach for ``samples`` of ``length``, a warning says so, unless ``who`` is None.
     """
     samples, length = count("text: samples", samples), count("text: length", length)
-    parts = [(stream, samples)]
     if isinstance(stream, Mixture):
-        parts = list(zip(stream.streams, text.shares(samples, stream.weights), strict=True))
-    parts = [(part, n) for part, n in parts if n]
+        shares = text.shares(samples, stream.weights)
+        parts = [(part, n) for part, n in zip(stream.streams, shares, strict=True) if n]
+    else:
+        parts = [(text.held(stream), samples)]
     there = min(length, *(len(part) for part, _ in parts))
     found = torch.cat([text.windows(part, min(n, len(part) // there), there) for part, n in parts])
     if who is not None and found.shape != (samples, length):

@@ -23,6 +23,7 @@ __all__ = [
     "Tokens",
     "checksum_of",
     "encode",
+    "held",
     "read_documents",
     "rows_of",
     "seeded",
@@ -78,7 +79,7 @@ class Mixture:
     """
 
     def __init__(self, streams: Sequence[Tensor | Stream], weights: Sequence[float] | None = None) -> None:
-        self.streams = [_held(stream) for stream in streams]
+        self.streams = [held(stream) for stream in streams]
         self.weights = [float(w) for w in (map(len, self.streams) if weights is None else weights)]
         if len(self.weights) != len(self.streams) or not self.streams:
             raise ValueError(
@@ -107,7 +108,7 @@ Tokens = Tensor | Stream | Mixture  # a tensor is [tokens] int64
 
 def checksum_of(tokens: Tokens) -> str:
     """A hash of a stream or mixture; one that lies on the disk has it recorded."""
-    return tokens.checksum if isinstance(tokens, Mixture) else _held(tokens).checksum
+    return tokens.checksum if isinstance(tokens, Mixture) else held(tokens).checksum
 
 
 def shares(count: int, weights: Sequence[float]) -> list[int]:
@@ -306,7 +307,8 @@ def _groups(items: Iterable[str], size: int) -> Iterator[list[str]]:
         yield group
 
 
-def _held(tokens: Tensor | Stream) -> Stream:
+def held(tokens: Tensor | Stream) -> Stream:
+    """A stream of a tensor; a stream is passed on."""
     return _Held(tokens) if isinstance(tokens, Tensor) else tokens
 
 
@@ -321,7 +323,7 @@ def _checked(name: str, tokens: Tensor | Stream, length: int) -> Stream:
         )
     if len(tokens) < length:
         raise ValueError(f"{name}: tokens must hold at least {length} tokens, got {len(tokens)}")
-    return _held(tokens)
+    return held(tokens)
 
 
 def _listed(weights: Iterable[float]) -> str:

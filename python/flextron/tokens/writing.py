@@ -233,8 +233,10 @@ class _Writing:
         self._set(border, cut)
 
     def _set(self, border: float, cut: bool) -> None:
-        sides = split_documents([self._first()], self.facts["share"]) if cut else None
-        self.settings = replace(self.settings, border=border, sides=sides)
+        self.settings = replace(self.settings, border=border, sides=None)
+        if cut:
+            train, held_out = split_documents([self._first()], self.facts["share"])
+            self.settings = replace(self.settings, sides=(tuple(train), tuple(held_out)))
         self.units = [[]] if cut else self.units
         self.records, self.resumed = {}, 0
 
