@@ -57,7 +57,7 @@ def parent(tmp_path_factory, text):
 
 
 COMMANDS = ("convert", "train", "profile", "route", "tune", "eval", "generate", "export", "info", "demo")
-COMMANDS += ("report", "reproduce", "clean", "tokenize")
+COMMANDS += ("report", "reproduce", "clean", "tokenize", "scale")
 
 
 def answer(capsys, *argv):
@@ -602,3 +602,16 @@ def test_every_command_has_help_with_an_example(capsys):
 )
 def test_a_fact_is_shown_to_be_read(fact, shown):
     assert as_read(fact) == shown
+
+
+def test_a_plan_on_paper_is_said_of_a_shape_and_of_a_checkpoint(elastic, capsys):
+    plans = answer(capsys, "scale", "--shape", "8b", "--gpus", "1,64")["plans"]
+    assert [plan["fits"] for plan in plans] == [False, True] and "torchrun --nnodes 8 " in plans[1]["command"]
+    (own,) = answer(capsys, "scale", elastic, "--gpus", 1, "--length", 32)["plans"]
+    assert own["fits"] and own["memory"]["total"] < 1e8
+    assert main(["scale", "--shape", "70b", "--gpus", "1,64"]) == 0
+    assert "1 GPU: nothing fits" in capsys.readouterr().out
+    assert "either SOURCE or --shape must be given, got both" in complaint(
+        capsys, "scale", elastic, "--shape", "1b"
+    )
+    assert "must be a directory or a hub id, got nowhere" in complaint(capsys, "scale", "nowhere")

@@ -31,7 +31,7 @@ PAGES = sorted(
 each_page = pytest.mark.parametrize("page", PAGES)
 
 LANGUAGES = {"bash", "text", "python", "cpp"}  # text: drawings, formulas and output
-PROGRAMS = ("flextron", "make", "python", "pytest", "bash", "pip", "git", "pre-commit", "nvcc")
+PROGRAMS = ("flextron", "torchrun", "make", "python", "pytest", "bash", "pip", "git", "pre-commit", "nvcc")
 
 # Why a command is not run here, though its arguments are parsed and its files are looked up; the first row that
 # matches. Commands that no row matches are run.
@@ -42,6 +42,7 @@ NOT_RUN = (
     (r"make (sanitize|bench)\b", "takes up to an hour; its script's arguments are tested"),
     (r"pip install\b", "make and .ci/run install and build, also in isolation"),
     (r"pytest\b", "it is a part of this suite"),
+    (r"python tests/scale/measured\.py\b", "takes minutes; tests/scale counts smaller steps in the same way"),
     (r"python python/benchmarks/\w+\.py\b", "tests/test_bench*.py run them on small shapes"),
     (r"bash tests/two_torches\.sh\b", "downloads gigabytes; .ci/run does where it is asked to"),
     (r"pre-commit install\b", "changes the clone"),
@@ -91,6 +92,9 @@ def wrong_with(command):
     program, *rest = words
     if program not in PROGRAMS:
         return f"{program} must be one of the programs that the pages use"
+    if program == "torchrun":
+        _, started, asked = command.partition(" -m flextron ")
+        return wrong_with_flextron(shlex.split(asked)) if started else "it must start flextron"
     if program == "flextron":
         return wrong_with_flextron(rest)
     if program == "make":
@@ -186,6 +190,7 @@ def test_every_command_that_is_not_run_says_why():
         ("flextron fly DIR", "fly"),
         ("flextron convert SRC DIR --no-such-option", "--no-such-option"),
         ("flextron convert SRC", "must be given"),
+        ("torchrun --nproc-per-node 2 -m flextron train DIR --no-such-option", "--no-such-option"),
         ("make nothing", "target"),
         ('make demo ARGS="--no-such-option"', "--no-such-option"),
         ("make test COLOUR=red", "COLOUR"),

@@ -46,6 +46,7 @@ from flextron.routing.profile import profile as profile_model
 from flextron.routing.static import train_routers
 from flextron.training import TrainReport, resume
 from flextron.training import train as train_model
+from flextron.training.room import Room, room
 from flextron.training.sharding import gathered
 from flextron.tuning import tune as tune_model
 
@@ -53,6 +54,7 @@ TRAINING_FOLDER, TUNING_FOLDER = "training", "tuning"
 _ROUTERS = (static_router, adaptive_router)
 Progress = Callable[[str, int, int], Any]
 Measured = Callable[[Mapping[str, Any]], Any]  # called with a step's line of metrics.jsonl
+Planned = Callable[[Room], Any]
 
 
 def _alone(stage: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,6 +90,10 @@ def _silent(what: str, done: int, total: int) -> None:
 
 def _unseen(record: Mapping[str, Any]) -> None:
     """The same of measurements."""
+
+
+def _unplanned(room: Room) -> None:
+    """The same of the memory that a step takes."""
 
 
 def _told(what: str, progress: Progress, measured: Measured) -> Callable[[int, int, dict[str, Any]], None]:
@@ -160,6 +166,7 @@ def train(
     validation_windows: int = 8,
     dtype: Dtype = "auto",
     device: Any = "auto",
+    planned: Planned = _unplanned,
     progress: Progress = _silent,
     measured: Measured = _unseen,
 ) -> TrainReport:
@@ -175,9 +182,13 @@ def train(
     The teacher of a distillation is the checkpoint as it was when the run began: right after `convert` that is the
     parent itself. The run keeps it, for more steps later (see `flextron.training.train`).
 
+    What cannot fit on the device is refused before anything is loaded; ``planned`` is called with what a step takes of
+    its memory, before the first one.
+
     Before each call of ``progress``, ``measured`` is called with the step's line of ``metrics.jsonl``.
     """
     with ElasticDirectory.open(directory) as checkpoint:
+        memory = room("train", checkpoint.origin.elastic, config, device)
         model = checkpoint.model(device=device)
         teacher, keep_teacher = _teacher(checkpoint, TRAINING_FOLDER, config, restart, device)
         routers_of = {module: checkpoint.made_for(module.DESCRIPTION) for module in _ROUTERS}
@@ -194,6 +205,7 @@ def train(
         validation=validation,
         progress=_told("elastic training", progress, measured),
         begun=keep_teacher,
+        starting=partial(planned, memory),
         cached=partial(progress, "the teacher's logits"),
     )
     if round_in_place("train", model, model.stored) and report.evaluations:
@@ -383,6 +395,7 @@ def tune(
     samples: int = 16,
     dtype: Dtype = "auto",
     device: Any = "auto",
+    planned: Planned = _unplanned,
     progress: Progress = _silent,
     measured: Measured = _unseen,
 ) -> TrainReport:
@@ -403,10 +416,11 @@ def tune(
         samples: sequences for the new calibration and reports; for the adaptive router, half for each.
         dtype: what the checkpoint is stored in, as `train` takes it.
         device: as `convert` takes it.
-        progress, measured: as in `train`.
+        planned, progress, measured: as in `train`.
     """
     config = config or TuneConfig()
     with ElasticDirectory.open(directory) as checkpoint:
+        memory = room("tune", checkpoint.origin.elastic, config, device)
         model = checkpoint.equipped(device=device)
         # routers made for other weights were left out with a warning: they are not asked for again
         static = checkpoint.static() if model.planner.ladder.origin == "router" else None
@@ -437,6 +451,7 @@ def tune(
         validation=windows(tokens.held_out, validation_windows, config.length),
         progress=_told("joint tuning", progress, measured),
         begun=keep_teacher,
+        starting=partial(planned, memory),
         cached=partial(progress, "the teacher's logits"),
     )
     round_in_place("tune", model, model.stored)  # reports below are about the weights that will be stored

@@ -311,7 +311,7 @@ class StepConfig:
         "teacher of a distillation: on every GPU, sharded, or its logits from a cache",
         choices=TEACHERS,
     )
-    teacher_value: int = about(2, "bytes of one of the teacher's weights", least=1)
+    teacher_value: int = about(4, "bytes of one of the teacher's weights", least=1)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -322,7 +322,7 @@ class StepConfig:
         shared = {
             name: getattr(config, name) for name in ("length", "accumulation", "checkpoint_activations")
         }
-        teacher = "whole" if config.distillation else "none"
+        teacher = "cached" if config.teacher_logits else "whole" if config.distillation else "none"
         return cls(**{"rows": -(-config.batch_size // ranks), "teacher": teacher, **shared, **facts})
 
     def shards(self, ranks: int) -> int:

@@ -51,6 +51,7 @@ def tune(
     progress: Progress | None = None,
     validation: Tensor | None = None,
     begun: Callable[[], object] | None = None,
+    starting: Callable[[], object] | None = None,
     cached: Told | None = None,
 ) -> TrainReport:
     """Train an elastic model and its router together, in place; a killed run resumes as `train`'s does.
@@ -62,14 +63,14 @@ def tune(
         model: elastic, with float32 weights.
         router: on the model's device; its last trained target is the full model.
         fraction: share of the full latency of choice probabilities: ``table.expected(*p) / table.full_ms``.
-        tokens, config, directory, teacher, resume, progress, validation, begun, cached: what `train` takes.
+        tokens, config, directory, teacher, resume, progress, validation, begun, starting, cached: what `train` takes.
     """
     check_model(model)
     check_teacher(model, teacher, config)
     router.requires_grad_(True)
     try:
         run = _Tuning(model, tokens, config, Path(directory), teacher, validation, router, fraction)
-        return run_to_the_end(run, resume, progress, begun, cached)
+        return run_to_the_end(run, resume, progress, begun, starting, cached)
     finally:
         router.requires_grad_(False)
 

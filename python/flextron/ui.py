@@ -76,6 +76,11 @@ class Reporter:
         return f"{timedelta(seconds=round((now - began) / (done - first) * (total - done)))} left"
 
 
+def tell(what: object) -> None:
+    """Print a line above the bars."""
+    console.print(str(what), highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def reporter() -> Iterator[Reporter]:
     """A Reporter that shows bars on a terminal, and elsewhere prints a line now and then."""

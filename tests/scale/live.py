@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,12 +23,30 @@ class Live(TorchDispatchMode):
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.known: dict[int, weakref.ref[Any]] = {}
+        self.sizes: dict[int, int] = {}
+        self.watching: dict[int, weakref.ref[Any]] = {}
         for tensor in held:
             self._see(tensor)
 
     def restart(self) -> None:
         self.peak = self.now
+
+    def __enter__(self) -> Live:
+        resize = self.resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            """FSDP2 frees and allocates gathered weights by this, and no op says so."""
+            result = resize(storage, size)
+            if storage._cdata in self.sizes:
+                self._count(storage._cdata, size)
+            return result
+
+        torch.UntypedStorage.resize_ = resized
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self.resize
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -38,20 +57,22 @@ class Live(TorchDispatchMode):
         return result
 
     def _see(self, tensor: Tensor) -> None:
-        if isinstance(tensor, DTensor):
-            tensor = tensor._local_tensor
-        storage = tensor.untyped_storage()
+        storage = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage()
         key = storage._cdata
-        if key in self.known:
+        if key in self.sizes:
             return
-        size = storage.nbytes()
-        self.now += size
 
         def gone(_: object) -> None:
-            self.now -= size
-            self.known.pop(key, None)
+            self._count(key, 0)
+            del self.sizes[key], self.watching[key]
 
-        self.known[key] = weakref.ref(storage, gone)
+        self.watching[key] = weakref.ref(storage, gone)
+        self._count(key, storage.nbytes())
+
+    def _count(self, key: int, size: int) -> None:
+        self.now += size - self.sizes.get(key, 0)
+        self.sizes[key] = size
+        self.peak = max(self.peak, self.now)
 
 
 def inside(op: str, args: tuple[Any, ...]) -> int:

@@ -26,6 +26,7 @@ OWN = (
     "generate",
     "export",
     "info",
+    "scale",
     "clean",
 )
 LAB = ("report", "reproduce", "demo")  # flextron_lab's

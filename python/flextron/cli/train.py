@@ -41,6 +41,7 @@ def run(args: Namespace) -> dict[str, Any]:
             restart=args.restart,
             dtype=args.dtype,
             device=args.device,
+            planned=ui.tell,
             progress=progress,
             measured=lambda record: progress.note(line(record)),
         )

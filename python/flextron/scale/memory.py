@@ -62,98 +62,119 @@ def fits(
 
 def estimate(shape: ElasticConfig, step: StepConfig, ranks: int = 1) -> Memory:
     """The memory that a step takes on each of ``ranks`` ranks."""
-    return max(_moments(shape, step, ranks), key=lambda memory: memory.total)
-
-
-def _moments(shape: ElasticConfig, step: StepConfig, ranks: int) -> list[Memory]:
-    sizes = _Sizes(shape, step, ranks)
-    return [sizes.at(*moment) for moment in sizes.moments()]
+    return max(_Sizes(shape, step, ranks).moments(), key=lambda memory: memory.total)
 
 
 class _Sizes:
-    """The sizes of what a step holds, in bytes. Letters: T tokens of this rank, V vocabulary, K width, F neurons."""
+    """The sizes of what a step holds, in bytes. Letters: T tokens of this rank, V vocabulary, K width, F neurons.
+
+    Where nothing is sharded, bfloat16 is autocast's: a float32 stream, and copies of the weights. Where weights are
+    sharded it is FSDP2's mixed precision: weights are gathered in bfloat16, and the stream is bfloat16, too.
+    """
 
     def __init__(self, shape: ElasticConfig, step: StepConfig, ranks: int) -> None:
-        self.shape, self.step = shape, step
+        self.shape, self.step, self.ranks = shape, step, ranks
         self.shards = step.shards(ranks)
-        self.ranks = ranks
+        self.sharded = self.shards > 1
         self.T = step.rows * step.length
         self.value = HALF if step.bf16 else FLOAT  # of what is computed
-        self.layer, self.root = count(of_layer(shape)), count(of_root(shape))
-        self.L = shape.num_layers
-        self.mine = self.L * count(of_layer(shape), self.shards) + count(of_root(shape), self.shards)
+        self.casts = step.bf16 and not self.sharded
+        self.stream = HALF if step.bf16 and self.sharded else FLOAT  # of the residual stream
+        self.L, self.layer, self.root = shape.num_layers, count(of_layer(shape)), count(of_root(shape))
+        self.my_layer = FLOAT * count(of_layer(shape), self.shards)
+        self.mine = self.L * self.my_layer + FLOAT * count(of_root(shape), self.shards)
         self.logits = self.T * shape.vocab_size * self.value
+        self.embedding = shape.vocab_size * shape.hidden_size
+        self.distils = step.teacher != "none"
 
-    def at(self, moment: str, gradients: int, activations: int, gathered: int) -> Memory:
-        """What is alive at a moment; gradients that the accumulation or DDP's buckets hold all along count as whole."""
-        whole = FLOAT * self.mine
-        if self.step.accumulation > 1 or (self.ranks > 1 and self.shards == 1):
-            gradients = whole
+    def at(self, moment: str, gradients: int, activations: int, gathered: int = 0) -> Memory:
+        """What is alive at a moment; gradients that accumulation or DDP's buckets hold all along count as whole."""
+        if self.step.accumulation > 1 or (self.ranks > 1 and not self.sharded):
+            gradients = self.mine
+        teacher = self.step.teacher_value * (self.L * self.layer + self.root)
         return Memory(
-            parameters=whole,
-            states=2 * whole,
-            gradients=min(gradients, whole),
+            parameters=self.mine,
+            states=2 * self.mine,
+            gradients=gradients,
             activations=activations,
-            gathered=gathered if self.shards > 1 else 0,
-            teacher=self._teacher(),
+            gathered=gathered,
+            teacher={"none": 0, "cached": 0, "whole": teacher, "sharded": -(-teacher // self.shards)}[
+                self.step.teacher
+            ],
             moment=moment,
         )
 
-    def moments(self) -> list[tuple[str, int, int, int]]:
-        """(name, gradients, activations, gathered) of each moment."""
-        head_gradient = FLOAT * count(self._head(), self.shards)
-        embedding_gradient = FLOAT * self.shape.vocab_size * self.shape.hidden_size
+    def moments(self) -> list[Memory]:
         saved, head = self._saved_by_layers(), self._saved_by_head()
-        within = self._within_a_layer()
-        kept = self._recomputed()
-        forward, backward = self._gathered()
-        root = self.root * self._gathered_value()
-        everything = FLOAT * self.mine
-        first = saved // self.L
+        models = 1 + (
+            self.step.teacher == "sharded"
+        )  # FSDP2 keeps the root whole between forward and backward
+        root = models * self.value * self.root if self.sharded else 0
         return [
-            ("loss", 0, saved + head + self._loss(), root),
-            ("backward of the head", 0, saved + head + self._backward_of_head(), root),
-            ("backward of the last layer", head_gradient, saved + kept + within, root + backward),
-            (
-                "backward of the first layer",
-                everything
-                - embedding_gradient // self.shards
-                - FLOAT * count(of_layer(self.shape), self.shards),
-                first + kept + within,
-                root + backward,
-            ),
-            ("end of the backward", everything, 2 * embedding_gradient * self.shape.tied, root),
-            ("optimiser", everything, 0, 0),
+            self.at("loss", 0, saved + head + self._loss(), root),
+            self.at("backward of the head", 0, saved + head + self._backward_of_head(), root),
+            *(self._sharded_layers(saved, root) if self.sharded else self._whole_layers(saved)),
+            self.at("optimiser", self.mine, 0),
         ]
 
-    def _head(self) -> dict[str, tuple[int, ...]]:
-        return {"head": (self.shape.vocab_size, self.shape.hidden_size)}
+    def _whole_layers(self, saved: int) -> list[Memory]:
+        embedding, first = FLOAT * self.embedding, saved // self.L
+        within = self._recomputed() + self._within_a_layer() + self._weight_gradients()
+        done = self.mine - embedding - self.my_layer
+        return [
+            self.at("backward of the last layer", embedding, saved + within),
+            self.at("backward of the first layer", done, first + within),
+            # a tied embedding: the head's gradient waits for the embedding's, and their sum is a third
+            self.at("end of the backward", self.mine, 2 * embedding * self.shape.tied),
+        ]
 
-    def _teacher(self) -> int:
-        size = self.step.teacher_value * (self.L * self.layer + self.root)
-        return {"none": 0, "cached": 0, "whole": size, "sharded": -(-size // self.shards)}[self.step.teacher]
+    def _sharded_layers(self, saved: int, root: int) -> list[Memory]:
+        """FSDP2 (torch.distributed.fsdp.fully_shard): a layer's weights are gathered for it and, in the backward, the
+        next layer's beside them; whole gradients of a layer, and of the root to the end, then a float32 copy to reduce.
+        """
+        weights, reducing = self.value * self.layer, FLOAT * self.layer
+        within = self._recomputed() + self._within_a_layer()
+        head = self.value * self.embedding
+        middle = self.at(
+            "backward of the second layer",
+            (self.L - 2) * self.my_layer,
+            2 * saved // self.L + within,
+            root + head + 3 * weights + reducing,
+        )
+        return [
+            self.at("backward of the last layer", 0, saved + within, root + head + 3 * weights),
+            *([middle] if self.L > 2 else []),
+            self.at(
+                "backward of the first layer",
+                (self.L - 1) * self.my_layer,
+                saved // self.L + within,
+                root + head + 2 * weights + reducing,
+            ),
+            self.at("end of the backward", self.L * self.my_layer, 0, root + FLOAT * self.root),
+        ]
 
     def _saved_by_layer(self) -> int:
         """What the forward of one layer saves for its backward: nn/elastic_layer.py and the gradients of the ops."""
         s, T = self.shape, self.T
         K, F = s.hidden_size, s.intermediate_size
         q, k = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
-        norms = 2 * T * (2 * K + 1) * FLOAT  # of each norm: input, normalised input, 1 / root mean square
-        # norms' outputs: one tensor in float32; autocast casts them for each of q, k, v and the MLP
-        inputs = T * K * (4 * HALF if self.step.bf16 else 2 * FLOAT)
+        # of each norm: input in float32, normalised input, 1 / root mean square
+        norms = 2 * T * (K * (FLOAT + self.stream) + FLOAT)
+        # norms' outputs, one tensor each; autocast casts the first for each of q, k and v
+        inputs = T * K * self.value * (4 if self.casts else 2)
         attention = T * (2 * q + 2 * k) * self.value + T * s.num_heads * FLOAT  # q, k, v, output, log of sums
-        if s.qk_norm:  # input in float32, normalised input, 1 / root mean square
+        if s.qk_norm:
             attention += T * ((q + k) * (FLOAT + self.value) + (s.num_heads + s.num_kv_heads) * FLOAT)
         hidden = 2 * T * F * self.value  # up and gated, before the activation
         return norms + inputs + attention + hidden + self._copies(self.layer)
 
     def _copies(self, parameters: int) -> int:
         """Autocast's bfloat16 copies of weights, which a backward reads."""
-        return HALF * parameters if self.step.bf16 else 0
+        return HALF * parameters if self.casts else 0
 
     def _saved_by_layers(self) -> int:
         if self.step.checkpoint_activations:
-            return self.L * self.T * self.shape.hidden_size * FLOAT  # each layer's input
+            return self.L * self.T * self.shape.hidden_size * self.stream  # each layer's input
         return self.L * self._saved_by_layer()
 
     def _recomputed(self) -> int:
@@ -162,42 +183,34 @@ class _Sizes:
 
     def _saved_by_head(self) -> int:
         """The last norm and the head."""
-        T, K, V = self.T, self.shape.hidden_size, self.shape.vocab_size
-        return T * (2 * K + 1) * FLOAT + T * K * self.value + self._copies(V * K)
+        T, K = self.T, self.shape.hidden_size
+        return T * (K * (FLOAT + self.stream) + FLOAT) + T * K * self.value + self._copies(self.embedding)
 
     def _loss(self) -> int:
         """Logits, the gradient that each term of the loss makes of them, and float32 temporaries of one chunk."""
-        V = self.shape.vocab_size
+        V, T = self.shape.vocab_size, self.T
         rows = max(1, _LOSS_VALUES // V)
-        chunk = FLOAT * V * min(self.T, rows)
-        distils = self.step.teacher != "none"
-        chunks = (5 if distils else 1) + self.step.bf16 + (rows < self.T)  # one is that of the chunk before
-        theirs = self.T * V * min(self.value, self.step.teacher_value) if distils else 0
-        return self.logits * (3 if distils else 2) + theirs + chunk * chunks
+        chunk = FLOAT * V * min(T, rows)
+        chunks = (5 if self.distils else 1) + self.step.bf16 + (rows < T)  # one is that of the chunk before
+        theirs = T * V * min(self.value, self.step.teacher_value) if self.distils else 0
+        return self.logits * (3 if self.distils else 2) + theirs + chunk * chunks
 
     def _backward_of_head(self) -> int:
         """The gradient of the logits, beside those of the loss's terms."""
-        terms = 2 if self.step.teacher != "none" else 1
-        K, V = self.shape.hidden_size, self.shape.vocab_size
-        weights = V * K * (HALF + FLOAT if self.step.bf16 else FLOAT)  # as computed, and in float32
-        return max(self.logits * (terms + 1), self.logits + weights + self.T * K * self.value)
+        terms = 2 if self.distils else 1
+        weights = self.embedding * (self.value + FLOAT * self.casts)  # as computed, and in float32
+        return max(
+            self.logits * (terms + 1), self.logits + weights + self.T * self.shape.hidden_size * self.value
+        )
 
     def _within_a_layer(self) -> int:
         """Temporaries of a layer's backward: the MLP's, which are the largest (csrc/ops/mlp)."""
-        s, T = self.shape, self.T
-        K, F = s.hidden_size, s.intermediate_size
+        T, K, F = self.T, self.shape.hidden_size, self.shape.intermediate_size
         stream = (
-            T * K * (FLOAT + 2 * self.value)
-        )  # gradients of the residual stream, of the output and of the input
-        weights = 3 * K * F * self.value
-        inside = 3 * T * F * self.value + weights  # h, up's and gated's gradients
-        after = weights + K * F * FLOAT * self.step.bf16  # cast one by one
-        return stream + max(inside, after)
+            T * K * (self.stream + 2 * self.value)
+        )  # gradients of the stream, of the output and of the input
+        return stream + 3 * T * F * self.value  # h, and the gradients of up and gated
 
-    def _gathered_value(self) -> int:
-        return FLOAT
-
-    def _gathered(self) -> tuple[int, int]:
-        """Buffers of FSDP2 around a layer, in its forward and in its backward."""
-        weights, gradients = self.layer * self._gathered_value(), self.layer * FLOAT
-        return 2 * weights, 2 * weights + 2 * gradients
+    def _weight_gradients(self) -> int:
+        """Gradients of the MLP's weights as they are computed, before they are the parameters'."""
+        return 3 * self.shape.hidden_size * self.shape.intermediate_size * self.value

@@ -101,6 +101,7 @@ def train(
     progress: Progress | None = None,
     validation: Tensor | None = None,
     begun: Callable[[], object] | None = None,
+    starting: Callable[[], object] | None = None,
     cached: Told | None = None,
 ) -> TrainReport:
     """Train an elastic model in place, each micro-batch at another sub-network.
@@ -124,6 +125,7 @@ def train(
         progress: called after every step with (step, steps, the step's metrics).
         validation: [n, length] int64, for the evaluations; none without it.
         begun: called once ``directory`` is the folder of a run that begins, before its first step.
+        starting: called before the first step of this call, where there is one.
         cached: called with (windows done, windows) while ``config.teacher_logits`` are computed, after which the
             teacher leaves the GPU.
 
@@ -135,7 +137,7 @@ def train(
     check_model(model)
     check_teacher(model, teacher, config)
     run = Run(model, tokens, config, Path(directory), teacher, validation)
-    return run_to_the_end(run, resume, progress, begun, cached)
+    return run_to_the_end(run, resume, progress, begun, starting, cached)
 
 
 def run_to_the_end(
@@ -143,6 +145,7 @@ def run_to_the_end(
     resume: bool,
     progress: Progress | None,
     begun: Callable[[], object] | None,
+    starting: Callable[[], object] | None,
     cached: Told | None,
 ) -> TrainReport:
     """Run, and leave the model's dial and mode, and torch's global generator, as they were."""
@@ -150,7 +153,7 @@ def run_to_the_end(
     layers = recomputing(run.model) if run.config.checkpoint_activations else nullcontext()
     with restored(run.model), layers, torch.random.fork_rng(devices=devices):
         try:
-            report = run.to_the_end(resume, progress, begun, cached)
+            report = run.to_the_end(resume, progress, begun, starting, cached)
         except BaseException:
             with suppress(Exception):  # the error of the run is the one to tell
                 run.checkpoints.close()
@@ -197,6 +200,7 @@ class Run:
         resume: bool,
         progress: Progress | None,
         begun: Callable[[], object] | None,
+        starting: Callable[[], object] | None,
         cached: Told | None,
     ) -> TrainReport:
         began = time.perf_counter()
@@ -205,6 +209,8 @@ class Run:
         log = MetricsLog(self.directory, start)
         self.meter = Meter(self.device, self.bf16, self._smallest(), log.read())
         self.optimizer.zero_grad()  # a gradient the caller left would be taken for ours
+        if starting is not None and start < steps and ranks.is_first():
+            starting()
         if start == 0:
             if begun is not None and ranks.is_first():
                 begun()

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from flextron import ranks
-from flextron.config import Widths
+from flextron.config import ElasticConfig, Widths
 from flextron.judge.loss import evaluate
 from flextron.nn.protocol import Elastic
 from flextron.nn.storage import storage
@@ -46,13 +46,13 @@ class Spread:
         self.weight = self.ranks.size * len(rows) / config.batch_size
         self.model = model
         self.forward: Any = model
-        self.shard = _chosen(model, config, bf16)
+        self.shard = chosen(model.elastic, config, bf16, model.device)
         if self.shard != "none":
-            mesh = _mesh(self.ranks, self.shard)
+            mesh = mesh_of(self.ranks, self.shard)
             for module in (model, teacher):
                 if module is not None:
-                    _cut(module, mesh, bf16)
-            step = _step(config, bf16, self.shard)
+                    cut(module, mesh, bf16)
+            step = step_of(config, bf16, self.shard)
             whole_gradient = 4 * sum(p.numel() for p in model.parameters())
             taken = estimate(model.elastic, step, self.ranks.size).total + whole_gradient
             self.once = taken <= USABLE * memory_of(model.device)
@@ -155,14 +155,15 @@ def _on_this_node() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.now().size))
 
 
-def _step(config: TrainConfig, bf16: bool, shard: str) -> StepConfig:
-    facts: dict[str, Any] = {"bf16": bf16, "shard": shard, "node": _on_this_node(), "teacher_value": 4}
-    if config.distillation and shard != "none":
+def step_of(config: TrainConfig, bf16: bool, shard: str) -> StepConfig:
+    """What a step of a run is, on these processes."""
+    facts: dict[str, Any] = {"bf16": bf16, "shard": shard, "node": _on_this_node()}
+    if config.distillation and not config.teacher_logits and shard != "none":
         facts["teacher"] = "sharded"
     return StepConfig.of(config, ranks.now().size, **facts)
 
 
-def _chosen(model: Elastic, config: TrainConfig, bf16: bool) -> str:
+def chosen(shape: ElasticConfig, config: TrainConfig, bf16: bool, device: torch.device) -> str:
     """Who holds the weights: ``none``, ``full`` or ``hybrid``; the same on all ranks."""
     size, node = ranks.now().size, _on_this_node()
     if size == 1:
@@ -178,12 +179,12 @@ def _chosen(model: Elastic, config: TrainConfig, bf16: bool) -> str:
         )
     if config.shard != "auto":
         return config.shard
-    taken = estimate(model.elastic, _step(config, bf16, "none"), size).total
-    fits = ranks.mean(torch.tensor(float(taken <= USABLE * memory_of(model.device))))
+    taken = estimate(shape, step_of(config, bf16, "none"), size).total
+    fits = ranks.mean(torch.tensor(float(taken <= USABLE * memory_of(device))))
     return "none" if float(fits) == 1 else "full"
 
 
-def _mesh(me: ranks.Ranks, shard: str) -> DeviceMesh:
+def mesh_of(me: ranks.Ranks, shard: str) -> DeviceMesh:
     """One dimension, along which weights are sharded; with ``hybrid`` nodes come first, which all have all weights."""
     if shard == "full":
         return init_device_mesh(me.device.type, (me.size,), mesh_dim_names=("shards",))
@@ -191,7 +192,7 @@ def _mesh(me: ranks.Ranks, shard: str) -> DeviceMesh:
     return init_device_mesh(me.device.type, (me.size // node, node), mesh_dim_names=("nodes", "shards"))
 
 
-def _cut(model: Any, mesh: DeviceMesh, bf16: bool) -> None:
+def cut(model: Any, mesh: DeviceMesh, bf16: bool) -> None:
     """Shard a causal LM in place, a layer at a time: float32 masters, and in bfloat16 what is computed and gathered."""
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for layer in model.model.layers:

@@ -1,0 +1,106 @@
+"""Say what training takes on so many GPUs, on paper: memory, traffic, time, and what to type."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flextron.cli import options as shared
+from flextron.cli import values
+from flextron.cli.printing import say
+from flextron.devices import DEVICES
+from flextron.recipes import StepConfig
+from flextron.scale.plans import Plan, first_that_fits
+from flextron.scale.shapes import SHAPES
+
+EXAMPLE = "flextron scale --shape 8b --gpus 1,8,64 --gpu h100"
+FIELDS = ["rows", "length", "accumulation", "node", "teacher"]
+
+
+def options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "source", nargs="?", help="elastic checkpoint or model directory whose shape to take; or --shape"
+    )
+    parser.add_argument("--shape", choices=tuple(SHAPES), help="shape of Llama 3.2 1B, Llama 3.1 8B or 70B")
+    parser.add_argument(
+        "--gpus", type=values.counts, default=(1, 8, 16, 64), metavar="N,N,..", help="numbers of GPUs"
+    )
+    parser.add_argument(
+        "--gpu",
+        choices=tuple(d.name for d in DEVICES),
+        default="h100",
+        help="GPU to plan for, by its data sheet",
+    )
+    shared.from_fields(parser, StepConfig, FIELDS)
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    from flextron import ui
+
+    name, shape = _shape(args)
+    step = StepConfig(**shared.given(args, *FIELDS))
+    device = next(d for d in DEVICES if d.name == args.gpu)
+    plans = [first_that_fits(shape, step, ranks, device) for ranks in args.gpus]
+    if not args.json:
+        ui.print_table(f"{name} on {args.gpu}, on paper", header(plans), rows(plans))
+        for p, gpus in zip(plans, header(plans)[1:], strict=True):
+            say(args, f"{gpus}: {p.command() if p.fits else 'nothing fits'}")
+    return {"shape": name, "gpu": args.gpu, "plans": [_facts(p) for p in plans]}
+
+
+def _shape(args: Namespace) -> tuple[str, Any]:
+    if (args.source is None) == (args.shape is None):
+        raise ValueError(
+            f"scale: either SOURCE or --shape must be given, got {'neither' if args.shape is None else 'both'}"
+        )
+    if args.shape is not None:
+        return args.shape, SHAPES[args.shape]
+    if not Path(args.source).is_dir() and "/" not in args.source:
+        raise ValueError(f"scale: SOURCE must be a directory or a hub id, got {args.source}")
+    from transformers import AutoConfig
+
+    from flextron.nn.families import elastic_config
+
+    return args.source, elastic_config(AutoConfig.from_pretrained(args.source))
+
+
+def header(plans: list[Plan]) -> list[str]:
+    """The first line of the table of some plans, which has a column for each."""
+    return ["GB on each GPU", *(f"{p.ranks} GPUs" if p.ranks > 1 else "1 GPU" for p in plans)]
+
+
+def rows(plans: list[Plan]) -> list[list[str]]:
+    """The other lines."""
+    facts: dict[str, Callable[[Plan], str]] = {
+        "plan": lambda p: p.name,
+        "weights": lambda p: _gb(p.memory.parameters),
+        "optimiser states": lambda p: _gb(p.memory.states),
+        "gradients": lambda p: _gb(p.memory.gradients),
+        "activations": lambda p: _gb(p.memory.activations),
+        "gathered": lambda p: _gb(p.memory.gathered),
+        "teacher": lambda p: _gb(p.memory.teacher),
+        "in all": lambda p: _gb(p.memory.total),
+        "fits": lambda p: "yes" if p.fits else "no",
+        "sent in the node": lambda p: _gb(p.speed.node_bytes),
+        "sent to other nodes": lambda p: _gb(p.speed.network_bytes),
+        "seconds for 1M tokens": lambda p: f"{p.speed.per_million:.2g}" if p.fits else "-",
+    }
+    return [[name, *map(fact, plans)] for name, fact in facts.items()]
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f}" if size else "0"
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    return {
+        "gpus": plan.ranks,
+        "step": asdict(plan.step),
+        "memory": asdict(plan.memory) | {"total": plan.memory.total},
+        "speed": asdict(plan.speed) | {"seconds": plan.speed.seconds},
+        "fits": plan.fits,
+        "command": plan.command(),
+    }

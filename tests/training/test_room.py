@@ -1,0 +1,59 @@
+"""What a step takes is said before the first one, and what cannot fit is refused with what would."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+
+from flextron.recipes import StepConfig, TrainConfig
+from flextron.scale.memory import estimate
+from flextron.scale.shapes import SHAPES
+from flextron.training import room as rooms
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(batch_size=16, length=1024, bf16=True)
+TAKES = estimate(SHAPES["1b"], StepConfig(rows=16, length=1024)).total
+
+
+@pytest.fixture
+def device_has(monkeypatch):
+    return lambda size: monkeypatch.setattr(rooms, "memory_of", lambda device: int(size))
+
+
+def test_what_fits_is_told_in_one_line(device_has):
+    device_has(2 * TAKES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        line = str(rooms.room("train", SHAPES["1b"], CONFIG, CPU))
+    assert re.fullmatch(
+        r"memory of a step: 50\.3 GB \(parameters 4\.94 GB, optimiser states 9\.89 GB, activations 35\.5 GB\); "
+        r"cpu has 101 GB",
+        line,
+    )
+
+
+def test_what_is_close_is_warned_of(device_has):
+    device_has(TAKES)
+    with pytest.warns(UserWarning, match=r"train: a step may not fit on cpu, got 50\.3 GB for the 50\.3 GB"):
+        rooms.room("train", SHAPES["1b"], CONFIG, CPU)
+
+
+@pytest.mark.parametrize(
+    ("has", "remedy"),
+    [
+        (30e9, "it takes 26.3 GB with --checkpoint-activations"),
+        (25e9, "it takes 21.9 GB with --checkpoint-activations --batch-size 8"),
+        (10e9, "no batch is small enough"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_first_change_that_does(device_has, has, remedy):
+    device_has(has)
+    with pytest.raises(ValueError, match=rf"train: a step must fit on cpu, got 50\.3 GB for .*; {remedy}$"):
+        rooms.room("train", SHAPES["1b"], CONFIG, CPU)
+
+
+def test_a_machine_says_how_much_memory_it_has():
+    assert 1 << 28 < rooms.memory_of(CPU) < 1 << 50
