@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -51,14 +52,22 @@ class Processes:
         self.server.wait()
         self.folder.cleanup()
 
-    def start(self, size: int, argv: Sequence[str], **environment: Any) -> list[int]:
-        """Start a command as ranks 0 to ``size - 1`` of one machine, and return their process ids."""
+    def start(self, size: int, argv: Sequence[Any], room: int | None = None, **environment: Any) -> list[int]:
+        """Start a command as ranks 0 to ``size - 1`` of one machine, and return their process ids.
+
+        With ``room`` a file of more bytes cannot be written, as on a full disk.
+        """
         self.store = TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False
         )  # as torchrun's agent has it
         given = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port}
         given |= {"TORCHELASTIC_USE_AGENT_STORE": True, "FLEXTRON_RANKS_TIMEOUT": 60, **environment}
-        request = {"ranks": size, "argv": [str(word) for word in argv], "folder": self.folder.name}
+        request = {
+            "ranks": size,
+            "argv": [str(word) for word in argv],
+            "folder": self.folder.name,
+            "room": room,
+        }
         return self._ask(request | {"env": {name: str(value) for name, value in given.items()}})["pids"]
 
     def wait(self, seconds: float = SECONDS) -> list[Ended]:
@@ -66,9 +75,9 @@ class Processes:
         codes = self._ask({"seconds": seconds})["codes"]
         return [Ended(code, self.said(rank), self.said(rank, "err")) for rank, code in enumerate(codes)]
 
-    def run(self, size: int, argv: Sequence[str], **environment: Any) -> list[Ended]:
+    def run(self, size: int, argv: Sequence[Any], room: int | None = None, **environment: Any) -> list[Ended]:
         """Start a command and wait for it."""
-        self.start(size, argv, **environment)
+        self.start(size, argv, room, **environment)
         return self.wait()
 
     def said(self, rank: int, stream: str = "out") -> str:
@@ -104,6 +113,8 @@ def _child(rank: int, request: dict[str, Any]) -> None:
         os.environ.update(request["env"])
         os.environ.setdefault("RANK", str(rank))
         os.environ.setdefault("LOCAL_RANK", str(rank))
+        if request["room"] is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (request["room"],) * 2)
         argv = request["argv"]
         if argv[0] == "-c":
             sys.argv = argv

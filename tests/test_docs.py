@@ -89,6 +89,8 @@ def wrong_with(command):
     if "&&" in words:
         cut = words.index("&&")
         return wrong_with(shlex.join(words[:cut])) or wrong_with(shlex.join(words[cut + 1 :]))
+    if words[0] == "torchrun" and "flextron" in words:
+        return wrong_with_flextron(words[words.index("flextron") + 1 :])
     program, *rest = words
     if program not in PROGRAMS:
         return f"{program} must be one of the programs that the pages use"

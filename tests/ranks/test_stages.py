@@ -1,6 +1,7 @@
 """A stage on several processes does what it does in one, and one process speaks."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -33,6 +34,24 @@ def test_eval_weighs_the_parts_of_all_processes(processes, made):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
         for name in ("kind", "target", "predicted_ms", "params", "mlp_widths", "kv_groups"):
             assert a[name] == b[name]
+
+
+@pytest.mark.parametrize("form", ["gumbel"])
+def test_route_adds_up_the_gradients_of_all_processes(processes, made, tmp_path, form):
+    found = []
+    for size in (3, 1):
+        folder = shutil.copytree(made / "elastic", tmp_path / str(size))
+        argv = ["route", folder, "--adaptive", "--data", made / "text.jsonl", "--form", form, "--steps", 3]
+        argv += ["--prefill", 12] if form == "surrogate" else []
+        argv += ["--samples", 40, "--length", 16, "--device", "cpu", "--targets", "0.6,0.8,1", "--json"]
+        report = answer(processes.run(size, argv))
+        found.append((report, load_file(folder / "adaptive.safetensors")))
+    (several, ours), (one, theirs) = found
+    for name in theirs:
+        assert torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6), name
+    assert several["full_loss"] == pytest.approx(one["full_loss"], rel=1e-6)
+    for a, b in zip(several["history"], one["history"], strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 @pytest.mark.parametrize(

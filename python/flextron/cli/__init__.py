@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from flextron.cli.discovery import commands, extension, is_missing
 from flextron.cli.parser import UsageError, parser_of
 from flextron.cli.printing import warn
-from flextron.cli.processes import is_silent, is_started, run
+from flextron.cli.processes import is_silent, is_started, run, tell_torchrun
 from flextron.sentences import first_line
 
 # Errors that the user can mend: one sentence and exit code 2. Any other is a fault of ours and keeps its traceback.
@@ -72,6 +72,7 @@ def _main(argv: Sequence[str]) -> int:
 
 def _refuse(sentence: str) -> int:
     print(f"flextron: {sentence}", file=sys.stderr)
+    tell_torchrun(f"flextron: {sentence}")
     return 2
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import time
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from flextron.cli.discovery import Command
@@ -23,6 +26,13 @@ def is_started() -> bool:
 def is_silent() -> bool:
     """Whether what every process finds wrong by itself is another's to say: one of each machine says it."""
     return is_started() and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def tell_torchrun(sentence: str) -> None:
+    """Let torchrun's own report, which comes last and is long, name the sentence as the cause."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}))
 
 
 def run(command: Command, args: Namespace) -> Any:

@@ -65,9 +65,7 @@ def judge_budgets(
     if adaptive:
         chosen += [("adaptive", t, Dial.adaptive(model.elastic, [t], phase)) for t in targets]
         group = table.workload.batch if phase == "decode" else 1
-        found = ranks.over_rows(
-            _SAMPLES, tokens, lambda mine: fractions(model, table, mine, targets, phase), group
-        )
+        found = ranks.over_rows(tokens, lambda mine: fractions(model, table, mine, targets, phase), group)
         predicted += (found * table.full_ms).tolist()
     full_ms, others = ranks.first(
         lambda: measure(
@@ -86,7 +84,7 @@ def judge_budgets(
             {
                 "kind": kind,
                 "target": target,
-                "loss": float(ranks.over_rows(_SAMPLES, tokens, partial(_loss, model, dial, batch_size))),
+                "loss": float(ranks.over_rows(tokens, partial(_loss, model, dial, batch_size))),
                 "predicted_ms": expected,
                 "measured_ms": ms,
                 "measured_fraction": ms / full_ms,

@@ -145,7 +145,7 @@ def shared(value: T) -> T:
     if isinstance(value, Tensor):
         dist.broadcast(value, 0)
         return value
-    found: T = json.loads(_text(json.dumps(value) if is_first() else "", None))
+    found: T = json.loads(_text(json.dumps(value) if is_first() else ""))
     return found
 
 
@@ -158,7 +158,7 @@ def first(work: Callable[[], T]) -> T:
         return work()
     dist.barrier(_patient)
     if not is_first():
-        told = json.loads(_text("", _patient))
+        told = json.loads(_text(""))
         if told["refused"] is not None:
             raise ValueError(told["refused"])
         found: T = told["found"]
@@ -167,9 +167,9 @@ def first(work: Callable[[], T]) -> T:
         with _as(ALONE):  # what it calls must not wait for the others
             found = work()
     except (ValueError, OSError, NotImplementedError) as error:
-        _text(json.dumps({"refused": first_line(error)}), _patient)
+        _text(json.dumps({"refused": first_line(error)}))
         raise
-    _text(json.dumps({"refused": None, "found": found}), _patient)
+    _text(json.dumps({"refused": None, "found": found}))
     return found
 
 
@@ -213,11 +213,14 @@ def rows_of(who: str, rows: Tensor, group: int = 1) -> Tensor:
     return rows[mine.start * group : mine.stop * group]
 
 
-def over_rows(who: str, rows: Tensor, measure: Callable[[Tensor], Tensor], group: int = 1) -> Tensor:
-    """``measure``, a mean over groups of rows, of all ``rows``: every rank measures those that `rows_of` gives it."""
-    if _now.size == 1:
+def over_rows(rows: Tensor, measure: Callable[[Tensor], Tensor], group: int = 1) -> Tensor:
+    """``measure``, a mean over groups of rows, of all ``rows``: every rank measures its part of them.
+
+    Where there is not a group for every rank, every rank measures all of them.
+    """
+    if _now.size == 1 or len(rows) // group < _now.size:
         return measure(rows)
-    mine = rows_of(who, rows, group)
+    mine = rows_of("", rows, group)
     return mean(measure(mine), len(mine))
 
 
@@ -327,13 +330,13 @@ def every(text: str) -> list[str]:
     return [row[:n].numpy().tobytes().decode() for row, n in zip(found, lengths, strict=True)]
 
 
-def _text(text: str, group: dist.ProcessGroup | None) -> str:
-    """Rank 0's text."""
+def _text(text: str) -> str:
+    """Rank 0's text, which may take it long to have."""
     own = _letters(text)
     length = torch.tensor(len(own))
-    dist.broadcast(length, 0, group=group)
+    dist.broadcast(length, 0, group=_patient)
     own = own if is_first() else torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(own, 0, group=group)
+    dist.broadcast(own, 0, group=_patient)
     return own.numpy().tobytes().decode()
 
 

@@ -14,23 +14,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flextron import ranks
 from flextron.artefacts.adaptive_router import AdaptiveReport, AdaptiveResult, costs_of
 from flextron.artefacts.ladder import Ladder
 from flextron.artefacts.latency_table import LatencyTable
 from flextron.artefacts.reports import FitReport, GateReport
 from flextron.config import ElasticConfig
-from flextron.judge.latency import fractions
 from flextron.judge.loss import evaluate, restored, sequence_losses
 from flextron.nn import Dial
 from flextron.nn.policy import Given, Policy, Sampled, menus_of
 from flextron.nn.protocol import Elastic
-from flextron.nn.router import AdaptiveRouter, GumbelSampler, Indices, Probabilities, anneal, default_hidden
+from flextron.nn.router import AdaptiveRouter, Indices, Probabilities, anneal, default_hidden
 from flextron.recipes import JUDGING, AdaptiveConfig
-from flextron.routing.calibrate import calibrate
+from flextron.routing.calibrate import calibrate, fractions_of_all
 from flextron.routing.fit import random_widths
 from flextron.routing.gate import Gate, Progress, RouterTraining, reachable
 from flextron.routing.learning import latency_miss, learning_policy, mean_choices
 from flextron.routing.search import likely
+from flextron.routing.sharing import SharedNoise, mean_of_all, whole
 from flextron.routing.surrogate import ReplayBuffer, Surrogate, SurrogateFitter, fit_report
 
 _CONFIDENCE = 0.6  # probability of the static choice at the start: one to leave, but not at once
@@ -67,6 +68,12 @@ def train_adaptive(
             f"train_adaptive: tokens must be at least {needed} sequences (judged and calibration), "
             f"got {list(tokens.shape)}"
         )
+    for name in ("batch", "calibration", "judged"):
+        if getattr(options, name) < ranks.now().size:
+            raise ValueError(
+                f"train_adaptive: {name} must be at least {ranks.now().size} for as many processes, "
+                f"got {getattr(options, name)}"
+            )
     quiet = progress or (lambda *_: None)
     kind = _SurrogateTraining if options.form == "surrogate" else _Training
     training = kind(model, tables[phase], ladder, tokens[: -options.judged], options, quiet)
@@ -176,7 +183,7 @@ class _Training(RouterTraining):
         )
         super().__init__(router.to(self.device), options, gate, progress)
         # one generator for each purpose: no draw shifts another purpose's
-        self.noise = GumbelSampler(options.seed * 4 + 1)
+        self.noise = SharedNoise(options.seed * 4 + 1, options.batch)
         self.draws = torch.Generator().manual_seed(options.seed * 4 + 2)
 
     def run(self) -> None:
@@ -203,11 +210,14 @@ class _Training(RouterTraining):
     def _terms(self, step: int) -> tuple[Tensor, Tensor]:
         """The loss of the next token, and the latency term."""
         ids, tau = self._draw()
-        annealed = anneal(step, self.options.steps)
-        policy = learning_policy(self.model, self.router, tau, self.noise, *annealed, self.options.gates)
+        annealed, mine = anneal(step, self.options.steps), ranks.part(len(ids))
+        policy = learning_policy(
+            self.model, self.router, tau[mine], self.noise, *annealed, self.options.gates
+        )
         self.model.set_policy(policy, self.model.elastic.full(), "all")
-        loss = sequence_losses(self.model, ids).mean()
-        return loss, latency_miss(self._fraction(mean_choices(policy, len(ids))), tau)
+        losses = whole(sequence_losses(self.model, ids[mine]), len(ids))
+        spent = whole(self._fraction(mean_choices(policy, len(ids[mine]))), len(ids))
+        return losses.mean(), latency_miss(spent, tau)
 
 
 class _SurrogateTraining(_Training):
@@ -234,7 +244,9 @@ class _SurrogateTraining(_Training):
         for done in range(options.prefill):
             ids, full, _ = self._one_target()
             choices = self._random_choices(ids.numel())
-            losses = self._losses_of(ids, Given(choices, self.menus))
+            of_sequences = (axis.unflatten(0, (len(ids), -1)) for axis in choices)
+            own = Indices(*(axis[ranks.part(len(ids))].flatten(0, 1) for axis in of_sequences))
+            losses = self._losses_of(ids, Given(own, self.menus))
             self._remember(self._shares(choices), float((losses - full).mean()))
             self.progress("random choices", done + 1, options.prefill)
         self.surrogate.start(*self.train.tensors())
@@ -261,19 +273,21 @@ class _SurrogateTraining(_Training):
         """
         ids, full, tau = self._one_target()
         annealed = anneal(step, self.options.steps)
-        tau_of = tau.expand(len(ids))
+        tau_of = tau.expand(len(ids[ranks.part(len(ids))]))
         policy = cast(
             Sampled, learning_policy(self.model, self.router, tau_of, self.noise, *annealed, "sampled")
         )
         loss = float((self._losses_of(ids, policy) - full).mean())
         by_axis = zip(*policy.chosen.values(), strict=True)
         shares = self._shares(Indices(*(torch.stack(axis, 1) for axis in by_axis)))
+        shares = Probabilities(*(mean_of_all(axis, len(ids)) for axis in shares))
         with torch.no_grad():
             predicted = float(self.surrogate.loss(shares, self._fraction(shares)))
         self.gate.see(predicted, loss)
         self._remember(shares, loss)
         self.fitter.fit(*self.train.tensors(), _REFIT_STEPS)
-        return mean_choices(policy, 1), tau
+        p = mean_choices(policy, 1)
+        return Probabilities(*(mean_of_all(axis, len(ids)) for axis in p)), tau
 
     def _one_target(self) -> tuple[Tensor, Tensor, Tensor]:
         """Sequences [B, T], the full model's loss of each [B], and one trained target below 1 [1]."""
@@ -320,10 +334,9 @@ class _SurrogateTraining(_Training):
 
     @torch.no_grad()
     def _losses_of(self, ids: Tensor, policy: Policy | None) -> Tensor:
-        """Each sequence's mean loss, [B]."""
-        ids = ids.to(self.device)
+        """Each sequence's mean loss, [B]; ``policy`` is about this process's part of them."""
         self.model.set_policy(policy, self.model.elastic.full(), "all")
-        return sequence_losses(self.model, ids)
+        return whole(sequence_losses(self.model, ids[ranks.part(len(ids))].to(self.device)), len(ids))
 
 
 def report(
@@ -331,10 +344,13 @@ def report(
 ) -> tuple[float, tuple[AdaptiveReport, ...]]:
     """(the full model's loss, each target's comparison with the ladder) on sequences of their own."""
     phase = table.workload.phase
-    found = fractions(model, table, tokens, targets, phase).tolist()
+    found = fractions_of_all(model, table, tokens, targets, phase).tolist()
     static = [ladder.within(table.predict, t * table.full_ms) for t in targets]
     dials = [Dial.adaptive(model.elastic, [t], phase) for t in targets]
-    full, *losses = evaluate(model, tokens, [model.elastic.full(), *dials, *static])
+    judged = [model.elastic.full(), *dials, *static]
+    full, *losses = ranks.over_rows(
+        tokens, lambda mine: torch.tensor(evaluate(model, mine, judged), dtype=torch.float64)
+    ).tolist()
     n = len(targets)
     return full, tuple(
         AdaptiveReport(targets[i], found[i], losses[i], table.fraction(static[i]), losses[n + i])

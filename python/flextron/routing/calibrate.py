@@ -59,12 +59,7 @@ def fractions_of_all(
 ) -> Tensor:
     """`fractions` of tokens, of which each of several processes takes its part."""
     group = table.workload.batch if phase == "decode" else 1
-    return ranks.over_rows(
-        "route: calibration and judged",
-        tokens,
-        lambda mine: fractions(model, table, mine, targets, phase),
-        group,
-    )
+    return ranks.over_rows(tokens, lambda mine: fractions(model, table, mine, targets, phase), group)
 
 
 def calibration_grid(fastest: float, targets: Sequence[float]) -> tuple[float, ...]:

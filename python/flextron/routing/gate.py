@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flextron.artefacts.reports import GateReport
 from flextron.recipes import AdaptiveConfig, RouteConfig
+from flextron.routing.sharing import add_gradients
 
 _MEMORY = 0.9  # weight of the past in the moving average of the surrogate's error
 
@@ -88,6 +89,7 @@ class RouterTraining:
         """Take one step of the optimiser."""
         self.optimiser.zero_grad()
         loss.backward()
+        add_gradients(self.router.parameters())
         self.optimiser.step()
 
     def optimise(self, what: str) -> None:
