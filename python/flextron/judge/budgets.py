@@ -59,9 +59,10 @@ def judge_budgets(
     planners = {"uniform": replace(planner, ladder=uniform_ladder(model.elastic))}
     if planner.ladder.origin != "uniform":
         planners = {"routed": planner} | planners
-    chosen: list[tuple[str, float, Widths | Dial]] = [("full", 1.0, model.elastic.full())]
-    chosen += [(kind, t, p.resolve(t, **workload)) for kind, p in planners.items() for t in targets]
-    predicted = [table.predict(widths) for _, _, widths in chosen]
+    static = [("full", 1.0, model.elastic.full())]
+    static += [(kind, t, p.resolve(t, **workload)) for kind, p in planners.items() for t in targets]
+    predicted = [table.predict(widths) for _, _, widths in static]
+    chosen: list[tuple[str, float, Widths | Dial]] = [*static]
     if adaptive:
         chosen += [("adaptive", t, Dial.adaptive(model.elastic, [t], phase)) for t in targets]
         group = table.workload.batch if phase == "decode" else 1

@@ -19,7 +19,7 @@ from flextron.artefacts.adaptive_router import AdaptiveReport, AdaptiveResult, c
 from flextron.artefacts.ladder import Ladder
 from flextron.artefacts.latency_table import LatencyTable
 from flextron.artefacts.reports import FitReport, GateReport
-from flextron.config import ElasticConfig
+from flextron.config import ElasticConfig, Widths
 from flextron.judge.loss import evaluate, restored, sequence_losses
 from flextron.nn import Dial
 from flextron.nn.policy import Given, Policy, Sampled, menus_of
@@ -347,7 +347,7 @@ def report(
     found = fractions_of_all(model, table, tokens, targets, phase).tolist()
     static = [ladder.within(table.predict, t * table.full_ms) for t in targets]
     dials = [Dial.adaptive(model.elastic, [t], phase) for t in targets]
-    judged = [model.elastic.full(), *dials, *static]
+    judged: list[Widths | Dial] = [model.elastic.full(), *dials, *static]
     full, *losses = ranks.over_rows(
         tokens, lambda mine: torch.tensor(evaluate(model, mine, judged), dtype=torch.float64)
     ).tolist()

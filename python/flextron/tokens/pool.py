@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from flextron.documents.reading import Part
 from flextron.tokens.work import Message, Settings, encoder_of, tokenised
@@ -53,8 +53,8 @@ def run(settings: Settings, tasks: Iterable[Task], workers: int) -> Iterator[Mes
             _send(here, asdict(settings))
             _send(here, _as_json(task))
         while busy:
-            for here in wait(list(busy)):
-                yield from _answers(here, busy, waiting)
+            for ready in wait(list(busy)):
+                yield from _answers(cast(Connection, ready), busy, waiting)
     finally:
         for process in busy.values():
             process.terminate()
