@@ -23,6 +23,7 @@ from rich.text import Text
 
 console = Console(stderr=True)  # standard output is for results
 
+_NO_LIMIT = 10_000  # columns
 _PLAIN_SECONDS = 10.0  # without a terminal a line is printed instead of a bar, at most this often
 
 
@@ -100,14 +101,19 @@ def reporter() -> Iterator[Reporter]:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on standard output, the first column left-aligned, the others right-aligned."""
+    """Print a table on standard output, the first column left-aligned, the others right-aligned.
+
+    No text is cut off: on a terminal a long one takes several lines, elsewhere the table is as wide as it must be.
+    """
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(name, justify="right" if i else "left", no_wrap=i == 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
     out = Console()
-    out.print(table, width=max(out.width, 100) if not out.is_terminal else None)
+    if not out.is_terminal:
+        out.width = _NO_LIMIT
+    out.print(table)
 
 
 def print_budgets(title: str, budgets: Sequence[Mapping[str, Any]]) -> None:
