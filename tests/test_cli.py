@@ -593,6 +593,10 @@ def test_every_command_has_help_with_an_example(capsys):
     [
         ({"float32": 2, "bfloat16": 27}, "2 × float32, 27 × bfloat16"),
         ({"prefill": "1.0 .. 2.0 ms"}, "prefill 1.0 .. 2.0 ms"),
+        (
+            {"a-cpu": {"prefill": "1 ms", "decode": "2 ms"}, "a-gpu": {}},
+            "a-cpu:\nprefill 1 ms\ndecode 2 ms\na-gpu:\n",
+        ),
         ([2.0616579e-06, 0.0], "2.1e-06, 0.0e+00"),
         ([384, 768], "384, 768"),
         ({}, "none"),

@@ -25,8 +25,8 @@ from flextron.documents import Text, read_documents, split_documents
 from flextron.documents.datasets import pinned
 from flextron.documents.reading import Part, read_part
 from flextron.tokens import plan, work
-from flextron.tokens.folder import TOKENS_FILE, ShardStream, TokenFolder
-from flextron.tokens.writing import PROGRESS, tokenize
+from flextron.tokens.folder import PROGRESS, TOKENS_FILE, ShardStream, TokenFolder, is_token_folder
+from flextron.tokens.writing import tokenize
 from flextron_lab.demo.tiny import train_tokenizer
 
 
@@ -265,14 +265,16 @@ def test_what_cannot_be_done_changes_nothing(home, tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match=says) as caught:
             written(home, target, sources, **options)
         assert "\n" not in str(caught.value)
-        assert not (target / TOKENS_FILE).exists() and not list(target.glob("*.bin"))
-        shutil.rmtree(out, ignore_errors=True)
+        assert not out.exists()
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
 
 
 def test_a_run_is_gone_on_with_only_as_it_began(home, tmp_path):
     with pytest.raises(Killed):
         written(home, tmp_path / "out", progress=killed_after(2))
+    assert is_token_folder(tmp_path / "out")  # and not one of text, whose .json files are documents
+    with pytest.raises(ValueError, match="got a folder of tokens that is not finished"):
+        TokenFolder(tmp_path / "out")
     with pytest.raises(ValueError, match="got other values of share; --restart"):
         written(home, tmp_path / "out", held_out=0.2)
     shutil.copytree(home / "text", tmp_path / "text")

@@ -84,7 +84,7 @@ def _parity(meta: dict[str, Any]) -> dict[str, Any]:
 def shown(value: Any) -> str:
     """A fact as a reader wants it: {"float32": 272} is 272 × float32, and a figure of a proof has two digits."""
     if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
-        return "; ".join(f"{name}: {shown(inner)}" for name, inner in value.items())
+        return "\n".join(f"{name}:\n{_lines(inner)}" for name, inner in value.items())
     if isinstance(value, dict):
         parts = [f"{n} × {name}" if isinstance(n, int) else f"{name} {n}" for name, n in value.items()]
         return ", ".join(parts) or "none"
@@ -93,3 +93,7 @@ def shown(value: Any) -> str:
     if value is None:
         return "not known"
     return f"{value:.1e}" if isinstance(value, float) else str(value)
+
+
+def _lines(facts: dict[str, Any]) -> str:
+    return "\n".join(f"{name} {value}" for name, value in facts.items())

@@ -64,7 +64,7 @@ def run(args: Namespace) -> dict[str, Any]:
     )
     say(
         args,
-        f"{args.directory}: {report.tokens} tokens of {report.documents} documents in {report.files} files, "
-        f"{report.held_out} of them held out{speed}",
+        f"{args.directory}: {report.tokens} tokens ({report.held_out} of them held out) of "
+        f"{report.documents} documents in {report.files} files{speed}",
     )
     return asdict(report)

@@ -27,6 +27,8 @@ from flextron.checkpoint.schema import build
 from flextron.data import separators
 
 TOKENS_FILE = "tokens.json"
+PROGRESS = ".progress"  # folder of what an unfinished run has done
+PLAN = "plan.json"  # in there
 FORMAT = 1
 DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 _OPEN_FILES = 64  # of a stream, at most
@@ -113,8 +115,9 @@ def identity_of(tokenizer: Any) -> TokenizerIdentity:
 
 
 def is_token_folder(path: Any) -> bool:
-    """Whether this names a folder of tokens."""
-    return isinstance(path, str | Path) and (Path(path) / TOKENS_FILE).is_file()
+    """Whether this names a folder of tokens, finished or not."""
+    marks = (TOKENS_FILE, f"{PROGRESS}/{PLAN}")
+    return isinstance(path, str | Path) and any((Path(path) / mark).is_file() for mark in marks)
 
 
 class TokenFolder:
@@ -130,9 +133,14 @@ class TokenFolder:
         """Open a folder.
 
         Raises:
-            CheckpointError: ``tokens.json`` is damaged, or a file is missing or has another size.
+            CheckpointError: it is not finished, ``tokens.json`` is damaged, or a file is missing or has another size.
         """
         self.path = Path(path)
+        if not (self.path / TOKENS_FILE).is_file() and is_token_folder(path):
+            raise CheckpointError(
+                f"{path}: must be whole, got a folder of tokens that is not finished; run the same "
+                "`flextron tokenize` again to go on"
+            )
         self.description = build(Description, read_json(self.path / TOKENS_FILE), self.path / TOKENS_FILE)
         d = self.description
         self.train = ShardStream(self.path, d.train, d.dtype)

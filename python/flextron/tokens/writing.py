@@ -20,13 +20,20 @@ from flextron.checkpoint.schema import build
 from flextron.documents.reading import read_part
 from flextron.documents.splitting import border_between, check_share, split_documents
 from flextron.sentences import listed
-from flextron.tokens.folder import FORMAT, TOKENS_FILE, Description, Shard, TokenFolder, identity_of
+from flextron.tokens.folder import (
+    FORMAT,
+    PLAN,
+    PROGRESS,
+    TOKENS_FILE,
+    Description,
+    Shard,
+    TokenFolder,
+    identity_of,
+)
 from flextron.tokens.plan import Plan, Source, plan_of
 from flextron.tokens.pool import Task, run
 from flextron.tokens.work import LONGEST, SIDES, Settings, ends_of, whole
 
-PROGRESS = ".progress"  # folder of what an unfinished run has done
-_PLAN = "plan.json"
 SHARD_TOKENS = 1 << 26  # tokens in a file: 128 MiB as uint16
 
 Progress = Callable[[str, int, int, str], Any]
@@ -170,7 +177,12 @@ class _Writing:
         if (self.out / TOKENS_FILE).is_file():
             return self._finished()
         self._take_up()
-        self._work()
+        try:
+            self._work()
+        except (ValueError, OSError):
+            if not self.records:  # nothing that a later call could go on from
+                self._clear()
+            raise
         if not all(self._shards(side) for side in SIDES):
             self._begin(**self._other_sides())
             self._work()
@@ -206,7 +218,7 @@ class _Writing:
 
     def _take_up(self) -> None:
         """Begin in a new or empty folder, or go on with what an earlier call has recorded."""
-        path = self.out / PROGRESS / _PLAN
+        path = self.out / PROGRESS / PLAN
         if not path.is_file():
             if names := sorted(p.name for p in self.out.iterdir() if p.name not in (LOCK_FILE, PROGRESS)):
                 raise CheckpointError(f"tokenize: {self.out} must be new or empty, got {listed(names)}")
@@ -229,7 +241,7 @@ class _Writing:
         self._clear()
         with whole(self.out / PROGRESS):
             (self.out / PROGRESS).mkdir()
-            write_json(self.out / PROGRESS / _PLAN, {**self.facts, "border": border, "cut": cut})
+            write_json(self.out / PROGRESS / PLAN, {**self.facts, "border": border, "cut": cut})
         self._set(border, cut)
 
     def _set(self, border: float, cut: bool) -> None:
