@@ -43,6 +43,16 @@ def test_a_dry_run_names_every_step_and_does_nothing(tmp_path):
     assert "model, " in models and "words" not in models and "model, " not in ops and "words" in ops
 
 
+def test_a_pattern_that_is_missing_or_matches_no_step_is_one_sentence():
+    for arguments, says in (
+        (["--only"], "have a pattern, got none"),
+        (["--only", "zzz"], "match a step of --dry-run, got zzz"),
+    ):
+        done = run(*arguments, "--dry-run")
+        assert (done.returncode, done.stderr) == (2, f"gpu_check: --only must {says}\n")
+    assert run("--only", "graph", "--dry-run").returncode == 0
+
+
 def test_whole_models_are_checked_and_timed_on_a_cpu_with_stand_ins(tmp_path):
     """The very code of a visit: a line for each check, and a row of figures for everyone who is there."""
     done = run("--cpu", OUT=str(tmp_path), PYTHON=sys.executable, OMP_NUM_THREADS="1")

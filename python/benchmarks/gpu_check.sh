@@ -272,7 +272,7 @@ while (($#)); do
   case $1 in
     --pack) pack "${2:-3.12}"; exit ;;
     --dry-run) dry=yes ;;
-    --only) only=${2:?"gpu_check: --only must have a pattern, got none"}; shift ;;
+    --only) only=${2:-}; [[ -n $only ]] || { echo "gpu_check: --only must have a pattern, got none" >&2; exit 2; }; shift ;;
     --models | --ops) parts=${1#--} ;;
     --cpu) target=cpu ;;
     *) echo "gpu_check: the argument must be --models, --ops, --only, --cpu, --dry-run, --pack or nothing, got $1" >&2; exit 2 ;;
@@ -280,7 +280,8 @@ while (($#)); do
   shift
 done
 [[ $target == cuda || $parts != ops ]] || { echo "gpu_check: --ops must have a GPU, got --cpu" >&2; exit 2; }
-[[ -z $dry ]] || { visit; exit; }
+[[ $(dry=yes; visit 2>/dev/null | grep -vcE '^(device|packages|library) ') != 0 ]] || { echo "gpu_check: --only must match a step of --dry-run, got $only" >&2; exit 2; }
+[[ -z $dry ]] || { visit; exit 0; }
 
 [[ $target == cpu ]] || command -v nvidia-smi >/dev/null || { echo "gpu_check: the machine must have a GPU, got no nvidia-smi" >&2; exit 2; }
 mkdir -p "$OUT"
