@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import time
-import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,14 +68,10 @@ def _check(args: Namespace, size: int) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Print nothing; what leaves as an error is not printed here either."""
-    from flextron import ui
-
-    quiet = ui.console.quiet
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ui.console.quiet = True
-        try:
-            yield
-        finally:
-            ui.console.quiet = quiet
+    """Print nothing; an error that leaves the ``with`` block is not printed in it."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -103,7 +102,7 @@ class Ending:
                 return  # the block ended
         time.sleep(_GRACE)
         if self._speaks(own=False):
-            os.write(sys.stderr.fileno(), f"flextron: {self._sentence(_Stopped())}\n".encode())
+            os.write(2, f"flextron: {self._sentence(_Stopped())}\n".encode())
         os._exit(2)
 
     def _speaks(self, own: bool) -> bool:
