@@ -79,6 +79,7 @@ class Ending:
             return
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
+        self._signalled = theirs  # open as long as the handler is set, after an error too
         handler = signal.signal(signal.SIGTERM, self._stop)
         waker = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(ours,), daemon=True).start()
