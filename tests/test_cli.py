@@ -618,4 +618,6 @@ def test_a_plan_on_paper_is_said_of_a_shape_and_of_a_checkpoint(elastic, capsys)
     assert "either SOURCE or --shape must be given, got both" in complaint(
         capsys, "scale", elastic, "--shape", "1b"
     )
-    assert "must be a directory or a hub id, got nowhere" in complaint(capsys, "scale", "nowhere")
+    assert "nowhere: must be a directory, or a hub id" in complaint(capsys, "scale", "nowhere")
+    assert "must hold a model, got no config.json" in complaint(capsys, "scale", elastic / "..")
+    assert "or a multiple of it, got 12" in complaint(capsys, "scale", "--shape", "1b", "--gpus", "8,12")

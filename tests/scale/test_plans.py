@@ -71,6 +71,8 @@ def test_a_plan_says_what_to_type():
         "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint node0:29500 --nproc-per-node 8 -m flextron train "
         "elastic/ --batch-size 32 --length 4096 --distillation 1 --checkpoint-activations --shard hybrid"
     )
+    cached = replace(STEP, teacher="cached")
+    assert plan(EIGHT, cached, 1, H100).command().endswith("--distillation 1 --teacher-logits 64")
 
 
 def test_the_page_is_what_is_computed():

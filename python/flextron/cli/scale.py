@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from flextron.cli import options as shared
@@ -42,6 +41,10 @@ def run(args: Namespace) -> dict[str, Any]:
 
     name, shape = _shape(args)
     step = StepConfig(**shared.given(args, *FIELDS))
+    if odd := [n for n in args.gpus if n > step.node and n % step.node]:
+        raise ValueError(
+            f"scale: --gpus must be at most --node, {step.node}, or a multiple of it, got {odd[0]}"
+        )
     device = next(d for d in DEVICES if d.name == args.gpu)
     plans = [first_that_fits(shape, step, ranks, device) for ranks in args.gpus]
     if not args.json:
@@ -58,13 +61,16 @@ def _shape(args: Namespace) -> tuple[str, Any]:
         )
     if args.shape is not None:
         return args.shape, SHAPES[args.shape]
-    if not Path(args.source).is_dir() and "/" not in args.source:
-        raise ValueError(f"scale: SOURCE must be a directory or a hub id, got {args.source}")
     from transformers import AutoConfig
 
+    from flextron.checkpoint import CONFIG_FILE
+    from flextron.checkpoint.hub import local
     from flextron.nn.families import elastic_config
 
-    return args.source, elastic_config(AutoConfig.from_pretrained(args.source))
+    folder = local(args.source, tokenizer_only=True)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"scale: {args.source} must hold a model, got no {CONFIG_FILE}")
+    return args.source, elastic_config(AutoConfig.from_pretrained(folder))
 
 
 def header(plans: list[Plan]) -> list[str]:

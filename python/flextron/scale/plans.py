@@ -38,6 +38,7 @@ class Plan:
         options = [f"--batch-size {step.rows * self.ranks}", f"--length {step.length}"]
         options += [f"--accumulation {step.accumulation}"] * (step.accumulation > 1)
         options += ["--distillation 1"] * (step.teacher != "none")
+        options += ["--teacher-logits 64"] * (step.teacher == "cached")
         options += ["--checkpoint-activations"] * step.checkpoint_activations
         options += [f"--shard {step.shard}"] * (step.shard != "none")
         return " ".join([started, "train", directory, *options])
