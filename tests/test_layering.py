@@ -66,7 +66,7 @@ PYTHON = {
     "flextron.nn": {"flextron.nn", "flextron.config", "flextron.sentences", "flextron_ext"},
     "flextron.artefacts": {
         *("flextron.artefacts", "flextron.nn", "flextron.checkpoint"),
-        *("flextron.config", "flextron.recipes", "flextron.sentences"),
+        *("flextron.config", "flextron.recipes", "flextron.sentences", "flextron.ranks"),
     },
     "flextron.inference": {"flextron.artefacts", "flextron.nn", "flextron.checkpoint", "flextron.config"},
     "flextron.corpus": {"flextron.tokens", "flextron.data", "flextron.config", "flextron.ranks"},

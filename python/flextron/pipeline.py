@@ -19,7 +19,7 @@ from flextron import ranks
 from flextron.artefacts import adaptive_router, static_router
 from flextron.artefacts.adaptive_router import AdaptiveResult
 from flextron.artefacts.directory import ElasticDirectory
-from flextron.artefacts.elastic_model import save_elastic
+from flextron.artefacts.elastic_model import Cut, save_elastic
 from flextron.artefacts.latency_files import Tables, by_phase, of_machine, save_tables
 from flextron.artefacts.latency_table import LatencyTable, Workload
 from flextron.artefacts.machine import machine_of
@@ -47,7 +47,7 @@ from flextron.routing.static import train_routers
 from flextron.training import TrainReport, resume
 from flextron.training import train as train_model
 from flextron.training.room import Room, room
-from flextron.training.sharding import gathered
+from flextron.training.sharding import cut_of, gathered
 from flextron.tuning import tune as tune_model
 
 TRAINING_FOLDER, TUNING_FOLDER = "training", "tuning"
@@ -189,8 +189,9 @@ def train(
     """
     with ElasticDirectory.open(directory) as checkpoint:
         memory = room("train", checkpoint.origin.elastic, config, device)
-        model = checkpoint.model(device=device)
-        teacher, keep_teacher = _teacher(checkpoint, TRAINING_FOLDER, config, restart, device)
+        cut = cut_of(checkpoint.origin.elastic, config, device)
+        model = checkpoint.model(device=device, cut=cut)
+        teacher, keep_teacher = _teacher(checkpoint, TRAINING_FOLDER, config, restart, device, cut)
         routers_of = {module: checkpoint.made_for(module.DESCRIPTION) for module in _ROUTERS}
     model.stored = storage("train", model, dtype)
     tokens = corpus(read_tokenizer(directory), data)
@@ -421,7 +422,8 @@ def tune(
     config = config or TuneConfig()
     with ElasticDirectory.open(directory) as checkpoint:
         memory = room("tune", checkpoint.origin.elastic, config, device)
-        model = checkpoint.equipped(device=device)
+        cut = cut_of(checkpoint.origin.elastic, config, device)
+        model = checkpoint.equipped(device=device, cut=cut)
         # routers made for other weights were left out with a warning: they are not asked for again
         static = checkpoint.static() if model.planner.ladder.origin == "router" else None
         own = checkpoint.adaptive() if model.adaptive is not None else None
@@ -431,7 +433,7 @@ def tune(
             raise ValueError(
                 f"tune: {directory} must have a router made for its weights, got none; run `{command}`"
             )
-        teacher, keep_teacher = _teacher(checkpoint, TUNING_FOLDER, config, restart, device)
+        teacher, keep_teacher = _teacher(checkpoint, TUNING_FOLDER, config, restart, device, cut)
     model.stored = storage("tune", model, dtype)
     planner = planner_of(model)
     tables, ladder = by_phase(planner.here), planner.ladder
@@ -505,12 +507,17 @@ def clean(directory: str | Path, *, unfinished: bool = False, dry_run: bool = Fa
 
 
 def _teacher(
-    checkpoint: ElasticDirectory, folder: str, config: TrainConfig, restart: bool, device: torch.device
+    checkpoint: ElasticDirectory,
+    folder: str,
+    config: TrainConfig,
+    restart: bool,
+    device: torch.device,
+    cut: Cut | None,
 ) -> tuple[Any, Callable[[], None] | None]:
     """(the teacher of a run in ``folder``, a call that keeps it there when the run begins), or None twice."""
     if not config.distillation:
         return None, None
-    teacher = checkpoint.model(device=device)
+    teacher = checkpoint.model(device=device, cut=cut)
     run = checkpoint.path / folder
     kept = sorted(run.glob(resume.TEACHER_FILES))
     if not restart and kept and resume.has_checkpoints(run):

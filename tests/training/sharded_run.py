@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,11 +23,15 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from flextron import ranks
+from flextron.artefacts.directory import ElasticDirectory
+from flextron.artefacts.elastic_model import make_elastic, save_elastic
 from flextron.checkpoint import save_tensors
+from flextron.checkpoint.weights import overwrite
 from flextron.data import windows
 from flextron.recipes import TrainConfig, TuneConfig
 from flextron.training import train
-from flextron.training.sharding import full
+from flextron.training.resume import fingerprint
+from flextron.training.sharding import cut_of, full
 from flextron.tuning import tune
 
 CONFIG = TrainConfig(
@@ -46,8 +50,8 @@ CONFIG = TrainConfig(
 # name -> (numbers of processes, what it changes of CONFIG)
 CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "replicas": ((2, 4), {"shard": "none"}),
-    "full": ((3,), {"shard": "full"}),
-    "hybrid": ((4,), {"shard": "hybrid"}),
+    "full": ((3,), {"shard": "full", "stored": True}),
+    "hybrid": ((4,), {"shard": "hybrid", "stored": True, "tie_word_embeddings": False}),
     "recomputed": ((2,), {"shard": "full", "clip": None, "batch_size": 4, "checkpoint_activations": True}),
     "tune-static": ((3,), {"shard": "full", "router": "static", "gates": "hard", "full_probability": 0.2}),
     "tune-adaptive": (
@@ -64,7 +68,7 @@ LONG = {
     "eval_every": 0,
     "checkpoint_every": 1,
 }
-Job = tuple[dict[str, Any], Path]  # what it changes, and the folder of the run
+Job = tuple[dict[str, Any] | None, Path]  # what it changes, and the folder of the run; None: `measure`
 SECONDS = 120
 CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -81,23 +85,83 @@ def run(changes: Mapping[str, Any], directory: Path) -> None:
     changes = dict(changes)
     if ranks.now().size == 1:
         changes.pop("shard", None)
-    kind = changes.pop("router", None)
+    kind, stored = changes.pop("router", None), changes.pop("stored", False)
+    shape = {name: changes.pop(name) for name in ("tie_word_embeddings",) if name in changes}
     config = (TuneConfig if kind else TrainConfig)(**asdict(CONFIG) | changes)
-    model = tiny_run.elastic().double()
+    model = _model(0, directory, config, stored, shape)
     options: dict[str, Any] = {"validation": windows(tiny_run.tokens(), 3, 12)}
     if config.distillation:
-        options["teacher"] = tiny_run.parent(1).double()
+        options["teacher"] = _model(1, directory, config, stored, shape)
+    begun = [fingerprint(m.state_dict()) for m in (model, options.get("teacher", model))]
     if kind:
         router = router_of(model, kind)
         report = tune(model, router, fraction, tiny_run.tokens(), config, directory, **options)
     else:
         report = train(model, tiny_run.tokens(), config, directory, **options)
-    found = {"losses": report.losses, "evaluations": [r["sub_networks"] for r in report.evaluations]}
+    found: dict[str, Any] = {"losses": report.losses, "begun": begun}
+    found["evaluations"] = [r["sub_networks"] for r in report.evaluations]
     (directory / f"rank-{ranks.now().rank}.json").write_text(json.dumps(found))
     weights = {name: full(p) for name, p in model.state_dict().items()}
     weights |= {f"router.{k}": v for k, v in router.state_dict().items()} if kind else {}
     if ranks.is_first():
         save_tensors(directory / "weights.safetensors", weights)
+
+
+def _model(seed: int, directory: Path, config: TrainConfig, stored: bool, shape: Mapping[str, Any]) -> Any:
+    """A model in float64; several processes read a stored one, each its part."""
+    model = tiny_run.elastic(seed=seed, **shape).double()
+    if not stored or ranks.now().size == 1:
+        return model
+    place = directory / f"stored-{seed}"
+    other = tiny_run.elastic(seed=2, **shape).double()
+
+    def store() -> None:
+        save_elastic(model, place, shard_bytes=20_000)  # in many files
+        save_elastic(other, directory / "other")
+
+    ranks.first(store)
+    if not seed:
+        return _read(place, config)
+    # another model, and over it the one that is stored: what becomes of a teacher in a resumed run
+    model = _read(directory / "other", config)
+    overwrite(dict(model.named_parameters()), sorted(place.glob("*.safetensors")))
+    return model
+
+
+def _read(place: Path, config: TrainConfig, dtype: str = "float64") -> Any:
+    with ElasticDirectory.open(place) as checkpoint:
+        cut = cut_of(checkpoint.origin.elastic, config, ranks.now().device)
+        return checkpoint.model(dtype, cut=cut)
+
+
+def store_large(directory: Path) -> None:
+    """A model of 36 million parameters in bfloat16, for `measure`, and a small one."""
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 10, "vocab_size": 8192}
+    shape |= {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+    with torch.random.fork_rng(devices=[]):
+        save_elastic(make_elastic(tiny_run.parent(**shape).bfloat16()), directory / "large")
+    save_elastic(tiny_run.elastic(), directory / "small")
+
+
+def measure(directory: Path) -> None:
+    """Write how much the memory of this process grew at most while it read its part of a model and knew it by it."""
+    config = replace(CONFIG, shard="full")
+    fingerprint(_read(directory / "small", config, "float32").state_dict())  # what grows only once
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
+    before = _memory("VmRSS")
+    model = _read(directory / "large", config, "float32")
+    fingerprint(model.state_dict())
+    found = {"grown": _memory("VmHWM") - before, "part": sum(p.to_local().nbytes for p in model.parameters())}
+    found |= {
+        "whole": sum(p.nbytes for p in model.parameters()),
+        "layer": sum(p.nbytes for p in model.model.layers[0].parameters()),
+    }
+    (directory / f"rank-{ranks.now().rank}.json").write_text(json.dumps(found))
+
+
+def _memory(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def start(size: int, jobs: Sequence[Job]) -> None:
@@ -124,4 +188,5 @@ def _process(environment: Mapping[str, Any], jobs: Sequence[Job]) -> None:
     torch.set_num_threads(1)
     with ranks.joined("train"):
         for job in jobs:
-            run(*job)
+            changes, directory = job
+            measure(directory) if changes is None else run(changes, directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from flextron.training import WidthSampler
 
 HERE = [(case, size) for case, (sizes, _) in sharded_run.CASES.items() for size in sizes]
 LONG = sharded_run.LONG
+CAN_MEASURE = os.path.exists("/proc/self/clear_refs")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,9 @@ def root(tmp_path_factory):
             jobs += [({**LONG, "steps": 2, "widths_per_rank": True, "shard": "none"}, root / "wide")]
         if size == 3:
             jobs += [({**LONG, "steps": 3}, root / "moved")]
+            if CAN_MEASURE:
+                sharded_run.store_large(root / "loading")
+                jobs.insert(0, (None, root / "loading"))
         sharded_run.start(size, jobs)
     for case, (_, changes) in sharded_run.CASES.items():
         sharded_run.run(changes, root / f"{case}-1")
@@ -66,6 +71,7 @@ def assert_same(one: Path, many: Path, processes: int, **close: float) -> None:
     for a, b in zip(told(one)["evaluations"], told(many)["evaluations"], strict=True):
         assert [row["loss"] for row in a] == pytest.approx([row["loss"] for row in b], **close)
     assert all(told(many, rank) == told(many) for rank in range(processes))
+    assert told(one)["begun"] == told(many)["begun"]
 
 
 @pytest.mark.parametrize(("case", "size"), HERE)
@@ -73,6 +79,16 @@ def test_loss_gradient_and_weights_are_those_of_one_process(root, case, size):
     # routers compute in float32
     close = {"rel": 1e-5, "abs": 1e-5} if case.startswith("tune") else {"rel": 1e-9, "abs": 1e-10}
     assert_same(root / f"{case}-1", root / f"{case}-{size}", size, **close)
+
+
+@pytest.mark.skipif(not CAN_MEASURE, reason="the peak is read from Linux's /proc")
+@pytest.mark.parametrize("rank", range(3))
+def test_a_process_reads_no_more_than_its_part_of_a_model(root, rank):
+    found = told(root / "loading", rank)
+    print(found)
+    assert 45e6 < found["part"] < 0.34 * found["whole"]
+    mapped = 1 << 24  # of the files, at once
+    assert found["grown"] < found["part"] + found["layer"] + mapped < 0.6 * found["whole"]
 
 
 def test_a_stopped_run_goes_on_bit_for_bit_on_as_many_processes(root):

@@ -13,7 +13,7 @@ import torch
 
 from flextron.artefacts import adaptive_router, static_router
 from flextron.artefacts.adaptive_router import AdaptiveResult, costs_of
-from flextron.artefacts.elastic_model import read_meta, read_model
+from flextron.artefacts.elastic_model import Cut, read_meta, read_model
 from flextron.artefacts.ladder import uniform_ladder
 from flextron.artefacts.latency_files import Tables, by_phase, kept_tables, load_tables, machines
 from flextron.artefacts.machine import Machine, machine_of, name_of
@@ -64,9 +64,14 @@ class ElasticDirectory:
         """The latency tables, of all machines."""
         return load_tables(self._files, self.origin.elastic)
 
-    def model(self, dtype: Dtype | None = torch.float32, device: torch.device = CPU) -> Elastic:
-        """The elastic model alone, at full width and in eval mode; see `flextron.nn.placement.memory_dtype`."""
-        return read_model(self._files, self.origin.elastic, dtype, self.meta["checksums"], device)
+    def model(
+        self, dtype: Dtype | None = torch.float32, device: torch.device = CPU, cut: Cut | None = None
+    ) -> Elastic:
+        """The elastic model alone, at full width and in eval mode; see `flextron.nn.placement.memory_dtype`.
+
+        ``cut`` shards it; see `read_model`.
+        """
+        return read_model(self._files, self.origin.elastic, dtype, self.meta["checksums"], device, cut)
 
     def kept_tables(self, machine: Machine) -> Tables:
         """What is stored again beside new tables of ``machine``; see `flextron.artefacts.latency_files.kept_tables`."""
@@ -97,12 +102,14 @@ class ElasticDirectory:
         except CheckpointError:
             return None
 
-    def equipped(self, dtype: Dtype | None = torch.float32, device: torch.device = CPU) -> Elastic:
+    def equipped(
+        self, dtype: Dtype | None = torch.float32, device: torch.device = CPU, cut: Cut | None = None
+    ) -> Elastic:
         """The model with its planner and, where one was trained, its adaptive router.
 
         Warns where this machine was not profiled, or was another then, and where the router is for other tables.
         """
-        model = self.model(dtype, device)
+        model = self.model(dtype, device, cut)
         here = machine_of(model)
         model.planner = self.planner(here)
         if (result := self.adaptive()) is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from flextron import nn
+from flextron import nn, ranks
 from flextron.checkpoint import (
     CONFIG_FILE,
     ELASTIC_FILE,
@@ -32,12 +32,19 @@ from flextron.checkpoint.hf import read_config, read_generation_config, write_to
 from flextron.checkpoint.origin import weights_of
 from flextron.checkpoint.room import names_in
 from flextron.checkpoint.schema import build, checksums_of
-from flextron.checkpoint.weights import load_weights, save_weights, verify_beside, weight_files, weight_shapes
+from flextron.checkpoint.weights import (
+    load_weights,
+    save_weights,
+    verify_beside,
+    weight_files,
+    weight_names,
+    weight_shapes,
+)
 from flextron.config import ElasticConfig
 from flextron.nn import check_plain, elastic_config
 from flextron.nn.placement import CPU, memory_dtype
 from flextron.nn.protocol import Elastic
-from flextron.nn.skeleton import fill, parameter_shapes, say_tied, skeleton
+from flextron.nn.skeleton import fill, give_memory, say_tied, skeleton
 from flextron.nn.stock import read_back
 from flextron.nn.storage import Dtype, common, counted, rounded, storage
 
@@ -47,6 +54,7 @@ _SHOWN: dict[str, Any] = {
     "rounding": dict[str, float] | None,
     "sub_networks": tuple[dict[str, Any], ...] | None,
 }
+Cut = Callable[[Elastic], object]  # shards a model in place
 _OWN_KEYS = ("format", "elastic", "dtypes", "checksums", "versions")
 
 
@@ -162,21 +170,37 @@ def read_model(
     dtype: Dtype | None,
     checksums: Mapping[str, str] | None = None,
     device: torch.device = CPU,
+    cut: Cut | None = None,
 ) -> Elastic:
     """The elastic model of a directory, once its ``flextron.json`` is read or where it is still to be written.
 
     Its ``stored`` has the dtype of each parameter in the file, by name.
+
+    ``cut`` shards the model in place, before it has memory: each process then has, and reads, its part of each tensor.
+    All processes call this with it, and each verifies its part of the files.
     """
     with opened(directory) as files:
         config = _read_config(files, elastic)
         config.dtype = dtype = memory_dtype("load", dtype, config.dtype, device)
-        model = skeleton(config)
-        tensors, stored = load_weights(files, parameter_shapes(model), checksums, dtype, device)
-        fill(model, tensors).to(device)  # the rest of it: a few buffers
+        model = make_elastic(skeleton(config), elastic)
+        if cut is not None:
+            cut(model)
+            give_memory(model, device)
+            _verify_together(files, checksums)
+            checksums = None
+        parameters = dict(model.named_parameters())
+        tensors, model.stored = load_weights(files, parameters, checksums, dtype, device)
+        if cut is None:
+            fill(model, tensors).model.rotary_emb.to(device)  # its buffers are the only ones
         model.generation_config = read_generation_config(files) or model.generation_config
         model.name_or_path = str(files.directory)
-    model.stored = stored
-    return make_elastic(model, elastic)
+    return model
+
+
+def _verify_together(files: Files, checksums: Mapping[str, str] | None) -> None:
+    known = checksums or {}
+    names = [name for name in weight_names(files) if name in known]
+    ranks.divided(names, lambda name: files.verify({name: known[name]}), CheckpointError)
 
 
 def _stock_config(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedConfig:

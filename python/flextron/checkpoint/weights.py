@@ -15,6 +15,7 @@ from typing import BinaryIO
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from flextron.checkpoint.files import Files, opened
 from flextron.checkpoint.format import INDEX_FILE, WEIGHTS_FILE, CheckpointError
@@ -107,7 +108,7 @@ def verify_beside(files: Files, checksums: Mapping[str, str]) -> None:
 
 def load_weights(
     directory: str | Path | Files,
-    expected: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...] | Tensor],
     checksums: Mapping[str, str] | None,
     dtype: torch.dtype,
     device: torch.device,
@@ -116,7 +117,8 @@ def load_weights(
 
     Args:
         directory: the model's.
-        expected: name -> shape. The names must agree exactly.
+        expected: name -> shape. The names must agree exactly. Or name -> tensor of that shape: what is read is copied
+            into a sharded one, and only this process's part of it is read.
         checksums: name -> sha256 of files, which have passed `verify_beside`; None: they are not checked.
         dtype: what the tensors have in memory; what is stored is converted on the device.
         device: where they go.
@@ -141,13 +143,16 @@ def load_weights(
         for file in names:
             for name, tensor in streamed(files / file, files.handle(file)):
                 stored[name] = tensor.dtype
-                tensors[name] = _placed(tensor, dtype, device)
+                tensors[name] = _placed(tensor, expected[name], dtype, device)
     return tensors, stored
 
 
 @torch.no_grad()
 def overwrite(parameters: Mapping[str, Tensor], paths: Iterable[Path]) -> None:
-    """Copy over a model's parameters the tensors in these files, which must be all of them."""
+    """Copy over a model's parameters the tensors in these files, which must be all of them.
+
+    Of a sharded parameter's tensor, only this process's part is read.
+    """
     paths, shapes = list(paths), dict[str, tuple[int, ...]]()
     with contextlib.ExitStack() as stack:
         handles = [stack.enter_context(existing(path).open("rb")) for path in paths]
@@ -156,7 +161,11 @@ def overwrite(parameters: Mapping[str, Tensor], paths: Iterable[Path]) -> None:
         check_tensors(paths[0], shapes, parameters)
         for path, handle in zip(paths, handles, strict=True):
             for name, tensor in streamed(path, handle):
-                parameters[name].copy_(tensor)
+                own = parameters[name]
+                if isinstance(own, DTensor):
+                    _copy_part(tensor, own)
+                else:
+                    own.copy_(tensor)
 
 
 def streamed(path: Path, file: BinaryIO) -> Iterator[tuple[str, Tensor]]:
@@ -179,10 +188,25 @@ def streamed(path: Path, file: BinaryIO) -> Iterator[tuple[str, Tensor]]:
                     del tensor
 
 
-def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _placed(
+    tensor: Tensor, like: tuple[int, ...] | Tensor, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if isinstance(like, DTensor):
+        _copy_part(tensor, like)
+        return like
     if device.type == "cpu":
         return tensor.to(dtype, copy=True)
     return tensor.to(device).to(dtype)  # in two steps: in one torch converts on the host
+
+
+@torch.no_grad()
+def _copy_part(tensor: Tensor, target: DTensor) -> None:
+    """Copy this process's part of a tensor into a sharded one; no other part is read from a mapping."""
+    (chunk,) = target.__create_chunk_list__()
+    for dim, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    own = target.to_local()
+    own.copy_(tensor.to(own.device))  # in two steps, as in `_placed`
 
 
 def _weight_map(files: Files) -> dict[str, str]:

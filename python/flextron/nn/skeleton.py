@@ -19,6 +19,13 @@ def skeleton(hf_config: PreTrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
+def give_memory(model: PreTrainedModel, device: torch.device) -> None:
+    """Give a `skeleton` whose parameters are sharded memory on a device; their values are still to be copied there."""
+    model.to_empty(device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    model.tie_weights()
+
+
 def say_tied(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Record in a configuration whether a model's embeddings are tied; transformers does not tie two that differ."""
     config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -171,6 +171,18 @@ def first(work: Callable[[], T]) -> T:
         raise
     _text(json.dumps({"refused": None, "found": found}))
     return found
+
+
+def divided(items: Sequence[T], check: Callable[[T], object], kind: type[ValueError] = ValueError) -> None:
+    """Check items, each on one rank; an error of ``kind`` is one of all ranks. All ranks have the same items."""
+    fault = ""
+    try:
+        for item in items[_now.rank :: _now.size]:
+            check(item)
+    except kind as error:
+        fault = str(error)
+    if faults := [text for text in every(fault) if text]:
+        raise kind(faults[0])
 
 
 def total(tensor: Tensor) -> Tensor:

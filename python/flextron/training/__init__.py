@@ -1,7 +1,8 @@
 """Elastic continued training: sampler, loop, checkpoints of a run."""
 
-from flextron.training.loop import TrainReport, bf16_is_fast, learning_rate, train
+from flextron.training.loop import TrainReport, learning_rate, train
 from flextron.training.sampler import WidthSampler, homogeneous
+from flextron.training.sharding import bf16_is_fast
 
 __all__ = [
     "TrainReport",

@@ -34,7 +34,7 @@ from flextron.training.resume import (
     training_tensors,
 )
 from flextron.training.sampler import WidthSampler, homogeneous
-from flextron.training.sharding import Spread, full
+from flextron.training.sharding import Spread, computes_in_bf16, full
 from flextron.training.teacher import TeacherLogits, Told
 
 # Fields that change what a run reports, when it saves and what memory it takes, but no weight; they may differ in a
@@ -79,15 +79,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     progress = (step - warm) / (config.steps - warm)
     cosine = (1 + math.cos(math.pi * progress)) / 2
     return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
-
-
-def bf16_is_fast(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
 
 
 def train(
@@ -176,7 +167,7 @@ class Run:
     ) -> None:
         self.model, self.config, self.teacher, self.validation = model, config, teacher, validation
         self.device = next(model.parameters()).device
-        self.bf16 = bf16_is_fast(self.device) if config.bf16 is None else config.bf16
+        self.bf16 = computes_in_bf16(config, self.device)
         self.names = [name for name, _ in _trained(model)]
         self.batches = Batches(tokens, config.batch_size, config.length, config.seed, part=ranks.now()[:2])
         self.sampler = WidthSampler(model.elastic, config.full_probability, config.seed, config.only)

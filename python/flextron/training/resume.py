@@ -30,7 +30,7 @@ from flextron.checkpoint.schema import build
 from flextron.nn.protocol import Elastic
 from flextron.recipes import TrainConfig
 from flextron.training import teacher, tensorboard
-from flextron.training.sharding import full
+from flextron.training.sharding import sampled
 from flextron.training.storing import Writer, check_files, names_in, read
 
 RUN_FILE = "run.json"
@@ -352,11 +352,11 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def fingerprints(tensors: Mapping[str, Tensor], roundings: Iterable[Mapping[str, torch.dtype]]) -> list[str]:
     """For each of ``roundings``, the `fingerprint` of the tensors after they were stored in these dtypes and read back.
 
-    All processes call this, for sharded tensors are made whole one by one.
+    All processes call this, for each has its part of sharded tensors.
     """
     digests = [(hashlib.sha256(), dtypes) for dtypes in roundings]
     for name, value in tensors.items():
-        sample = full(value.detach()).flatten()[:: max(1, value.numel() // 1024)].cpu().contiguous()
+        sample = sampled(value, max(1, value.numel() // 1024)).contiguous()
         for digest, dtypes in digests:
             rounded = sample.to(dtypes.get(name, value.dtype)).to(value.dtype)
             digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())

@@ -13,8 +13,7 @@ from flextron import ranks
 from flextron.config import ElasticConfig
 from flextron.recipes import StepConfig, TrainConfig
 from flextron.scale.memory import USABLE, Memory, estimate
-from flextron.training.loop import bf16_is_fast
-from flextron.training.sharding import chosen, memory_of, step_of
+from flextron.training.sharding import chosen, computes_in_bf16, memory_of, step_of
 
 _ERROR = 0.9  # the estimate may be a tenth too high: what is refused does not fit even then
 
@@ -47,7 +46,7 @@ def room(who: str, shape: ElasticConfig, config: TrainConfig, device: torch.devi
         ValueError: it cannot fit; the sentence says what to change.
     """
     size = ranks.now().size
-    bf16 = bf16_is_fast(device) if config.bf16 is None else config.bf16
+    bf16 = computes_in_bf16(config, device)
     step = step_of(config, bf16, chosen(shape, config, bf16, device))
     found = Room(estimate(shape, step, size), memory_of(device), str(device))
     if _ERROR * found.memory.total > found.has:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from flextron import ranks
+from flextron.artefacts.elastic_model import Cut
 from flextron.config import ElasticConfig, Widths
 from flextron.judge.loss import evaluate
 from flextron.nn.protocol import Elastic
 from flextron.nn.storage import storage
 from flextron.recipes import StepConfig, TrainConfig
 from flextron.scale.memory import USABLE, estimate
+
+_SHARDS = "shards"  # the dimension of a mesh along which weights are sharded
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Spread:
@@ -48,9 +53,9 @@ class Spread:
         self.forward: Any = model
         self.shard = chosen(model.elastic, config, bf16, model.device)
         if self.shard != "none":
-            mesh = mesh_of(self.ranks, self.shard)
-            for module in (model, teacher):
-                if module is not None:
+            if whole := [m for m in (model, teacher) if m is not None and not is_sharded(m)]:
+                mesh = mesh_of(self.ranks, self.shard)
+                for module in whole:
                     cut(module, mesh, bf16)
             step = step_of(config, bf16, self.shard)
             whole_gradient = 4 * sum(p.numel() for p in model.parameters())
@@ -123,6 +128,52 @@ class Spread:
             gradient.copy_(found.view_as(gradient))
 
 
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def computes_in_bf16(config: TrainConfig, device: torch.device) -> bool:
+    """Whether a run autocasts to bfloat16."""
+    return bf16_is_fast(device) if config.bf16 is None else config.bf16
+
+
+def cut_of(shape: ElasticConfig, config: TrainConfig, device: torch.device) -> Cut | None:
+    """What shards the models of a run while they are read; None: each process has them whole. All ranks call this."""
+    bf16 = computes_in_bf16(config, device)
+    shard = chosen(shape, config, bf16, device)
+    return None if shard == "none" else partial(cut, mesh=mesh_of(ranks.now(), shard), bf16=bf16)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process has a part of a model's parameters."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def sampled(tensor: Tensor, step: int) -> Tensor:
+    """Every ``step``-th value of a tensor, flat, in the host's memory.
+
+    Where it is sharded by rows, all processes call this, and only these values are exchanged.
+    """
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor.flatten()[::step].cpu()
+    own, (chunk,) = tensor.to_local(), tensor.__create_chunk_list__()
+    first = chunk.offsets[0] * (tensor.numel() // tensor.shape[0])  # of the values here, among all of them
+    own = own.flatten()[-first % step :: step]
+    # as integers, whose sum has the bits of the one that is not zero
+    bits = own.view(_BITS[tensor.itemsize]).long()
+    found = bits.new_zeros(-(-tensor.numel() // step))
+    place = -(-first // step)
+    found[place : place + len(bits)] = bits
+    dist.all_reduce(found, group=tensor.device_mesh.get_group(_SHARDS))
+    return found.to(_BITS[tensor.itemsize]).view(tensor.dtype).cpu()
+
+
 def full(tensor: Tensor) -> Tensor:
     """A tensor whole, where this process has a part of it; all processes call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -133,7 +184,7 @@ def gathered(model: Elastic) -> dict[str, Tensor] | None:
 
     All ranks call this. One tensor at a time is whole on a device.
     """
-    if not any(isinstance(p, DTensor) for p in model.parameters()):
+    if not is_sharded(model):
         return None
     dtypes, found = storage("save", model), {}
     for name, p in model.named_parameters():
@@ -187,9 +238,9 @@ def chosen(shape: ElasticConfig, config: TrainConfig, bf16: bool, device: torch.
 def mesh_of(me: ranks.Ranks, shard: str) -> DeviceMesh:
     """One dimension, along which weights are sharded; with ``hybrid`` nodes come first, which all have all weights."""
     if shard == "full":
-        return init_device_mesh(me.device.type, (me.size,), mesh_dim_names=("shards",))
+        return init_device_mesh(me.device.type, (me.size,), mesh_dim_names=(_SHARDS,))
     node = _on_this_node()
-    return init_device_mesh(me.device.type, (me.size // node, node), mesh_dim_names=("nodes", "shards"))
+    return init_device_mesh(me.device.type, (me.size // node, node), mesh_dim_names=("nodes", _SHARDS))
 
 
 def cut(model: Any, mesh: DeviceMesh, bf16: bool) -> None:

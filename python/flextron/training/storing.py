@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flextron import ranks
 from flextron.checkpoint import CheckpointError, checksum_of, load_tensors, read_json, write_json
+from flextron.checkpoint.io import check_checksum
 from flextron.sentences import first_line, listed
 
 _FILE = 2 << 30  # bytes of a file: DCP holds one in memory while it writes
@@ -106,16 +107,12 @@ def check_files(folder: Path, checksums: Mapping[str, str]) -> None:
     there = sorted(path.name for path in folder.glob("*.safetensors"))
     if there != sorted(checksums):
         raise CheckpointError(f"{folder}: must hold the files that were saved, got {listed(there) or 'none'}")
-    me, fault = ranks.now(), ""
-    for name in there[me.rank :: me.size]:
-        found = checksum_of(folder / name)
-        if found != checksums[name]:
-            fault = (
-                f"{folder / name}: sha256 must be {str(checksums[name])[:16]}... as recorded when it was saved, got "
-                f"{found[:16]}...; the file was damaged or replaced"
-            )
-    if faults := [text for text in ranks.every(fault) if text]:
-        raise CheckpointError(faults[0])
+
+    def check(name: str) -> None:
+        with (folder / name).open("rb") as file:
+            check_checksum(folder / name, file, checksums[name])
+
+    ranks.divided(there, check, CheckpointError)
 
 
 def names_in(place: Path) -> set[str]:
