@@ -36,6 +36,31 @@ def test_eval_weighs_the_parts_of_all_processes(processes, made):
             assert a[name] == b[name]
 
 
+def test_train_reads_stores_and_resumes_shards_as_one_process_does_whole_models(processes, made, tmp_path):
+    """The teacher of the run that goes on is not the checkpoint any more."""
+    found = []
+    for size in (2, 1):
+        folder = shutil.copytree(made / "elastic", tmp_path / str(size))
+        for steps in (2, 4):
+            argv = ["train", folder, "--data", made / "text.jsonl", "--length", 16, "--batch-size", 4]
+            argv += ["--distillation", 0.5, "--checkpoint-every", 1, "--steps", steps, "--device", "cpu"]
+            ended = processes.run(size, [*argv, *(["--shard", "full"] if size > 1 else [])])
+            assert [e.rc for e in ended] == [0] * size, [e.err for e in ended]
+        found.append(
+            (load_file(folder / "model.safetensors"), json.loads((folder / "training/run.json").read_text()))
+        )
+    (ours, run), (theirs, alone) = found
+    assert run["weights"] == alone["weights"] and run["teacher"]["weights"] == alone["teacher"]["weights"]
+    for name in theirs:
+        assert torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5), name
+    file = tmp_path / "2" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    ended = processes.run(2, ["train", tmp_path / "2", "--shard", "full", "--device", "cpu"])
+    assert [e.rc for e in ended] == [2, 2]
+    said = "".join(e.out + e.err for e in ended)
+    assert "model.safetensors: sha256 must be" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("form", ["gumbel", "surrogate"])
 def test_route_adds_up_the_gradients_of_all_processes(processes, made, tmp_path, form):
     found = []

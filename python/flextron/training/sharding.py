@@ -149,7 +149,7 @@ def cut_of(shape: ElasticConfig, config: TrainConfig, device: torch.device) -> C
     return None if shard == "none" else partial(cut, mesh=mesh_of(ranks.now(), shard), bf16=bf16)
 
 
-def is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module | Elastic) -> bool:
     """Whether each process has a part of a model's parameters."""
     return any(isinstance(p, DTensor) for p in model.parameters())
 
