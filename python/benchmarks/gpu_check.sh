@@ -205,6 +205,11 @@ models() {
   "$PYTHON" python/benchmarks/check_model.py --device "$target" "$@"
 }
 
+# What the suite asks of captured steps where there is a GPU.
+replays() {
+  "$PYTHON" -m pytest -p no:cacheprovider tests/nn/test_graph.py tests/nn/test_decode_step.py -k "cuda or on_a_gpu"
+}
+
 # generation MODEL ARGUMENTS...: tokens per second beside the others, and a line of the CSV file for each.
 generation() {
   "$PYTHON" python/benchmarks/bench_model.py --device "$target" --model "$1" --csv "$OUT/models.csv" --no-wait "${@:2}"
@@ -219,6 +224,7 @@ draw() {
 
 whole_models() {
   step "model, graph" 80 models tokens budgets
+  step "model, replays" 60 replays
   step "model, training" 60 models step memory reads
   step "model, latency" 50 models table
   local name
