@@ -150,9 +150,10 @@ def measure(directory: Path) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
     before = _memory("VmRSS")
     model = _read(directory / "large", config, "float32")
-    fingerprint(model.state_dict())
-    found = {"grown": _memory("VmHWM") - before, "part": sum(p.to_local().nbytes for p in model.parameters())}
+    known = fingerprint(model.state_dict())
+    found: dict[str, Any] = {"known": known, "grown": _memory("VmHWM") - before}
     found |= {
+        "part": sum(p.to_local().nbytes for p in model.parameters()),
         "whole": sum(p.nbytes for p in model.parameters()),
         "layer": sum(p.nbytes for p in model.model.layers[0].parameters()),
     }

@@ -12,8 +12,10 @@ import sharded_run
 import tiny_run
 import torch
 
+from flextron.artefacts.directory import load_elastic
 from flextron.checkpoint import load_tensors
 from flextron.training import WidthSampler
+from flextron.training.resume import fingerprint
 
 HERE = [(case, size) for case, (sizes, _) in sharded_run.CASES.items() for size in sizes]
 LONG = sharded_run.LONG
@@ -87,6 +89,8 @@ def test_a_process_reads_no_more_than_its_part_of_a_model(root, rank):
     found = told(root / "loading", rank)
     print(found)
     assert 45e6 < found["part"] < 0.34 * found["whole"]
+    # which has more values than a fingerprint looks at
+    assert found["known"] == fingerprint(load_elastic(root / "loading" / "large")[0].state_dict())
     mapped = 1 << 24  # of the files, at once
     assert found["grown"] < found["part"] + found["layer"] + mapped < 0.6 * found["whole"]
 
