@@ -285,7 +285,7 @@ def test_weights_that_changed_are_refused(damaged: Path) -> None:
     torch.save({}, path)
     assert "pickled" in refused(damaged)
     path.unlink()
-    assert "nothing there" in refused(damaged)
+    assert "must hold its weights as model.safetensors or in shards" in refused(damaged)
     path.write_bytes(data)
     load_elastic(damaged)
 

@@ -26,13 +26,14 @@ _MEMORY = 8 << 30  # bytes of address space: what a forged size asks for is refu
 def resume(directory: str) -> str:
     """What a run reads before it goes on, but the weights of the model that it belongs to."""
     from flextron.training.resume import Checkpoints, read_metrics
+    from flextron.training.storing import names_in
     from flextron_lab.report.checkpoint import _training
 
     run = json.loads((Path(directory) / "run.pristine").read_text())
     weights = run.pop("weights")
     saved = Checkpoints(Path(directory), run, weights, {}).latest()
     records = read_metrics(Path(directory) / "metrics.jsonl")
-    return f"{saved.step} {len(saved.tensors)} {saved.position} {records} {len(_training(Path(directory)))}"
+    return f"{saved.step} {len(names_in(saved.place))} {saved.position} {records} {len(_training(Path(directory)))}"
 
 
 def plain(directory: str) -> str:

@@ -64,7 +64,8 @@ def train(directory: Path, steps: int, **options: Any) -> Any:
 
 
 def masters(directory: Path, step: int) -> dict[str, torch.Tensor]:
-    tensors = load_tensors(directory / "training" / f"step-{step:08d}.safetensors")
+    files = (directory / "training" / f"step-{step:08d}").glob("*.safetensors")
+    tensors = {name: value for file in files for name, value in load_tensors(file).items()}
     return {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
 
 
@@ -151,7 +152,9 @@ def test_what_tuning_reads_off_a_router_is_of_the_weights_as_stored(
         said.append(loss(elastic.full()))
         return found
 
-    there = SimpleNamespace(equipped=lambda **_: model, static=lambda: found)
+    there = SimpleNamespace(
+        origin=SimpleNamespace(elastic=model.elastic), equipped=lambda **_: model, static=lambda: found
+    )
     monkeypatch.setattr(pipeline, "ElasticDirectory", SimpleNamespace(open=lambda _: nullcontext(there)))
     monkeypatch.setattr(pipeline, "tune_model", moved)
     monkeypatch.setattr(pipeline.static_routing, "refreshed", refreshed)
