@@ -16,6 +16,7 @@ from flextron_ext import build_info  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(2)  # side by side; two, so that work is shared as it is elsewhere
+    os.environ["OMP_NUM_THREADS"] = "2"  # of the processes that tests start, too: they are one machine
 SEED = int(os.environ.get("FLEXTRON_EMULATE_SEED", "0"))
 ORDER = os.environ.get("FLEXTRON_EMULATE_ORDER", "random" if SEED else "forward")
 

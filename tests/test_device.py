@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,12 +134,14 @@ def test_a_stage_gives_its_device_to_what_it_loads(gpus, tmp_path, monkeypatch):
     class Stop(Exception):
         pass
 
-    def model(self, dtype=torch.float32, device=None):
+    def model(self, dtype=torch.float32, device=None, cut=None):
         asked.append((dtype, device))
         raise Stop
 
     monkeypatch.setattr(pipeline.ElasticDirectory, "model", model)
-    monkeypatch.setattr(pipeline.ElasticDirectory, "meta", {}, raising=False)
+    monkeypatch.setattr(pipeline.ElasticDirectory, "origin", SimpleNamespace(elastic=None), raising=False)
+    for name in ("room", "cut_of"):  # they are about the model's shape
+        monkeypatch.setattr(pipeline, name, lambda *_: None)
     gpu = torch.device("cuda", 1)
     for stage, given, dtype in (
         (pipeline.train, (pipeline.TrainConfig(),), torch.float32),

@@ -13,6 +13,7 @@ import torch
 from nn.models import small_model
 from nn.test_elastic_model import elastic, tokens
 from nn.test_setting import planned
+from transformers import BatchEncoding
 
 import flextron
 from flextron.artefacts.ladder import uniform_ladder
@@ -44,7 +45,7 @@ class Spelled:
     pad_token_id = 0
 
     def __call__(self, prompt: str, **_: Any) -> Any:
-        return {"input_ids": tokens(1, 4)}
+        return BatchEncoding({"input_ids": tokens(1, 4)})
 
     def decode(self, ids: Any, **_: Any) -> str:
         return ids.tolist()

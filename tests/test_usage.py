@@ -24,7 +24,7 @@ WRONG = {
     "train d --learning-rate nan": "train: --learning-rate must be a number, got nan",
     "train d --seed 1.5": "train: --seed must be a whole number, got 1.5",
     "train d --foo": "arguments must be among those that --help lists, got --foo",
-    "train d --s 3": "train: options must be written out as one of --steps, --seed, got --s",
+    "train d --s 3": "train: options must be written out as one of --steps, --shard, --seed, got --s",
     "train d --restart=3": "train: --restart must be given without a value, got",
     "eval d --budgets=": "eval: --budgets must be numbers with commas between, got nothing",
     "eval d --budgets 1,x": "eval: --budgets must be numbers with commas between, got 1,x",

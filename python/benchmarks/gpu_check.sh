@@ -278,7 +278,7 @@ while (($#)); do
   case $1 in
     --pack) pack "${2:-3.12}"; exit ;;
     --dry-run) dry=yes ;;
-    --only) only=${2:-}; [[ -n $only ]] || { echo "gpu_check: --only must have a pattern, got none" >&2; exit 2; }; shift ;;
+    --only) only=${2:-}; [[ -n $only && $only != --* ]] || { echo "gpu_check: --only must have a pattern, got none" >&2; exit 2; }; shift ;;
     --models | --ops) parts=${1#--} ;;
     --cpu) target=cpu ;;
     *) echo "gpu_check: the argument must be --models, --ops, --only, --cpu, --dry-run, --pack or nothing, got $1" >&2; exit 2 ;;

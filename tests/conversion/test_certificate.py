@@ -369,8 +369,8 @@ def test_a_wrong_layer_cannot_hide_behind_a_right_full_model(
 ) -> None:
     read = elastic_model.read_model
 
-    def planted(*args: Any) -> Any:
-        model = read(*args)
+    def planted(*args: Any, **options: Any) -> Any:
+        model = read(*args, **options)
         fault(model, monkeypatch)
         return model
 
@@ -382,15 +382,15 @@ def test_a_wrong_layer_cannot_hide_behind_a_right_full_model(
 
 def test_what_the_disk_made_of_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault between the model in memory and the bytes in the file."""
-    save = elastic_model.save_tensors
+    save = elastic_model.save_weights
 
-    def damaged(path: Path, tensors: Tensors) -> str:
+    def damaged(folder: Path, tensors: Tensors, shard_bytes: int | None) -> dict[str, str]:
         tensors = dict(tensors)
         tensors[UP] = tensors[UP].clone()
         tensors[UP][3, 5] += 1
-        return save(path, tensors)
+        return save(folder, tensors, shard_bytes)
 
-    monkeypatch.setattr(elastic_model, "save_tensors", damaged)
+    monkeypatch.setattr(elastic_model, "save_weights", damaged)
     with pytest.raises(
         ValueError, match=rf"must read back the tensors that were written, got others: {UP}; nothing"
     ):
