@@ -4,8 +4,7 @@
 # The CPU's own kernels, sanitized: bash tests/emulator/run.sh --cpu          (make sanitize)
 #
 # For every op that has a csrc/kernels/<op>_cuda.cu, on the Hopper path (90) and the portable one (80): its suite in thread
-# order, and what depends on order under drawn and adversarial ones; the decode step of a whole model, as a GPU captures
-# it; and the emulator's own tests. In thread order, what
+# order, and what depends on order under drawn and adversarial ones; and the emulator's own tests. In thread order, what
 # both paths launch alike goes over one of them. Unless quick, what depends on order runs once more under AddressSanitizer
 # and UndefinedBehaviorSanitizer. The CPU's: the ops' tests under both, on each instruction set's loops; AVX-512's are
 # compiled for AVX2.
@@ -85,7 +84,6 @@ in_every_order() {
   for ((seed = 0; seed < seeds; ++seed)); do
     for arch in 90 80; do in_order $arch random $((first[$arch] + seed)); done
   done
-  for arch in 90 80; do begin "sm_$arch decode step" FLEXTRON_ARCH=$arch -- tests/nn/test_decode_step.py -k logits; done
   begin "emulator" FLEXTRON_ARCH=90 -- tests/test_emulator.py
 }
 in_order() {
