@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import made_page
+
 from flextron.cli.discovery import commands as found
 from flextron.cli.parser import parser_of
 
@@ -45,21 +47,5 @@ def made() -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-def main() -> int:
-    page = PAGE.read_text(encoding="utf-8")
-    by_hand, mark, rest = page.partition(MARK)
-    if not mark:
-        raise SystemExit(f"{PAGE}: it must hold the line {MARK.strip()}, got none")
-    if sys.argv[1:] == ["--update"]:
-        PAGE.write_text(f"{by_hand}{MARK}\n{made()}", encoding="utf-8")
-    elif rest != f"\n{made()}":
-        print(
-            f"{PAGE.name}: it must be what the parser says; run python tests/cli_page.py --update",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(made_page.run(PAGE, MARK, made(), "what the parser says"))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import made_page
+
 from flextron.cli.scale import header, rows
 from flextron.devices import DEVICES
 from flextron.recipes import StepConfig
@@ -42,21 +44,5 @@ def made() -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-def main() -> int:
-    page = PAGE.read_text(encoding="utf-8")
-    by_hand, mark, rest = page.partition(MARK)
-    if not mark:
-        raise SystemExit(f"{PAGE}: it must hold the line {MARK.strip()}, got none")
-    if sys.argv[1:] == ["--update"]:
-        PAGE.write_text(f"{by_hand}{MARK}\n{made()}", encoding="utf-8")
-    elif rest != f"\n{made()}":
-        print(
-            f"{PAGE.name}: it must be what is computed; run python tests/scale_page.py --update",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(made_page.run(PAGE, MARK, made(), "what is computed"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import lzma
 import os
@@ -21,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from folders import digest
 from mutations import mutated
 from nn.models import small_model
 from routing.synthetic import make_table
@@ -202,16 +202,6 @@ def servers(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     yield found
     for server in found:
         server.close()
-
-
-def digest(folder: Path) -> str:
-    """A hash of every name and byte below a folder."""
-    found = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        found.update(str(path.relative_to(folder)).encode())
-        if path.is_file():
-            found.update(path.read_bytes())
-    return found.hexdigest()
 
 
 def sentence(err: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
@@ -128,22 +129,27 @@ class Turns(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
+def budget_and_hook(model: Any, seen: list[int]) -> Callable[[int], None]:
+    """For `Turns`: the smallest budget after the third token; a hook after the fifth, for two tokens."""
+    handles: list[Any] = []
+
+    def act(calls: int) -> None:
+        if calls == 3:
+            model.set_widths(model.elastic.smallest(), "all")
+        if calls == 5:
+            handles.append(model.register_forward_hook(lambda *_: seen.append(1)))
+        if calls == 7:
+            handles[0].remove()
+
+    return act
+
+
 def test_a_budget_or_a_hook_may_come_between_tokens(monkeypatch):
     model = elastic()
     ids, mask = left_padded()
     results, seen = [], []
     for ours in (True, False):
         model.set_widths(model.elastic.full(), "all")
-        handles = []
-
-        def act(calls: int, handles: Any = handles) -> None:
-            if calls == 3:
-                model.set_widths(model.elastic.smallest(), "all")
-            if calls == 5:
-                handles.append(model.register_forward_hook(lambda *_: seen.append(1)))
-            if calls == 7:
-                handles[0].remove()
-
         with loop_of(ours, monkeypatch):
             results.append(
                 model.generate(
@@ -151,7 +157,7 @@ def test_a_budget_or_a_hook_may_come_between_tokens(monkeypatch):
                     attention_mask=mask,
                     max_new_tokens=12,
                     pad_token_id=0,
-                    stopping_criteria=[Turns(act)],
+                    stopping_criteria=[Turns(budget_and_hook(model, seen))],
                 )
             )
         assert len(seen) == 2

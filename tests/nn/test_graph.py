@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from nn.test_elastic_model import elastic, mixed, relative, tokens
-from nn.test_generation import SETTINGS, Streamer, Turns, both
+from nn.test_generation import SETTINGS, Streamer, Turns, both, budget_and_hook
 from nn.test_policy import left_padded, routed, three, turned
 from nn.test_static_cache import static_cache
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -207,19 +207,13 @@ def test_the_modules_take_over_between_tokens(on_a_gpu, monkeypatch):
     for kinds in (("cpu",), ()):
         monkeypatch.setattr(rooms, "CAPTURED_ON", kinds)
         model.set_widths(model.elastic.full(), "all")
-        handles: list[Any] = []
-
-        def act(calls: int, handles: Any = handles) -> None:
-            if calls == 3:
-                model.set_widths(model.elastic.smallest(), "all")
-            if calls == 5:
-                handles.append(model.register_forward_hook(lambda *_: seen.append(1)))
-            if calls == 7:
-                handles[0].remove()
-
         streamer = Streamer()
         results.append(
-            model.generate(ids, stopping_criteria=[Turns(act)], **GREEDY | dict(max_new_tokens=12)).tolist()
+            model.generate(
+                ids,
+                stopping_criteria=[Turns(budget_and_hook(model, seen))],
+                **GREEDY | dict(max_new_tokens=12),
+            ).tolist()
         )
         model.generate(ids[:1], streamer=streamer, **GREEDY)
         results[-1].append(streamer.seen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from dataclasses import replace
@@ -46,13 +45,3 @@ def made(tmp_path_factory) -> Path:
     table = replace(make_table(model.elastic, base=0.1), machine=machine, adaptive=(0.1, 1.1))
     save_tables([table], root / "elastic")
     return root
-
-
-def digest(folder: Path) -> str:
-    """A hash of every name and byte below a folder."""
-    found = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        found.update(str(path.relative_to(folder)).encode())
-        if path.is_file():
-            found.update(path.read_bytes())
-    return found.hexdigest()

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import digest
+from folders import digest
 
 from flextron.checkpoint import locked
 
