@@ -45,6 +45,7 @@ class Ending:
     def __init__(self, who: str, rank: int, size: int, store: dist.Store, again: str) -> None:
         self.who, self.rank, self.size, self.store, self.again = who, rank, size, store, again
         self.peers: list[dict[str, Any]] = []
+        self.dead: list[int] = []
         self.settling = False
 
     def met(self, choose: Callable[[], torch.device]) -> torch.device:
@@ -110,12 +111,14 @@ class Ending:
         """Whether this rank tells what happened; exactly one does, as long as the store is there."""
         try:
             self._wait(0.0 if own and self.rank == 0 else _OWN if own else _LOST, not own)
+            self.dead = self._gone()  # before the others read that this rank tells, and end
             place = self.store.add("told", 1)
             if place == 1 and self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
                 self._keep_store()
             return place == 1
         except RuntimeError:  # the store went with its process
-            return own or self.rank == min({*range(self.size)} - {*self._gone()})
+            self.dead = self._gone()
+            return own or self.rank == min({*range(self.size)} - {*self.dead})
 
     def _wait(self, seconds: float, lost: bool) -> None:
         """Wait until another rank has told, or one is seen to be dead if one was lost."""
@@ -132,8 +135,8 @@ class Ending:
             time.sleep(_STEP)
 
     def _sentence(self, error: BaseException) -> str:
-        if gone := self._gone():
-            got = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))} gone"
+        if self.dead:
+            got = f"rank{'s' * (len(self.dead) > 1)} {', '.join(map(str, self.dead))} gone"
         elif isinstance(error, _Stopped):
             got = "a signal to stop"
         else:
