@@ -161,6 +161,13 @@ def test_options_that_would_have_no_effect_are_refused(options, message, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("size", ["0KB", -1, "2 gigabytes", 1.5])
+def test_a_file_of_weights_has_a_size(size, tmp_path):
+    with pytest.raises(ValueError, match=r"^save_pretrained: max_shard_size must be a number of bytes"):
+        made().save_pretrained(tmp_path / "out", max_shard_size=size)
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_that_change_nothing_pass(tmp_path):
     model = made()
     model.save_pretrained(tmp_path / "no", is_main_process=False)

@@ -176,7 +176,7 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         Raises:
             NotImplementedError: an option, packed weights, adapters that are not merged (PEFT's own model stores those
                 alone), or a model that has no writer.
-            ValueError: names or shapes in ``state_dict`` are not those of the model.
+            ValueError: names or shapes in ``state_dict`` are not those of the model, or ``max_shard_size`` is no size.
         """
         check_plain("save_pretrained", self)
         for name, value in options.items():
@@ -184,6 +184,7 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
                 raise NotImplementedError(
                     f"save_pretrained: {name} must be {_REFUSED.get(name)} with an elastic model, got {value!r}"
                 )
+        limit = None if max_shard_size is None else _shard_bytes(max_shard_size)
         tensors = self._to_store(state_dict)
         if self.writer is None:
             raise NotImplementedError(
@@ -191,7 +192,6 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
                 "flextron.nn.make_elastic, which builds models and writes no files"
             )
         if is_main_process:
-            limit = None if max_shard_size is None else convert_file_size_to_int(max_shard_size)
             self.writer(self, save_directory, tensors, limit)
 
     def _to_store(self, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -456,6 +456,20 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         finally:
             if not generation_config.return_dict_in_generate:  # else the caller gets it
                 give_back(self, inputs.get("cache"))
+
+
+def _shard_bytes(size: int | str) -> int:
+    """Bytes of the largest file of weights, which transformers' users give as a number or as ``"2GB"``."""
+    try:
+        found = convert_file_size_to_int(size)
+    except (ValueError, AttributeError):
+        found = 0
+    if found < 1:
+        raise ValueError(
+            "save_pretrained: max_shard_size must be a number of bytes of at least 1, or a size such as 2GB, "
+            f"got {size!r}"
+        )
+    return found
 
 
 def _by_name(budget: Any) -> dict[str, Any]:
