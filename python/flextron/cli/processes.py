@@ -6,12 +6,17 @@ import contextlib
 import json
 import os
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flextron.cli.discovery import Command
+
+if TYPE_CHECKING:
+    import torch
 
 IN_SEVERAL = "convert, train, tune, eval and route --adaptive"
 _RESUMED = ("train", "tune")
@@ -44,11 +49,20 @@ def run(command: Command, args: Namespace) -> Any:
     again = "start the same command again" + " to resume from the last checkpoint" * (
         args.command in _RESUMED
     )
-    with ranks.joined(args.command, getattr(args, "device", "auto"), again) as me:
+    with ranks.joined(args.command, partial(_device, args), again) as me:
         if me.size > 1:
             _check(args, me.size)
         with contextlib.nullcontext() if ranks.is_first() else _quiet():
             return command.run(args)
+
+
+def _device(args: Namespace) -> torch.device:
+    """The device of this process."""
+    from flextron.nn.placement import one_device
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the command says it again, once for all
+        return one_device(args.command, getattr(args, "device", "auto"))
 
 
 def _check(args: Namespace, size: int) -> None:

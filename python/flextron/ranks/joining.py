@@ -66,7 +66,11 @@ def part(count: int) -> slice:
 
 
 @contextmanager
-def joined(who: str, device: str = "auto", again: str = "start the same command again") -> Iterator[Ranks]:
+def joined(
+    who: str,
+    choose: Callable[[], torch.device] = lambda: torch.device("cpu"),
+    again: str = "start the same command again",
+) -> Iterator[Ranks]:
     """Join the ranks that torchrun started for this command, and leave them at the end of the ``with`` block.
 
     Messages on the CPU go through gloo, those of GPU tensors through NCCL. Where torchrun did not start this
@@ -78,11 +82,11 @@ def joined(who: str, device: str = "auto", again: str = "start the same command 
 
     Args:
         who: begins the message.
-        device: ``"auto"``, ``"cpu"`` or ``"cuda"``; every rank takes the GPU of its local rank, if there are GPUs.
+        choose: returns this rank's device, or says by ValueError why there is none; an error of one is an error of all.
         again: what to do when ranks were lost.
 
     Raises:
-        ValueError: the environment is not torchrun's, or the device cannot be had.
+        ValueError: the environment is not torchrun's, or a rank has no device.
         LostError: the ranks cannot reach each other, or lose each other inside the ``with`` block.
     """
     if _now is not ALONE or not is_started():
@@ -91,13 +95,13 @@ def joined(who: str, device: str = "auto", again: str = "start the same command 
     rank, size, local = _numbers(who)
     limit = timedelta(seconds=_seconds(who))
     if dist.is_initialized():  # by a script, which ends it too
-        with _as(Ranks(rank, size, local, _device(who, device, local))) as me:
+        with _as(Ranks(rank, size, local, _with_messages(who, choose))) as me:
             yield me
         return
     ending = Ending(who, rank, size, _rendezvous(who, size, limit), again)
     with ending.heeded():
         try:
-            place = ending.met(partial(_device, who, device, local))
+            place = ending.met(partial(_with_messages, who, choose))
             _connect(ending.store, rank, size, place, limit)
             with _as(Ranks(rank, size, local, place)) as me:
                 yield me
@@ -254,27 +258,14 @@ def _numbers(who: str) -> tuple[int, int, int]:
     return rank, size, local
 
 
-def _device(who: str, device: str, local: int) -> torch.device:
-    """The device of a rank, where ``device`` can be had there."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(
-            f"{who}: device must be auto, cpu or cuda when torchrun runs it (each rank has the GPU of its "
-            f"local rank), got {device}"
-        )
-    gpus = torch.cuda.device_count()
-    if device == "cuda" and not gpus:
-        raise ValueError(f"{who}: device must be one that this machine has, got cuda and no GPU")
-    if device == "cpu" or not gpus:
-        return torch.device("cpu")
-    if local >= gpus:
-        raise ValueError(
-            f"{who}: --nproc-per-node must be at most the {gpus} GPUs of this machine, got local rank {local}"
-        )
-    if not dist.is_nccl_available():
+def _with_messages(who: str, choose: Callable[[], torch.device]) -> torch.device:
+    """The device that is chosen, where processes on it can send messages."""
+    device = choose()
+    if device.type == "cuda" and not dist.is_nccl_available():
         raise ValueError(
             f"{who}: torch must have NCCL for GPUs in several processes, got a torch without it; give --device cpu"
         )
-    return torch.device("cuda", local)
+    return device
 
 
 def _rendezvous(who: str, size: int, limit: timedelta) -> dist.Store:
