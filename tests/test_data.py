@@ -18,6 +18,7 @@ import pytest
 import torch
 import zstandard
 
+from flextron import ranks
 from flextron.data import (
     Batches,
     Mixture,
@@ -344,28 +345,29 @@ def test_position_is_resumed_exactly(before):
 
 
 @pytest.mark.parametrize(("batch_size", "size"), [(4, 2), (5, 2), (5, 3), (3, 3), (7, 4)])
-def test_processes_share_the_batches_of_one(batch_size, size):
+def test_processes_share_the_batches_of_one(batch_size, size, monkeypatch):
+    def of(rank):
+        monkeypatch.setattr(ranks.joining, "_now", ranks.ALONE._replace(rank=rank, size=size))
+        return ranks.rows_of("train: batch_size", range(batch_size))
+
     tokens = torch.arange(70)
     whole = Batches(tokens, batch_size, 10, seed=1)
-    parts = [Batches(tokens, batch_size, 10, seed=1, part=(rank, size)) for rank in range(size)]
+    parts = [Batches(tokens, batch_size, 10, seed=1, rows=of(rank)) for rank in range(size)]
     lengths = {len(part.rows) for part in parts}
     assert max(lengths) - min(lengths) <= 1 and min(lengths) >= 1
     for _ in range(5):
         assert torch.equal(torch.cat([next(part) for part in parts]), next(whole))
     assert {part.state_dict()["drawn"] for part in parts} == {whole.state_dict()["drawn"]}
     # at another number of processes the same windows follow
-    again = Batches(tokens, batch_size, 10, seed=1, part=(0, 1))
+    again = Batches(tokens, batch_size, 10, seed=1)
     again.load_state_dict(parts[-1].state_dict())
     assert torch.equal(next(again), next(whole))
 
 
-def test_a_batch_has_a_row_for_every_process():
-    with pytest.raises(
-        ValueError, match="batch_size must be at least 1 for each of the 3 processes, got 2 in all"
-    ):
-        Batches(torch.arange(70), 2, 10, part=(0, 3))
-    with pytest.raises(ValueError, match="part must be a process and how many there are, got 2 of 2"):
-        Batches(torch.arange(70), 4, 10, part=(2, 2))
+def test_a_batch_has_a_row_for_every_process(monkeypatch):
+    monkeypatch.setattr(ranks.joining, "_now", ranks.ALONE._replace(size=3))
+    with pytest.raises(ValueError, match=r"^train: batch_size must be at least 3 for 3 processes, got 2$"):
+        ranks.rows_of("train: batch_size", range(2))
 
 
 def test_a_mixture_has_its_proportions_exactly_and_repeats_what_is_short():
@@ -394,7 +396,7 @@ def test_a_mixture_goes_on_from_one_integer_and_is_shared():
     while other.state_dict()["drawn"] < 9989:
         next(other)
     other.load_state_dict({"drawn": 9990})
-    parts = [Batches(mixture, 7, 10, 1, (rank, 2)) for rank in range(2)]
+    parts = [Batches(mixture, 7, 10, 1, rows) for rows in (range(3), range(3, 7))]
     for part in parts:
         part.load_state_dict(json.loads(json.dumps(one.state_dict())))
     for _ in range(4):

@@ -25,7 +25,6 @@ __all__ = [
     "encode",
     "held",
     "read_documents",
-    "rows_of",
     "seeded",
     "separators",
     "shares",
@@ -166,7 +165,7 @@ class Batches:
     The stream is cut into consecutive windows; a tail shorter than a window is left out. The order of an epoch
     depends only on the seed and the number of the epoch. A batch may span two epochs. So one integer says exactly
     where a run stands, whoever reads it: processes that share the batches count the same windows, and each gets
-    its own consecutive rows of every batch (see `rows_of`).
+    its own rows of every batch.
 
     In a `Mixture` each stream has epochs of its own. Of ten thousand windows in a row, from a multiple of ten thousand
     on, each stream gives its share, in an order that depends on the seed. An epoch's order takes 8 bytes of memory a
@@ -177,11 +176,11 @@ class Batches:
         batch_size: windows in a batch, over all processes.
         length: tokens in a window.
         seed: decides the order of every epoch.
-        part: (rank, size): the process that reads, and how many there are; its batches have only its rows.
+        rows: those of every batch that are read here; all by default.
     """
 
     def __init__(
-        self, tokens: Tokens, batch_size: int, length: int, seed: int = 0, part: tuple[int, int] = (0, 1)
+        self, tokens: Tokens, batch_size: int, length: int, seed: int = 0, rows: range | None = None
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"Batches: batch_size must be at least 1, got {batch_size}")
@@ -190,7 +189,7 @@ class Batches:
         self._turns = _Turns(tokens.counts, seed) if isinstance(tokens, Mixture) else None
         self.batch_size = batch_size
         self.length = length
-        self.rows = rows_of(batch_size, *part)
+        self.rows = range(batch_size) if rows is None else rows
         self._drawn = 0  # windows handed out since the beginning, to all processes
         purposes = (
             [f"batches/{seed}/{i}" for i in range(len(streams))] if self._turns else [f"batches/{seed}"]
@@ -274,21 +273,6 @@ class _Turns:
                 self._own[self._stream == stream] = torch.arange(block * count, (block + 1) * count)
             self._block = block
         return int(self._stream[place]), int(self._own[place])
-
-
-def rows_of(batch_size: int, rank: int, size: int) -> range:
-    """The rows of a batch that are the part of process ``rank`` of ``size``: consecutive, at most one more or less.
-
-    The parts of all processes are the batch. A mean over all its rows is that of the parts' means, weighted by their
-    lengths.
-    """
-    if not 0 <= rank < size:
-        raise ValueError(f"Batches: part must be a process and how many there are, got {rank} of {size}")
-    if batch_size < size:
-        raise ValueError(
-            f"Batches: batch_size must be at least 1 for each of the {size} processes, got {batch_size} in all"
-        )
-    return range(rank * batch_size // size, (rank + 1) * batch_size // size)
 
 
 def seeded(purpose: str) -> torch.Generator:

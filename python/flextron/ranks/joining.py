@@ -18,6 +18,7 @@ from flextron.ranks.ending import Ending, LostError
 from flextron.sentences import first_line, listed
 
 T = TypeVar("T")
+Rows = TypeVar("Rows", Tensor, range)
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _TIMEOUT = 600.0  # seconds that a rank waits for the others, to join and in every exchange
@@ -214,8 +215,8 @@ def gathered(tensor: Tensor) -> list[Tensor]:
     return found
 
 
-def rows_of(who: str, rows: Tensor, group: int = 1) -> Tensor:
-    """This rank's part of the rows, of which ``group`` at a time stay together.
+def rows_of(who: str, rows: Rows, group: int = 1) -> Rows:
+    """This rank's `part` of the rows, of which ``group`` at a time stay together.
 
     Raises:
         ValueError: there is not a group for every rank; the message begins with ``who``.

@@ -169,7 +169,8 @@ class Run:
         self.device = next(model.parameters()).device
         self.bf16 = computes_in_bf16(config, self.device)
         self.names = [name for name, _ in _trained(model)]
-        self.batches = Batches(tokens, config.batch_size, config.length, config.seed, part=ranks.now()[:2])
+        rows = ranks.rows_of("train: batch_size", range(config.batch_size))
+        self.batches = Batches(tokens, config.batch_size, config.length, config.seed, rows)
         self.sampler = WidthSampler(model.elastic, config.full_probability, config.seed, config.only)
         self.eval_widths = config.eval_widths or _default_eval_widths(model)
         for widths in self.eval_widths:
