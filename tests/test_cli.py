@@ -22,6 +22,7 @@ from flextron.cli import main
 from flextron.cli.info import shown as as_read
 from flextron.corpus import held_out_windows
 from flextron.inference import from_pretrained
+from flextron.recipes import TuneConfig
 from flextron_ext import build_info
 
 SENTENCE = "the cat sat on the mat and the dog ran far away from the old red house by the sea while it rained"
@@ -318,7 +319,7 @@ def test_routers_of_other_weights_are_never_used(elastic, text, monkeypatch, cap
         pytest.warns(UserWarning, match=left_out),
         pytest.raises(ValueError, match="got none; run `flextron route"),
     ):
-        pipeline.tune(elastic)
+        pipeline.tune(elastic, TuneConfig(length=32))
     answer(capsys, "route", elastic, "--data", text, *ROUTE)
     assert from_pretrained(elastic).planner.ladder.origin == "router"
 
@@ -495,7 +496,19 @@ def test_bad_input_gives_one_sentence(elastic, parent, text, tmp_path, capsys):
         ("reproduce", "--out", tmp_path / "s", "--parents", "gpt9"): "parents must be among stories260k",
         ("reproduce", "--out", tmp_path / "s", "--stages", "dance"): "stages must be among prepare",
         ("train", elastic, "--data", text, "--learning-rate", -1): "learning_rate",
-        ("train", elastic, "--data", tmp_path / "no.txt"): "must exist",
+        ("train", elastic, "--length", 32, "--data", tmp_path / "no.txt"): "must exist",
+        **{
+            (
+                stage,
+                elastic,
+                "--data",
+                text,
+                "--length",
+                257,
+            ): f"{stage}: length must be at most the 256 positions"
+            for stage in ("train", "tune", "route")
+        },
+        ("eval", elastic, "--data", text, "--length", 257): "--length must be at most the 256 positions",
         ("convert", parent, parent, "--data", text): "another directory",
         (
             "convert",
@@ -543,13 +556,15 @@ def test_a_stage_takes_folders_of_tokens_and_mixtures(elastic, parent, text, tmp
             ["train", elastic, *mixed[:-1], "1,-1", *steps],
             "Mixture: weights must be positive numbers, got 1, -1",
         ),
-        (["train", elastic, "--data", tokens, "--field", "x"], "text: field must be given for text"),
+        (["train", elastic, "--data", tokens, "--field", "x", *steps], "text: field must be given for text"),
         (["tokenize", text, tokens, "--model", elastic], "got other values of share; --restart"),
         (["tokenize", text, tmp_path / "new", "--model", tmp_path / "no"], "no: must be a directory"),
     ):
         assert says in complaint(capsys, *argv)
     (tokens / "tokens.json").write_text("{}")
-    assert "tokens.json: format must be there" in complaint(capsys, "train", elastic, "--data", tokens)
+    assert "tokens.json: format must be there" in complaint(
+        capsys, "train", elastic, "--data", tokens, *steps
+    )
 
 
 def test_less_text_than_was_asked_for_is_said(elastic, text, tmp_path):
@@ -612,8 +627,9 @@ def test_a_fact_is_shown_to_be_read(fact, shown):
 def test_a_plan_on_paper_is_said_of_a_shape_and_of_a_checkpoint(elastic, capsys):
     plans = answer(capsys, "scale", "--shape", "8b", "--gpus", "1,64")["plans"]
     assert [plan["fits"] for plan in plans] == [False, True] and "torchrun --nnodes 8 " in plans[1]["command"]
-    (own,) = answer(capsys, "scale", elastic, "--gpus", 1, "--length", 32)["plans"]
+    (own,) = answer(capsys, "scale", elastic, "--gpus", 1)["plans"]
     assert own["fits"] and own["memory"]["total"] < 1e8
+    assert own["command"] == f"flextron train {elastic} --batch-size 1 --length 256"  # its positions
     assert main(["scale", "--shape", "70b", "--gpus", "1,64"]) == 0
     assert "1 GPU: nothing fits" in capsys.readouterr().out
     assert "either SOURCE or --shape must be given, got both" in complaint(
@@ -621,4 +637,6 @@ def test_a_plan_on_paper_is_said_of_a_shape_and_of_a_checkpoint(elastic, capsys)
     )
     assert "nowhere: must be a directory, or a hub id" in complaint(capsys, "scale", "nowhere")
     assert "must hold a model, got no config.json" in complaint(capsys, "scale", elastic / "..")
+    said = complaint(capsys, "scale", elastic, "--length", 257)
+    assert said == "flextron: scale: --length must be at most the 256 positions of the model, got 257\n"
     assert "or a multiple of it, got 12" in complaint(capsys, "scale", "--shape", "1b", "--gpus", "8,12")

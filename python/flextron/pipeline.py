@@ -188,6 +188,7 @@ def train(
     Before each call of ``progress``, ``measured`` is called with the step's line of ``metrics.jsonl``.
     """
     with ElasticDirectory.open(directory) as checkpoint:
+        checkpoint.check_length("train", config.length)
         memory = room("train", checkpoint.origin.elastic, config, device)
         cut = cut_of(checkpoint.origin.elastic, config, device)
         model = checkpoint.model(device=device, cut=cut)
@@ -327,6 +328,7 @@ def route(
     ``batch``, ``context`` and ``machine`` say which latency table of the phase, as those of `set_budget` do.
     """
     with ElasticDirectory.open(directory) as checkpoint:
+        checkpoint.check_length("route", length)
         model, tables, origin = checkpoint.model(dtype, device), checkpoint.tables, checkpoint.origin
     planner = Planner(model.elastic, tables, machine=machine_of(model))
     table = planner.table(phase, batch=batch, context=context, machine=machine)
@@ -373,6 +375,7 @@ def route_adaptive(
         device: as `convert` takes it.
     """
     with ElasticDirectory.open(directory) as checkpoint:
+        checkpoint.check_length("route", length)
         model, origin = checkpoint.model(dtype, device), checkpoint.origin
         planner = checkpoint.planner(machine_of(model))
     planner.table(phase)
@@ -421,6 +424,7 @@ def tune(
     """
     config = config or TuneConfig()
     with ElasticDirectory.open(directory) as checkpoint:
+        checkpoint.check_length("tune", config.length)
         memory = room("tune", checkpoint.origin.elastic, config, device)
         cut = cut_of(checkpoint.origin.elastic, config, device)
         model = checkpoint.equipped(device=device, cut=cut)

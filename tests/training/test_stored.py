@@ -153,7 +153,10 @@ def test_what_tuning_reads_off_a_router_is_of_the_weights_as_stored(
         return found
 
     there = SimpleNamespace(
-        origin=SimpleNamespace(elastic=model.elastic), equipped=lambda **_: model, static=lambda: found
+        origin=SimpleNamespace(elastic=model.elastic),
+        check_length=lambda *_: None,
+        equipped=lambda **_: model,
+        static=lambda: found,
     )
     monkeypatch.setattr(pipeline, "ElasticDirectory", SimpleNamespace(open=lambda _: nullcontext(there)))
     monkeypatch.setattr(pipeline, "tune_model", moved)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from flextron.artefacts import adaptive_router, static_router
 from flextron.artefacts.adaptive_router import AdaptiveResult, costs_of
-from flextron.artefacts.elastic_model import Cut, read_meta, read_model
+from flextron.artefacts.elastic_model import Cut, read_meta, read_model, read_stock_config
 from flextron.artefacts.ladder import uniform_ladder
 from flextron.artefacts.latency_files import Tables, by_phase, kept_tables, load_tables, machines
 from flextron.artefacts.machine import Machine, machine_of, name_of
@@ -72,6 +73,10 @@ class ElasticDirectory:
         ``cut`` shards it; see `read_model`.
         """
         return read_model(self._files, self.origin.elastic, dtype, self.meta["checksums"], device, cut)
+
+    def check_length(self, who: str, length: int) -> None:
+        """Refuse sequences of more tokens than the model has positions."""
+        check_length(who, length, read_stock_config(self._files, self.origin.elastic))
 
     def kept_tables(self, machine: Machine) -> Tables:
         """What is stored again beside new tables of ``machine``; see `flextron.artefacts.latency_files.kept_tables`."""
@@ -132,6 +137,15 @@ class ElasticDirectory:
 
     def _warn(self, what: str, command: str, options: str = "") -> None:
         warnings.warn(f"{self.path}: {what}; run `{command} {self.path}{options}`", stacklevel=4)
+
+
+def check_length(who: str, length: int, config: PreTrainedConfig, name: str = "length") -> None:
+    """Refuse sequences of more tokens than a model of ``config`` has positions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"{who}: {name} must be at most the {positions} positions of the model, got {length}"
+        )
 
 
 def load_elastic(directory: str | Path, dtype: Dtype = torch.float32) -> tuple[Any, dict[str, Any]]:

@@ -180,7 +180,7 @@ def read_model(
     All processes call this with it, and each verifies its part of the files.
     """
     with opened(directory) as files:
-        config = _read_config(files, elastic)
+        config = read_stock_config(files, elastic)
         config.dtype = dtype = memory_dtype("load", dtype, config.dtype, device)
         model = make_elastic(skeleton(config), elastic)
         if cut is not None:
@@ -227,7 +227,8 @@ def _check_parity(meta: dict[str, Any], path: Path) -> None:
         build(float, proven.get("max_rel"), path, f"parity.sub_networks[{i}].max_rel")
 
 
-def _read_config(files: Files, elastic: ElasticConfig) -> PreTrainedConfig:
+def read_stock_config(files: Files, elastic: ElasticConfig) -> PreTrainedConfig:
+    """The configuration that stock transformers reads, which must be of the model that ``elastic`` describes."""
     path = files / CONFIG_FILE
     config, _ = read_config(files, weight_shapes(files))
     if config.model_type != elastic.family:

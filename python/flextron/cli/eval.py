@@ -46,6 +46,7 @@ def options(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> list[dict[str, Any]]:
     from flextron import ui
+    from flextron.artefacts.directory import check_length
     from flextron.artefacts.planner import planner_of
     from flextron.checkpoint.hf import read_tokenizer
     from flextron.corpus import held_out_windows
@@ -58,6 +59,7 @@ def run(args: Namespace) -> list[dict[str, Any]]:
             raise ValueError(f"eval: --{name.replace('_', '-')} must be given with --tasks only")
     text = shared.text_of(args)
     directory, model = shared.loaded(args)
+    check_length("eval", args.length, model.config, "--length")
     planner_of(model).table(args.phase, batch=args.batch, context=args.context)
     tokens = held_out_windows(read_tokenizer(directory), text, args.samples, args.length)
     with ui.reporter() as progress:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from flextron.cli import options as shared
 from flextron.cli import values
 from flextron.cli.printing import say
+from flextron.config import ElasticConfig
 from flextron.devices import DEVICES
 from flextron.recipes import StepConfig
 from flextron.scale.plans import Plan, first_that_fits
 from flextron.scale.shapes import SHAPES
 
 EXAMPLE = "flextron scale --shape 8b --gpus 1,8,64 --gpu h100"
-FIELDS = ["rows", "length", "accumulation", "node", "teacher"]
+FIELDS = ["rows", "accumulation", "node", "teacher"]
 
 
 def options(parser: ArgumentParser) -> None:
@@ -33,44 +36,68 @@ def options(parser: ArgumentParser) -> None:
         default="h100",
         help="GPU to plan for, by its data sheet",
     )
+    parser.add_argument(
+        "--length",
+        type=values.at_least(2),
+        help=f"tokens in a training sequence (default: {StepConfig.length}, or the model's positions where they are "
+        "fewer)",
+    )
     shared.from_fields(parser, StepConfig, FIELDS)
 
 
 def run(args: Namespace) -> dict[str, Any]:
     from flextron import ui
 
-    name, shape = _shape(args)
-    step = StepConfig(**shared.given(args, *FIELDS))
+    name, shape, length = _shape(args)
+    step = StepConfig(length=length, **shared.given(args, *FIELDS))
     if odd := [n for n in args.gpus if n > step.node and n % step.node]:
         raise ValueError(
             f"scale: --gpus must be at most --node, {step.node}, or a multiple of it, got {odd[0]}"
         )
     device = next(d for d in DEVICES if d.name == args.gpu)
     plans = [first_that_fits(shape, step, ranks, device) for ranks in args.gpus]
+    directory = _trained(args.source)
     if not args.json:
         ui.print_table(f"{name} on {args.gpu}, on paper", header(plans), rows(plans))
         for p, gpus in zip(plans, header(plans)[1:], strict=True):
-            say(args, f"{gpus}: {p.command() if p.fits else 'nothing fits'}")
-    return {"shape": name, "gpu": args.gpu, "plans": [_facts(p) for p in plans]}
+            say(args, f"{gpus}: {p.command(directory) if p.fits else 'nothing fits'}")
+    return {"shape": name, "gpu": args.gpu, "plans": [_facts(p, directory) for p in plans]}
 
 
-def _shape(args: Namespace) -> tuple[str, Any]:
+def _shape(args: Namespace) -> tuple[str, ElasticConfig, int]:
+    """A name, a shape, and the tokens in a sequence."""
     if (args.source is None) == (args.shape is None):
         raise ValueError(
             f"scale: either SOURCE or --shape must be given, got {'neither' if args.shape is None else 'both'}"
         )
     if args.shape is not None:
-        return args.shape, SHAPES[args.shape]
+        return args.shape, SHAPES[args.shape], args.length or StepConfig.length
     from transformers import AutoConfig
 
-    from flextron.checkpoint import CONFIG_FILE
+    from flextron.artefacts.directory import check_length
+    from flextron.checkpoint import CONFIG_FILE, ELASTIC_FILE, Origin
+    from flextron.checkpoint.hf import foreign
     from flextron.checkpoint.hub import local
     from flextron.nn.families import elastic_config
 
     folder = local(args.source, tokenizer_only=True)
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"scale: {args.source} must hold a model, got no {CONFIG_FILE}")
-    return args.source, elastic_config(AutoConfig.from_pretrained(folder))
+    with foreign(folder / CONFIG_FILE, "a configuration that transformers reads"):
+        config = AutoConfig.from_pretrained(folder)
+    if args.length is not None:
+        check_length("scale", args.length, config, "--length")
+    positions = getattr(config, "max_position_embeddings", None) or StepConfig.length
+    shape = Origin.read(folder).elastic if (folder / ELASTIC_FILE).is_file() else elastic_config(config)
+    return args.source, shape, args.length or min(StepConfig.length, positions)
+
+
+def _trained(source: str | None) -> str:
+    """The directory that `train` takes: the source, or where `convert` would make one of it."""
+    from flextron.checkpoint import ELASTIC_FILE
+
+    is_elastic = source is not None and Path(source, ELASTIC_FILE).is_file()
+    return shlex.quote(source) if source is not None and is_elastic else "elastic/"
 
 
 def header(plans: list[Plan]) -> list[str]:
@@ -101,12 +128,12 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:.1f}" if size else "0"
 
 
-def _facts(plan: Plan) -> dict[str, Any]:
+def _facts(plan: Plan, directory: str) -> dict[str, Any]:
     return {
         "gpus": plan.ranks,
         "step": asdict(plan.step),
         "memory": asdict(plan.memory) | {"total": plan.memory.total},
         "speed": asdict(plan.speed) | {"seconds": plan.speed.seconds},
         "fits": plan.fits,
-        "command": plan.command(),
+        "command": plan.command(directory),
     }
