@@ -44,20 +44,19 @@ constexpr const char* kSchemas[] = {
     "route(Tensor logits, SymInt? seed=None) -> (Tensor, Tensor, Tensor)",
     "head_attention(Tensor q, Tensor k, Tensor v, SymInt heads, str unit=\"kv_group\", Tensor? extent=None, "
     "str extent_per=\"sequence\", Tensor? index=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
-    "Tensor? k_start=None, bool causal=True, float? scale=None) -> (Tensor, Tensor)",
+    "Tensor? k_start=None, bool causal=True, float? scale=None, SymInt? window=None, float? softcap=None, "
+    "Tensor? sinks=None) -> (Tensor, Tensor)",
     "head_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, SymInt "
-    "heads, str unit, "
-    "Tensor? extent, str extent_per, Tensor? index, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? "
-    "k_start, "
-    "bool causal, float? scale, int output_mask) -> (Tensor, Tensor, Tensor)",
+    "heads, "
+    "str unit, Tensor? extent, str extent_per, Tensor? index, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? k_start, bool causal, float? scale, SymInt? window, float? softcap, Tensor? sinks, "
+    "int output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
     "head_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens, SymInt heads, "
-    "str unit=\"kv_group\", Tensor? extent=None, Tensor? block_table=None, Tensor? k_start=None, float? "
-    "scale=None) "
-    "-> Tensor",
+    "str unit=\"kv_group\", Tensor? extent=None, Tensor? block_table=None, Tensor? k_start=None, "
+    "float? scale=None, SymInt? window=None, float? softcap=None, Tensor? sinks=None) -> Tensor",
     "head_attention_decode_backward(Tensor dout, Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens, "
-    "SymInt heads, "
-    "str unit, Tensor? extent, Tensor? block_table, Tensor? k_start, float? scale, int output_mask) "
-    "-> (Tensor, Tensor, Tensor)",
+    "SymInt heads, str unit, Tensor? extent, Tensor? block_table, Tensor? k_start, float? scale, "
+    "SymInt? window, float? softcap, Tensor? sinks, int output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
 };
 
 std::vector<std::string> words(const std::string& text) {

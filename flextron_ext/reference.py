@@ -131,9 +131,17 @@ def _active(q: Tensor, G: int, heads: int, unit: str, count: Tensor, index: Tens
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, active: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    active: Tensor,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One sequence. q [T, H, D], k, v [S, G, D], visible [T, S], active [T, H] -> out [T, H, D], lse [T, H]."""
+    scale = q.shape[2] ** -0.5 if scale is None else scale
     M = q.shape[1] // k.shape[1]
     used = active.view(active.shape[0], k.shape[1], M).any(2).any(0)[:, None]  # [G, 1]
     k, v = (torch.where(used, t, torch.zeros((), dtype=t.dtype)) for t in (k, v))
@@ -142,18 +150,25 @@ def _attend(
     q = torch.where(active[..., None], q, torch.zeros((), dtype=q.dtype))
     wide = torch.promote_types(q.dtype, torch.float32)
     score = torch.einsum("thd,shd->ths", q.to(wide), k.to(wide)) * scale
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
     score = score.masked_fill(~(visible[:, None] & active[..., None]), -math.inf)
     lse = torch.logsumexp(score, -1) if k.shape[0] else score.new_full(q.shape[:2], -math.inf)
+    if sinks is not None:
+        lse = torch.where(active, torch.logaddexp(lse, sinks.to(wide)), lse)
     weight = torch.where(
         torch.isinf(lse)[..., None], 0.0, torch.exp(score - lse.masked_fill(torch.isinf(lse), 0)[..., None])
     )
     return torch.einsum("ths,shd->thd", weight, v.to(wide)).to(q.dtype), lse
 
 
-def _visible(T: int, S: int, first: int, causal: bool, device: torch.device) -> Tensor:
-    """[T, S]: keys from ``first`` on, and not after the query's own place when causal (aligned at the end)."""
-    key, query = torch.arange(S, device=device), torch.arange(T, device=device)[:, None]
-    return (key >= first) & ((key <= query + S - T) | (not causal))
+def _visible(T: int, S: int, first: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """[T, S]: keys from ``first`` on, and when causal the last ``window`` up to the query's own place (aligned at the
+    end).
+    """
+    key, query = torch.arange(S, device=device), torch.arange(T, device=device)[:, None] + S - T
+    visible = (key >= first) & ((key <= query) | (not causal))
+    return visible if window is None else visible & (query - key < window)
 
 
 def _unpacked(panels: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -225,6 +240,9 @@ def head_attention(
     k_start: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     T, S = q.shape[0], k.shape[0]
     ends_q = [0, T] if cu_seqlens_q is None else cu_seqlens_q.tolist()
@@ -237,10 +255,8 @@ def head_attention(
     for b in range(len(ends_q) - 1):
         t, s = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
         first = 0 if k_start is None else int(k_start[b])
-        visible = _visible(t.stop - t.start, s.stop - s.start, first, causal, q.device)
-        parts.append(
-            _attend(q[t], k[s], v[s], visible, active[t], q.shape[2] ** -0.5 if scale is None else scale)
-        )
+        visible = _visible(t.stop - t.start, s.stop - s.start, first, causal, window, q.device)
+        parts.append(_attend(q[t], k[s], v[s], visible, active[t], scale, softcap, sinks))
     wide = torch.promote_types(q.dtype, torch.float32)
     if not parts:
         return q.new_zeros(q.shape), q.new_full(q.shape[:2], -math.inf, dtype=wide)
@@ -258,8 +274,11 @@ def head_attention_decode(
     block_table: Tensor | None = None,
     k_start: Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    B, T, _, D = q.shape
+    B, T = q.shape[:2]
     out = []
     for b in range(B):
         k, v = k_cache, v_cache
@@ -275,8 +294,8 @@ def head_attention_decode(
             else extent[b if extent.numel() > 1 else 0].view(1)
         )
         active = _active(q[b], k.shape[1], heads, unit, count, None)
-        visible = _visible(T, k.shape[0], 0 if k_start is None else int(k_start[b]), True, q.device)
-        out.append(_attend(q[b], k, v, visible, active, D**-0.5 if scale is None else scale)[0])
+        visible = _visible(T, k.shape[0], 0 if k_start is None else int(k_start[b]), True, window, q.device)
+        out.append(_attend(q[b], k, v, visible, active, scale, softcap, sinks)[0])
     return torch.stack(out) if out else torch.zeros_like(q)
 
 

@@ -21,12 +21,16 @@ def leaf(*shape):
     return torch.randn(*shape, requires_grad=True)
 
 
-def attention(q, k, v, first_key):  # q [T, H, D], k and v [S, G, D]; row t sees keys up to first_key + t
+# q [T, H, D], k and v [S, G, D]; row t sees the `window` keys up to first_key + t, and its head's sink.
+def attention(q, k, v, first_key, window=99, softcap=1e4, sinks=None):
     repeat = q.shape[1] // k.shape[1]
     q, k, v = q.transpose(0, 1), *(x.repeat_interleave(repeat, 1).transpose(0, 1) for x in (k, v))
-    seen = torch.arange(k.shape[1]) <= first_key + torch.arange(q.shape[1])[:, None]
-    scores = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(0, 1), scores.logsumexp(-1).T
+    before = first_key + torch.arange(q.shape[1])[:, None] - torch.arange(k.shape[1])
+    scores = torch.tanh(q @ k.transpose(1, 2) * q.shape[-1] ** -0.5 / softcap) * softcap
+    scores = scores.masked_fill((before < 0) | (before >= window), -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[:, None, None].expand(*scores.shape[:2], 1)), -1)
+    return (scores.softmax(-1)[..., : k.shape[1]] @ v).transpose(0, 1), scores.logsumexp(-1).T
 
 
 # A projection: 6 of 8 inputs and 10 of 12 outputs used, once by a number and once by a count per token.
@@ -58,32 +62,35 @@ for counts, kept in ((None, torch.ones(5, 9)), (extent, torch.arange(9) < extent
         check("elastic_mlp_backward", ops.elastic_mlp_backward(dy, *arguments, *hidden, 15)[:4], grads)
 
 # Attention with 2 of 3 groups (two query heads each): 5 queries at the end of 7 keys.
-q, k, v = leaf(5, 6, 4), leaf(7, 3, 4), leaf(7, 3, 4)
-y, lse = attention(q[:, :4], k[:, :2], v[:, :2], 2)
+q, k, v, sinks = leaf(5, 6, 4), leaf(7, 3, 4), leaf(7, 3, 4), leaf(6)
+y, lse = attention(q[:, :4], k[:, :2], v[:, :2], 2, 4, 1.5, sinks[:4])
 dy = torch.randn(5, 6, 4)
-arguments = (2, "kv_group", None, "sequence", None, None, None, None, True, None)
+arguments = (2, "kv_group", None, "sequence", None, None, None, None, True, None, 4, 1.5, sinks)
 with torch.no_grad():
     out, out_lse = ops.head_attention(q, k, v, *arguments)
     check("head_attention", [out[:, :4], out[:, 4:], out_lse[:, :4]], [y, torch.zeros(5, 2, 4), lse])
-    grads = torch.autograd.grad(y, (q, k, v), dy[:, :4])
+    grads = torch.autograd.grad(y, (q, k, v, sinks), dy[:, :4])
     check(
         "head_attention_backward",
-        ops.head_attention_backward(dy, q, k, v, out, out_lse, *arguments, 7),
+        ops.head_attention_backward(dy, q, k, v, out, out_lse, *arguments, 15),
         grads,
     )
 
 # One new token for each of two sequences, with 7 and 4 keys in a cache of 8.
 q, k, v, lengths = leaf(2, 1, 6, 4), leaf(2, 8, 3, 4), leaf(2, 8, 3, 4), torch.tensor([7, 4])
 y = torch.stack(
-    [attention(q[i, :, :4], k[i, :n, :2], v[i, :n, :2], n - 1)[0] for i, n in enumerate(lengths.tolist())]
+    [
+        attention(q[i, :, :4], k[i, :n, :2], v[i, :n, :2], n - 1, 5, 1.5, sinks[:4])[0]
+        for i, n in enumerate(lengths.tolist())
+    ]
 )
 dy = torch.randn(2, 1, 6, 4)
-arguments = (q, k, v, lengths, 2, "kv_group", None, None, None, None)
+arguments = (q, k, v, lengths, 2, "kv_group", None, None, None, None, 5, 1.5, sinks)
 with torch.no_grad():
     out = ops.head_attention_decode(*arguments)
     check("head_attention_decode", [out[:, :, :4], out[:, :, 4:]], [y, torch.zeros(2, 1, 2, 4)])
-    grads = torch.autograd.grad(y, (q, k, v), dy[:, :, :4])
-    check("head_attention_decode_backward", ops.head_attention_decode_backward(dy, *arguments, 7), grads)
+    grads = torch.autograd.grad(y, (q, k, v, sinks), dy[:, :, :4])
+    check("head_attention_decode_backward", ops.head_attention_decode_backward(dy, *arguments, 15), grads)
 
 
 def panels(w):  # [N, K] -> [1, N / 16, K, 16], the last panel filled up

@@ -1,10 +1,14 @@
 // Attention over the active heads of a ragged batch: what the kernels are given and what they leave out. The
 // CPU loops are in head_attention_block.h; checks and allocation in ops/head_attention.cpp.
 //
-//   out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, g]) v[j, g]        g = h / M, over the keys j that t
-//   sees lse[t, h] = log sum_j exp(scale * q[t, h] . k[j, g])                  -inf where t sees no key
+//   s[t, h, j] = scale * q[t, h] . k[j, g]                  g = h / M; softcap * tanh(s / softcap) with a
+//   softcap lse[t, h] = log(exp(sinks[h]) + sum_j exp(s[t, h, j]))  over the keys j that t sees; without
+//   sinks no such
+//                                                           term, and -inf where t sees no key
+//   out[t, h] = sum_j exp(s[t, h, j] - lse[t, h]) v[j, g]
 //
-// Query i of a sequence of T queries and S keys sees the keys k_start <= j < S, and if causal j <= i + S - T.
+// Query i of a sequence of T queries and S keys sees the keys k_start <= j < S, if causal j <= i + S - T, and
+// with a window, which is causal, i + S - T - window < j.
 //
 // T queries of all sequences, S keys, H query heads, G key/value heads (groups), M = H / G, D head size, B
 // sequences.
@@ -25,6 +29,9 @@ using HeadAttentionTypes = TypeList<float, double, bf16, fp16>;
 constexpr int64_t kAttentionQueries = 32;
 constexpr int64_t kAttentionKeys = 64;
 
+// A window that leaves no key out.
+constexpr int64_t kNoWindow = INT64_MAX / 2;
+
 // Keys or values: row `position` of a sequence is at data + pages[position / page] * page_stride
 // + (position % page) * key_stride + group * group_stride, its D elements adjacent.
 template <class scalar_t>
@@ -36,7 +43,7 @@ struct KeyView {
 struct AttentionSequence {
   int64_t query;         // its first row of q
   int64_t T, S;          // its queries, its keys
-  int64_t k_start;       // keys below are not seen
+  int64_t k_start;       // keys below are not seen, by any of its queries
   int64_t position;      // of its key 0
   const int64_t* pages;  // page numbers
 };
@@ -70,7 +77,10 @@ struct HeadAttentionParams {
 
   bool few_rows;  // items of few rows, (query, head) pairs, take loops of their own, which round otherwise
   bool causal;
+  int64_t window;  // keys that a query sees at most, up to its own; kNoWindow where causal is not
   acc_t scale;
+  acc_t softcap;       // or 0: none
+  const acc_t* sinks;  // [H], or null
   int64_t H, G, M, D;
   int64_t max_queries;  // rows of the longest block of queries: min(kAttentionQueries, longest T)
   int64_t max_keys;     // of the longest sequence
@@ -111,5 +121,10 @@ int64_t head_attention_backward_scratch(const HeadAttentionParams<scalar_t>& p, 
 FLEXTRON_HEAD_ATTENTION_LAUNCHERS(cpu)
 FLEXTRON_HEAD_ATTENTION_LAUNCHERS(avx2)
 FLEXTRON_HEAD_ATTENTION_LAUNCHERS(avx512)
+
+// The gradient of the sinks of heads [first, last): - sum over the T rows of exp(sinks[h] - lse) delta.
+template <class scalar_t, class grad_t>
+void head_attention_sinks_cpu(const HeadAttentionBackwardParams<scalar_t, grad_t>& p, int64_t T,
+                              accumulate_t<scalar_t>* dsinks, int64_t first, int64_t last);
 
 }  // namespace flextron

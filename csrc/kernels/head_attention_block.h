@@ -107,15 +107,21 @@ inline bool is_active(const HeadAttentionParams<scalar_t>& p, i64 b, i64 t, i64 
 
 struct Rows {
   i64 count;
-  i64* at;          // [count] t * H + h
-  i64* visible;     // [count] the row sees keys below
-  i64 least, most;  // of visible
+  i64* at;                // [count] t * H + h
+  i64 *first, *visible;   // [count] the row sees keys from first on, below visible
+  i64 begin;              // the step of keys where the block's first query's begin
+  i64 late, least, most;  // the most of first; of visible
 };
 
-// Of n keys from `at`, those that row r sees.
+// Of n keys from `at`, those before what row r sees, and those before its end.
+inline i64 passed_of(const Rows& rows, i64 r, i64 at, i64 n) {
+  return larger(smaller(rows.first[r] - at, n), i64(0));
+}
 inline i64 seen_of(const Rows& rows, i64 r, i64 at, i64 n) {
   return larger(smaller(rows.visible[r] - at, n), i64(0));
 }
+// Whether every row sees all of them.
+inline bool all_see(const Rows& rows, i64 at, i64 n) { return rows.late <= at && at + n <= rows.least; }
 
 template <class scalar_t>
 inline i64 max_rows(const HeadAttentionParams<scalar_t>& p) {
@@ -126,6 +132,7 @@ template <class scalar_t>
 inline Rows take_rows(const HeadAttentionParams<scalar_t>& p, Arena& arena) {
   Rows rows{};
   rows.at = arena.take<i64>(max_rows(p));
+  rows.first = arena.take<i64>(max_rows(p));
   rows.visible = arena.take<i64>(max_rows(p));
   return rows;
 }
@@ -134,13 +141,17 @@ template <class scalar_t>
 void find_rows(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, Rows& rows) {
   const AttentionSequence& s = p.sequences[item.sequence];
   const i64 begin = item.block * kAttentionQueries, end = smaller(begin + kAttentionQueries, s.T);
-  rows.count = 0, rows.least = s.S, rows.most = 0;
+  const i64 passed = begin + s.S - s.T + 1 - p.window - s.k_start;
+  rows.begin = s.k_start + larger(passed, i64(0)) / kAttentionKeys * kAttentionKeys;
+  rows.count = 0, rows.late = 0, rows.least = s.S, rows.most = 0;
   for (i64 h = item.group * p.M; h < (item.group + 1) * p.M; ++h)
     for (i64 i = begin; i < end; ++i) {
       const i64 t = s.query + i;
       if (!is_active(p, item.sequence, t, h)) continue;
       const i64 visible = p.causal ? larger(smaller(i + s.S - s.T + 1, s.S), i64(0)) : s.S;
       rows.at[rows.count] = t * p.H + h;
+      rows.first[rows.count] = larger(visible - p.window, i64(0));
+      rows.late = larger(rows.late, rows.first[rows.count]);
       rows.visible[rows.count++] = visible;
       rows.least = smaller(rows.least, visible), rows.most = larger(rows.most, visible);
     }
@@ -197,7 +208,7 @@ void unpack_keys(const HeadAttentionParams<scalar_t>& p, const KeyView<grad_t>& 
 // whole.
 template <class A>
 void hide(const Rows& rows, i64 begin, i64 n, A hidden, A* limit, A* x, i64 ld) {
-  if (begin + n <= rows.least) return;
+  if (all_see(rows, begin, n)) return;
   const i64 lanes = kLanes<A>, used_rows = in_vectors<A>(rows.count);
   for (i64 r = 0; r < rows.count; ++r) limit[r] = A(seen_of(rows, r, begin, n));
   for (i64 r = rows.count; r < used_rows; ++r) limit[r] = A(n);
@@ -206,6 +217,9 @@ void hide(const Rows& rows, i64 begin, i64 n, A hidden, A* limit, A* x, i64 ld) 
       const Vec<A> value = load(x + j * ld + r), other = Vec<A>{} + hidden;
       store(x + j * ld + r, load(limit + r) > Vec<A>{} + A(j) ? value : other);
     }
+  if (rows.late <= begin) return;
+  for (i64 r = 0; r < rows.count; ++r)
+    for (i64 j = 0; j < passed_of(rows, r, begin, n); ++j) x[j * ld + r] = hidden;
 }
 
 // -- products where a row sees some of the keys alone: what it does not see may be NaN or infinite, and 0
@@ -225,22 +239,25 @@ inline bool is_finite(i64 rows, i64 cols, const A* x, i64 ld) {
 template <class A>
 void add_of_keys(const Rows& rows, i64 at, i64 n, i64 cols, const A* a, i64 lda, const A* b, i64 ldb, A* c,
                  i64 ldc) {
-  const i64 least = larger(smaller(rows.least - at, n), i64(0));
+  const i64 least = rows.late <= at ? larger(smaller(rows.least - at, n), i64(0)) : 0;
   if (is_finite(n - least, cols, b + least * ldb, ldb))
     return product_of_transpose<true>(rows.count, cols, n, a, lda, b, ldb, c, ldc);
-  for (i64 r = 0; r < rows.count; ++r)
-    product_block<true>(1, cols, seen_of(rows, r, at, n), a + r, 1, lda, b, ldb, c + r * ldc, ldc);
+  for (i64 r = 0; r < rows.count; ++r) {
+    const i64 passed = passed_of(rows, r, at, n);
+    product_block<true>(1, cols, seen_of(rows, r, at, n) - passed, a + passed * lda + r, 1, lda,
+                        b + passed * ldb, ldb, c + r * ldc, ldc);
+  }
 }
 
 // c[j] += sum_r a[j][r] b[r] of n keys from `at`.
 template <class A>
 void add_of_rows(const Rows& rows, i64 at, i64 n, i64 cols, const A* a, i64 lda, const A* b, i64 ldb, A* c,
                  i64 ldc) {
-  if (at + n <= rows.least || is_finite(rows.count, cols, b, ldb))
+  if (all_see(rows, at, n) || is_finite(rows.count, cols, b, ldb))
     return product_by_strip<true>(n, cols, rows.count, a, lda, b, ldb, c, ldc);
   for (i64 j = 0; j < n; ++j)
     for (i64 r = 0; r < rows.count; ++r)
-      if (rows.visible[r] > at + j)
+      if (rows.first[r] <= at + j && at + j < rows.visible[r])
         product_block<true>(1, cols, 1, a + j * lda + r, 1, 1, b + r * ldb, ldb, c + j * ldc, ldc);
 }
 
@@ -275,6 +292,30 @@ template <class A>
 void scale_scores(i64 n, i64 used_rows, i64 ld, A scale, A* x) {
   for (i64 j = 0; j < n; ++j)
     for (i64 r = 0; r < used_rows; r += kLanes<A>) store(x + j * ld + r, load(x + j * ld + r) * scale);
+}
+
+// tanh: an odd polynomial near 0 (Cephes), else by exp; 2 ulp. NaN stays NaN.
+inline Vec<float> vec_tanh(Vec<float> x) {
+  const Vec<float> zero = {}, size = x < zero ? -x : x, square = x * x;
+  Vec<float> y = square * -5.70498872745e-3f + 2.06390887954e-2f;
+  y = y * square - 5.37397155531e-2f;
+  y = y * square + 1.33314422036e-1f;
+  y = y * square - 3.33332819422e-1f;
+  y = y * square * x + x;
+  const Vec<float> far = 1.0f - 2.0f / (vec_exp(size + size) + 1.0f);
+  return size < zero + 0.625f ? y : x < zero ? -far : far;
+}
+inline Vec<double> vec_tanh(Vec<double> x) {
+  for (i64 i = 0; i < kLanes<double>; ++i) x[i] = __builtin_tanh(x[i]);
+  return x;
+}
+
+// Scores [rows][cols] within +-cap, cols up to whole vectors.
+template <class A>
+void cap_scores(i64 rows, i64 cols, i64 ld, A cap, A* x) {
+  for (i64 i = 0; i < rows; ++i)
+    for (i64 c = 0; c < cols; c += kLanes<A>)
+      store(x + i * ld + c, cap * vec_tanh(load(x + i * ld + c) / cap));
 }
 
 // Scores of n keys become probabilities relative to the new maximum; shrink is what the old sums are worth
@@ -442,6 +483,7 @@ void softmax_few(const Rows& rows, i64 at, i64 n, const Softmax<A>& s) {
   const i64 used = in_vectors<A>(n);
   for (i64 r = 0; r < rows.count; ++r) {
     A* p = s.p + r * kAttentionKeys;
+    for (i64 j = 0; j < passed_of(rows, r, at, n); ++j) p[j] = lowest;
     for (i64 j = seen_of(rows, r, at, n); j < used; ++j) p[j] = lowest;
     Vec<A> most = Vec<A>{} + s.max[r];
     for (i64 j = 0; j < used; j += lanes) {
@@ -507,17 +549,18 @@ void attend_few(const HeadAttentionParams<scalar_t>& p, const AttentionItem& ite
                                kAttentionKeys);
       }
     });
+    if (p.softcap != A(0)) cap_scores(rows.count, in_vectors<A>(n), kAttentionKeys, p.softcap, s.p);
     softmax_few(rows, at, n, s);
     shrink_out(rows.count, p.D, s);
-    const auto add_values = [&](auto tile, i64 r, i64 seen) {
-      value_rows<tile.value>(seen, p.D, s.p + r * kAttentionKeys, kAttentionKeys, v, s.out + r * ld, ld,
-                             k[turn ^ 1], r == 0 ? after : 0);
+    const auto add_values = [&](auto tile, i64 r, i64 first, i64 end) {
+      value_rows<tile.value>(end - first, p.D, s.p + r * kAttentionKeys + first, kAttentionKeys, v + first,
+                             s.out + r * ld, ld, k[turn ^ 1], r == 0 ? after : 0);
     };
-    if (at + n <= rows.least) {
-      by_row_tiles(rows.count, [&](auto tile, i64 r) { add_values(tile, r, n); });
+    if (all_see(rows, at, n)) {
+      by_row_tiles(rows.count, [&](auto tile, i64 r) { add_values(tile, r, 0, n); });
     } else {  // row by row, for a hidden value may be NaN
       for (i64 r = 0; r < rows.count; ++r)
-        add_values(std::integral_constant<int, 1>{}, r, seen_of(rows, r, at, n));
+        add_values(std::integral_constant<int, 1>{}, r, passed_of(rows, r, at, n), seen_of(rows, r, at, n));
     }
   }
 }
@@ -538,11 +581,28 @@ void attend(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, c
     pack_keys(p, p.v, sequence, item.group, at, n, s.v);
     product_by_strip<false>(n, used_rows, p.D, s.k, D, s.q, R, s.p, R);
     scale_scores(n, used_rows, R, p.scale, s.p);
+    if (p.softcap != A(0)) cap_scores(n, used_rows, R, p.softcap, s.p);
     hide(rows, at, n, -A(__builtin_inf()), s.limit, s.p, R);
     softmax_step(n, used_rows, R, s);
     shrink_out(rows.count, p.D, s);
     add_of_keys(rows, at, n, used, s.p, R, s.v, D, s.out, D);
   }
+}
+
+// The lse of row t * H + h from its maximum and sum, and its sink if there is one; returns what the row's
+// output is to be divided by.
+template <class scalar_t, class A>
+A finish_row(const HeadAttentionParams<scalar_t>& p, i64 at, A max, A sum) {
+  A share = A(1);  // what a probability is worth under the new maximum
+  if (p.sinks) {
+    const A sink = p.sinks[at % p.H], old = max;
+    max = larger(max, sink);
+    const A from = max == -A(__builtin_inf()) ? A(0) : max;
+    share = vec_exp(Vec<A>{} + (old - from))[0];
+    sum = sum * share + vec_exp(Vec<A>{} + (sink - from))[0];
+  }
+  if (p.lse) p.lse[at] = max + log_of(sum);
+  return sum == A(0) ? A(1) : sum / share;
 }
 
 template <class scalar_t>
@@ -551,16 +611,16 @@ void forward_item(const HeadAttentionParams<scalar_t>& p, const AttentionItem& i
   Rows rows = take_rows(p, arena);
   const Softmax<A> s = take_softmax(p, arena);
   find_rows(p, item, rows);
-  attend(p, item, rows, p.sequences[item.sequence].k_start, rows.most, s);
+  attend(p, item, rows, rows.begin, rows.most, s);
   const i64 D = padded<A>(p.D);
   for (i64 r = 0; r < rows.count; ++r) {
-    if (p.lse) p.lse[rows.at[r]] = s.max[r] + log_of(s.sum[r]);
-    const A sum = s.sum[r] == A(0) ? A(1) : s.sum[r];
+    const A sum = finish_row(p, rows.at[r], s.max[r], s.sum[r]);
     for (i64 d = 0; d < p.D; ++d) narrow(s.out[r * D + d] / sum, p.out + rows.at[r] * p.D + d);
   }
 }
 
-// -- backward: P = exp(S - lse), dS = P (dP - delta), delta = rowsum(dout out) --
+// -- backward: P = exp(S - lse), dS = P (dP - delta), delta = rowsum(dout out); with a softcap dS times the
+// slope of tanh --
 
 template <class A>
 struct Backward {
@@ -569,6 +629,7 @@ struct Backward {
   A *lse, *delta, *limit;  // [rows]
   A *k, *v;                // [kAttentionKeys][D]
   A *p, *ds;               // [kAttentionKeys][rows]
+  A* slope;                // [kAttentionKeys][rows] of tanh; null without a softcap
   A* dq;                   // [rows][D]
   A *dk, *dv;              // [keys][D]
 };
@@ -585,6 +646,7 @@ Backward<A> take_backward(const HeadAttentionParams<scalar_t>& p, BackwardPart p
   s.lse = arena.take<A>(R), s.delta = arena.take<A>(R), s.limit = arena.take<A>(R);
   s.k = arena.take<A>(kAttentionKeys * D), s.v = arena.take<A>(kAttentionKeys * D);
   s.p = arena.take<A>(kAttentionKeys * R), s.ds = arena.take<A>(kAttentionKeys * R);
+  s.slope = p.softcap != A(0) ? arena.take<A>(kAttentionKeys * R) : nullptr;
   s.dq = arena.take<A>(rows * D);
   s.dk = arena.take<A>(keys * D), s.dv = arena.take<A>(keys * D);
   return s;
@@ -613,7 +675,18 @@ void pack_backward(const HeadAttentionBackwardParams<scalar_t, grad_t>& params, 
   }
 }
 
-// P and dS of n keys from `at`.
+// P of n keys with a softcap, and the slope of tanh.
+template <class A>
+void capped_probabilities(i64 n, i64 used_rows, i64 ld, A scale, A cap, const Backward<A>& s) {
+  for (i64 j = 0; j < n; ++j)
+    for (i64 r = 0; r < used_rows; r += kLanes<A>) {
+      const Vec<A> share = vec_tanh(load(s.p + j * ld + r) * scale / cap);
+      store(s.p + j * ld + r, vec_exp(cap * share - load(s.lse + r)));
+      store(s.slope + j * ld + r, (A(1) - share) * (A(1) + share));
+    }
+}
+
+// P and dS, without the slope, of n keys from `at`.
 template <class scalar_t, class A>
 void backward_scores(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, const Rows& rows,
                      i64 at, i64 n, const Backward<A>& s) {
@@ -623,9 +696,13 @@ void backward_scores(const HeadAttentionParams<scalar_t>& p, const AttentionItem
   pack_keys(p, p.k, sequence, item.group, at, n, s.k);
   pack_keys(p, p.v, sequence, item.group, at, n, s.v);
   product_by_strip<false>(n, used_rows, p.D, s.k, D, s.q_t, R, s.p, R);
-  for (i64 j = 0; j < n; ++j)
-    for (i64 r = 0; r < used_rows; r += kLanes<A>)
-      store(s.p + j * R + r, vec_exp(load(s.p + j * R + r) * p.scale - load(s.lse + r)));
+  if (s.slope) {
+    capped_probabilities(n, used_rows, R, p.scale, p.softcap, s);
+  } else {
+    for (i64 j = 0; j < n; ++j)
+      for (i64 r = 0; r < used_rows; r += kLanes<A>)
+        store(s.p + j * R + r, vec_exp(load(s.p + j * R + r) * p.scale - load(s.lse + r)));
+  }
   hide(rows, at, n, A(0), s.limit, s.p, R);
   product_by_strip<false>(n, used_rows, p.D, s.v, D, s.dout_t, R, s.ds, R);
   for (i64 j = 0; j < n; ++j)
@@ -634,15 +711,25 @@ void backward_scores(const HeadAttentionParams<scalar_t>& p, const AttentionItem
   hide(rows, at, n, A(0), s.limit, s.ds, R);  // a hidden value may be NaN: 0 * NaN is not 0
 }
 
+// dS with the slope.
+template <class A>
+void add_slope(const Rows& rows, i64 at, i64 n, i64 ld, const Backward<A>& s) {
+  hide(rows, at, n, A(0), s.limit, s.slope, ld);  // a hidden score may be NaN
+  for (i64 j = 0; j < n; ++j)
+    for (i64 r = 0; r < in_vectors<A>(rows.count); r += kLanes<A>)
+      store(s.ds + j * ld + r, load(s.ds + j * ld + r) * load(s.slope + j * ld + r));
+}
+
 // One block of queries against keys from `begin` to what its rows see, at most to `end`: adds to dq, and to
 // dk and dv of the keys counted from `begin`; each may be null.
 template <class scalar_t, class A>
 void backward_block(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, const Rows& rows,
                     i64 begin, i64 end, const Backward<A>& s, A* dq, A* dk, A* dv) {
   const i64 R = padded<A>(rows.count), D = padded<A>(p.D), used = in_vectors<A>(p.D);
-  for (i64 at = begin; at < smaller(end, rows.most); at += kAttentionKeys) {
+  for (i64 at = larger(begin, rows.begin); at < smaller(end, rows.most); at += kAttentionKeys) {
     const i64 n = smaller(kAttentionKeys, rows.most - at), key = at - begin;
     backward_scores(p, item, rows, at, n, s);
+    if (s.slope) add_slope(rows, at, n, R, s);
     if (dq) add_of_keys(rows, at, n, used, s.ds, R, s.k, D, dq, D);
     if (dv) add_of_rows(rows, at, n, used, s.p, R, s.dout, D, dv + key * D, D);
     if (dk) add_of_rows(rows, at, n, used, s.ds, R, s.q, D, dk + key * D, D);
@@ -660,7 +747,7 @@ void delta_item(const HeadAttentionBackwardParams<scalar_t, grad_t>& params, con
   find_rows(p, item, rows);
   pack_backward(params, rows, s);
   const i64 R = padded<A>(rows.count);
-  for (i64 at = p.sequences[item.sequence].k_start; at < rows.most; at += kAttentionKeys) {
+  for (i64 at = rows.begin; at < rows.most; at += kAttentionKeys) {
     const i64 n = smaller(kAttentionKeys, rows.most - at);
     backward_scores(p, item, rows, at, n, s);  // ds is P dP: s.delta is still zero
     for (i64 j = 0; j < n; ++j)
@@ -691,7 +778,7 @@ void backward_item(const HeadAttentionBackwardParams<scalar_t, grad_t>& params, 
   const i64 first = by_queries ? item.block : 0, last = by_queries ? item.block + 1 : blocks;
   for (item.block = first; item.block < last; ++item.block) {
     find_rows(p, item, rows);
-    if (rows.most <= begin) continue;
+    if (rows.most <= begin || rows.begin >= end) continue;
     pack_backward(params, rows, s);
     for (i64 i = 0; dq && i < rows.count * D; ++i) dq[i] = A(0);
     backward_block(p, item, rows, begin, end, s, dq, dk, dv);

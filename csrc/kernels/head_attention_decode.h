@@ -3,10 +3,11 @@
 // contiguous cache has one page per sequence). The loops are in head_attention_decode_block.h.
 //
 //   out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[b, j, g]) v[b, j, g]     k_start <= j <= i +
-//   seqlens[b] - T
+//   seqlens[b] - T, and with a window i + seqlens[b] - T - window < j
 //
 // Each item covers one (sequence, group, block of queries, part of the keys) and leaves maximum, sum and
-// unnormalised output of its rows in `partial`; the parts are merged in their order.
+// unnormalised output of its rows in `partial`; the parts are merged in their order,
+// and a sink is added last, once.
 #pragma once
 
 #include "kernels/head_attention.h"

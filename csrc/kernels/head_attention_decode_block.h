@@ -30,7 +30,7 @@ void decode_item(const HeadAttentionDecodeParams<scalar_t>& params, i64 index, A
   const Softmax<A> s = take_softmax(p, arena);
   find_rows(p, item, rows);
   const i64 k_start = p.sequences[item.sequence].k_start;
-  attend(p, item, rows, k_start + item.begin, smaller(k_start + item.end, rows.most), s);
+  attend(p, item, rows, larger(k_start + item.begin, rows.begin), smaller(k_start + item.end, rows.most), s);
   const i64 D = padded<A>(p.D);
   for (i64 r = 0; r < rows.count; ++r) {
     to.max[r] = s.max[r], to.sum[r] = s.sum[r];
@@ -60,8 +60,7 @@ void merge_items(const HeadAttentionDecodeParams<scalar_t>& params, i64 first, i
       sum += share * from.sum[r];
       for (i64 d = 0; d < p.D; ++d) s.out[d] += share * from.out[r * p.D + d];
     }
-    if (p.lse) p.lse[rows.at[r]] = max + log_of(sum);
-    if (sum == A(0)) sum = A(1);
+    sum = finish_row(p, rows.at[r], max, sum);
     for (i64 d = 0; d < p.D; ++d) narrow(s.out[d] / sum, p.out + rows.at[r] * p.D + d);
   }
 }

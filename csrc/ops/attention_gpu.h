@@ -43,6 +43,14 @@ class DeviceAttention {
   std::vector<Tensor> kept_;
 };
 
+inline void refuse_on_gpu(const char* op, const AttentionScores& scores) {
+  const char* given = scores.window    ? "window"
+                      : scores.softcap ? "softcap"
+                      : scores.sinks   ? "sinks"
+                                       : nullptr;
+  if (given) fail(op, ": ", given, " must be None on a GPU, whose kernels have none, got one");
+}
+
 // What both ops give their kernels; q's strides are those of [T, H, D], k's and v's of [.., S, G, D].
 template <class Call>
 Call attention_call(const AttentionPlan& plan, const AttentionCall& lengths) {

@@ -28,6 +28,9 @@ struct AttentionPlan {
   int64_t heads;
   bool by_group, causal;
   double scale;
+  int64_t window = kNoWindow;
+  double softcap = 0;    // none
+  OptionalTensor sinks;  // [H], contiguous, in wide_dtype
   int64_t page = std::numeric_limits<int64_t>::max();
   std::vector<int64_t> extent;  // empty: heads
   int64_t extent_stride_b = 0, extent_stride_t = 0;
@@ -50,8 +53,10 @@ struct AttentionPlan {
     return std::any_of(&chosen[group * M], &chosen[group * M] + M, [](uint8_t c) { return c != 0; });
   }
 
+  // After the last sequence: what is known of all of them, and which keys are before every query's window.
   void measure() {
-    for (const auto& s : sequences) {
+    for (auto& s : sequences) {
+      s.k_start = std::max(s.k_start, s.S - s.T + 1 - window);
       max_queries = std::max(max_queries, std::min(s.T, kAttentionQueries));
       max_keys = std::max(max_keys, s.S - s.k_start);
     }
@@ -116,10 +121,47 @@ inline Tensor check_rows(const char* op, const char* name, const Tensor& t, cons
   return t.size(last) > 1 && t.stride(last) != 1 ? torch::stable::contiguous(t) : t;
 }
 
-// H, G, D, heads, unit and scale, which both ops have; no value of a tensor is read.
+inline ScalarType wide_dtype(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// What both ops do to scores.
+struct AttentionScores {
+  std::optional<double> scale;
+  std::optional<int64_t> window;
+  std::optional<double> softcap;
+  const OptionalTensor& sinks;
+};
+
+inline void describe_scores(const char* op, const Tensor& q, const AttentionScores& scores, bool causal,
+                            AttentionPlan& plan) {
+  plan.scale = scores.scale.value_or(1 / std::sqrt(static_cast<double>(plan.D)));
+  check_finite(op, "scale", plan.scale);
+  plan.causal = causal;
+  if (scores.window) {
+    check_positive(op, "window", *scores.window);
+    if (!causal) fail(op, ": window must be None where causal is false, got ", *scores.window);
+    plan.window = std::min(*scores.window, kNoWindow);
+  }
+  if (scores.softcap) {
+    const auto cap = static_cast<float>(*scores.softcap);
+    if (!std::isfinite(cap) || cap <= 0)
+      fail(op, ": softcap must be positive and finite, got ", *scores.softcap);
+    plan.softcap = *scores.softcap;
+  }
+  if (scores.sinks) {
+    const Tensor& sinks = *scores.sinks;
+    check_shape(op, "sinks", sinks, {plan.H});
+    if (sinks.scalar_type() != ScalarType::Float) check_dtype(op, "sinks", sinks, q.scalar_type());
+    check_device(op, "sinks", sinks, q.device());
+    plan.sinks = torch::stable::contiguous(torch::stable::to(sinks, wide_dtype(q)));
+  }
+}
+
+// H, G, D, heads, unit and scores, which both ops have; no value of a tensor is read.
 inline AttentionPlan describe_heads(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                                     int64_t heads, const std::string& unit, const OptionalTensor& index,
-                                    std::optional<double> scale) {
+                                    const AttentionScores& scores, bool causal) {
   check_floating(op, "q", q);
   const int64_t last = q.dim() - 1;
   AttentionPlan plan{};
@@ -138,8 +180,7 @@ inline AttentionPlan describe_heads(const char* op, const Tensor& q, const Tenso
   if (unit != "kv_group" && unit != "query") fail(op, ": unit must be kv_group or query, got ", unit);
   plan.by_group = unit == "kv_group";
   plan.heads = heads;
-  plan.scale = scale.value_or(1 / std::sqrt(static_cast<double>(plan.D)));
-  check_finite(op, "scale", plan.scale);
+  describe_scores(op, q, scores, causal, plan);
   if (!index) {
     check_range(op, "heads", heads, 0, plan.by_group ? plan.G : plan.M);
     return plan;
@@ -152,8 +193,8 @@ inline AttentionPlan describe_heads(const char* op, const Tensor& q, const Tenso
 
 inline AttentionPlan start_plan(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                                 int64_t heads, const std::string& unit, const OptionalTensor& index,
-                                std::optional<double> scale) {
-  AttentionPlan plan = describe_heads(op, q, k, v, heads, unit, index, scale);
+                                const AttentionScores& scores, bool causal) {
+  AttentionPlan plan = describe_heads(op, q, k, v, heads, unit, index, scores, causal);
   if (!index) return plan;
   plan.chosen.assign(plan.H, 0);
   for (const int64_t h : host_integers(op, "index", *index, plan.H - 1)) {
@@ -183,7 +224,10 @@ HeadAttentionParams<scalar_t> attention_params(const AttentionPlan& plan) {
   p.heads = plan.heads;
   p.by_group = plan.by_group;
   p.causal = plan.causal;
+  p.window = plan.window;
   p.scale = static_cast<accumulate_t<scalar_t>>(plan.scale);
+  p.softcap = static_cast<accumulate_t<scalar_t>>(plan.softcap);
+  p.sinks = plan.sinks ? data_of<accumulate_t<scalar_t>>(*plan.sinks) : nullptr;
   p.H = plan.H;
   p.G = plan.G;
   p.M = plan.M;
@@ -258,15 +302,19 @@ void run_backward_part(const AttentionPlan& plan, HeadAttentionBackwardParams<sc
             [&](int64_t first, int64_t last, char* scratch) { launch(p, part, first, last, scratch); });
 }
 
-// delta first, where the kernels do not make it from out; the other parts read it.
+// Before the other parts: delta, where the kernels do not make it from out, and the gradient of the sinks of
+// the T rows; null where that is not wanted.
 template <class scalar_t, class grad_t>
-void run_delta(const AttentionPlan& plan, const HeadAttentionBackwardParams<scalar_t, grad_t>& p) {
+void run_first_parts(const AttentionPlan& plan, const HeadAttentionBackwardParams<scalar_t, grad_t>& p,
+                     int64_t T, accumulate_t<scalar_t>* dsinks) {
   if (p.delta) run_backward_part(plan, p, BackwardPart::kDelta, query_items(plan));
+  if (dsinks)
+    parallel_for(plan.H, T * (p.delta ? 16 : plan.D),
+                 [&](int64_t first, int64_t last) { head_attention_sinks_cpu(p, T, dsinks, first, last); });
 }
 
 template <class scalar_t, class grad_t>
 void run_backward(const AttentionPlan& plan, const HeadAttentionBackwardParams<scalar_t, grad_t>& p) {
-  run_delta(plan, p);
   const bool want_keys = p.dk.data || p.dv.data;
   if (p.dq && want_keys) {
     const auto pairs = pair_items(plan);
@@ -278,25 +326,38 @@ void run_backward(const AttentionPlan& plan, const HeadAttentionBackwardParams<s
 
 // Which gradients output_mask asks for, and the gradients; one that is not wanted is empty.
 struct AttentionWanted {
-  bool q, k, v;
+  bool q, k, v, sinks;
 };
 struct AttentionGradients {
-  Tensor q, k, v;
+  Tensor q, k, v, sinks;
 };
 
-inline AttentionWanted attention_wanted(const char* op, int64_t output_mask) {
-  check_range(op, "output_mask", output_mask, 0, 7);
-  return {.q = (output_mask & 1) != 0, .k = (output_mask & 2) != 0, .v = (output_mask & 4) != 0};
+inline AttentionWanted attention_wanted(const char* op, int64_t output_mask, const OptionalTensor& sinks) {
+  check_range(op, "output_mask", output_mask, 0, 15);
+  return {.q = (output_mask & 1) != 0,
+          .k = (output_mask & 2) != 0,
+          .v = (output_mask & 4) != 0,
+          .sinks = (output_mask & 8) != 0 && sinks};
 }
 
-// Zeros for the gradients that are wanted; those of keys and values have the dtype k_dtype.
+// Zeros for the gradients that are wanted; those of keys and values have the dtype k_dtype, those of sinks
+// wide_dtype(q).
 inline AttentionGradients room_for(const AttentionWanted& wanted, const Tensor& q, const Tensor& k,
-                                   ScalarType k_dtype) {
+                                   ScalarType k_dtype, const OptionalTensor& sinks) {
   const auto room = [](bool is_wanted, const Tensor& like, ScalarType dtype) {
     const std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
     return is_wanted ? zeros(like, shape, dtype) : empty(like, {0}, dtype);
   };
-  return {room(wanted.q, q, q.scalar_type()), room(wanted.k, k, k_dtype), room(wanted.v, k, k_dtype)};
+  return {room(wanted.q, q, q.scalar_type()), room(wanted.k, k, k_dtype), room(wanted.v, k, k_dtype),
+          room(wanted.sinks, sinks ? *sinks : q, wide_dtype(q))};
+}
+
+// The gradients as the ops return them, each in the dtype of its input.
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> in_dtypes(const AttentionGradients& d, const Tensor& q,
+                                                            const OptionalTensor& sinks) {
+  const ScalarType dtype = q.scalar_type();
+  return {d.q, torch::stable::to(d.k, dtype), torch::stable::to(d.v, dtype),
+          torch::stable::to(d.sinks, sinks ? sinks->scalar_type() : dtype)};
 }
 
 // What HeadAttentionBackwardParams::delta points to: one per query head for 16-bit types, nothing for the
@@ -304,10 +365,6 @@ inline AttentionGradients room_for(const AttentionWanted& wanted, const Tensor& 
 inline Tensor delta_for(const Tensor& q, const AttentionPlan& plan) {
   const bool rounded = q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half;
   return zeros(q, {rounded ? q.numel() / plan.D : 0}, ScalarType::Float);
-}
-
-inline ScalarType wide_dtype(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 }  // namespace flextron

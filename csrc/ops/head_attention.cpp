@@ -62,7 +62,7 @@ struct HeadAttention {
   const Text& extent_per;
   const OptionalTensor &index, &cu_seqlens_q, &cu_seqlens_k, &k_start;
   bool causal;
-  std::optional<double> scale;
+  AttentionScores scores;
 };
 
 // What the forward made and the gradient of its output.
@@ -82,11 +82,10 @@ Rows rows_of(const HeadAttention& a) {
 
 AttentionPlan make_plan(const HeadAttention& arguments) {
   const auto& [op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start,
-               causal, scale] = arguments;
+               causal, scores] = arguments;
   check_dim(op, "k", k, 3);
   check_dim(op, "v", v, 3);
-  AttentionPlan plan = start_plan(op, q, k, v, heads, unit.value, index, scale);
-  plan.causal = causal;
+  AttentionPlan plan = start_plan(op, q, k, v, heads, unit.value, index, scores, causal);
   const int64_t T = q.size(0), S = k.size(0), B = count_sequences(op, cu_seqlens_q, cu_seqlens_k);
   const auto ends_q = read_ends(op, "cu_seqlens_q", cu_seqlens_q, B, T, q);
   const auto ends_k = read_ends(op, "cu_seqlens_k", cu_seqlens_k, B, S, q);
@@ -141,11 +140,11 @@ struct DeviceCall {
 
 DeviceCall make_device_call(const HeadAttention& arguments) {
   const auto& [op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start,
-               causal, scale] = arguments;
+               causal, scores] = arguments;
+  refuse_on_gpu(op, scores);
   check_dim(op, "k", k, 3);
   check_dim(op, "v", v, 3);
-  AttentionPlan plan = describe_heads(op, q, k, v, heads, unit.value, index, scale);
-  plan.causal = causal;
+  AttentionPlan plan = describe_heads(op, q, k, v, heads, unit.value, index, scores, causal);
   const int64_t T = q.size(0), S = k.size(0), B = count_sequences(op, cu_seqlens_q, cu_seqlens_k);
   const ExtentShape shape = extent_shape(op, extent, extent_per, index, B, T);
   const bool all_heads = heads == (plan.by_group ? plan.G : plan.M);
@@ -219,7 +218,7 @@ AttentionGradients backward_on_gpu(const HeadAttention& arguments, const Results
   const auto& [op, q, k, v] = rows_of(arguments);
   const Tensor dout = torch::stable::contiguous(results.dout), lse = torch::stable::contiguous(results.lse);
   const Tensor delta = empty(q, {q.size(0), plan.H}, wide_dtype(q));
-  AttentionGradients d = room_for(wanted, q, k, k.scalar_type());
+  AttentionGradients d = room_for(wanted, q, k, k.scalar_type(), arguments.scores.sinks);
   dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
     auto call = fill_call<HeadAttentionBackwardCall<scalar_t>>(
@@ -260,7 +259,7 @@ AttentionGradients backward_on_cpu(const HeadAttention& arguments, const Results
   const auto& [op, q, k, v] = rows_of(arguments);
   const Tensor dout = torch::stable::contiguous(results.dout), out = torch::stable::contiguous(results.out);
   const Tensor lse = torch::stable::contiguous(results.lse), delta = delta_for(q, plan);
-  AttentionGradients d = room_for(wanted, q, k, k.scalar_type());
+  AttentionGradients d = room_for(wanted, q, k, k.scalar_type(), arguments.scores.sinks);
   dispatch_dtype(HeadAttentionTypes{}, op, q.scalar_type(), [&]<class scalar_t>() {
     HeadAttentionBackwardParams<scalar_t, scalar_t> p{};
     p.forward = fill_params<scalar_t>(plan, q, k, v);
@@ -271,6 +270,8 @@ AttentionGradients backward_on_cpu(const HeadAttention& arguments, const Results
     if (wanted.q) p.dq = mutable_data_of<scalar_t>(d.q);
     if (wanted.k) p.dk = {mutable_data_of<scalar_t>(d.k), 0, plan.G * plan.D, plan.D};
     if (wanted.v) p.dv = {mutable_data_of<scalar_t>(d.v), 0, plan.G * plan.D, plan.D};
+    run_first_parts(plan, p, q.size(0),
+                    wanted.sinks ? mutable_data_of<accumulate_t<scalar_t>>(d.sinks) : nullptr);
     run_backward(plan, p);
   });
   return d;
@@ -283,32 +284,37 @@ std::tuple<Tensor, Tensor> head_attention(const Tensor& q, const Tensor& k, cons
                                           const Text& extent_per, const OptionalTensor& index,
                                           const OptionalTensor& cu_seqlens_q,
                                           const OptionalTensor& cu_seqlens_k, const OptionalTensor& k_start,
-                                          bool causal, std::optional<double> scale) {
+                                          bool causal, std::optional<double> scale,
+                                          std::optional<int64_t> window, std::optional<double> softcap,
+                                          const OptionalTensor& sinks) {
   constexpr auto op = "head_attention";
   const NoGrad no_grad;
   check_dim(op, "q", q, 3);
+  const AttentionScores scores{scale, window, softcap, sinks};
   const HeadAttention arguments{op,           q,       k,          v,     heads,
                                 unit,         extent,  extent_per, index, cu_seqlens_q,
-                                cu_seqlens_k, k_start, causal,     scale};
+                                cu_seqlens_k, k_start, causal,     scores};
   return runs_on_gpu(q) ? forward_on_gpu(arguments) : forward_on_cpu(arguments);
 }
 
-std::tuple<Tensor, Tensor, Tensor> head_attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> head_attention_backward(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
     const Tensor& lse, int64_t heads, const Text& unit, const OptionalTensor& extent, const Text& extent_per,
     const OptionalTensor& index, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    const OptionalTensor& k_start, bool causal, std::optional<double> scale, int64_t output_mask) {
+    const OptionalTensor& k_start, bool causal, std::optional<double> scale, std::optional<int64_t> window,
+    std::optional<double> softcap, const OptionalTensor& sinks, int64_t output_mask) {
   constexpr auto op = "head_attention_backward";
   const NoGrad no_grad;
   check_dim(op, "q", q, 3);
+  const AttentionScores scores{scale, window, softcap, sinks};
   const HeadAttention arguments{op,           q,       k,          v,     heads,
                                 unit,         extent,  extent_per, index, cu_seqlens_q,
-                                cu_seqlens_k, k_start, causal,     scale};
+                                cu_seqlens_k, k_start, causal,     scores};
   const Results results{dout, out, lse};
-  const AttentionWanted wanted = attention_wanted(op, output_mask);
+  const AttentionWanted wanted = attention_wanted(op, output_mask, sinks);
   const AttentionGradients d = runs_on_gpu(q) ? backward_on_gpu(arguments, results, wanted)
                                               : backward_on_cpu(arguments, results, wanted);
-  return {d.q, d.k, d.v};
+  return in_dtypes(d, q, sinks);
 }
 
 }  // namespace flextron

@@ -13,7 +13,7 @@ struct HeadAttentionDecode {
   int64_t heads;
   const Text& unit;
   const OptionalTensor &extent, &block_table, &k_start;
-  std::optional<double> scale;
+  AttentionScores scores;
 
   int64_t B() const { return q.size(0); }
   int64_t T() const { return q.size(1); }
@@ -31,8 +31,7 @@ Described describe(const HeadAttentionDecode& a) {
   check_dim(a.op, "k_cache", a.k_cache, 4);
   check_dim(a.op, "v_cache", a.v_cache, 4);
   AttentionPlan plan =
-      describe_heads(a.op, a.q, a.k_cache, a.v_cache, a.heads, a.unit.value, std::nullopt, a.scale);
-  plan.causal = true;
+      describe_heads(a.op, a.q, a.k_cache, a.v_cache, a.heads, a.unit.value, std::nullopt, a.scores, true);
   const int64_t B = a.B();
   int64_t columns = 1;
   if (a.block_table) {
@@ -107,7 +106,6 @@ HeadAttentionParams<scalar_t> fill_params(const AttentionPlan& plan, const Tenso
 // Sequences may share pages, so the sequences of a group take turns; groups never meet.
 template <class scalar_t, class grad_t>
 void run_paged_backward(const AttentionPlan& plan, HeadAttentionBackwardParams<scalar_t, grad_t> p) {
-  run_delta(plan, p);
   const auto pairs = pair_items(plan);  // group after group
   p.forward.items = pairs.data();
   const auto launch = FLEXTRON_FOR_ISA(head_attention_backward, scalar_t, grad_t);
@@ -154,6 +152,7 @@ struct DeviceCall {
 };
 
 DeviceCall make_device_call(const HeadAttentionDecode& a) {
+  refuse_on_gpu(a.op, a.scores);
   const Described described = describe(a);
   DeviceCall result{described.plan, DeviceAttention(described.plan), as_rows(a.q),
                     check_rows(a.op, "k_cache", a.k_cache, a.q), check_rows(a.op, "v_cache", a.v_cache, a.q)};
@@ -208,7 +207,7 @@ AttentionGradients backward_on_gpu(const HeadAttentionDecode& a, const Tensor& d
   const Tensor dout = torch::stable::contiguous(dout_), out = empty(q, {a.B(), a.T(), H, D});
   const std::vector<int64_t> row_shape{a.B(), a.T(), H};
   const Tensor lse = empty(q, row_shape, wide_dtype(q)), delta = empty(q, row_shape, wide_dtype(q));
-  AttentionGradients d = room_for(wanted, q, a.k_cache, q.scalar_type());
+  AttentionGradients d = room_for(wanted, q, a.k_cache, q.scalar_type(), a.scores.sinks);
   dispatch_dtype(HeadAttentionTypes{}, a.op, q.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
     auto call = device_call.fill<HeadAttentionBackwardCall<scalar_t>, scalar_t>();
@@ -265,7 +264,7 @@ AttentionGradients backward_on_cpu(const HeadAttentionDecode& a, const Tensor& d
   Tensor lse = empty(q, {a.B(), a.T(), plan.H}, wide_dtype(q));
   torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
   // Keys' and values' are summed in the wider type: several sequences may add to one page.
-  AttentionGradients d = room_for(wanted, q, a.k_cache, wide_dtype(q));
+  AttentionGradients d = room_for(wanted, q, a.k_cache, wide_dtype(q), a.scores.sinks);
   dispatch_dtype(HeadAttentionTypes{}, a.op, q.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
     HeadAttentionBackwardParams<scalar_t, acc_t> p{};
@@ -278,12 +277,13 @@ AttentionGradients backward_on_cpu(const HeadAttentionDecode& a, const Tensor& d
     if (wanted.q) p.dq = mutable_data_of<scalar_t>(d.q);
     if (wanted.k) p.dk = {mutable_data_of<acc_t>(d.k), page * key, key, plan.D};
     if (wanted.v) p.dv = {mutable_data_of<acc_t>(d.v), page * key, key, plan.D};
+    run_first_parts(plan, p, a.B() * a.T(), wanted.sinks ? mutable_data_of<acc_t>(d.sinks) : nullptr);
     if (a.block_table && (p.dk.data || p.dv.data))
       run_paged_backward(plan, p);
     else
       run_backward(plan, p);
   });
-  return {d.q, torch::stable::to(d.k, q.scalar_type()), torch::stable::to(d.v, q.scalar_type())};
+  return d;
 }
 
 }  // namespace
@@ -291,28 +291,33 @@ AttentionGradients backward_on_cpu(const HeadAttentionDecode& a, const Tensor& d
 Tensor head_attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                              const Tensor& seqlens, int64_t heads, const Text& unit,
                              const OptionalTensor& extent, const OptionalTensor& block_table,
-                             const OptionalTensor& k_start, std::optional<double> scale) {
+                             const OptionalTensor& k_start, std::optional<double> scale,
+                             std::optional<int64_t> window, std::optional<double> softcap,
+                             const OptionalTensor& sinks) {
   constexpr auto op = "head_attention_decode";
   const NoGrad no_grad;
   check_dim(op, "q", q, 4);
+  const AttentionScores scores{scale, window, softcap, sinks};
   const HeadAttentionDecode arguments{op,   q,      k_cache,     v_cache, seqlens, heads,
-                                      unit, extent, block_table, k_start, scale};
+                                      unit, extent, block_table, k_start, scores};
   return runs_on_gpu(q) ? forward_on_gpu(arguments) : forward_on_cpu(arguments);
 }
 
-std::tuple<Tensor, Tensor, Tensor> head_attention_decode_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> head_attention_decode_backward(
     const Tensor& dout, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seqlens,
     int64_t heads, const Text& unit, const OptionalTensor& extent, const OptionalTensor& block_table,
-    const OptionalTensor& k_start, std::optional<double> scale, int64_t output_mask) {
+    const OptionalTensor& k_start, std::optional<double> scale, std::optional<int64_t> window,
+    std::optional<double> softcap, const OptionalTensor& sinks, int64_t output_mask) {
   constexpr auto op = "head_attention_decode_backward";
   const NoGrad no_grad;
   check_dim(op, "q", q, 4);
+  const AttentionScores scores{scale, window, softcap, sinks};
   const HeadAttentionDecode arguments{op,   q,      k_cache,     v_cache, seqlens, heads,
-                                      unit, extent, block_table, k_start, scale};
-  const AttentionWanted wanted = attention_wanted(op, output_mask);
+                                      unit, extent, block_table, k_start, scores};
+  const AttentionWanted wanted = attention_wanted(op, output_mask, sinks);
   const AttentionGradients d =
       runs_on_gpu(q) ? backward_on_gpu(arguments, dout, wanted) : backward_on_cpu(arguments, dout, wanted);
-  return {d.q, d.k, d.v};
+  return in_dtypes(d, q, sinks);
 }
 
 }  // namespace flextron

@@ -82,21 +82,27 @@ std::tuple<Tensor, Tensor> head_attention(const Tensor& q, const Tensor& k, cons
                                           const Text& extent_per, const OptionalTensor& index,
                                           const OptionalTensor& cu_seqlens_q,
                                           const OptionalTensor& cu_seqlens_k, const OptionalTensor& k_start,
-                                          bool causal, std::optional<double> scale);
-std::tuple<Tensor, Tensor, Tensor> head_attention_backward(
+                                          bool causal, std::optional<double> scale,
+                                          std::optional<int64_t> window, std::optional<double> softcap,
+                                          const OptionalTensor& sinks);
+std::tuple<Tensor, Tensor, Tensor, Tensor> head_attention_backward(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
     const Tensor& lse, int64_t heads, const Text& unit, const OptionalTensor& extent, const Text& extent_per,
     const OptionalTensor& index, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    const OptionalTensor& k_start, bool causal, std::optional<double> scale, int64_t output_mask);
+    const OptionalTensor& k_start, bool causal, std::optional<double> scale, std::optional<int64_t> window,
+    std::optional<double> softcap, const OptionalTensor& sinks, int64_t output_mask);
 
 Tensor head_attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                              const Tensor& seqlens, int64_t heads, const Text& unit,
                              const OptionalTensor& extent, const OptionalTensor& block_table,
-                             const OptionalTensor& k_start, std::optional<double> scale);
-std::tuple<Tensor, Tensor, Tensor> head_attention_decode_backward(
+                             const OptionalTensor& k_start, std::optional<double> scale,
+                             std::optional<int64_t> window, std::optional<double> softcap,
+                             const OptionalTensor& sinks);
+std::tuple<Tensor, Tensor, Tensor, Tensor> head_attention_decode_backward(
     const Tensor& dout, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seqlens,
     int64_t heads, const Text& unit, const OptionalTensor& extent, const OptionalTensor& block_table,
-    const OptionalTensor& k_start, std::optional<double> scale, int64_t output_mask);
+    const OptionalTensor& k_start, std::optional<double> scale, std::optional<int64_t> window,
+    std::optional<double> softcap, const OptionalTensor& sinks, int64_t output_mask);
 
 }  // namespace flextron
 

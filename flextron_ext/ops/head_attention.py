@@ -25,13 +25,16 @@ def head_attention(
     k_start: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend with the active heads only. The others are zeros, and keys of unused groups are never read.
 
     ``out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h // M]) v[j, h // M]`` with ``M = H // G``, over the
-    keys of t's sequence with ``k_start <= j``, and if causal ``j <= i + S - T`` for query i of T and S keys.
-    A query that sees no key gives 0.
+    keys of t's sequence with ``k_start <= j``, if causal ``j <= i + S - T`` for query i of T and S keys, and with a
+    window ``i + S - T - window < j``. A query that sees no key gives 0.
 
     Args:
         q: [T, H, D], float32, float64, bfloat16 or float16. Any strides.
@@ -50,11 +53,17 @@ def head_attention(
         k_start: int32 or int64 [B], the first key that each sequence sees; the keys before it are left padding.
         causal: whether a query sees only the keys up to its own; queries and keys are aligned at their ends.
         scale: multiplies the attention scores, any finite number; None means D ** -0.5.
+        window: how many keys a query sees at most, up to and with its own, at least 1; None means all. What is before
+            every query's window is never read. Not without causal.
+        softcap: scores become ``softcap * tanh(score / softcap)`` after scaling, any positive number; None means as
+            they are.
+        sinks: [H], the dtype of q or float32: one more logit of each query head, neither scaled nor capped, in the
+            softmax's denominator alone. Any finite number, or -inf for none.
         return_lse: also returns the logarithm of the softmax's denominator.
 
     Returns:
         out: [T, H, D], the dtype of q; with return_lse also lse: [T, H], float32 (float64 for float64), -inf
-        where a head is inactive or sees no key. lse has no gradient.
+        where a head is inactive, or sees no key and has no sink. lse has no gradient.
 
     Raises:
         TypeError: a dtype is wrong.
@@ -64,8 +73,10 @@ def head_attention(
     """
     _check(q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start)
     common.check_finite(OP, "scale", scale)
-    which = heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start, causal, scale
-    out, lse = common.call(torch.ops.flextron.head_attention.default, q, k, v, *which)
+    attention.check_scores(OP, q, window, softcap, sinks, causal)
+    which = heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start, causal
+    scores = scale, window, softcap, sinks
+    out, lse = common.call(torch.ops.flextron.head_attention.default, q, k, v, *which, *scores)
     return (out, lse) if return_lse else out
 
 
@@ -112,27 +123,27 @@ def _shape(q, *arguments, **options):
 
 @common.register_fake("head_attention_backward")
 def _backward_shape(dout, q, k, v, *arguments):
-    mask = arguments[-1]
-    return tuple(t.new_empty(t.shape if mask >> i & 1 else (0,)) for i, t in enumerate((q, k, v)))
+    return attention.gradient_shapes(q, k, v, *arguments[-2:])
 
 
 def _save(ctx, inputs, output):
     q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, *last = inputs
-    k_start, causal, scale = last
+    k_start, causal, *scores, sinks = last
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, extent, index, cu_seqlens_q, cu_seqlens_k, k_start)
-    ctx.options = heads, unit, extent_per, causal, scale
+    ctx.save_for_backward(q, k, v, out, lse, extent, index, cu_seqlens_q, cu_seqlens_k, k_start, sinks)
+    ctx.options = heads, unit, extent_per, causal, scores
 
 
 def _grad(ctx, dout, _):
-    q, k, v, out, lse, extent, index, cu_seqlens_q, cu_seqlens_k, k_start = ctx.saved_tensors
-    heads, unit, extent_per, causal, scale = ctx.options
-    mask = common.wanted(ctx, 0, 1, 2)
-    which = heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start, causal, scale
+    q, k, v, out, lse, extent, index, cu_seqlens_q, cu_seqlens_k, k_start, sinks = ctx.saved_tensors
+    heads, unit, extent_per, causal, scores = ctx.options
+    mask = common.wanted(ctx, 0, 1, 2, 15)
+    which = heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start, causal
     backward = torch.ops.flextron.head_attention_backward.default
-    gradients = common.call(backward, dout, q, k, v, out, lse, *which, mask)
-    return *common.per_input(mask, gradients), *[None] * 10
+    gradients = common.call(backward, dout, q, k, v, out, lse, *which, *scores, sinks, mask)
+    dq, dk, dv, dsinks = common.per_input(mask, gradients)
+    return dq, dk, dv, *[None] * 12, dsinks
 
 
 common.register_gradient(OP, _save, _grad)

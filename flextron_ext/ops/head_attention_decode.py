@@ -22,12 +22,15 @@ def head_attention_decode(
     block_table: Tensor | None = None,
     k_start: Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend with a few new tokens per sequence to a cache that already holds their keys; active heads only.
 
     ``out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[b, j, h // M]) v[b, j, h // M]``, with
-    ``M = H // G``, over ``k_start[b] <= j <= i + seqlens[b] - T``. A query that sees no key, and an inactive
-    head, give exact zeros.
+    ``M = H // G``, over ``k_start[b] <= j <= i + seqlens[b] - T``, and with a window
+    ``i + seqlens[b] - T - window < j``. A query that sees no key, and an inactive head, give exact zeros.
 
     Args:
         q: [B, T, H, D], float32, float64, bfloat16 or float16. Any strides.
@@ -43,6 +46,12 @@ def head_attention_decode(
             ``block_table[b, j // page]``. Entries beyond seqlens are not read. Sequences may share pages.
         k_start: int32 or int64 [B], the first key that each sequence sees; the keys before it are left padding.
         scale: multiplies the attention scores, any finite number; None means D ** -0.5.
+        window: how many keys a query sees at most, up to and with its own, at least 1; None means all. What is before
+            every query's window is never read.
+        softcap: scores become ``softcap * tanh(score / softcap)`` after scaling, any positive number; None means as
+            they are.
+        sinks: [H], the dtype of q or float32: one more logit of each query head, neither scaled nor capped, in the
+            softmax's denominator alone. Any finite number, or -inf for none.
 
     Returns:
         out: [B, T, H, D], the dtype of q.
@@ -55,7 +64,8 @@ def head_attention_decode(
     """
     _check(q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start)
     common.check_finite(OP, "scale", scale)
-    which = seqlens, heads, unit, extent, block_table, k_start, scale
+    attention.check_scores(OP, q, window, softcap, sinks)
+    which = seqlens, heads, unit, extent, block_table, k_start, scale, window, softcap, sinks
     return common.call(torch.ops.flextron.head_attention_decode.default, q, k_cache, v_cache, *which)
 
 
@@ -88,24 +98,24 @@ def _shape(q, *arguments, **options):
 
 @common.register_fake("head_attention_decode_backward")
 def _backward_shape(dout, q, k_cache, v_cache, *arguments):
-    mask = arguments[-1]
-    return tuple(t.new_empty(t.shape if mask >> i & 1 else (0,)) for i, t in enumerate((q, k_cache, v_cache)))
+    return attention.gradient_shapes(q, k_cache, v_cache, *arguments[-2:])
 
 
 def _save(ctx, inputs, output):
-    q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start, scale = inputs
-    ctx.save_for_backward(q, k_cache, v_cache, seqlens, extent, block_table, k_start)
-    ctx.options = heads, unit, scale
+    q, k_cache, v_cache, seqlens, heads, unit, extent, block_table, k_start, *scores, sinks = inputs
+    ctx.save_for_backward(q, k_cache, v_cache, seqlens, extent, block_table, k_start, sinks)
+    ctx.options = heads, unit, scores
 
 
 def _grad(ctx, dout):
-    q, k_cache, v_cache, seqlens, extent, block_table, k_start = ctx.saved_tensors
-    heads, unit, scale = ctx.options
-    mask = common.wanted(ctx, 0, 1, 2)
-    which = heads, unit, extent, block_table, k_start, scale
+    q, k_cache, v_cache, seqlens, extent, block_table, k_start, sinks = ctx.saved_tensors
+    heads, unit, scores = ctx.options
+    mask = common.wanted(ctx, 0, 1, 2, 12)
+    which = heads, unit, extent, block_table, k_start, *scores, sinks
     backward = torch.ops.flextron.head_attention_decode_backward.default
     gradients = common.call(backward, dout, q, k_cache, v_cache, seqlens, *which, mask)
-    return *common.per_input(mask, gradients), *[None] * 7
+    dq, dk, dv, dsinks = common.per_input(mask, gradients)
+    return dq, dk, dv, *[None] * 9, dsinks
 
 
 common.register_gradient(OP, _save, _grad)

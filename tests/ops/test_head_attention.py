@@ -179,14 +179,14 @@ def test_a_ragged_batch_with_extents_is_its_sequences_apart(unit):
         assert_equal(parts, [out, lse, *grads])
 
 
-@pytest.mark.parametrize("unit", UNITS)
-def test_extents_per_token_are_separate_calls(unit):
+@pytest.mark.parametrize("unit, window", [("kv_group", None), ("query", None), ("query", 20)])
+def test_extents_per_token_are_separate_calls(unit, window):
     q, k, v = draw(75, 90, 12, 3, 16)
     extent = torch.randint(0, 4, (75,), generator=torch.Generator().manual_seed(2))
-    mixed = run(q, k, v, 3, unit=unit, extent=extent, extent_per="token")
+    mixed = run(q, k, v, 3, unit=unit, extent=extent, extent_per="token", window=window)
     for count in range(4):
         rows = extent == count
-        alone = run(q, k, v, count, unit=unit)
+        alone = run(q, k, v, count, unit=unit, window=window)
         assert_equal([part[rows] for part in mixed[:3]], [part[rows] for part in alone[:3]])
 
 
@@ -348,21 +348,24 @@ def test_second_gradients_are_refused():
         dq.sum().backward()
 
 
-def test_threads_do_not_change_a_bit(set_threads):
+@pytest.mark.parametrize("options", [{}, {"window": 45, "softcap": 2.0}])
+def test_threads_do_not_change_a_bit(options, set_threads):
     q, k, v = draw(200, 200, 3, 1, 16)  # one group: several threads split it by blocks, one thread does not
     results = []
     for threads in (1, 4):
         set_threads(threads)
-        results.append(run(q, k, v, 1))
+        results.append(run(q, k, v, 1, **options))
     assert_equal(*results)
 
 
 def test_compiles_to_one_graph():
     q, k, v = leaves(*draw(20, 20, 4, 2, 8))
-    extent = torch.randint(0, 3, (20,))
+    extent, sinks = torch.randint(0, 3, (20,)), torch.randn(4)
 
     def attend(q, k, v, extent):
-        return head_attention(q, k, v, 2, extent=extent, extent_per="token")
+        return head_attention(
+            q, k, v, 2, extent=extent, extent_per="token", window=7, softcap=2.0, sinks=sinks
+        )
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")(q, k, v, extent)
     eager = attend(q, k, v, extent)
@@ -390,8 +393,13 @@ def test_fuzz(data):
     if data.draw(st.booleans()):
         options["k_start"] = torch.tensor([number(0, length) for length in lengths_k])
     mode = data.draw(st.sampled_from(["none", "sequence", "token", "index"]))
+    if options["causal"] and not KERNELS and data.draw(st.booleans()):
+        options["window"] = number(1, 120)
     seed = number(0, 1 << 30)
     generator = torch.Generator().manual_seed(seed)
+    if not KERNELS and data.draw(st.booleans()):
+        options["softcap"] = 1.5
+        options["sinks"] = torch.randn(G * M, generator=generator, dtype=torch.float64)
     if mode == "index":
         heads = number(0, G * M)
         options["index"] = torch.randperm(G * M, generator=generator)[:heads]
@@ -412,18 +420,21 @@ def test_fuzz(data):
 
 
 CHECK = """
+import itertools
 import torch
 from flextron_ext import head_attention, head_attention_decode, reference
 torch.manual_seed(0)
 tolerances = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-for dtype, tolerance in tolerances.items():
+scores = {}, dict(window=20, softcap=2.0, sinks=torch.randn(6))
+for (dtype, tolerance), options in itertools.product(tolerances.items(), scores):
     q, k, v = (torch.randn(70, n, 20, dtype=dtype).requires_grad_() for n in (6, 2, 2))
     wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
     new = q[:6].view(2, 3, 6, 20), k[:64].view(2, 32, 2, 20), v[:64].view(2, 32, 2, 20), torch.tensor([32, 9])
     wide_new = [t.detach().double() for t in new[:3]] + [new[3]]
-    decoded, expected = head_attention_decode(*new, 2), reference.head_attention_decode(*wide_new, 2)
+    decoded = head_attention_decode(*new, 2, **options)
+    expected = reference.head_attention_decode(*wide_new, 2, **options)
     torch.testing.assert_close(decoded.double(), expected, rtol=0, atol=tolerance)
-    out, exact = head_attention(q, k, v, 2), reference.head_attention(*wide, 2)[0]
+    out, exact = head_attention(q, k, v, 2, **options), reference.head_attention(*wide, 2, **options)[0]
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=tolerance)
     dout = torch.randn_like(out)
     ours, theirs = torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(exact, wide, dout.double())
