@@ -334,6 +334,17 @@ def head_attention(s: Shape, T: int, target: Target) -> Iterator[Case]:
             ours=lambda i, g=g: ops.head_attention(i.q, i.k, i.v, g),
             rivals={"sdpa": lambda i, g=g: _sdpa(i.q, i.k, i.v, g, causal=True)},
         )
+    if T > 2:
+        window = max(T // 4, 2)
+        yield case(
+            f"causal, window {window}",
+            "1",
+            1.0,
+            (window * T - window * window / 2) * s.H,
+            make=make(mask=_before(T, target.device) < window),
+            ours=lambda i: ops.head_attention(i.q, i.k, i.v, s.G, window=window),
+            rivals={"sdpa with a mask": lambda i: _masked(i.q, i.k, i.v, i.mask)},
+        )
     widths = _groups(s)
     if len(widths) == 1 or len(widths) > T:
         return
@@ -739,6 +750,19 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, g: int, causal: bool) -> Tensor:
     heads = g * q.shape[1] // k.shape[1]
     q, k, v = (x.transpose(0, 1)[None] for x in (q[:, :heads], k[:, :g], v[:, :g]))
     return _attend(q, k, v, causal)[0].transpose(0, 1)
+
+
+def _before(T: int, device: str) -> Tensor:
+    """[T, T]: how far a key lies before a query; more than any window where it lies behind it."""
+    place = torch.arange(T, device=device)
+    before = place[:, None] - place
+    return torch.where(before < 0, T, before)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """All heads of [T, H, D], where query and key are those of the mask [T, S]."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)[0].transpose(0, 1)
 
 
 def _apart(q: Tensor, k: Tensor, v: Tensor, parts: list[tuple[slice, int]]) -> Tensor:
