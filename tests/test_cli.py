@@ -561,6 +561,7 @@ def test_a_stage_takes_folders_of_tokens_and_mixtures(elastic, parent, text, tmp
         (["tokenize", text, tmp_path / "new", "--model", tmp_path / "no"], "no: must be a directory"),
     ):
         assert says in complaint(capsys, *argv)
+    assert answer(capsys, "info", tokens)["documents"] == 60
     (tokens / "tokens.json").write_text("{}")
     assert "tokens.json: format must be there" in complaint(
         capsys, "train", elastic, "--data", tokens, *steps

@@ -150,7 +150,7 @@ def test_a_finished_folder_is_verified(home, tmp_path):
     path = next((tmp_path / "out").glob("train-*.bin"))
     path.write_bytes(bytes(len(before[path.name])))
     with pytest.raises(
-        ValueError, match=rf"{path.name}: must be as it was written, got other content; --restart"
+        ValueError, match=rf"{path.name}: must be as it was written, got other content; .* --restart"
     ):
         written(home, tmp_path / "out")
     written(home, tmp_path / "out", restart=True)
@@ -206,6 +206,10 @@ def test_a_folder_that_is_not_whole_is_one_sentence(home, tmp_path):
     shard = next((tmp_path / "out").glob("train-*.bin"))
     size = shard.stat().st_size
     stream = TokenFolder(tmp_path / "out").train
+    TokenFolder(tmp_path / "out").verify()
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\xff\xff")
+    with pytest.raises(ValueError, match=rf"{shard.name}: must be as it was written, .* --restart"):
+        TokenFolder(tmp_path / "out").verify()
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(ValueError, match=rf"{shard.name}: must be a file of {size} bytes, got {size - 2}"):
         TokenFolder(tmp_path / "out")
@@ -223,7 +227,7 @@ def test_a_folder_that_is_not_whole_is_one_sentence(home, tmp_path):
         ({"border": "x"}, "border must be a finite number"),
     ):
         path.write_text(json.dumps(good | change))
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=f"{says}.*; `flextron tokenize` with --restart"):
             TokenFolder(tmp_path / "out")
 
 

@@ -1,9 +1,10 @@
-"""Say what an elastic checkpoint holds."""
+"""Say what an elastic checkpoint, or a folder of tokens, holds; every file of it is verified."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flextron.cli import options as shared
@@ -16,14 +17,18 @@ EXAMPLE = "flextron info elastic/"
 
 
 def options(parser: ArgumentParser) -> None:
-    shared.checkpoint(parser)
+    parser.add_argument(
+        "directory",
+        help="elastic checkpoint: a directory or a hub id; or a folder that `flextron tokenize` has written",
+    )
 
 
 def run(args: Namespace) -> dict[str, Any]:
     from flextron import ui
+    from flextron.tokens.folder import is_token_folder
 
     directory = shared.fetched(args)
-    facts = _facts(directory)
+    facts = _of_tokens(directory) if is_token_folder(directory) else _facts(directory)
     if not args.json:
         ui.print_table(directory, ["what", "value"], [[name, shown(value)] for name, value in facts.items()])
     return facts
@@ -51,6 +56,26 @@ def _facts(directory: str) -> dict[str, Any]:
         "latency tables": {name: _latencies(of_machine(tables, name)) for name in machines(tables)},
         "routers": f"trained for {_target(routers, tables)}" if routers else "none",
         "adaptive router": f"trained for {adaptive.phase}" if adaptive else "none",
+    }
+
+
+def _of_tokens(directory: str) -> dict[str, Any]:
+    from flextron import ui
+    from flextron.tokens.folder import TokenFolder
+
+    folder = TokenFolder(directory)
+    with ui.reporter() as reporter:
+        folder.verify(partial(reporter, "verifying files"))
+    d = folder.description
+    return {
+        "tokens": len(folder.train) + len(folder.held_out),
+        "tokens, held out": len(folder.held_out),
+        "documents": d.documents,
+        "characters": d.characters,
+        "files": len(d.train) + len(d.held_out),
+        "stored in": d.dtype,
+        "tokenizer": f"{d.tokenizer.vocabulary} tokens",
+        "sources": [str(source.get("path")) for source in d.sources],
     }
 
 

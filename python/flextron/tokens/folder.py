@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flextron.checkpoint import CheckpointError, read_json
+from flextron.checkpoint import CheckpointError, checksum_of, read_json
 from flextron.checkpoint.schema import build
 from flextron.data import separators
 
@@ -114,6 +115,17 @@ def identity_of(tokenizer: Any) -> TokenizerIdentity:
     return TokenizerIdentity(len(tokenizer), digest, tuple(before), tuple(after))
 
 
+@contextmanager
+def mended() -> Iterator[None]:
+    """An error of a damaged folder says what mends it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; `flextron tokenize` with --restart (restart=True) writes the folder anew"
+        ) from None
+
+
 def is_token_folder(path: Any) -> bool:
     """Whether this names a folder of tokens, finished or not."""
     marks = (TOKENS_FILE, f"{PROGRESS}/{PLAN}")
@@ -141,10 +153,30 @@ class TokenFolder:
                 f"{path}: must be whole, got a folder of tokens that is not finished; run the same "
                 "`flextron tokenize` again to go on"
             )
-        self.description = build(Description, read_json(self.path / TOKENS_FILE), self.path / TOKENS_FILE)
-        d = self.description
-        self.train = ShardStream(self.path, d.train, d.dtype)
-        self.held_out = ShardStream(self.path, d.held_out, d.dtype)
+        with mended():
+            self.description = build(Description, read_json(self.path / TOKENS_FILE), self.path / TOKENS_FILE)
+            d = self.description
+            self.train = ShardStream(self.path, d.train, d.dtype)
+            self.held_out = ShardStream(self.path, d.held_out, d.dtype)
+
+    def verify(self, told: Callable[[int, int], object] = lambda *_: None) -> None:
+        """Read every file, and refuse one that is not as it was written.
+
+        Args:
+            told: called with files done, and files in all.
+
+        Raises:
+            CheckpointError: it has other content.
+        """
+        shards = (*self.description.train, *self.description.held_out)
+        for done, shard in enumerate(shards):
+            told(done, len(shards))
+            if checksum_of(self.path / shard.file) != shard.sha256:
+                with mended():
+                    raise CheckpointError(
+                        f"{self.path / shard.file}: must be as it was written, got other content"
+                    )
+        told(len(shards), len(shards))
 
     def check(self, tokenizer: Any) -> None:
         """Refuse another tokenizer than the one that the text was tokenised with."""

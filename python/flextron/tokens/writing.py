@@ -29,6 +29,7 @@ from flextron.tokens.folder import (
     Shard,
     TokenFolder,
     identity_of,
+    mended,
 )
 from flextron.tokens.plan import Plan, Source, plan_of
 from flextron.tokens.pool import Task, run
@@ -204,14 +205,10 @@ class _Writing:
 
     def _finished(self) -> Description:
         """What is there already, if it is what would be written; every file is read."""
-        found = TokenFolder(self.out).description
+        folder = TokenFolder(self.out)
+        found = folder.description
         self._require_same({name: value for name, value in asdict(found).items() if name in self.facts})
-        for shard in (*found.train, *found.held_out):
-            if checksum_of(self.out / shard.file) != shard.sha256:
-                raise CheckpointError(
-                    f"{self.out / shard.file}: must be as it was written, got other content; --restart "
-                    "(restart=True) writes the folder anew"
-                )
+        folder.verify()
         shutil.rmtree(self.out / PROGRESS, ignore_errors=True)
         self.resumed = sum(shard.tokens for shard in (*found.train, *found.held_out))
         return found
@@ -224,14 +221,17 @@ class _Writing:
                 raise CheckpointError(f"tokenize: {self.out} must be new or empty, got {listed(names)}")
             self._begin(self.settings.border)
             return
-        found = read_json(path)
-        border, cut = found.pop("border", None), found.pop("cut", False)
+        with mended():
+            found = read_json(path)
+            border, cut = found.pop("border", None), found.pop("cut", False)
+            own = build(float, border, path, "border"), build(bool, cut, path, "cut")
         self._require_same(found)
-        self._set(build(float, border, path, "border"), build(bool, cut, path, "cut"))
+        self._set(*own)
         for left in self.out.glob(".*.tmp"):  # by a killed process
             left.unlink()
         for file in sorted((self.out / PROGRESS).glob("*-*.json")):
-            record = build(_Record, read_json(file), file)
+            with mended():
+                record = build(_Record, read_json(file), file)
             known = self.records.setdefault(record.unit, [])
             if record.part == len(known) and all(map(self._is_whole, record.shards)):
                 known.append(record)
