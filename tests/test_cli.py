@@ -382,7 +382,7 @@ def test_training_again_resumes_a_finished_run_and_changes_nothing(elastic, text
     again = answer(capsys, *argv)
     assert again["resumed_from"] == 2 and again["losses"] == first["losses"]
     assert (elastic / "model.safetensors").read_bytes() == weights
-    assert "config.seed" in complaint(capsys, *argv, "--seed", 1)
+    assert "got --seed 1 instead of 0;" in complaint(capsys, *argv, "--seed", 1)
     assert answer(capsys, *argv, "--seed", 1, "--restart")["resumed_from"] == 0
 
 
@@ -397,7 +397,7 @@ def test_a_finished_run_goes_on_with_the_teacher_that_it_began_with(elastic, tex
     divergences = [json.loads(line)["distillation"] for line in lines]
     assert divergences[0] < 1e-4 < 1e-2 < min(divergences[1:])  # autocast rounds where the machine has bf16
     assert answer(capsys, *run, "--steps", 3)["resumed_from"] == 3
-    assert "config.steps;" in complaint(capsys, *run, "--steps", 2)
+    assert "got --steps 2 instead of 3;" in complaint(capsys, *run, "--steps", 2)
 
 
 def test_cleaning_removes_what_only_resuming_needs(elastic, text, capsys):

@@ -40,6 +40,12 @@ CLEANED = "cleaned"  # key of run.json: the last step, whose checkpoint `clean` 
 _ROUNDINGS = (torch.bfloat16, torch.float16)  # dtypes that a user may ask a model to be stored in
 # The JSON file goes first: without it the step does not count, so no half of one is ever read.
 _PATTERNS = ("step-*.json", "step-*", ".step-*.tmp")
+_OTHERS = {
+    "tokens": "other tokens (--data)",
+    "teacher": "another teacher",
+    "elastic": "another model",
+    "trained": "other parameters to train",
+}
 KEPT = 2  # checkpoints: the newest, and one in case that is damaged
 
 
@@ -172,8 +178,9 @@ class Checkpoints:
         differing = _differing(self.identity, found)
         if differing and not (differing == ["config.steps"] and self._is_longer(found["config"]["steps"])):
             raise ValueError(
-                f"train: the run in {self.directory} must be resumed as it was started, got other values of "
-                f"{', '.join(differing)}; resume=False (on the command line --restart) starts it afresh"
+                f"train: the run in {self.directory} must be resumed as it was started, got "
+                f"{', '.join(self._changes(differing, found))}; resume=False (on the command line --restart) starts it "
+                "afresh"
             )
         for step in steps:
             with suppress(CheckpointError):  # damaged: told when it is read
@@ -184,6 +191,18 @@ class Checkpoints:
                 f"train: the run in {self.directory} must be resumed with the weights it started from or saved, "
                 "got another model's; resume=False (on the command line --restart) starts it afresh"
             )
+
+    def _changes(self, differing: list[str], found: Mapping[str, Any]) -> list[str]:
+        """What is different now, in the words of the command line."""
+        said = []
+        for name in differing:
+            part, _, option = name.partition(".")
+            if part == "config" and option:
+                now, before = (facts["config"].get(option) for facts in (self.identity, found))
+                said.append(f"--{option.replace('_', '-')} {now} instead of {before}")
+            else:
+                said.append(_OTHERS.get(part, f"another {part}"))
+        return list(dict.fromkeys(said))
 
     def _defaults(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that the version which began the run did not have: there they had what is the default now."""
