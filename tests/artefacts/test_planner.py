@@ -122,6 +122,10 @@ def test_without_a_table_the_user_is_told_what_to_run():
     for budget in ({"fraction": 0.5}, {"latency_ms": 3.0}, {"tokens_per_s": 3.0}):
         with pytest.raises(ValueError, match="run `flextron profile DIR` first"):
             Planner(CONFIG).resolve(**budget)
+        with pytest.raises(
+            ValueError, match="of the machine x, got none of any; run `flextron profile DIR` on that"
+        ):
+            Planner(CONFIG).resolve(**budget, machine="x")
     with pytest.raises(ValueError, match="phase 'decode', got prefill;"):
         Planner(CONFIG, [PREFILL]).resolve(0.5, phase="decode")
 

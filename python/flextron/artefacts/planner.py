@@ -101,8 +101,13 @@ class Planner:
                     f"{listed(known)} only; run `flextron profile DIR`, or give one of these as machine"
                 )
             return found
+        if name is not None and not known:
+            raise ValueError(
+                f"budget: latency must have a table of the machine {name}, got none of any; run `flextron profile DIR` "
+                "on that machine"
+            )
         if (name is None and len(known) > 1) or (name is not None and name not in known):
-            raise ValueError(f"budget: machine must be one of {listed(known) or 'none'}, got {name!r}")
+            raise ValueError(f"budget: machine must be one of {listed(known)}, got {name!r}")
         return self.tables if name is None else of_machine(self.tables, name)
 
     def predict(self, widths: Widths, phase: str = "prefill") -> float:
