@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
-from flextron.recipes import StepConfig, TrainConfig
+from flextron.recipes import SHARDS, StepConfig, TrainConfig
 from flextron.scale.memory import estimate
 from flextron.scale.shapes import SHAPES
 from flextron.training import room as rooms
+from flextron.training.sharding import chosen
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(batch_size=16, length=1024, bf16=True)
@@ -53,6 +55,11 @@ def test_what_cannot_fit_is_refused_with_the_first_change_that_does(device_has, 
     device_has(has)
     with pytest.raises(ValueError, match=rf"train: a step must fit on cpu, got 50\.3 GB for .*; {remedy}$"):
         rooms.room("train", SHAPES["1b"], CONFIG, CPU)
+
+
+def test_one_process_has_all_parts():
+    """So that it can resume a run of several, whose command names a way to share."""
+    assert {chosen(SHAPES["1b"], replace(CONFIG, shard=s), False, CPU) for s in SHARDS} == {"none"}
 
 
 def test_a_machine_says_how_much_memory_it_has():

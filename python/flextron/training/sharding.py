@@ -218,11 +218,7 @@ def chosen(shape: ElasticConfig, config: TrainConfig, bf16: bool, device: torch.
     """Who holds the weights: ``none``, ``full`` or ``hybrid``; the same on all ranks."""
     size, node = ranks.now().size, _on_this_node()
     if size == 1:
-        if config.shard in ("full", "hybrid"):
-            raise ValueError(
-                f"train: shard must be auto or none in one process, got {config.shard}; torchrun starts several"
-            )
-        return "none"
+        return "none"  # its part is all, so that a run of several processes can be resumed by one
     if config.shard == "hybrid" and size % node:
         raise ValueError(
             "train: shard must be full or none where nodes have unequal numbers of processes, got hybrid with "
