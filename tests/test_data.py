@@ -69,6 +69,9 @@ def test_every_kind_of_file_is_read(tmp_path):
     (tmp_path / "ignored.png").write_bytes(b"\x89PNG")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "f.txt").write_text("seven")
+    (tmp_path / "sub" / ".git").mkdir()
+    (tmp_path / "sub" / ".git" / "config.md").write_text("hidden")
+    (tmp_path / ".draft.txt").write_text("hidden")
     (tmp_path / "sub" / "blank.txt").write_text(" \n ")
     expected = ["one", "two\u2028lines", "one", "two\u2028lines", "three", "vier: fünf", "six"]
     expected += ["eight", "nine", "ten", "eleven", "twelve", 'thirteen, in\n"quotes"', "fourteen"]

@@ -51,6 +51,7 @@ class Part:
 def read_documents(source: str | Path | Text) -> list[str]:
     """Read the documents in a file, in a folder (every known file, in the order of the paths), or in a dataset.
 
+    Files and folders whose names begin with a dot are no part of a folder.
     A ``.txt`` or ``.md`` file is one document. A ``.jsonl`` file has one in each line, a ``.json`` file one in each
     object (or string) of its list, ``.csv`` and ``.parquet`` files one in each row, in the field that `Text` names. Any
     file may be compressed (``.xz``, ``.gz``, ``.zst``). ``"-"`` reads standard input: as lines of JSON if the first
@@ -115,10 +116,13 @@ def pieces(fragments: Iterable[str], longest: int) -> Iterator[str]:
 
 
 def files_below(path: Path, field: str | None) -> list[Path]:
-    """The files of a source: the file itself, or every known one in a folder."""
+    """The files of a source: the file itself, or every known one in a folder, without hidden files and folders."""
     if not path.exists():
         raise FileNotFoundError(f"read_documents: path must exist, got {path}")
-    found = sorted(f for f in path.rglob("*") if kind_of(f) and f.is_file()) if path.is_dir() else [path]
+    found = [path]
+    if path.is_dir():
+        shown = (f for f in path.rglob("*") if not any(p.startswith(".") for p in f.relative_to(path).parts))
+        found = sorted(f for f in shown if kind_of(f) and f.is_file())
     if field is not None and found and all((kind_of(f) or ("",))[0] in WHOLE for f in found):
         raise ValueError(
             f"read_documents: field must be given for files that have fields, got {field!r} for {path}"
