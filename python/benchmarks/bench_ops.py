@@ -300,7 +300,7 @@ def elastic_mlp(s: Shape, T: int, target: Target) -> Iterator[Case]:
 
 
 def head_attention(s: Shape, T: int, target: Target) -> Iterator[Case]:
-    """One sequence at every width; then a ragged batch whose sequences, and a sequence whose tokens, have their own."""
+    """One sequence at every width; a ragged batch, and a sequence, whose parts have their own; one with a window."""
     M = s.H // s.G
 
     def make(**tensors: Tensor) -> Callable[[], SimpleNamespace]:
@@ -333,17 +333,6 @@ def head_attention(s: Shape, T: int, target: Target) -> Iterator[Case]:
             make=make(),
             ours=lambda i, g=g: ops.head_attention(i.q, i.k, i.v, g),
             rivals={"sdpa": lambda i, g=g: _sdpa(i.q, i.k, i.v, g, causal=True)},
-        )
-    if T > 2:
-        window = max(T // 4, 2)
-        yield case(
-            f"causal, window {window}",
-            "1",
-            1.0,
-            (window * T - window * window / 2) * s.H,
-            make=make(mask=_before(T, target.device) < window),
-            ours=lambda i: ops.head_attention(i.q, i.k, i.v, s.G, window=window),
-            rivals={"sdpa with a mask": lambda i: _masked(i.q, i.k, i.v, i.mask)},
         )
     widths = _groups(s)
     if len(widths) == 1 or len(widths) > T:
@@ -378,6 +367,17 @@ def head_attention(s: Shape, T: int, target: Target) -> Iterator[Case]:
             )
         },
     )
+    if T > 2:
+        window = max(T // 4, 2)
+        yield case(
+            f"causal, window {window}",
+            "1",
+            1.0,
+            (window * T - window * window / 2) * s.H,
+            make=make(mask=_before(T, target.device) < window),
+            ours=lambda i: ops.head_attention(i.q, i.k, i.v, s.G, window=window),
+            rivals={"sdpa with a mask": lambda i: _masked(i.q, i.k, i.v, i.mask)},
+        )
 
 
 def head_attention_decode(s: Shape, T: int, target: Target) -> Iterator[Case]:
