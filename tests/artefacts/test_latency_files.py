@@ -140,11 +140,17 @@ def test_the_tables_of_a_machine_are_found_by_what_makes_it():
     tables = (PREFILL, DECODE, ON_GPU)
     assert of_machine(tables, CPU | {"torch": "3.0"}) == (PREFILL, DECODE)
     assert of_machine(tables, "nvidia-h200-bfloat16") == (ON_GPU,)
-    for fact, value in (("device", "AMD Ryzen"), ("instructions", "AVX-512"), ("threads", 4)):
+    for fact, value in (("device", "AMD Ryzen"), ("instructions", "AVX-512")):
         assert of_machine(tables, CPU | {fact: value}) == ()
 
 
-def test_a_dtype_that_was_not_profiled_is_answered_by_the_only_one_that_was():
+def test_a_use_of_a_device_that_was_not_profiled_is_answered_by_the_only_one_that_was():
+    tables, wide = (PREFILL, DECODE, ON_GPU), replace(PREFILL, machine=CPU | {"threads": 8})
+    for fact, value in (("threads", 4), ("dtype", "bfloat16")):
+        other = CPU | {fact: value}
+        assert of_machine(tables, other) == (PREFILL, DECODE)
+        assert of_machine((*tables, wide), other) == ()
+    assert of_machine((*tables, wide), CPU | {"threads": 8}) == (wide,)
     half = replace(ON_GPU, machine=GPU | {"dtype": "float16"})
     assert of_machine([ON_GPU], GPU | {"dtype": "float32"}) == (ON_GPU,)
     assert of_machine([ON_GPU, half], GPU) == (ON_GPU,)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flextron.artefacts.latency_table import LatencyTable
-from flextron.artefacts.machine import IDENTITY, Machine, is_same, name_of
+from flextron.artefacts.machine import DEVICE, IDENTITY, USE, Machine, is_same, name_of
 from flextron.checkpoint.files import Files, opened
 from flextron.checkpoint.format import FORMAT, LATENCY_FOLDER, CheckpointError, check_format
 from flextron.checkpoint.io import write_json
@@ -76,15 +76,15 @@ def save_tables(tables: Iterable[LatencyTable], directory: str | Path) -> None:
 def of_machine(tables: Iterable[LatencyTable], machine: Machine | str) -> Tables:
     """The tables of one machine, by its facts or its name.
 
-    Where it was profiled in one other dtype than the facts name, those tables are meant.
+    Where its device was profiled in one other use only, of threads and dtype, those tables are meant.
     """
     if isinstance(machine, str):
         return tuple(table for table in tables if table.machine_name == machine)
-    device = {fact: value for fact, value in machine.items() if fact != "dtype"}
-    own = [table for table in tables if is_same(table.machine, device)]
+    own = [table for table in tables if is_same(table.machine, machine, DEVICE)]
     exact = [table for table in own if is_same(table.machine, machine)]
     if not exact:
-        return _ordered(own) if len({table.machine.get("dtype") for table in own}) == 1 else ()
+        uses = {tuple(table.machine.get(fact) for fact in USE) for table in own}
+        return _ordered(own) if len(uses) == 1 else ()
     exact.sort(
         key=lambda table: table.machine_name == name_of(machine)
     )  # before an older record of fewer facts

@@ -1,6 +1,7 @@
 """The machine that a latency holds for: a device, a dtype and, on a CPU, its threads; and its name as a file's.
 
-Facts are a dictionary. Those of `IDENTITY` make the machine; versions of torch and flextron are told, but do not.
+Facts are a dictionary. Those of `DEVICE` say what computes, those of `USE` how it is used; together they make the
+machine. Versions of torch and flextron are told, but do not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 if TYPE_CHECKING:  # a benchmark of ops asks for the processor, where transformers may not be there
     from flextron.nn.protocol import Elastic
 
-IDENTITY = ("device", "instructions", "threads", "dtype")
+DEVICE, USE = ("device", "instructions"), ("threads", "dtype")
+IDENTITY = (*DEVICE, *USE)
 _INSTRUCTIONS = (
     ("avx2", "AVX2"),
     ("avx512f", "AVX-512"),
@@ -50,9 +52,9 @@ def machine_on(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return facts | {"dtype": str(dtype).removeprefix("torch.")} | versions
 
 
-def is_same(one: Machine, other: Machine) -> bool:
+def is_same(one: Machine, other: Machine, facts: Iterable[str] = IDENTITY) -> bool:
     """Whether two records are of one machine; a fact that an older record lacks is taken for equal."""
-    return all(one[fact] == other[fact] for fact in IDENTITY if fact in one and fact in other)
+    return all(one[fact] == other[fact] for fact in facts if fact in one and fact in other)
 
 
 def name_of(machine: Machine) -> str:
