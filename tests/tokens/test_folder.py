@@ -253,6 +253,8 @@ def test_what_cannot_be_done_changes_nothing(home, tmp_path):
     out = tmp_path / "out"
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "fine"}\n{"text": 3}')
+    (tmp_path / "word.txt").write_text("word")
+    (tmp_path / "empty.txt").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     for sources, target, options, says in (
@@ -264,6 +266,8 @@ def test_what_cannot_be_done_changes_nothing(home, tmp_path):
         (home / "text", out, {"workers": 0}, "workers must be at least 1"),
         (home / "text", tmp_path / "full", {}, "must be new or empty, got mine.txt"),
         (Text(home / "text", "speech"), out, {}, '"speech"'),
+        (tmp_path / "word.txt", out, {}, "must hold text to part, got 'word'"),
+        (tmp_path / "empty.txt", out, {}, "sources must hold text, got none"),
         (bad, out, {}, "line 2 of .* must be a JSON object"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=says) as caught:

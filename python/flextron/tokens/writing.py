@@ -180,14 +180,15 @@ class _Writing:
         self._take_up()
         try:
             self._work()
+            if not all(self._shards(side) for side in SIDES):
+                self._begin(**self._other_sides())
+                self._work()
         except (ValueError, OSError):
-            if not self.records:  # nothing that a later call could go on from
+            if not self._shards("train"):  # nothing that a later call could go on from
                 self._clear()
             raise
         if not all(self._shards(side) for side in SIDES):
-            self._begin(**self._other_sides())
-            self._work()
-        if not all(self._shards(side) for side in SIDES):
+            self._clear()
             raise ValueError("tokenize: sources must hold text to train on and to hold out, got too little")
         records = self._in_order()
         description = {
@@ -245,12 +246,12 @@ class _Writing:
         self._set(border, cut)
 
     def _set(self, border: float, cut: bool) -> None:
+        self.records, self.resumed = {}, 0
         self.settings = replace(self.settings, border=border, sides=None)
         if cut:
             train, held_out = split_documents([self._first()], self.facts["share"])
             self.settings = replace(self.settings, sides=(tuple(train), tuple(held_out)))
         self.units = [[]] if cut else self.units
-        self.records, self.resumed = {}, 0
 
     def _work(self) -> None:
         began, done, tokens = time.perf_counter(), 0, 0
