@@ -145,9 +145,25 @@ def test_no_intact_checkpoint_is_an_error_that_changes_nothing(finished):
     for path in finished.glob("step-*/*.safetensors"):
         flip_a_bit(path)
     before = contents(finished)
-    with pytest.raises(CheckpointError, match=r"must hold an intact checkpoint to resume from, got .*sha256"):
+    with pytest.raises(CheckpointError, match=r"intact checkpoint to resume from, got .*sha256.*--restart"):
         tiny_run.run(finished)
     assert before == contents(finished)
+
+
+def test_a_damaged_record_of_a_run_changes_nothing_and_names_what_starts_afresh(finished):
+    (finished / "step-x.json").write_text("no step of ours")
+    longer = replace(tiny_run.CONFIG, steps=13)
+    for name, says in (
+        ("metrics.jsonl", "line 1 must be a JSON object"),
+        ("run.json", "a JSON file.*--restart"),
+    ):
+        content = (finished / name).read_bytes()
+        (finished / name).write_text("{\n{\n")
+        before = contents(finished)
+        with pytest.raises(CheckpointError, match=f"{name}: .*{says}"):
+            train(tiny_run.elastic(), tiny_run.tokens(), longer, finished, teacher=tiny_run.parent(1))
+        assert before == contents(finished)
+        (finished / name).write_bytes(content)
 
 
 def test_finished_run_is_not_run_again(finished):

@@ -199,6 +199,8 @@ class Run:
         steps, every = self.config.steps, self.config.checkpoint_every
         start = self._start(resume)
         log = MetricsLog(self.directory, start)
+        if start:
+            self.checkpoints.extend(start)  # once all that was there is known to be whole
         self.meter = Meter(self.device, self.bf16, self._smallest(), log.read())
         self.optimizer.zero_grad()  # a gradient the caller left would be taken for ours
         if starting is not None and start < steps and ranks.is_first():
@@ -363,7 +365,6 @@ class Run:
         self.sampler.load_state_dict(more)
         self._load_more(more)
         self.batches.load_state_dict(saved.position)
-        self.checkpoints.extend(saved.step)
         return saved.step
 
     def _save(self, step: int) -> None:

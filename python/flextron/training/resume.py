@@ -40,6 +40,7 @@ CLEANED = "cleaned"  # key of run.json: the last step, whose checkpoint `clean` 
 _ROUNDINGS = (torch.bfloat16, torch.float16)  # dtypes that a user may ask a model to be stored in
 # The JSON file goes first: without it the step does not count, so no half of one is ever read.
 _PATTERNS = ("step-*.json", "step-*", ".step-*.tmp")
+_AFRESH = "resume=False (on the command line --restart) starts it afresh"
 _OTHERS = {
     "tokens": "other tokens (--data)",
     "teacher": "another teacher",
@@ -97,7 +98,7 @@ class Checkpoints:
         """Record that the run was given more steps, from ``step`` on; otherwise do nothing."""
         if not ranks.is_first():
             return
-        self._keep(self._steps())
+        self._keep(_steps_in(self.directory))
         found = read_json(self.directory / RUN_FILE)
         had = found["config"]["steps"]
         if had != self.identity["config"]["steps"]:
@@ -129,7 +130,7 @@ class Checkpoints:
             sync(self.directory)
             meta = {"step": step, "sha256": checksums, "weights": weights, "position": dict(position)}
             write_json(place.with_suffix(".json"), meta)
-            self._keep(self._steps()[-KEPT:])
+            self._keep(_steps_in(self.directory)[-KEPT:])
 
         self._writer.write(temporary, tensors, count)
 
@@ -140,7 +141,7 @@ class Checkpoints:
             ValueError: the folder holds another run.
             CheckpointError: there are checkpoints, and all are damaged.
         """
-        steps = self._steps()
+        steps = _steps_in(self.directory)
         if not steps:
             self._refuse_cleaned()
             return None
@@ -152,7 +153,7 @@ class Checkpoints:
                 damage = str(error)
                 warnings.warn(f"train: passing over the checkpoint of step {step}: {damage}", stacklevel=2)
         raise CheckpointError(
-            f"train: {self.directory} must hold an intact checkpoint to resume from, got {damage}"
+            f"train: {self.directory} must hold an intact checkpoint to resume from, got {damage}; {_AFRESH}"
         )
 
     def _read(self, step: int) -> Saved:
@@ -169,7 +170,10 @@ class Checkpoints:
         return Saved(step, place, meta["position"])
 
     def _check_identity(self, steps: list[int]) -> None:
-        found = read_json(self.directory / RUN_FILE)
+        try:
+            found = read_json(self.directory / RUN_FILE)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {_AFRESH}") from None
         began = [found, *(e for e in found.get("extended", ()) if isinstance(e, dict))]
         known = {w for start in began if isinstance(w := start.get("weights"), str)}
         found = {name: value for name, value in found.items() if name not in ("weights", "extended")}
@@ -179,8 +183,7 @@ class Checkpoints:
         if differing and not (differing == ["config.steps"] and self._is_longer(found["config"]["steps"])):
             raise ValueError(
                 f"train: the run in {self.directory} must be resumed as it was started, got "
-                f"{', '.join(self._changes(differing, found))}; resume=False (on the command line --restart) starts it "
-                "afresh"
+                f"{', '.join(self._changes(differing, found))}; {_AFRESH}"
             )
         for step in steps:
             with suppress(CheckpointError):  # damaged: told when it is read
@@ -189,7 +192,7 @@ class Checkpoints:
         if self.weights not in known:
             raise ValueError(
                 f"train: the run in {self.directory} must be resumed with the weights it started from or saved, "
-                "got another model's; resume=False (on the command line --restart) starts it afresh"
+                f"got another model's; {_AFRESH}"
             )
 
     def _changes(self, differing: list[str], found: Mapping[str, Any]) -> list[str]:
@@ -223,9 +226,6 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"
 
-    def _steps(self) -> list[int]:
-        return sorted(int(path.stem.removeprefix("step-")) for path in self.directory.glob("step-*.json"))
-
     def _keep(self, steps: list[int]) -> None:
         """Remove every file of another step, and what a killed writer left."""
         kept = {
@@ -239,7 +239,7 @@ class Checkpoints:
 
 def has_checkpoints(directory: Path) -> bool:
     """Whether a run's folder holds something to resume from."""
-    return any(directory.glob("step-*.json"))
+    return bool(_steps_in(directory))
 
 
 def clean(directory: Path, *, unfinished: bool = False, dry_run: bool = False) -> list[Path]:
@@ -264,7 +264,8 @@ def clean(directory: Path, *, unfinished: bool = False, dry_run: bool = False) -
     path = directory / RUN_FILE
     run = read_json(path)
     config = run.get("config")
-    steps, done = config.get("steps") if isinstance(config, dict) else None, _last_step(directory)
+    steps = config.get("steps") if isinstance(config, dict) else None
+    done = max(_steps_in(directory), default=0)
     if done != steps and not unfinished:
         raise ValueError(
             f"clean: the run in {directory} must be finished, got step {done} of {steps}; unfinished=True (on the "
@@ -280,8 +281,10 @@ def clean(directory: Path, *, unfinished: bool = False, dry_run: bool = False) -
     return files
 
 
-def _last_step(directory: Path) -> int:
-    return max((int(path.stem.removeprefix("step-")) for path in directory.glob("step-*.json")), default=0)
+def _steps_in(directory: Path) -> list[int]:
+    """The steps that a run's folder has checkpoints of."""
+    names = (path.stem.removeprefix("step-") for path in directory.glob("step-*.json"))
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 class MetricsLog:
