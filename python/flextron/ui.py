@@ -24,6 +24,7 @@ from rich.text import Text
 console = Console(stderr=True)  # standard output is for results
 
 _NO_LIMIT = 10_000  # columns
+_LONGEST = 1e9  # seconds: what takes longer is not said
 _PLAIN_SECONDS = 10.0  # without a terminal a line is printed instead of a bar, at most this often
 
 
@@ -74,7 +75,8 @@ class Reporter:
         first, began = self._begun[what]
         if done >= total or done <= first:
             return ""
-        return f"{timedelta(seconds=round((now - began) / (done - first) * (total - done)))} left"
+        seconds = (now - began) / (done - first) * (total - done)
+        return f"{timedelta(seconds=round(seconds))} left" if seconds < _LONGEST else ""
 
 
 def tell(what: object) -> None:

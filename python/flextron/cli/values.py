@@ -17,7 +17,9 @@ def at_least(least: int) -> Callable[[str], int]:
         except ValueError:
             number = None
         if number is None or number < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {value}")
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number of at least {least}, got {value or 'nothing'}"
+            )
         return number
 
     return read
