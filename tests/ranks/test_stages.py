@@ -43,17 +43,8 @@ def test_train_reads_stores_and_resumes_shards_as_one_process_does_whole_models(
         folder = shutil.copytree(made / "elastic", tmp_path / str(size))
         for steps in (2, 4):
             argv = ["train", folder, "--data", made / "text.jsonl", "--length", 16, "--batch-size", 4]
-            argv += [
-                "--distillation",
-                0.5,
-                "--checkpoint-every",
-                1,
-                "--steps",
-                steps,
-                "--device",
-                "cpu",
-                "--no-bf16",
-            ]
+            argv += ["--distillation", 0.5, "--checkpoint-every", 1, "--steps", steps, "--device", "cpu"]
+            argv += ["--no-bf16"]  # where the machine has it, a sum over processes rounds otherwise
             ended = processes.run(size, [*argv, *(["--shard", "full"] if size > 1 else [])])
             assert [e.rc for e in ended] == [0] * size, [e.err for e in ended]
         found.append(
@@ -71,12 +62,24 @@ def test_train_reads_stores_and_resumes_shards_as_one_process_does_whole_models(
     assert "model.safetensors: sha256 must be" in said and said.count("\n") == 1
 
 
+# how well the surrogate's network fits is another test's
+ROUTE = """
+import sys
+from flextron import cli
+from flextron.routing import adaptive
+
+adaptive._SURROGATE_STEPS, adaptive._REFIT_STEPS = 20, 5
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
 @pytest.mark.parametrize("form", ["gumbel", "surrogate"])
 def test_route_adds_up_the_gradients_of_all_processes(processes, made, tmp_path, form):
     found = []
-    for size in (3, 1):
+    for size in (2, 1):
         folder = shutil.copytree(made / "elastic", tmp_path / str(size))
-        argv = ["route", folder, "--adaptive", "--data", made / "text.jsonl", "--form", form, "--steps", 3]
+        argv = ["-c", ROUTE, "route", folder, "--adaptive", "--data", made / "text.jsonl"]
+        argv += ["--form", form, "--steps", 3]
         argv += ["--prefill", 12] if form == "surrogate" else []
         argv += ["--samples", 40, "--length", 16, "--device", "cpu", "--targets", "0.6,0.8,1", "--json"]
         report = answer(processes.run(size, argv))
@@ -86,7 +89,7 @@ def test_route_adds_up_the_gradients_of_all_processes(processes, made, tmp_path,
     steps = 1 if form == "surrogate" else len(one["history"])
     for a, b in zip(several["history"][:steps], one["history"][:steps], strict=True):
         assert a["latency_miss"] == pytest.approx(b["latency_miss"], rel=1e-4)
-    if form == "surrogate":  # what it saw is the same; its hundreds of steps of a fit make more of a rounding
+    if form == "surrogate":  # what it saw is the same; its steps of a fit make more of a rounding
         assert several["surrogate"]["observed"] == pytest.approx(one["surrogate"]["observed"], rel=1e-4)
         return
     for name in theirs:
