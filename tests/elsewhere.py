@@ -9,7 +9,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,14 +73,14 @@ def loaded(dtype: str = "float32") -> Any:
 
 
 def convert() -> None:
-    small_model().save_pretrained(ROOT / "parent")
+    small_model(num_hidden_layers=2).save_pretrained(ROOT / "parent")
     hf.read_tokenizer = lambda _: None
     pipeline.convert(ROOT / "parent", DIR, data=TEXT, samples=8, length=16)
 
 
 def convert_in_memory() -> None:
     tokenizer = SimpleNamespace(save_pretrained=lambda _: None)
-    model = small_model().to(FAKE)
+    model = small_model(num_hidden_layers=2).to(FAKE)
     pipeline.convert(model, ROOT / "other", data=TEXT, samples=8, length=16, tokenizer=tokenizer)
 
 
@@ -105,7 +105,7 @@ def profile_adaptive() -> None:
 
 
 ROUTE = RouteConfig(targets=(0.8, 1.0), evaluations=16, prefill=8, steps=4, surrogate_steps=4)
-ADAPTIVE = AdaptiveConfig(targets=(0.8, 1.0), steps=2, batch=2, calibration=2, judged=2)
+ADAPTIVE = AdaptiveConfig(targets=(0.8, 1.0), steps=1, batch=2, calibration=2, judged=2)
 
 
 def route_search() -> None:
@@ -127,14 +127,14 @@ def route_adaptive_surrogate() -> None:
 
 def tune() -> None:
     config = TuneConfig(
-        steps=1, batch_size=2, length=16, full_probability=0.0, eval_every=1, checkpoint_every=1
+        steps=1, batch_size=2, length=16, full_probability=0.0, eval_every=2, checkpoint_every=1
     )
     pipeline.tune(DIR, config, data=TEXT, validation_windows=2, samples=4)
     pipeline.tune(DIR, replace(config, steps=2), data=TEXT, validation_windows=2, samples=4)  # goes on
 
 
 def tune_adaptive() -> None:
-    config = TuneConfig(steps=2, batch_size=2, length=16, full_probability=0.0, eval_every=1)
+    config = TuneConfig(steps=1, batch_size=2, length=16, full_probability=0.0, eval_every=1)
     pipeline.tune(DIR, config, adaptive=True, data=TEXT, validation_windows=2, samples=4, restart=True)
 
 
@@ -214,9 +214,9 @@ STAGES: dict[str, Callable[[], None]] = {
 }
 
 
-def main() -> None:
+def main(only: Sequence[str] = ()) -> None:
     warnings.simplefilter("ignore")
-    only, found = sys.argv[1:], {}
+    found = {}
     for name, stage in STAGES.items():
         if only and name not in only and name not in ("convert",):
             continue
@@ -232,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,8 +1,9 @@
 """Several processes of one command, as torchrun would start them, without torchrun's and Python's own seconds.
 
 Run as a program it is the process that they are forked from, which has everything imported: one JSON object a line
-comes in, ``{"ranks", "argv", "env"}`` to start processes or ``{"seconds"}`` to wait for them; one goes out, their
-``{"pids"}`` or ``{"codes"}``. An ``argv`` that begins with ``-c`` is Python, every other one a command of flextron's.
+comes in, ``{"ranks", "argv", "env"}`` to start processes, ``{"seconds"}`` to wait for them, or ``{"module"}``, which
+all later ones find imported; one goes out, their ``{"pids"}`` or ``{"codes"}``. An ``argv`` that begins with ``-c`` is
+Python, every other one a command of flextron's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ class Processes:
         self.folder = tempfile.TemporaryDirectory()
 
     def close(self) -> None:
-        self.server.stdin.close()
+        self.server.kill()
         self.server.wait()
         self.folder.cleanup()
 
@@ -62,13 +64,14 @@ class Processes:
         )  # as torchrun's agent has it
         given = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port}
         given |= {"TORCHELASTIC_USE_AGENT_STORE": True, "FLEXTRON_RANKS_TIMEOUT": 60, **environment}
-        request = {
-            "ranks": size,
-            "argv": [str(word) for word in argv],
-            "folder": self.folder.name,
-            "room": room,
-        }
-        return self._ask(request | {"env": {name: str(value) for name, value in given.items()}})["pids"]
+        return self._start(size, argv, room, given)
+
+    def _start(
+        self, size: int, argv: Sequence[Any], room: int | None, environment: dict[str, Any]
+    ) -> list[int]:
+        request = {"ranks": size, "argv": [str(word) for word in argv], "folder": self.folder.name}
+        env = {name: str(value) for name, value in environment.items()}
+        return self._ask(request | {"room": room, "env": env})["pids"]
 
     def wait(self, seconds: float = SECONDS) -> list[Ended]:
         """Wait for the processes that were started last; those that do not end in time are killed."""
@@ -79,6 +82,21 @@ class Processes:
         """Start a command and wait for it."""
         self.start(size, argv, room, **environment)
         return self.wait()
+
+    def start_alone(self, argv: Sequence[Any], **environment: Any) -> int:
+        """Start a command as one process, which torchrun knows nothing of, and return its process id."""
+        (pid,) = self._start(1, argv, None, environment)
+        return pid
+
+    def alone(self, argv: Sequence[Any], **environment: Any) -> Ended:
+        """Run a command as one process, which torchrun knows nothing of."""
+        self.start_alone(argv, **environment)
+        (ended,) = self.wait()
+        return ended
+
+    def load(self, module: str) -> None:
+        """Import a module that the tests' own path finds, once for all processes to come."""
+        self._ask({"module": module, "path": sys.path})
 
     def said(self, rank: int, stream: str = "out") -> str:
         """What a process has written so far."""
@@ -111,8 +129,9 @@ def _child(rank: int, request: dict[str, Any]) -> None:
             name = os.path.join(request["folder"], f"{rank}.{stream}")
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.environ.update(request["env"])
-        os.environ.setdefault("RANK", str(rank))
-        os.environ.setdefault("LOCAL_RANK", str(rank))
+        if "WORLD_SIZE" in os.environ:
+            os.environ.setdefault("RANK", str(rank))
+            os.environ.setdefault("LOCAL_RANK", str(rank))
         if request["room"] is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["room"],) * 2)
         argv = request["argv"]
@@ -151,10 +170,17 @@ def _codes(pids: list[int], seconds: float) -> list[int]:
 
 
 def _serve() -> None:
-    import transformers  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from transformers import conversion_mapping
 
-    from flextron import pipeline  # noqa: F401
+    from flextron import pipeline, ui  # noqa: F401
+    from flextron.cli import discovery
 
+    discovery.commands()
+    conversion_mapping.get_checkpoint_conversion_mapping(
+        "llama"
+    )  # compiles 1000 patterns, those of all families
     pids: list[int] = []
     for line in sys.stdin:
         request = json.loads(line)
@@ -168,6 +194,10 @@ def _serve() -> None:
                     _child(rank, request)
                 pids.append(pid)
             print(json.dumps({"pids": pids}), flush=True)
+        elif "module" in request:
+            sys.path[:] = request["path"]
+            import_module(request["module"])
+            print(json.dumps({}), flush=True)
         else:
             print(json.dumps({"codes": _codes(pids, request["seconds"])}), flush=True)
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,17 +16,11 @@ STAGES = (
 
 
 @pytest.fixture(scope="module")
-def raised() -> dict[str, str]:
+def raised(processes) -> dict[str, str]:
     """Stage -> what it raised. The device is registered with torch for a whole process, so it has one of its own."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / "elsewhere.py")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    done = processes.alone(["-c", "import elsewhere; elsewhere.main()"])
+    assert done.rc == 0, done.err
+    return json.loads(done.out)
 
 
 def test_all_stages_are_here(raised):
@@ -41,7 +32,7 @@ def test_a_stage_keeps_to_its_device(raised, stage):
     assert not raised[stage], raised[stage][-3000:]
 
 
-def test_a_tensor_that_was_left_on_the_cpu_is_seen():
+def test_a_tensor_that_was_left_on_the_cpu_is_seen(processes):
     program = (
         "import torch; from second_device import FAKE\n"
         "x, w = torch.ones(2, 2), torch.ones(2, 2).to(FAKE)\n"
@@ -50,8 +41,6 @@ def test_a_tensor_that_was_left_on_the_cpu_is_seen():
         "    except (RuntimeError, TypeError): print('seen')\n"
         "print((w @ w).device, (x @ w.cpu()).device)"
     )
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env
-    )
-    assert done.stdout.split() == ["seen"] * 3 + ["fake:0", "cpu"]
+    done = processes.alone(["-c", program])
+    assert done.rc == 0, done.err
+    assert done.out.split() == ["seen"] * 3 + ["fake:0", "cpu"]

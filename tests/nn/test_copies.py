@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -63,20 +61,18 @@ def test_a_copy_is_the_model_and_shares_nothing_with_it(way, packed):
     assert other.generate(ids, max_new_tokens=2, pad_token_id=0).shape == (2, 14)
 
 
-def test_a_process_that_has_not_seen_the_model_reads_it(tmp_path):
+def test_a_process_that_has_not_seen_the_model_reads_it(tmp_path, processes):
     model, ids = elastic(), tokens()
     model.set_widths(mixed(model.elastic))
     (tmp_path / "model.pkl").write_bytes(pickle.dumps((model, ids)))
     code = (
-        "import pickle, sys, torch; model, ids = pickle.load(open(sys.argv[1], 'rb'));"
+        "import pickle, sys, torch; model, ids = pickle.load(open(sys.argv[2], 'rb'));"
         "print(float(torch.no_grad()(lambda: model(ids).logits.double().sum())()))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "model.pkl"], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    done = processes.alone(["-c", code, tmp_path / "model.pkl"])
+    assert done.rc == 0, done.err
     with torch.no_grad():
-        assert float(done.stdout) == pytest.approx(float(model(ids).logits.double().sum()), rel=1e-4)
+        assert float(done.out) == pytest.approx(float(model(ids).logits.double().sum()), rel=1e-4)
 
 
 def test_a_shallow_copy_is_refused():

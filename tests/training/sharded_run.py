@@ -1,4 +1,4 @@
-"""Runs of training on several processes, for the tests: each process is forked, so that it need not import torch.
+"""Runs of training on several processes, for the tests.
 
 Each process leaves in the folder of a run a JSON file of its own; rank 0 leaves the weights, too.
 """
@@ -6,9 +6,6 @@ Each process leaves in the folder of a run a JSON file of its own; rank 0 leaves
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +14,7 @@ from unittest import mock
 
 import tiny_run
 import torch
-from processes import free_port
+from processes import Processes
 from test_tuning import fraction, router_of
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -49,7 +46,7 @@ CONFIG = TrainConfig(
 )
 # name -> (numbers of processes, what it changes of CONFIG)
 CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "replicas": ((2, 4), {"shard": "none"}),
+    "replicas": ((2,), {"shard": "none"}),
     "full": ((3,), {"shard": "full", "stored": True}),
     "hybrid": ((4,), {"shard": "hybrid", "stored": True, "tie_word_embeddings": False}),
     "recomputed": ((2,), {"shard": "full", "clip": None, "batch_size": 4, "checkpoint_activations": True}),
@@ -69,8 +66,6 @@ LONG = {
     "checkpoint_every": 1,
 }
 Job = tuple[dict[str, Any] | None, Path]  # what it changes, and the folder of the run; None: `measure`
-SECONDS = 120
-CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def exact(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
@@ -165,29 +160,18 @@ def _memory(key: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
-def start(size: int, jobs: Sequence[Job]) -> None:
-    """Run jobs, one after the other, on ``size`` forked processes; an even number is two nodes'."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # for the server of forks
-    CONTEXT.set_forkserver_preload(["sharded_run"])
+def start(processes: Processes, size: int, jobs: Sequence[Job]) -> None:
+    """Run jobs, one after the other, on ``size`` processes; an even number is two nodes'."""
+    processes.load("sharded_run")
+    code = "import sys, sharded_run; sharded_run.work(sys.argv[2])"
+    asked = json.dumps([(changes, str(directory)) for changes, directory in jobs])
     node = size // 2 if size % 2 == 0 else size
-    given = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    given |= {"LOCAL_WORLD_SIZE": node, "FLEXTRON_RANKS_TIMEOUT": 60}
-    processes = [
-        CONTEXT.Process(target=_process, args=({**given, "RANK": r, "LOCAL_RANK": r}, jobs))
-        for r in range(size)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(SECONDS)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0] * size
+    ended = processes.run(size, ["-c", code, asked], LOCAL_WORLD_SIZE=node)
+    assert [e.rc for e in ended] == [0] * size, [e.err for e in ended]
 
 
-def _process(environment: Mapping[str, Any], jobs: Sequence[Job]) -> None:
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    torch.set_num_threads(1)
+def work(jobs: str) -> None:
+    """What each process does."""
     with ranks.joined("train"):
-        for job in jobs:
-            changes, directory = job
-            measure(directory) if changes is None else run(changes, directory)
+        for changes, directory in json.loads(jobs):
+            measure(Path(directory)) if changes is None else run(changes, Path(directory))

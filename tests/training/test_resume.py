@@ -6,8 +6,7 @@ import copy
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import torch
 from flextron.checkpoint import CheckpointError, load_tensors, save_tensors
 from flextron.training import learning_rate, tensorboard, train
 
-SCRIPT = Path(tiny_run.__file__)
 LAST = "step-00000012"
 
 # Moments to kill at: between two checkpoints; before a checkpoint's tensors have their place; before the very
@@ -30,28 +28,22 @@ MOMENTS = {
 }
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    path = os.pathsep.join(p for p in sys.path if p)
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+TINY_RUN = "import sys, tiny_run; tiny_run.main(*sys.argv[2:])"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, processes):
     """Folders of one run: undisturbed ("whole"), and killed at each moment, then resumed."""
     root = tmp_path_factory.mktemp("runs")
-    killed = {name: start(*command, str(root / name)) for name, command in MOMENTS.items()}
-    for name, process in killed.items():
-        assert process.stdout.readline() == "waiting\n"
-        process.kill()
-        assert process.wait(60) == -9
+    processes.load("tiny_run")
+    for name, command in MOMENTS.items():
+        process = processes.start_alone(["-c", TINY_RUN, *command, root / name])
+        processes.ready(0, "waiting\n")
+        os.kill(process, signal.SIGKILL)
+        assert [ended.rc for ended in processes.wait()] == [-signal.SIGKILL]
         shutil.copytree(root / name, root / f"{name}-as-killed")
-    process = start("run", str(root / "whole"), *(str(root / name) for name in killed))
-    assert process.wait(300) == 0
+    done = processes.alone(["-c", TINY_RUN, "run", root / "whole", *(root / name for name in MOMENTS)])
+    assert done.rc == 0, done.err
     return root
 
 

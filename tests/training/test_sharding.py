@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ CAN_MEASURE = os.path.exists("/proc/self/clear_refs")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(tmp_path_factory, processes):
     """The folders of every case, run by one process and by several; and of runs that go on."""
     root = tmp_path_factory.mktemp("sharded")
     for size in (2, 3, 4):
@@ -33,15 +34,17 @@ def root(tmp_path_factory):
             if size in sizes
         ]
         if size == 2:
-            jobs += [({**LONG, "steps": n}, root / "stopped") for n in (2, 4)]
-            jobs += [({**LONG, "steps": 4}, root / "whole"), ({**LONG, "steps": 2}, root / "moved")]
+            jobs += [({**LONG, "steps": 4}, root / "whole"), ({**LONG, "steps": 2}, root / "stopped")]
             jobs += [({**LONG, "steps": 2, "widths_per_rank": True, "shard": "none"}, root / "wide")]
         if size == 3:
             jobs += [({**LONG, "steps": 3}, root / "moved")]
             if CAN_MEASURE:
                 sharded_run.store_large(root / "loading")
                 jobs.insert(0, (None, root / "loading"))
-        sharded_run.start(size, jobs)
+        sharded_run.start(processes, size, jobs)
+        if size == 2:
+            shutil.copytree(root / "stopped", root / "moved")
+            sharded_run.start(processes, size, [({**LONG, "steps": 4}, root / "stopped")])
     for case, (_, changes) in sharded_run.CASES.items():
         sharded_run.run(changes, root / f"{case}-1")
     sharded_run.run({**LONG, "steps": 4}, root / "alone")
