@@ -266,7 +266,7 @@ def test_an_adaptive_budget_needs_a_router_for_the_phase():
 def test_a_layer_compiles_as_one_graph(dial, monkeypatch):
     """The modules run, not the decoder op, and each layer by its graph."""
     monkeypatch.setattr(flextron.nn.model, "try_forward", lambda *_: None)
-    model, texts = routed(elastic()), (tokens(), tokens(2, 15))
+    model, texts = routed(elastic(num_hidden_layers=2)), (tokens(), tokens(2, 15))
     if dial == "requests":
         model.set_widths(three(model.elastic)[:2])
     else:
@@ -284,13 +284,13 @@ def test_a_layer_compiles_as_one_graph(dial, monkeypatch):
         for ids, logits in zip(texts, plain, strict=True):
             ran.clear()
             assert relative(model(ids, use_cache=False).logits, logits) < 1e-6
-            assert len(ran) == 3
+            assert len(ran) == 2
         torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("dial", ["full", "requests", "tokens"])
 def test_a_model_compiles_as_one_graph(dial):
-    model, ids = routed(elastic()), tokens()
+    model, ids = routed(elastic(num_hidden_layers=2)), tokens()
     if dial == "requests":
         model.set_widths(three(model.elastic)[:2])
     elif dial == "tokens":

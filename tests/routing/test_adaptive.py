@@ -156,7 +156,10 @@ def test_the_model_is_left_as_it_was(model, tables):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_the_same_seed_gives_the_same_router_and_every_option_changes_it(model, tables):
+def test_the_same_seed_gives_the_same_router_and_every_option_changes_it(model, tables, monkeypatch):
+    monkeypatch.setattr(adaptive, "_SURROGATE_STEPS", 20)  # how well it fits is another test's
+    monkeypatch.setattr(adaptive, "_REFIT_STEPS", 5)
+
     def weights(**changes):
         small = {"steps": 2, "calibration": 4, "judged": 4}
         result = run(model, {"prefill": tables["prefill"]}, **small | changes)
