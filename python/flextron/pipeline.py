@@ -114,6 +114,7 @@ def convert(
     samples: int = 512,
     length: int = 256,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    planned: Callable[[Any], Any] | None = None,
     progress: Progress = _silent,
     force: bool = False,
     device: Device = "auto",
@@ -127,6 +128,7 @@ def convert(
         data: text to calibrate on; by default Python's own documentation.
         samples: sequences to calibrate on.
         length: tokens in a sequence.
+        planned: called, before any weight is read, with the memory that the conversion takes, which says itself by str.
         force: replace the model that is in ``directory``, which must be new or empty otherwise.
         device: where to score and to prove: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"``: that of a loaded
             parent, the first GPU, or else the CPU. Every stage takes it.
@@ -149,6 +151,7 @@ def convert(
             directory,
             calibration=windows(corpus(tokenizer, data).train, samples, length),
             tokenizer=tokenizer,
+            planned=planned,
             progress=lambda done, total: progress("scoring neurons and heads", done, total),
             force=force,
             device=chosen,

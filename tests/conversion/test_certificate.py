@@ -19,6 +19,7 @@ from flextron.artefacts.directory import load_elastic
 from flextron.checkpoint import read_json, stored_dtypes
 from flextron.conversion import ParityError, convert, elastify
 from flextron.nn import ElasticMLP, elastic_config
+from flextron.nn.forward import ElasticForward
 from flextron.nn.proof import difference, require_close
 
 Tensors = dict[str, Tensor]
@@ -351,9 +352,25 @@ def wrong_with_a_cache(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model.model.norm.register_forward_hook(lambda _, args, out: out if out.shape[1] > 1 else -out)
 
 
+def wrong_in_the_op(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right modules, and an op of all layers that computes something else."""
+    run = ElasticForward.__call__
+
+    def wrong(self: ElasticForward, *args: Any) -> Any:
+        logits, greatest = run(self, *args)
+        return logits * (1.01 if self.modules[0][1].width < 40 else 1), greatest
+
+    monkeypatch.setattr(ElasticForward, "__call__", wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
+        (
+            wrong_in_the_op,
+            "logits must stay within 0.0001 of those of the sub-network as a plain model",
+        ),
         (
             wrong_below_full_width,
             "logits must stay within 0.0001 of those of the sub-network as a plain model",
@@ -365,7 +382,11 @@ def wrong_with_a_cache(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_wrong_layer_cannot_hide_behind_a_right_full_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., None], message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[..., None],
+    message: str,
+    dtype: torch.dtype,
 ) -> None:
     read = elastic_model.read_model
 
@@ -376,7 +397,7 @@ def test_a_wrong_layer_cannot_hide_behind_a_right_full_model(
 
     monkeypatch.setattr(elastify, "read_model", planted)
     with pytest.raises(ParityError, match=message):
-        convert(small_model(), tmp_path / "out", calibration=calibration())
+        convert(small_model().to(dtype), tmp_path / "out", calibration=calibration())
     assert not (tmp_path / "out").exists()
 
 

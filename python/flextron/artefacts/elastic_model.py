@@ -45,7 +45,7 @@ from flextron.nn import check_plain, elastic_config
 from flextron.nn.placement import CPU, memory_dtype
 from flextron.nn.protocol import Elastic
 from flextron.nn.skeleton import fill, give_memory, say_tied, skeleton
-from flextron.nn.stock import read_back
+from flextron.nn.stock import fingerprint, read_back
 from flextron.nn.storage import Dtype, common, counted, rounded, storage
 
 # parts of a certificate that are shown beside its main figure; earlier versions wrote none of them
@@ -70,6 +70,7 @@ def save_elastic(
     tensors: Mapping[str, Tensor] | None = None,
     drop: Iterable[str] = (),
     shard_bytes: int | None = None,
+    empties: bool = False,
 ) -> Origin:
     """Write an elastic model, all of it or nothing; other files in ``directory`` stay.
 
@@ -87,6 +88,7 @@ def save_elastic(
         tensors: the model's parameters by name, where they are not in the model; each is stored in its own dtype.
         drop: names in ``directory`` that go when the new files begin to count. Weights in other files always go.
         shard_bytes: what `save_weights` takes.
+        empties: the model's parameters lose their memory once they are written, which makes room to read them back.
 
     Returns:
         What files made for these weights are to say they were made for.
@@ -114,10 +116,13 @@ def save_elastic(
             model.generation_config.save_pretrained(stage)
         if tokenizer is not None:
             write_tokenizer(tokenizer, stage)
+        meant = {name: fingerprint(tensor) for name, tensor in tensors.items()}
         checksums = save_weights(stage, tensors, shard_bytes)
         checksums[CONFIG_FILE] = checksum_of(stage / CONFIG_FILE)
-        stock = read_back("save", stage, tensors)
         del tensors
+        if empties:
+            model.to("meta")
+        stock = read_back("save", stage, meant)
         meta = {
             "format": FORMAT,
             "elastic": own.to_dict(),

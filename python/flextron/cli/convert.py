@@ -85,6 +85,7 @@ def run(args: Namespace) -> dict[str, Any]:
             args.source,
             args.directory,
             data=shared.text_of(args),
+            planned=ui.tell,
             progress=progress,
             strip_prefix=args.strip_prefix,
             force=args.force,

@@ -18,16 +18,18 @@ from flextron.checkpoint.card import write_card
 from flextron.checkpoint.hf import TOKENIZER_FILES, foreign, read_tokenizer
 from flextron.config import ElasticConfig, Widths
 from flextron.conversion.importance import check_tokens, score
-from flextron.conversion.parent import copy_parent, read_parent
+from flextron.conversion.parent import copy_parent, dtype_of, read_parent
 from flextron.conversion.reorder import LayerOrder, identity_orders, random_orders, reorder, sorted_orders
+from flextron.conversion.room import Room, room
 from flextron.conversion.source import room_beside, source_of
 from flextron.data import seeded
 from flextron.nn import ElasticModel, elastic_config
 from flextron.nn.placement import CPU
-from flextron.nn.proof import difference, logits_of, prove_sub_network, require_close
+from flextron.nn.proof import difference, each_logits, logits_of, prove_sub_network, require_close
 from flextron.nn.protocol import Elastic
 from flextron.nn.skeleton import skeleton
-from flextron.nn.storage import Dtype, counted, name_of, round_in_place, storage
+from flextron.nn.storage import Dtype, common, counted, name_of, named, round_in_place, storage
+from flextron.nn.widened import widened
 
 ORDERS = ("importance", "none", "random")
 _HELD_OUT = 4  # sequences kept from scoring, for the proof
@@ -53,11 +55,13 @@ def convert(
     strip_prefix: str | None = None,
     force: bool = False,
     device: torch.device = CPU,
+    planned: Callable[[Room], Any] | None = None,
 ) -> dict[str, Any]:
     """Make an elastic checkpoint of a stock one.
 
     The certificate is about the files on disk: before they replace anything, stock transformers reads them back with
-    its defaults, and so does our own loader. Arithmetic is float32, or float64 for a float64 parent.
+    its defaults, and so does our own loader. Arithmetic is float32, or float64 for a float64 parent. Weights are held
+    once, in the narrowest dtype that holds the stored ones, and widened part by part as they are computed with.
 
     Args:
         parent: a loaded transformers causal LM (left as it is), a directory, or the id of a model on the hub.
@@ -76,6 +80,7 @@ def convert(
         strip_prefix: a prefix to remove from every tensor's name, ``"_orig_mod."`` or ``"module."``.
         force: replace the model that is in ``out_dir``, which must be new or empty otherwise.
         device: where to score and to prove.
+        planned: called, before any weight is read, with the memory that the conversion takes.
 
     Returns:
         What ``flextron.json`` stores: ``dtypes``, ``importance`` and ``parity``. In that, ``max_abs`` and ``max_rel``
@@ -114,6 +119,10 @@ def convert(
 
     held_out = min(_HELD_OUT, max(1, len(calibration) // 4))
     proof = calibration[-held_out:, :_HELD_OUT_TOKENS]
+    if planned is not None:
+        own = dtype_of(source if source is not None else cast(PreTrainedModel, parent))
+        batch = (min(batch_size, len(calibration) - held_out), calibration.shape[1])
+        planned(room(config, own, named("convert", dtype) or own, batch, (len(proof), proof.shape[1])))
     if source is not None:
         with foreign(source, "a model that transformers reads", passed=(ValueError, OSError)):
             model = read_parent(source, strip_prefix, device)
@@ -126,12 +135,14 @@ def convert(
     config = elastic_config(model.config, unit, mlp_choices, head_choices)
     model.stored = storage("convert", model, dtype)
 
-    before = expected = logits_of(model, proof)
-    if round_in_place("convert", model, model.stored):
-        expected = logits_of(model, proof)
-    orders, found = _orders(
-        model, config, calibration[:-held_out], order, aggregate, seed, batch_size, progress
-    )
+    work = common([torch.float32, model.dtype])
+    before = None if _holds(model) else logits_of(model, proof, work)
+    round_in_place("convert", model, model.stored)
+    with widened(model):
+        orders, found = _orders(
+            model, config, calibration[:-held_out], order, aggregate, seed, batch_size, progress
+        )
+    expected = logits_of(model, proof, work)
 
     def store() -> dict[str, Any]:
         reorder(model, orders, config)
@@ -139,7 +150,6 @@ def convert(
         report = {"importance": found, "dtypes": counted(model.stored)}
 
         def prove(stage: Path, stock: PreTrainedModel, weights: str) -> dict[str, Any]:
-            model.to("meta")  # it is on disk by now; this makes room for what is read back
             proven = _prove(stage, stock, config, proof, before, expected, seed, device)
             report["parity"] = {**proven, "weights": weights}
             return report
@@ -148,12 +158,19 @@ def convert(
             base = str(parent) if source is not None and not Path(str(parent)).exists() else None
             write_card(stage, where, f"{Path(out_dir).resolve().name}, elastic", _card(config, report), base)
 
-        save_elastic(model, out_dir, tokenizer, {}, beside, prove=prove, drop=drop)
+        save_elastic(model, out_dir, tokenizer, {}, beside, prove=prove, drop=drop, empties=True)
         return report
 
     if not ranks.is_first():
         model.to("meta")  # rank 0 goes on alone
     return ranks.first(store)
+
+
+def _holds(model: Elastic) -> bool:
+    """Whether the dtypes that parameters are to be stored in hold any value that these can have."""
+    return all(
+        common([p.dtype, model.stored[name]]) == model.stored[name] for name, p in model.named_parameters()
+    )
 
 
 def _home(parent: Any) -> Path | None:
@@ -186,33 +203,34 @@ def _prove(
     stock: PreTrainedModel,
     config: ElasticConfig,
     proof: Tensor,
-    parent: Tensor,
+    parent: Tensor | None,
     expected: Tensor,
     seed: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """The certificate of a staged checkpoint, in float32 arithmetic on the very values that are on the disk.
+    """The certificate of a staged checkpoint, in the arithmetic of the logits, on the very values that are on the disk.
 
     Args:
         stock: what stock transformers read from the stage, by default.
         proof: [n, L] token ids.
-        parent, expected: [n, L, V], the logits of the parent, and those that the stage must give. They differ only if
-            a narrower dtype was requested.
+        parent: [n, L, V], the logits of the parent, if a narrower dtype was requested.
+        expected: those that the stage must give; else they are the parent's.
     """
-    dtype = stock.dtype
-    read = logits_of(stock.to(device, parent.dtype), proof)
-    whose = "the parent's"
-    require_close("convert", whose, expected, read)
+    dtype, whose = stock.dtype, "the parent's"
+    stock.to(device)
+    found = require_close("convert", whose, expected, each_logits(stock, proof, expected.dtype))
+    if parent is not None:
+        found = difference(parent, each_logits(stock, proof, expected.dtype))
     stock.to("meta")  # room for the next
-    elastic = read_model(stage, config, parent.dtype, device=device)
+    elastic = read_model(stage, config, "auto", device=device)
     first = proof[:1]  # a wrong layer shows in one sequence
-    full = require_close("convert", whose, expected[:1], logits_of(elastic, first))
+    full = require_close("convert", whose, expected[:1], each_logits(elastic, first, expected.dtype))
     return {
-        **difference(parent, read),
+        **found,
         "tokens": proof.numel(),
         "dtype": name_of(dtype),
         "elastic": full,
-        "rounding": difference(parent, expected),
+        "rounding": difference(expected if parent is None else parent, expected),
         "seed": seed,
         "sub_networks": [
             prove_sub_network("convert", elastic, widths, first) for widths in _drawn(config, seed)

@@ -27,7 +27,7 @@ def read_parent(
 ) -> PreTrainedModel:
     """Load the stock model in a directory to a device, in eval mode.
 
-    Its weights are float32, or float64 if any of them is stored so, which holds every narrower value exactly. Its
+    Its weights have the narrowest dtype that holds all that is stored, as transformers maps them from the files. Its
     attribute ``stored`` maps names to the dtypes in the files. Its configuration says that embeddings are tied if the
     weights are.
 
@@ -46,8 +46,7 @@ def read_parent(
                 f"convert: strip_prefix must begin every name of the parent, got {strip_prefix!r} and {listed(other)}"
             )
         found = {name.removeprefix(strip_prefix): dtype for name, dtype in found.items()}
-    floating = [_DTYPES[dtype] for dtype in found.values() if dtype in _DTYPES]
-    widest = common([torch.float32, *floating])
+    widest = _widest(found)
     model = load_stock("convert", "parent", source, widest, strip_prefix)
     # A parameter whose name is not in the files (a tied one, say) gets their widest dtype, so that nothing is lost.
     names = [name for name, _ in model.named_parameters()]
@@ -56,9 +55,16 @@ def read_parent(
         raise ValueError(
             f"convert: parent must hold {', '.join(_DTYPES)} weights, got {listed(strange)}; dequantise it first"
         )
-    model.stored = {name: _DTYPES[dtype] if dtype else common(floating) for name, dtype in said.items()}
+    model.stored = {name: _DTYPES[dtype] if dtype else widest for name, dtype in said.items()}
     say_tied(model, model.config)
     return model.eval().to(device)
+
+
+def dtype_of(parent: PreTrainedModel | Path) -> torch.dtype:
+    """The narrowest dtype that holds the weights of a parent in memory or in a directory: what they are read in."""
+    if isinstance(parent, Path):
+        return _widest(_dtypes_in(parent))
+    return common(p.dtype for p in parent.parameters())
 
 
 def copy_parent(parent: PreTrainedModel, proof: Tensor, device: torch.device) -> PreTrainedModel:
@@ -69,8 +75,7 @@ def copy_parent(parent: PreTrainedModel, proof: Tensor, device: torch.device) ->
         ParityError: the copy computes something else on the tokens ``proof`` [n, L], because the parent has a hook, a
             forward, a module or a buffer of its own. A parent with several dtypes is not tested, since most cannot run.
     """
-    stored = storage("convert", parent)
-    widest = common([torch.float32, *(p.dtype for p in parent.parameters())])
+    stored, widest = storage("convert", parent), dtype_of(parent)
     config = copy.deepcopy(parent.config)
     say_tied(parent, config)
     model = skeleton(config)
@@ -99,6 +104,11 @@ def _require_stock(parent: PreTrainedModel, plain: PreTrainedModel, proof: Tenso
 
 def _shape(parameters: Mapping[str, Tensor], name: str) -> torch.Size | None:
     return parameters[name].shape if name in parameters else None
+
+
+def _widest(found: Mapping[str, str]) -> torch.dtype:
+    """What holds the values of these dtypes, as the files name them; others are refused once the tensors are known."""
+    return common([_DTYPES[dtype] for dtype in found.values() if dtype in _DTYPES] or [torch.float32])
 
 
 def _dtypes_in(directory: str | Path) -> dict[str, str]:

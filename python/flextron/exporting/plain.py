@@ -35,7 +35,7 @@ from flextron.nn.plain import LAYOUT_KEY, SIZES, build, layout_of, resize, stock
 from flextron.nn.proof import difference, in_dtype, logits_of, require_close
 from flextron.nn.protocol import Elastic
 from flextron.nn.skeleton import fill, parameter_shapes, skeleton
-from flextron.nn.stock import read_back
+from flextron.nn.stock import fingerprint, read_back
 from flextron.nn.storage import Dtype, common, counted, name_of, round_in_place, rounded, storage
 
 EXPORT_FILE = "export.json"
@@ -113,7 +113,7 @@ def export(
         read = (
             load_plain(stage, plain.config.dtype, device=model.device)
             if ragged
-            else read_back("export", stage, tensors)
+            else read_back("export", stage, {name: fingerprint(t) for name, t in tensors.items()})
         )
         report["parity"] = proof.of(read)
         write_json(stage / EXPORT_FILE, report)

@@ -101,8 +101,11 @@ def _illegal_heads(config: ElasticConfig, heads: int) -> str | None:
     return None
 
 
-def build(model: Elastic, widths: Widths, layout: str) -> PreTrainedModel:
-    """The plain model of `extract`, its layout already chosen by `layout_of`."""
+def build(model: Elastic, widths: Widths, layout: str, shares: bool = False) -> PreTrainedModel:
+    """The plain model of `extract`, its layout already chosen by `layout_of`.
+
+    ``shares``: its weights are views of the elastic ones where they can be, for a comparison that takes no memory.
+    """
     check_plain("extract", model)
     elastic: ElasticConfig = model.elastic
     kept = [_kept(elastic, d, n) for d, n in zip(widths.mlp, widths.heads, strict=True)]
@@ -121,7 +124,9 @@ def build(model: Elastic, widths: Widths, layout: str) -> PreTrainedModel:
     plain = skeleton(config)
     if layout == "ragged":
         resize(plain, layers)
-    fill(plain, _tensors(model, kept, held)).to(model.device)  # the rest of it: a few buffers
+    tensors = _tensors(model, kept, held)
+    # the rest of it: a few buffers
+    fill(plain, tensors if shares else _own(tensors, model)).to(model.device)
     plain.generation_config = copy.deepcopy(model.generation_config)
     return plain
 
@@ -175,7 +180,10 @@ def resize(model: PreTrainedModel, layers: list[dict[str, int]]) -> None:
 def _tensors(
     model: Elastic, kept: list[tuple[int, int, int]], held: list[tuple[int, int, int]]
 ) -> dict[str, Tensor]:
-    """Every parameter of the plain model: a prefix of the elastic one's, zero from ``kept`` to ``held``."""
+    """Every parameter of the plain model: a prefix of the elastic one's, zero from ``kept`` to ``held``.
+
+    It shares the elastic one's memory where it can.
+    """
     cut: dict[str, Callable[[Tensor], Tensor]] = {}
     G, M, D = model.elastic.num_kv_heads, model.elastic.heads_per_group, model.elastic.head_dim
     for i, ((d, g, m), (d_held, g_held, m_held)) in enumerate(zip(kept, held, strict=True)):
@@ -195,16 +203,29 @@ def _tensors(
             cut[f"{stem}.weight"] = partial(_cut, dim=dim, sizes=prefix)
             if dim == 0:  # a bias belongs to outputs: those of down and o are the hidden size, and stay whole
                 cut[f"{stem}.bias"] = cut[f"{stem}.weight"]
-    return {name: cut.get(name, torch.clone)(p.detach()) for name, p in model.named_parameters()}
+    return {
+        name: cut[name](p.detach()) if name in cut else p.detach() for name, p in model.named_parameters()
+    }
+
+
+def _own(tensors: dict[str, Tensor], model: Elastic) -> dict[str, Tensor]:
+    """The tensors in memory of their own."""
+    theirs = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return {
+        name: t.clone(memory_format=torch.contiguous_format)
+        if t.untyped_storage().data_ptr() in theirs
+        else t
+        for name, t in tensors.items()
+    }
 
 
 def _cut(t: Tensor, dim: int, sizes: tuple[tuple[int, ...], ...]) -> Tensor:
     """View dimension ``dim`` as ``whole``, keep a prefix of each axis of it, pad with zeros to ``held``."""
     kept, held, whole = sizes
-    source = t.unflatten(dim, whole)
-    rest = (slice(None),) * dim
-    shape = (*t.shape[:dim], *held, *t.shape[dim + 1 :])
-    out = t.new_zeros(shape)
-    prefix = (*rest, *(slice(n) for n in kept))
-    out[prefix] = source[prefix]
-    return out.flatten(dim, dim + len(held) - 1)
+    prefix = (*(slice(None),) * dim, *(slice(n) for n in kept))
+    source, last = t.unflatten(dim, whole)[prefix], dim + len(held) - 1
+    if kept == held:
+        return source.flatten(dim, last)
+    out = t.new_zeros((*t.shape[:dim], *held, *t.shape[dim + 1 :]))
+    out[prefix] = source
+    return out.flatten(dim, last)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,9 +14,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from flextron.config import Widths
 from flextron.nn.families import elastic_config
 from flextron.nn.model import make_elastic
-from flextron.nn.plain import extract
+from flextron.nn.plain import build, layout_of
 from flextron.nn.protocol import Elastic
 from flextron.nn.skeleton import fill, say_tied, skeleton
+from flextron.nn.widened import is_narrow, widened
 
 BOUND = 1e-4  # of the largest logit, float32: above the rounding of another summation order
 _PROMPT, _GENERATED = 16, 8  # tokens
@@ -24,16 +27,17 @@ class ParityError(ValueError):
     """Two models that must compute the same do not; nothing was written."""
 
 
-def difference(before: Tensor, after: Tensor) -> dict[str, float]:
-    """How far logits moved: ``max_abs``, and ``max_rel`` to the largest of ``before``."""
-    max_abs = (after - before).abs().max().item()
-    return {
-        "max_abs": max_abs,
-        "max_rel": max_abs / max(before.abs().max().item(), torch.finfo(torch.float32).tiny),
-    }
+def difference(before: Tensor, after: Iterable[Tensor]) -> dict[str, float]:
+    """How far logits moved: ``max_abs``, and ``max_rel`` to the largest of ``before``; a sequence at a time."""
+    rows = [
+        torch.stack([(new - old).abs().max(), old.abs().max()])
+        for old, new in zip(before, after, strict=True)
+    ]
+    max_abs, largest = torch.stack(rows).amax(0).tolist()
+    return {"max_abs": max_abs, "max_rel": max_abs / max(largest, torch.finfo(torch.float32).tiny)}
 
 
-def require_close(who: str, what: str, before: Tensor, after: Tensor) -> dict[str, float]:
+def require_close(who: str, what: str, before: Tensor, after: Iterable[Tensor]) -> dict[str, float]:
     """`difference`, once it is known to be within `BOUND`.
 
     Raises:
@@ -47,11 +51,29 @@ def require_close(who: str, what: str, before: Tensor, after: Tensor) -> dict[st
     return found
 
 
-@torch.no_grad()
-def logits_of(model: Elastic | PreTrainedModel, tokens: Tensor) -> Tensor:
-    """[n, L, V] on the CPU; one sequence at a time, for logits of a large vocabulary are big."""
-    rows = [model(input_ids=row[None].to(model.device), use_cache=False).logits.cpu() for row in tokens]
-    return torch.cat(rows)
+def logits_of(model: Elastic | PreTrainedModel, tokens: Tensor, least: torch.dtype | None = None) -> Tensor:
+    """[n, L, V] on the CPU, computed as in `each_logits`."""
+    found: Tensor | None = None
+    for i, row in enumerate(each_logits(model, tokens, least)):
+        found = row.new_empty(len(tokens), *row.shape) if found is None else found
+        found[i] = row
+    assert found is not None
+    return found
+
+
+def each_logits(
+    model: Elastic | PreTrainedModel, tokens: Tensor, least: torch.dtype | None = None
+) -> Iterator[Tensor]:
+    """[L, V] on the CPU of one sequence after another, for logits of a large vocabulary are big.
+
+    Args:
+        tokens: [n, L] int64.
+        least: the narrowest dtype to compute in, see `widened`; None: that of the weights.
+    """
+    for row in tokens:
+        with torch.no_grad(), contextlib.nullcontext() if least is None else widened(model, least):
+            found = model(input_ids=row[None].to(model.device), use_cache=False).logits
+        yield found[0].cpu()
 
 
 def in_dtype(model: Elastic, dtype: torch.dtype) -> Elastic:
@@ -73,8 +95,11 @@ def prove_sub_network(who: str, model: Elastic, widths: Widths, tokens: Tensor) 
     takes. Then the elastic model generates with its cache: the plain model, without one, must find each of those tokens
     the likeliest, or level with it.
 
+    Arithmetic is float32 at least. Weights in a narrower dtype are not copied for it: the whole model computes by its
+    modules, see `widened`, and then each layer is proven in all of these ways on what it was given in that forward.
+
     Args:
-        model: elastic, float32 or float64.
+        model: elastic.
         tokens: [n, L] int64.
 
     Returns:
@@ -83,23 +108,30 @@ def prove_sub_network(who: str, model: Elastic, widths: Widths, tokens: Tensor) 
     Raises:
         ParityError: they differ.
     """
-    plain = extract(model, widths)
+    plain = build(model, widths, layout_of("auto", model.elastic, widths, "ragged"), shares=True)
     whose = "those of the sub-network as a plain model"
-    expected = logits_of(plain, tokens)
-    with model.budget(widths=widths):
-        found = require_close(who, whose, expected, logits_of(model, tokens))
-        with torch.enable_grad():
-            trained = model(input_ids=tokens[:1].to(model.device), use_cache=False).logits.detach().cpu()
-        require_close(who, whose, expected[:1], trained)
+    with _watched(plain) as given:
+        expected = logits_of(plain, tokens, torch.float32)
+    with model.budget(widths=widths), widened(model):
+        found = require_close(who, whose, expected, each_logits(model, tokens))
+        require_close(who, whose, expected[:1], _as_trained(model, tokens[:1]))
         said = _greedy(model, tokens[:1, :_PROMPT])
-    judged = logits_of(plain, said)[:, min(_PROMPT, tokens.shape[1]) - 1 : -1]  # [1, generated, V]
-    new = said[:, -judged.shape[1] :, None]
+    judged = logits_of(plain, said, torch.float32)[:, min(_PROMPT, tokens.shape[1]) - 1 : -1]
+    new = said[:, -judged.shape[1] :, None]  # of judged [1, generated, V]
     lost = judged.max(-1).values - judged.gather(-1, new)[..., 0]
     if not (lost <= 2 * BOUND * judged.abs().max()).all():
         raise ParityError(
             f"{who}: tokens generated with a cache must be those of the sub-network as a plain model, got others; "
             "nothing was written"
         )
+    if is_narrow(model):
+        positions = torch.arange(tokens.shape[1])[None]
+        for layer, (mlp, heads) in enumerate(zip(widths.mlp, widths.heads, strict=True)):
+            own = Widths((mlp,), (heads,))
+            proven = prove_sub_network(
+                f"{who}: layer {layer}", _alone(model, layer, given[layer]), own, positions
+            )
+            found = {key: max(value, proven[key]) for key, value in found.items()}
     return {
         "mlp": list(widths.mlp),
         "heads": list(widths.heads),
@@ -107,6 +139,58 @@ def prove_sub_network(who: str, model: Elastic, widths: Widths, tokens: Tensor) 
         "tokens": tokens.numel(),
         "generated": new.numel(),
     }
+
+
+@contextlib.contextmanager
+def _watched(plain: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Yield a list that gets what each layer is given for a sequence, [T, K]: L entries for each sequence."""
+    given: list[Tensor] = []
+
+    def see(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given.append((args[0] if args else kwargs["hidden_states"])[0].detach())
+
+    handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in plain.model.layers]
+    try:
+        yield given
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _as_trained(model: Elastic, tokens: Tensor) -> Tensor:
+    """[n, L, V] on the CPU, by the modules that training takes; nothing is kept for a backward pass."""
+    nothing: Any = lambda _: None  # noqa: E731
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(nothing, nothing):
+        return model(input_ids=tokens.to(model.device), use_cache=False).logits.detach().cpu()
+
+
+def _alone(model: Elastic, layer: int, given: Tensor) -> Elastic:
+    """One layer of an elastic model as a model by itself, in the dtype of ``given``.
+
+    Token t is embedded as what the layer is given for it, ``given`` [T, K], again and again for more tokens; the
+    logits are what comes out of the layer, through the model's last norm.
+    """
+    own, (T, K) = model.elastic, given.shape
+    values = model.config.to_dict()  # without what makes it elastic
+    values.update(
+        num_hidden_layers=1,
+        vocab_size=max(T, K),
+        tie_word_embeddings=False,
+        pad_token_id=None,
+        dtype=given.dtype,
+    )
+    if values.get("layer_types"):
+        values["layer_types"] = values["layer_types"][layer : layer + 1]
+    config = type(model.config).from_dict(values)
+    tensors = {
+        "model.embed_tokens.weight": given[torch.arange(max(T, K)) % T],
+        "model.norm.weight": model.model.norm.weight.detach().to(given.dtype),
+        "lm_head.weight": torch.eye(max(T, K), K, dtype=given.dtype, device=given.device),
+    }
+    for name, p in model.model.layers[layer].named_parameters():
+        tensors[f"model.layers.0.{name}"] = p.detach().to(given.dtype)
+    alone = fill(skeleton(config), tensors).to(given.device)
+    return make_elastic(alone, elastic_config(config, own.unit, own.mlp_choices, own.head_choices))
 
 
 def _greedy(model: Elastic, prompt: Tensor) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from transformers.utils import logging
 from flextron.sentences import listed
 
 _NAMES_SHOWN = 3
+_PIECE = 1 << 22  # values that are looked at at once
 
 
 def load_stock(
@@ -63,15 +66,38 @@ def load_stock(
     return model
 
 
-def read_back(who: str, directory: Path, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The model that stock transformers makes of files just written; its parameters must equal ``tensors``.
+class Fingerprint(NamedTuple):
+    """What a tensor was, without its memory: its shape, its dtype and the sha256 of its values, any NaN being one."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sha256: str
+
+
+def fingerprint(tensor: Tensor) -> Fingerprint:
+    """The fingerprint of a tensor, on any device."""
+    digest = hashlib.sha256()
+    for values in tensor.detach().reshape(-1).split(_PIECE):
+        if (unknown := values.isnan()).any():
+            values = values.masked_fill(unknown, math.nan)
+        digest.update(memoryview(values.cpu().view(torch.uint8).numpy()))
+    return Fingerprint(tuple(tensor.shape), tensor.dtype, digest.hexdigest())
+
+
+def read_back(who: str, directory: Path, written: Mapping[str, Fingerprint]) -> PreTrainedModel:
+    """The model that stock transformers makes of files just written.
+
+    Args:
+        who: begins the message.
+        directory: where the files are.
+        written: the fingerprints of the tensors that are meant to be in them, by the parameters' names.
 
     Raises:
         ValueError: a parameter differs, if only in one bit, or cannot be held in the dtype transformers loads.
     """
     model = load_stock(who, "what was written", directory)
     found = dict(model.named_parameters())
-    wrong = [name for name in tensors.keys() | found.keys() if not _same(tensors.get(name), found.get(name))]
+    wrong = [name for name in written.keys() | found.keys() if not _same(written.get(name), found.get(name))]
     if wrong:
         raise ValueError(
             f"{who}: stock transformers must read back the tensors that were written, got others: "
@@ -80,11 +106,14 @@ def read_back(who: str, directory: Path, tensors: Mapping[str, Tensor]) -> PreTr
     return model
 
 
-def _same(written: Tensor | None, read: Tensor | None) -> bool:
-    """Whether two tensors hold the same values, NaN included."""
-    if written is None or read is None or written.shape != read.shape:
+def _same(written: Fingerprint | None, read: Tensor | None) -> bool:
+    """Whether a tensor holds the values that were written."""
+    if written is None or read is None:
         return False
-    return bool(torch.isclose(read, written.to(read), rtol=0, atol=0, equal_nan=True).all())
+    own = read.to(written.dtype)
+    if own.dtype != read.dtype and not torch.isclose(own.to(read), read, 0, 0, equal_nan=True).all():
+        return False
+    return fingerprint(own) == written
 
 
 def _faults(info: dict[str, Any]) -> str:
