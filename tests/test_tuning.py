@@ -97,7 +97,7 @@ def test_a_run_of_another_router_or_config_is_not_taken_up(tmp_path):
     run(tmp_path)
     for kind, config, words in (
         ("static", CONFIG, "router"),
-        ("adaptive", replace(CONFIG, gates="soft"), "config.gates"),
+        ("adaptive", replace(CONFIG, gates="soft"), "got --gates soft instead of hard"),
     ):
         with pytest.raises(ValueError, match=words):
             run(tmp_path, kind, config)
