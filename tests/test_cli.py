@@ -430,7 +430,7 @@ def test_a_run_that_was_stopped_is_not_cleaned_unasked(elastic, text, monkeypatc
     run = ("train", elastic, "--data", text, *STEP[2:], "--steps", 2, "--checkpoint-every", 1)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "flextron.training.resume.MetricsLog.write", lambda log, record: record["step"] < 2 or killed()
+            "flextron.training.metrics.MetricsLog.write", lambda log, record: record["step"] < 2 or killed()
         )
         assert main([*map(str, run)]) == 130
     capsys.readouterr()

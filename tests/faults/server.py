@@ -25,7 +25,8 @@ _MEMORY = 8 << 30  # bytes of address space: what a forged size asks for is refu
 
 def resume(directory: str) -> str:
     """What a run reads before it goes on, but the weights of the model that it belongs to."""
-    from flextron.training.resume import Checkpoints, read_metrics
+    from flextron.training.metrics import read_metrics
+    from flextron.training.resume import Checkpoints
     from flextron.training.storing import names_in
     from flextron_lab.report.checkpoint import _training
 

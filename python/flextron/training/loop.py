@@ -1,6 +1,6 @@
 """Elastic continued training: every micro-batch trains another sub-network of the same weights.
 
-``sampler.py`` draws the sub-networks, ``resume.py`` has what a killed run needs.
+``sampler.py`` draws the sub-networks, ``optimizer.py`` moves the weights, ``resume.py`` has what a killed run needs.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from flextron.nn.recomputation import recomputing
 from flextron.nn.storage import storage
 from flextron.recipes import TrainConfig
 from flextron.training.meter import Meter
+from flextron.training.metrics import MetricsLog
+from flextron.training.optimizer import adamw, learning_rate, trained
 from flextron.training.resume import (
     Checkpoints,
-    MetricsLog,
     fingerprint,
     load_training_tensors,
     training_tensors,
@@ -69,16 +70,6 @@ class TrainReport:
     seconds: float
     losses: list[float]
     evaluations: list[dict[str, Any]]
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step 1, 2 .. ``steps``: linear warm-up, then half a cosine down to ``min_lr_ratio``."""
-    warm = round(config.warmup * config.steps)
-    if step <= warm:
-        return config.learning_rate * step / warm
-    progress = (step - warm) / (config.steps - warm)
-    cosine = (1 + math.cos(math.pi * progress)) / 2
-    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
 
 def train(
@@ -168,7 +159,7 @@ class Run:
         self.model, self.config, self.teacher, self.validation = model, config, teacher, validation
         self.device = next(model.parameters()).device
         self.bf16 = computes_in_bf16(config, self.device)
-        self.names = [name for name, _ in _trained(model)]
+        self.names = [name for name, _ in trained(model)]
         rows = ranks.rows_of("train: batch_size", range(config.batch_size))
         self.batches = Batches(tokens, config.batch_size, config.length, config.seed, rows)
         self.sampler = WidthSampler(model.elastic, config.full_probability, config.seed, config.only)
@@ -184,7 +175,7 @@ class Run:
         self.checkpoints = Checkpoints(directory, identity, weights, _stored(model))
         self.spread = Spread(model, teacher, config, self.bf16, self.batches.rows)
         self.optimizer: Any  # `found_inf` is no attribute of its class
-        self.optimizer = _optimizer(model, config)
+        self.optimizer = adamw(model, config)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def to_the_end(
@@ -410,23 +401,6 @@ class Run:
 
     def _tokens_per_step(self) -> int:
         return self.config.accumulation * self.config.batch_size * self.config.length
-
-
-def _trained(model: Elastic) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that are trained: matrices, then vectors."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return sorted(trained, key=lambda member: member[1].dim() < 2)  # stable
-
-
-def _optimizer(model: Elastic, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW of the `_trained` parameters, in their order.
-
-    Matrices decay, embeddings among them, vectors (norms, biases) do not: the habit of GPT-3 and Megatron-LM.
-    """
-    trained = _trained(model)
-    matrices = {"params": [p for _, p in trained if p.dim() >= 2], "weight_decay": config.weight_decay}
-    vectors = {"params": [p for _, p in trained if p.dim() < 2], "weight_decay": 0.0}
-    return torch.optim.AdamW((matrices, vectors), config.learning_rate, config.betas, fused=True)
 
 
 def _require_finite(record: Mapping[str, Any]) -> None:

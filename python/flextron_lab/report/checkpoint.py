@@ -21,7 +21,7 @@ from flextron.judge.budgets import judge_budgets
 from flextron.nn.placement import Device, one_device
 from flextron.nn.protocol import Elastic
 from flextron.nn.storage import Dtype
-from flextron.training.resume import METRICS_FILE, read_metrics
+from flextron.training.metrics import METRICS_FILE, read_metrics
 from flextron_lab.report import figures
 from flextron_lab.report.page import Section, render
 
