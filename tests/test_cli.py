@@ -177,6 +177,10 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
             "--targets", "0.8,1", "--form", form,
         )  # fmt: skip
         assert other["config"]["form"] == form
+    before = [path.read_bytes() for path in (elastic / "latency").iterdir()]
+    few = ("route", elastic, *common, "--adaptive", "--samples", 2, "--length", 32)
+    assert "must be at least 16 sequences" in complaint(capsys, *few)
+    assert [path.read_bytes() for path in (elastic / "latency").iterdir()] == before
     own = answer(
         capsys, "route", elastic, *common, "--adaptive", "--steps", 4, "--samples", 24, "--length", 32,
         "--targets", "0.8,1", "--gates", "hard",

@@ -333,6 +333,8 @@ def route(
     with ElasticDirectory.open(directory) as checkpoint:
         checkpoint.check_length("route", length)
         model, tables, origin = checkpoint.model(dtype, device), checkpoint.tables, checkpoint.origin
+        if machine is None:
+            checkpoint.warn_of_another_use(machine_of(model))
     planner = Planner(model.elastic, tables, machine=machine_of(model))
     table = planner.table(phase, batch=batch, context=context, machine=machine)
     # From the training text: the text that judges the routers must not have chosen them.
@@ -381,8 +383,12 @@ def route_adaptive(
         checkpoint.check_length("route", length)
         model, origin = checkpoint.model(dtype, device), checkpoint.origin
         planner = checkpoint.planner(machine_of(model))
+        checkpoint.warn_of_another_use(machine_of(model))
     planner.table(phase)
     tokens = windows(corpus(read_tokenizer(directory), data).train, samples, length, "route")
+    adaptive_routing.check_sequences(
+        tokens, config or AdaptiveConfig()
+    )  # before anything is measured and stored
     hidden = config.hidden if config else None
     tables = _profile_adaptive(directory, model, planner.tables, progress, hidden=hidden)
     result = train_adaptive(model, tables, planner.ladder, tokens, config, phase, progress)

@@ -16,7 +16,7 @@ from flextron.artefacts import adaptive_router, static_router
 from flextron.artefacts.adaptive_router import AdaptiveResult, costs_of
 from flextron.artefacts.elastic_model import Cut, read_meta, read_model, read_stock_config
 from flextron.artefacts.ladder import uniform_ladder
-from flextron.artefacts.latency_files import Tables, by_phase, kept_tables, load_tables, machines
+from flextron.artefacts.latency_files import Tables, by_phase, kept_tables, load_tables, machines, of_machine
 from flextron.artefacts.machine import Machine, machine_of, name_of
 from flextron.artefacts.planner import Planner
 from flextron.artefacts.static_router import RouterResult, load_ladder
@@ -127,13 +127,17 @@ class ElasticDirectory:
                     "flextron route",
                     " --adaptive",
                 )
-        changes = [change for table in model.planner.here for change in table.differs(here)]
-        if changes:
-            self._warn("; ".join(dict.fromkeys(changes)), "flextron profile")
-        elif self.tables and not model.planner.here:
+        self.warn_of_another_use(here)
+        if self.tables and not model.planner.here:
             known = " and ".join(machines(self.tables))
             self._warn(f"has latency tables of {known} only, none of {name_of(here)}", "flextron profile")
         return model
+
+    def warn_of_another_use(self, machine: Machine) -> None:
+        """Say where the tables that are meant on ``machine`` were measured in another use, or with other versions."""
+        changes = [change for table in of_machine(self.tables, machine) for change in table.differs(machine)]
+        if changes:
+            self._warn("; ".join(dict.fromkeys(changes)), "flextron profile")
 
     def _warn(self, what: str, command: str, options: str = "") -> None:
         warnings.warn(f"{self.path}: {what}; run `{command} {self.path}{options}`", stacklevel=4)

@@ -62,18 +62,7 @@ def train_adaptive(
         progress: called with (what is being done, done, total).
     """
     options = config or AdaptiveConfig()
-    needed = options.judged + max(options.calibration, 1)
-    if tokens.dim() != 2 or len(tokens) < needed:
-        raise ValueError(
-            f"train_adaptive: tokens must be at least {needed} sequences (judged and calibration), "
-            f"got {list(tokens.shape)}"
-        )
-    for name in ("batch", "calibration", "judged"):
-        if getattr(options, name) < ranks.now().size:
-            raise ValueError(
-                f"train_adaptive: {name} must be at least {ranks.now().size} for as many processes, "
-                f"got {getattr(options, name)}"
-            )
+    check_sequences(tokens, options)
     quiet = progress or (lambda *_: None)
     kind = _SurrogateTraining if options.form == "surrogate" else _Training
     training = kind(model, tables[phase], ladder, tokens[: -options.judged], options, quiet)
@@ -94,6 +83,22 @@ def train_adaptive(
         costs_of(tables),
         *training.surrogate_reports(),
     )
+
+
+def check_sequences(tokens: Tensor, options: AdaptiveConfig) -> None:
+    """Refuse fewer sequences than training and its report need, on so many processes."""
+    needed = options.judged + max(options.calibration, 1)
+    if tokens.dim() != 2 or len(tokens) < needed:
+        raise ValueError(
+            f"train_adaptive: tokens must be at least {needed} sequences (judged and calibration), "
+            f"got {list(tokens.shape)}"
+        )
+    for name in ("batch", "calibration", "judged"):
+        if getattr(options, name) < ranks.now().size:
+            raise ValueError(
+                f"train_adaptive: {name} must be at least {ranks.now().size} for as many processes, "
+                f"got {getattr(options, name)}"
+            )
 
 
 def refreshed(
