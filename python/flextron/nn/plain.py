@@ -124,9 +124,7 @@ def build(model: Elastic, widths: Widths, layout: str, shares: bool = False) -> 
     plain = skeleton(config)
     if layout == "ragged":
         resize(plain, layers)
-    tensors = _tensors(model, kept, held)
-    # the rest of it: a few buffers
-    fill(plain, tensors if shares else _own(tensors, model)).to(model.device)
+    fill(plain, _tensors(model, kept, held, shares)).to(model.device)  # the rest of it: a few buffers
     plain.generation_config = copy.deepcopy(model.generation_config)
     return plain
 
@@ -178,12 +176,9 @@ def resize(model: PreTrainedModel, layers: list[dict[str, int]]) -> None:
 
 
 def _tensors(
-    model: Elastic, kept: list[tuple[int, int, int]], held: list[tuple[int, int, int]]
+    model: Elastic, kept: list[tuple[int, int, int]], held: list[tuple[int, int, int]], shares: bool
 ) -> dict[str, Tensor]:
-    """Every parameter of the plain model: a prefix of the elastic one's, zero from ``kept`` to ``held``.
-
-    It shares the elastic one's memory where it can.
-    """
+    """Every parameter of the plain model: a prefix of the elastic one's, zero from ``kept`` to ``held``."""
     cut: dict[str, Callable[[Tensor], Tensor]] = {}
     G, M, D = model.elastic.num_kv_heads, model.elastic.heads_per_group, model.elastic.head_dim
     for i, ((d, g, m), (d_held, g_held, m_held)) in enumerate(zip(kept, held, strict=True)):
@@ -200,31 +195,22 @@ def _tensors(
             ("self_attn.o_proj", 1, query),
         ):
             stem = f"model.layers.{i}.{name}"
-            cut[f"{stem}.weight"] = partial(_cut, dim=dim, sizes=prefix)
+            cut[f"{stem}.weight"] = partial(_cut, dim=dim, sizes=prefix, shares=shares)
             if dim == 0:  # a bias belongs to outputs: those of down and o are the hidden size, and stay whole
                 cut[f"{stem}.bias"] = cut[f"{stem}.weight"]
-    return {
-        name: cut[name](p.detach()) if name in cut else p.detach() for name, p in model.named_parameters()
-    }
+    whole = Tensor.detach if shares else torch.clone
+    return {name: cut.get(name, whole)(p.detach()) for name, p in model.named_parameters()}
 
 
-def _own(tensors: dict[str, Tensor], model: Elastic) -> dict[str, Tensor]:
-    """The tensors in memory of their own."""
-    theirs = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    return {
-        name: t.clone(memory_format=torch.contiguous_format)
-        if t.untyped_storage().data_ptr() in theirs
-        else t
-        for name, t in tensors.items()
-    }
+def _cut(t: Tensor, dim: int, sizes: tuple[tuple[int, ...], ...], shares: bool) -> Tensor:
+    """View dimension ``dim`` as ``whole``, keep a prefix of each axis of it, pad with zeros to ``held``.
 
-
-def _cut(t: Tensor, dim: int, sizes: tuple[tuple[int, ...], ...]) -> Tensor:
-    """View dimension ``dim`` as ``whole``, keep a prefix of each axis of it, pad with zeros to ``held``."""
+    The result may share memory with ``t`` if ``shares``, and has its own otherwise.
+    """
     kept, held, whole = sizes
     prefix = (*(slice(None),) * dim, *(slice(n) for n in kept))
     source, last = t.unflatten(dim, whole)[prefix], dim + len(held) - 1
-    if kept == held:
+    if shares and kept == held:
         return source.flatten(dim, last)
     out = t.new_zeros((*t.shape[:dim], *held, *t.shape[dim + 1 :]))
     out[prefix] = source
