@@ -5,16 +5,16 @@
 #
 # For every op that has a csrc/kernels/<op>_cuda.cu, on the Hopper path (90) and the portable one (80): its suite in thread
 # order, and what depends on order under drawn and adversarial ones; and the emulator's own tests. In thread order, what
-# both paths launch alike goes over one of them. Unless quick, what depends on order runs once more under AddressSanitizer
-# and UndefinedBehaviorSanitizer. The CPU's: the ops' tests under both, on each instruction set's loops; AVX-512's are
-# compiled for AVX2.
+# both paths launch alike goes over one of them. Unless quick, the decode step of whole models gives the modules' logits on
+# both, and what depends on order runs once more under AddressSanitizer and UndefinedBehaviorSanitizer. The CPU's: the ops'
+# tests under both, on each instruction set's loops; AVX-512's are compiled for AVX2.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 
-adversaries="ahead behind" seeds=20 sanitized=yes part= rest= out=build/emulate
+adversaries="ahead behind" seeds=20 all=yes part= rest= out=build/emulate
 export FLEXTRON_EMULATE=1 OMP_NUM_THREADS=1
 if [[ "${1:-}" == --quick ]]; then
-  adversaries=ahead seeds=1 sanitized=no
+  adversaries=ahead seeds=1 all=no
   part=" and (tiles or sm90)" # the files whose tests fill several tiles: these orders ask more of them than thread order
   rest=" and not (tiles or sm90)"
 elif [[ "${1:-}" == --cpu ]]; then
@@ -85,6 +85,8 @@ in_every_order() {
     for arch in 90 80; do in_order $arch random $((first[$arch] + seed)); done
   done
   begin "emulator" FLEXTRON_ARCH=90 -- tests/test_emulator.py
+  [[ $all == yes ]] || return 0
+  for arch in 90 80; do begin "sm_$arch decode step" FLEXTRON_ARCH=$arch -- tests/nn/test_decode_step.py -k logits; done
 }
 in_order() {
   begin "sm_$1 $2, seed $3" FLEXTRON_ARCH=$1 FLEXTRON_EMULATE_ORDER=$2 FLEXTRON_EMULATE_SEED=$3 -- \
@@ -115,7 +117,7 @@ echo "== building the ops with emulated kernels"
 echo "== emulated: ${ops// or /, }"
 in_every_order
 finish
-if [[ $sanitized == yes ]]; then
+if [[ $all == yes ]]; then
   echo "== building them with sanitizers"
   "$python" tests/emulator/build.py --sanitize || exit 1
   with_sanitizers
