@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
+from processes import Ended, Processes
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512")
 
 
-def run_python(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """What ``python ARGUMENTS`` printed with that FLEXTRON_ISA; the test is skipped where the machine lacks it."""
-    environment = {**os.environ, "FLEXTRON_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
-    if "must be one this machine has" in done.stdout + done.stderr:
+def run_python(processes: Processes, isa: str, code: str, *arguments: str) -> Ended:
+    """What the code printed with that FLEXTRON_ISA; the test is skipped where the machine lacks it."""
+    done = processes.alone(["-c", code, *arguments], FLEXTRON_ISA=isa)
+    if "must be one this machine has" in done.out + done.err:
         pytest.skip(f"this machine has no {isa}")
     return done

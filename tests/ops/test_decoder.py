@@ -339,9 +339,9 @@ print("right")
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_each_instruction_set(isa):
-    result = run_python(isa, "-c", CHECK)
-    assert result.stdout.strip() == "right", result.stderr
+def test_each_instruction_set(isa, processes):
+    result = run_python(processes, isa, CHECK)
+    assert result.out.strip() == "right", result.err
 
 
 BAD = {

@@ -445,14 +445,14 @@ print("right")
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_each_instruction_set(isa):
-    result = run_python(isa, "-c", CHECK)
-    assert result.stdout.strip() == "right", result.stderr
+def test_each_instruction_set(isa, processes):
+    result = run_python(processes, isa, CHECK)
+    assert result.out.strip() == "right", result.err
 
 
-def test_an_unknown_instruction_set_is_named():
+def test_an_unknown_instruction_set_is_named(processes):
     wanted = "FLEXTRON_ISA: value must be generic, avx2 or avx512, got mmx"
-    assert wanted in run_python("mmx", "-c", CHECK).stderr
+    assert wanted in run_python(processes, "mmx", CHECK).err
 
 
 def bad(**changes):

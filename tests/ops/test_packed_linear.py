@@ -223,8 +223,9 @@ FILES = [
 
 @pytest.mark.skipif("FLEXTRON_ISA" in os.environ, reason="runs in every instruction set's own process")
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_each_instruction_set(isa):
+def test_each_instruction_set(isa, processes):
     """Every case of the GEMM ops, on each set of loops that this build has and this machine runs."""
     which = "(packed or elastic_mlp) and not (opcheck or compiles or exports)"
-    done = run_python(isa, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", which, *FILES)
-    assert done.returncode == 0, done.stdout[-3000:]
+    code = "import pytest, sys; sys.exit(pytest.main(sys.argv[2:]))"
+    done = run_python(processes, isa, code, "-x", "-p", "no:cacheprovider", "-k", which, *FILES)
+    assert done.rc == 0, done.out[-3000:]
