@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+import weakref
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from flextron.checkpoint import (
     save_tensors,
     write_json,
 )
+from flextron.checkpoint.io import Pending, stream_tensors
 
 
 @pytest.fixture
@@ -273,3 +276,31 @@ def test_checksums_name_the_file_that_changed(tmp_path: Path) -> None:
     (tmp_path / "b.json").unlink()
     with pytest.raises(CheckpointError, match=r"b\.json: must be a file, got nothing there"):
         verify()
+
+
+def test_tensors_that_are_made_one_by_one_give_the_file_that_the_library_writes(tmp_path):
+    tensors = {
+        "b": torch.randn(3, 5).bfloat16(),
+        "a": torch.randn(7),
+        "é": torch.randn(4, 6)[:, ::2],
+        "none": torch.zeros(0, 2),
+        "one": torch.tensor(1.5).half(),
+        "double": torch.randn(2, 2, dtype=torch.float64),
+    }
+    alive: list[weakref.ref] = []
+
+    def make(name):
+        assert all(ref() is None for ref in alive)
+        found = tensors[name].clone(memory_format=torch.preserve_format)
+        alive.append(weakref.ref(found))
+        return found
+
+    pending = {n: Pending(tuple(t.shape), t.dtype, partial(make, n)) for n, t in tensors.items()}
+    checksum = stream_tensors(tmp_path / "a.safetensors", pending)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "b.safetensors", {"format": "pt"})
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert checksum == checksum_of(tmp_path / "b.safetensors") and len(alive) == len(tensors)
+    other = {"a": pending["a"]._replace(dtype=torch.float16)}
+    with pytest.raises(ValueError, match=r"save: a tensor must be .* as announced, got"):
+        stream_tensors(tmp_path / "a.safetensors", other)
+    assert checksum_of(tmp_path / "a.safetensors") == checksum and len([*tmp_path.iterdir()]) == 2

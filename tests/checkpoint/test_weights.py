@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import flextron
 from flextron import pipeline
+from flextron.artefacts import elastic_model
 from flextron.artefacts.directory import load_elastic
 from flextron.artefacts.elastic_model import make_elastic, save_elastic
 from flextron.checkpoint import CheckpointError, checksum_of, read_json, transaction, weights, write_json
 from flextron.corpus import Corpus
 from flextron.nn.skeleton import fill, parameter_shapes, skeleton
+from flextron.nn.storage import rounded
 from flextron.recipes import TrainConfig
 
 LIMIT = 24_000  # bytes of a shard: an eighth of the model
@@ -274,3 +277,21 @@ def test_loading_costs_little_more_than_the_weights(sharded, tmp_path, monkeypat
     found = json.loads(done.stdout)
     print(found)
     assert found["stored"][1] > 250e6 and all(ratio < 1.15 for ratio, _ in found.values()), found
+
+
+def test_a_save_rounds_one_tensor_at_a_time(tmp_path, monkeypatch):
+    alive: list[weakref.ref] = []
+
+    def watched(*args):
+        assert all(ref() is None for ref in alive)
+        found = rounded(*args)
+        alive.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(elastic_model, "rounded", watched)
+    model = make_elastic(small_model())
+    save_elastic(model, tmp_path / "elastic", dtype="bfloat16")
+    assert len(alive) == len([*model.parameters()]) and len(names(tmp_path / "elastic")) > 2
+    monkeypatch.undo()
+    for p in load_elastic(tmp_path / "elastic")[0].parameters():
+        assert torch.equal(p, p.bfloat16().float())

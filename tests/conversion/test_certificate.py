@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from flextron.artefacts import elastic_model
 from flextron.artefacts.directory import load_elastic
 from flextron.checkpoint import read_json, stored_dtypes
+from flextron.checkpoint.io import Pending
 from flextron.conversion import ParityError, convert, elastify
 from flextron.nn import ElasticMLP, elastic_config
 from flextron.nn.forward import ElasticForward
@@ -405,11 +406,13 @@ def test_what_the_disk_made_of_it_is_refused(tmp_path: Path, monkeypatch: pytest
     """A fault between the model in memory and the bytes in the file."""
     save = elastic_model.save_weights
 
-    def damaged(folder: Path, tensors: Tensors, shard_bytes: int | None) -> dict[str, str]:
-        tensors = dict(tensors)
-        tensors[UP] = tensors[UP].clone()
-        tensors[UP][3, 5] += 1
-        return save(folder, tensors, shard_bytes)
+    def damaged(folder: Path, tensors: dict[str, Pending], shard_bytes: int | None) -> dict[str, str]:
+        def make() -> Tensor:
+            tensor = tensors[UP].make().clone()
+            tensor[3, 5] += 1
+            return tensor
+
+        return save(folder, {**tensors, UP: tensors[UP]._replace(make=make)}, shard_bytes)
 
     monkeypatch.setattr(elastic_model, "save_weights", damaged)
     with pytest.raises(

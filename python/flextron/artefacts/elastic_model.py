@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from flextron.checkpoint import (
     write_json,
 )
 from flextron.checkpoint.hf import read_config, read_generation_config, write_tokenizer
+from flextron.checkpoint.io import Pending
 from flextron.checkpoint.origin import weights_of
 from flextron.checkpoint.room import names_in
 from flextron.checkpoint.schema import build, checksums_of
@@ -45,7 +47,7 @@ from flextron.nn import check_plain, elastic_config
 from flextron.nn.placement import CPU, memory_dtype
 from flextron.nn.protocol import Elastic
 from flextron.nn.skeleton import fill, give_memory, say_tied, skeleton
-from flextron.nn.stock import fingerprint, read_back
+from flextron.nn.stock import Fingerprint, fingerprint, read_back
 from flextron.nn.storage import Dtype, common, counted, rounded, storage
 
 # parts of a certificate that are shown beside its main figure; earlier versions wrote none of them
@@ -99,7 +101,7 @@ def save_elastic(
     if tensors is None:
         check_plain("save", model)
         dtypes = storage("save", model, dtype)
-        tensors = rounded("save", dict(model.named_parameters()), dtypes)
+        tensors = dict(model.named_parameters())
     else:
         dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     config, own = _stock_config(model, common(dtypes.values())), model.elastic
@@ -116,8 +118,8 @@ def save_elastic(
             model.generation_config.save_pretrained(stage)
         if tokenizer is not None:
             write_tokenizer(tokenizer, stage)
-        meant = {name: fingerprint(tensor) for name, tensor in tensors.items()}
-        checksums = save_weights(stage, tensors, shard_bytes)
+        meant: dict[str, Fingerprint] = {}
+        checksums = save_weights(stage, to_write("save", tensors, dtypes, meant), shard_bytes)
         checksums[CONFIG_FILE] = checksum_of(stage / CONFIG_FILE)
         del tensors
         if empties:
@@ -137,6 +139,25 @@ def save_elastic(
         if beside is not None:
             beside(stage, origin)
     return origin
+
+
+def to_write(
+    who: str,
+    tensors: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    meant: dict[str, Fingerprint],
+) -> dict[str, Pending]:
+    """What `save_weights` takes: each tensor is rounded to its dtype when it is written.
+
+    Its fingerprint is then put into ``meant``, which `read_back` takes.
+    """
+
+    def make(name: str) -> Tensor:
+        tensor = rounded(who, name, tensors[name], dtypes[name])
+        meant[name] = fingerprint(tensor)
+        return tensor
+
+    return {name: Pending(tuple(t.shape), dtypes[name], partial(make, name)) for name, t in tensors.items()}
 
 
 def write(

@@ -12,9 +12,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,8 @@ from torch import Tensor
 from flextron.checkpoint.format import LFS_POINTER, CheckpointError, check_safetensors
 from flextron.sentences import listed
 
+_PIECE = 1 << 22  # values that are written at once
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _SHARED = "flextron.shared"  # key in the safetensors metadata: {second name: first name} of tied tensors
 
 
@@ -86,6 +89,59 @@ def save_tensors(
         except SafetensorError as error:  # a full disk, too
             raise CheckpointError(f"{path}: must be written whole, got {error}") from None
         return checksum_of(temporary)
+
+
+class Pending(NamedTuple):
+    """A tensor that is made when its turn to be written has come, and can be forgotten then."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+
+def stream_tensors(path: str | Path, tensors: Mapping[str, Pending]) -> str:
+    """Write tensors as one safetensors file, atomically and one after the other, in the library's own order.
+
+    Args:
+        path: the file; its directory must exist.
+        tensors: tensors by name, on any device; each is stored.
+
+    Returns:
+        The sha256 of what was written.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        shape, dtype, _ = tensors[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    digest = hashlib.sha256()
+    try:
+        with _replacing(Path(path)) as temporary, temporary.open("wb") as file:
+            for content in _contents(header, (tensors[name] for name in names)):
+                digest.update(content)
+                file.write(content)
+    except OSError as error:  # a full disk, too
+        raise CheckpointError(f"{path}: must be written whole, got {error}") from None
+    return digest.hexdigest()
+
+
+def _contents(header: bytes, tensors: Iterable[Pending]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, piece by piece."""
+    yield struct.pack("<Q", len(header))
+    yield header
+    for one in tensors:
+        tensor = one.make()
+        if (tuple(tensor.shape), tensor.dtype) != one[:2]:
+            raise ValueError(
+                f"save: a tensor must be {one[:2]} as announced, got {tensor.shape} {tensor.dtype}"
+            )
+        for piece in tensor.detach().reshape(-1).split(_PIECE):
+            yield memoryview(piece.cpu().view(torch.uint8).numpy())
+        del tensor  # before the next is made
 
 
 def load_tensors(

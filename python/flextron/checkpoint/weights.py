@@ -20,13 +20,14 @@ from torch.distributed.tensor import DTensor
 from flextron.checkpoint.files import Files, opened
 from flextron.checkpoint.format import INDEX_FILE, WEIGHTS_FILE, CheckpointError
 from flextron.checkpoint.io import (
+    Pending,
     check_tensors,
     checksum_of,
     existing,
     parse_shapes,
     reading,
     reopened,
-    save_tensors,
+    stream_tensors,
     write_json,
 )
 from flextron.sentences import listed
@@ -37,13 +38,13 @@ _OWN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def save_weights(
-    folder: str | Path, tensors: Mapping[str, Tensor], shard_bytes: int | None = None
+    folder: str | Path, tensors: Mapping[str, Pending], shard_bytes: int | None = None
 ) -> dict[str, str]:
-    """Write a model's tensors into a folder, each file atomically.
+    """Write a model's tensors into a folder, one after the other, each file atomically.
 
     Args:
         folder: it must exist.
-        tensors: tensors by name, on any device.
+        tensors: what makes each tensor, by name.
         shard_bytes: bytes of tensors in a file, which only a tensor that is larger by itself exceeds; None:
             `SHARD_BYTES`.
 
@@ -53,11 +54,13 @@ def save_weights(
     from huggingface_hub import split_torch_state_dict_into_shards
 
     plan = split_torch_state_dict_into_shards(
-        dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes or SHARD_BYTES
+        {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in tensors.items()},
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes or SHARD_BYTES,
     )
     folder = Path(folder)
     checksums = {
-        file: save_tensors(folder / file, {name: tensors[name] for name in names})
+        file: stream_tensors(folder / file, {name: tensors[name] for name in names})
         for file, names in plan.filename_to_tensors.items()
     }
     if plan.is_sharded:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flextron.artefacts.elastic_model import to_write
 from flextron.checkpoint import (
     CONFIG_FILE,
     ELASTIC_FILE,
@@ -35,8 +36,8 @@ from flextron.nn.plain import LAYOUT_KEY, SIZES, build, layout_of, resize, stock
 from flextron.nn.proof import difference, in_dtype, logits_of, require_close
 from flextron.nn.protocol import Elastic
 from flextron.nn.skeleton import fill, parameter_shapes, skeleton
-from flextron.nn.stock import fingerprint, read_back
-from flextron.nn.storage import Dtype, common, counted, name_of, round_in_place, rounded, storage
+from flextron.nn.stock import Fingerprint, read_back
+from flextron.nn.storage import Dtype, common, counted, name_of, round_in_place, storage
 
 EXPORT_FILE = "export.json"
 _PROOF_SHAPE = (2, 64)  # sequences, tokens
@@ -99,7 +100,8 @@ def export(
     }
     if note := _note(model.elastic, widths, chosen, report["params"]):
         report["note"] = note
-    tensors = rounded("export", dict(plain.named_parameters()), proof.dtypes)
+    meant: dict[str, Fingerprint] = {}
+    tensors = to_write("export", dict(plain.named_parameters()), proof.dtypes, meant)
     plain.config.dtype = common(proof.dtypes.values())
     with commit(directory, drop) as stage:
         plain.config.save_pretrained(stage)
@@ -113,7 +115,7 @@ def export(
         read = (
             load_plain(stage, plain.config.dtype, device=model.device)
             if ragged
-            else read_back("export", stage, {name: fingerprint(t) for name, t in tensors.items()})
+            else read_back("export", stage, meant)
         )
         report["parity"] = proof.of(read)
         write_json(stage / EXPORT_FILE, report)

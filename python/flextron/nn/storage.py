@@ -40,20 +40,18 @@ def common(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return reduce(torch.promote_types, dtypes)
 
 
-def rounded(who: str, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """The tensors in their ``dtypes``; a tensor that has its dtype already is not copied.
+def rounded(who: str, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter in the dtype that it is stored in; it is not copied where it has that dtype.
 
     Raises:
-        ValueError: a finite value is too large for its dtype.
+        ValueError: a finite value is too large for the dtype.
     """
-    found = {}
-    for name, tensor in tensors.items():
-        found[name] = tensor.detach().to(dtypes[name])
-        if dtypes[name] != tensor.dtype and found[name].isinf().any() and tensor.isfinite().all():
-            raise ValueError(
-                f"{who}: dtype must hold every weight, got {name_of(dtypes[name])}, whose largest number is "
-                f"{torch.finfo(dtypes[name]).max:.4g}, for {name} with {tensor.abs().max().item():.4g}"
-            )
+    found = tensor.detach().to(dtype)
+    if dtype != tensor.dtype and found.isinf().any() and tensor.isfinite().all():
+        raise ValueError(
+            f"{who}: dtype must hold every weight, got {name_of(dtype)}, whose largest number is "
+            f"{torch.finfo(dtype).max:.4g}, for {name} with {tensor.abs().max().item():.4g}"
+        )
     return found
 
 
@@ -68,8 +66,8 @@ def round_in_place(who: str, model: PreTrainedModel, dtypes: Mapping[str, torch.
     }
     # one at a time, and those that round to themselves are not looked at again
     lossy = {name: p for name, p in lossy.items() if not torch.equal(p.to(dtypes[name]).to(p.dtype), p)}
-    for name, value in rounded(who, lossy, dtypes).items():
-        parameters[name].copy_(value)
+    for name, p in lossy.items():
+        p.copy_(rounded(who, name, p, dtypes[name]))
     return bool(lossy)
 
 
