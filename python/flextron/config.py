@@ -88,6 +88,36 @@ class Widths:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """The parameters of a model, which are a linear function of what its layers keep.
+
+    Attributes:
+        fixed: parameters that are there at every width: embeddings, head, norms, biases of the hidden size.
+        neuron, query, group: parameters of one neuron, one query head and one key/value head of a layer.
+        active: those among ``neuron`` that one token is multiplied with: fewer where experts are chosen.
+        embedding: those among ``fixed`` that are looked up, and multiplied with nothing but by a tied head.
+    """
+
+    fixed: int
+    neuron: int
+    query: int
+    group: int
+    active: int
+    embedding: int
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+
+    @classmethod
+    def of_llama(cls, layers: int, hidden: int, head_dim: int, vocabulary: int, tied: bool) -> Counts:
+        """A plain Llama's, whose projections have no biases."""
+        embedding = vocabulary * hidden
+        fixed = embedding * (1 if tied else 2) + hidden + layers * 2 * hidden
+        neuron, head = 3 * hidden, 2 * hidden * head_dim
+        return cls(fixed, neuron, head, head, neuron, embedding)
+
+
+@dataclass(frozen=True)
 class ElasticConfig:
     """The shape of the parent and the menus of widths its layers choose from.
 
@@ -105,10 +135,8 @@ class ElasticConfig:
     head_dim: int
     vocab_size: int
     tied: bool
-    attention_bias: bool
-    output_bias: bool
-    mlp_bias: bool
     qk_norm: bool
+    counts: Counts
     mlp_choices: tuple[int, ...]
     head_choices: tuple[int, ...]
 
@@ -180,23 +208,21 @@ class ElasticConfig:
 
         With ``kv="all"`` the key/value projections of unused groups are read too, and so they count.
         """
-        K, D = self.hidden_size, self.head_dim
-        total = self.vocab_size * K * (1 if self.tied else 2) + K
-        for d, heads in zip(widths.mlp, widths.heads, strict=True):
-            q, k = self.query_heads(heads) * D, self.kv_heads(heads, kv) * D
-            total += 3 * K * d + 2 * K * q + 2 * K * k + 2 * K
-            total += (2 * d + K) * self.mlp_bias + (q + 2 * k) * self.attention_bias + K * self.output_bias
-            total += 2 * D * self.qk_norm
-        return total
+        c = self.counts
+        return c.fixed + sum(
+            c.neuron * d + c.query * self.query_heads(heads) + c.group * self.kv_heads(heads, kv)
+            for d, heads in zip(widths.mlp, widths.heads, strict=True)
+        )
 
     def flops(self, widths: Widths, length: int) -> int:
         """Floating-point operations of a sub-network for one token of a training sequence, forward and backward.
 
-        ``6 N + 12 D T Σ H``: N parameters that are multiplied (all but a separate embedding), T tokens in a sequence, H
-        query heads of a layer. PaLM (Chowdhery et al., arXiv 2204.02311), appendix B, counts so: a causal mask saves
-        nothing, and what is computed again in the backward pass does not count.
+        ``6 N + 12 D T Σ H``: N parameters that are multiplied (not a separate embedding, nor experts that are not
+        chosen), T tokens in a sequence, H query heads of a layer. PaLM (Chowdhery et al., arXiv 2204.02311, appendix B)
+        counts so: a causal mask saves nothing, and what is computed again in the backward pass does not count.
         """
-        N = self.params(widths) - (0 if self.tied else self.vocab_size * self.hidden_size)
+        c = self.counts
+        N = self.params(widths) - (0 if self.tied else c.embedding) - (c.neuron - c.active) * sum(widths.mlp)
         heads = sum(map(self.query_heads, widths.heads))
         return 6 * N + 12 * self.head_dim * length * heads
 
@@ -214,17 +240,42 @@ class ElasticConfig:
         return (self.params(widths, kv) + cached) * bytes_per_value
 
     def differs(self, other: ElasticConfig) -> list[str]:
-        """Every field in which ``other`` differs, as "name mine instead of theirs"."""
+        """Every field in which ``other`` differs, as "name mine instead of theirs"; counts where nothing else does."""
         mine, theirs = self.to_dict(), other.to_dict()
-        return [f"{k} {mine[k]} instead of {theirs[k]}" for k in mine if mine[k] != theirs[k]]
+        names = [k for k in mine if mine[k] != theirs[k]]
+        names = [k for k in names if k != "counts"] or names
+        return [f"{k} {mine[k]} instead of {theirs[k]}" for k in names]
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
+    @staticmethod
+    def from_older(values: Any) -> Any:
+        """The fields of format 1, whose four families differed in biases and head norms, as those of today."""
+        flags = ("attention_bias", "output_bias", "mlp_bias")
+        sizes = ("num_layers", "hidden_size", "head_dim", "vocab_size", "tied", "qk_norm")
+        if not isinstance(values, dict) or "counts" in values or not {*flags, *sizes} <= values.keys():
+            return values
+        attention, output, mlp = (bool(values[flag]) for flag in flags)
+        layers, hidden, size, vocabulary = (int(values[name]) for name in sizes[:4])
+        plain = Counts.of_llama(layers, hidden, size, vocabulary, bool(values["tied"]))
+        counts = Counts(
+            plain.fixed + layers * (hidden * (mlp + output) + 2 * size * bool(values["qk_norm"])),
+            plain.neuron + 2 * mlp,
+            plain.query + size * attention,
+            plain.group + 2 * size * attention,
+            plain.neuron + 2 * mlp,
+            plain.embedding,
+        )
+        return {name: value for name, value in values.items() if name not in flags} | {
+            "counts": asdict(counts)
+        }
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ElasticConfig:
+        values = cls.from_older(values)
         names = {f.name for f in fields(cls)}
         missing, extra = sorted(names - values.keys()), sorted(values.keys() - names)
         if missing or extra:
             raise ValueError(f"ElasticConfig: fields must match; missing {missing}, unknown {extra}")
-        return cls(**values)
+        return cls(**values | {"counts": Counts(**values["counts"])})

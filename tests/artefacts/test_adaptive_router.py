@@ -63,7 +63,7 @@ def test_a_damaged_or_foreign_file_is_refused(routers, model, tmp_path):
     trained.save(tmp_path, make_origin(model.elastic))
     described = json.loads((tmp_path / "adaptive.json").read_text())
     for change, words in (
-        ({"format": 2}, "format must be 1, got 2"),
+        ({"format": 3}, "format must be 1 or 2, got 3"),
         ({"router": {**described["router"], "hidden": 4}}, "wrong shape"),
         ({"checksum": "0" * 64}, "sha256 must be"),
         ({"calibration": None}, "calibration must be an object, got None"),

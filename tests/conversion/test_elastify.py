@@ -222,16 +222,16 @@ def test_what_cannot_be_elastic_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(elastify, "score", lambda *_, **__: pytest.fail("scored in vain"))
-    with pytest.raises(NotImplementedError, match="sliding_window"):
-        convert(small_model("mistral", sliding_window=8), tmp_path / "out", calibration=calibration())
+    with pytest.raises(NotImplementedError, match="alibi of a falcon must be False"):
+        convert(small_model("falcon", alibi=True), tmp_path / "out", calibration=calibration())
     model = small_model()
     with pytest.raises(ValueError, match="elastic already"):
         convert(make_elastic(model, elastic_config(model)), tmp_path / "out", calibration=calibration())
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import BloomConfig, BloomForCausalLM
 
     with pytest.raises(NotImplementedError, match="model_type must be one of llama"):
         convert(
-            GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2)),
+            BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=8, n_head=2, vocab_size=61)),
             tmp_path / "out",
             calibration=calibration(),
         )
@@ -271,7 +271,7 @@ def test_the_files_of_a_checkpoint(checkpoint: Path) -> None:
     } <= names
     meta = read_json(checkpoint / "flextron.json")
     assert set(meta) == {"format", "elastic", "parity", "importance", "dtypes", "checksums", "versions"}
-    assert meta["format"] == 1 and set(meta["checksums"]) == {"model.safetensors", "config.json"}
+    assert meta["format"] == 2 and set(meta["checksums"]) == {"model.safetensors", "config.json"}
     assert meta["importance"] == {"order": "importance", "aggregate": "l2", "tokens": 96}
 
 
@@ -327,7 +327,7 @@ def test_a_sidecar_that_is_none_is_refused(damaged: Path) -> None:
     path = damaged / "flextron.json"
     good = json.loads(path.read_text())
     for broken, words in (
-        (good | {"format": 99}, "format must be 1, got 99"),
+        (good | {"format": 99}, "format must be 1 or 2, got 99"),
         ({k: v for k, v in good.items() if k != "elastic"}, "elastic must be an object, got None"),
         (good | {"elastic": good["elastic"] | {"unit": "head"}}, "unit must be one of"),
         (good | {"elastic": {"family": "llama"}}, "must be there, got nothing"),

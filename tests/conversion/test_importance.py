@@ -105,7 +105,7 @@ def test_a_large_mean_does_not_hide_the_variance() -> None:
     values = 1000 + 0.1 * torch.randn(
         4000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
-    moments = _Moments()
+    moments = _Moments(3, torch.device("cpu"))
     for part in values.float().split(100):
         moments.add(part)
     torch.testing.assert_close(

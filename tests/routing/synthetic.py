@@ -11,7 +11,7 @@ from flextron.artefacts.directory import ElasticDirectory
 from flextron.artefacts.latency_table import LatencyTable, Workload
 from flextron.artefacts.planner import Planner
 from flextron.checkpoint import Origin
-from flextron.config import ElasticConfig, Widths
+from flextron.config import Counts, ElasticConfig, Widths
 from flextron.routing.fit import calibration_widths
 
 
@@ -27,10 +27,8 @@ def make_config(layers: int = 12, mlp_choices=(16, 32, 48, 64), head_choices=(1,
         head_dim=8,
         vocab_size=100,
         tied=True,
-        attention_bias=False,
-        output_bias=False,
-        mlp_bias=False,
         qk_norm=False,
+        counts=Counts.of_llama(layers, 32, 8, 100, tied=True),
         mlp_choices=mlp_choices,
         head_choices=head_choices,
     )

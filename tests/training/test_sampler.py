@@ -9,7 +9,7 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from flextron.config import ElasticConfig, Widths
+from flextron.config import Counts, ElasticConfig, Widths
 from flextron.training import WidthSampler, homogeneous
 
 DRAWS = 4000
@@ -29,10 +29,8 @@ def menus(mlp=(1, 2, 3, 4), heads=(1, 2, 4), layers=3) -> ElasticConfig:
         head_dim=2,
         vocab_size=11,
         tied=True,
-        attention_bias=False,
-        output_bias=False,
-        mlp_bias=False,
         qk_norm=False,
+        counts=Counts.of_llama(layers, 8, 2, 11, tied=True),
         mlp_choices=mlp,
         head_choices=heads,
     )

@@ -46,7 +46,7 @@ from flextron.config import ElasticConfig
 from flextron.nn import check_plain, elastic_config
 from flextron.nn.placement import CPU, memory_dtype
 from flextron.nn.protocol import Elastic
-from flextron.nn.skeleton import fill, give_memory, say_tied, skeleton
+from flextron.nn.skeleton import fill, give_memory, move_buffers, say_tied, skeleton
 from flextron.nn.stock import Fingerprint, fingerprint, read_back
 from flextron.nn.storage import Dtype, common, counted, rounded, storage
 
@@ -217,7 +217,8 @@ def read_model(
         parameters = dict(model.named_parameters())
         tensors, model.stored = load_weights(files, parameters, checksums, dtype, device)
         if cut is None:
-            fill(model, tensors).model.rotary_emb.to(device)  # its buffers are the only ones
+            fill(model, tensors)
+            move_buffers(model, device)
         model.generation_config = read_generation_config(files) or model.generation_config
         model.name_or_path = str(files.directory)
     return model

@@ -12,7 +12,8 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, FORMAT)
 ELASTIC_FILE = "flextron.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"  # of weights in several files
@@ -41,8 +42,8 @@ class CheckpointError(ValueError):
 def check_format(meta: dict[str, Any], path: str | Path) -> None:
     """Refuse a sidecar of an unknown format version."""
     version = meta.get("format")
-    if version != FORMAT or isinstance(version, bool):
-        raise CheckpointError(f"{path}: format must be {FORMAT}, got {version!r}")
+    if version not in _READABLE or isinstance(version, bool):
+        raise CheckpointError(f"{path}: format must be {' or '.join(map(str, _READABLE))}, got {version!r}")
 
 
 def check_safetensors(path: Path, file: BinaryIO) -> None:

@@ -14,7 +14,7 @@ EXAMPLE = "flextron convert HuggingFaceTB/SmolLM2-135M elastic/"
 
 def options(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", help="model directory or hub id of a Llama, Mistral, Qwen2 or Qwen3 checkpoint")
+    add("source", help="model directory or hub id; the families are in docs/families.md")
     add("directory", help="elastic checkpoint to write; stock transformers still loads it")
     shared.data(parser)
     add("--samples", type=values.count, default=512, help="number of sequences that importance is scored on")
@@ -98,9 +98,10 @@ def run(args: Namespace) -> dict[str, Any]:
 def _certified(report: dict[str, Any]) -> str:
     """What a conversion proved, in one sentence."""
     parity = report["parity"]
+    dropped = "".join(f"; {name} {p} set to 0" for name, p in report.get("dropped", {}).items())
     widest = max(s["max_rel"] for s in parity["sub_networks"])
     return (
         f"stored in {dtypes(report['dtypes'])}; read back as {parity['dtype']} by stock transformers, within "
         f"{parity['max_rel']:.1e} of the parent's largest logit{rounding(parity)}; "
-        f"{len(parity['sub_networks'])} sub-networks within {widest:.1e} of plain models"
+        f"{len(parity['sub_networks'])} sub-networks within {widest:.1e} of plain models{dropped}"
     )

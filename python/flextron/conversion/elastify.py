@@ -24,6 +24,7 @@ from flextron.conversion.room import Room, room
 from flextron.conversion.source import room_beside, source_of
 from flextron.data import seeded
 from flextron.nn import ElasticModel, elastic_config
+from flextron.nn.anatomy import stop_dropping
 from flextron.nn.placement import CPU
 from flextron.nn.proof import difference, each_logits, logits_of, prove_sub_network, require_close
 from flextron.nn.protocol import Elastic
@@ -87,7 +88,8 @@ def convert(
         are between the parent and what stock transformers read back, in ``dtype``, on ``tokens`` tokens. ``rounding``
         is the part that another dtype than the parent's brought, ``elastic`` is for the full model of our own loader,
         and each of ``sub_networks`` is the elastic model at widths drawn with ``seed`` against the plain model taken
-        out of it. ``weights`` is the sha256 of the files that all this is about.
+        out of it. ``weights`` is the sha256 of the files that all this is about. ``dropped``: what the parent's
+        configuration drops inside layers, by name; it is stored with zeros, since elastic layers drop nothing.
 
     Raises:
         ParityError: beside that rounding, one of them differs by more than 1e-4 of the largest logit; or a parent in
@@ -105,7 +107,8 @@ def convert(
         with foreign(source / CONFIG_FILE, "a configuration that transformers reads"):
             hf_config = AutoConfig.from_pretrained(source)
     else:
-        hf_config = cast(PreTrainedModel, parent).config
+        hf_config = copy.deepcopy(cast(PreTrainedModel, parent).config)
+    dropped = stop_dropping(hf_config)
     config = elastic_config(hf_config, unit, mlp_choices, head_choices)
     # what cannot be made elastic is refused before any work
     with foreign("convert: parent", "a model that can be built", passed=(ValueError, NotImplementedError)):
@@ -131,6 +134,7 @@ def convert(
         raise ValueError("convert: strip_prefix must be None when parent is a loaded model")
     else:
         model = copy_parent(parent, proof, device)
+    stop_dropping(model.config)
     # now it is known whether the weights are tied
     config = elastic_config(model.config, unit, mlp_choices, head_choices)
     model.stored = storage("convert", model, dtype)
@@ -148,6 +152,8 @@ def convert(
         reorder(model, orders, config)
         make_elastic(model, config)
         report = {"importance": found, "dtypes": counted(model.stored)}
+        if dropped:
+            report["dropped"] = dropped
 
         def prove(stage: Path, stock: PreTrainedModel, weights: str) -> dict[str, Any]:
             proven = _prove(stage, stock, config, proof, before, expected, seed, device)

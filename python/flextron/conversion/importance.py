@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flextron import ranks
+from flextron.nn.anatomy import anatomy_of
+from flextron.nn.elastic_experts import hidden_of, sent
 
 AGGREGATES = ("l2", "mean_abs", "variance")
 Progress = Callable[[int, int], None]  # (sequences done, sequences in all)
@@ -20,7 +23,7 @@ class Importance:
     """The scores of a model, layer by layer; a larger score is more important.
 
     Attributes:
-        neurons: [F] float32 for each layer.
+        neurons: [F] float32 for each layer, or [E, F] where it has E experts.
         heads: [H] float32 for each layer, query heads in the parent's order.
         aggregate: how the scores of all tokens were combined.
         tokens: how many tokens were scored.
@@ -43,10 +46,10 @@ class _Moments:
     mean is large.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, features: int, device: torch.device) -> None:
         self.count = 0
-        self.mean = torch.zeros(())
-        self.deviation = torch.zeros(())
+        self.mean = torch.zeros(features, device=device)
+        self.deviation = torch.zeros(features, device=device)
 
     def add(self, values: Tensor) -> None:
         """values [T, N] float32."""
@@ -64,12 +67,12 @@ class _Moments:
         """The L2 norm over tokens, their mean, or their variance."""
         if name == "l2":
             return (self.deviation + self.count * self.mean**2).sqrt().cpu()
-        return (self.mean if name == "mean_abs" else self.deviation / self.count).cpu()
+        return (self.mean if name == "mean_abs" else self.deviation / max(1, self.count)).cpu()
 
 
 def _of_all(moments: _Moments) -> _Moments:
     """The moments of what all processes have added, one after the other."""
-    found = _Moments()
+    found = _Moments(moments.mean.numel(), moments.mean.device)
     counts = ranks.gathered(torch.tensor(moments.count))
     parts = zip(counts, ranks.gathered(moments.mean), ranks.gathered(moments.deviation), strict=True)
     for count, mean, deviation in parts:
@@ -85,10 +88,11 @@ def score(
     batch_size: int = 4,
     progress: Progress | None = None,
 ) -> Importance:
-    """Measure neurons and heads of a stock Llama-family model.
+    """Measure neurons and heads of a stock model.
 
     The score of neuron i is ``|act(gate_i x) * (up_i x)|``, which is what the down projection sees of it. The score of
-    head i is ``||head_i(x)||_2`` before the output projection. Both are combined over all tokens, in float32. Each of
+    head i is ``||head_i(x)||_2`` before the output projection. An expert's neurons are measured on the tokens that
+    reach it. Both are combined over all tokens, in float32. Each of
     several processes measures its part of the sequences.
 
     Args:
@@ -105,8 +109,12 @@ def score(
         raise ValueError(f"score: aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
     check_tokens("score", calibration, model.config.vocab_size)
     mine = ranks.rows_of("convert: samples", calibration)
-    layers = model.model.layers
-    neurons, heads = [_Moments() for _ in layers], [_Moments() for _ in layers]
+    anatomy = anatomy_of(model.config)
+    layers = anatomy.layers_in(model)
+    experts, activation = anatomy.experts_of(model.config), anatomy.activation_in(model.config)
+    size, number = (anatomy.whole(model.config).neurons, 1 if experts is None else experts.number)
+    neurons = [[_Moments(size, model.device) for _ in range(number)] for _ in layers]
+    heads = [_Moments(model.config.num_attention_heads, model.device) for _ in layers]
 
     def see_neurons(moments: _Moments, hidden: Tensor) -> None:
         moments.add(hidden.detach().float().abs().flatten(0, -2))
@@ -115,21 +123,33 @@ def score(
         per_head = hidden.detach().float().unflatten(-1, (model.config.num_attention_heads, -1))
         moments.add(per_head.norm(dim=-1).flatten(0, -2))
 
+    def see_experts(moments: list[_Moments], module: nn.Module, x: Tensor, chosen: Tensor, *_: Any) -> None:
+        for expert, tokens, _place in sent(chosen):
+            see_neurons(moments[expert], hidden_of(module, anatomy, activation, expert, x[tokens]))
+
     handles = []
     for i, layer in enumerate(layers):
-        for module, see, moments in (
-            (layer.mlp.down_proj, see_neurons, neurons[i]),
-            (layer.self_attn.o_proj, see_heads, heads[i]),
-        ):
-            hook = lambda _, args, see=see, moments=moments: see(moments, args[0])  # noqa: E731
-            handles.append(module.register_forward_pre_hook(hook))
+        hooks: list[tuple[Any, Callable[..., None]]] = [
+            (
+                getattr(anatomy.attention_in(layer), anatomy.output),
+                lambda _, args, moments=heads[i]: see_heads(moments, args[0]),
+            )
+        ]
+        mlp, seen = anatomy.mlp_in(layer), neurons[i]
+        if experts is None:
+            down = getattr(mlp, anatomy.down)
+            hooks.append((down, lambda _, args, moments=seen[0]: see_neurons(moments, args[0])))
+        else:
+            parts = getattr(mlp, anatomy.experts[1])
+            hooks.append((parts, lambda part, args, moments=seen: see_experts(moments, part, *args)))
+        handles += [module.register_forward_pre_hook(hook) for module, hook in hooks]
     training = model.training
     try:
         model.eval()
         with torch.no_grad():
             for start in range(0, len(mine), batch_size):
                 batch = mine[start : start + batch_size].to(model.device)
-                model.model(input_ids=batch, use_cache=False)
+                model.base_model(input_ids=batch, use_cache=False)
                 if progress:
                     progress(start + len(batch), len(mine))
     finally:
@@ -137,7 +157,9 @@ def score(
         for handle in handles:
             handle.remove()
     return Importance(
-        tuple(_of_all(m).aggregate(aggregate) for m in neurons),
+        tuple(torch.stack([_of_all(m).aggregate(aggregate) for m in each]) for each in neurons)
+        if experts
+        else tuple(_of_all(each[0]).aggregate(aggregate) for each in neurons),
         tuple(_of_all(m).aggregate(aggregate) for m in heads),
         aggregate,
         calibration.numel(),

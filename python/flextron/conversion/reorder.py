@@ -2,7 +2,7 @@
 
 Neurons: rows of the gate and up projections move together with columns of the down projection.
 Heads: a key/value group moves as a whole, with all its query heads, and query heads move only inside their group, so
-that the map from heads to groups holds. All heads share the norms of queries and keys, which stay.
+that the map from heads to groups holds. What moves with them is what the family's anatomy says.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from flextron.config import ElasticConfig
 from flextron.conversion.importance import Importance
+from flextron.nn.anatomy import anatomy_of, permuted
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class LayerOrder:
     """The permutation of one layer. Entry i says which old place moves to the new place i.
 
     Attributes:
-        neurons: [F] int64, the old neurons.
+        neurons: [F] int64, the old neurons; [E, F] of E experts.
         groups: [G] int64, the old key/value groups.
         heads: [G, M] int64, for each new group the places that its query heads had inside the old group.
     """
@@ -38,7 +39,7 @@ class LayerOrder:
     def inverse(self) -> LayerOrder:
         """The order that undoes this one."""
         groups = self.groups.argsort()
-        return LayerOrder(self.neurons.argsort(), groups, self.heads.argsort(dim=1)[groups])
+        return LayerOrder(self.neurons.argsort(dim=-1), groups, self.heads.argsort(dim=1)[groups])
 
 
 def sorted_orders(importance: Importance, config: ElasticConfig) -> list[LayerOrder]:
@@ -89,44 +90,38 @@ def reorder(model: PreTrainedModel, orders: list[LayerOrder], config: ElasticCon
         )
     for layer, order in enumerate(orders):
         _check_order(layer, order, config)
-    for layer, order in zip(model.model.layers, orders, strict=True):
-        mlp, attention = layer.mlp, layer.self_attn
-        query = _rows_of_heads(order.query_heads(), config.head_dim)
-        keys = _rows_of_heads(order.groups, config.head_dim)
-        _permute_outputs(mlp.gate_proj, order.neurons)
-        _permute_outputs(mlp.up_proj, order.neurons)
-        _permute_inputs(mlp.down_proj, order.neurons)
-        _permute_outputs(attention.q_proj, query)
-        _permute_outputs(attention.k_proj, keys)
-        _permute_outputs(attention.v_proj, keys)
-        _permute_inputs(attention.o_proj, query)
+    anatomy = anatomy_of(model.config)
+    whole, D = anatomy.whole(model.config), config.head_dim
+    axes, parameters = anatomy.tensors(), dict(model.named_parameters())
+    for layer, order in enumerate(orders):
+        for name, dims in axes.items():
+            p = parameters.get(f"{anatomy.layer_path(layer)}.{name}")
+            for dim, followed in enumerate(dims):
+                if p is None or not followed:
+                    continue
+                if order.neurons.dim() == 1 or followed[0] not in ("neurons", "pairs"):
+                    own = (order.neurons, order.groups, order.heads)
+                    _permute(p, dim, permuted(followed, *own, whole, D))
+                    continue
+                for expert, neurons in enumerate(order.neurons):  # experts come first
+                    _permute(
+                        p[expert], dim - 1, permuted(followed, neurons, order.groups, order.heads, whole, D)
+                    )
 
 
 def _descending(scores: Tensor) -> Tensor:
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices
 
 
-def _rows_of_heads(heads: Tensor, D: int) -> Tensor:
-    return (heads[:, None] * D + torch.arange(D)).flatten()
-
-
 @torch.no_grad()
-def _permute_outputs(linear: nn.Linear, order: Tensor) -> None:
-    order = order.to(linear.weight.device)
-    linear.weight.copy_(linear.weight[order])
-    if linear.bias is not None:
-        linear.bias.copy_(linear.bias[order])
-
-
-@torch.no_grad()
-def _permute_inputs(linear: nn.Linear, order: Tensor) -> None:
-    linear.weight.copy_(linear.weight[:, order.to(linear.weight.device)])
+def _permute(parameter: Tensor, dim: int, order: Tensor) -> None:
+    parameter.copy_(parameter.index_select(dim, order.to(parameter.device)))
 
 
 def _check_order(layer: int, order: LayerOrder, config: ElasticConfig) -> None:
     G, M = config.num_kv_heads, config.heads_per_group
     for name, values, shape in (
-        ("neurons", order.neurons, (config.intermediate_size,)),
+        ("neurons", order.neurons, (*order.neurons.shape[:-1], config.intermediate_size)),
         ("groups", order.groups, (G,)),
         ("heads", order.heads, (G, M)),
     ):

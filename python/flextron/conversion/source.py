@@ -10,7 +10,7 @@ from flextron.checkpoint.hf import read_config, read_generation_config
 from flextron.checkpoint.hub import local
 from flextron.checkpoint.room import room_for_model
 from flextron.checkpoint.weights import weight_shapes
-from flextron.nn.families import family_of
+from flextron.nn.anatomy import anatomy_of
 
 _ADAPTER_FILE = "adapter_config.json"
 
@@ -39,7 +39,7 @@ def source_of(parent: str | Path) -> Path:
     with opened(directory) as files:
         _refuse_quantised(files)
         config, _ = read_config(files, weight_shapes(files))
-        family_of(config)
+        anatomy_of(config)
         read_generation_config(files)
     return directory
 

@@ -1,10 +1,11 @@
 """Elastic modules, and the transformers model made of them."""
 
+from flextron.nn.anatomy import FAMILIES
 from flextron.nn.cache import ElasticCache
 from flextron.nn.elastic_attention import ElasticAttention
 from flextron.nn.elastic_layer import ElasticLayer
 from flextron.nn.elastic_mlp import ElasticMLP
-from flextron.nn.families import FAMILIES, elastic_config
+from flextron.nn.families import elastic_config
 from flextron.nn.model import ElasticModel, make_elastic
 from flextron.nn.packed import Packing, pack
 from flextron.nn.policy import Dial

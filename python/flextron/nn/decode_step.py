@@ -16,6 +16,7 @@ from flextron.nn.elastic_attention import rotate
 from flextron.nn.forward import ElasticForward
 from flextron.nn.policy import menus_of
 from flextron.nn.protocol import Elastic
+from flextron.nn.rotary import rotary_of
 from flextron.nn.router import AdaptiveRouter
 from flextron.nn.static_cache import rows_at
 from flextron_ext import elastic_linear, elastic_mlp, head_attention_decode
@@ -80,7 +81,7 @@ class DecodeStep:
     ) -> None:
         config, (attention, mlp) = model.elastic, forward.modules[0]
         self.config, self.forward, self.is_paged = config, forward, is_paged
-        self.rotary, self.router = model.model.rotary_emb, router
+        self.rotary, self.router = rotary_of(model, model.anatomy), router
         self.scale, self.activation = attention.scaling, mlp.activation
         self.eps, weights = forward.eps, forward.weights
         self.whole = {name: part for name, part in weights.items() if isinstance(part, Tensor)}
@@ -206,7 +207,7 @@ class DecodeStep:
 
 def can_step(model: Elastic, forward: ElasticForward) -> bool:
     """Whether a step computes what the modules would: plain weights, transformers' layers, tables of RoPE that stay."""
-    rotary = model.model.rotary_emb
+    rotary = rotary_of(model, model.anatomy)
     return (
         forward.serves
         and forward.format == "plain"

@@ -1,4 +1,4 @@
-"""The attention of a Llama-family layer, over a number of heads that may change between calls."""
+"""The attention of a layer, over a number of heads that may change between calls."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedConfig
 
 from flextron.config import ElasticConfig
 from flextron.nn import masks
+from flextron.nn.anatomy import Anatomy
 from flextron.nn.cache import ElasticCache
 from flextron.nn.policy import AxisDecision
-from flextron.nn.projection import Projection, linear
+from flextron.nn.projection import linear
 from flextron.nn.setting import Setting, Settings
 from flextron_ext import head_attention, head_attention_decode
 
@@ -29,6 +31,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned if rest is None else torch.cat((turned, rest), dim=-1)
 
 
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same for pairs side by side: x [B, T, H, D]; cos, sin [B, T, R / 2]."""
+    dtype, R = x.dtype, 2 * cos.shape[-1]
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    pairs = x[..., :R].to(cos.dtype).unflatten(-1, (-1, 2))
+    a, b = pairs.unbind(-1)
+    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(dtype)
+    return turned if x.shape[-1] == R else torch.cat((turned, x[..., R:]), dim=-1)
+
+
 class ElasticAttention(nn.Module):
     """Multi-head attention over a prefix of its heads.
 
@@ -38,23 +50,30 @@ class ElasticAttention(nn.Module):
     Takes over the projections (and norms) of a transformers attention; their names and tensors stay.
     """
 
-    PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+    sinks: Tensor | None
 
-    q_proj: Projection
-    k_proj: Projection
-    v_proj: Projection
-    o_proj: Projection
-    q_norm: nn.Module | None
-    k_norm: nn.Module | None
-    scaling: float
-
-    def __init__(self, attention: Any, config: ElasticConfig, settings: Settings, layer_idx: int) -> None:
+    def __init__(
+        self,
+        attention: Any,
+        anatomy: Anatomy,
+        hf_config: PreTrainedConfig,
+        config: ElasticConfig,
+        settings: Settings,
+        layer_idx: int,
+    ) -> None:
         super().__init__()
-        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
-        self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
-        self.q_norm = attention.q_norm if config.qk_norm else None
-        self.k_norm = attention.k_norm if config.qk_norm else None
-        self.scaling = attention.scaling
+        self.anatomy = anatomy
+        self.projections = (*anatomy.qkv, anatomy.output)
+        if anatomy.sinks:
+            setattr(self, anatomy.sinks, getattr(attention, anatomy.sinks))
+        for name, module in attention.named_children():
+            if name in (*self.projections, *anatomy.head_norms):
+                setattr(self, name, module)
+        self.scaling: float = getattr(attention, anatomy.scale)
+        self.rotates = anatomy.rotates(hf_config, layer_idx)
+        self.window = anatomy.window(hf_config, layer_idx)
+        self.softcap = getattr(hf_config, anatomy.softcap) if anatomy.softcap else None
+        self.clip = getattr(hf_config, anatomy.clip) if anatomy.clip else None
         # the layer's place in this model; a layer taken from another place still carries its old number
         self.elastic, self.settings, self.layer_idx = config, settings, layer_idx
 
@@ -66,19 +85,88 @@ class ElasticAttention(nn.Module):
     def kv(self) -> str:
         return self.settings.now().kv
 
-    def _project(
-        self, proj: Projection, x: Tensor, heads: int, blocks: int = 1, extent: Tensor | None = None
-    ) -> Tensor:
-        """The first ``heads`` heads of each of ``blocks`` equal blocks, [B, T, blocks*heads, D]; of each token
-        only the first ``extent`` features of a block, the rest zeros."""
-        D = self.elastic.head_dim
-        y = linear(proj, x, proj.in_features, heads * D, out_extent=extent, out_blocks=blocks)
-        return y.unflatten(-1, (blocks * heads, D))
+    def _qkv(
+        self, x: Tensor, per_block: int, blocks: int, features: Tensor | None, stored: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, K] -> queries [B, T, blocks * per_block, D], keys and values [B, T, stored, D].
+
+        The first ``per_block`` query heads of each of ``blocks`` equal blocks; of each token only the first
+        ``features`` features of a block, the rest zeros.
+        """
+        c, names = self.elastic, self.anatomy.qkv
+        D, inputs = c.head_dim, x.shape[-1]
+        if self.anatomy.grouped:
+            return self._grouped(x, per_block, blocks, stored)
+        q_rows, k_rows, v_rows = (None, None, None) if len(names) == 3 else self.rows()
+        q_proj, k_proj, v_proj = (self._modules[name] for name in (names if len(names) == 3 else 3 * names))
+        q = linear(
+            q_proj, x, inputs, per_block * D, out_extent=features, out_blocks=blocks, rows=q_rows
+        ).unflatten(-1, (-1, D))
+        k = linear(k_proj, x, inputs, stored * D, rows=k_rows).unflatten(-1, (-1, D))
+        v = linear(v_proj, x, inputs, stored * D, rows=v_rows).unflatten(-1, (-1, D))
+        return q, k, v
+
+    def rows(self) -> list[slice]:
+        """Where queries, keys and values lie in the one projection that has all three, one after another."""
+        c, D = self.elastic, self.elastic.head_dim
+        ends = [c.num_heads * D, (c.num_heads + c.num_kv_heads) * D, (c.num_heads + 2 * c.num_kv_heads) * D]
+        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def _grouped(self, x: Tensor, per_block: int, blocks: int, stored: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same where the rows of one projection are those of one group after another.
+
+        All groups that are stored are computed whole: of the unit ``query`` too, whose queries are no prefix of them.
+        """
+        c, D = self.elastic, self.elastic.head_dim
+        M = c.heads_per_group
+        y = linear(self._modules[self.anatomy.qkv[0]], x, x.shape[-1], stored * (M + 2) * D)
+        y = y.unflatten(-1, (stored, M + 2, D))
+        groups, kept = (c.num_kv_heads, per_block) if c.unit == "query" else (per_block // M, M)
+        return y[..., :groups, :kept, :].flatten(2, 3), y[..., M, :], y[..., M + 1, :]
+
+    def _normalised(self, q: Tensor, k: Tensor, heads: int, extent: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys through their norms. Norms over all heads run over those that a token keeps."""
+        c, over = self.elastic, self.anatomy.norm_over
+        q_norm, k_norm = (getattr(self, name) for name in self.anatomy.head_norms)
+        if over == "head":
+            return q_norm(q), k_norm(k)
+        G, M, D = c.num_kv_heads, c.heads_per_group, c.head_dim
+        stored, by_group = k.shape[2], c.unit == "kv_group"
+        groups, kept = (q.shape[2] // M, M) if by_group else (G, q.shape[2] // G)
+        if over == "each":
+            q_weight = q_norm.weight.view(G, M, D)[:groups, :kept].flatten(0, 1)
+            return _with(q_norm, q_weight, q), _with(k_norm, k_norm.weight[:stored], k)
+        q_weight = q_norm.weight.view(G, M, D)[:groups, :kept].flatten()
+        k_weight = k_norm.weight[: stored * D]
+        if extent is None and stored == c.kv_heads(heads):
+            q, k = _with(q_norm, q_weight, q.flatten(2)), _with(k_norm, k_weight, k.flatten(2))
+            return q.unflatten(2, (-1, D)), k.unflatten(2, (-1, D))
+        B, T = q.shape[:2]
+        count = torch.tensor(heads, device=q.device) if extent is None else extent
+        count = count.expand(B * T).view(B, T, 1)
+        used = count if by_group else torch.full_like(count, G)
+        seen = k * (torch.arange(stored, device=k.device) < used)[..., None]
+        features = count * D * (M if by_group else G)
+        return _rms(q, q, q_weight, features, q_norm), _rms(k, seen, k_weight, used * D, k_norm)
+
+    def _turned(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries or keys at their positions."""
+        kind, (cos, sin) = self.anatomy.rotary, tables
+        if kind.startswith("half"):
+            once = kind == "half_once"
+            return rotate(x, *(torch.cat((t, t), dim=-1) if once else t for t in tables))
+        if kind == "interleaved":
+            cos, sin = cos[..., ::2], sin[..., ::2]
+        elif kind == "interleaved_halves":
+            cos, sin = cos.chunk(2, -1)[0], sin.chunk(2, -1)[0]
+        else:
+            cos, sin = sin, cos
+        return rotate_pairs(x, cos, sin)
 
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         cache: ElasticCache | None = None,
         setting: Setting | None = None,
@@ -98,12 +186,17 @@ class ElasticAttention(nn.Module):
         extent = decision.extent
         features = None if extent is None else extent * (per_block // heads * D)
 
-        q = self._project(self.q_proj, hidden_states, per_block, blocks, features)
-        k = self._project(self.k_proj, hidden_states, stored)
-        v = self._project(self.v_proj, hidden_states, stored)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
+        q, k, v = self._qkv(hidden_states, per_block, blocks, features, stored)
+        norms_last = self.anatomy.norm_last
+        if self.anatomy.head_norms and not norms_last:
+            q, k = self._normalised(q, k, heads, extent)
+        if self.clip is not None:
+            q, k, v = (x.clamp(-self.clip, self.clip) for x in (q, k, v))
+        if self.rotates:
+            assert position_embeddings is not None
+            q, k = self._turned(q, position_embeddings), self._turned(k, position_embeddings)
+        if self.anatomy.head_norms and norms_last:
+            q, k = self._normalised(q, k, heads, extent)
 
         cached = 0
         if cache is not None:
@@ -122,11 +215,12 @@ class ElasticAttention(nn.Module):
             out = self._attend(q, k, v, k_start, count, extent, cached > 0)
         if decision.mixture is not None:
             out = out.reshape(B * T, -1, D) * self._scale(decision.mixture).to(out.dtype)[..., None]
+        output: Any = self._modules[self.anatomy.output]
         out = linear(
-            self.o_proj,
+            output,
             out.reshape(B, T, -1),
             per_block * D,
-            self.o_proj.out_features,
+            hidden_states.shape[-1],
             features,
             in_blocks=blocks,
         )
@@ -148,7 +242,7 @@ class ElasticAttention(nn.Module):
         if cached and few >= T:
             lengths = torch.full((B,), S, dtype=torch.int64, device=q.device)
             return head_attention_decode(
-                q, k, v, lengths, *count, extent, k_start=k_start, scale=self.scaling
+                q, k, v, lengths, *count, extent, k_start=k_start, scale=self.scaling, **self._kind(q)
             )
         sequence = torch.arange(B + 1, device=q.device)
         out = head_attention(
@@ -162,8 +256,23 @@ class ElasticAttention(nn.Module):
             cu_seqlens_k=sequence * S,
             k_start=k_start,
             scale=self.scaling,
+            **self._kind(q),
         )
         return cast(Tensor, out)  # without the logarithms of the sums
+
+    def _kind(self, q: Tensor) -> dict[str, Any]:
+        """What makes this attention of queries [..., H, D] other than plain, as arguments of the ops."""
+        kind = {"window": self.window, "softcap": self.softcap, "sinks": self._sinks(q.shape[-2])}
+        return {name: value for name, value in kind.items() if value is not None}
+
+    def _sinks(self, heads: int) -> Tensor | None:
+        """The sinks [heads] of the query heads that are kept."""
+        if not self.anatomy.sinks:
+            return None
+        c, sinks = self.elastic, getattr(self, self.anatomy.sinks)
+        if c.unit == "kv_group":
+            return sinks[:heads]
+        return sinks.view(c.num_kv_heads, -1)[:, : heads // c.num_kv_heads].flatten()
 
     def _attend_masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: int) -> Tensor:
         """q [B, T, H, D], k and v [B, S, G, D] -> torch's attention under any mask, [B, T, H, D].
@@ -183,8 +292,19 @@ class ElasticAttention(nn.Module):
             )
         each = q.shape[2] // k.shape[2]
         k, v = (x.repeat_interleave(each, dim=2).transpose(1, 2) for x in (k, v))
-        out = scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=self.scaling)
-        return out.transpose(1, 2)
+        if self.softcap is None and not self.anatomy.sinks:
+            out = scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=self.scaling)
+            return out.transpose(1, 2)
+        scores = (q.transpose(1, 2) @ k.mT).float() * self.scaling
+        if self.softcap is not None:
+            scores = self.softcap * (scores / self.softcap).tanh()
+        # not minus infinity, which would make a row that sees nothing NaN
+        lowest = torch.finfo(torch.float32).min
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+        if (sinks := self._sinks(q.shape[2])) is not None:
+            scores = torch.cat([scores, sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
+        weights = scores.softmax(-1)[..., : k.shape[2]]
+        return (weights.to(v.dtype) @ v).transpose(1, 2)
 
     def _scale(self, mixture: Tensor) -> Tensor:
         """mixture [N, C] -> [N, H]: each head's share, the sum over the choices that keep it.
@@ -200,3 +320,16 @@ class ElasticAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.heads} of {self.elastic.max_heads} ({self.elastic.unit}), kv={self.kv}"
+
+
+def _with(norm: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    """A norm with a part of its weight."""
+    return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+
+def _rms(x: Tensor, seen: Tensor, weight: Tensor, features: Tensor, norm: Any) -> Tensor:
+    """x [B, T, H, D] by the root mean square of what is ``seen`` of it, of so many features [B, T, 1]."""
+    square = seen.float().flatten(2).square().sum(-1, keepdim=True) / features.clamp(min=1)
+    return (weight * (x.flatten(2).float() * (square + norm.variance_epsilon).rsqrt()).to(x.dtype)).view(
+        x.shape
+    )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flextron.config import ElasticConfig
+from flextron.nn.anatomy import Anatomy
 from flextron.nn.elastic_attention import ElasticAttention
+from flextron.nn.elastic_experts import ElasticExperts
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.mixin import Mixin, mixed
 from flextron.nn.projection import goes_on
@@ -25,44 +30,92 @@ class ElasticLayer(NamedTuple):
 class ElasticDecoderLayer(Mixin, GradientCheckpointingLayer):
     """Goes in front of a family's own layer class: transformers records hidden states of instances of that class.
 
-    ``h = x + attention(norm(x))``, ``y = h + mlp(norm(h))``: the pre-norm layer of Llama, Mistral, Qwen2 and Qwen3.
+    ``h = x + attention(norm(x))``, ``y = h + mlp(norm(h))``, with the norms, and in the order, of the family's anatomy.
     """
 
-    def __init__(self, layer: nn.Module, settings: Settings, layer_idx: int) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        mlp: ElasticMLP,
+        anatomy: Anatomy,
+        settings: Settings,
+        layer_idx: int,
+    ) -> None:
         self.__dict__.update(layer.__dict__)  # its modules, hooks and flags (gradient checkpointing)
-        self.settings, self.layer_idx = settings, layer_idx
+        self.anatomy, self.settings, self.layer_idx = anatomy, settings, layer_idx
+        if not anatomy.mlp:  # no module of the layer, for its projections are the layer's own
+            object.__setattr__(self, "elastic_mlp", mlp)
+            object.__setattr__(mlp, "layer", self)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """hidden_states [B, T, K]; the other arguments are the attention's."""
-        x = self.input_layernorm(hidden_states)
-        setting = self.settings.now()
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """hidden_states [B, T, K]; the other arguments are those of the family's layer, handed on to attention."""
+        given = dict(zip(_arguments(self.stock), args, strict=False)) | kwargs
+        if "layer_past" in given:  # GPT-NeoX's and Falcon's name of it
+            given["cache"] = given.pop("layer_past")
+        a, setting = self.anatomy, self.settings.now()
+        attention, mlp = parts_of(a, self)
+        x = self._norm(a.attention_norm, hidden_states)
         decision = setting.decide(x, self.layer_idx)
-        out, _ = self.self_attn(
-            hidden_states=x,
-            attention_mask=attention_mask,
-            setting=setting,
-            decision=decision.heads,
-            **kwargs,
-        )
-        hidden_states = hidden_states + out
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), setting, decision.mlp)
+        out, _ = attention(hidden_states=x, setting=setting, decision=decision.heads, **given)
+        if a.parallel:
+            x = self._norm(a.mlp_norm, hidden_states) if a.mlp_norm else x
+            result = hidden_states + out + mlp(x, setting, decision.mlp)
+        else:
+            hidden_states = self._added(hidden_states, out, a.attention_post)
+            out = mlp(self._norm(a.mlp_norm, hidden_states), setting, decision.mlp)
+            result = self._added(hidden_states, out, a.mlp_post)
+        return (result, None) if a.pair else result
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        return self._modules[name](x) if name else x
+
+    def _added(self, stream: Tensor, out: Tensor, norm: str) -> Tensor:
+        """What a part gives, in the stream."""
+        a = self.anatomy
+        if a.stream_norms:
+            return self._norm(norm, stream + out)
+        out = self._norm(norm, out)
+        return stream + (out * getattr(self, a.multiplier) if a.multiplier else out)
+
+
+def parts_of(anatomy: Anatomy, layer: Any) -> ElasticLayer:
+    """The two parts of an elastic layer as they are now: a module may have been put in the place of one."""
+    mlp: Any = getattr(layer, anatomy.mlp) if anatomy.mlp else getattr(layer, "elastic_mlp", None)
+    return ElasticLayer(getattr(layer, anatomy.attention), mlp)
+
+
+@cache
+def _arguments(stock: Any) -> tuple[str, ...]:
+    """The names of the arguments of a family's layer after the hidden states."""
+    return tuple(inspect.signature(stock.forward).parameters)[2:]
 
 
 def make_layer_elastic(
-    layer: Any, activation: str, config: ElasticConfig, settings: Settings, layer_idx: int
+    layer: Any,
+    anatomy: Anatomy,
+    hf_config: PreTrainedConfig,
+    activation: str,
+    config: ElasticConfig,
+    settings: Settings,
+    layer_idx: int,
 ) -> nn.Module:
     """The layer to put in the place of a transformers one, whose attention and MLP are replaced by elastic ones.
 
     A layer with a forward that is not transformers' stays and goes on calling its parts. It hands them no decision,
     so only budgets at which every token has the same widths can be set.
     """
-    layer.self_attn = ElasticAttention(layer.self_attn, config, settings, layer_idx)
-    layer.mlp = ElasticMLP(layer.mlp, activation, config, settings, layer_idx)
-    stock = type(layer)
+    own = (config, settings, layer_idx)
+    attention = ElasticAttention(anatomy.attention_in(layer), anatomy, hf_config, *own)
+    kind = ElasticExperts if anatomy.experts else ElasticMLP
+    mlp = kind(anatomy.mlp_in(layer), anatomy, activation, *own)
+    setattr(layer, anatomy.attention, attention)
+    if anatomy.mlp:
+        setattr(layer, anatomy.mlp, mlp)
+    stock, made = type(layer), (mlp, anatomy, settings, layer_idx)
     if not stock.__module__.startswith("transformers.models."):
         return layer
     if "forward" not in layer.__dict__:
-        return mixed(ElasticDecoderLayer, stock)(layer, settings, layer_idx)
+        return mixed(ElasticDecoderLayer, stock)(layer, *made)
     if not goes_on(layer):
         return layer
     from accelerate.hooks import add_hook_to_module, remove_hook_from_module
@@ -70,4 +123,4 @@ def make_layer_elastic(
     hook = layer._hf_hook  # its forward is called in the place of the layer's own, so it is put on again
     remove_hook_from_module(layer)
     del layer.forward
-    return add_hook_to_module(mixed(ElasticDecoderLayer, stock)(layer, settings, layer_idx), hook)
+    return add_hook_to_module(mixed(ElasticDecoderLayer, stock)(layer, *made), hook)

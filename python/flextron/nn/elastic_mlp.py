@@ -1,4 +1,4 @@
-"""The MLP of a Llama-family layer, at a width that may change between calls."""
+"""The MLP of a layer, at a width that may change between calls."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from flextron.config import ElasticConfig
+from flextron.nn.anatomy import Anatomy
 from flextron.nn.policy import AxisDecision
-from flextron.nn.projection import PackedLinear, Projection, is_adapted, linear
+from flextron.nn.projection import PackedLinear, is_adapted, linear, view_of
 from flextron.nn.setting import Setting, Settings
 from flextron_ext import elastic_mlp, packed_mlp
 from flextron_ext.reference import ACTIVATIONS as FUNCTIONS
@@ -28,30 +30,49 @@ ACTIVATIONS = {
 
 
 class ElasticMLP(nn.Module):
-    """``W_down[:, :d] (act(W_gate[:d] x) * (W_up[:d] x))`` with d = ``width``.
+    """``W_down[:, :d] (act(W_gate[:d] x) * (W_up[:d] x))`` with d = ``width``, or without a gate.
 
     Where the layer decides for each token, d is the token's own, and at most ``width``.
-    Takes over the three projections of a transformers MLP; their names and tensors stay as they were.
+    Takes over the projections of a transformers MLP; their names and tensors stay as they were.
     """
 
-    PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-    gate_proj: Projection
-    up_proj: Projection
-    down_proj: Projection
+    layer: nn.Module
+    projections: tuple[str, ...]
 
     def __init__(
-        self, mlp: Any, activation: str, config: ElasticConfig, settings: Settings, layer_idx: int
+        self,
+        mlp: Any,
+        anatomy: Anatomy,
+        activation: str,
+        config: ElasticConfig,
+        settings: Settings,
+        layer_idx: int,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise NotImplementedError(
                 f"ElasticMLP: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
             )
-        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.anatomy = anatomy
+        self._take(mlp)
         self.activation = ACTIVATIONS[activation]
-        self.choices = config.mlp_choices
+        self.neurons, self.choices = config.intermediate_size, config.mlp_choices
         self.settings, self.layer_idx = settings, layer_idx
+
+    def _take(self, mlp: Any) -> None:
+        """Take over the modules of a transformers MLP."""
+        self.projections = (*self.anatomy.up, self.anatomy.down)
+        if not self.anatomy.mlp:  # the layer itself has the projections, and goes on having them
+            object.__setattr__(self, "layer", mlp)
+            return
+        for name, module in mlp.named_children():
+            if name in self.projections:
+                setattr(self, name, module)
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that has the projections."""
+        return self if self.anatomy.mlp else self.layer
 
     @property
     def width(self) -> int:
@@ -80,19 +101,41 @@ class ElasticMLP(nn.Module):
         choices: Sequence[int] | None = None,
     ) -> Tensor:
         """The tokens of x at a width, or each at its own extent; or a mixture of the choices' widths."""
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if is_adapted(gate) or is_adapted(up) or is_adapted(down):
+        gate, up, down = self._parts()
+        if type(down[0]) is Conv1D or any(is_adapted(proj) for proj, _ in (gate, up, down)):
             return self._run_adapted(x, width, extent, mixture, choices)
-        if isinstance(up, PackedLinear):
+        if isinstance(up[0], PackedLinear):
             if mixture is not None:
                 raise NotImplementedError(
                     "ElasticMLP: widths must not be mixed with packed weights, got a mixture"
                 )
+            up, down = up[0], down[0]
             panels = (up.panels, down.panels, up.scales, down.scales, up.format)
             biases = (up.gate_bias, up.bias, down.bias)
-            return packed_mlp(x, *panels, *biases, width, down.out_features, True, self.activation, extent)
-        weights = (gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
+            return packed_mlp(
+                x, *panels, *biases, width, down.out_features, self.anatomy.gated, self.activation, extent
+            )
+        (w_gate, b_gate), (w_up, b_up), (w_down, b_down) = (_tensors(*part) for part in (gate, up, down))
+        assert w_up is not None and w_down is not None
+        weights = (w_gate, w_up, w_down, b_gate, b_up, b_down)
         return elastic_mlp(x, *weights, width, self.activation, extent, gate=mixture, choices=choices)
+
+    def _parts(self) -> tuple[Any, Any, Any]:
+        """Gate, up and down projection, each with the rows that are meant of its outputs; a gate may be None."""
+        owned, names = self.owner._modules, self.anatomy.up
+        up, down = (owned[names[-1]], None), (owned[self.anatomy.down], None)
+        if not self.anatomy.gated:
+            return (None, None), up, down
+        if len(names) == 2:
+            return (owned[names[0]], None), up, down
+        both, F = owned[names[0]], self.neurons
+        if isinstance(both, PackedLinear):  # gate and up in one, panel by panel
+            return (None, None), (both, None), down
+        return (both, slice(0, F)), (both, slice(F, 2 * F)), down
+
+    def halves(self, both: nn.Linear) -> tuple[nn.Linear, nn.Linear]:
+        """Gate and up of the projection that has both."""
+        return view_of(both, slice(0, self.neurons)), view_of(both, slice(self.neurons, 2 * self.neurons))
 
     def _run_adapted(
         self,
@@ -102,17 +145,21 @@ class ElasticMLP(nn.Module):
         mixture: Tensor | None,
         choices: Sequence[int] | None,
     ) -> Tensor:
-        """The same, projection by projection, so that each may have low-rank adapters."""
+        """The same, projection by projection, so that each may have low-rank adapters or be transposed."""
         width = width if choices is None else choices[-1]
-        up = linear(self.up_proj, x, x.shape[-1], width, out_extent=extent)
-        gated = linear(self.gate_proj, x, x.shape[-1], width, out_extent=extent)
-        hidden = FUNCTIONS[self.activation](gated) * up
+        (gate, gate_rows), (up, up_rows), (down, _) = self._parts()
+        hidden = linear(up, x, x.shape[-1], width, out_extent=extent, rows=up_rows)
+        act = FUNCTIONS[self.activation]
+        if gate is None:
+            hidden = act(hidden)
+        else:
+            hidden = act(linear(gate, x, x.shape[-1], width, out_extent=extent, rows=gate_rows)) * hidden
         if mixture is not None:  # a neuron's share: the sum over the choices that keep it
             neurons = torch.arange(width, device=x.device)
             kept_by = torch.tensor(choices, device=x.device)[:, None] > neurons  # [C, width]
             share = (mixture @ kept_by.to(mixture.dtype)).to(hidden.dtype)
             hidden = (hidden.flatten(0, -2) * share).view(hidden.shape)
-        return linear(self.down_proj, hidden, width, self.down_proj.out_features, extent)
+        return linear(down, hidden, width, x.shape[-1], extent)
 
     def _by_choice(self, x: Tensor, width: int, choice: Tensor, mixture: Tensor) -> Tensor:
         """Straight-through: the tokens [N, K] of each choice together, at its width and through its mixture.
@@ -132,4 +179,14 @@ class ElasticMLP(nn.Module):
         return torch.cat(parts)[order.argsort()]
 
     def extra_repr(self) -> str:
-        return f"width={self.width} of {self.up_proj.out_features}, {self.activation}"
+        return f"width={self.width} of {self.neurons}, {self.activation}"
+
+
+def _tensors(proj: Any, rows: slice | None) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of what is meant of a projection."""
+    if proj is None:
+        return None, None
+    weight, bias = proj.weight, proj.bias
+    if rows is None:
+        return weight, bias
+    return weight[rows], None if bias is None else bias[rows]

@@ -1,48 +1,15 @@
-"""The model families that can be made elastic: one row each, keyed by ``model_type``."""
+"""The description of a transformers model as an elastic one, and the menus of widths that it gets by default."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from math import prod
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flextron.config import ElasticConfig
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between members of the Llama family.
-
-    Attributes:
-        qk_norm: each head's query and key pass an RMSNorm before the rotary embedding (``q_norm``, ``k_norm``).
-        qkv_bias: whether the projections q, k and v have a bias: a bool, or the name of the configuration's flag.
-        output_bias: the same for the output projection.
-        mlp_bias: the same for the three projections of the MLP.
-    """
-
-    qk_norm: bool = False
-    qkv_bias: bool | str = False
-    output_bias: bool | str = False
-    mlp_bias: bool | str = False
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
-    "mistral": Family(),
-    "qwen2": Family(qkv_bias=True),
-    "qwen3": Family(qk_norm=True, qkv_bias="attention_bias", output_bias="attention_bias"),
-}
-
-
-def family_of(hf_config: PreTrainedConfig) -> Family:
-    """The row of a transformers configuration; NotImplementedError names the families there are."""
-    model_type = getattr(hf_config, "model_type", None)
-    if model_type not in FAMILIES:
-        raise NotImplementedError(
-            f"flextron: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}"
-        )
-    return FAMILIES[model_type]
+from flextron.config import Counts, ElasticConfig
+from flextron.nn.anatomy import Anatomy, Sizes, anatomy_of, size
+from flextron.nn.skeleton import skeleton
 
 
 def default_mlp_choices(intermediate_size: int) -> tuple[int, ...]:
@@ -65,7 +32,7 @@ def default_head_choices(max_heads: int) -> tuple[int, ...]:
 
 
 def elastic_config(
-    hf_config: PreTrainedConfig | PreTrainedModel,
+    model: PreTrainedConfig | PreTrainedModel,
     unit: str = "kv_group",
     mlp_choices: tuple[int, ...] | None = None,
     head_choices: tuple[int, ...] | None = None,
@@ -73,35 +40,72 @@ def elastic_config(
     """Describe a transformers model (or its configuration) and its menus of widths.
 
     Raises:
-        NotImplementedError: the family is not in the table.
+        NotImplementedError: the family is not in the table, or has a feature that is not supported.
         ValueError: a menu does not ascend to the model's own size.
     """
-    c = getattr(hf_config, "config", hf_config)
-    family = family_of(c)
-
-    def flag(value: bool | str) -> bool:
-        return bool(getattr(c, value, False)) if isinstance(value, str) else value
-
-    max_heads = (
-        c.num_key_value_heads if unit == "kv_group" else c.num_attention_heads // c.num_key_value_heads
-    )
+    c = model.config if isinstance(model, PreTrainedModel) else model
+    anatomy = anatomy_of(c)
+    if not isinstance(model, PreTrainedModel):
+        model = skeleton(type(c).from_dict(c.to_dict()))  # without what may have made it elastic
+    whole = anatomy.whole(c)
     return ElasticConfig(
         family=c.model_type,
         unit=unit,
         num_layers=c.num_hidden_layers,
         hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
+        intermediate_size=whole.neurons,
         num_heads=c.num_attention_heads,
-        num_kv_heads=c.num_key_value_heads,
-        head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+        num_kv_heads=whole.groups,
+        head_dim=head_size(c),
         vocab_size=c.vocab_size,
         tied=bool(c.tie_word_embeddings),
-        attention_bias=flag(family.qkv_bias),
-        output_bias=flag(family.output_bias),
-        mlp_bias=flag(family.mlp_bias),
-        qk_norm=family.qk_norm,
-        mlp_choices=_menu(mlp_choices, default_mlp_choices(c.intermediate_size)),
-        head_choices=_menu(head_choices, default_head_choices(max_heads)),
+        qk_norm=bool(anatomy.head_norms),
+        counts=count(model, anatomy, whole),
+        mlp_choices=_menu(mlp_choices, default_mlp_choices(whole.neurons)),
+        head_choices=_menu(
+            head_choices, default_head_choices(whole.groups if unit == "kv_group" else whole.per_group)
+        ),
+    )
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def count(model: PreTrainedModel, anatomy: Anatomy, whole: Sizes) -> Counts:
+    """What a model's parameters are counted by; all its layers have the same.
+
+    A layer's parameters are a linear function of its neurons, groups and query heads: each is counted by what one more
+    of it brings.
+    """
+    D = head_size(model.config)
+    axes, prefix = anatomy.tensors(), anatomy.layer_path(0) + "."
+    layer = {
+        name.removeprefix(prefix): p.shape for name, p in model.named_parameters() if name.startswith(prefix)
+    }
+
+    def of(s: Sizes) -> int:
+        return sum(
+            prod(
+                size(axis, s, D) if axis else length
+                for axis, length in zip(axes.get(name, ((),) * len(shape)), shape, strict=True)
+            )
+            for name, shape in layer.items()
+        )
+
+    none = of(Sizes(0, 0, 0))
+    groups = of(Sizes(0, 1, 0)) - none
+    embedding = model.get_input_embeddings().weight.numel()
+    total = sum(p.numel() for p in model.parameters())
+    full, neuron = of(whole), of(Sizes(1, 0, 0)) - none
+    experts = anatomy.experts_of(model.config)
+    return Counts(
+        fixed=total - model.config.num_hidden_layers * (full - none),
+        neuron=neuron,
+        group=groups,
+        query=of(Sizes(0, 1, 1)) - none - groups,
+        active=neuron if experts is None else neuron // experts.number * experts.chosen,
+        embedding=embedding,
     )
 
 

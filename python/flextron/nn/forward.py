@@ -14,12 +14,14 @@ from torch.autograd import forward_ad
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flextron.config import ElasticConfig
+from flextron.nn.anatomy import Anatomy
 from flextron.nn.cache import ElasticCache
 from flextron.nn.elastic_attention import ElasticAttention
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.masks import first_keys, is_left_padded
 from flextron.nn.projection import RECORDER, PackedLinear, is_alone
 from flextron.nn.protocol import Elastic
+from flextron.nn.rotary import rotary_of
 from flextron_ext import Decoder, DecoderShape, DecoderStep
 
 FORWARD = "_decoder"  # the attribute of a model that keeps its `ElasticForward`
@@ -36,21 +38,27 @@ _TAKEN = (
 )
 
 
-# The decoder's name of each module's weights, and the module's place in a model or in each of its layers
-_OF_MODEL = {"embedding": ("model", "embed_tokens"), "norm": ("model", "norm"), "head": ("", "lm_head")}
-_OF_LAYER = {
-    "in_norm": ("", "input_layernorm"),
-    "q": ("self_attn", "q_proj"),
-    "k": ("self_attn", "k_proj"),
-    "v": ("self_attn", "v_proj"),
-    "o": ("self_attn", "o_proj"),
-    "q_norm": ("self_attn", "q_norm"),
-    "k_norm": ("self_attn", "k_norm"),
-    "mlp_norm": ("", "post_attention_layernorm"),
-    "gate": ("mlp", "gate_proj"),
-    "up": ("mlp", "up_proj"),
-    "down": ("mlp", "down_proj"),
-}
+def _of_model(a: Anatomy) -> dict[str, tuple[str, str]]:
+    """The decoder's name of each module's weights outside the layers, and the module's place."""
+    return {"embedding": ("base", "embed_tokens"), "norm": ("base", a.norm), "head": ("", "lm_head")}
+
+
+def _of_layer(a: Anatomy) -> dict[str, tuple[str, str]]:
+    """The same in each layer of a family that the decoder op computes."""
+    (q, k, v), (gate, up) = a.qkv, a.up
+    norms = dict(zip(("q_norm", "k_norm"), a.head_norms, strict=False))
+    return {
+        "in_norm": ("", a.attention_norm),
+        "q": (a.attention, q),
+        "k": (a.attention, k),
+        "v": (a.attention, v),
+        "o": (a.attention, a.output),
+        **{name: (a.attention, norm) for name, norm in norms.items()},
+        "mlp_norm": ("", a.mlp_norm),
+        "gate": (a.mlp, gate),
+        "up": (a.mlp, up),
+        "down": (a.mlp, a.down),
+    }
 
 
 class _Snapshot:
@@ -61,8 +69,8 @@ class _Snapshot:
     """
 
     def __init__(self, model: Elastic) -> None:
-        inner: Any = model.model
-        parts = [part for layer in inner.layers for part in (layer, *layer.children())]
+        inner: Any = model.base_model
+        parts = [part for layer in model.decoder_layers for part in (layer, *layer.children())]
         # the rotary tables are made by their own module here too
         own = [part for name, part in inner.named_children() if name != "rotary_emb"]
         leaves = [*own, *(leaf for part in parts for leaf in part.children()), model.lm_head]
@@ -114,13 +122,14 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _parts_of(layer: nn.Module) -> dict[str, nn.Module] | None:
+def _parts_of(layer: nn.Module, a: Anatomy) -> dict[str, nn.Module] | None:
     """The modules of a layer by the decoder's names, or None where one is not what the op computes."""
-    attention, mlp = layer._modules.get("self_attn"), layer._modules.get("mlp")
+    attention, mlp = layer._modules.get(a.attention), layer._modules.get(a.mlp)
     if not _is_stock(layer) or type(attention) is not ElasticAttention or type(mlp) is not ElasticMLP:
         return None
-    parts = _modules_of({"": layer, "self_attn": attention, "mlp": mlp}, _OF_LAYER)
-    known = {*attention._modules, *mlp._modules} <= {name for _, name in _OF_LAYER.values()}
+    places = _of_layer(a)
+    parts = _modules_of({"": layer, a.attention: attention, a.mlp: mlp}, places)
+    known = {*attention._modules, *mlp._modules} <= {name for _, name in places.values()}
     understood = known and all(
         (_is_norm if part.endswith("norm") else is_alone)(module) for part, module in parts.items()
     )
@@ -153,21 +162,28 @@ class ElasticForward:
 
     def __init__(self, model: Elastic) -> None:
         self.decoder: Decoder | None = None  # until it is called
-        whole: dict[str, Any] = _modules_of({"": model, "model": model.model}, _OF_MODEL)
-        embed, norm, head = (whole[name] for name in _OF_MODEL)
-        layers: list[Any] = [_parts_of(layer) for layer in model.model.layers]
+        self.snapshot: _Snapshot | None = None
+        self.fault = model.anatomy.decoder_fault(model.config)
+        self.serves = self.fault is None and self._serves(model)
+
+    def _serves(self, model: Elastic) -> bool:
+        """Whether every module of a model of a family that the op computes is what it should be."""
+        a = model.anatomy
+        whole: dict[str, Any] = _modules_of({"": model, "base": model.base_model}, _of_model(a))
+        embed, norm, head = (whole[name] for name in _of_model(a))
+        layers: list[Any] = [_parts_of(layer, a) for layer in model.decoder_layers]
         self.modules = [
-            (layer._modules.get("self_attn"), layer._modules.get("mlp")) for layer in model.model.layers
+            (layer._modules.get(a.attention), layer._modules.get(a.mlp)) for layer in model.decoder_layers
         ]
         self.snapshot = _Snapshot(model)
-        self.serves = (
+        return (
             not self.snapshot.replaced
             and type(embed) is nn.Embedding
             and embed.max_norm is None
             and "weight" in embed._parameters
             and is_alone(head)
             and head.bias is None
-            and _is_stock(model.model)
+            and _is_stock(model.base_model)
             and _is_norm(norm)
             and None not in layers
             and _is_one(norm, layers, self.modules)
@@ -180,6 +196,7 @@ class ElasticForward:
         self.norm, self.eps = whole["norm"].weight, whole["norm"].variance_epsilon
         self.format = whole["head"].format if isinstance(whole["head"], PackedLinear) else "plain"
         self.dtype = self.norm.dtype
+        assert self.snapshot is not None
         return (
             self.dtype in _DTYPES
             and all(p.dtype == self.dtype and p.device == self.norm.device for p in self.snapshot.parameters)
@@ -191,13 +208,13 @@ class ElasticForward:
     def of(cls, model: Elastic) -> ElasticForward:
         """The one that the model keeps, made again where its weights were replaced."""
         step = model.__dict__.get(FORWARD)
-        if step is None or not step.snapshot.holds():
+        if step is None or not (step.snapshot is None or step.snapshot.holds()):
             step = model.__dict__[FORWARD] = cls(model)
         return step
 
     def is_watched(self) -> bool:
         """Whether there is a hook on a module that a step does not call."""
-        hooks = self.snapshot.hooks
+        hooks = [] if self.snapshot is None else self.snapshot.hooks
         return any(hooks) and any(hook.__module__ != RECORDER for each in hooks for hook in each.values())
 
     def extents(self, model: Elastic, B: int) -> DecoderStep | None:
@@ -311,7 +328,7 @@ def try_forward(model: Elastic, arguments: dict[str, Any]) -> CausalLMOutputWith
         return None  # packed sequences
     if positions is None:
         positions = torch.arange(past, past + T)[None]
-    cos, sin = model.model.rotary_emb(step.norm, positions)
+    cos, sin = rotary_of(model, model.anatomy)(step.norm, positions)
     keep = T if keep == 0 else min(keep, T)
     logits, _ = step(model, ids, cos, sin, cache, k_start, keep, extents)
     return CausalLMOutputWithPast(logits=logits, cache=cache)

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
 
 from flextron.nn.cache import ElasticCache, given_cache
 
@@ -59,6 +65,16 @@ def with_form(given: dict[str, Any]) -> dict[str, Any]:
     return given | {"attention_mask": _as_argument(first_keys(mask.to(tokens.device)))}
 
 
+def with_positions(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward with the positions that its model would count over a mask's visible tokens."""
+    mask = given.get("attention_mask")
+    if given.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return given
+    cache, seen = given_cache(given), mask.long()
+    past = 0 if cache is None else cache.get_seq_length()
+    return given | {"position_ids": (seen.cumsum(1) * seen - 1)[:, past:]}
+
+
 def with_none(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a forward, with a mask that hides nothing where neither mask nor positions are given.
 
@@ -100,6 +116,19 @@ def check_masked(mask: Tensor, B: int, T: int, keys: int) -> None:
         )
 
 
+_IN_A_WINDOW, _OVERLAY = sliding_window_causal_mask_function(1), sliding_window_overlay(1)
+
+
+def _is_plain(mask_function: Any) -> bool:
+    """Whether a mask is causal and nothing more, but for the window that a layer knows of itself."""
+    if mask_function is causal_mask_function:
+        return True
+    if mask_function.__code__ is not _IN_A_WINDOW.__code__:
+        return False
+    (parts,) = (cell.cell_contents for cell in mask_function.__closure__)
+    return parts[0].__code__ is _OVERLAY.__code__ and parts[1:] == (causal_mask_function,)
+
+
 def _form(
     batch_size: int,
     q_length: int,
@@ -108,8 +137,8 @@ def _form(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask function that transformers calls by name: None where every key is visible, else four dimensions."""
-    if attention_mask is None and mask_function is causal_mask_function:
+    """The mask function that transformers calls by name: None for a causal one, else four dimensions."""
+    if attention_mask is None and _is_plain(mask_function):
         return None
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(

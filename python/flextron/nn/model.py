@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,14 +25,15 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils.hub import convert_file_size_to_int
 
 from flextron.config import ElasticConfig, Widths, number, plain
+from flextron.nn.anatomy import Anatomy, anatomy_of
 from flextron.nn.cache import ElasticCache, given_cache
 from flextron.nn.elastic_attention import ElasticAttention
-from flextron.nn.elastic_layer import ElasticLayer, make_layer_elastic
+from flextron.nn.elastic_layer import ElasticLayer, make_layer_elastic, parts_of
 from flextron.nn.elastic_mlp import ElasticMLP
-from flextron.nn.families import elastic_config, family_of
+from flextron.nn.families import elastic_config
 from flextron.nn.forward import FORWARD, is_known, try_forward, wants_cache
 from flextron.nn.generation import is_plain, sample
-from flextron.nn.masks import is_left_padded, with_form, with_none
+from flextron.nn.masks import is_left_padded, with_form, with_none, with_positions
 from flextron.nn.mixin import Mixin, mixed
 from flextron.nn.policy import Dial, PerRequest, PerToken, Policy
 from flextron.nn.projection import (
@@ -46,7 +47,7 @@ from flextron.nn.projection import (
 )
 from flextron.nn.protocol import Elastic, Planner, Writer
 from flextron.nn.rooms import give_back, lend
-from flextron.nn.rotary import forget
+from flextron.nn.rotary import forget, rotary_of
 from flextron.nn.router import AdaptiveRouter, Indices
 from flextron.nn.setting import Setting, Settings
 
@@ -57,7 +58,8 @@ _ONE_BY_ONE = (
 )  # the ways of generating that `_sample` goes
 _REFUSED = {"push_to_hub": False, "distributed_checkpoint": False, "safe_serialization": True}
 _IGNORED = ("token", "save_peft_format", "save_original_format", "save_function")  # of what is not there
-_CACHE = 3  # place of cache among the arguments of a causal LM's forward, in every family
+_CACHE = 3  # the place that most families give it
+_ACTIVATIONS = ("act_fn", "activation_fn", "act")  # names of an MLP's activation
 
 
 class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
@@ -68,6 +70,7 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
 
     Attributes:
         elastic: the menus of widths, and the shape of the full model.
+        anatomy: how its layers are built.
         settings: what the model and its modules are set to.
         planner: turns budgets into widths; set by `flextron.from_pretrained`.
         writer: stores the model for `save_pretrained`; set by `flextron.from_pretrained` and `flextron.make_elastic`.
@@ -77,6 +80,7 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
     """
 
     elastic: ElasticConfig
+    anatomy: Anatomy
     settings: Settings
     planner: Planner | None
     writer: Writer | None
@@ -125,21 +129,27 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
             self.turn(self.dial)
         return self
 
+    @property
+    def decoder_layers(self) -> Any:
+        """The list of the decoder's layers."""
+        return self.anatomy.layers_in(self)
+
     def layers_of(self) -> list[ElasticLayer]:
         """The elastic modules of every layer, in order.
 
         Raises:
             NotImplementedError: one was replaced by a module that would not keep to a budget.
         """
-        found = [ElasticLayer(layer.self_attn, layer.mlp) for layer in self.model.layers]
+        anatomy = self.anatomy
+        found = [parts_of(anatomy, layer) for layer in self.decoder_layers]
         for i, layer in enumerate(found):
             for name, part, kind in zip(
-                ("self_attn", "mlp"), layer, (ElasticAttention, ElasticMLP), strict=True
+                (anatomy.attention, anatomy.mlp), layer, (ElasticAttention, ElasticMLP), strict=True
             ):
                 if not isinstance(part, kind):
                     raise NotImplementedError(
-                        f"flextron: model.layers.{i}.{name} must be an {kind.__name__}, which keeps to the budget, "
-                        f"got {named(part)}"
+                        f"flextron: {anatomy.layer_path(i)}.{name} must be an {kind.__name__}, which keeps to the "
+                        f"budget, got {named(part)}"
                     )
         return found
 
@@ -149,9 +159,11 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         Raises:
             NotImplementedError: the message names the module's path and class.
         """
+        a = self.anatomy
         for i, (attention, mlp) in enumerate(self.layers_of()):
-            check_parts(f"model.layers.{i}.self_attn", attention, attention.PROJECTIONS)
-            check_parts(f"model.layers.{i}.mlp", mlp, mlp.PROJECTIONS)
+            path = a.layer_path(i)
+            check_parts(f"{path}.{a.attention}", attention, attention.projections, a.head_norms)
+            check_parts(a.path(path, a.mlp) if a.mlp else path, mlp, mlp.projections, a.experts)
 
     def save_pretrained(
         self,
@@ -481,6 +493,13 @@ def _by_name(budget: Any) -> dict[str, Any]:
     return {"widths" if isinstance(budget[0] if listed else budget, Widths) else "fraction": budget}
 
 
+@cache
+def _place_of_cache(stock: type[PreTrainedModel]) -> int:
+    """The place of the cache among the arguments of a causal LM's forward."""
+    names = [*inspect.signature(stock.forward).parameters][1:]
+    return names.index("cache") if "cache" in names else _CACHE  # a forward of one's own may not say
+
+
 def _guard_cache(
     model: Elastic, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -494,7 +513,8 @@ def _guard_cache(
         raise NotImplementedError(
             "flextron: output_attentions must be False, the weights are never materialised"
         )
-    past = args[_CACHE] if len(args) > _CACHE else given_cache(kwargs)
+    place = _place_of_cache(model.stock)
+    past = args[place] if len(args) > place else given_cache(kwargs)
     if past is None and wants_cache(model, kwargs):
         kwargs["cache"] = ElasticCache()
     elif past is not None:
@@ -505,7 +525,7 @@ def _guard_cache(
 
 
 def _runs_layers_again(model: Elastic) -> bool:
-    return any(getattr(layer, "gradient_checkpointing", False) for layer in model.model.layers)
+    return any(getattr(layer, "gradient_checkpointing", False) for layer in model.decoder_layers)
 
 
 def _forward_of(stock: Any) -> Callable[..., Any]:
@@ -519,6 +539,8 @@ def _forward_of(stock: Any) -> Callable[..., Any]:
         given = dict(zip(names, args, strict=False)) | kwargs
         if len(given) != len(args) + len(kwargs):
             return stock.forward(self, *args, **kwargs)  # it refuses too many arguments, and one given twice
+        if self.anatomy.counted:
+            given = with_positions(given)
         if torch.compiler.is_compiling():
             self.check_projections()
             return stock.forward(self, **with_none(with_form(given)))
@@ -549,62 +571,68 @@ def make_elastic(model: PreTrainedModel, config: ElasticConfig | None = None) ->
     The names and tensors of its ``state_dict`` do not change.
 
     Args:
-        model: a causal LM of a family in `flextron.nn.families.FAMILIES`.
+        model: a causal LM of a family in `flextron.nn.anatomy.FAMILIES`.
         config: the menus of widths; by default those of `elastic_config`.
 
     Raises:
-        NotImplementedError: a family or feature (sliding-window attention, attention dropout) that is not supported.
+        NotImplementedError: a family or feature (dropout inside layers) that is not supported.
         ValueError: ``config`` describes another model, or the model is elastic already.
     """
     if isinstance(model, ElasticModel):
         raise ValueError("make_elastic: model must not be elastic already")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"make_elastic: model must be a transformers causal LM, got {type(model).__name__}")
-    family_of(model.config)
     hf = model.config
+    anatomy = anatomy_of(hf)
     own = (
-        elastic_config(hf, config.unit, config.mlp_choices, config.head_choices)
+        elastic_config(model, config.unit, config.mlp_choices, config.head_choices)
         if config
-        else elastic_config(hf)
+        else elastic_config(model)
     )
     if config is not None and own != config:
         mine = own.to_dict()
         wrong = [f"{k}={v!r} (model: {mine[k]!r})" for k, v in config.to_dict().items() if mine[k] != v]
         raise ValueError(f"make_elastic: config must describe the model, got {', '.join(wrong)}")
-    sliding = getattr(hf, "sliding_window", None) is not None and getattr(hf, "use_sliding_window", True)
-    if sliding:
-        raise NotImplementedError(
-            f"make_elastic: sliding_window must be None, got {hf.sliding_window}; for contexts within the window, "
-            "load the model with sliding_window=None"
-        )
     for name in ("is_causal", "return_dict"):  # transformers' own forward fails without the second
         if not getattr(hf, name, True):
             raise NotImplementedError(f"make_elastic: {name} must be True, got False")
-    if getattr(hf, "attention_dropout", 0.0):
-        raise NotImplementedError(f"make_elastic: attention_dropout must be 0, got {hf.attention_dropout}")
+    for name in anatomy.dropouts:
+        if getattr(hf, name, 0.0):
+            raise NotImplementedError(f"make_elastic: {name} must be 0, got {getattr(hf, name)}")
 
-    activation = type(ACT2FN[hf.hidden_act])
-    for i, layer in enumerate(model.model.layers):
-        if foreign := fault_of_stock(layer.self_attn) or fault_of_stock(layer.mlp):
+    activation = anatomy.activation_in(hf)
+    expected = type(ACT2FN[activation])
+    layers = anatomy.layers_in(model)
+    for i, layer in enumerate(layers):
+        mlp = anatomy.mlp_in(layer)
+        parts = (anatomy.attention_in(layer), *([mlp] if anatomy.mlp else []))
+        if foreign := next(filter(None, map(fault_of_stock, parts)), None):
             raise NotImplementedError(
-                f"make_elastic: attention and MLP of model.layers.{i} must be transformers' own, for elastic ones take "
-                f"their places and call neither, got {foreign}"
+                f"make_elastic: attention and MLP of {anatomy.layer_path(i)} must be transformers' own, for elastic "
+                f"ones take their places and call neither, got {foreign}"
             )
-        if type(layer.mlp.act_fn) is not activation or fault_of_call(layer.mlp.act_fn):
+        if anatomy.paired:  # their activation is no module
+            continue
+        owner = getattr(mlp, anatomy.experts[1]) if anatomy.experts else mlp
+        name = next(name for name in _ACTIVATIONS if name in owner._modules)
+        act = getattr(owner, name)
+        if type(act) is not expected or fault_of_call(act):
             raise NotImplementedError(
-                f"make_elastic: model.layers.{i}.mlp.act_fn must be {hf.hidden_act!r} as configured, got "
-                f"{fault_of_call(layer.mlp.act_fn) or named(layer.mlp.act_fn)}"
+                f"make_elastic: {anatomy.path(anatomy.path(anatomy.layer_path(i), anatomy.mlp), name)} must be "
+                f"{activation!r} as configured, got {fault_of_call(act) or named(act)}"
             )
-    forget(model.model.rotary_emb)
+    if rotary := rotary_of(model, anatomy):
+        forget(rotary)
     settings = Settings()
-    for i, layer in enumerate(model.model.layers):
-        model.model.layers[i] = make_layer_elastic(layer, hf.hidden_act, own, settings, i)
-    count = sum(isinstance(m, ElasticAttention | ElasticMLP) for m in model.modules())
-    if count != 2 * own.num_layers:
-        raise ValueError(f"make_elastic: model must have {2 * own.num_layers} elastic modules, got {count}")
+    for i, layer in enumerate(layers):
+        layers[i] = make_layer_elastic(layer, anatomy, hf, activation, own, settings, i)
+    count = sum(isinstance(m, ElasticAttention) for m in model.modules())
+    if count != own.num_layers:
+        raise ValueError(f"make_elastic: model must have {own.num_layers} elastic layers, got {count}")
     hf._attn_implementation = "flextron"
     _become(model, ElasticModel)
-    model.elastic, model.settings, model.planner, model.writer = own, settings, None, None
+    model.elastic, model.anatomy = own, anatomy
+    model.settings, model.planner, model.writer = settings, None, None
     model.stored = getattr(model, "stored", {})  # what it was read from may have said
     model.attach_router(None)
     model.set_widths(own.full())

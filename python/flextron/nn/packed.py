@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from flextron.nn.projection import DTYPES, PackedLinear, check_plain
+from flextron.nn.projection import DTYPES, PackedLinear, PackedRows, check_plain, straight
 from flextron.nn.protocol import Elastic
 from flextron_ext import PanelFormat
 
@@ -51,22 +51,49 @@ def pack(model: Elastic, dtype: torch.dtype | str | None = None) -> Packing:
     before = 0 if tied else weight.nbytes
     after = 0
 
-    def replaced(old: nn.Linear, out_blocks: int = 1, gate: nn.Linear | None = None) -> PackedLinear:
+    def counted(new: Any, *old: nn.Linear) -> Any:
         nonlocal before, after
-        before += sum(
-            part.weight.nbytes for part in (old, gate) if part is not None and part is not model.lm_head
-        )
-        new = PackedLinear(old, out_blocks, format, gate)
-        after += new.panels.nbytes + (0 if new.scales is None else new.scales.nbytes)
+        before += sum(part.weight.nbytes for part in old if part is not model.lm_head)
+        parts: Any = new.parts if isinstance(new, PackedRows) else [new]
+        after += sum(p.panels.nbytes + (0 if p.scales is None else p.scales.nbytes) for p in parts)
         return new
+
+    def replaced(old: nn.Linear, out_blocks: int = 1, gate: nn.Linear | None = None) -> Any:
+        return counted(PackedLinear(old, out_blocks, format, gate), *filter(None, (old, gate)))
+
+    a = model.anatomy
+    if a.experts:
+        raise NotImplementedError("pack: MLPs must have no experts, got those of a " + model.elastic.family)
+
+    def found(owner: nn.Module, name: str) -> nn.Linear:
+        return straight(getattr(owner, name))
 
     blocks = model.elastic.num_kv_heads if model.elastic.unit == "query" else 1
     for attention, mlp in model.layers_of():
-        attention.q_proj = replaced(attention.q_proj, blocks)
-        for name in ("k_proj", "v_proj", "o_proj"):
-            setattr(attention, name, replaced(getattr(attention, name)))
-        mlp.up_proj, mlp.gate_proj = replaced(mlp.up_proj, gate=mlp.gate_proj), None
-        mlp.down_proj = replaced(mlp.down_proj)
+        owner = mlp.owner
+        if len(a.qkv) == 3:
+            for name, out_blocks in zip(a.qkv, (blocks, 1, 1), strict=True):
+                setattr(attention, name, replaced(found(attention, name), out_blocks))
+        else:
+            (name,) = a.qkv
+            old = found(attention, name)
+            new = replaced(old) if a.grouped else PackedRows(old, attention.rows(), (blocks, 1, 1), format)
+            setattr(attention, name, new if a.grouped else counted(new, old))
+        setattr(attention, a.output, replaced(found(attention, a.output)))
+        if a.gated and len(a.up) == 2:
+            gate_name, up_name = a.up
+            gate, up = found(owner, gate_name), found(owner, up_name)
+            setattr(owner, up_name, replaced(up, gate=gate))
+            setattr(owner, gate_name, None)
+        elif a.gated:
+            (name,) = a.up
+            both = found(owner, name)
+            gate, up = mlp.halves(both)
+            setattr(owner, name, counted(PackedLinear(up, 1, format, gate), both))
+        else:
+            (name,) = a.up
+            setattr(owner, name, replaced(found(owner, name)))
+        setattr(owner, a.down, replaced(found(owner, a.down)))
     model.lm_head = replaced(model.lm_head)
     model.register_state_dict_pre_hook(_refuse_state)
     return Packing(before, after)

@@ -13,15 +13,16 @@ are three layouts for a sub-network:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from flextron.config import ElasticConfig, Widths
+from flextron.nn.anatomy import Sizes, anatomy_of, has_one_head_size, normalises_all_heads, places, size
+from flextron.nn.families import head_size
 from flextron.nn.projection import check_plain
 from flextron.nn.protocol import Elastic
 from flextron.nn.skeleton import fill, say_tied, skeleton
@@ -37,7 +38,16 @@ def stock_problem(config: ElasticConfig, widths: Widths) -> str | None:
     if different:
         axes = " and ".join(different)
         return f"layers differ in {axes}, but a {config.family} configuration has one width for all"
-    return _illegal_heads(config, config.query_heads(widths.heads[0]))
+    return _illegal_heads(config, widths.heads[0])
+
+
+def padded_problem(config: ElasticConfig, widths: Widths) -> str | None:
+    """Why heads of zeros would change what this sub-network computes, in one sentence; None when they would not."""
+    if not normalises_all_heads(config):
+        return None
+    if len(set(widths.heads)) == 1 and not _illegal_heads(config, widths.heads[0]):
+        return None
+    return f"a {config.family} normalises all heads of a token together"
 
 
 def extract(
@@ -84,20 +94,29 @@ def layout_of(layout: str, config: ElasticConfig, widths: Widths, fallback: str)
     """The layout to write; ``fallback`` is what ``auto`` means where uniform is impossible."""
     if layout not in LAYOUTS:
         raise ValueError(f"extract: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    problem = stock_problem(config, widths)
+    problem, changed = stock_problem(config, widths), padded_problem(config, widths)
     if layout == "auto":
-        return fallback if problem else "uniform"
+        return "uniform" if not problem else "ragged" if changed else fallback
+    if layout == "padded" and changed:
+        raise ValueError(f"extract: layout must be ragged, got padded: {changed}")
     if layout == "uniform" and problem:
-        raise ValueError(
-            f"extract: layout must be padded (for stock transformers) or ragged, got uniform: {problem}"
-        )
+        other = "ragged" if changed else "padded (for stock transformers) or ragged"
+        raise ValueError(f"extract: layout must be {other}, got uniform: {problem}")
     return layout
 
 
 def _illegal_heads(config: ElasticConfig, heads: int) -> str | None:
-    """Llama's configuration alone insists that heads divide the hidden size, although head_dim is free."""
-    if config.family == "llama" and config.hidden_size % heads:
-        return f"the query heads of a llama must divide hidden_size {config.hidden_size}, got {heads}"
+    """Why a configuration cannot say this width of the head axis.
+
+    Llama's insists that query heads divide the hidden size, although head_dim is free; others have no head_dim.
+    """
+    if has_one_head_size(config) and heads != config.max_heads:
+        return (
+            f"a {config.family} configuration has hidden_size / heads for its head size, so heads must be all"
+        )
+    query = config.query_heads(heads)
+    if config.family == "llama" and config.hidden_size % query:
+        return f"the query heads of a llama must divide hidden_size {config.hidden_size}, got {query}"
     return None
 
 
@@ -110,17 +129,25 @@ def build(model: Elastic, widths: Widths, layout: str, shares: bool = False) -> 
     elastic: ElasticConfig = model.elastic
     kept = [_kept(elastic, d, n) for d, n in zip(widths.mlp, widths.heads, strict=True)]
     held = [_padded(elastic, widths)] * elastic.num_layers if layout == "padded" else kept
-    layers = [_sizes(*size) for size in held]
+    layers, anatomy = [_sizes(size) for size in held], model.anatomy
 
     values = model.config.to_dict()
     values.pop("quantization_config", None)
-    values.update(architectures=[type(model).__name__], head_dim=elastic.head_dim, dtype=model.dtype)
+    values.update(architectures=[type(model).__name__], dtype=model.dtype)
+    says_heads = not has_one_head_size(elastic)
+    if says_heads:
+        values.update(head_dim=elastic.head_dim)
     if layout == "ragged":
         values[LAYOUT_KEY] = {"layout": layout, "layers": layers}
     else:
-        values.update(layers[0])
+        neurons, heads, groups = layers[0].values()
+        values[anatomy.sizes[0]] = neurons
+        if says_heads:
+            values.update({"num_attention_heads": heads, anatomy.sizes[1]: groups})
     config = CONFIG_MAPPING[elastic.family].from_dict(values)
     say_tied(model, config)
+    if anatomy.experts:  # transformers' faster ways do not take every width
+        config._experts_implementation = "eager"
     plain = skeleton(config)
     if layout == "ragged":
         resize(plain, layers)
@@ -129,89 +156,81 @@ def build(model: Elastic, widths: Widths, layout: str, shares: bool = False) -> 
     return plain
 
 
-def _kept(config: ElasticConfig, d: int, heads: int) -> tuple[int, int, int]:
-    """(neurons, groups, query heads in each group) of a choice."""
-    return (
-        (d, heads, config.heads_per_group) if config.unit == "kv_group" else (d, config.num_kv_heads, heads)
-    )
+def _kept(config: ElasticConfig, d: int, heads: int) -> Sizes:
+    """What a choice keeps."""
+    if config.unit == "kv_group":
+        return Sizes(d, heads, config.heads_per_group)
+    return Sizes(d, config.num_kv_heads, heads)
 
 
-def _padded(config: ElasticConfig, widths: Widths) -> tuple[int, int, int]:
+def _padded(config: ElasticConfig, widths: Widths) -> Sizes:
     """The smallest size that holds every layer and that the configuration can say."""
     counts = range(max(widths.heads), config.max_heads + 1)  # the last is the parent's own, which is legal
-    heads = next(n for n in counts if not _illegal_heads(config, config.query_heads(n)))
+    heads = next(n for n in counts if not _illegal_heads(config, n))
     return _kept(config, max(widths.mlp), heads)
 
 
-def _sizes(d: int, groups: int, per_group: int) -> dict[str, int]:
-    return dict(zip(SIZES, (d, groups * per_group, groups), strict=True))
+def _sizes(s: Sizes) -> dict[str, int]:
+    return dict(zip(SIZES, (s.neurons, s.groups * s.per_group, s.groups), strict=True))
 
 
 def resize(model: PreTrainedModel, layers: list[dict[str, int]]) -> None:
     """Give each layer of a `skeleton` its own sizes."""
-    for layer, size in zip(model.model.layers, layers, strict=True):
-        d, H, G = (size[key] for key in SIZES)
-        mlp, attention = layer.mlp, layer.self_attn
-        D = attention.head_dim
-        for module, name, inputs, outputs in (
-            (mlp, "gate_proj", None, d),
-            (mlp, "up_proj", None, d),
-            (mlp, "down_proj", d, None),
-            (attention, "q_proj", None, H * D),
-            (attention, "k_proj", None, G * D),
-            (attention, "v_proj", None, G * D),
-            (attention, "o_proj", H * D, None),
-        ):
-            old = getattr(module, name)
-            new = nn.Linear(
-                inputs or old.in_features,
-                outputs or old.out_features,
-                bias=old.bias is not None,
-                device="meta",
-                dtype=old.weight.dtype,
-            )
-            setattr(module, name, new)
-        mlp.intermediate_size = d
-        attention.num_key_value_groups = H // G  # what the attention functions repeat keys by
+    anatomy, D = anatomy_of(model.config), head_size(model.config)
+    axes = anatomy.tensors()
+    for layer, sizes in zip(anatomy.layers_in(model), layers, strict=True):
+        d, H, G = (sizes[key] for key in SIZES)
+        own = Sizes(d, G, H // G)
+        for name, p in list(layer.named_parameters()):
+            shape = [
+                size(axis, own, D) if axis else n
+                for axis, n in zip(axes.get(name, ((),) * p.dim()), p.shape, strict=True)
+            ]
+            path, _, leaf = name.rpartition(".")
+            owner = layer.get_submodule(path)
+            setattr(owner, leaf, nn.Parameter(p.new_empty(shape), requires_grad=p.requires_grad))
+            if isinstance(owner, nn.Linear) and leaf == "weight":
+                owner.out_features, owner.in_features = shape
+            if isinstance(owner, Conv1D) and leaf == "weight":
+                owner.nx, owner.nf = shape
+        attention, mlp = anatomy.attention_in(layer), anatomy.mlp_in(layer)
+        if hasattr(mlp, "intermediate_size"):
+            mlp.intermediate_size = d
+        counts = {"query": H, "groups": G, "per_group": H // G, "query_features": H * D}
+        for name, what in anatomy.counts.items():
+            owner, leaf = attention, name.removeprefix("config.")
+            if leaf != name:
+                attention.config = owner = copy.copy(attention.config)
+            setattr(owner, leaf, counts[what])
 
 
-def _tensors(
-    model: Elastic, kept: list[tuple[int, int, int]], held: list[tuple[int, int, int]], shares: bool
-) -> dict[str, Tensor]:
-    """Every parameter of the plain model: a prefix of the elastic one's, zero from ``kept`` to ``held``."""
-    cut: dict[str, Callable[[Tensor], Tensor]] = {}
-    G, M, D = model.elastic.num_kv_heads, model.elastic.heads_per_group, model.elastic.head_dim
-    for i, ((d, g, m), (d_held, g_held, m_held)) in enumerate(zip(kept, held, strict=True)):
-        neurons = ((d,), (d_held,), (model.elastic.intermediate_size,))
-        query = ((g, m, D), (g_held, m_held, D), (G, M, D))
-        keys = ((g, D), (g_held, D), (G, D))
-        for name, dim, prefix in (
-            ("mlp.gate_proj", 0, neurons),
-            ("mlp.up_proj", 0, neurons),
-            ("mlp.down_proj", 1, neurons),
-            ("self_attn.q_proj", 0, query),
-            ("self_attn.k_proj", 0, keys),
-            ("self_attn.v_proj", 0, keys),
-            ("self_attn.o_proj", 1, query),
-        ):
-            stem = f"model.layers.{i}.{name}"
-            cut[f"{stem}.weight"] = partial(_cut, dim=dim, sizes=prefix, shares=shares)
-            if dim == 0:  # a bias belongs to outputs: those of down and o are the hidden size, and stay whole
-                cut[f"{stem}.bias"] = cut[f"{stem}.weight"]
-    whole = Tensor.detach if shares else torch.clone
-    return {name: cut.get(name, whole)(p.detach()) for name, p in model.named_parameters()}
+def _tensors(model: Elastic, kept: list[Sizes], held: list[Sizes], shares: bool) -> dict[str, Tensor]:
+    """Every parameter of the plain model: a prefix of the elastic one's, zero from ``kept`` to ``held``.
 
-
-def _cut(t: Tensor, dim: int, sizes: tuple[tuple[int, ...], ...], shares: bool) -> Tensor:
-    """View dimension ``dim`` as ``whole``, keep a prefix of each axis of it, pad with zeros to ``held``.
-
-    The result may share memory with ``t`` if ``shares``, and has its own otherwise.
+    With ``shares`` it has the elastic one's memory where it can: where a prefix is the first places of a dimension.
     """
-    kept, held, whole = sizes
-    prefix = (*(slice(None),) * dim, *(slice(n) for n in kept))
-    source, last = t.unflatten(dim, whole)[prefix], dim + len(held) - 1
-    if shares and kept == held:
-        return source.flatten(dim, last)
-    out = t.new_zeros((*t.shape[:dim], *held, *t.shape[dim + 1 :]))
-    out[prefix] = source
-    return out.flatten(dim, last)
+    anatomy, D = model.anatomy, model.elastic.head_dim
+    axes, whole = anatomy.tensors(), anatomy.whole(model.config)
+    followed = {
+        f"{anatomy.layer_path(i)}.{name}": (dims, *sizes)
+        for i, sizes in enumerate(zip(kept, held, strict=True))
+        for name, dims in axes.items()
+    }
+
+    def cut(name: str, t: Tensor) -> Tensor:
+        dims, part, room = followed.get(name, ((), whole, whole))
+        for dim, axis in enumerate(dims):
+            if axis:
+                t = _cut(t, dim, places(axis, part, whole, D))
+                if room != part:
+                    shape = (*t.shape[:dim], size(axis, room, D), *t.shape[dim + 1 :])
+                    t = t.new_zeros(shape).index_copy(dim, places(axis, part, room, D).to(t.device), t)
+        return t if shares else t.clone(memory_format=torch.contiguous_format)
+
+    return {name: cut(name, p.detach()) for name, p in model.named_parameters()}
+
+
+def _cut(t: Tensor, dim: int, kept: Tensor) -> Tensor:
+    """What is kept of a dimension: a view where it is the first places, as it is of most."""
+    first = int(kept[-1]) == len(kept) - 1  # ascending
+    return t.narrow(dim, 0, len(kept)) if first else t.index_select(dim, kept.to(t.device))

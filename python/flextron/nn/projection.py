@@ -6,12 +6,14 @@ therefore know everything that a call would do: `fault` names what it does not k
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
 
 from flextron_ext import PanelFormat, elastic_linear, pack_linear, pack_mlp, packed_linear
 
@@ -24,6 +26,7 @@ _PLAIN = ("torch.nn.modules.", "transformers.", "flextron.nn.")
 _FAKE = "torch._subclasses."  # what stands for a weight while a compiler looks
 _SHARD = "torch.distributed.tensor.DTensor"  # what stands for a weight until FSDP gathers it for its layer's forward
 RECORDER = "transformers.utils.output_capturing"
+_LINEAR = (nn.Linear, Conv1D, FalconLinear)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -82,6 +85,42 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.format}"
 
 
+class PackedRows(nn.Module):
+    """A projection that has the outputs of several, each of them packed."""
+
+    def __init__(
+        self, linear: nn.Linear, rows: Sequence[slice], out_blocks: Sequence[int], format: Any
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.starts = [part.start for part in rows]
+        self.parts: Any = nn.ModuleList()  # of PackedLinear
+        for part, blocks in zip(rows, out_blocks, strict=True):
+            self.parts.append(PackedLinear(view_of(linear, part), blocks, format))
+
+    def part(self, rows: slice | None) -> PackedLinear:
+        return self.parts[self.starts.index(0 if rows is None else rows.start)]
+
+
+def view_of(linear: nn.Linear, rows: slice) -> nn.Linear:
+    """A linear layer that has some outputs of another, without a copy."""
+    view = nn.Linear(linear.in_features, rows.stop - rows.start, linear.bias is not None, device="meta")
+    view.weight = nn.Parameter(linear.weight[rows], requires_grad=False)
+    view.bias = None if linear.bias is None else nn.Parameter(linear.bias[rows], requires_grad=False)
+    return view
+
+
+def straight(proj: nn.Linear | Conv1D) -> nn.Linear:
+    """A projection as a linear layer, whose weight is [outputs, inputs]."""
+    if type(proj) is not Conv1D:
+        return proj
+    inputs, outputs = proj.weight.shape
+    linear = nn.Linear(inputs, outputs, device="meta")
+    linear.weight = nn.Parameter(proj.weight.T.contiguous(), requires_grad=False)
+    linear.bias = proj.bias
+    return linear
+
+
 def check_conversion(fn: Callable[[Tensor], Tensor]) -> None:
     """Raise where ``fn`` would convert packed weights to a dtype or device that their kernels do not take."""
     found = fn(torch.empty(0))
@@ -114,27 +153,68 @@ def linear(
     out_extent: Tensor | None = None,
     in_blocks: int = 1,
     out_blocks: int = 1,
+    rows: slice | None = None,
 ) -> Tensor:
     """`flextron_ext.elastic_linear` with a projection: plain, packed, or with adapters.
 
     An adapter adds ``scaling * (x[:, :in] A[:, :in]^T) B[:out]^T``, in its own dtype, at a cost that falls with the
     width as the projection's does.
+
+    Args:
+        rows: the outputs that are meant where a projection has those of several; None: all are.
     """
     sizes = (in_features, out_features, in_extent, out_extent, in_blocks)
+    if isinstance(proj, PackedRows):
+        proj, rows = proj.part(rows), None
     if isinstance(proj, PackedLinear):
         return packed_linear(x, proj.panels, proj.scales, proj.format, proj.bias, *sizes)
+    if type(proj) is Conv1D:
+        return _transposed(proj, x, *sizes, out_blocks, rows)
     if not is_adapted(proj):
-        return elastic_linear(x, proj.weight, proj.bias, *sizes, out_blocks)
+        return elastic_linear(x, _of(proj.weight, rows), _of(proj.bias, rows), *sizes, out_blocks)
     base, active = proj.base_layer, _active(proj)
-    y = elastic_linear(x, base.weight, base.bias, *sizes, out_blocks)
+    y = elastic_linear(x, _of(base.weight, rows), _of(base.bias, rows), *sizes, out_blocks)
     dtype = y.dtype
     for name in active:
         a, b = proj.lora_A[name].weight, proj.lora_B[name]
         low = proj.lora_dropout[name](x.to(a.dtype))
         low = elastic_linear(low, a, None, in_features, len(a), in_extent, None, in_blocks)
-        low = elastic_linear(low, b.weight, b.bias, len(a), out_features, None, out_extent, 1, out_blocks)
+        weight, bias = _of(b.weight, rows), _of(b.bias, rows)
+        low = elastic_linear(low, weight, bias, len(a), out_features, None, out_extent, 1, out_blocks)
         y = y + low * proj.scaling[name]
     return y.to(dtype)
+
+
+def _of(tensor: Any, rows: slice | None) -> Any:
+    return tensor if rows is None or tensor is None else tensor[rows]
+
+
+def _transposed(
+    proj: Conv1D,
+    x: Tensor,
+    in_features: int,
+    out_features: int,
+    in_extent: Tensor | None,
+    out_extent: Tensor | None,
+    in_blocks: int,
+    out_blocks: int,
+    rows: slice | None,
+) -> Tensor:
+    """The same with weights stored [inputs, outputs], by torch's GEMM: blocks are sliced, extents masked.
+
+    Inputs beyond their extents are zeros, as every op of ours leaves them.
+    """
+    weight, bias = proj.weight, proj.bias
+    if rows is not None:
+        weight, bias = weight[:, rows], bias[rows]
+    weight = weight.unflatten(1, (out_blocks, -1))[:, :, :out_features].flatten(1)
+    bias = bias.unflatten(0, (out_blocks, -1))[:, :out_features].flatten()
+    weight = weight.unflatten(0, (in_blocks, -1))[:, :in_features].flatten(0, 1)
+    y = torch.nn.functional.linear(x, weight.T, bias)
+    if out_extent is not None:
+        kept = torch.arange(out_features, device=x.device) < out_extent.reshape(-1, 1, 1)  # [N, 1, out]
+        y = (y.reshape(-1, out_blocks, out_features) * kept).view(y.shape)
+    return y
 
 
 def _active(proj: Projection) -> list[str]:
@@ -146,7 +226,7 @@ def _active(proj: Projection) -> list[str]:
     return [name for name in proj.active_adapters if name in proj.lora_A]
 
 
-def check_parts(path: str, part: nn.Module, names: tuple[str, ...]) -> None:
+def check_parts(path: str, part: nn.Module, names: tuple[str, ...], others: tuple[str, ...] = ()) -> None:
     """Refuse a part of a layer, at ``path`` in its model, if its projections ``names`` do more than it would compute.
 
     Raises:
@@ -160,7 +240,7 @@ def check_parts(path: str, part: nn.Module, names: tuple[str, ...]) -> None:
     for name, module in part._modules.items():
         if module is None:
             continue
-        if name not in (*names, "q_norm", "k_norm"):
+        if name not in (*names, *others):
             raise NotImplementedError(
                 f"flextron: {path} must have no modules but its own, which an elastic layer would pass over, got "
                 f"{path}.{name}, {named(module)}"
@@ -193,7 +273,7 @@ def check_plain(op: str, model: PreTrainedModel) -> None:
 def fault(proj: Projection) -> str | None:
     """What an elastic layer would ignore of a projection; None where there is nothing."""
     if not is_adapted(proj):
-        return fault_of_call(proj) if type(proj) in (nn.Linear, PackedLinear) else named(proj)
+        return fault_of_call(proj) if type(proj) in (*_LINEAR, PackedLinear, PackedRows) else named(proj)
     for module in (proj.base_layer, *proj.lora_A.values(), *proj.lora_B.values()):
         if type(module) is not nn.Linear:
             return f"{named(proj)} of {named(module)}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from flextron.config import Widths
+from flextron.nn.anatomy import anatomy_of
 from flextron.nn.families import elastic_config
 from flextron.nn.model import make_elastic
 from flextron.nn.plain import build, layout_of
@@ -96,7 +97,8 @@ def prove_sub_network(who: str, model: Elastic, widths: Widths, tokens: Tensor) 
     the likeliest, or level with it.
 
     Arithmetic is float32 at least. Weights in a narrower dtype are not copied for it: the whole model computes by its
-    modules, see `widened`, and then each layer is proven in all of these ways on what it was given in that forward.
+    modules, see `widened`. Where the decoder op serves the family, each layer is then proven in all of these ways on
+    what it was given in that forward.
 
     Args:
         model: elastic.
@@ -124,7 +126,7 @@ def prove_sub_network(who: str, model: Elastic, widths: Widths, tokens: Tensor) 
             f"{who}: tokens generated with a cache must be those of the sub-network as a plain model, got others; "
             "nothing was written"
         )
-    if is_narrow(model):
+    if is_narrow(model) and model.anatomy.decoder_fault(model.config) is None:
         positions = torch.arange(tokens.shape[1])[None]
         for layer, (mlp, heads) in enumerate(zip(widths.mlp, widths.heads, strict=True)):
             own = Widths((mlp,), (heads,))
@@ -149,7 +151,8 @@ def _watched(plain: PreTrainedModel) -> Iterator[list[Tensor]]:
     def see(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given.append((args[0] if args else kwargs["hidden_states"])[0].detach())
 
-    handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in plain.model.layers]
+    layers = anatomy_of(plain.config).layers_in(plain)
+    handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
     try:
         yield given
     finally:
@@ -184,10 +187,10 @@ def _alone(model: Elastic, layer: int, given: Tensor) -> Elastic:
     config = type(model.config).from_dict(values)
     tensors = {
         "model.embed_tokens.weight": given[torch.arange(max(T, K)) % T],
-        "model.norm.weight": model.model.norm.weight.detach().to(given.dtype),
+        "model.norm.weight": model.base_model.norm.weight.detach().to(given.dtype),
         "lm_head.weight": torch.eye(max(T, K), K, dtype=given.dtype, device=given.device),
     }
-    for name, p in model.model.layers[layer].named_parameters():
+    for name, p in model.decoder_layers[layer].named_parameters():
         tensors[f"model.layers.0.{name}"] = p.detach().to(given.dtype)
     alone = fill(skeleton(config), tensors).to(given.device)
     return make_elastic(alone, elastic_config(config, own.unit, own.mlp_choices, own.head_choices))

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flextron.config import ElasticConfig, Widths
+from flextron.nn.anatomy import Anatomy
 from flextron.nn.elastic_layer import ElasticLayer
 from flextron.nn.policy import Dial, Policy
 from flextron.nn.router import AdaptiveRouter, Indices
@@ -50,12 +51,13 @@ class Elastic(Protocol):
     name_or_path: str
     config: PreTrainedConfig
     generation_config: GenerationConfig
-    model: Any  # the decoder: embed_tokens, layers, norm, rotary_emb
     lm_head: Any  # an nn.Linear, or packed
+    base_model: Any  # the decoder
     training: bool
 
     # the dial
     elastic: ElasticConfig
+    anatomy: Anatomy
     settings: Settings
     planner: Any  # a `Planner`, or None; that of a directory knows its tables and its ladder
     writer: Writer | None
@@ -66,6 +68,8 @@ class Elastic(Protocol):
     _forward_hooks: dict[int, Any]
     _forward_pre_hooks: dict[int, Any]
 
+    @property
+    def decoder_layers(self) -> Any: ...
     @property
     def device(self) -> torch.device: ...
     @property

@@ -27,7 +27,7 @@ def recomputing(model: Elastic) -> Iterator[None]:
     keep their bits. transformers wraps a layer's ``forward`` and not its call: hooks, FSDP2's among them, run once.
     """
     run = partial(checkpoint, use_reentrant=False, context_fn=partial(_contexts, model.settings))
-    layers = [layer.__dict__ for layer in model.model.layers]
+    layers = [layer.__dict__ for layer in model.decoder_layers]
     before = [{name: layer[name] for name in _SWITCHES if name in layer} for layer in layers]
     for layer in layers:
         layer.update(zip(_SWITCHES, (True, run), strict=True))

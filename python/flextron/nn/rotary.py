@@ -8,13 +8,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from flextron.nn.anatomy import Anatomy
+
 _LOCK = threading.Lock()  # for the microseconds in which a table is made
 _REMEMBERING = ("dynamic", "longrope")
 
 
+def rotary_of(model: Any, anatomy: Anatomy) -> Any:
+    """The module that makes a model's RoPE tables; None where it has none."""
+    return anatomy.base_in(model)._modules.get("rotary_emb")
+
+
 def forget(rotary: nn.Module) -> None:
     """Make each call of a model's ``rotary_emb`` depend on its own positions only, whatever other threads ask for."""
-    if rotary.rope_type in _REMEMBERING:
+    kind = getattr(rotary, "rope_type", None)
+    if isinstance(kind, dict) and any(each in _REMEMBERING for each in kind.values()):
+        raise NotImplementedError(
+            f"make_elastic: rope_type of a kind of layer must not be {' or '.join(_REMEMBERING)}, got {kind}"
+        )
+    if kind in _REMEMBERING:
         rotary.register_forward_pre_hook(_begin)
         rotary.register_forward_hook(_end, always_call=True)
 

@@ -13,16 +13,35 @@ def skeleton(hf_config: PreTrainedConfig) -> PreTrainedModel:
     """A causal LM whose parameters have shapes but no memory (device ``meta``); to be filled by `fill`."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
-    # The rotary table is no parameter: it is computed from the configuration, on a real device.
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=hf_config)
+    # Buffers are no parameters: they are computed from the configuration, on a real device.
+    for owner in list(model.modules()):
+        for name, module in owner.named_children():
+            if not any(True for _ in module.buffers(recurse=False)):
+                continue
+            if any(True for _ in module.parameters(recurse=False)):
+                module._buffers.update(
+                    {key: torch.empty_like(b, device="cpu") for key, b in module._buffers.items()}
+                )
+                model._init_weights(module)
+            else:
+                setattr(owner, name, type(module)(config=hf_config))
     return model.eval()
+
+
+def move_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Put the buffers of a `skeleton`, which its parameters need not be beside, on a device."""
+    for module in model.modules():
+        module._buffers.update(
+            {name: b if b is None else b.to(device) for name, b in module._buffers.items()}
+        )
 
 
 def give_memory(model: PreTrainedModel, device: torch.device) -> None:
     """Give a `skeleton` whose parameters are sharded memory on a device; their values are still to be copied there."""
+    buffers = dict(model.named_buffers())
     model.to_empty(device=device)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
     model.tie_weights()
 
 

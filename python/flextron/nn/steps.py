@@ -14,6 +14,7 @@ from flextron.nn.forward import ElasticForward
 from flextron.nn.graph import Begin, CapturedStep, router_of, step_in
 from flextron.nn.masks import first_keys, is_left_padded
 from flextron.nn.protocol import Elastic
+from flextron.nn.rotary import rotary_of
 from flextron.nn.setting import Setting
 from flextron.nn.static_cache import StaticCache
 from flextron_ext import DecoderStep
@@ -43,7 +44,8 @@ class Steps:
         self.last = last if positions is None else positions[:, -1:]
         self.passed = 0  # tokens since that position
         # RoPE tables that depend on the longest position asked for must not be made ahead
-        dynamic = model.model.rotary_emb.rope_type in ("dynamic", "longrope")
+        self.rotary = rotary_of(model, model.anatomy)
+        dynamic = getattr(self.rotary, "rope_type", None) in ("dynamic", "longrope")
         self.ahead_of = torch.arange(1 if dynamic else _AHEAD)
         self.tables: list[tuple[Tensor, Tensor]] = []  # for the positions to come, the next one last
 
@@ -101,7 +103,7 @@ class Steps:
     def _by_step(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         assert self.extents is not None
         if not self.tables:
-            tables = self.model.model.rotary_emb(self.step.norm, self.last + self.passed + self.ahead_of)
+            tables = self.rotary(self.step.norm, self.last + self.passed + self.ahead_of)
             self.tables = list(zip(*(table.split(1, dim=1) for table in tables), strict=True))[::-1]
         tables = self.tables.pop()
         return self.step(self.model, tokens, *tables, self.cache, self.k_start, 1, self.extents)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from flextron.nn.anatomy import anatomy_of
 from flextron.nn.protocol import Elastic
 from flextron.nn.storage import common
 
@@ -34,8 +35,12 @@ def widened(model: Elastic | PreTrainedModel, least: torch.dtype = torch.float32
     if not is_narrow(model, least):
         yield
         return
-    inner, head = model.model, model.lm_head
-    parts = [*(part for layer in inner.layers for part in layer.children()), inner.norm]
+    anatomy, head = anatomy_of(model.config), model.lm_head
+    layers = anatomy.layers_in(model)
+    # an MLP whose projections are the layer's own is widened with the layer
+    parts = [part for layer in layers for part in (layer.children() if anatomy.mlp else [layer])]
+    if last := getattr(anatomy.base_in(model), anatomy.norm, None):
+        parts.append(last)
     wide = common([least, *(p.dtype for p in model.parameters())])
     most = max(sum(p.numel() for p in part.parameters()) for part in parts)
     # one room for all: new memory for each part would leave holes between what stays
@@ -55,7 +60,7 @@ def widened(model: Elastic | PreTrainedModel, least: torch.dtype = torch.float32
 
     handles = [part.register_forward_pre_hook(widen) for part in parts]
     handles += [part.register_forward_hook(narrow) for part in parts]
-    handles.append(inner.embed_tokens.register_forward_hook(lambda _, args, out: out.to(wide)))
+    handles.append(model.get_input_embeddings().register_forward_hook(lambda _, args, out: out.to(wide)))
     head.forward = partial(_by_pieces, head, room)
     try:
         yield

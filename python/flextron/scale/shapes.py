@@ -1,33 +1,27 @@
-"""The parameters of an elastic model by name and shape, and three shapes that everybody knows. No torch here."""
+"""The parameters of an elastic model by shape, and three shapes that everybody knows. No torch here."""
 
 from __future__ import annotations
 
 from math import prod
 
-from flextron.config import ElasticConfig
+from flextron.config import Counts, ElasticConfig
 
 Dims = tuple[int, ...]
 
 
 def of_layer(shape: ElasticConfig) -> dict[str, Dims]:
-    """The parameters of one layer, under the names that transformers gives them."""
-    K, F, D = shape.hidden_size, shape.intermediate_size, shape.head_dim
+    """The parameters of one layer: its matrices, and its norms and biases together."""
+    K, F, D, c = shape.hidden_size, shape.intermediate_size, shape.head_dim, shape.counts
     q, k = shape.num_heads * D, shape.num_kv_heads * D
-    found: dict[str, Dims] = {"input_layernorm.weight": (K,), "post_attention_layernorm.weight": (K,)}
-    for name, features in (("q", q), ("k", k), ("v", k)):
-        found[f"self_attn.{name}_proj.weight"] = (features, K)
-        if shape.attention_bias:
-            found[f"self_attn.{name}_proj.bias"] = (features,)
+    found: dict[str, Dims] = {
+        f"self_attn.{name}_proj.weight": (n, K) for name, n in (("q", q), ("k", k), ("v", k))
+    }
     found["self_attn.o_proj.weight"] = (K, q)
-    if shape.output_bias:
-        found["self_attn.o_proj.bias"] = (K,)
-    if shape.qk_norm:
-        found |= {"self_attn.q_norm.weight": (D,), "self_attn.k_norm.weight": (D,)}
-    for name, dims in (("gate", (F, K)), ("up", (F, K)), ("down", (K, F))):
-        found[f"mlp.{name}_proj.weight"] = dims
-        if shape.mlp_bias:
-            found[f"mlp.{name}_proj.bias"] = dims[:1]
-    return found
+    found |= {f"mlp.up_{i}.weight": (F, K) for i in range(c.neuron // K - 1)}  # gate and up, or up alone
+    found["mlp.down_proj.weight"] = (K, F)
+    rest = shape.params(shape.full()) - count(of_root(shape))
+    vectors = rest // shape.num_layers - count(found)
+    return found | ({"vectors": (vectors,)} if vectors else {})
 
 
 def of_root(shape: ElasticConfig) -> dict[str, Dims]:
@@ -49,6 +43,7 @@ def count(tensors: dict[str, Dims], shards: int = 1) -> int:
 def _llama(
     layers: int, hidden: int, neurons: int, heads: int, groups: int, head_dim: int, tied: bool
 ) -> ElasticConfig:
+    vocabulary = 128256
     return ElasticConfig(
         family="llama",
         unit="kv_group",
@@ -58,12 +53,10 @@ def _llama(
         num_heads=heads,
         num_kv_heads=groups,
         head_dim=head_dim,
-        vocab_size=128256,
+        vocab_size=vocabulary,
         tied=tied,
-        attention_bias=False,
-        output_bias=False,
-        mlp_bias=False,
         qk_norm=False,
+        counts=Counts.of_llama(layers, hidden, head_dim, vocabulary, tied),
         mlp_choices=tuple(neurons * i // 4 for i in (1, 2, 3, 4)),
         head_choices=tuple(groups * i // 4 for i in (1, 2, 3, 4)),
     )

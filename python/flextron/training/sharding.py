@@ -242,6 +242,6 @@ def mesh_of(me: ranks.Ranks, shard: str) -> DeviceMesh:
 def cut(model: Any, mesh: DeviceMesh, bf16: bool) -> None:
     """Shard a causal LM in place, a layer at a time: float32 masters, and in bfloat16 what is computed and gathered."""
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-    for layer in model.model.layers:
+    for layer in model.decoder_layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -1,0 +1,102 @@
+"""Every family of the table: the full elastic model is the stock one, and each sub-network the plain model in it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from nn.models import EVERY, VARIANTS, row_model
+
+from flextron.config import Widths
+from flextron.conversion import random_orders, reorder
+from flextron.nn import FAMILIES, elastic_config, make_elastic
+from flextron.nn.plain import extract
+from flextron.nn.proof import prove_sub_network, require_close
+
+ROWS = (*EVERY, *VARIANTS)
+each_row = pytest.mark.parametrize("row", ROWS)
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 61, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ragged(config) -> Widths:
+    """Widths that differ between layers, none of them full in all."""
+    mlp, heads = config.mlp_choices, config.head_choices
+    return Widths(
+        tuple(mlp[i % (len(mlp) - 1)] for i in range(config.num_layers)),
+        tuple(heads[(i + 1) % len(heads)] for i in range(config.num_layers)),
+    )
+
+
+def test_every_family_is_tried():
+    assert {*EVERY} == {*FAMILIES}
+
+
+@each_row
+def test_the_full_model_is_the_stock_one(row):
+    """Logits of every mask, gradients, and counted parameters."""
+    stock = row_model(row)
+    elastic = make_elastic(copy.deepcopy(stock))
+    ids = tokens(2, 12)
+    padded = torch.ones_like(ids)
+    padded[1, :5] = 0
+    holed = padded.clone()
+    holed[0, 7] = 0
+    for mask in (None, padded, holed):
+        theirs, ours = (m(ids, attention_mask=mask, use_cache=False).logits for m in (stock, elastic))
+        seen = slice(None) if mask is None else mask.bool()
+        require_close("test", "stock", theirs[seen], ours[seen])
+    for m in (stock, elastic):
+        m(ids, use_cache=False, labels=ids).loss.backward()
+    for (name, a), b in zip(stock.named_parameters(), elastic.parameters(), strict=True):
+        assert (a.grad - b.grad).abs().max() <= 2e-4 * max(1e-3, float(a.grad.abs().max())), name
+    config = elastic.elastic
+    for widths in (config.full(), config.smallest(), ragged(config)):
+        plain = extract(elastic, widths)
+        assert sum(p.numel() for p in plain.parameters()) == config.params(widths)
+
+
+@each_row
+@pytest.mark.parametrize("unit", ["kv_group", "query"])
+def test_a_sub_network_is_its_plain_model(row, unit):
+    stock = row_model(row)
+    elastic = make_elastic(copy.deepcopy(stock), elastic_config(stock, unit))
+    config = elastic.elastic
+    for widths in (config.smallest(), ragged(config)):
+        prove_sub_network("test", elastic, widths, tokens(1, 24))
+
+
+@each_row
+def test_sorting_changes_nothing(row):
+    stock = row_model(row)
+    moved = copy.deepcopy(stock)
+    config = elastic_config(moved)
+    reorder(moved, random_orders(config, 1), config)
+    assert any(not torch.equal(a, b) for a, b in zip(stock.parameters(), moved.parameters(), strict=True))
+    ids = tokens(1, 12)
+    require_close("test", "stock", *(m(ids, use_cache=False).logits for m in (stock, moved)))
+
+
+@each_row
+def test_a_mixed_batch_keeps_to_the_width_of_each_request(row):
+    """Prompt and cached tokens, padded on the left."""
+    elastic = make_elastic(row_model(row))
+    config = elastic.elastic
+    ids = tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    both = [config.smallest(), ragged(config)]
+    options = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    alone = [
+        elastic.generate(
+            ids[i : i + 1, skip:], attention_mask=mask[i : i + 1, skip:], budget=widths, **options
+        )
+        for i, (widths, skip) in enumerate(zip(both, (0, 3), strict=True))
+    ]
+    with elastic.budget(widths=both):
+        mixed = elastic.generate(ids, attention_mask=mask, **options)
+    for i, row_alone in enumerate(alone):
+        assert torch.equal(mixed[i, -4:], row_alone[0, -4:])
