@@ -119,13 +119,14 @@ def stream_tensors(path: str | Path, tensors: Mapping[str, Pending]) -> str:
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     digest = hashlib.sha256()
-    try:
-        with _replacing(Path(path)) as temporary, temporary.open("wb") as file:
-            for content in _contents(header, (tensors[name] for name in names)):
-                digest.update(content)
-                file.write(content)
-    except OSError as error:  # a full disk, too
-        raise CheckpointError(f"{path}: must be written whole, got {error}") from None
+    with _replacing(Path(path)) as temporary:
+        try:
+            with temporary.open("wb") as file:
+                for content in _contents(header, (tensors[name] for name in names)):
+                    digest.update(content)
+                    file.write(content)
+        except OSError as error:  # a full disk, too
+            raise CheckpointError(f"{path}: must be written whole, got {error}") from None
     return digest.hexdigest()
 
 

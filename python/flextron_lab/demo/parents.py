@@ -18,6 +18,7 @@ from flextron.conversion.source import source_of
 from flextron.data import split_documents, stdlib_documents
 from flextron.nn.protocol import Elastic
 from flextron.nn.stock import load_stock
+from flextron.nn.storage import common
 from flextron_lab.demo import smollm2, stories, tiny
 
 Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
@@ -167,4 +168,5 @@ def _checkpoint(name: str) -> Parent:
         )
     folder = source_of(name)
     model = read_parent(folder)
+    model.to(common([torch.float32, model.dtype]))  # it is judged in float32, as others are
     return Parent(model, read_tokenizer(folder), name, f"{type(model).__name__} from {name}")
