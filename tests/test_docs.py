@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import cli_page
+import families_page
 import pytest
 import test_layering
 
@@ -43,6 +44,7 @@ NOT_RUN = (
     (r"pip install\b", "make and .ci/run install and build, also in isolation"),
     (r"pytest\b", "it is a part of this suite"),
     (r"python tests/scale/measured\.py\b", "takes minutes; tests/scale counts smaller steps in the same way"),
+    (r"python tests/families_page\.py\b", "converts 33 models; tests/conversion/test_every_family.py does"),
     (r"python python/benchmarks/\w+\.py\b", "tests/test_bench*.py run them on small shapes"),
     (r"bash tests/two_torches\.sh\b", "downloads gigabytes; .ci/run does where it is asked to"),
     (r"pre-commit install\b", "changes the clone"),
@@ -303,6 +305,10 @@ def is_in(listing, text):
 def test_a_planted_listing_is_not_in_the_code():
     assert is_in("a = 1\n    b = 2\n", "x\n  a = 1\n  b = 2\n")
     assert not is_in("a = 1\nb = 3\n", "a = 1\nb = 2\n")
+
+
+def test_the_page_of_families_says_what_the_code_does():
+    assert families_page.faults() == [], "run python tests/families_page.py --update"
 
 
 def test_the_page_of_commands_is_the_parsers():
