@@ -122,7 +122,8 @@ class ElasticConfig:
     """The shape of the parent and the menus of widths its layers choose from.
 
     All layers have the same menus. A menu ascends, and ends at the parent's own size. ``family`` is the
-    ``model_type`` of the parent's configuration.
+    ``model_type`` of the parent's configuration; ``like`` is the family of the table whose layers it has, if the table
+    has no row of its own.
     """
 
     family: str
@@ -139,6 +140,7 @@ class ElasticConfig:
     counts: Counts
     mlp_choices: tuple[int, ...]
     head_choices: tuple[int, ...]
+    like: str = ""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -242,12 +244,14 @@ class ElasticConfig:
     def differs(self, other: ElasticConfig) -> list[str]:
         """Every field in which ``other`` differs, as "name mine instead of theirs"; counts where nothing else does."""
         mine, theirs = self.to_dict(), other.to_dict()
-        names = [k for k in mine if mine[k] != theirs[k]]
+        names = [k for k in mine | theirs if mine.get(k) != theirs.get(k)]
         names = [k for k in names if k != "counts"] or names
-        return [f"{k} {mine[k]} instead of {theirs[k]}" for k in names]
+        return [f"{k} {mine.get(k)} instead of {theirs.get(k)}" for k in names]
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """The fields as JSON has them; ``like`` is there where it says something."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return values if self.like else {k: v for k, v in values.items() if k != "like"}
 
     @staticmethod
     def from_older(values: Any) -> Any:
@@ -275,7 +279,7 @@ class ElasticConfig:
     def from_dict(cls, values: dict[str, Any]) -> ElasticConfig:
         values = cls.from_older(values)
         names = {f.name for f in fields(cls)}
-        missing, extra = sorted(names - values.keys()), sorted(values.keys() - names)
+        missing, extra = sorted(names - values.keys() - {"like"}), sorted(values.keys() - names)
         if missing or extra:
             raise ValueError(f"ElasticConfig: fields must match; missing {missing}, unknown {extra}")
         return cls(**values | {"counts": Counts(**values["counts"])})

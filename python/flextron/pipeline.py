@@ -118,6 +118,7 @@ def convert(
     progress: Progress = _silent,
     force: bool = False,
     device: Device = "auto",
+    like: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Make an elastic checkpoint of a stock one: score, sort, prove that the full model is unchanged.
@@ -132,6 +133,7 @@ def convert(
         force: replace the model that is in ``directory``, which must be new or empty otherwise.
         device: where to score and to prove: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"``: that of a loaded
             parent, the first GPU, or else the CPU. Every stage takes it.
+        like: a family of the table, where the parent's is not in it and is built alike.
         options: ``unit``, ``aggregate``, ``mlp_choices``, ``head_choices``, ``order``, ``seed``, ``batch_size``,
             ``dtype``, ``strip_prefix`` of `flextron.conversion.elastify.convert`.
 
@@ -145,7 +147,7 @@ def convert(
     ranks.first(lambda: room_beside(parent, directory, force))  # before the work, too
     with _one_writer(directory, "convert"), current(chosen):
         if tokenizer is None:
-            tokenizer = read_tokenizer(source_of(parent))
+            tokenizer = read_tokenizer(source_of(parent, like))
         return convert_model(
             parent,
             directory,
@@ -155,6 +157,7 @@ def convert(
             progress=lambda done, total: progress("scoring neurons and heads", done, total),
             force=force,
             device=chosen,
+            like=like,
             **options,
         )
 

@@ -85,7 +85,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 GQA = {"1:1": (4, 4), "2:1": (8, 4), "3:1": (9, 3), "4:1": (8, 2)}  # query heads, key/value heads
 
 
-def small_model(family: str = "llama", gqa: str = "2:1", seed: int = 0, **overrides: Any) -> Any:
+def small_model(
+    family: str = "llama", gqa: str = "2:1", seed: int = 0, listed: bool = True, **overrides: Any
+) -> Any:
     """A random model of 3 layers, hidden size 72, head size 16, 40 neurons, vocabulary 61."""
     heads, groups = GQA[gqa]
     settings = dict(
@@ -100,7 +102,7 @@ def small_model(family: str = "llama", gqa: str = "2:1", seed: int = 0, **overri
         tie_word_embeddings=True,
         sliding_window=None,
     )
-    if family not in FAMILIES:
+    if listed and family not in FAMILIES:
         settings |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2) | EVERY[family]
     if settings["hidden_size"] != 72:
         del settings["head_dim"]

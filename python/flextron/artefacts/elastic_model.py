@@ -263,7 +263,7 @@ def read_stock_config(files: Files, elastic: ElasticConfig) -> PreTrainedConfig:
             f"{path}: model_type must be {elastic.family!r} as in {ELASTIC_FILE}, got {config.model_type!r}"
         )
     own = elastic_config(config, elastic.unit, elastic.mlp_choices, elastic.head_choices).to_dict()
-    wrong = [f"{key} {own[key]!r}" for key, value in elastic.to_dict().items() if own[key] != value]
+    wrong = [f"{key} {own.get(key)!r}" for key, value in elastic.to_dict().items() if own.get(key) != value]
     if wrong:
         raise CheckpointError(f"{path}: must describe the model of {ELASTIC_FILE}, got {', '.join(wrong)}")
     return config

@@ -63,6 +63,11 @@ def options(parser: ArgumentParser) -> None:
         metavar="PREFIX",
         help="take PREFIX (such as _orig_mod. or module.) off every tensor's name in the source",
     )
+    add(
+        "--like",
+        metavar="FAMILY",
+        help="convert a model_type that is not in the table of families as one that is, if that is proven",
+    )
 
 
 def run(args: Namespace) -> dict[str, Any]:
@@ -88,6 +93,7 @@ def run(args: Namespace) -> dict[str, Any]:
             planned=ui.tell,
             progress=progress,
             strip_prefix=args.strip_prefix,
+            like=args.like,
             force=args.force,
             **{name: getattr(args, name) for name in passed},
         )

@@ -18,13 +18,14 @@ from flextron.checkpoint.card import write_card
 from flextron.checkpoint.hf import TOKENIZER_FILES, foreign, read_tokenizer
 from flextron.config import ElasticConfig, Widths
 from flextron.conversion.importance import check_tokens, score
+from flextron.conversion.likeness import as_like, prove_far, require_like
 from flextron.conversion.parent import copy_parent, dtype_of, read_parent
 from flextron.conversion.reorder import LayerOrder, identity_orders, random_orders, reorder, sorted_orders
 from flextron.conversion.room import Room, room
 from flextron.conversion.source import room_beside, source_of
 from flextron.data import seeded
 from flextron.nn import ElasticModel, elastic_config
-from flextron.nn.anatomy import stop_dropping
+from flextron.nn.anatomy import liken, stop_dropping
 from flextron.nn.placement import CPU
 from flextron.nn.proof import difference, each_logits, logits_of, prove_sub_network, require_close
 from flextron.nn.protocol import Elastic
@@ -54,6 +55,7 @@ def convert(
     progress: Callable[[int, int], None] | None = None,
     dtype: Dtype = "auto",
     strip_prefix: str | None = None,
+    like: str | None = None,
     force: bool = False,
     device: torch.device = CPU,
     planned: Callable[[Room], Any] | None = None,
@@ -79,6 +81,8 @@ def convert(
         dtype: what weights are stored in: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``, which keeps each
             tensor's own dtype.
         strip_prefix: a prefix to remove from every tensor's name, ``"_orig_mod."`` or ``"module."``.
+        like: a family of the table whose layers those of the parent are like, where the table does not have the
+            parent's own; it is stored if the certificate holds.
         force: replace the model that is in ``out_dir``, which must be new or empty otherwise.
         device: where to score and to prove.
         planned: called, before any weight is read, with the memory that the conversion takes.
@@ -101,17 +105,21 @@ def convert(
     if isinstance(parent, ElasticModel):
         raise ValueError("convert: parent must be a stock model, got one that is elastic already")
     drop = ranks.first(lambda: room_beside(parent, out_dir, force))
-    source = source_of(parent) if isinstance(parent, str | Path) else None
+    source = source_of(parent, like) if isinstance(parent, str | Path) else None
     where = source or _home(parent)
     if source is not None:
         with foreign(source / CONFIG_FILE, "a configuration that transformers reads"):
             hf_config = AutoConfig.from_pretrained(source)
     else:
         hf_config = copy.deepcopy(cast(PreTrainedModel, parent).config)
+    liken(hf_config, like)
+    require_like(hf_config)
     dropped = stop_dropping(hf_config)
-    config = elastic_config(hf_config, unit, mlp_choices, head_choices)
+    with as_like(hf_config):
+        config = elastic_config(hf_config, unit, mlp_choices, head_choices)
     # what cannot be made elastic is refused before any work
-    with foreign("convert: parent", "a model that can be built", passed=(ValueError, NotImplementedError)):
+    built = foreign("convert: parent", "a model that can be built", passed=(ValueError, NotImplementedError))
+    with built, as_like(hf_config):
         make_elastic(skeleton(copy.deepcopy(hf_config)), config)
     check_tokens("convert", calibration, config.vocab_size, sequences=2)
     positions = getattr(hf_config, "max_position_embeddings", None) or calibration.shape[1]
@@ -134,6 +142,7 @@ def convert(
         raise ValueError("convert: strip_prefix must be None when parent is a loaded model")
     else:
         model = copy_parent(parent, proof, device)
+    liken(model.config, like)
     stop_dropping(model.config)
     # now it is known whether the weights are tied
     config = elastic_config(model.config, unit, mlp_choices, head_choices)
@@ -142,11 +151,12 @@ def convert(
     work = common([torch.float32, model.dtype])
     before = None if _holds(model) else logits_of(model, proof, work)
     round_in_place("convert", model, model.stored)
-    with widened(model):
+    with widened(model), as_like(model.config):
         orders, found = _orders(
             model, config, calibration[:-held_out], order, aggregate, seed, batch_size, progress
         )
     expected = logits_of(model, proof, work)
+    prove_far(model, config, proof)
 
     def store() -> dict[str, Any]:
         reorder(model, orders, config)
@@ -156,7 +166,8 @@ def convert(
             report["dropped"] = dropped
 
         def prove(stage: Path, stock: PreTrainedModel, weights: str) -> dict[str, Any]:
-            proven = _prove(stage, stock, config, proof, before, expected, seed, device)
+            with as_like(hf_config):
+                proven = _prove(stage, stock, config, proof, before, expected, seed, device)
             report["parity"] = {**proven, "weights": weights}
             return report
 
@@ -259,7 +270,8 @@ def _drawn(config: ElasticConfig, seed: int) -> list[Widths]:
     for _ in range(_SUB_NETWORKS):
         mlp, heads = ([getattr(widths, axis) for widths in found] for axis in ("mlp", "heads"))
         found.append(Widths(draw(config.mlp_choices, mlp), draw(config.head_choices, heads)))
-    return found
+    # of these one configuration must say the heads, which the table knows of its own families only
+    return [*found, config.smallest()] if config.like else found
 
 
 def _orders(

@@ -10,7 +10,8 @@ from flextron.checkpoint.hf import read_config, read_generation_config
 from flextron.checkpoint.hub import local
 from flextron.checkpoint.room import room_for_model
 from flextron.checkpoint.weights import weight_shapes
-from flextron.nn.anatomy import anatomy_of
+from flextron.conversion.likeness import as_like
+from flextron.nn.anatomy import anatomy_of, liken
 
 _ADAPTER_FILE = "adapter_config.json"
 
@@ -22,7 +23,7 @@ def room_beside(parent: Any, out_dir: str | Path, force: bool) -> list[str]:
     return room_for_model(out_dir, "convert", force)
 
 
-def source_of(parent: str | Path) -> Path:
+def source_of(parent: str | Path, like: str | None = None) -> Path:
     """The directory of a parent, checked; it is fetched from the hub if ``parent`` is an id.
 
     Raises:
@@ -39,7 +40,9 @@ def source_of(parent: str | Path) -> Path:
     with opened(directory) as files:
         _refuse_quantised(files)
         config, _ = read_config(files, weight_shapes(files))
-        anatomy_of(config)
+        liken(config, like)
+        with as_like(config):
+            anatomy_of(config)
         read_generation_config(files)
     return directory
 

@@ -498,6 +498,7 @@ def _opt(config: Any) -> Anatomy:
     )
 
 
+LIKE_KEY = "flextron_like"  # in config.json: the family whose row serves one that is not in the table
 # Rows by `model_type`; a row that depends on the configuration is a function of it.
 FAMILIES: dict[str, Anatomy | Callable[[Any], Anatomy]] = {
     "llama": LLAMA,
@@ -580,15 +581,43 @@ def stop_dropping(config: PreTrainedConfig) -> dict[str, float]:
 _ONE_HEAD_SIZE = ("gpt2", "gptj", "gpt_neox", "opt", "falcon", "stablelm", "olmoe")
 
 
+def row_of(config: ElasticConfig) -> str:
+    """The family of the table whose layers a model has."""
+    return config.like or config.family
+
+
 def has_one_head_size(config: ElasticConfig) -> bool:
     """Whether a family takes the head size from the number of heads, so that its configuration can say no other."""
-    return config.family in _ONE_HEAD_SIZE or (config.family == "phi" and config.qk_norm)
+    return row_of(config) in _ONE_HEAD_SIZE or (row_of(config) == "phi" and config.qk_norm)
 
 
 def normalises_all_heads(config: ElasticConfig) -> bool:
     """Whether a norm runs over all heads of a token, so that more heads of zeros would change it."""
-    row = FAMILIES[config.family]
+    row = FAMILIES[row_of(config)]
     return isinstance(row, Anatomy) and row.norm_over == "heads"
+
+
+def like_of(config: PreTrainedConfig) -> str:
+    """The family whose row serves a configuration that has none of its own, as it says; empty where it says none."""
+    like = getattr(config, LIKE_KEY, "")
+    return like if config.model_type not in FAMILIES and isinstance(like, str) else ""
+
+
+def liken(config: PreTrainedConfig, like: str | None) -> None:
+    """Let a configuration say that its layers are those of the family ``like``; None leaves it as it is.
+
+    Raises:
+        ValueError: the table has no such family, or one for the configuration itself.
+    """
+    if like is None:
+        return
+    if like not in FAMILIES:
+        raise ValueError(f"convert: like must be one of {', '.join(FAMILIES)}, got {like!r}")
+    if config.model_type in FAMILIES:
+        raise ValueError(
+            f"convert: like must be None for a {config.model_type}, which the table of families has, got {like!r}"
+        )
+    setattr(config, LIKE_KEY, like)
 
 
 def anatomy_of(config: PreTrainedConfig) -> Anatomy:
@@ -598,11 +627,13 @@ def anatomy_of(config: PreTrainedConfig) -> Anatomy:
         NotImplementedError: its family is not in the table, or a field has a value that is not supported.
     """
     model_type = getattr(config, "model_type", None)
-    if model_type not in FAMILIES:
+    family = like_of(config) or model_type
+    if family not in FAMILIES:
         raise NotImplementedError(
-            f"flextron: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}"
+            f"flextron: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}; --like FAMILY (like=) "
+            "converts it by the row of one that is built alike, if that is proven"
         )
-    row = FAMILIES[model_type]
+    row = FAMILIES[family]
     anatomy = row if isinstance(row, Anatomy) else row(config)
     for name, values in anatomy.must.items():
         if getattr(config, name, values[0]) not in values:

@@ -8,7 +8,7 @@ from math import prod
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flextron.config import Counts, ElasticConfig
-from flextron.nn.anatomy import Anatomy, Sizes, anatomy_of, size
+from flextron.nn.anatomy import Anatomy, Sizes, anatomy_of, like_of, size
 from flextron.nn.skeleton import skeleton
 
 
@@ -65,6 +65,7 @@ def elastic_config(
         head_choices=_menu(
             head_choices, default_head_choices(whole.groups if unit == "kv_group" else whole.per_group)
         ),
+        like=like_of(c),
     )
 
 

@@ -591,7 +591,9 @@ def make_elastic(model: PreTrainedModel, config: ElasticConfig | None = None) ->
     )
     if config is not None and own != config:
         mine = own.to_dict()
-        wrong = [f"{k}={v!r} (model: {mine[k]!r})" for k, v in config.to_dict().items() if mine[k] != v]
+        wrong = [
+            f"{k}={v!r} (model: {mine.get(k)!r})" for k, v in config.to_dict().items() if mine.get(k) != v
+        ]
         raise ValueError(f"make_elastic: config must describe the model, got {', '.join(wrong)}")
     for name in ("is_causal", "return_dict"):  # transformers' own forward fails without the second
         if not getattr(hf, name, True):

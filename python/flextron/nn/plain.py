@@ -21,7 +21,15 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from flextron.config import ElasticConfig, Widths
-from flextron.nn.anatomy import Sizes, anatomy_of, has_one_head_size, normalises_all_heads, places, size
+from flextron.nn.anatomy import (
+    Sizes,
+    anatomy_of,
+    has_one_head_size,
+    normalises_all_heads,
+    places,
+    row_of,
+    size,
+)
 from flextron.nn.families import head_size
 from flextron.nn.projection import check_plain
 from flextron.nn.protocol import Elastic
@@ -115,7 +123,7 @@ def _illegal_heads(config: ElasticConfig, heads: int) -> str | None:
             f"a {config.family} configuration has hidden_size / heads for its head size, so heads must be all"
         )
     query = config.query_heads(heads)
-    if config.family == "llama" and config.hidden_size % query:
+    if row_of(config) == "llama" and config.hidden_size % query:
         return f"the query heads of a llama must divide hidden_size {config.hidden_size}, got {query}"
     return None
 
