@@ -298,7 +298,7 @@ PARENTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a thousand million layers": (said("config.json", num_hidden_layers=10**9), "num_hidden_layers must be"),
     "another architecture": (
-        said("config.json", model_type="gpt2"),
+        said("config.json", model_type="bloom"),
         "model_type must be one of llama, mistral",
     ),
     "an unknown activation": (said("config.json", hidden_act="swoosh"), "must be a model that can be built"),

@@ -115,11 +115,10 @@ def convert(
     liken(hf_config, like)
     require_like(hf_config)
     dropped = stop_dropping(hf_config)
-    with as_like(hf_config):
-        config = elastic_config(hf_config, unit, mlp_choices, head_choices)
     # what cannot be made elastic is refused before any work
     built = foreign("convert: parent", "a model that can be built", passed=(ValueError, NotImplementedError))
     with built, as_like(hf_config):
+        config = elastic_config(hf_config, unit, mlp_choices, head_choices)
         make_elastic(skeleton(copy.deepcopy(hf_config)), config)
     check_tokens("convert", calibration, config.vocab_size, sequences=2)
     positions = getattr(hf_config, "max_position_embeddings", None) or calibration.shape[1]
