@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flextron.checkpoint import CONFIG_FILE, CheckpointError, Files, opened
+from flextron.checkpoint import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, CheckpointError, Files, opened
 from flextron.checkpoint.hf import read_config, read_generation_config
 from flextron.checkpoint.hub import local
 from flextron.checkpoint.room import room_for_model
 from flextron.checkpoint.weights import weight_shapes
 from flextron.conversion.likeness import as_like
-from flextron.nn.anatomy import anatomy_of, liken
+from flextron.conversion.remedies import as_safetensors, text_alone
+from flextron.nn.anatomy import FAMILIES, anatomy_of, liken
+from flextron.sentences import listed
 
 _ADAPTER_FILE = "adapter_config.json"
 
@@ -27,7 +29,7 @@ def source_of(parent: str | Path, like: str | None = None) -> Path:
     """The directory of a parent, checked; it is fetched from the hub if ``parent`` is an id.
 
     Raises:
-        CheckpointError: the parent is an adapter, is quantised, or is incomplete.
+        CheckpointError: the parent is an adapter, quantised, multimodal, pickled or incomplete.
     """
     directory = local(parent)
     if not directory.is_dir():
@@ -39,12 +41,34 @@ def source_of(parent: str | Path, like: str | None = None) -> Path:
         )
     with opened(directory) as files:
         _refuse_quantised(files)
+        _refuse_multimodal(files, parent)
+        _refuse_pickled(files, parent)
         config, _ = read_config(files, weight_shapes(files))
         liken(config, like)
         with as_like(config):
             anatomy_of(config)
         read_generation_config(files)
     return directory
+
+
+def _refuse_multimodal(files: Files, parent: str | Path) -> None:
+    values = files.read_json(CONFIG_FILE)
+    if values.get("model_type") not in FAMILIES and (inner := text_alone(parent, values)):
+        raise CheckpointError(
+            f"{files / CONFIG_FILE}: must describe a language model alone, got a {values.get('model_type')!r:.40} "
+            f"with {inner}"
+        )
+
+
+def _refuse_pickled(files: Files, parent: str | Path) -> None:
+    if WEIGHTS_FILE in files or INDEX_FILE in files:
+        return
+    pickled = sorted(path.name for path in files.directory.glob("*.bin"))
+    if pickled or not Path(parent).exists():  # of the hub's files safetensors alone are fetched
+        raise CheckpointError(
+            f"{parent}: must hold its weights as {WEIGHTS_FILE} or in shards, got {listed(pickled) or 'neither'}; "
+            f"this reads pickled weights without running their code, and writes safetensors: {as_safetensors(parent)}"
+        )
 
 
 def _refuse_quantised(files: Files) -> None:

@@ -1,0 +1,138 @@
+"""What people hand in: each way in is taken, or is refused with a command that mends it, which is run here."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conversion.test_elastify import toy_tokenizer
+from nn.models import small_model
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    SiglipVisionConfig,
+)
+
+from flextron import cli
+from flextron.checkpoint import CheckpointError
+from flextron.conversion import convert
+from flextron.conversion.source import source_of
+from flextron.nn.proof import logits_of
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(3, 61, shape, generator=torch.Generator().manual_seed(0))
+
+
+def run_remedy(message: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run the command that a message ends in, in this process; the folder that it writes."""
+    words = shlex.split(message[message.index("python -c") :])
+    assert words[:2] == ["python", "-c"] and len(words) == 5
+    monkeypatch.setattr(sys, "argv", ["-c", *words[3:]])
+    exec(words[2], {})
+    return Path(words[4])
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pickled_weights_are_refused_with_the_command_that_rewrites_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sharded: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parent, source = small_model(), tmp_path / "it's pickled"
+    parent.config.save_pretrained(source)
+    toy_tokenizer().save_pretrained(source)
+    weights = parent.state_dict()
+    if sharded:
+        names = sorted(weights)
+        halves = {
+            "pytorch_model-00001-of-00002.bin": names[::2],
+            "pytorch_model-00002-of-00002.bin": names[1::2],
+        }
+        for file, own in halves.items():
+            torch.save({name: weights[name] for name in own}, source / file)
+        where = {name: file for file, own in halves.items() for name in own}
+        index = {"metadata": {}, "weight_map": where}
+        (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    else:
+        torch.save(weights, source / "pytorch_model.bin")
+    assert cli.main(["convert", str(source), "out"]) == 2
+    said = capsys.readouterr().err
+    assert "got pytorch_model" in said and len(said.splitlines()) == 1 and not Path("out").exists()
+    mended = run_remedy(said, monkeypatch)
+    convert(mended, "out", calibration=tokens(4, 16))
+    stock = AutoModelForCausalLM.from_pretrained("out")
+    torch.testing.assert_close(logits_of(stock, tokens(1, 8)), logits_of(parent, tokens(1, 8)))
+    assert AutoTokenizer.from_pretrained(mended)("w5")["input_ids"] == [5]
+
+
+TEXT = dict(
+    vocab_size=61,
+    hidden_size=64,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+SEES = dict(
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=8,
+    patch_size=4,
+)
+
+
+def multimodal(family: str) -> Any:
+    torch.manual_seed(0)
+    kind = CONFIG_MAPPING[family]
+    if family == "gemma3":
+        text = CONFIG_MAPPING["gemma3_text"](**TEXT)
+        config = kind(text_config=text, vision_config=SiglipVisionConfig(**SEES), mm_tokens_per_image=4)
+    else:
+        text = CONFIG_MAPPING["llama"](**TEXT)
+        config = kind(text_config=text, vision_config=CLIPVisionConfig(**SEES), image_token_index=60)
+    return AutoModelForImageTextToText.from_config(config).eval()
+
+
+@pytest.mark.parametrize(("family", "inner"), [("gemma3", "gemma3_text"), ("llava", "llama")])
+def test_the_language_model_in_a_multimodal_one_is_named_and_taken_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, inner: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = multimodal(family)
+    whole.save_pretrained("whole")
+    toy_tokenizer().save_pretrained("whole")
+    with pytest.raises(
+        CheckpointError, match=f"alone, got a '{family}' with a {inner} inside; this"
+    ) as refused:
+        source_of("whole")
+    text = run_remedy(str(refused.value), monkeypatch)
+    convert(text, "out", calibration=tokens(4, 16))
+    ids = tokens(1, 8)
+    with torch.no_grad():
+        expected = whole(input_ids=ids).logits[0]
+    found = logits_of(AutoModelForCausalLM.from_pretrained("out"), ids)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_language_model_that_is_not_in_the_table_is_said_to_be_so(tmp_path: Path) -> None:
+    CONFIG_MAPPING["qwen2_vl"]().save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match="'qwen2_vl_text' inside, which is not in the table of families and"
+    ):
+        source_of(tmp_path)
