@@ -45,6 +45,7 @@ EVERY: dict[str, dict[str, Any]] = {
     "exaone4": _PATTERN,
     "cohere": dict(use_qk_norm=True, logit_scale=0.3),
     "cohere2": _PATTERN,
+    "helium": dict(hidden_size=128, head_dim=16),
     "glm": dict(attention_bias=True),
     "glm4": dict(attention_bias=True),
     "nemotron": dict(hidden_act="relu2"),
@@ -104,7 +105,7 @@ def small_model(
     )
     if listed and family not in FAMILIES:
         settings |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2) | EVERY[family]
-    if settings["hidden_size"] != 72:
+    if settings["hidden_size"] != 72 and "head_dim" not in EVERY.get(family, {}):
         del settings["head_dim"]
     config = CONFIG_MAPPING[family](**(settings | overrides))
     torch.manual_seed(seed)

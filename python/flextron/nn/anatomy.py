@@ -534,6 +534,7 @@ FAMILIES: dict[str, Anatomy | Callable[[Any], Anatomy]] = {
     "exaone4": replace(LLAMA, **_AFTER, head_norms=_HEAD_NORMS, unrotated="full"),
     "cohere": _cohere,
     "cohere2": replace(_COHERE, unrotated="unwindowed"),
+    "helium": replace(LLAMA, rotary="interleaved_halves"),
     "glm": _GLM,
     "glm4": replace(_GLM, attention_post="post_self_attn_layernorm", mlp_post="post_mlp_layernorm"),
     "nemotron": replace(LLAMA, norm_kind="layer+1", up=("up_proj",), gated=False),
@@ -578,7 +579,7 @@ def stop_dropping(config: PreTrainedConfig) -> dict[str, float]:
     return dropped
 
 
-_ONE_HEAD_SIZE = ("gpt2", "gptj", "gpt_neox", "opt", "falcon", "stablelm", "olmoe")
+_ONE_HEAD_SIZE = ("gpt2", "gptj", "gpt_neox", "opt", "falcon", "stablelm", "olmoe", "helium")
 
 
 def row_of(config: ElasticConfig) -> str:
