@@ -7,10 +7,12 @@ import copy
 import pytest
 import torch
 from nn.models import EVERY, VARIANTS, row_model
+from peft import LoraConfig, get_peft_model
 
 from flextron.config import Widths
 from flextron.conversion import random_orders, reorder
 from flextron.nn import FAMILIES, elastic_config, make_elastic
+from flextron.nn.packed import pack
 from flextron.nn.plain import extract
 from flextron.nn.proof import prove_sub_network, require_close
 
@@ -102,3 +104,51 @@ def test_a_mixed_batch_keeps_to_the_width_of_each_request(row):
         mixed = elastic.generate(ids, attention_mask=mask, **options)
     for i, row_alone in enumerate(alone):
         assert torch.equal(mixed[i, -4:], row_alone[0, -4:])
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in EVERY if row not in ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")]
+)
+@torch.no_grad()
+def test_packed_weights_give_the_same_logits(row):
+    elastic = make_elastic(row_model(row), elastic_config(row_model(row), "query"))
+    ids, widths = tokens(1, 12), [elastic.elastic.full(), ragged(elastic.elastic)]
+    plain = []
+    for each in widths:
+        with elastic.budget(widths=each):
+            plain.append(elastic(ids, use_cache=False).logits)
+    pack(elastic)
+    for each, before in zip(widths, plain, strict=True):
+        with elastic.budget(widths=each):
+            require_close("test", "the plain model", before, elastic(ids, use_cache=False).logits)
+
+
+def test_experts_are_not_packed():
+    with pytest.raises(NotImplementedError, match="MLPs must have no experts, got those of a mixtral"):
+        pack(make_elastic(row_model("mixtral")))
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ("phi3", ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+        ("opt", ["q_proj", "fc1", "fc2"]),
+        ("gpt_neox", ["query_key_value", "dense_h_to_4h"]),
+    ],
+)
+def test_adapters_of_fused_and_owned_projections(row, names):
+    stock = row_model(row)
+    models = []
+    for model in (stock, make_elastic(copy.deepcopy(stock))):
+        torch.manual_seed(1)
+        models.append(get_peft_model(model, LoraConfig(r=4, target_modules=names, init_lora_weights=False)))
+    ids = tokens(2, 9)
+    require_close("test", "stock", *(model(ids, use_cache=False).logits.detach() for model in models))
+
+
+def test_adapters_of_transposed_weights_are_refused():
+    model = get_peft_model(
+        make_elastic(row_model("gpt2")), LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+    )
+    with pytest.raises(NotImplementedError, match="Linear of transformers.pytorch_utils.Conv1D"):
+        model(tokens(1, 4))
