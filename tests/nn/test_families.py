@@ -150,5 +150,5 @@ def test_adapters_of_transposed_weights_are_refused():
     model = get_peft_model(
         make_elastic(row_model("gpt2")), LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
     )
-    with pytest.raises(NotImplementedError, match="Linear of transformers.pytorch_utils.Conv1D"):
+    with pytest.raises(NotImplementedError, match=r"Linear of transformers\.pytorch_utils\.Conv1D"):
         model(tokens(1, 4))
