@@ -135,7 +135,7 @@ def convert(
             parent, the first GPU, or else the CPU. Every stage takes it.
         like: a family of the table, where the parent's is not in it and is built alike.
         options: ``unit``, ``aggregate``, ``mlp_choices``, ``head_choices``, ``order``, ``seed``, ``batch_size``,
-            ``dtype``, ``strip_prefix`` of `flextron.conversion.elastify.convert`.
+            ``dtype``, ``strip_prefix``, ``adapter`` of `flextron.conversion.elastify.convert`.
 
     Returns:
         The parity certificate, the dtypes that are stored and how importance was scored, as in ``flextron.json``.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conversion.test_elastify import toy_tokenizer
+from folders import digest
 from nn.models import small_model
 from torch import Tensor
 from transformers import (
@@ -22,6 +25,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+import flextron
 from flextron import cli
 from flextron.checkpoint import CheckpointError
 from flextron.conversion import convert
@@ -136,3 +140,64 @@ def test_a_language_model_that_is_not_in_the_table_is_said_to_be_so(tmp_path: Pa
         CheckpointError, match="'qwen2_vl_text' inside, which is not in the table of families and"
     ):
         source_of(tmp_path)
+
+
+def adapter_of(parent: Any, where: Path, **settings: Any) -> Any:
+    """Save a random adapter of a copy of the parent; the logits of the two together."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **settings)
+    adapted = get_peft_model(copy.deepcopy(parent), config)
+    adapted.save_pretrained(where)
+    return logits_of(adapted, tokens(2, 12))
+
+
+def test_an_adapter_is_merged_before_the_conversion(tmp_path: Path) -> None:
+    parent = small_model()
+    parent.save_pretrained(tmp_path / "parent")
+    expected = adapter_of(parent, tmp_path / "adapter")
+    before = digest(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"got an adapter .* convert BASE DIR --merge-adapter \S+adapter$"
+    ):
+        source_of(tmp_path / "adapter")
+    for source in (tmp_path / "parent", parent):
+        convert(source, tmp_path / "out", calibration=tokens(4, 16), adapter=tmp_path / "adapter", force=True)
+        found = logits_of(flextron.from_pretrained(tmp_path / "out"), tokens(2, 12))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    shutil.rmtree(tmp_path / "out")
+    assert digest(tmp_path) == before
+    shutil.copytree(tmp_path / "adapter", tmp_path / "parent", dirs_exist_ok=True)
+    with pytest.raises(CheckpointError, match=r"beside it; move its .* by --merge-adapter"):
+        source_of(tmp_path / "parent")
+
+
+def test_an_adapter_that_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(parent: Any = None) -> str:
+        with pytest.raises(ValueError) as error:
+            convert(
+                parent or small_model(),
+                tmp_path / "out",
+                calibration=tokens(4, 16),
+                adapter=tmp_path / "adapter",
+            )
+        assert not (tmp_path / "out").exists() and "\n" not in str(error.value)
+        return str(error.value)
+
+    adapter_of(small_model(), tmp_path / "adapter")
+    assert "must be an adapter of this model" in refused(small_model(hidden_size=64))  # another shape
+    assert "got a difference in base_model.model.model.layers.3" in refused(small_model(num_hidden_layers=4))
+    adapter_of(small_model(), tmp_path / "adapter", modules_to_save=["lm_head"])
+    assert "must not adapt embeddings or head" in refused()
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
+    assert "got no adapter_model.safetensors" in refused()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    small_model().save_pretrained(tmp_path / "parent")
+    toy_tokenizer().save_pretrained(tmp_path / "parent")
+    paths = [str(tmp_path / name) for name in ("parent", "out", "adapter")]
+    assert (
+        cli.main(["convert", *paths[:2], "--merge-adapter", paths[2], "--samples", "2", "--length", "8"]) == 2
+    )
+    assert "convert needs peft; pip install" in capsys.readouterr().err and not (tmp_path / "out").exists()

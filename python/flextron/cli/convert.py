@@ -68,6 +68,11 @@ def options(parser: ArgumentParser) -> None:
         metavar="FAMILY",
         help="convert a model_type that is not in the table of families as one that is, if that is proven",
     )
+    add(
+        "--merge-adapter",
+        metavar="PATH",
+        help="merge this low-rank adapter, a directory or hub id, into the source first; needs peft",
+    )
 
 
 def run(args: Namespace) -> dict[str, Any]:
@@ -94,6 +99,7 @@ def run(args: Namespace) -> dict[str, Any]:
             progress=progress,
             strip_prefix=args.strip_prefix,
             like=args.like,
+            adapter=args.merge_adapter,
             force=args.force,
             **{name: getattr(args, name) for name in passed},
         )

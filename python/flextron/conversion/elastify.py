@@ -17,6 +17,7 @@ from flextron.checkpoint import CONFIG_FILE, Origin
 from flextron.checkpoint.card import write_card
 from flextron.checkpoint.hf import TOKENIZER_FILES, foreign, read_tokenizer
 from flextron.config import ElasticConfig, Widths
+from flextron.conversion.adapters import adapter_in, merge_adapter
 from flextron.conversion.importance import check_tokens, score
 from flextron.conversion.likeness import as_like, prove_far, require_like
 from flextron.conversion.parent import copy_parent, dtype_of, read_parent
@@ -56,6 +57,7 @@ def convert(
     dtype: Dtype = "auto",
     strip_prefix: str | None = None,
     like: str | None = None,
+    adapter: str | Path | None = None,
     force: bool = False,
     device: torch.device = CPU,
     planned: Callable[[Room], Any] | None = None,
@@ -83,6 +85,8 @@ def convert(
         strip_prefix: a prefix to remove from every tensor's name, ``"_orig_mod."`` or ``"module."``.
         like: a family of the table whose layers those of the parent are like, where the table does not have the
             parent's own; it is stored if the certificate holds.
+        adapter: the directory or hub id of a low-rank adapter, which peft merges into the parent's weights first; the
+            merged model is then what the certificate calls the parent.
         force: replace the model that is in ``out_dir``, which must be new or empty otherwise.
         device: where to score and to prove.
         planned: called, before any weight is read, with the memory that the conversion takes.
@@ -107,6 +111,7 @@ def convert(
     drop = ranks.first(lambda: room_beside(parent, out_dir, force))
     source = source_of(parent, like) if isinstance(parent, str | Path) else None
     where = source or _home(parent)
+    merged = None if adapter is None else adapter_in(adapter)
     if source is not None:
         with foreign(source / CONFIG_FILE, "a configuration that transformers reads"):
             hf_config = AutoConfig.from_pretrained(source)
@@ -141,6 +146,8 @@ def convert(
         raise ValueError("convert: strip_prefix must be None when parent is a loaded model")
     else:
         model = copy_parent(parent, proof, device)
+    if merged is not None:
+        merge_adapter(model, merged)
     liken(model.config, like)
     stop_dropping(model.config)
     # now it is known whether the weights are tied

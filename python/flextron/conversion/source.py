@@ -10,12 +10,11 @@ from flextron.checkpoint.hf import read_config, read_generation_config
 from flextron.checkpoint.hub import local
 from flextron.checkpoint.room import room_for_model
 from flextron.checkpoint.weights import weight_shapes
+from flextron.conversion.adapters import refuse_adapter
 from flextron.conversion.likeness import as_like
 from flextron.conversion.remedies import as_safetensors, text_alone
 from flextron.nn.anatomy import FAMILIES, anatomy_of, liken
 from flextron.sentences import listed
-
-_ADAPTER_FILE = "adapter_config.json"
 
 
 def room_beside(parent: Any, out_dir: str | Path, force: bool) -> list[str]:
@@ -34,11 +33,7 @@ def source_of(parent: str | Path, like: str | None = None) -> Path:
     directory = local(parent)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: must be the directory of a model, got a file")
-    if (directory / _ADAPTER_FILE).exists():
-        raise CheckpointError(
-            f"{directory}: must hold a whole model, got an adapter ({_ADAPTER_FILE}); merge it into its base first "
-            "(peft's merge_and_unload and save_pretrained)"
-        )
+    refuse_adapter(directory)
     with opened(directory) as files:
         _refuse_quantised(files)
         _refuse_multimodal(files, parent)
