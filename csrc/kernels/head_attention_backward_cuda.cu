@@ -150,7 +150,7 @@ __device__ __forceinline__ void compute_plain(PlainShared<real>& shared,
   }
 
   PlainSums<real> of_ds{}, of_p{};
-  Registers<real, 2> sum{{0, 0}}, whole{{0, 0}};  // of P dP and of P: lse is rounded
+  Registers<real, 2> sum{{0, 0}}, whole{{0, 0}};  // of P dP and of P, and of the sink's share: lse is rounded
   bool passed = false;
   for (; own.next(); passed = true) {
     const int rows = own.passing_rows();
@@ -184,9 +184,15 @@ __device__ __forceinline__ void compute_plain(PlainShared<real>& shared,
         const int row = y + 16 * i, passing = x + 16 * j, query = kKeys ? j : i;
         int key = row;
         if constexpr (!kKeys) key = own.at + passing;
-        const bool visible = key >= low && key < keys[query];
-        const real p = visible ? exp_of(std::fma(s[i][j], call.scale, -lse[query])) : real(0);
-        const real ds = visible ? p * (dp[i][j] - delta[query]) : real(0);
+        const bool visible = key >= low && sees(keys[query], key, call.window);
+        real exponent = std::fma(s[i][j], call.scale, -lse[query]), slope = 1;
+        if (call.softcap != real(0)) {
+          const real share = std::tanh(s[i][j] * call.cap_scale);
+          exponent = std::fma(call.softcap, share, -lse[query]);
+          if (!kDelta) slope = (1 - share) * (1 + share);
+        }
+        const real p = visible ? exp_of(exponent) : real(0);
+        const real ds = visible ? p * (dp[i][j] - delta[query]) * slope : real(0);
         store_shared(&shared.p[row][passing], p);
         store_shared(&shared.ds[row][passing], ds);
         of_tile[i] += ds;
@@ -212,6 +218,7 @@ __device__ __forceinline__ void compute_plain(PlainShared<real>& shared,
         total += __shfl_xor_sync(~0u, total, distance);
         one += __shfl_xor_sync(~0u, one, distance);
       }
+      if (call.sinks && place[i] >= 0) one += exp_of(load_global(call.sinks + own.head) - lse[i]);
       if (x == 0 && place[i] >= 0) store_global(call.delta + place[i], one == 0 ? real(0) : total / one);
     }
   } else if constexpr (!kKeys) {
@@ -242,6 +249,34 @@ __global__ __launch_bounds__(kPlainThreads, 2) void head_attention_backward_plai
     for_each_query_block<kPlainRows>(call, schedule,
                                      [&](auto own) { compute_plain<kPart>(shared, call, own); });
   }
+}
+
+// A block owns a head; its threads stride over the rows. Rows whose lse is -inf take no part: delta may be
+// anything.
+constexpr int kSinkThreads = 256;
+template <class scalar_t>
+__global__ __launch_bounds__(kSinkThreads) void head_attention_sinks_kernel(
+    const HeadAttentionBackwardCall<scalar_t> call) {
+  using real = accumulate_t<scalar_t>;
+  struct Shared {
+    real sums[kSinkThreads / 32];
+  };
+  auto& shared = static_shared<Shared>();
+  const real sink = load_global(call.sinks + blockIdx.x);
+  real sum = 0;
+  for (int64_t t = threadIdx.x; t < call.T; t += kSinkThreads) {
+    const int64_t place = t * call.H + blockIdx.x;
+    const real lse = load_global(call.lse + place);
+    if (lse != -static_cast<real>(INFINITY)) sum += exp_of(sink - lse) * load_global(call.delta + place);
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+  if (threadIdx.x % 32 == 0) store_shared(&shared.sums[threadIdx.x / 32], sum);
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  real all = 0;
+  for (int warp = 0; warp < kSinkThreads / 32; ++warp) all += load_shared(&shared.sums[warp]);
+  store_global(call.dsinks + blockIdx.x, -all);
 }
 
 // ---- launches ----
@@ -283,6 +318,9 @@ void head_attention_backward_cuda(const HeadAttentionBackwardCall<scalar_t>& cal
                                   CUstream_st* stream) {
   if (call.T == 0 || call.heads == 0) return;
   run<BackwardPart::kDelta>(call, queries, stream);
+  if (call.dsinks)
+    launch<head_attention_sinks_kernel<scalar_t>>(
+        {.grid = dim3(static_cast<unsigned>(call.H)), .block = dim3(kSinkThreads), .stream = stream}, call);
   if (call.dq) run<BackwardPart::kQueries>(call, queries, stream);
   if (call.dk.data || call.dv.data) run<BackwardPart::kKeys>(call, keys, stream);
 }

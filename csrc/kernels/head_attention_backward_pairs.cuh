@@ -6,6 +6,9 @@
 //   P = exp(scale Q K^T - lse), dP = dO V^T, delta = rowsum(P dP), dS = P (dP - delta)
 //   dq = scale dS K      dk = scale dS^T Q      dv = P^T dO
 //
+// With a softcap dS is times the slope of tanh as well. A sink is in lse; its gradient is - sum exp(sink -
+// lse) delta.
+//
 // A block owns kRows queries of a head, or kRows keys of a group, and passes over tiles of what they meet:
 // the keys that its queries see, or the queries that see its keys. Both sides are pairs of matrices:
 //
@@ -48,7 +51,8 @@ struct OwnQueries {
   const Call& call;
   int64_t b, block, head;
   CallSequence s;
-  int at, end;  // the tile of keys; where the latest query's end
+  int at, end;  // the tile of keys, in whole ones from where the first window begins; where the latest
+                // query's end
 
   __device__ __forceinline__ OwnQueries(const Call& call_, const AttentionSchedule& schedule, int64_t item)
       : call(call_) {
@@ -56,10 +60,19 @@ struct OwnQueries {
     const AttentionBlock found = schedule.blocks[place.block];
     b = found.sequence, block = found.block, head = head_at(call, found.units, place.item);
     s = sequence_of(call, b);
-    at = -kRows, end = 0;
-    for (int r = threadIdx.x % 32; r < kRows; r += 32) end = max(end, query(r).keys);
+    int least = INT_MAX;
+    end = 0;
+    for (int r = threadIdx.x % 32; r < kRows; r += 32) {
+      const Query found = query(r);
+      end = max(end, found.keys);
+      if (found.t >= 0) least = min(least, found.keys);
+    }
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) end = max(end, __shfl_xor_sync(~0u, end, distance));
+    for (int distance = 16; distance > 0; distance /= 2) {
+      end = max(end, __shfl_xor_sync(~0u, end, distance));
+      least = min(least, __shfl_xor_sync(~0u, least, distance));
+    }
+    at = (max(least - call.window, 0) / kRows - 1) * kRows;
   }
 
   __device__ __forceinline__ bool next() {

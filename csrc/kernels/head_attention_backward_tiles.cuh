@@ -31,7 +31,7 @@ struct TileShared {
   struct Stage {
     Tile<kTileRows, kHead> first, second;
     float lse[kTileRows], delta[kTileRows];  // of passing queries; lse in base 2
-    int keys[kTileRows];                     // they see own keys [low, keys)
+    int keys[kTileRows];                     // they see own keys [low, keys), with a window the last of these
     int low;
   } stage[2];
   NextQueries next[2];
@@ -161,6 +161,27 @@ __device__ __forceinline__ void store_rows(Tile<kTileRows, kHead>& tile, const S
   }
 }
 
+// With a softcap products become the tanh that it is times, and dP what minus delta is times the slope of
+// tanh: here, because both at once are too many registers where dS is made. Products times score_factor() are
+// the scores in powers of two, with a softcap and without.
+template <bool kSlope, class scalar_t, class Delta>
+__device__ __forceinline__ void cap_products(const HeadAttentionBackwardCall<scalar_t>& call,
+                                             Sums<2>& products, Sums<2>& dp, const Delta& delta) {
+  if (call.softcap == 0) return;
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float share = tanh_approx(products[n][i] * call.cap_scale);
+      products[n][i] = share;
+      if (kSlope) dp[n][i] = delta(n, i) + (dp[n][i] - delta(n, i)) * ((1 - share) * (1 + share));
+    }
+}
+template <class scalar_t>
+__device__ __forceinline__ float score_factor(const HeadAttentionBackwardCall<scalar_t>& call) {
+  return (call.softcap == 0 ? call.scale : call.softcap) * kLog2E;
+}
+
 // delta of a block's queries, or dq. `aligned`: rows of q, k, v and dout begin at multiples of 16 bytes.
 template <BackwardPart kPart, int kHead, class scalar_t>
 __device__ __forceinline__ void pass_keys(TileShared<kHead>& shared,
@@ -168,7 +189,7 @@ __device__ __forceinline__ void pass_keys(TileShared<kHead>& shared,
                                           OwnQueries<scalar_t, kTileRows> own) {
   constexpr bool kDelta = kPart == BackwardPart::kDelta;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const float scale = call.scale * kLog2E;
+  const float factor = score_factor(call);
 
   Registers<int64_t, 2> place;  // a thread has rows lane / 4 and 8 more of its warp
   Registers<int, 2> keys;
@@ -218,14 +239,16 @@ __device__ __forceinline__ void pass_keys(TileShared<kHead>& shared,
         Sums<2> p, ds;
         scores<scalar_t, kHead>(p, q, stage.first, chunk, lane);
         scores<scalar_t, kHead>(ds, dout, stage.second, chunk, lane);
+        cap_products<!kDelta>(call, p, ds, [&](int, int i) { return delta[i / 2]; });
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float probability = exp2_approx(p[n][i] * scale - lse[i / 2]);
+            const float probability = exp2_approx(p[n][i] * factor - lse[i / 2]);
             const float gradient = probability * (ds[n][i] - delta[i / 2]);
             // What is not seen may be NaN.
-            ds[n][i] = at + chunk + 8 * n + lane % 4 * 2 + i % 2 < keys[i / 2] ? gradient : 0;
+            ds[n][i] =
+                sees(keys[i / 2], at + chunk + 8 * n + lane % 4 * 2 + i % 2, call.window) ? gradient : 0;
           }
         if constexpr (kDelta) {
 #pragma unroll
@@ -257,7 +280,7 @@ template <int kHead, class scalar_t>
 __device__ __forceinline__ void pass_queries(TileShared<kHead>& shared,
                                              const HeadAttentionBackwardCall<scalar_t>& call, bool aligned) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const float scale = call.scale * kLog2E;
+  const float factor = score_factor(call);
   const auto load = [&](int to) {
     const NextQueries& next = shared.next[to];
     load_pair<kHead, scalar_t>(shared.stage[to], call.D, aligned,
@@ -311,11 +334,16 @@ __device__ __forceinline__ void pass_queries(TileShared<kHead>& shared,
       for (int n = 0; n < 2; ++n)
         keys[n] = load_shared(reinterpret_cast<const int2*>(&stage.keys[chunk + 8 * n + lane % 4 * 2]));
       const int most = max(max(keys[0].x, keys[0].y), max(keys[1].x, keys[1].y));
-      if (!__any_sync(~0u, most > max(low, 16 * warp) && low < 16 * warp + 16)) continue;
+      const int least = min(min(keys[0].x, keys[0].y), min(keys[1].x, keys[1].y));
+      if (!__any_sync(~0u, most > max(low, 16 * warp) && max(low, least - call.window) < 16 * warp + 16))
+        continue;
 
       Sums<2> p, ds;
       scores<scalar_t, kHead>(p, k, stage.first, chunk, lane);
       scores<scalar_t, kHead>(ds, v, stage.second, chunk, lane);
+      cap_products<true>(call, p, ds, [&](int n, int i) {
+        return load_shared(&stage.delta[chunk + 8 * n + lane % 4 * 2 + i % 2]);
+      });
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const int column = chunk + 8 * n + lane % 4 * 2;
@@ -324,8 +352,8 @@ __device__ __forceinline__ void pass_queries(TileShared<kHead>& shared,
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int key = 16 * warp + i / 2 * 8 + lane / 4;
-          const bool visible = key >= low && key < (i % 2 ? keys[n].y : keys[n].x);
-          const float probability = exp2_approx(p[n][i] * scale - (i % 2 ? lse.y : lse.x));
+          const bool visible = key >= low && sees(i % 2 ? keys[n].y : keys[n].x, key, call.window);
+          const float probability = exp2_approx(p[n][i] * factor - (i % 2 ? lse.y : lse.x));
           const float gradient = probability * (ds[n][i] - (i % 2 ? delta.y : delta.x));
           p[n][i] = visible ? probability : 0;  // what is not seen may be NaN
           ds[n][i] = visible ? gradient : 0;

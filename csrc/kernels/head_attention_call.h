@@ -9,11 +9,14 @@
 // descending order of it, so that a block's first row is its widest: a staircase.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
 #include "core/macros.h"
 
 namespace flextron {
+
+constexpr int kAllKeys = INT_MAX;
 
 struct AttentionCall {
   const int64_t* cu_seqlens_q;  // [B + 1]; null: queries_each rows of q a sequence
@@ -31,6 +34,7 @@ struct AttentionCall {
   int64_t extent_stride_b, extent_stride_t;  // extent of row t of sequence b: extent[b * .. + t * ..]
   bool by_group;                             // the unit is a group, not a query head of every group
   bool causal;
+  int window;  // keys that a query sees at most, up to its own; kAllKeys where causal is not
 
   FLEXTRON_HD bool per_token() const { return extent_stride_t != 0; }
 };
@@ -41,7 +45,7 @@ FLEXTRON_HD int64_t within(int64_t value, int64_t low, int64_t high) {
 
 struct CallSequence {
   int64_t query, T;      // its first row of q (of order, per token), its queries
-  int64_t S, k_start;    // its keys, and those of them below are not seen
+  int64_t S, k_start;    // its keys, and those of them below are not seen, by any of its queries
   int64_t position;      // row of its key 0 in its page
   int64_t page;          // that page, where pages is null
   const int64_t* pages;  // its row of block_table
@@ -73,7 +77,15 @@ FLEXTRON_HD CallSequence sequence_of(const AttentionCall& call, int64_t b) {
     s.S = call.S;
   }
   s.k_start = call.k_start ? within(call.k_start[b], 0, s.S) : 0;
+  const int64_t before = s.S - s.T + 1 - call.window;  // every query's window
+  if (before > s.k_start) s.k_start = before;
   return s;
+}
+
+// Whether a query that sees `keys` keys without a window, of its sequence or from any key on, sees number
+// `key` of them.
+FLEXTRON_HD bool sees(int keys, int key, int window) {
+  return static_cast<unsigned>(keys - 1 - key) < static_cast<unsigned>(window);
 }
 
 // Where key j of a sequence lies, in elements from the first of all keys.
@@ -158,7 +170,9 @@ FLEXTRON_HD AttentionWork query_work(const AttentionCall& call, int64_t b, int64
   const int64_t place = s.query + block * rows, last = block * rows + rows < s.T ? block * rows + rows : s.T;
   const int64_t units = units_of(call, b, call.order ? call.order[place] : place);
   const int64_t end = s.keys_end(call.causal, call.order ? s.T - 1 : last - 1);
-  return {{b, block, units}, heads_of(call, units), end > s.k_start ? end - s.k_start : 0};
+  const int64_t first = call.order ? 0 : s.keys_end(call.causal, block * rows) - call.window;
+  const int64_t begin = first > s.k_start ? first : s.k_start;
+  return {{b, block, units}, heads_of(call, units), end > begin ? end - begin : 0};
 }
 
 FLEXTRON_HD AttentionWork key_work(const AttentionCall& call, int64_t b, int64_t block, int64_t rows) {
@@ -166,7 +180,9 @@ FLEXTRON_HD AttentionWork key_work(const AttentionCall& call, int64_t b, int64_t
   if (s.T == 0) return {};
   const int64_t units = units_of(call, b, call.order ? call.order[s.query] : s.query);
   const int64_t unseen = call.causal ? s.k_start + block * rows + s.T - s.S : 0;  // queries before the first
-  const int64_t seen = s.T - (unseen > 0 ? unseen : 0);
+  const int64_t last =
+      s.k_start + block * rows + rows + call.window - 1 + s.T - s.S;  // queries before it see one
+  const int64_t seen = (last < s.T ? last : s.T) - (unseen > 0 ? unseen : 0);
   return {{b, block, units}, seen > 0 ? groups_of(call, units) : 0, seen};
 }
 

@@ -70,7 +70,8 @@ __device__ void attend_plainly(const HeadAttentionCall<scalar_t>& call, const It
 
   A out[2][kPlainEights][2] = {}, most[2], sum[2] = {};
   most[0] = most[1] = -INFINITY;
-  for (int begin = 0; begin < all_keys; begin += kPlainKeys) {
+  const int first_key = shared.queries.first_key(call.window) / kPlainKeys * kPlainKeys;
+  for (int begin = first_key; begin < all_keys; begin += kPlainKeys) {
     A scores[2][2] = {};
     for (int64_t depth = 0; depth < call.D; depth += kPlainDepth) {
       __syncthreads();
@@ -103,8 +104,13 @@ __device__ void attend_plainly(const HeadAttentionCall<scalar_t>& call, const It
     for (int r = 0; r < 2; ++r) {
       const int seen = shared.queries.keys[row + r];
 #pragma unroll
-      for (int c = 0; c < 2; ++c)
-        scores[r][c] = begin + two + c < seen ? scores[r][c] * call.scale : A(-INFINITY);
+      for (int c = 0; c < 2; ++c) {
+        if (call.softcap == A(0))
+          scores[r][c] *= call.scale;
+        else
+          scores[r][c] = call.softcap * std::tanh(scores[r][c] * call.cap_scale);
+        if (!sees(seen, begin + two + c, call.window)) scores[r][c] = A(-INFINITY);
+      }
       const A here =
           over_row(std::fmax(scores[r][0], scores[r][1]), [](A a, A b) { return std::fmax(a, b); });
       const A now = std::fmax(most[r], here), base = now == A(-INFINITY) ? A(0) : now;
@@ -152,6 +158,9 @@ __device__ void attend_plainly(const HeadAttentionCall<scalar_t>& call, const It
   for (int r = 0; r < 2; ++r) {
     const int64_t t = shared.queries.t[row + r];
     if (t < 0) continue;
+    A share = 1;
+    if (call.sinks)
+      share = add_sink(load_global(call.sinks + item.head), most[r], sum[r], [](A x) { return std::exp(x); });
     if (two == 0 && first_column == 0) write_lse(call, t, item.head, most[r] + std::log(sum[r]));
     scalar_t* const to = call.out + (t * call.H + item.head) * call.D;
 #pragma unroll
@@ -159,7 +168,8 @@ __device__ void attend_plainly(const HeadAttentionCall<scalar_t>& call, const It
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int64_t column = first_column + 32 * n + two + c;
-        if (column < call.D) store_global(to + column, scalar_t(sum[r] == 0 ? A(0) : out[r][n][c] / sum[r]));
+        if (column < call.D)
+          store_global(to + column, scalar_t(sum[r] == 0 ? A(0) : out[r][n][c] * share / sum[r]));
       }
   }
 }

@@ -17,17 +17,22 @@ struct HeadAttentionCall : AttentionCall {
   int64_t q_stride_t, q_stride_h;
   KeyView<const scalar_t> k, v;  // [pages, S, G, D] in a cache, else [S, G, D]; D adjacent
   scalar_t* out;  // [T, H, D], contiguous; written where a head is active, zeros where it sees no key
-  acc_t* lse;     // [T, H], contiguous, or null; written with out, -inf where it sees no key
+  acc_t* lse;     // [T, H], contiguous, or null; written with out, -inf where it sees neither key nor sink
   acc_t scale;
+  acc_t softcap, cap_scale;  // or 0: none; scale / softcap
+  const acc_t* sinks;        // [H], or null
+
+  bool plain_scores() const { return window == kAllKeys && softcap == acc_t(0) && sinks == nullptr; }
 };
 
 // What an active head has no part in is not touched: zeros before.
 template <class scalar_t>
 struct HeadAttentionBackwardCall : HeadAttentionCall<scalar_t> {
-  const scalar_t* dout;                                // [T, H, D], contiguous
-  typename HeadAttentionCall<scalar_t>::acc_t* delta;  // [T, H], contiguous, room for the sum of P dP
-  scalar_t* dq;                                        // [T, H, D], contiguous; or null
-  KeyView<scalar_t> dk, dv;                            // as k and v; data null where not wanted
+  const scalar_t* dout;                                 // [T, H, D], contiguous
+  typename HeadAttentionCall<scalar_t>::acc_t* delta;   // [T, H], contiguous, room for the sum of P dP
+  scalar_t* dq;                                         // [T, H, D], contiguous; or null
+  KeyView<scalar_t> dk, dv;                             // as k and v; data null where not wanted
+  typename HeadAttentionCall<scalar_t>::acc_t* dsinks;  // [H]; or null
 };
 
 // ---- schedules ----
@@ -56,8 +61,9 @@ template <class scalar_t>
 void head_attention_cuda(const HeadAttentionCall<scalar_t>& call, const AttentionSchedule& queries,
                          CUstream_st* stream);
 
-// Gradients: delta, then dq, then dk and dv, each where it is wanted; no atomics, every sum has its order.
-// Keys of a paged cache may be several sequences': with a block_table `keys` is not looked at.
+// Gradients: delta, then that of the sinks, dq, then dk and dv, each where it is wanted; no atomics, every
+// sum has its order. Keys of a paged cache may be several sequences': with a block_table `keys` is not looked
+// at.
 template <class scalar_t>
 int64_t head_attention_backward_rows(const HeadAttentionBackwardCall<scalar_t>& call);
 template <class scalar_t>
@@ -67,7 +73,8 @@ void head_attention_backward_cuda(const HeadAttentionBackwardCall<scalar_t>& cal
                                   const AttentionSchedule& queries, const AttentionSchedule& keys,
                                   CUstream_st* stream);
 
-// sm_90 only; bf16, fp16. Whether TMA can take these addresses, strides and this head size.
+// sm_90 only; bf16, fp16. Whether TMA can take these addresses, strides and this head size, and scores are
+// plain.
 template <class scalar_t>
 bool head_attention_fits_sm90(const HeadAttentionCall<scalar_t>& call);
 constexpr int64_t kAttentionRowsSm90 = 128;

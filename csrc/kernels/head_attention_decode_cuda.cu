@@ -97,9 +97,13 @@ __global__ __launch_bounds__(kThreads) void head_attention_decode_plain_kernel(
 #pragma unroll
         for (int r = 0; r < kRowsOfWarp; ++r) score[r] += part[r];
       }
+      if (call.softcap != acc_t(0)) {
+#pragma unroll
+        for (int r = 0; r < kRowsOfWarp; ++r) score[r] = std::tanh(score[r] * call.cap_scale);
+      }
 #pragma unroll
       for (int r = 0; r < kRowsOfWarp; ++r) {
-        const acc_t x = key + lane < seen[r] ? score[r] * scale : lowest<acc_t>();
+        const acc_t x = sees(seen[r], key + lane, call.window) ? score[r] * scale : lowest<acc_t>();
         acc_t top = x;
 #pragma unroll
         for (int distance = 1; distance < 32; distance *= 2)
@@ -134,7 +138,9 @@ __global__ __launch_bounds__(kThreads) void head_attention_decode_plain_kernel(
 #pragma unroll
       for (int distance = 1; distance < 32; distance *= 2) sum[r] += __shfl_xor_sync(~0u, sum[r], distance);
       if (lane > 0 || first + r >= unit.rows) continue;
-      shared.factor[first + r] = only && sum[r] != acc_t(0) ? acc_t(1) / sum[r] : acc_t(1);
+      acc_t share = 1;
+      if (only) share = with_sink(call, shared.row_at[first + r] % call.H, maximum[r], sum[r]);
+      shared.factor[first + r] = only && sum[r] != acc_t(0) ? share / sum[r] : acc_t(1);
       if (only || unit.part > 0) continue;
       acc_t* const to = partial + partials.at(shared.row_at[first + r], unit.chunk);
       store_global(to, maximum[r]);
@@ -242,8 +248,9 @@ __global__ __launch_bounds__(kCombineThreads) void head_attention_decode_combine
           total += factor * shared.sum[w];
           result += factor * load_shared(&shared.out[w][0].x[0] + place);
         }
+        const acc_t kept = with_sink(call, head, maximum, total);
         const acc_t divisor = total == acc_t(0) ? acc_t(1) : total;
-        store_global(call.out + row * call.D + begin + place, scalar_t(result / divisor));
+        store_global(call.out + row * call.D + begin + place, scalar_t(result * kept / divisor));
       }
       __syncthreads();
     }

@@ -259,6 +259,14 @@ struct Attend {
       __syncwarp();
       fetch_keys();
 
+      if (call.softcap != 0) {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+          for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) score[tile][n][i] = tanh_approx(score[tile][n][i] * call.cap_scale);
+      }
       Registers<Registers<uint32_t, 4>, kTiles> weight;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
@@ -271,7 +279,7 @@ struct Attend {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               float& x = score[tile][n][2 * half + i];
-              x = 8 * n + lane % 4 * 2 + i < keys ? x * scale : lowest<float>();
+              x = sees(keys, 8 * n + lane % 4 * 2 + i, call.window) ? x * scale : lowest<float>();
               top = fmaxf(top, x);
             }
           top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
@@ -353,8 +361,10 @@ struct Attend {
     const int64_t at = unit.t(first + r) * call.H + unit.head(call.M, first + r);
     const int count = static_cast<int>(call.D) - 4 * lane;
     if (unit.chunks == 1) {
+      const float kept = with_sink(call, unit.head(call.M, first + r), highest, total);
       const float divisor = total == 0 ? 1 : total;
-      result = make_float4(result.x / divisor, result.y / divisor, result.z / divisor, result.w / divisor);
+      result = make_float4(result.x * kept / divisor, result.y * kept / divisor, result.z * kept / divisor,
+                           result.w * kept / divisor);
       if (count > 0) store_four(call.out + at * call.D + 4 * lane, result, count);
     } else {
       float* const to = partial + partials.at(at, unit.chunk);

@@ -48,7 +48,8 @@ inline int64_t most_chunks(int64_t keys, int64_t queries) {
 
 template <class scalar_t>
 int64_t most_chunks(const HeadAttentionCall<scalar_t>& call) {
-  return most_chunks(call.block_table ? call.columns * call.S : call.S, call.queries_each);
+  const int64_t room = call.block_table ? call.columns * call.S : call.S;
+  return most_chunks(within(room, 0, call.window + call.queries_each - 1), call.queries_each);
 }
 
 // What a chunk leaves of a row of [T, H]: maximum (of scores in base 2), sum, two that are not used, output.
@@ -98,9 +99,9 @@ struct Unit {
   __device__ __forceinline__ int64_t head(int64_t M, int r) const {
     return group * M + static_cast<unsigned>(lead + r) % static_cast<unsigned>(heads);
   }
-  // Keys of the chunk that row r sees.
+  // Where the keys that row r sees end, counted from the chunk's first: behind the chunk's last, perhaps.
   __device__ __forceinline__ int seen(bool causal, int r) const {
-    return static_cast<int>(within(s.keys_end(causal, query_of(r)) - key, 0, chunk_keys));
+    return static_cast<int>(max(s.keys_end(causal, query_of(r)) - key, int64_t{0}));
   }
 };
 
@@ -160,7 +161,7 @@ class Units {
     unit.group = static_cast<int>(number % work.groups);
     unit.chunk = number / work.groups;
     unit.key = work.s.k_start + unit.chunk * work.chunk;
-    unit.keys = unit.seen(call_.causal, unit.rows - 1);
+    unit.keys = static_cast<int>(min(int64_t{unit.seen(call_.causal, unit.rows - 1)}, unit.chunk_keys));
     return unit;
   }
 
@@ -186,9 +187,21 @@ __device__ __forceinline__ acc_t base_of(acc_t maximum) {
   return maximum == lowest<acc_t>() ? acc_t(0) : maximum;
 }
 
+// What products are times, or with a softcap their tanh, to be scores in powers of two.
 template <class scalar_t>
 __device__ __forceinline__ accumulate_t<scalar_t> scale_of(const HeadAttentionCall<scalar_t>& call) {
-  return call.scale * accumulate_t<scalar_t>(1.44269504088896340736);
+  using acc_t = accumulate_t<scalar_t>;
+  return (call.softcap == acc_t(0) ? call.scale : call.softcap) * acc_t(1.44269504088896340736);
+}
+
+// A row's maximum and sum with its head's sink, if there is one; returns what its output is to be multiplied
+// with before it is divided by the sum.
+template <class scalar_t, class acc_t>
+__device__ __forceinline__ acc_t with_sink(const HeadAttentionCall<scalar_t>& call, int64_t head,
+                                           acc_t& maximum, acc_t& sum) {
+  if (call.sinks == nullptr) return 1;
+  const acc_t sink = load_global(call.sinks + head) * acc_t(1.44269504088896340736);
+  return add_sink(sink, maximum, sum, [](acc_t x) { return exp2_of(x); });
 }
 
 template <class scalar_t>

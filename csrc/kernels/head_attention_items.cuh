@@ -48,6 +48,15 @@ struct Queries {
       most = max(most, __shfl_xor_sync(~0u, most, distance));
     return most;
   }
+  // Where the first of the windows begins.
+  __device__ __forceinline__ int first_key(int window) const {
+    int least = INT_MAX;
+    for (int i = threadIdx.x % 32; i < kRows; i += 32)
+      if (t[i] >= 0) least = min(least, keys[i]);
+    for (int distance = 16; distance > 0; distance /= 2)
+      least = min(least, __shfl_xor_sync(~0u, least, distance));
+    return max(least - window, 0);
+  }
   __device__ __forceinline__ int least_keys(int row, int count) const {
     int least = keys[row];
     for (int i = row + threadIdx.x % 32; i < row + count; i += 32) least = min(least, keys[i]);

@@ -84,9 +84,11 @@ __device__ void attend(const HeadAttentionCall<scalar_t>& call, const Item& item
     cp_async_commit();
   };
 
-  const float scale = call.scale * 1.4426950408889634f;  // log2(e)
-  fetch(0);
-  for (int begin = 0; begin < all_keys; begin += kKeys) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  const float scale = call.scale * kLog2E;
+  const int first_key = shared.queries.first_key(call.window) / kKeys * kKeys;
+  fetch(first_key);
+  for (int begin = first_key; begin < all_keys; begin += kKeys) {
     cp_async_wait<0>();
     __syncthreads();  // these keys are there for all, and all have left those that are fetched over
     fetch(begin + kKeys);
@@ -112,18 +114,26 @@ __device__ void attend(const HeadAttentionCall<scalar_t>& call, const Item& item
 
 #pragma unroll
     for (int m = 0; m < kSixteens; ++m) {
+      if (call.softcap != 0) {
+        const float cap = call.softcap * kLog2E;
 #pragma unroll
-      for (int n = 0; n < kEights; ++n)
+        for (int n = 0; n < kEights; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) scores[m][n][i] *= scale;
-      if (begin + kKeys > least_keys) {
+          for (int i = 0; i < 4; ++i) scores[m][n][i] = cap * tanh_approx(scores[m][n][i] * call.cap_scale);
+      } else {
+#pragma unroll
+        for (int n = 0; n < kEights; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) scores[m][n][i] *= scale;
+      }
+      if (begin + kKeys > least_keys || begin < warp_keys - call.window) {
         const int* const seen = &shared.queries.keys[row + 16 * m + lane / 4];
         const int from = begin + lane % 4 * 2, first = seen[0] - from, second = seen[8] - from;
 #pragma unroll
         for (int n = 0; n < kEights; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            if (8 * n + i % 2 >= (i < 2 ? first : second)) scores[m][n][i] = -INFINITY;
+            if (!sees(i < 2 ? first : second, 8 * n + i % 2, call.window)) scores[m][n][i] = -INFINITY;
       }
       mine[m].softmax.step(scores[m], mine[m].out);
     }
@@ -152,12 +162,15 @@ __device__ void attend(const HeadAttentionCall<scalar_t>& call, const Item& item
   for (int m = 0; m < kSixteens; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = attention::sum_of_row(mine[m].softmax.sum[half]);
+      float sum = attention::sum_of_row(mine[m].softmax.sum[half]), most = mine[m].softmax.max[half],
+            share = 1;
       const int64_t t = shared.queries.t[row + 16 * m + 8 * half + lane / 4];
       if (t < 0) continue;
-      if (lane % 4 == 0)
-        write_lse(call, t, item.head, mine[m].softmax.max[half] * 0.6931471805599453f + std::log(sum));
-      const float inverse = sum == 0 ? 0 : 1 / sum;
+      if (call.sinks)
+        share = add_sink(load_global(call.sinks + item.head) * kLog2E, most, sum,
+                         [](float x) { return exp2_approx(x); });
+      if (lane % 4 == 0) write_lse(call, t, item.head, most * 0.6931471805599453f + std::log(sum));
+      const float inverse = sum == 0 ? 0 : share / sum;
       scalar_t* const out = call.out + (t * call.H + item.head) * D;
 #pragma unroll
       for (int n = 0; n < kHead / 8; ++n) {

@@ -25,8 +25,8 @@ struct QueryWalk {
   int b, block, head;              // of the tile
   int first_query, T, S, k_start;  // of the sequence
   int next_head, heads_end;  // the next head of the group and where they end; with an index, places in it
-  int first;                 // the block's first key, from k_start: those below it are not seen
-  int64_t entry;             // the next of block_table
+  int first, end;  // the block's first key, from k_start: those below it are not seen; where its keys end
+  int64_t entry;   // the next of block_table
 
   // To the next tile with a row that sees one of the keys.
   __device__ __forceinline__ bool next(const AttentionCall& call, const OwnKeys& keys) {
@@ -45,10 +45,11 @@ struct QueryWalk {
     return query_at(call, s, b, head, int64_t{block} * kRows + r);
   }
 
-  // Rows that see none of the keys are left out; what the others see begins at low() and ends with `keys`.
+  // Rows that see none of the keys are left out; what the others see of them, counted from the block's first,
+  // begins at low(), or at their window, and ends with `keys`.
   __device__ __forceinline__ Query query(const AttentionCall& call, int r) const {
     const Query found = any_query(call, r);
-    return found.keys > max(first, 0) ? Query{found.t, min(found.keys - first, kRows)} : Query{-1, 0};
+    return sees_one(call, found.keys) ? Query{found.t, found.keys - first} : Query{-1, 0};
   }
   __device__ __forceinline__ int low() const { return max(-first, 0); }
 
@@ -59,15 +60,15 @@ struct QueryWalk {
     b = static_cast<int>(sequence);
     first_query = static_cast<int>(s.query), T = static_cast<int>(s.T), S = static_cast<int>(s.S);
     k_start = static_cast<int>(s.k_start);
-    first = static_cast<int>(first_key - s.k_start);
+    first = static_cast<int>(first_key - s.k_start), end = first + keys.count;
     const bool has = T > 0 && first_key < S && first + keys.count > 0;
     const int64_t units = has ? units_of(call, b, call.order ? call.order[s.query] : s.query) : 0;
-    const int64_t end = heads_of(call, units);
+    const int64_t heads = heads_of(call, units);
     const auto group_of = [&](int64_t n) { return head_at(call, units, n) / call.M; };
     int64_t at = 0, last;
     if (call.index) {
-      while (at < end && group_of(at) < keys.group) ++at;
-      for (last = at; last < end && group_of(last) == keys.group;) ++last;
+      while (at < heads && group_of(at) < keys.group) ++at;
+      for (last = at; last < heads && group_of(last) == keys.group;) ++last;
     } else {
       at = keys.group * call.M;
       last = at + (call.by_group ? (keys.group < units ? call.M : 0) : units);
@@ -83,15 +84,20 @@ struct QueryWalk {
   }
 
  private:
-  // Whether the tile has rows, and one that sees a key.
+  __device__ __forceinline__ bool sees_one(const AttentionCall& call, int keys) const {
+    return keys > max(first, 0) && keys - call.window < end;
+  }
+
+  // Whether the tile has rows, and one that sees a key. Rows in ascending order whose window begins behind
+  // the keys are the last ones: they count as none.
   __device__ __forceinline__ bool any_row(const AttentionCall& call, bool& sees) const {
-    bool there = false, sees_one = false;
+    bool there = false, one = false;
     for (int r = threadIdx.x % 32; r < kRows; r += 32) {
       const Query found = any_query(call, r);
-      there |= found.t >= 0;
-      sees_one |= found.keys > max(first, 0);
+      there |= found.t >= 0 && (call.order != nullptr || found.keys - call.window < end);
+      one |= sees_one(call, found.keys);
     }
-    sees = __any_sync(~0u, sees_one);
+    sees = __any_sync(~0u, one);
     return __any_sync(~0u, there);
   }
 

@@ -21,6 +21,7 @@ class DeviceAttention {
     call.heads = plan.heads;
     call.by_group = plan.by_group;
     call.causal = plan.causal;
+    call.window = static_cast<int>(std::min<int64_t>(plan.window, kAllKeys));
   }
 
   AttentionCall call{};
@@ -43,20 +44,16 @@ class DeviceAttention {
   std::vector<Tensor> kept_;
 };
 
-inline void refuse_on_gpu(const char* op, const AttentionScores& scores) {
-  const char* given = scores.window    ? "window"
-                      : scores.softcap ? "softcap"
-                      : scores.sinks   ? "sinks"
-                                       : nullptr;
-  if (given) fail(op, ": ", given, " must be None on a GPU, whose kernels have none, got one");
-}
-
 // What both ops give their kernels; q's strides are those of [T, H, D], k's and v's of [.., S, G, D].
 template <class Call>
 Call attention_call(const AttentionPlan& plan, const AttentionCall& lengths) {
   Call call{};
   static_cast<AttentionCall&>(call) = lengths;
-  call.scale = static_cast<decltype(call.scale)>(plan.scale);
+  using acc_t = typename Call::acc_t;
+  call.scale = static_cast<acc_t>(plan.scale);
+  call.softcap = static_cast<acc_t>(plan.softcap);
+  if (plan.softcap != 0) call.cap_scale = static_cast<acc_t>(plan.scale / plan.softcap);
+  if (plan.sinks) call.sinks = data_of<acc_t>(*plan.sinks);
   return call;
 }
 
@@ -98,7 +95,7 @@ void launch_head_attention(const HeadAttentionCall<scalar_t>& call, Workspace& w
   if (call.T == 0 || call.heads == 0) return;
 #ifdef FLEXTRON_WITH_SM90
   if constexpr (sizeof(scalar_t) == 2) {
-    if (cuda_arch() >= 90 && head_attention_fits_sm90(call)) {
+    if (cuda_arch() >= 90 && call.plain_scores() && head_attention_fits_sm90(call)) {
       const AttentionSchedule queries = workspace.queries(call, call.T, kAttentionRowsSm90, stream);
       return head_attention_sm90(call, queries, stream);
     }
@@ -125,7 +122,7 @@ void launch_head_attention_backward(const HeadAttentionBackwardCall<scalar_t>& c
   };
 #ifdef FLEXTRON_WITH_SM90
   if constexpr (sizeof(scalar_t) == 2) {
-    if (cuda_arch() >= 90 && head_attention_backward_fits_sm90(call)) {
+    if (cuda_arch() >= 90 && call.plain_scores() && head_attention_backward_fits_sm90(call)) {
       float* const partial = workspace.floats(head_attention_backward_partial_sm90(call));
       return schedules(kAttentionRowsSm90, kAttentionRowsSm90,
                        [&](const auto&, const auto& queries, const auto& keys, CUstream_st*) {

@@ -141,7 +141,6 @@ struct DeviceCall {
 DeviceCall make_device_call(const HeadAttention& arguments) {
   const auto& [op, q, k, v, heads, unit, extent, extent_per, index, cu_seqlens_q, cu_seqlens_k, k_start,
                causal, scores] = arguments;
-  refuse_on_gpu(op, scores);
   check_dim(op, "k", k, 3);
   check_dim(op, "v", v, 3);
   AttentionPlan plan = describe_heads(op, q, k, v, heads, unit.value, index, scores, causal);
@@ -155,6 +154,7 @@ DeviceCall make_device_call(const HeadAttention& arguments) {
   call.T = T;
   call.S = S;
   call.queries_each = T;
+  if (S <= call.window) call.window = kAllKeys;  // Hopper's kernels have none
   const auto add_ends = [&](const char* name, const OptionalTensor& ends) -> const int64_t* {
     if (ends) return device.add(op, name, *ends, {B + 1}, q);
     if (B != 1) fail(op, ": ", name, " must have shape [", B + 1, "], got None");
@@ -228,6 +228,7 @@ AttentionGradients backward_on_gpu(const HeadAttention& arguments, const Results
     if (wanted.q) call.dq = mutable_data_of<scalar_t>(d.q);
     if (wanted.k) call.dk = {mutable_data_of<scalar_t>(d.k), 0, plan.G * plan.D, plan.D};
     if (wanted.v) call.dv = {mutable_data_of<scalar_t>(d.v), 0, plan.G * plan.D, plan.D};
+    if (wanted.sinks) call.dsinks = mutable_data_of<acc_t>(d.sinks);
     Workspace workspace(q);
     on_gpu_of(op, q, [&](auto stream) { launch_head_attention_backward(call, workspace, stream); });
   });

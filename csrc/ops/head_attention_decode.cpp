@@ -152,7 +152,6 @@ struct DeviceCall {
 };
 
 DeviceCall make_device_call(const HeadAttentionDecode& a) {
-  refuse_on_gpu(a.op, a.scores);
   const Described described = describe(a);
   DeviceCall result{described.plan, DeviceAttention(described.plan), as_rows(a.q),
                     check_rows(a.op, "k_cache", a.k_cache, a.q), check_rows(a.op, "v_cache", a.v_cache, a.q)};
@@ -206,7 +205,9 @@ AttentionGradients backward_on_gpu(const HeadAttentionDecode& a, const Tensor& d
   check_like(a.op, "dout", dout_, {a.B(), a.T(), H, D}, q.scalar_type(), q.device());
   const Tensor dout = torch::stable::contiguous(dout_), out = empty(q, {a.B(), a.T(), H, D});
   const std::vector<int64_t> row_shape{a.B(), a.T(), H};
-  const Tensor lse = empty(q, row_shape, wide_dtype(q)), delta = empty(q, row_shape, wide_dtype(q));
+  Tensor lse = empty(q, row_shape, wide_dtype(q));
+  if (wanted.sinks) torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());  // of inactive heads
+  const Tensor delta = empty(q, row_shape, wide_dtype(q));
   AttentionGradients d = room_for(wanted, q, a.k_cache, q.scalar_type(), a.scores.sinks);
   dispatch_dtype(HeadAttentionTypes{}, a.op, q.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
@@ -218,6 +219,7 @@ AttentionGradients backward_on_gpu(const HeadAttentionDecode& a, const Tensor& d
     if (wanted.q) call.dq = mutable_data_of<scalar_t>(d.q);
     if (wanted.k) call.dk = {mutable_data_of<scalar_t>(d.k), page * G * D, G * D, D};
     if (wanted.v) call.dv = {mutable_data_of<scalar_t>(d.v), page * G * D, G * D, D};
+    if (wanted.sinks) call.dsinks = mutable_data_of<acc_t>(d.sinks);
     Workspace workspace(q);
     on_gpu_of(a.op, q, [&](auto stream) {
       if (call.T > 0 && call.heads > 0)

@@ -393,11 +393,11 @@ def test_fuzz(data):
     if data.draw(st.booleans()):
         options["k_start"] = torch.tensor([number(0, length) for length in lengths_k])
     mode = data.draw(st.sampled_from(["none", "sequence", "token", "index"]))
-    if options["causal"] and not KERNELS and data.draw(st.booleans()):
+    if options["causal"] and data.draw(st.booleans()):
         options["window"] = number(1, 120)
     seed = number(0, 1 << 30)
     generator = torch.Generator().manual_seed(seed)
-    if not KERNELS and data.draw(st.booleans()):
+    if data.draw(st.booleans()):
         options["softcap"] = 1.5
         options["sinks"] = torch.randn(G * M, generator=generator, dtype=torch.float64)
     if mode == "index":

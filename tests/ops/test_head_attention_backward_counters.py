@@ -31,6 +31,7 @@ def launched(T, S, G, M, D, heads, mask=7, dtype=torch.bfloat16, **options):
     arguments = dict(
         unit="kv_group", extent=None, extent_per="sequence", index=None, cu_seqlens_q=None, cu_seqlens_k=None,
         k_start=None, causal=True, scale=None,
+        window=None, softcap=None, sinks=None,
     )  # fmt: skip
     arguments |= options
     torch.ops.flextron.head_attention_backward(dout, q, k, v, out, lse, heads, output_mask=mask, **arguments)
@@ -74,6 +75,11 @@ def test_what_no_query_sees_costs_nothing():
     tiles = T // TILE
     for part, passing in (("Queries", "k"), ("Keys", "q")):
         assert read_of(causal[part])[passing] * 2 * tiles == read_of(all_keys[part])[passing] * (tiles + 1)
+    # Two tiles of keys for each of queries but the first, two of queries for each of keys but the last, and of
+    # these no query that none of the keys is seen by.
+    windowed = launched(T, T, 1, 1, 64, 1, window=TILE)
+    assert read_of(windowed["Queries"])["k"] == (2 * tiles - 1) * TILE * 64
+    assert read_of(windowed["Keys"])["q"] == ((2 * tiles - 1) * TILE - (tiles - 1)) * 64
 
 
 def test_extents_cost_what_their_rows_cost():

@@ -217,7 +217,7 @@ def launched():
             emulator.watch(name, tensor)
         arguments = dict(
             unit="kv_group", extent=None, extent_per="sequence", index=None, cu_seqlens_q=None,
-            cu_seqlens_k=None, k_start=None, causal=True, scale=None,
+            cu_seqlens_k=None, k_start=None, causal=True, scale=None, window=None, softcap=None, sinks=None,
         )  # fmt: skip
         arguments |= options
         torch.ops.flextron.head_attention_backward(

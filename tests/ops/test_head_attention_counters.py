@@ -63,6 +63,8 @@ def test_keys_that_no_query_of_a_tile_sees_are_not_read():
     assert launch["flops"] < 0.75 * full["flops"]
     _, started = launched(T, T, D, G, k_start=torch.tensor([2 * ROWS]))
     assert read_of(started, "k") == ROWS * G * M * D * size
+    _, windowed = launched(T, T, D, G, window=ROWS)
+    assert read_of(windowed, "k") == read_of(windowed, "v") == (1 + 2 + 2) * ROWS * G * M * D * size
 
 
 def test_an_extent_of_zero_costs_nothing():

@@ -324,10 +324,10 @@ def test_fuzz(data):
         options["k_start"] = torch.tensor([number(0, S) for _ in range(B)], dtype=torch.int64)
     if data.draw(st.booleans()):
         options["extent"] = torch.tensor([number(0, heads) for _ in range(B)], dtype=torch.int64)
-    if not KERNELS and data.draw(st.booleans()):
+    if data.draw(st.booleans()):
         options["window"] = number(1, 90)
     seed = number(0, 1 << 30)
-    if not KERNELS and data.draw(st.booleans()):
+    if data.draw(st.booleans()):
         options["softcap"] = 1.5
         options["sinks"] = torch.linspace(-1, 1, G * M, dtype=torch.float64)
     q, k, v = draw(B, T, S, G * M, G, D, torch.float64, seed)

@@ -55,6 +55,12 @@ def test_keys_before_k_start_are_not_read():
     assert decode["k"] == decode["v"] == 3 * (30 + 69) * 64 * SIZE
 
 
+def test_keys_before_the_window_are_not_read():
+    for T in (1, 4):  # the first query's window begins before the last one's
+        decode, *_ = launched((130, 70, 9), 3, T=T, window=33)
+        assert decode["k"] == decode["v"] == 3 * (2 * (33 + T - 1) + 9) * 64 * SIZE
+
+
 @pytest.mark.parametrize("unit", ["kv_group", "query"])
 def test_cost_falls_with_the_extent(unit):
     """By groups: bytes of the cache. By query heads: every group is needed; a head that is not active is no row."""
