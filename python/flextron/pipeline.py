@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from flextron.checkpoint.hf import read_tokenizer
 from flextron.checkpoint.weights import overwrite, weight_files
 from flextron.config import Widths
 from flextron.conversion import convert as convert_model
+from flextron.conversion.gguf import is_gguf, read_gguf
 from flextron.conversion.source import room_beside, source_of
 from flextron.corpus import Data, corpus, windows
 from flextron.judge.loss import evaluate
@@ -124,7 +125,8 @@ def convert(
     """Make an elastic checkpoint of a stock one: score, sort, prove that the full model is unchanged.
 
     Args:
-        parent: a loaded transformers causal LM (then with ``tokenizer``), a directory, or the id of a model on the hub.
+        parent: a loaded transformers causal LM (then with ``tokenizer``), a directory, the id of a model on the hub, or
+            a GGUF file, of which transformers makes float32 weights.
         directory: the elastic checkpoint. Stock transformers still loads it as the full parent.
         data: text to calibrate on; by default Python's own documentation.
         samples: sequences to calibrate on.
@@ -146,6 +148,9 @@ def convert(
         chosen = one_device("convert", device)
     ranks.first(lambda: room_beside(parent, directory, force))  # before the work, too
     with _one_writer(directory, "convert"), current(chosen):
+        if is_gguf(parent):
+            parent, own = read_gguf(cast(Any, parent), like)
+            tokenizer = tokenizer or own
         if tokenizer is None:
             tokenizer = read_tokenizer(source_of(parent, like))
         return convert_model(

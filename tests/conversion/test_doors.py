@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from conversion.test_elastify import toy_tokenizer
@@ -201,3 +202,78 @@ def test_an_adapter_that_does_not_fit_is_refused(
         cli.main(["convert", *paths[:2], "--merge-adapter", paths[2], "--samples", "2", "--length", "8"]) == 2
     )
     assert "convert needs peft; pip install" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def write_gguf(path: Path, parent: Any) -> None:
+    """A Llama as llama.cpp stores it, with a tokenizer of single letters; the halves of rotated heads interleave."""
+    c, writer = parent.config, gguf.GGUFWriter(str(path), "llama")
+    for name, value in dict(
+        context_length=c.max_position_embeddings,
+        embedding_length=c.hidden_size,
+        block_count=c.num_hidden_layers,
+        feed_forward_length=c.intermediate_size,
+        head_count=c.num_attention_heads,
+        head_count_kv=c.num_key_value_heads,
+        key_length=c.head_dim,
+        value_length=c.head_dim,
+        rope_dimension_count=c.head_dim,
+        layer_norm_rms_eps=c.rms_norm_eps,
+        rope_freq_base=c.rope_parameters["rope_theta"],
+        vocab_size=c.vocab_size,
+        tokenizer_model="gpt2",
+        tokenizer_pre="default",
+        bos_token_id=1,
+        eos_token_id=2,
+        token_merges=["a b"],
+    ).items():
+        getattr(writer, f"add_{name}")(value)
+    known = ["<u>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab"]
+    writer.add_token_list(known + [f"<{i}>" for i in range(len(known), c.vocab_size)])
+    writer.add_token_types([1] * c.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
+    for name, p in parent.named_parameters():
+        t = p.detach().numpy()
+        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
+            t = t.reshape(heads, 2, -1, t.shape[1]).swapaxes(1, 2).reshape(t.shape).copy()
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), t)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_converts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parent = small_model(hidden_size=64)
+    write_gguf(Path("model.gguf"), parent)
+    Path("text.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"{c}ab " * 60}) for c in "cdefghijklmnop" * 3)
+    )
+    command = ["--data", "text.jsonl", "--samples", "4", "--length", "16", "--device", "cpu"]
+    assert cli.main(["convert", "model.gguf", "out", *command, "--dtype", "bfloat16"]) == 0
+    assert "stored in bfloat16" in capsys.readouterr().out
+    assert cli.main(["convert", "model.gguf", "out", *command, "--force"]) == 0
+    stock = AutoModelForCausalLM.from_pretrained("out")
+    assert stock.dtype == torch.float32 and not hasattr(stock.config, "quantization_config")
+    torch.testing.assert_close(
+        logits_of(stock, tokens(1, 8)), logits_of(parent, tokens(1, 8)), rtol=1e-4, atol=1e-4
+    )
+    assert AutoTokenizer.from_pretrained("out")("cab")["input_ids"] == [5, 30]
+
+    def refused(name: str) -> str:
+        capsys.readouterr()
+        assert cli.main(["convert", name, "other", *command]) == 2 and not Path("other").exists()
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1
+        return said
+
+    assert "must be a GGUF file, got nothing there" in refused("none.gguf")
+    Path("cut.gguf").write_bytes(Path("model.gguf").read_bytes()[:3000])
+    assert "must be a GGUF file that transformers reads" in refused("cut.gguf")
+    Path("text.gguf").write_text("hello")
+    assert "begins with b'hell'" in refused("text.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "convert needs gguf; pip install" in refused("model.gguf")

@@ -14,7 +14,7 @@ EXAMPLE = "flextron convert HuggingFaceTB/SmolLM2-135M elastic/"
 
 def options(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", help="model directory or hub id; the families are in docs/families.md")
+    add("source", help="model directory, hub id or GGUF file; the families are in docs/families.md")
     add("directory", help="elastic checkpoint to write; stock transformers still loads it")
     shared.data(parser)
     add("--samples", type=values.count, default=512, help="number of sequences that importance is scored on")

@@ -27,8 +27,9 @@ def load_stock(
     source: str | Path,
     dtype: torch.dtype | str = "auto",
     strip_prefix: str | None = None,
+    gguf_file: str | None = None,
 ) -> PreTrainedModel:
-    """The causal LM that stock transformers makes of a directory or hub id; safetensors only.
+    """The causal LM that stock transformers makes of a directory or hub id; safetensors, or one GGUF file.
 
     transformers draws random weights for missing tensors and goes on. Here missing tensors are refused by name, and so
     are tensors that the model does not use; buffers of old rotary embeddings pass.
@@ -38,6 +39,7 @@ def load_stock(
         source: the directory or id.
         dtype: what the weights have in memory; ``"auto"`` takes what the configuration says, as transformers does.
         strip_prefix: taken off the beginning of every name in the files.
+        gguf_file: the name of a GGUF file in ``source``, to read instead.
 
     Raises:
         ValueError: names or shapes in the files are not those of the model.
@@ -51,6 +53,7 @@ def load_stock(
                 dtype=dtype,
                 use_safetensors=True,
                 key_mapping=mapping,
+                gguf_file=gguf_file,
                 ignore_mismatched_sizes=True,  # so that they are told, below
                 output_loading_info=True,
             )
