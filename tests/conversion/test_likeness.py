@@ -56,7 +56,7 @@ def test_a_family_that_is_built_like_another_converts(tmp_path: Path, model_type
         ("arcee", {}, "llama", r"it has no model.layers.0.mlp.gate_proj; nothing"),
         ("hyperclovax", {}, "llama", "not understood: model.layers.0.post_norm1.weight"),
         ("olmo_hybrid", {}, "olmo2", "layer_types are not understood: linear_attention"),
-        ("helium", dict(hidden_size=96), "llama", r"other shapes .* model.layers.0.self_attn.o_proj.weight"),
+        ("gpt_bigcode", dict(hidden_size=64), "gpt2", r"other shapes .* transformer.h.0.attn.c_attn.weight"),
         ("seed_oss", {}, "cohere", "this fails: .*use_qk_norm"),
         (
             "ernie4_5",

@@ -100,7 +100,7 @@ def _faults(model: Any, anatomy: Anatomy) -> str:
     paths = (anatomy.base, f"{anatomy.base}.{anatomy.layers}", f"{anatomy.base}.{anatomy.norm}", "lm_head")
     if missing := [path for path in paths if not _has(model, path)]:
         return f"it has no {listed(missing)}"
-    names = (*anatomy.sizes[:1], "num_attention_heads", "hidden_size", "num_hidden_layers", "vocab_size")
+    names = ("num_attention_heads", "hidden_size", "num_hidden_layers", "vocab_size")
     if missing := [name for name in names if not isinstance(getattr(config, name, None), int)]:
         return f"its configuration has no {listed(missing)}"
     types = {*(getattr(config, "layer_types", None) or ())} - _TYPES
