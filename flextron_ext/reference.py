@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops.decoder import Decoder
+from .ops.decoder import Decoder, DecoderShape
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -299,9 +300,18 @@ def head_attention_decode(
     return torch.stack(out) if out else torch.zeros_like(q)
 
 
-def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _norm(x: Tensor, w: dict[str, Tensor], name: str, s: DecoderShape) -> Tensor:
+    """By the norm of this name; x where there is none."""
+    if name not in w:
+        return x
+    weight, bias = w[name], w.get(f"{name}_bias")
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    if s.norms.startswith("layer"):
+        weight = weight + 1 if s.norms == "layer+1" else weight
+        return F.layer_norm(x, weight.shape, weight, bias, s.eps)
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + s.eps)
+    y = (y * (1 + weight.to(wide.dtype))).to(x.dtype) if s.norms == "rms+1" else weight * y.to(x.dtype)
+    return y if bias is None else y + bias
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -332,9 +342,13 @@ def decoder_step(
     (B, T), s = ids.shape, held.shape
     D, M = s.head_size, s.query_heads // s.groups
     model, layers = _plain_weights(held, cos.dtype)
-    x = model["embedding"][ids]
+    x = model["embedding"][ids] * s.embedding_scale
+    beside = max(1, *s.tables) if s.tables else 1
+    turns = list(zip(cos.chunk(beside, -1), sin.chunk(beside, -1), strict=True))
     for i, (w, stored) in enumerate(zip(layers, kv_heads, strict=True)):
-        y = _rms(x, w["in_norm"], s.eps)
+        y = _norm(x, w, "in_norm", s)
+        table, window = s.tables[i] if s.tables else 1, s.windows[i] if s.windows else 0
+        turn = turns[table - 1] if table else (cos[..., :0], sin[..., :0])
         if router is not None:
             w1, w2, state, base = (t[i] for t in router)
             width, n = _chosen(y, w1, w2, state, base, mlp_choices or [], head_choices or [])
@@ -346,13 +360,13 @@ def decoder_step(
         per_block = most * M if s.unit == "kv_group" else most
         q = _heads(y, w, "q", D, per_block, blocks)
         k, v = (_heads(y, w, name, D, stored) for name in "kv")
-        if "q_norm" in w:
-            q, k = _rms(q, w["q_norm"], s.eps), _rms(k, w["k_norm"], s.eps)
+        q, k = _norm(q, w, "q_norm", s), _norm(k, w, "k_norm", s)
         new = slice(cached, cached + T)
-        keys[i][:, new, :stored], values[i][:, new, :stored] = _turn(k, cos, sin), v
+        keys[i][:, new, :stored], values[i][:, new, :stored] = _turn(k, *turn), v
         if most:
             k, v = (t[i][:, : new.stop, :used] for t in (keys, values))
-            q = _attention_of_cache(_turn(q, cos, sin), k, v, most, s.unit, n, k_start, s.scale)
+            kind = dict(scale=s.scale, window=window or None, softcap=s.softcap)
+            q = _attention_of_cache(_turn(q, *turn), k, v, most, s.unit, n, k_start, kind)
         block = per_block * D
         inputs = n.flatten() * (block // max(most, 1))
         out = elastic_linear(
@@ -364,9 +378,16 @@ def decoder_step(
             inputs,
             in_blocks=blocks,
         )
-        x = x + out.view(x.shape)
-        x = x + _mlp_of(_rms(x, w["mlp_norm"], s.eps), w, s.neurons, width.flatten(), s.activation)
-    logits = F.linear(_rms(x, model["norm"], s.eps)[:, T - keep :], model["head"])
+        attended = x + s.residual_scale * _norm(out.view(x.shape), w, "attention_post", s)
+        if "mlp_norm" in w or not s.parallel:
+            y = _norm(x if s.parallel else attended, w, "mlp_norm", s)
+        y = _mlp_of(y, w, s.neurons, width.flatten(), s.activation)
+        x = attended + s.residual_scale * _norm(y, w, "mlp_post", s)
+    logits = s.logit_scale * F.linear(_norm(x, model, "norm", s)[:, T - keep :], model["head"])
+    if "head_bias" in model:
+        logits = logits + model["head_bias"]
+    if s.logit_cap is not None:
+        logits = s.logit_cap * torch.tanh(logits / s.logit_cap)
     return logits, logits[:, -1].argmax(-1) if keep else ids.new_empty(0)
 
 
@@ -386,7 +407,10 @@ def _plain_weights(held: Decoder, dtype: torch.dtype) -> tuple[dict[str, Tensor]
                 blocks.get(name, 1), -1, w[name].shape[2]
             )
             w[name] = weight[:, : rows[name] // len(weight)].flatten(0, 1)
-        if "up" in w:
+        if "up" in w and not s.gated:
+            up = _unpacked(w["up"], w.get("up_scales"), dtype)
+            w["up"] = up.view(-1, up.shape[-1])[: s.neurons]
+        elif "up" in w:
             both = _unpacked(w["up"], w.get("up_scales"), dtype).unflatten(0, (-1, 2, 16))
             w["gate"], w["up"] = (half.flatten(0, 1)[: s.neurons] for half in both.unbind(1))
     in_dtype = [{name: t.to(dtype) for name, t in w.items()} for w in (model, *layers)]
@@ -428,7 +452,7 @@ def _attention_of_cache(
     unit: str,
     extent: Tensor,
     k_start: Tensor | None,
-    scale: float | None,
+    kind: dict[str, Any],
 ) -> Tensor:
     """A token after another: each has an extent of its own, [B, T]."""
     (B, T), out = q.shape[:2], []
@@ -437,15 +461,13 @@ def _attention_of_cache(
         start = None if k_start is None else k_start.clamp(max=length)
         cache = (keys[:, :length], values[:, :length], torch.full((B,), length))
         out.append(
-            head_attention_decode(
-                q[:, t : t + 1], *cache, heads, unit, extent[:, t], k_start=start, scale=scale
-            )
+            head_attention_decode(q[:, t : t + 1], *cache, heads, unit, extent[:, t], k_start=start, **kind)
         )
     return torch.cat(out, 1) if out else torch.zeros_like(q)
 
 
 def _mlp_of(x: Tensor, w: dict[str, Tensor], neurons: int, extent: Tensor, activation: str) -> Tensor:
-    gate, up, down = (w[name] for name in ("gate", "up", "down"))
+    gate, up, down = (w.get("gate"), w["up"], w["down"])
     b_gate, b_up, b_down = (w.get(f"{name}_bias") for name in ("gate", "up", "down"))
     y = elastic_mlp(x.flatten(0, 1), gate, up, down, b_gate, b_up, b_down, neurons, activation, extent)
     return y.view(x.shape)

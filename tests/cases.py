@@ -223,12 +223,36 @@ def head_attention_decode(device: str, dtype: torch.dtype) -> Iterator[dict[str,
     yield case(2, 3, 33, 6, 2, 16, 1, ints(33, 2), page=8, softcap=1.5, window=9, sinks=tensor(6))
 
 
+_BEFORE = ("in_norm", "mlp_norm")
+# What a `DecoderShape` may say beyond Llama's, and which norms a layer has: the last cases of decoder_step.
+DECODER_KINDS: tuple[dict[str, Any], ...] = (
+    dict(kind=dict(embedding_scale=3.0, residual_scale=0.4, logit_scale=0.5)),
+    dict(kind=dict(norms="rms+1", logit_cap=0.7, embedding_scale=24**0.5), head_norm=True, norm_bias=True),
+    dict(kind=dict(tables=[0, 1], gated=False), packed=None, activation="relu2", bias=True),
+    dict(
+        kind=dict(norms="layer"), norms_at=(*_BEFORE, "mlp_post"), head_norm=True, norm_bias=True, bias=True
+    ),
+    dict(kind=dict(norms="layer+1", gated=False, residual_scale=0.7), bias=True, activation="gelu_tanh"),
+    dict(kind=dict(norms="layer", parallel=True), norms_at=("in_norm",), norm_bias=True, bias=True),
+    dict(kind=dict(parallel=True, gated=False), packed="int8", unit="query"),
+    dict(kind=dict(norms="rms+1"), norms_at=(*_BEFORE, "attention_post", "mlp_post"), packed=None),
+    dict(norms_at=("attention_post", "mlp_post"), kind=dict(tables=[1, 0])),
+    dict(kind=dict(windows=[3, 0], tables=[2, 1], softcap=1.5), R=4),
+)
+
+
+def is_routed(kind: int) -> bool:
+    """Whether a router chooses in the case of this entry of `DECODER_KINDS`."""
+    return kind % 3 == 2
+
+
 def decoder_step(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """``held`` is a `Decoder`; `taken` makes it the number that the op takes."""
 
     def case(
         widths, heads, B=1, T=1, cached=5, H=4, G=2, D=8, K=24, F=40, R=None, unit="kv_group", kv=None, packed=False,
-        bias=False, head_norm=False, room=0, eps=1e-6, tables=1, requests=0, activation="silu", scale=None, **options,
+        bias=False, head_norm=False, room=0, eps=1e-6, tables=1, requests=0, activation="silu", scale=None, kind=None,
+        norms_at=_BEFORE, norm_bias=False, **options,
     ):  # fmt: skip
         def tensor(*shape, scale=1.0):
             return torch.randn(*shape, device=device, dtype=dtype) * scale
@@ -237,17 +261,28 @@ def decoder_step(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         shapes = dict(
             q=(H * D, K), k=(G * D, K), v=(G * D, K), o=(K, H * D), gate=(F, K), up=(F, K), down=(K, F)
         )
-        layers, format = [], "plain"
+        kind, layers, format = kind or {}, [], "plain"
+        gated = kind.get("gated", True)
+        if not gated:
+            del shapes["gate"]
+        rest = 0 if kind.get("norms", "rms").endswith("+1") else 1  # what a weight is near to
+
+        def norms_of(sizes):
+            w = {name: rest + tensor(size, scale=0.1) for name, size in sizes.items()}
+            return w | ({f"{name}_bias": tensor(sizes[name], scale=0.2) for name in w} if norm_bias else {})
+
         for _ in kv_heads:
             w = {name: tensor(*shape, scale=shape[1] ** -0.5) for name, shape in shapes.items()}
             if bias:
                 w |= {f"{name}_bias": tensor(shape[0], scale=0.25) for name, shape in shapes.items()}
             if head_norm:
-                w |= {"q_norm": 1 + tensor(D, scale=0.1), "k_norm": 1 + tensor(D, scale=0.1)}
-            w |= {"in_norm": 1 + tensor(K, scale=0.1), "mlp_norm": 1 + tensor(K, scale=0.1)}
+                w |= norms_of(dict(q_norm=D, k_norm=D))
+            w |= norms_of(dict.fromkeys(norms_at, K))
             if packed is not False:
                 blocks = dict(q=G if unit == "query" else 1)
-                w["up"], w["down"], *scales, format = pack_mlp(w.pop("gate"), w["up"], w["down"], packed)
+                w["up"], w["down"], *scales, format = pack_mlp(
+                    w.pop("gate", None), w["up"], w["down"], packed
+                )
                 w |= dict(zip(("up_scales", "down_scales"), scales, strict=True))
                 for name in "qkvo":
                     w[name], w[f"{name}_scales"], _ = pack_linear(w[name], blocks.get(name, 1), packed)
@@ -255,10 +290,14 @@ def decoder_step(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         head, scales = tensor(37, K, scale=K**-0.5), None
         if packed is not False:
             head, scales, _ = pack_linear(head, 1, packed)
-        model = dict(embedding=tensor(37, K), norm=1 + tensor(K, scale=0.1), head=head)
+        model = dict(embedding=tensor(37, K), **norms_of(dict(norm=K)), head=head)
+        model |= {"head_bias": tensor(37)} if norm_bias else {}
         model |= {} if scales is None else {"head_scales": scales}
         of_layers = {name: [w[name] for w in layers] for name in layers[0]}
-        angle = torch.rand(tables, T, R // 2, device=device).repeat(1, 1, 2) * 6
+        beside = max(1, *kind.get("tables", [1]))
+        angle = torch.cat(
+            [torch.rand(tables, T, R // 2, device=device).repeat(1, 1, 2) * 6 for _ in range(beside)], -1
+        )
         if requests:  # a router chooses among the widths and heads
             L, hidden, C = len(kv_heads), 5, len(widths) + len(heads)
             shapes = [(L, hidden, K), (L, C, hidden), (L, requests, hidden), (L, requests, C)]
@@ -266,7 +305,7 @@ def decoder_step(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
             options |= dict(mlp_choices=widths, head_choices=heads)
             widths, heads = [], []
         caches = [[tensor(B, cached + T + room, max(n, 1), D) for n in kv_heads] for _ in range(2)]
-        shape = DecoderShape(len(kv_heads), F, H, G, D, eps, scale, unit, activation, format)
+        shape = DecoderShape(len(kv_heads), F, H, G, D, eps, scale, unit, activation, format, **kind)
         return dict(
             ids=torch.randint(0, 37, (B, T), device=device),
             cos=angle.cos().to(dtype),
@@ -313,6 +352,9 @@ def decoder_step(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     yield case([40, 0, 16], [0, 1, 2], requests=4, head_norm=True, bias=True, **both)
     yield case([8, 24, 40], [1, 2, 3], requests=2, H=6, unit="query", packed="int8", keep=2, **both)
     yield case([8, 24], [2], requests=1, kv=[2], B=0)
+    for i, settings in enumerate(DECODER_KINDS):
+        routed = dict(requests=1, kv=[2, 2]) if is_routed(i) else {}
+        yield case([40, 24], [2, 1], B=3, T=4, keep=4, k_start=start, **routed, **settings)
 
 
 def prefix_gate(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:

@@ -1,16 +1,27 @@
-// A decoder of the Llama family: tokens through every layer, and to their logits.
+// A decoder: tokens through every layer, and to their logits. A Llama has no norm in square brackets, and
+// scales of 1.
 //
-//   for each layer:  n = norm(x) * w_in;  q, k, v = n Wq^T + bq, n Wk^T + bk, n Wv^T + bv
+//   x = embedding_scale * embedding[id]
+//   for each layer:  n = norm(x);  q, k, v = n Wq^T + bq, n Wk^T + bk, n Wv^T + bv
 //                    q, k = turn(head_norm(q)), turn(head_norm(k));  k and v go to the cache
-//                    x += attention(q, cache) Wo^T + bo
-//                    n = norm(x) * w_mlp;  x += (act(n Wg^T + bg) * (n Wu^T + bu)) Wd^T + bd
-//   logits = (norm(x) * w) W_head^T
+//                    x += residual_scale * [norm](attention(q, cache) Wo^T + bo)
+//                    n = norm(x);  x += residual_scale * [norm]((act(n Wg^T + bg) * (n Wu^T + bu)) Wd^T + bd)
+//   logits = logit_scale * norm(x) W_head^T + b_head, or logit_cap * tanh(logits / logit_cap)
 //
-//   norm(x) = x / sqrt(mean(x^2) + eps), RMSNorm, over a row; head_norm is the same over a head
+//   Each norm has a weight w, and a bias where it is given; a norm before a part that has no weight is x
+//   itself.
+//     rms:    x / sqrt(mean(x^2) + eps) * w (RMSNorm)
+//     layer:  (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * w + bias (LayerNorm)
+//     rms+1, layer+1:  1 + w in the place of w, in layer+1 rounded to the dtype of w (Gemma, Nemotron)
+//   head_norm is the same over a head. An MLP without a gate is act(n Wu^T + bu) Wd^T + bd. Where attention
+//   and MLP are parallel, n of the MLP is made of the x before attention; it is attention's own without a
+//   norm.
+//
+//   attention may see the last `window` keys alone, and bound its scores: csrc/kernels/head_attention.h
 //   turn is the rotary embedding (RoPE, Su et al., arXiv 2104.09864). For i < R/2:
 //       turn(x)[i] = x[i] cos[i] - x[i + R/2] sin[i]
 //       turn(x)[i + R/2] = x[i + R/2] cos[i + R/2] + x[i] sin[i + R/2]
-//   and the D - R elements that follow stay as they are
+//   and the D - R elements that follow stay as they are. A layer may have another table than others, or none
 //
 // A row is one token of one sequence. Each row uses a prefix of the heads and of the neurons. How long the
 // prefix is comes from the layer, from the sequence's budget, or from the router, which picks in each layer
@@ -36,26 +47,36 @@ using DecoderTypes = TypeList<float, bf16, fp16>;
 
 constexpr int64_t kLongestHead = 1024;  // elements of a head; csrc/ops/decoder/model.cpp checks it
 
-// x[r] += add[r], then to[r] = norm(x[r]) * weight.
+enum class NormKind : int64_t { kRms, kRmsPlusOne, kLayer, kLayerPlusOne };
+
+template <class scalar_t>
+struct DecoderNorm {
+  const scalar_t* weight = nullptr;  // null: what comes goes on as it is
+  const scalar_t* bias = nullptr;    // null: 0; with a weight alone
+};
+
+// x[r] += scale * post(add[r]), then to[r] = norm(x[r]).
 template <class scalar_t>
 struct DecoderNormParams {
-  float* x;                // [rows, K], rows x_stride apart
-  const float* add;        // [rows, K], contiguous; or null
-  const scalar_t* weight;  // [K]
-  float* to;               // [rows, K], rows x_stride apart
+  NormKind kind;
+  DecoderNorm<scalar_t> norm, post;  // [K] each
+  float* x;                          // [rows, K], rows x_stride apart
+  const float* add;                  // [rows, K], contiguous; or null
+  float* to;                         // [rows, K], rows x_stride apart
   int64_t K, x_stride;
-  float eps;
+  float scale, eps;
 };
 
 // to[b, t, h] = turn(head_norm(from[b, t, h])).
 template <class scalar_t>
 struct DecoderHeadsParams {
-  const float* from;          // [B * T, heads, D], contiguous
-  const scalar_t* norm;       // [D]; null: no head_norm
-  const scalar_t *cos, *sin;  // [B or 1, T, R], contiguous; null: no turn
-  scalar_t* to;               // D adjacent
+  NormKind kind;
+  const float* from;           // [B * T, heads, D], contiguous
+  DecoderNorm<scalar_t> norm;  // [D]
+  const scalar_t *cos, *sin;   // [B or 1, T, R], tokens table_stride apart; null: no turn
+  scalar_t* to;                // D adjacent
   int64_t to_stride_b, to_stride_t, to_stride_h;
-  int64_t T, heads, D, R;
+  int64_t T, heads, D, R, table_stride;
   bool one_table;  // cos and sin are the same for all sequences
   float eps;
 };
@@ -78,12 +99,21 @@ struct DecoderBestParams {
   int64_t vocabulary, stride;
 };
 
-// Rows [begin, end).
+// x = cap * tanh(x / cap).
+template <class scalar_t>
+struct DecoderCapParams {
+  scalar_t* x;
+  float cap;
+};
+
+// Rows [begin, end); decoder_cap: elements.
 #define FLEXTRON_DECLARE_DECODER(isa)                                                          \
   template <class scalar_t>                                                                    \
   void decoder_norm_##isa(const DecoderNormParams<scalar_t>& p, int64_t begin, int64_t end);   \
   template <class scalar_t>                                                                    \
   void decoder_heads_##isa(const DecoderHeadsParams<scalar_t>& p, int64_t begin, int64_t end); \
+  template <class scalar_t>                                                                    \
+  void decoder_cap_##isa(const DecoderCapParams<scalar_t>& p, int64_t begin, int64_t end);     \
   template <class scalar_t>                                                                    \
   void decoder_best_##isa(const DecoderBestParams<scalar_t>& p, int64_t begin, int64_t end);   \
   void decoder_router_##isa(const DecoderRouterParams& p, int64_t begin, int64_t end);

@@ -19,15 +19,77 @@ inline float inverse_norm(const float* x, i64 n, float eps) {
   return 1.0f / __builtin_sqrtf(total / float(n) + eps);
 }
 
-template <class scalar_t>
+// The mean of n, in eight sums as above.
+inline float mean_of(const float* x, i64 n) {
+  float sum[8] = {};
+  i64 i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (i64 e = 0; e < 8; ++e) sum[e] += x[i + e];
+  for (; i < n; ++i) sum[i % 8] += x[i];
+  return (((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]))) / float(n);
+}
+
+template <NormKind kind, class scalar_t>
+inline float factor(scalar_t weight) {
+  const float value = widen(weight);
+  if constexpr (kind == NormKind::kRmsPlusOne) return 1.0f + value;
+  if constexpr (kind == NormKind::kLayerPlusOne) {
+    scalar_t rounded;
+    narrow(1.0f + value, &rounded);
+    return widen(rounded);
+  }
+  return value;
+}
+
+// to = norm(x), with a weight; `to` is other memory than x.
+template <NormKind kind, class scalar_t>
+inline void normalise(const DecoderNorm<scalar_t>& norm, const float* __restrict x, i64 n, float eps,
+                      float* __restrict to) {
+  if constexpr (kind == NormKind::kRms || kind == NormKind::kRmsPlusOne) {
+    const float inverse = inverse_norm(x, n, eps);
+    for (i64 i = 0; i < n; ++i) to[i] = x[i] * inverse * factor<kind>(norm.weight[i]);
+  } else {
+    const float mean = mean_of(x, n);
+    for (i64 i = 0; i < n; ++i) to[i] = x[i] - mean;
+    const float inverse = inverse_norm(to, n, eps);
+    for (i64 i = 0; i < n; ++i) to[i] = to[i] * inverse * factor<kind>(norm.weight[i]);
+  }
+  if (norm.bias)
+    for (i64 i = 0; i < n; ++i) to[i] += widen(norm.bias[i]);
+}
+
+template <NormKind kind, class scalar_t>
 void norm_rows(const DecoderNormParams<scalar_t>& p, i64 begin, i64 end) {
   for (i64 r = begin; r < end; ++r) {
     float* __restrict x = p.x + r * p.x_stride;
     float* __restrict to = p.to + r * p.x_stride;
-    if (p.add)
-      for (i64 i = 0; i < p.K; ++i) x[i] += p.add[r * p.K + i];
-    const float inverse = inverse_norm(x, p.K, p.eps);
-    for (i64 i = 0; i < p.K; ++i) to[i] = x[i] * inverse * widen(p.weight[i]);
+    if (p.add) {
+      const float* add = p.add + r * p.K;
+      if (p.post.weight) {
+        normalise<kind>(p.post, add, p.K, p.eps, to);
+        add = to;
+      }
+      for (i64 i = 0; i < p.K; ++i) x[i] += p.scale * add[i];
+    }
+    if (p.norm.weight)
+      normalise<kind>(p.norm, x, p.K, p.eps, to);
+    else
+      for (i64 i = 0; i < p.K; ++i) to[i] = x[i];
+  }
+}
+
+// f with the kind as a template argument: f.operator()<kind>().
+template <class F>
+inline void with_norm(NormKind kind, const F& f) {
+  switch (kind) {
+    case NormKind::kRms:
+      return f.template operator()<NormKind::kRms>();
+    case NormKind::kRmsPlusOne:
+      return f.template operator()<NormKind::kRmsPlusOne>();
+    case NormKind::kLayer:
+      return f.template operator()<NormKind::kLayer>();
+    case NormKind::kLayerPlusOne:
+      return f.template operator()<NormKind::kLayerPlusOne>();
   }
 }
 
@@ -46,11 +108,13 @@ void router_rows(const DecoderRouterParams& p, i64 begin, i64 end) {
 }
 
 // `head` is scratch of D floats.
-template <class scalar_t>
+template <NormKind kind, class scalar_t>
 void turn_head(const DecoderHeadsParams<scalar_t>& p, const float* from, const scalar_t* cos,
                const scalar_t* sin, float* __restrict head, scalar_t* __restrict to) {
-  const float inverse = p.norm ? inverse_norm(from, p.D, p.eps) : 1.0f;
-  for (i64 d = 0; d < p.D; ++d) head[d] = p.norm ? from[d] * inverse * widen(p.norm[d]) : from[d];
+  if (p.norm.weight)
+    normalise<kind>(p.norm, from, p.D, p.eps, head);
+  else
+    for (i64 d = 0; d < p.D; ++d) head[d] = from[d];
   const i64 R = cos ? p.R : 0, half = R / 2;
   for (i64 i = 0; i < half; ++i) {
     const float a = head[i], b = head[i + half];
@@ -60,15 +124,15 @@ void turn_head(const DecoderHeadsParams<scalar_t>& p, const float* from, const s
   for (i64 d = R; d < p.D; ++d) narrow(head[d], to + d);
 }
 
-template <class scalar_t>
+template <NormKind kind, class scalar_t>
 void turn_rows(const DecoderHeadsParams<scalar_t>& p, i64 begin, i64 end) {
   float head[kLongestHead];
   for (i64 r = begin; r < end; ++r) {
-    const i64 b = r / p.T, t = r % p.T, table = (p.one_table ? t : r) * p.R;
+    const i64 b = r / p.T, t = r % p.T, table = (p.one_table ? t : r) * p.table_stride;
     for (i64 h = 0; h < p.heads; ++h)
-      turn_head(p, p.from + (r * p.heads + h) * p.D, p.cos ? p.cos + table : nullptr,
-                p.cos ? p.sin + table : nullptr, head,
-                p.to + b * p.to_stride_b + t * p.to_stride_t + h * p.to_stride_h);
+      turn_head<kind>(p, p.from + (r * p.heads + h) * p.D, p.cos ? p.cos + table : nullptr,
+                      p.cos ? p.sin + table : nullptr, head,
+                      p.to + b * p.to_stride_b + t * p.to_stride_t + h * p.to_stride_h);
   }
 }
 
@@ -109,6 +173,18 @@ i64 best_of(const scalar_t* x, i64 n) {
 }
 
 template <class scalar_t>
+void cap_elements(const DecoderCapParams<scalar_t>& p, i64 begin, i64 end) {
+  constexpr i64 lanes = kLanes<float>;
+  for (i64 at = begin; at < end; at += lanes) {
+    const i64 count = smaller(lanes, end - at);
+    Vec<float> value = {};
+    for (i64 e = 0; e < count; ++e) value[e] = widen(p.x[at + e]);
+    value = p.cap * vec_tanh(value / p.cap);
+    for (i64 e = 0; e < count; ++e) narrow(value[e], p.x + at + e);
+  }
+}
+
+template <class scalar_t>
 void best_rows(const DecoderBestParams<scalar_t>& p, i64 begin, i64 end) {
   for (i64 r = begin; r < end; ++r) p.best[r] = best_of(p.logits + r * p.stride, p.vocabulary);
 }
@@ -120,11 +196,15 @@ void best_rows(const DecoderBestParams<scalar_t>& p, i64 begin, i64 end) {
 #define FLEXTRON_DEFINE_DECODER(isa)                                                            \
   template <class scalar_t>                                                                     \
   void decoder_norm_##isa(const DecoderNormParams<scalar_t>& p, int64_t begin, int64_t end) {   \
-    norm_rows(p, begin, end);                                                                   \
+    with_norm(p.kind, [&]<NormKind kind>() { norm_rows<kind>(p, begin, end); });                \
   }                                                                                             \
   template <class scalar_t>                                                                     \
   void decoder_heads_##isa(const DecoderHeadsParams<scalar_t>& p, int64_t begin, int64_t end) { \
-    turn_rows(p, begin, end);                                                                   \
+    with_norm(p.kind, [&]<NormKind kind>() { turn_rows<kind>(p, begin, end); });                \
+  }                                                                                             \
+  template <class scalar_t>                                                                     \
+  void decoder_cap_##isa(const DecoderCapParams<scalar_t>& p, int64_t begin, int64_t end) {     \
+    cap_elements(p, begin, end);                                                                \
   }                                                                                             \
   template <class scalar_t>                                                                     \
   void decoder_best_##isa(const DecoderBestParams<scalar_t>& p, int64_t begin, int64_t end) {   \
@@ -140,4 +220,5 @@ void best_rows(const DecoderBestParams<scalar_t>& p, i64 begin, i64 end) {
 #define FLEXTRON_DECODER_INSTANCES(isa, scalar_t)                                           \
   template void decoder_norm_##isa(const DecoderNormParams<scalar_t>&, int64_t, int64_t);   \
   template void decoder_heads_##isa(const DecoderHeadsParams<scalar_t>&, int64_t, int64_t); \
+  template void decoder_cap_##isa(const DecoderCapParams<scalar_t>&, int64_t, int64_t);     \
   template void decoder_best_##isa(const DecoderBestParams<scalar_t>&, int64_t, int64_t);

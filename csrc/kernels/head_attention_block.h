@@ -294,22 +294,6 @@ void scale_scores(i64 n, i64 used_rows, i64 ld, A scale, A* x) {
     for (i64 r = 0; r < used_rows; r += kLanes<A>) store(x + j * ld + r, load(x + j * ld + r) * scale);
 }
 
-// tanh: an odd polynomial near 0 (Cephes), else by exp; 2 ulp. NaN stays NaN.
-inline Vec<float> vec_tanh(Vec<float> x) {
-  const Vec<float> zero = {}, size = x < zero ? -x : x, square = x * x;
-  Vec<float> y = square * -5.70498872745e-3f + 2.06390887954e-2f;
-  y = y * square - 5.37397155531e-2f;
-  y = y * square + 1.33314422036e-1f;
-  y = y * square - 3.33332819422e-1f;
-  y = y * square * x + x;
-  const Vec<float> far = 1.0f - 2.0f / (vec_exp(size + size) + 1.0f);
-  return size < zero + 0.625f ? y : x < zero ? -far : far;
-}
-inline Vec<double> vec_tanh(Vec<double> x) {
-  for (i64 i = 0; i < kLanes<double>; ++i) x[i] = __builtin_tanh(x[i]);
-  return x;
-}
-
 // Scores [rows][cols] within +-cap, cols up to whole vectors.
 template <class A>
 void cap_scores(i64 rows, i64 cols, i64 ld, A cap, A* x) {

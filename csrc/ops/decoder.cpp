@@ -1,4 +1,4 @@
-// decoder_hold, decoder_step, decoder_drop: tokens through every layer of a Llama-family model in one call.
+// decoder_hold, decoder_step, decoder_drop: tokens through every layer of a model in one call.
 //
 // Formula in csrc/kernels/decoder.h. decoder_hold checks the weights once, since to unpack and check those of
 // 30 layers anew takes a tenth of a small model's step. decoder_step reads its call and hands it to the pass
@@ -22,9 +22,24 @@ std::unique_ptr<const decoder::Pass> make_pass(const decoder::Model& model) {
 
 int64_t decoder_hold(const std::vector<Tensor>& weights, const Text& names, const std::vector<int64_t>& shape,
                      const std::vector<double>& numbers, const Text& unit, const Text& activation,
-                     const Text& format) {
-  return decoder::keep(std::make_shared<const decoder::Held>(make_pass, weights, names.value, shape, numbers,
-                                                             unit.value, activation.value, format.value));
+                     const Text& format, const Text& norms, bool gated, bool parallel,
+                     const std::vector<double>& scales, std::optional<double> logit_cap,
+                     std::optional<double> softcap, const std::optional<std::vector<int64_t>>& tables,
+                     const std::optional<std::vector<int64_t>>& windows) {
+  const decoder::Settings settings{.shape = shape,
+                                   .numbers = numbers,
+                                   .unit = unit.value,
+                                   .activation = activation.value,
+                                   .format = format.value,
+                                   .norms = norms.value,
+                                   .gated = gated,
+                                   .parallel = parallel,
+                                   .scales = scales,
+                                   .logit_cap = logit_cap,
+                                   .softcap = softcap,
+                                   .tables = tables,
+                                   .windows = windows};
+  return decoder::keep(std::make_shared<const decoder::Held>(make_pass, weights, names.value, settings));
 }
 
 std::tuple<Tensor, Tensor> decoder_step(const Tensor& ids, const Tensor& cos, const Tensor& sin, int64_t held,

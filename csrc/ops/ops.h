@@ -57,7 +57,10 @@ Tensor packed_mlp(const Tensor& x, const Tensor& up_panels, const Tensor& down_p
 // values, and returns logits and the place of the greatest of each sequence's last ones.
 int64_t decoder_hold(const std::vector<Tensor>& weights, const Text& names, const std::vector<int64_t>& shape,
                      const std::vector<double>& numbers, const Text& unit, const Text& activation,
-                     const Text& format);
+                     const Text& format, const Text& norms, bool gated, bool parallel,
+                     const std::vector<double>& scales, std::optional<double> logit_cap,
+                     std::optional<double> softcap, const std::optional<std::vector<int64_t>>& tables,
+                     const std::optional<std::vector<int64_t>>& windows);
 std::tuple<Tensor, Tensor> decoder_step(const Tensor& ids, const Tensor& cos, const Tensor& sin, int64_t held,
                                         const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
                                         int64_t cached, const std::vector<int64_t>& widths,

@@ -1,4 +1,4 @@
-"""Decoder: tokens through every layer of a Llama-family model in one call. Formula: csrc/kernels/decoder.h."""
+"""Decoder: tokens through every layer of a model in one call. Formula: csrc/kernels/decoder.h."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ OF_MODEL = (
     "norm",
     "head",
     "head_scales",
+    "head_bias",
+    "norm_bias",
 )  # one tensor each; every other name has one for each layer
 
 _step = torch.ops.flextron.decoder_step.default
@@ -35,11 +37,22 @@ class DecoderShape:
         query_heads: H, query heads of a full layer.
         groups: G, key/value heads of a full layer.
         head_size: D, at most 1024.
-        eps: added to the mean square in every RMSNorm, at least 0.
+        eps: added to the mean square in every norm, at least 0.
         scale: multiplies the attention scores, any finite number; D ** -0.5 where None.
         unit: what a head counts: "kv_group", a group with all its query heads, or "query", a query head of every group.
         activation: one of "relu", "relu2", "gelu", "gelu_tanh", "silu".
         format: how all projections are stored: "plain", or in panels of this format.
+        norms: "rms" (RMSNorm), "layer" (LayerNorm), or with 1 + weight in place of the weight "rms+1" (Gemma's) and
+            "layer+1" (Nemotron's, where the sum is rounded to the weight's dtype).
+        gated: whether an MLP is ``down(act(gate(x)) * up(x))``, and not ``down(act(up(x)))``.
+        parallel: whether the MLP reads the stream that attention reads, and not what attention has added to.
+        embedding_scale: multiplies the embeddings.
+        residual_scale: multiplies what attention and MLP add to the stream.
+        logit_scale: multiplies the logits, before a bias.
+        logit_cap: c bounds the logits, ``c tanh(logits / c)``; above 0.
+        softcap: bounds the attention scores in the same way.
+        tables: of each layer, which table of the rotary embedding turns its heads, 1 or 2; 0: none. All 1 where None.
+        windows: of each layer, how many keys a token sees, its own among them; 0: all. All 0 where None.
     """
 
     layers: int
@@ -52,6 +65,16 @@ class DecoderShape:
     unit: str = "kv_group"
     activation: str = "silu"
     format: PanelFormat | str = "plain"
+    norms: str = "rms"
+    gated: bool = True
+    parallel: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+    softcap: float | None = None
+    tables: Sequence[int] | None = None
+    windows: Sequence[int] | None = None
 
 
 class DecoderRouter(NamedTuple):
@@ -81,8 +104,9 @@ class DecoderStep(NamedTuple):
 class Decoder:
     """A model's weights, held for any number of steps, which saves to unpack and check them anew; no gradient.
 
-    Each layer is ``x += o(attention(norm(x)))``, ``x += mlp(norm(x))`` with RMSNorm, rotary embedding (RoPE), biases
-    and head norms where they are given, on the first heads and neurons only; then ``norm(x) head^T``.
+    Each layer is ``x += o(attention(norm(x)))``, ``x += mlp(norm(x))`` with rotary embedding (RoPE), biases, head norms
+    and norms behind the two parts where they are given, on the first heads and neurons only; then ``norm(x) head^T``.
+    A `DecoderShape` of Llama's kind need not name what follows ``format``.
 
     The weights may change in place; a step refuses one that was given other memory. A copy, also a pickled one, would
     hold other weights than its own model's: there is none.
@@ -90,11 +114,13 @@ class Decoder:
     Args:
         weights: maps names to tensors on the CPU, in float32, bfloat16 or float16; all have the dtype of
             ``embedding`` except int8 panels and scales. For the model: embedding [vocabulary, K], contiguous, norm
-            [K], head [vocabulary, K]. For each layer, as a list: in_norm, mlp_norm [K]; q [H * D, K], k, v [G * D,
-            K], o [K, H * D]; gate, up [F, K], down [K, F]; where the model has them q_norm, k_norm [D] and a bias of
-            each projection, q_bias to down_bias. In a format of panels the head and the projections are those of
-            `pack_linear` (q in one block per group with unit "query"), up and gate together in ``up`` (`pack_mlp`),
-            and formats with scales have head_scales, q_scales to down_scales beside them.
+            [K], head [vocabulary, K]. For each layer, as a list: q [H * D, K], k, v [G * D, K], o [K, H * D]; gate (of
+            a gated MLP), up [F, K], down [K, F]; where the model has them in_norm, attention_post, mlp_norm, mlp_post
+            [K], q_norm, k_norm [D], and a bias of each norm and projection: q_bias, in_norm_bias, head_bias and so on.
+            A part without a norm before it reads the stream itself; a parallel MLP, what attention reads. In a format
+            of panels the head and the projections are those of `pack_linear` (q in one block per group with unit
+            "query"), up and gate together in ``up`` (`pack_mlp`), and formats with scales have head_scales, q_scales
+            to down_scales beside them.
         shape: the sizes and settings that all layers share.
     """
 
@@ -113,6 +139,8 @@ class Decoder:
         for name in OF_MODEL[:3]:
             dtypes = DTYPES if name == "embedding" else (*DTYPES, torch.int8)
             common.check_tensor(HOLD, name, weights.get(name), dtypes)
+        for name in ("embedding_scale", "residual_scale", "logit_scale", "logit_cap", "softcap"):
+            common.check_finite(HOLD, name, getattr(shape, name))
         scale = shape.head_size**-0.5 if shape.scale is None else shape.scale
         with torch.no_grad():
             self.number: int = torch.ops.flextron.decoder_hold(
@@ -123,6 +151,14 @@ class Decoder:
                 shape.unit,
                 shape.activation,
                 str(shape.format),
+                shape.norms,
+                shape.gated,
+                shape.parallel,
+                [shape.embedding_scale, shape.residual_scale, shape.logit_scale],
+                shape.logit_cap,
+                shape.softcap,
+                shape.tables,
+                shape.windows,
             )
         _alive[self.number] = self
         # at the end of the process the memory goes by itself
@@ -147,7 +183,8 @@ class Decoder:
 
         Args:
             ids: [B, T] int64, each in [0, vocabulary).
-            cos: [B or 1, T, R], R even and at most D: the table of the rotary embedding, in the dtype of the embedding.
+            cos: [B or 1, T, R], R even and at most D: the table of the rotary embedding, in the dtype of the embedding;
+                [B or 1, T, 2 R], two of them side by side, where some layer takes the second.
             sin: the other table of the rotary embedding, in the shape of ``cos``.
             keys: the cache of each layer, [B, room, G', D] with room >= cached + T, in the dtype of the embedding. No
                 two elements share memory.

@@ -18,6 +18,7 @@ import flextron_ext
 from flextron_ext import Decoder, reference
 
 ROWS = len(list(cases.decoder_step("cpu", torch.float32)))
+LLAMAS = ROWS - len(cases.DECODER_KINDS)  # the rows before are of Llama's kind
 
 
 def row(i: int, dtype: torch.dtype = torch.float32) -> dict:
@@ -84,11 +85,35 @@ def test_nothing_beyond_an_extent_is_used():
     assert torch.equal(step(case), expected)
 
 
+PLAIN_KINDS = [
+    LLAMAS + i
+    for i, settings in enumerate(cases.DECODER_KINDS)
+    if "packed" not in settings and not cases.is_routed(i)
+]
+
+
+@pytest.mark.parametrize("i", PLAIN_KINDS)
+def test_no_kind_of_layer_uses_what_is_beyond_an_extent_or_before_a_window(i):
+    case = row(i)  # the second layer of 24 of 40 neurons and one of two groups
+    expected = step(copied(case))
+    w = second_layer(case)
+    for dim, used, names in ((0, 24, "gate up"), (1, 24, "down"), (0, 16, "q"), (0, 8, "k v"), (1, 16, "o")):
+        for name in names.split():
+            for t in [w[n] for n in (name, f"{name}_bias") if n in w and dim < w[n].dim()]:
+                poison(t, slice(0, used), dim)
+    windows = case["held"].shape.windows or [0, 0]
+    for layer, window in enumerate(windows):
+        first = case["cached"] + 1 - window if window else 0
+        for name in ("keys", "values"):
+            poison(case[name][layer], slice(first, case[name][layer].shape[1]), 1)
+    assert expected.isfinite().all() and torch.equal(step(case), expected)
+
+
 @pytest.mark.parametrize("by_router", [False, True])
 def test_nothing_beyond_a_rows_own_extent_reaches_it(by_router):
     """Neurons, heads and cached groups beyond the first row's hold NaN: its logits are finite, the second row's not."""
     torch.manual_seed(0)
-    case = row(ROWS - 4 if by_router else ROWS - 5)
+    case = row(LLAMAS - 4 if by_router else LLAMAS - 5)
     case["ids"] = torch.tensor([[5], [11]])
     for name in ("keys", "values"):
         case[name] = [t[:1].repeat(2, 1, 1, 1) for t in case[name]]
@@ -111,7 +136,7 @@ def test_nothing_beyond_a_rows_own_extent_reaches_it(by_router):
 
 def test_the_router_chooses_as_the_reference_for_every_token():
     """128 tokens whose norm is not 1: enough that some choice would turn if a term of the logits were wrong."""
-    case = row(ROWS - 4)
+    case = row(LLAMAS - 4)
     case["ids"] = torch.arange(128).view(16, 8)
     case |= {name: [torch.randn(16, 13, 2, 8) for _ in range(2)] for name in ("keys", "values")}
     angle = torch.rand(1, 8, 4).repeat(1, 1, 2) * 6
@@ -265,6 +290,10 @@ def test_what_is_held_goes_with_its_holder_and_is_not_copied():
         "gate must be given with a plain up": dict(gate=lambda t: None),
         "k_scales must not be given for a plain weight": dict(k_scales=lambda t: [torch.ones(1, 1, 16)] * 2),
         "up must have the strides of gate": dict(up=lambda t: [torch.cat((w, w), 1)[:, :24] for w in t]),
+        "in_norm must be given with its bias, got none": dict(
+            in_norm=lambda t: None, in_norm_bias=lambda t: [torch.ones(24)] * 2
+        ),
+        "mlp_post must have shape .24., got .8.": dict(mlp_post=lambda t: [torch.ones(8)] * 2),
     }.items(),
 )
 def test_bad_weights_are_not_held(message, changes):
@@ -289,11 +318,27 @@ def test_bad_weights_are_not_held(message, changes):
         "groups must be at least 1, got 0": dict(groups=0),
         "q must have 3 entries, got 2": dict(layers=3),
         "eps must not be negative, got -1": dict(eps=-1.0),
+        "norms must be one of rms, rms.1, layer, layer.1, got batch": dict(norms="batch"),
+        "gate must not be given, nor its bias, where gated is false, got one": dict(gated=False),
+        "logit_scale must be finite, got nan": dict(logit_scale=float("nan")),
+        "logit_cap must be above 0, got 0": dict(logit_cap=0.0),
+        "softcap must be above 0, got -1": dict(softcap=-1.0),
+        "tables must have 2 entries, got 1": dict(tables=[1]),
+        "tables must lie in .0, 2., got 3": dict(tables=[1, 3]),
+        "windows must lie in .0, .*got -1": dict(windows=[0, -1]),
     }.items(),
 )
 def test_a_bad_shape_is_not_held(message, shape):
     with pytest.raises((RuntimeError, TypeError, ValueError), match=f"^decoder_hold: {message}"):
         holding(row(1), shape)
+
+
+def test_a_parallel_layer_has_no_norm_behind_a_part():
+    posts = [torch.ones(24)] * 2
+    with pytest.raises(
+        RuntimeError, match=r"^decoder_hold: attention_post and mlp_post must not be given wh"
+    ):
+        holding(row(1), dict(parallel=True), mlp_post=posts)
 
 
 def test_the_op_itself_refuses_lists_of_another_length():
@@ -307,6 +352,9 @@ def test_the_op_itself_refuses_lists_of_another_length():
     ):
         with pytest.raises(RuntimeError, match=f"^decoder_hold: {message}"):
             hold(tensors, names, shape, numbers)
+    message = "scales must have 3 entries, got 1"
+    with pytest.raises(RuntimeError, match=f"^decoder_hold: {message}"):
+        hold([*w.values()], " ".join(w) + " q k v o up down", [0, 2, 1, 1, 2], [1e-6, 1.0], scales=[1.0])
 
 
 @pytest.mark.parametrize("case", [3, 6])
@@ -363,6 +411,10 @@ BAD = {
     "values must have dtype Float, got Double": lambda c: {"values": [t.double() for t in c["values"]]},
     "keep must lie in .0, 1., got 2": lambda c: {"keep": 2},
     "cos.size.2. must be even and at most 8, got 10": lambda c: {"cos": torch.ones(1, 1, 10)},
+    "cos.size.2. must be even and at most 8 in each of two tables, got 20": lambda c: {
+        "cos": torch.ones(1, 1, 20),
+        "held": holding(c, dict(tables=[1, 2]))["held"],
+    },
     "widths must have 2 entries, got 3": lambda c: {"widths": [40, 16, 16]},
     "mlp_choices must be given with a router and with none else": lambda c: {"mlp_choices": [8]},
     "head_choices must be given with a router and with none": lambda c: with_router(c, head_choices=None),
@@ -393,7 +445,8 @@ def with_router(case: dict, **changes: Any) -> dict:
 @pytest.mark.parametrize("message", BAD)
 def test_bad_arguments_are_named_and_change_nothing(message):
     case = row(1)
-    changed = copied(cases.taken(case | BAD[message](case)))
+    given = case | BAD[message](case)
+    changed = copied(cases.taken(given))
     before = copied(changed)
     with pytest.raises((RuntimeError, TypeError, ValueError), match=f"^decoder_step: {message}"):
         torch.ops.flextron.decoder_step(**changed)

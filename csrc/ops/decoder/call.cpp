@@ -64,8 +64,10 @@ Tokens::Tokens(const Model& model, const Tensor& token_ids, int64_t kept) : keep
 Rotary::Rotary(const Model& model, const Tokens& tokens, const Tensor& cosines, const Tensor& sines) {
   check_dim(kStep, "cos", cosines, 3);
   const int64_t tables = cosines.size(0) == 1 ? 1 : tokens.B, turned = cosines.size(2), D = model.shape.D;
-  if (turned > D || turned % 2 != 0)
-    fail(kStep, ": cos.size(2) must be even and at most ", D, ", got ", turned);
+  const int64_t beside = model.shape.table_count();
+  if (turned > beside * D || turned % (2 * beside) != 0)
+    fail(kStep, ": cos.size(2) must be even and at most ", D, beside > 1 ? " in each of two tables" : "",
+         ", got ", turned);
   const ScalarType dtype = model.embedding->scalar_type();
   const Device device = model.embedding->device();
   check_like(kStep, "cos", cosines, {tables, tokens.T, turned}, dtype, device);

@@ -22,9 +22,9 @@ struct Tokens {
   int64_t rows() const { return B * T; }
 };
 
-// The tables of the rotary embedding (RoPE), contiguous.
+// The tables of the rotary embedding (RoPE), contiguous; those of a model that has several are side by side.
 struct Rotary {
-  Tensor cos, sin;  // [B or 1, T, R]
+  Tensor cos, sin;  // [B or 1, T, tables * R]
 
   Rotary(const Model& model, const Tokens& tokens, const Tensor& cosines, const Tensor& sines);
 };

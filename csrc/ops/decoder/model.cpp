@@ -14,13 +14,40 @@
 namespace flextron::decoder {
 namespace {
 
-constexpr const char* kOfModel[] = {"embedding", "norm", "head", "head_scales"};
-constexpr const char* kOfLayer[] = {
-    "in_norm", "q",         "k",        "v",        "o",        "mlp_norm", "gate",      "up",
-    "down",    "q_norm",    "k_norm",   "q_bias",   "k_bias",   "v_bias",   "o_bias",    "gate_bias",
-    "up_bias", "down_bias", "q_scales", "k_scales", "v_scales", "o_scales", "up_scales", "down_scales"};
-constexpr const char* kNeeded[] = {"embedding", "norm", "head",     "in_norm", "q",   "k",
-                                   "v",         "o",    "mlp_norm", "up",      "down"};
+constexpr const char* kOfModel[] = {"embedding", "norm", "norm_bias", "head", "head_scales", "head_bias"};
+constexpr const char* kOfLayer[] = {"in_norm",
+                                    "in_norm_bias",
+                                    "attention_post",
+                                    "attention_post_bias",
+                                    "mlp_norm",
+                                    "mlp_norm_bias",
+                                    "mlp_post",
+                                    "mlp_post_bias",
+                                    "q_norm",
+                                    "q_norm_bias",
+                                    "k_norm",
+                                    "k_norm_bias",
+                                    "q",
+                                    "k",
+                                    "v",
+                                    "o",
+                                    "gate",
+                                    "up",
+                                    "down",
+                                    "q_bias",
+                                    "k_bias",
+                                    "v_bias",
+                                    "o_bias",
+                                    "gate_bias",
+                                    "up_bias",
+                                    "down_bias",
+                                    "q_scales",
+                                    "k_scales",
+                                    "v_scales",
+                                    "o_scales",
+                                    "up_scales",
+                                    "down_scales"};
+constexpr const char* kNeeded[] = {"embedding", "norm", "head", "q", "k", "v", "o", "up", "down"};
 
 template <size_t N>
 bool is_in(const char* const (&list)[N], const std::string& name) {
@@ -38,12 +65,38 @@ const Tensor& checked_embedding(const Tensor& embedding) {
   return embedding;
 }
 
-Shape read_shape(const std::vector<int64_t>& shape, const std::vector<double>& numbers,
-                 const std::string& unit, const std::string& activation, const std::string& format,
-                 const Tensor& embedding) {
+NormKind norm_kind(const std::string& name) {
+  constexpr const char* kNames[] = {"rms", "rms+1", "layer", "layer+1"};
+  for (int64_t i = 0; i < 4; ++i)
+    if (name == kNames[i]) return static_cast<NormKind>(i);
+  fail(kHold, ": norms must be one of rms, rms+1, layer, layer+1, got ", name);
+}
+
+// A bound that is above 0, or 0 where there is none.
+double bound_of(const char* name, std::optional<double> bound) {
+  if (!bound) return 0;
+  check_finite(kHold, name, *bound);
+  if (static_cast<float>(*bound) <= 0) fail(kHold, ": ", name, " must be above 0, got ", *bound);
+  return *bound;
+}
+
+// A number for each layer, 0 where none are given.
+std::vector<int64_t> of_layers(const char* name, const std::optional<std::vector<int64_t>>& given,
+                               int64_t layers, int64_t otherwise, int64_t most) {
+  if (!given) return std::vector<int64_t>(layers, otherwise);
+  if (static_cast<int64_t>(given->size()) != layers)
+    fail(kHold, ": ", name, " must have ", layers, " entries, got ", given->size());
+  for (const int64_t value : *given) check_range(kHold, name, value, 0, most);
+  return *given;
+}
+
+Shape read_shape(const Settings& settings, const Tensor& embedding) {
+  const auto& [shape, numbers, unit, activation, format, norms, gated, parallel, scales, logit_cap, softcap,
+               tables, windows] = settings;
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
   if (numbers.size() != 2) fail(kHold, ": numbers must have 2 entries, got ", numbers.size());
   const int64_t query_heads = shape[2], groups = shape[3];
-  check_range(kHold, "neurons", shape[1], 0, std::numeric_limits<int64_t>::max());
+  check_range(kHold, "neurons", shape[1], 0, kMost);
   check_positive(kHold, "groups", groups);
   if (query_heads < groups || query_heads % groups != 0)
     fail(kHold, ": query_heads must be a multiple of the ", groups, " groups, got ", query_heads);
@@ -53,6 +106,9 @@ Shape read_shape(const std::vector<int64_t>& shape, const std::vector<double>& n
   check_finite(kHold, "eps", eps);
   if (eps < 0) fail(kHold, ": eps must not be negative, got ", eps);
   check_finite(kHold, "scale", scale);
+  if (scales.size() != 3) fail(kHold, ": scales must have 3 entries, got ", scales.size());
+  constexpr const char* kScales[] = {"embedding_scale", "residual_scale", "logit_scale"};
+  for (size_t i = 0; i < scales.size(); ++i) check_finite(kHold, kScales[i], scales[i]);
   return {.layers = shape[0],
           .F = shape[1],
           .H = query_heads,
@@ -64,7 +120,17 @@ Shape read_shape(const std::vector<int64_t>& shape, const std::vector<double>& n
           .scale = scale,
           .by_group = unit == "kv_group",
           .activation = activation_of(kHold, activation),
-          .format = format == "plain" ? std::nullopt : std::optional(panel_format(kHold, format))};
+          .format = format == "plain" ? std::nullopt : std::optional(panel_format(kHold, format)),
+          .norms = norm_kind(norms),
+          .gated = gated,
+          .parallel = parallel,
+          .embedding_scale = static_cast<float>(scales[0]),
+          .residual_scale = static_cast<float>(scales[1]),
+          .logit_scale = static_cast<float>(scales[2]),
+          .logit_cap = static_cast<float>(bound_of("logit_cap", logit_cap)),
+          .tables = of_layers("tables", tables, shape[0], 1, 2),
+          .windows = of_layers("windows", windows, shape[0], 0, kMost),
+          .softcap = bound_of("softcap", softcap)};
 }
 
 // Hands out weights that have the shape, the dtype and the device they must have.
@@ -79,6 +145,12 @@ class Reader {
     check_like(kHold, name.c_str(), *t, {size}, dtype(), device());
     if (size > 1 && t->stride(0) != 1) fail(kHold, ": ", name, " must be contiguous, got strides");
     return t;
+  }
+
+  Norm norm(const std::string& name, int64_t size) const {
+    const Norm norm{vector(name, size), vector(name + "_bias", size)};
+    if (norm.bias && !norm.weight) fail(kHold, ": ", name, " must be given with its bias, got none");
+    return norm;
   }
 
   // A projection of in_blocks * inputs to out_blocks * outputs; panels hold `panels` for each 16 outputs.
@@ -106,19 +178,23 @@ class Reader {
     const Shape& s = model_.shape;
     const int64_t blocks = s.blocks(), queries = s.H * s.D / blocks, groups = s.G * s.D;
     const bool has_gate = model_.weights.find("gate", layer_) != nullptr;
-    if (has_gate == s.format.has_value())
+    if (s.gated && has_gate == s.format.has_value())
       fail(kHold, ": gate must be given with a plain up, and be among the panels of a packed one, got ",
            has_gate ? "both" : "neither");
-    Layer layer{.in_norm = vector("in_norm", s.K),
-                .mlp_norm = vector("mlp_norm", s.K),
-                .q_norm = vector("q_norm", s.D),
-                .k_norm = vector("k_norm", s.D),
+    if (!s.gated && (has_gate || model_.weights.find("gate_bias", layer_)))
+      fail(kHold, ": gate must not be given, nor its bias, where gated is false, got one");
+    Layer layer{.in_norm = norm("in_norm", s.K),
+                .attention_post = norm("attention_post", s.K),
+                .mlp_norm = norm("mlp_norm", s.K),
+                .mlp_post = norm("mlp_post", s.K),
+                .q_norm = norm("q_norm", s.D),
+                .k_norm = norm("k_norm", s.D),
                 .q = matrix("q", blocks, queries, 1, s.K),
                 .k = matrix("k", 1, groups, 1, s.K),
                 .v = matrix("v", 1, groups, 1, s.K),
                 .o = matrix("o", 1, s.K, blocks, queries),
                 .gate = {},
-                .up = matrix("up", 1, s.F, 1, s.K, has_gate ? 1 : 2),
+                .up = matrix("up", 1, s.F, 1, s.K, s.gated && !has_gate ? 2 : 1),
                 .down = matrix("down", 1, s.K, 1, s.F)};
     if (has_gate) {
       layer.gate = matrix("gate", 1, s.F, 1, s.K);
@@ -126,6 +202,8 @@ class Reader {
         fail(kHold, ": up must have the strides of gate, got others");
     }
     layer.gate.bias = vector("gate_bias", s.F);
+    if (s.parallel && (layer.attention_post.weight || layer.mlp_post.weight))
+      fail(kHold, ": attention_post and mlp_post must not be given where parallel is true, got one");
     return layer;
   }
 
@@ -165,15 +243,13 @@ const Tensor& Weights::get(const std::string& name, int64_t layer) const {
   return tensors_[first_.at(name) + layer];
 }
 
-Model::Model(std::vector<Tensor> tensors, const std::string& names, const std::vector<int64_t>& shape_list,
-             const std::vector<double>& numbers, const std::string& unit, const std::string& activation,
-             const std::string& format)
-    : weights(std::move(tensors), names, layers_of(shape_list)),
+Model::Model(std::vector<Tensor> tensors, const std::string& names, const Settings& settings)
+    : weights(std::move(tensors), names, layers_of(settings.shape)),
       embedding(&weights.get("embedding")),
-      shape(read_shape(shape_list, numbers, unit, activation, format, checked_embedding(*embedding))) {
+      shape(read_shape(settings, checked_embedding(*embedding))) {
   for (int64_t l = 0; l < shape.layers; ++l) layers.push_back(Reader(*this, l).layer());
   const Reader reader(*this, 0);
-  norm = reader.vector("norm", shape.K);
+  norm = reader.norm("norm", shape.K);
   head = reader.matrix("head", 1, shape.vocabulary, 1, shape.K);
 }
 

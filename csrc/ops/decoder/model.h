@@ -2,11 +2,13 @@
 // knows a device; pass.h turns a model into something that computes.
 #pragma once
 
+#include <algorithm>
 #include <map>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "kernels/decoder.h"
 #include "kernels/elastic_mlp.h"
 #include "kernels/panel_format.h"
 #include "ops/checks.h"
@@ -23,6 +25,18 @@ struct Shape {
   bool by_group;               // heads are counted in groups with all their query heads, or in each group
   Activation activation;
   std::optional<PanelFormat> format;  // of the projections' panels; nothing where weights are plain
+  NormKind norms;
+  bool gated, parallel;  // whether MLPs have a gate; whether they are beside attention
+  float embedding_scale, residual_scale, logit_scale;
+  float logit_cap;               // or 0: none
+  std::vector<int64_t> tables;   // of each layer: which of the tables turns its heads, from 1; 0: none
+  std::vector<int64_t> windows;  // of each layer: how many keys a token sees; 0: all
+  double softcap;                // of the attention scores, or 0: none
+
+  // How many tables of the rotary embedding a call brings, side by side.
+  int64_t table_count() const {
+    return tables.empty() ? 1 : std::max<int64_t>(1, *std::max_element(tables.begin(), tables.end()));
+  }
 
   int64_t queries() const { return H / G; }                        // of a group
   int64_t most_heads() const { return by_group ? G : queries(); }  // that a row uses, in its unit
@@ -51,9 +65,24 @@ struct Matrix {
   int64_t out_blocks, in_blocks;
 };
 
+struct Norm {
+  const Tensor *weight, *bias;  // null: not given
+};
+
 struct Layer {
-  const Tensor *in_norm, *mlp_norm, *q_norm, *k_norm;  // the last two null where heads are not normalised
-  Matrix q, k, v, o, gate, up, down;                   // a packed model's gate is in the panels of `up`
+  Norm in_norm, attention_post, mlp_norm, mlp_post, q_norm, k_norm;
+  Matrix q, k, v, o, gate, up, down;  // a packed model's gate is in the panels of `up`
+};
+
+// The other arguments of decoder_hold.
+struct Settings {
+  const std::vector<int64_t>& shape;   // layers, neurons, query_heads, groups, head_size
+  const std::vector<double>& numbers;  // eps, scale
+  const std::string &unit, &activation, &format, &norms;
+  bool gated, parallel;
+  const std::vector<double>& scales;  // of the embedding, of what is added to the stream, of the logits
+  std::optional<double> logit_cap, softcap;
+  const std::optional<std::vector<int64_t>>&tables, &windows;  // of each layer
 };
 
 struct Model {
@@ -61,14 +90,10 @@ struct Model {
   const Tensor* embedding;  // [vocabulary, K]
   Shape shape;
   std::vector<Layer> layers;
-  const Tensor* norm;
+  Norm norm;
   Matrix head;
 
-  // The arguments of decoder_hold: `shape` is [layers, neurons, query_heads, groups, head_size], `numbers`
-  // [eps, scale].
-  Model(std::vector<Tensor> tensors, const std::string& names, const std::vector<int64_t>& shape,
-        const std::vector<double>& numbers, const std::string& unit, const std::string& activation,
-        const std::string& format);
+  Model(std::vector<Tensor> tensors, const std::string& names, const Settings& settings);
   Model(const Model&) = delete;  // its parts point into it
   Model& operator=(const Model&) = delete;
 };

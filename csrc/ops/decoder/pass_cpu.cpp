@@ -36,7 +36,7 @@ LayerGemms gemms_of(const Shape& s, const Layer& layer) {
     gemms.up.weight[1] = layer.up.weight->const_data_ptr();
   }
   gemms.up.hidden = true;
-  gemms.up.gated = true;
+  gemms.up.gated = s.gated;
   gemms.up.activation = s.activation;
   return gemms;
 }
@@ -102,9 +102,10 @@ class Run {
   void operator()(const std::vector<LayerGemms>& gemms, const ElasticGemmParams& head, const Answer& answer) {
     embed();
     const float* add = nullptr;  // what the residual stream still lacks
+    Norm post{};                 // of what it lacks
     for (int64_t l = 0; l < s_.layers; ++l) {
       const Layer& layer = model_.layers[l];
-      norm(*layer.in_norm, add);
+      norm(layer.in_norm, add, post);
       Used heads, neurons;
       if (!router_) {
         heads = used_in(call_.heads, l, tokens_, s_.most_heads());
@@ -112,11 +113,17 @@ class Run {
       }
       project(l, gemms[l], heads, neurons);
       project_out(layer, gemms[l], heads, attend(l, heads));
-      norm(*layer.mlp_norm, added_);
+      if (s_.parallel) {  // before what attention adds
+        if (layer.mlp_norm.weight) norm(layer.mlp_norm, nullptr, {});
+        add_to_stream();
+      } else {
+        norm(layer.mlp_norm, added_, layer.attention_post);
+      }
       mlp(layer, gemms[l], neurons);
       add = added_;
+      post = layer.mlp_post;
     }
-    norm(*model_.norm, add);
+    norm(model_.norm, add, post);
     logits(head, answer.logits);
     if (answer.best.numel() > 0) best(answer.logits, answer.best);
   }
@@ -135,6 +142,11 @@ class Run {
 
   void embed() const {
     widen(*model_.embedding, rows_, s_.K, residual_, row_, data_of<int64_t>(tokens_.ids));
+    if (s_.embedding_scale == 1) return;
+    each_row([&](int64_t r) {
+      float* const x = residual_ + r * row_;
+      for (int64_t i = 0; i < s_.K; ++i) x[i] *= s_.embedding_scale;
+    });
   }
 
   // p with bias `which`, [size], as floats in one of the four places there are for one.
@@ -145,13 +157,36 @@ class Run {
     p.bias_block = size / p.out_blocks;
   }
 
-  void norm(const Tensor& weight, const float* add) const {
-    const DecoderNormParams<scalar_t> p{.x = residual_,
+  template <class F>
+  void each_row(const F& f) const {
+    parallel_for(rows_, s_.K, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) f(r);
+    });
+  }
+
+  void add_to_stream() const {
+    each_row([&](int64_t r) {
+      const float* const from = added_ + r * s_.K;
+      float* const x = residual_ + r * row_;
+      for (int64_t i = 0; i < s_.K; ++i) x[i] += s_.residual_scale * from[i];
+    });
+  }
+
+  static DecoderNorm<scalar_t> data_of_norm(const Norm& norm) {
+    return {norm.weight ? data_of<scalar_t>(*norm.weight) : nullptr,
+            norm.bias ? data_of<scalar_t>(*norm.bias) : nullptr};
+  }
+
+  void norm(const Norm& weights, const float* add, const Norm& post) const {
+    const DecoderNormParams<scalar_t> p{.kind = s_.norms,
+                                        .norm = data_of_norm(weights),
+                                        .post = data_of_norm(post),
+                                        .x = residual_,
                                         .add = add,
-                                        .weight = data_of<scalar_t>(weight),
                                         .to = normed_,
                                         .K = s_.K,
                                         .x_stride = row_,
+                                        .scale = s_.residual_scale,
                                         .eps = s_.eps};
     const auto kernel = FLEXTRON_FOR_ISA(decoder_norm, scalar_t);
     parallel_for(rows_, s_.K, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
@@ -192,10 +227,10 @@ class Run {
     add(q, sorted(heads), heads.stairs, {0, s_.unit_heads() * s_.D}, queries_, heads.order());
     run_gemms(std::move(jobs));
     const int64_t used = s_.blocks() * s_.unit_heads() * heads.widest(), used_row = used * s_.D;
-    turn(queries_, layer.q_norm, true,
+    turn(queries_, layer.q_norm, s_.tables[l],
          {mutable_data_of<scalar_t>(q_), used, tokens_.T * used_row, used_row, s_.D});
-    turn(keys_, layer.k_norm, true, new_rows(call_.cache.keys[l], stored));
-    turn(values_, nullptr, false, new_rows(call_.cache.values[l], stored));
+    turn(keys_, layer.k_norm, s_.tables[l], new_rows(call_.cache.keys[l], stored));
+    turn(values_, {}, 0, new_rows(call_.cache.values[l], stored));
   }
 
   // Where the new tokens' keys or values lie in a layer's cache.
@@ -204,12 +239,15 @@ class Run {
             cache.stride(1), cache.stride(2)};
   }
 
-  void turn(const float* from, const Tensor* norm, bool is_rotated, HeadRows<scalar_t> to) const {
+  // By one of the tables, counted from 1; 0: not turned.
+  void turn(const float* from, const Norm& norm, int64_t table, HeadRows<scalar_t> to) const {
     const Tensor &cos = call_.rotary.cos, &sin = call_.rotary.sin;
-    const DecoderHeadsParams<scalar_t> p{.from = from,
-                                         .norm = norm ? data_of<scalar_t>(*norm) : nullptr,
-                                         .cos = is_rotated ? data_of<scalar_t>(cos) : nullptr,
-                                         .sin = is_rotated ? data_of<scalar_t>(sin) : nullptr,
+    const int64_t turned = cos.size(2) / s_.table_count(), at = (table - 1) * turned;
+    const DecoderHeadsParams<scalar_t> p{.kind = s_.norms,
+                                         .from = from,
+                                         .norm = data_of_norm(norm),
+                                         .cos = table ? data_of<scalar_t>(cos) + at : nullptr,
+                                         .sin = table ? data_of<scalar_t>(sin) + at : nullptr,
                                          .to = to.data,
                                          .to_stride_b = to.stride_b,
                                          .to_stride_t = to.stride_t,
@@ -217,8 +255,9 @@ class Run {
                                          .T = tokens_.T,
                                          .heads = to.heads,
                                          .D = s_.D,
-                                         .R = is_rotated ? cos.size(2) : 0,
-                                         .one_table = !is_rotated || cos.size(0) == 1,
+                                         .R = table ? turned : 0,
+                                         .table_stride = cos.size(2),
+                                         .one_table = cos.size(0) == 1,
                                          .eps = s_.eps};
     const auto kernel = FLEXTRON_FOR_ISA(decoder_heads, scalar_t);
     parallel_for(rows_, to.heads * s_.D, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
@@ -295,6 +334,8 @@ class Run {
     plan.by_group = s_.by_group;
     plan.causal = true;
     plan.scale = s_.scale;
+    if (s_.windows[l] > 0) plan.window = std::min(s_.windows[l], kNoWindow);
+    plan.softcap = s_.softcap;
     if (!heads.flat()) {
       plan.extent = heads.extents;
       plan.extent_stride_t = 1;
@@ -323,8 +364,8 @@ class Run {
   void mlp(const Layer& layer, const LayerGemms& gemms, const Used& neurons) const {
     if (neurons.widest() > 0) {
       ElasticGemmParams up = gemms.up;
-      set_bias(up, 0, layer.gate.bias, s_.F, 0);
-      set_bias(up, 1, layer.up.bias, s_.F, 1);
+      set_bias(up, 0, s_.gated ? layer.gate.bias : layer.up.bias, s_.F, 0);
+      if (s_.gated) set_bias(up, 1, layer.up.bias, s_.F, 1);
       run_gemm(job(up, sorted(neurons), neurons.stairs, {s_.K, 0}, {0, 1}, {hidden_, hidden_row_}));
     }
     ElasticGemmParams down = gemms.down;
@@ -340,14 +381,23 @@ class Run {
     parallel_for(count, s_.K, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const float* const from = normed_ + (i / keep * tokens_.T + tokens_.T - keep + i % keep) * row_;
-        std::copy(from, from + s_.K, last_ + i * row_);
+        float* const to = last_ + i * row_;
+        for (int64_t k = 0; k < s_.K; ++k) to[k] = s_.logit_scale * from[k];
       }
     });
     GemmJob all = job(head, {last_, row_, 0}, flat_staircase(count, 0), {s_.K, 0}, {vocabulary, 0},
                       {nullptr, vocabulary});
     all.p.io = gemm_dtype(y);
     all.p.y = y.mutable_data_ptr();
+    if (model_.head.bias) {
+      all.p.bias[0] = model_.head.bias->const_data_ptr();
+      all.p.bias_block = vocabulary;
+    }
     run_gemm(std::move(all));
+    if (s_.logit_cap == 0) return;
+    const DecoderCapParams<scalar_t> p{.x = mutable_data_of<scalar_t>(y), .cap = s_.logit_cap};
+    const auto kernel = FLEXTRON_FOR_ISA(decoder_cap, scalar_t);
+    parallel_for(y.numel(), 16, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
 
   void best(const Tensor& logits, const Tensor& to) const {
