@@ -194,7 +194,8 @@ class ElasticAttention(nn.Module):
             q, k, v = (x.clamp(-self.clip, self.clip) for x in (q, k, v))
         if self.rotates:
             assert position_embeddings is not None
-            q, k = self._turned(q, position_embeddings), self._turned(k, position_embeddings)
+            # some families' tables are float32 beside 16-bit weights
+            q, k = (self._turned(x, position_embeddings).to(x.dtype) for x in (q, k))
         if self.anatomy.head_norms and norms_last:
             q, k = self._normalised(q, k, heads, extent)
 
