@@ -71,6 +71,7 @@ EVERY: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere without head norms": ("cohere", dict(use_qk_norm=False)),
     "phi without head norms": ("phi", dict(qk_layernorm=False)),
+    "olmo without a bound": ("olmo", dict(clip_qkv=None)),
     "stablelm, parallel": ("stablelm", dict(use_parallel_residual=True)),
     "gpt_neox, in turn": ("gpt_neox", dict(use_parallel_residual=False)),
     "opt, norms last": ("opt", dict(do_layer_norm_before=False)),

@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from nn.models import EVERY, VARIANTS, row_model
+from nn.test_elastic_model import relative
+from nn.test_forward import counted
 from peft import LoraConfig, get_peft_model
 
 from flextron.config import Widths
 from flextron.conversion import random_orders, reorder
-from flextron.nn import FAMILIES, elastic_config, make_elastic
+from flextron.nn import FAMILIES, ElasticCache, elastic_config, make_elastic
+from flextron.nn.forward import ElasticForward
 from flextron.nn.packed import pack
 from flextron.nn.plain import extract
 from flextron.nn.proof import prove_sub_network, require_close
 
 ROWS = (*EVERY, *VARIANTS)
+# What the decoder op computes on a CPU; the others run through the modules.
+SERVED = (
+    "llama",
+    "mistral",
+    "ministral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "smollm3",
+    "phi",
+    "exaone4",
+    "nemotron",
+    "starcoder2",
+    "stablelm",
+    "phi without head norms",
+    "olmo without a bound",
+    "stablelm, parallel",
+)
 each_row = pytest.mark.parametrize("row", ROWS)
 
 
@@ -152,3 +177,44 @@ def test_adapters_of_transposed_weights_are_refused():
     )
     with pytest.raises(NotImplementedError, match=r"Linear of transformers\.pytorch_utils\.Conv1D"):
         model(tokens(1, 4))
+
+
+@each_row
+def test_the_decoder_op_serves_what_it_computes(row):
+    forward = ElasticForward(make_elastic(row_model(row)))
+    assert (forward.serves, forward.fault is None) == (row in SERVED, row in SERVED)
+
+
+@pytest.mark.parametrize("row", SERVED)
+def test_the_decoder_op_gives_what_the_modules_give(row, monkeypatch):
+    """A prompt padded on the left, a token, and a few more; in bfloat16 it is no less exact than the modules."""
+    model, ids, cuts = make_elastic(row_model(row)), tokens(2, 14), [9, 1, 4]
+    model.set_widths(ragged(model.elastic))
+    packed = copy.deepcopy(model)
+    pack(packed)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+
+    def by(on: bool, model: Any = model) -> torch.Tensor:
+        cache, found = ElasticCache(), []
+        with counted(monkeypatch, on) as steps, torch.no_grad():
+            for start, part in zip((0, 9, 10), ids.split(cuts, 1), strict=True):
+                seen = mask[:, : start + part.shape[1]]
+                positions = (seen.cumsum(1) - 1).clamp(min=0)[:, start:]
+                found.append(model(part, attention_mask=seen, position_ids=positions, cache=cache).logits)
+        assert steps == (cuts if on else [])
+        return torch.cat(found, 1)[mask.bool()]
+
+    for each in (model, packed):
+        assert relative(by(True, each), by(False, each)) < 1e-5
+    model.to(torch.bfloat16)
+    ours, theirs = by(True).double(), by(False).double()
+    exact = model.double() and by(False)
+    assert relative(ours, exact) <= 1.5 * relative(theirs, exact)
+
+
+@pytest.mark.parametrize("row", ["olmo", "olmo2", "cohere"])
+def test_tables_of_rotations_may_be_wider_than_the_weights(row):
+    model = make_elastic(row_model(row)).to(torch.bfloat16)
+    with torch.no_grad():
+        assert model(tokens(1, 5), use_cache=False).logits.isfinite().all()

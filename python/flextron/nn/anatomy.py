@@ -125,6 +125,8 @@ class Anatomy:
             side), ``"interleaved_halves"`` (the same, of tables in halves), ``"interleaved_sin_first"``, or ``""``
             where attention knows no positions.
         counted: whether the model itself counts positions, over visible tokens.
+        table_of_type: whether layers of each of the configuration's ``layer_types`` have a table of rotations of their
+            own.
         unrotated: what says that a layer does not rotate: ``"no_rope_layers"`` (the configuration), ``"full"`` (layers
             without a window, where others have one), ``"unwindowed"`` (layers without a window).
         clip: the configuration's bound of queries, keys and values.
@@ -133,6 +135,8 @@ class Anatomy:
         scale: the attribute of attention that multiplies scores.
         norm_kind: ``"rms"``, ``"rms+1"``, ``"layer"``, ``"layer+1"``.
         attention_norm, attention_post, mlp_norm, mlp_post: norms before and after a layer's parts; empty without.
+        norm_eps: the attribute of a norm that is added to the mean square; empty where norms have neither it nor
+            weights.
         stream_norms: whether ``attention_post`` and ``mlp_post`` normalise the stream, and not what is added to it.
         parallel: whether attention and MLP read the same input.
         multiplier: the layer's attribute that multiplies what is added to the stream.
@@ -168,12 +172,14 @@ class Anatomy:
     norm_last: bool = False
     rotary: str = "half"
     counted: bool = False
+    table_of_type: bool = False
     unrotated: str = ""
     clip: str = ""
     softcap: str = ""
     sinks: str = ""
     scale: str = "scaling"
     norm_kind: str = "rms"
+    norm_eps: str = "variance_epsilon"
     attention_norm: str = "input_layernorm"
     attention_post: str = ""
     mlp_norm: str = "post_attention_layernorm"
@@ -299,41 +305,66 @@ class Anatomy:
             return windowed or config.sliding_window is None
         return windowed if self.unrotated == "unwindowed" else True
 
+    def rotation(self, config: PreTrainedConfig, layer: int) -> str:
+        """The name of the table that turns a layer's heads; empty where there is one for all layers."""
+        return config.layer_types[layer] if self.table_of_type else ""
+
+    def rotations(self, config: PreTrainedConfig) -> list[str]:
+        """The names of a model's tables of rotations."""
+        return sorted({self.rotation(config, i) for i in range(config.num_hidden_layers)})
+
+    def decoder_kind(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """What a `DecoderShape` must say of a model that the decoder op computes, beyond sizes; of Llama nothing."""
+        layers, names = range(config.num_hidden_layers), self.rotations(config)
+        tables = [names.index(self.rotation(config, i)) + 1 if self.rotates(config, i) else 0 for i in layers]
+        windows = [self.window(config, i) or 0 for i in layers]
+        kind: dict[str, Any] = {_DECODER_SCALES[name]: getattr(config, name) for name in self.scales}
+        if "hidden_size" in self.scales:
+            kind["embedding_scale"] **= 0.5
+        if "logits_scaling" in self.scales:
+            kind["logit_scale"] = 1 / kind["logit_scale"]
+        kind = {name: value for name, value in kind.items() if value != 1}
+        kind |= {} if self.norm_kind == "rms" else {"norms": self.norm_kind}
+        kind |= {} if self.gated else {"gated": False}
+        kind |= {"parallel": True} if self.parallel else {}
+        for name, bound in (("logit_cap", self.logit_cap), ("softcap", self.softcap)):
+            if bound and getattr(config, bound) is not None:
+                kind[name] = getattr(config, bound)
+        kind |= {"tables": tables} if {*tables} != {1} else {}
+        return kind | ({"windows": windows} if any(windows) else {})
+
+    def is_llama(self, config: PreTrainedConfig) -> bool:
+        """Whether a model's layers are Llama's, with norms of heads and biases at most."""
+        norms = self.attention_norm and self.mlp_norm and not (self.attention_post or self.mlp_post)
+        return bool(norms) and self.decoder_fault(config) is None and not self.decoder_kind(config)
+
     def decoder_fault(self, config: PreTrainedConfig) -> str | None:
         """What of a model of this family the decoder op does not compute, in a few words; None: it computes all."""
-        layers = range(config.num_hidden_layers)
         plain = Anatomy()
         for name, what in (
-            ("norm_kind", "norms"),
-            ("qkv", "fused projections"),
-            ("up", "fused projections"),
-            ("gated", "an MLP without a gate"),
             ("transposed", "transposed weights"),
             ("experts", "experts"),
             ("norm_over", "norms over all heads"),
             ("norm_last", "norms after the rotation"),
             ("rotary", "positions"),
-            ("attention_post", "norms after attention"),
-            ("mlp_post", "norms after the MLP"),
-            ("parallel", "a parallel MLP"),
+            ("stream_norms", "norms of the stream"),
             ("sinks", "attention sinks"),
         ):
             if getattr(self, name) != getattr(plain, name):
                 return what
-        if not self.attention_norm or not self.mlp_norm:
-            return "a part without a norm"
-        if not all(self.rotates(config, i) for i in layers):
-            return "layers without positions"
-        if any(self.window(config, i) is not None for i in layers):
-            return "sliding windows"
-        for name in (self.clip, self.softcap, self.logit_cap):
-            if name and getattr(config, name, None) is not None:
-                return name
-        return next(
-            (name for name in self.scales if name == "hidden_size" or getattr(config, name) != 1), None
-        )
+        if len(self.qkv) != 3 or len(self.up) != 1 + self.gated:
+            return "fused projections"
+        return self.clip if self.clip and getattr(config, self.clip, None) is not None else None
 
 
+# the decoder op's name of what a configuration multiplies by
+_DECODER_SCALES = {
+    "hidden_size": "embedding_scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+    "logit_scale": "logit_scale",
+}
 LLAMA = Anatomy()
 _HEAD_NORMS = ("q_norm", "k_norm")
 _SANDWICH: dict[str, Any] = dict(
@@ -348,7 +379,7 @@ _AFTER: dict[str, Any] = dict(
     mlp_post="post_feedforward_layernorm",
 )
 _CAUSAL = {"use_bidirectional_attention": (None, False)}
-_GEMMA = replace(LLAMA, norm_kind="rms+1", scales=("hidden_size",), must=_CAUSAL)
+_GEMMA = replace(LLAMA, norm_kind="rms+1", norm_eps="eps", scales=("hidden_size",), must=_CAUSAL)
 _GEMMA2 = replace(_GEMMA, **_SANDWICH, softcap="attn_logit_softcapping", logit_cap="final_logit_softcapping")
 _OLMO2 = replace(LLAMA, **_AFTER, head_norms=_HEAD_NORMS, norm_over="heads")
 _COHERE = replace(
@@ -361,7 +392,7 @@ _COHERE = replace(
 )
 _GLM = replace(LLAMA, up=("gate_up_proj",), rotary="interleaved_halves")
 _EXPERTS = replace(LLAMA, experts=("gate", "experts"), up=("gate_up_proj",))
-_LAYER_NORMS = replace(LLAMA, norm_kind="layer")
+_LAYER_NORMS = replace(LLAMA, norm_kind="layer", norm_eps="eps")
 _GPT2 = replace(
     _LAYER_NORMS,
     base="transformer",
@@ -508,7 +539,7 @@ FAMILIES: dict[str, Anatomy | Callable[[Any], Anatomy]] = {
     "qwen3": replace(LLAMA, head_norms=_HEAD_NORMS),
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,
-    "gemma3_text": replace(_GEMMA2, head_norms=_HEAD_NORMS, softcap=""),
+    "gemma3_text": replace(_GEMMA2, head_norms=_HEAD_NORMS, softcap="", table_of_type=True),
     "granite": replace(
         LLAMA,
         multiplier="residual_multiplier",
@@ -528,7 +559,7 @@ FAMILIES: dict[str, Anatomy | Callable[[Any], Anatomy]] = {
         },
         dropouts=("attention_dropout", "resid_pdrop"),
     ),
-    "olmo": replace(LLAMA, norm_kind="layer", clip="clip_qkv"),
+    "olmo": replace(LLAMA, norm_kind="layer", norm_eps="", clip="clip_qkv"),
     "olmo2": _OLMO2,
     "olmo3": _OLMO2,
     "exaone4": replace(LLAMA, **_AFTER, head_norms=_HEAD_NORMS, unrotated="full"),
@@ -537,7 +568,7 @@ FAMILIES: dict[str, Anatomy | Callable[[Any], Anatomy]] = {
     "helium": replace(LLAMA, rotary="interleaved_halves"),
     "glm": _GLM,
     "glm4": replace(_GLM, attention_post="post_self_attn_layernorm", mlp_post="post_mlp_layernorm"),
-    "nemotron": replace(LLAMA, norm_kind="layer+1", up=("up_proj",), gated=False),
+    "nemotron": replace(LLAMA, norm_kind="layer+1", norm_eps="eps", up=("up_proj",), gated=False),
     "starcoder2": _BIG_CODE,
     "stablelm": _stablelm,
     "gpt2": _GPT2,

@@ -210,6 +210,8 @@ def can_step(model: Elastic, forward: ElasticForward) -> bool:
     rotary = rotary_of(model, model.anatomy)
     return (
         forward.serves
+        and model.anatomy.is_llama(model.config)
+        and "head_bias" not in forward.weights
         and forward.format == "plain"
         and rotary.rope_type not in _VARYING_ROPE
         and not (rotary._forward_hooks or rotary._forward_pre_hooks or "forward" in rotary.__dict__)

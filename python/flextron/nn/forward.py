@@ -24,6 +24,8 @@ from flextron.nn.protocol import Elastic
 from flextron.nn.rotary import rotary_of
 from flextron_ext import Decoder, DecoderShape, DecoderStep
 
+NORMS = ("in_norm", "attention_post", "mlp_norm", "mlp_post", "q_norm", "k_norm")
+UNSAID_EPS = 1e-5  # in transformers' OLMo
 FORWARD = "_decoder"  # the attribute of a model that keeps its `ElasticForward`
 _END = object()
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,18 +47,19 @@ def _of_model(a: Anatomy) -> dict[str, tuple[str, str]]:
 
 def _of_layer(a: Anatomy) -> dict[str, tuple[str, str]]:
     """The same in each layer of a family that the decoder op computes."""
-    (q, k, v), (gate, up) = a.qkv, a.up
+    q, k, v = a.qkv
     norms = dict(zip(("q_norm", "k_norm"), a.head_norms, strict=False))
     return {
         "in_norm": ("", a.attention_norm),
+        "attention_post": ("", a.attention_post),
         "q": (a.attention, q),
         "k": (a.attention, k),
         "v": (a.attention, v),
         "o": (a.attention, a.output),
         **{name: (a.attention, norm) for name, norm in norms.items()},
         "mlp_norm": ("", a.mlp_norm),
-        "gate": (a.mlp, gate),
-        "up": (a.mlp, up),
+        "mlp_post": ("", a.mlp_post),
+        **dict(zip(("gate", "up")[-len(a.up) :], ((a.mlp, name) for name in a.up), strict=True)),
         "down": (a.mlp, a.down),
     }
 
@@ -113,8 +116,23 @@ def _is_stock(module: nn.Module) -> bool:
     return type(module).__module__.startswith("transformers.models.")
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return _is_stock(module) and "weight" in module._parameters
+def _is_norm(module: nn.Module, a: Anatomy) -> bool:
+    known = _is_stock(module) or type(module) is nn.LayerNorm
+    return known and ("weight" in module._parameters or not a.norm_eps)
+
+
+def _eps_of(norm: nn.Module, a: Anatomy) -> Any:
+    """What a norm adds to the mean square; None where it does not say."""
+    return getattr(norm, a.norm_eps, None) if a.norm_eps else UNSAID_EPS
+
+
+def _is_embedding(module: Any, a: Anatomy) -> bool:
+    """Whether a module looks tokens up, and multiplies them by its root of the hidden size where the family does."""
+    is_scaled = "hidden_size" in a.scales
+    known = (
+        _is_stock(module) and "embed_scale" in module._buffers if is_scaled else type(module) is nn.Embedding
+    )
+    return known and module.max_norm is None and "weight" in module._parameters
 
 
 def runs_on(device: torch.device) -> bool:
@@ -131,7 +149,7 @@ def _parts_of(layer: nn.Module, a: Anatomy) -> dict[str, nn.Module] | None:
     parts = _modules_of({"": layer, a.attention: attention, a.mlp: mlp}, places)
     known = {*attention._modules, *mlp._modules} <= {name for _, name in places.values()}
     understood = known and all(
-        (_is_norm if part.endswith("norm") else is_alone)(module) for part, module in parts.items()
+        _is_norm(module, a) if part in NORMS else is_alone(module) for part, module in parts.items()
     )
     return parts if understood else None
 
@@ -144,13 +162,14 @@ def _modules_of(owners: dict[str, Any], places: dict[str, tuple[str, str]]) -> d
 
 def _is_one(
     norm: nn.Module,
+    a: Anatomy,
     layers: Sequence[dict[str, nn.Module]],
     modules: Sequence[tuple[ElasticAttention, ElasticMLP]],
 ) -> bool:
     """Whether what the op takes once for all layers is the same in all: the norms' epsilon and attention's scale."""
-    norms = (module for parts in layers for part, module in parts.items() if part.endswith("norm"))
-    eps = {getattr(each, "variance_epsilon", None) for each in (norm, *norms)}
-    return len(eps) == 1 and len({attention.scaling for attention, _ in modules}) == 1
+    norms = (module for parts in layers for part, module in parts.items() if part in NORMS)
+    eps = {_eps_of(each, a) for each in (norm, *norms)}
+    return len(eps) == 1 and None not in eps and len({attention.scaling for attention, _ in modules}) == 1
 
 
 class ElasticForward:
@@ -178,30 +197,32 @@ class ElasticForward:
         self.snapshot = _Snapshot(model)
         return (
             not self.snapshot.replaced
-            and type(embed) is nn.Embedding
-            and embed.max_norm is None
-            and "weight" in embed._parameters
+            and _is_embedding(embed, a)
             and is_alone(head)
-            and head.bias is None
             and _is_stock(model.base_model)
-            and _is_norm(norm)
+            and _is_norm(norm, a)
             and None not in layers
-            and _is_one(norm, layers, self.modules)
-            and self._gather(whole, layers)
+            and _is_one(norm, a, layers, self.modules)
+            and self._gather(model, whole, layers)
         )
 
-    def _gather(self, whole: dict[str, Any], layers: Sequence[dict[str, Any]]) -> bool:
+    def _gather(self, model: Elastic, whole: dict[str, Any], layers: Sequence[dict[str, Any]]) -> bool:
         """Find the weights; False where the op does not take them."""
-        self.weights = _weights(whole, layers)
-        self.norm, self.eps = whole["norm"].weight, whole["norm"].variance_epsilon
+        a, embedding = model.anatomy, whole["embedding"].weight
+        self.weights = _weights(whole, layers, embedding)
+        self.norm, self.eps = self.weights["norm"], _eps_of(whole["norm"], a)
         self.format = whole["head"].format if isinstance(whole["head"], PackedLinear) else "plain"
         self.dtype = self.norm.dtype
+        self.kind = a.decoder_kind(model.config)
+        if "hidden_size" in a.scales:  # the embedding's own root, as it rounds it
+            self.kind["embedding_scale"] = float(whole["embedding"].embed_scale.to(self.dtype))
+        self.tables = _tables_of(model)
         assert self.snapshot is not None
         return (
             self.dtype in _DTYPES
             and all(p.dtype == self.dtype and p.device == self.norm.device for p in self.snapshot.parameters)
             and all(isinstance(w, Tensor) or len(w) == len(layers) for w in self.weights.values())
-            and whole["embedding"].weight.is_contiguous()
+            and embedding.is_contiguous()
         )
 
     @classmethod
@@ -236,6 +257,7 @@ class ElasticForward:
             unit=config.unit,
             activation=mlp.activation,
             format=self.format,
+            **self.kind,
         )
         return Decoder(self.weights, shape)
 
@@ -267,11 +289,11 @@ class ElasticForward:
         return result
 
 
-def _tensors(part: str, module: Any) -> dict[str, Tensor]:
+def _tensors(part: str, module: Any, ones: Tensor) -> dict[str, Tensor]:
     """A module's tensors by the decoder's names."""
     is_packed = isinstance(module, PackedLinear)
     tensors = {
-        part: module.panels if is_packed else module.weight,
+        part: module.panels if is_packed else getattr(module, "weight", ones),
         f"{part}_scales": module.scales if is_packed else None,
         f"{part}_bias": getattr(module, "bias", None),
     }
@@ -281,17 +303,34 @@ def _tensors(part: str, module: Any) -> dict[str, Tensor]:
 
 
 def _weights(
-    whole: dict[str, nn.Module], layers: Sequence[dict[str, nn.Module]]
-) -> dict[str, Tensor | list[Tensor]]:
+    whole: dict[str, nn.Module], layers: Sequence[dict[str, nn.Module]], like: Tensor
+) -> dict[str, Any]:
     """The decoder's weights: one tensor for each name of the model, a list for each name of its layers."""
+    ones = like.new_ones(like.shape[1])  # of norms that have no weight
     weights: dict[str, Any] = {}
     for part, module in whole.items():
-        weights |= _tensors(part, module)
+        weights |= _tensors(part, module, ones)
     for layer in layers:
         for part, module in layer.items():
-            for name, tensor in _tensors(part, module).items():
+            for name, tensor in _tensors(part, module, ones).items():
                 weights.setdefault(name, []).append(tensor)
     return weights
+
+
+def _tables_of(model: Elastic) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What makes the rotary embedding's tables of positions, cos and sin [B or 1, T, R]; several side by side."""
+    a, rotary = model.anatomy, rotary_of(model, model.anatomy)
+    kinds = a.rotations(model.config)
+
+    def tables(like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        if not a.table_of_type:
+            cos, sin = rotary(like, positions)
+            return cos.to(like.dtype), sin.to(like.dtype)  # OLMo's are float32
+        every = [rotary(like, positions, kind) for kind in kinds]
+        cos, sin = (torch.cat(each, -1) for each in zip(*every, strict=True))
+        return cos, sin
+
+    return tables
 
 
 def try_forward(model: Elastic, arguments: dict[str, Any]) -> CausalLMOutputWithPast | None:
@@ -328,7 +367,7 @@ def try_forward(model: Elastic, arguments: dict[str, Any]) -> CausalLMOutputWith
         return None  # packed sequences
     if positions is None:
         positions = torch.arange(past, past + T)[None]
-    cos, sin = rotary_of(model, model.anatomy)(step.norm, positions)
+    cos, sin = step.tables(step.norm, positions)
     keep = T if keep == 0 else min(keep, T)
     logits, _ = step(model, ids, cos, sin, cache, k_start, keep, extents)
     return CausalLMOutputWithPast(logits=logits, cache=cache)

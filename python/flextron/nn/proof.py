@@ -97,8 +97,8 @@ def prove_sub_network(who: str, model: Elastic, widths: Widths, tokens: Tensor) 
     the likeliest, or level with it.
 
     Arithmetic is float32 at least. Weights in a narrower dtype are not copied for it: the whole model computes by its
-    modules, see `widened`. Where the decoder op serves the family, each layer is then proven in all of these ways on
-    what it was given in that forward.
+    modules, see `widened`. Where the layers are Llama's, each is then proven in all of these ways on what it was given
+    in that forward.
 
     Args:
         model: elastic.
@@ -126,7 +126,7 @@ def prove_sub_network(who: str, model: Elastic, widths: Widths, tokens: Tensor) 
             f"{who}: tokens generated with a cache must be those of the sub-network as a plain model, got others; "
             "nothing was written"
         )
-    if is_narrow(model) and model.anatomy.decoder_fault(model.config) is None:
+    if is_narrow(model) and model.anatomy.is_llama(model.config):
         positions = torch.arange(tokens.shape[1])[None]
         for layer, (mlp, heads) in enumerate(zip(widths.mlp, widths.heads, strict=True)):
             own = Widths((mlp,), (heads,))

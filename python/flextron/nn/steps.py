@@ -103,7 +103,7 @@ class Steps:
     def _by_step(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         assert self.extents is not None
         if not self.tables:
-            tables = self.rotary(self.step.norm, self.last + self.passed + self.ahead_of)
+            tables = self.step.tables(self.step.norm, self.last + self.passed + self.ahead_of)
             self.tables = list(zip(*(table.split(1, dim=1) for table in tables), strict=True))[::-1]
         tables = self.tables.pop()
         return self.step(self.model, tokens, *tables, self.cache, self.k_start, 1, self.extents)
