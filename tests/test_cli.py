@@ -68,11 +68,12 @@ def answer(capsys, *argv):
 
 
 def complaint(capsys, *argv):
-    """The one sentence of a command that must fail."""
+    """The one sentence of a command that must fail; a conversion says before it what memory it will take."""
     assert main([*map(str, argv)]) == 2
     printed = capsys.readouterr()
-    assert printed.out == "" and len(printed.err.strip().splitlines()) == 1
-    return printed.err
+    *before, told = printed.err.strip().splitlines()
+    assert printed.out == "" and all(line.startswith("memory of the conversion: ") for line in before)
+    return f"{told}\n"
 
 
 @pytest.fixture(scope="module")

@@ -139,6 +139,7 @@ def test_a_stage_gives_its_device_to_what_it_loads(gpus, tmp_path, monkeypatch):
         raise Stop
 
     monkeypatch.setattr(pipeline.ElasticDirectory, "model", model)
+    monkeypatch.setattr(pipeline.ElasticDirectory, "check_length", lambda *_: None)
     monkeypatch.setattr(pipeline.ElasticDirectory, "origin", SimpleNamespace(elastic=None), raising=False)
     for name in ("room", "cut_of"):  # they are about the model's shape
         monkeypatch.setattr(pipeline, name, lambda *_: None)
