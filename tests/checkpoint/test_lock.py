@@ -12,11 +12,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from test_crashes import NAMES, save_set
 
-from flextron.checkpoint import BusyError, CheckpointError, Files, commit, locked, opened, recover, write_json
+from flextron.checkpoint import (
+    BusyError,
+    CheckpointError,
+    Files,
+    commit,
+    files,
+    locked,
+    opened,
+    recover,
+    write_json,
+)
 from flextron.checkpoint.lock import LOCK_FILE
 
 _HOLDER = """
@@ -30,6 +41,7 @@ _SAVER = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
+from typing import BinaryIO
 from test_crashes import save_set
 value = 2
 while True:
@@ -173,3 +185,32 @@ def test_a_reader_waits_while_a_save_is_moved_into_place(tmp_path: Path) -> None
         threading.Timer(0.2, holder.stdin.close).start()
         with opened(tmp_path) as files:
             assert value_of(files) == 2
+
+
+def test_a_save_that_ends_while_a_reader_compares_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The saver has moved one file when the reader opens them, and moves the rest after its last look at one."""
+    save_set(tmp_path, 1)
+    save_set(tmp_path / "new", 2)
+    begun, compared, same = [], [], files._same
+
+    def between(directory: Path) -> None:
+        if begun:
+            recover(directory)
+            return
+        begun.append(directory)
+        (tmp_path / "new").rename(tmp_path / ".committed")
+        (tmp_path / ".committed" / NAMES[0]).replace(tmp_path / NAMES[0])
+
+    def last(handle: BinaryIO, path: Path) -> bool:
+        found = same(handle, path)
+        compared.append(path)
+        if len(compared) == len(NAMES) + 1:
+            recover(tmp_path)
+        return found
+
+    monkeypatch.setattr(files, "recover", between)
+    monkeypatch.setattr(files, "_same", last)
+    with opened(tmp_path) as found:
+        assert value_of(found) == 2

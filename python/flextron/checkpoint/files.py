@@ -95,8 +95,12 @@ def _at_one_moment(directory: Path, stack: contextlib.ExitStack) -> dict[str, Bi
                 # removed since, or unreadable for this user: reported where the file is asked for
                 with contextlib.suppress(FileNotFoundError, PermissionError):
                     handles[name] = attempt.enter_context((directory / name).open("rb"))
+            # In this order: a save that was under way while files were opened has ended by then, and what it replaced
+            # is seen. Asked last, a save that ends meanwhile would hide that it was between two files.
+            if (directory / COMMITTED).exists():
+                continue
             same = all(_same(handle, directory / name) for name, handle in handles.items())
-            if same and not (directory / COMMITTED).exists() and handles.keys() >= _names(directory):
+            if same and handles.keys() >= _names(directory):
                 stack.push(attempt.pop_all())
                 return handles
 

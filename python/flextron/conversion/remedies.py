@@ -18,7 +18,7 @@ _TEXT_ALONE = """\
 import sys, torch; from transformers import AutoModelForCausalLM as M, AutoModelForImageTextToText as V, \
 AutoTokenizer as T; a, b = sys.argv[1:]; v = V.from_pretrained(a, dtype="auto"); c = v.config.get_text_config(); \
 c.tie_word_embeddings = v.lm_head.weight is v.get_input_embeddings().weight; torch.set_default_device("meta"); \
-m = M.from_config(c); torch.set_default_device("cpu"); m.model = v.model.language_model; m.lm_head = v.lm_head; \
+m = M.from_config(c); torch.set_default_device(None); m.model = v.model.language_model; m.lm_head = v.lm_head; \
 m.generation_config = v.generation_config; m.save_pretrained(b); T.from_pretrained(a).save_pretrained(b)"""
 
 
