@@ -420,6 +420,16 @@ _BIG_CODE = replace(
     down="c_proj",
     dropouts=("attention_dropout", "residual_dropout"),
 )
+_GROUPED = replace(
+    _LAYER_NORMS,
+    qkv=("query_key_value",),
+    grouped=True,
+    output="dense",
+    up=("dense_h_to_4h",),
+    gated=False,
+    down="dense_4h_to_h",
+    dropouts=("attention_dropout", "hidden_dropout"),
+)
 
 
 def _phi(config: Any) -> Anatomy:
@@ -454,21 +464,13 @@ def _cohere(config: Any) -> Anatomy:
 
 def _neox(config: Any) -> Anatomy:
     return replace(
-        LLAMA,
+        _GROUPED,
         base="gpt_neox",
         attention="attention",
         norm="final_layer_norm",
-        norm_kind="layer",
-        qkv=("query_key_value",),
-        grouped=True,
-        output="dense",
-        up=("dense_h_to_4h",),
-        gated=False,
-        down="dense_4h_to_h",
         parallel=config.use_parallel_residual,
         sizes=("intermediate_size", ""),
         counts={},
-        dropouts=("attention_dropout", "hidden_dropout"),
     )
 
 
@@ -477,18 +479,11 @@ def _falcon(config: Any) -> Anatomy:
     groups = 1 if config.multi_query and not config.new_decoder_architecture else several
     two = config.new_decoder_architecture and config.num_ln_in_parallel_attn in (None, 2)
     return replace(
-        LLAMA,
+        _GROUPED,
         base="transformer",
         layers="h",
         attention="self_attention",
         norm="ln_f",
-        norm_kind="layer",
-        qkv=("query_key_value",),
-        grouped=True,
-        output="dense",
-        up=("dense_h_to_4h",),
-        gated=False,
-        down="dense_4h_to_h",
         scale="inv_norm_factor",
         attention_norm="ln_attn" if two else "input_layernorm",
         mlp_norm="ln_mlp" if two else "" if config.parallel_attn else "post_attention_layernorm",
@@ -497,7 +492,6 @@ def _falcon(config: Any) -> Anatomy:
         sizes=("ffn_hidden_size", ""),
         groups=groups,
         counts={"num_heads": "query", "num_kv_heads": "groups"},
-        dropouts=("attention_dropout", "hidden_dropout"),
         must={"alibi": (False,)} | ({"parallel_attn": (True,)} if config.new_decoder_architecture else {}),
     )
 
@@ -507,11 +501,10 @@ def _opt(config: Any) -> Anatomy:
     before = names if config.do_layer_norm_before else ("", names[0], "", names[2])
     attention_norm, attention_post, mlp_norm, mlp_post = before
     return replace(
-        LLAMA,
+        _LAYER_NORMS,
         base="model.decoder",
         mlp="",
         norm="final_layer_norm",
-        norm_kind="layer",
         output="out_proj",
         up=("fc1",),
         gated=False,
