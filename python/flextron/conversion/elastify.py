@@ -151,7 +151,7 @@ def convert(
     liken(model.config, like)
     stop_dropping(model.config)
     # now it is known whether the weights are tied
-    config = elastic_config(model.config, unit, mlp_choices, head_choices)
+    config = elastic_config(model, unit, mlp_choices, head_choices)
     model.stored = storage("convert", model, dtype)
 
     work = common([torch.float32, model.dtype])

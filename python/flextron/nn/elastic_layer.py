@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -33,6 +32,12 @@ class ElasticDecoderLayer(Mixin, GradientCheckpointingLayer):
     ``h = x + attention(norm(x))``, ``y = h + mlp(norm(h))``, with the norms, and in the order, of the family's anatomy.
     """
 
+    arguments: tuple[str, ...]  # names of the family's layer's, after the hidden states
+
+    @classmethod
+    def members(cls, stock: Any) -> dict[str, Any]:
+        return {"arguments": tuple(inspect.signature(stock.forward).parameters)[2:]}
+
     def __init__(
         self,
         layer: nn.Module,
@@ -49,7 +54,7 @@ class ElasticDecoderLayer(Mixin, GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """hidden_states [B, T, K]; the other arguments are those of the family's layer, handed on to attention."""
-        given = dict(zip(_arguments(self.stock), args, strict=False)) | kwargs
+        given = dict(zip(self.arguments, args, strict=False)) | kwargs
         if "layer_past" in given:  # GPT-NeoX's and Falcon's name of it
             given["cache"] = given.pop("layer_past")
         a, setting = self.anatomy, self.settings.now()
@@ -82,12 +87,6 @@ def parts_of(anatomy: Anatomy, layer: Any) -> ElasticLayer:
     """The two parts of an elastic layer as they are now: a module may have been put in the place of one."""
     mlp: Any = getattr(layer, anatomy.mlp) if anatomy.mlp else getattr(layer, "elastic_mlp", None)
     return ElasticLayer(getattr(layer, anatomy.attention), mlp)
-
-
-@cache
-def _arguments(stock: Any) -> tuple[str, ...]:
-    """The names of the arguments of a family's layer after the hidden states."""
-    return tuple(inspect.signature(stock.forward).parameters)[2:]
 
 
 def make_layer_elastic(

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from flextron.config import ElasticConfig
 from flextron.nn.anatomy import Anatomy
 from flextron.nn.policy import AxisDecision
-from flextron.nn.projection import PackedLinear, is_adapted, linear, view_of
+from flextron.nn.projection import PackedLinear, is_adapted, linear, rows_of, view_of
 from flextron.nn.setting import Setting, Settings
 from flextron_ext import elastic_mlp, packed_mlp
 from flextron_ext.reference import ACTIVATIONS as FUNCTIONS
@@ -186,7 +186,4 @@ def _tensors(proj: Any, rows: slice | None) -> tuple[Tensor | None, Tensor | Non
     """Weight and bias of what is meant of a projection."""
     if proj is None:
         return None, None
-    weight, bias = proj.weight, proj.bias
-    if rows is None:
-        return weight, bias
-    return weight[rows], None if bias is None else bias[rows]
+    return rows_of(proj.weight, rows), rows_of(proj.bias, rows)

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,6 +81,7 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
 
     elastic: ElasticConfig
     anatomy: Anatomy
+    cache_place: int  # of the cache among the arguments of the family's forward
     settings: Settings
     planner: Planner | None
     writer: Writer | None
@@ -89,7 +90,7 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
 
     @classmethod
     def members(cls, stock: Any) -> dict[str, Any]:
-        return {"forward": _forward_of(stock)}
+        return {"forward": _forward_of(stock), "cache_place": _place_of_cache(stock)}
 
     @property
     def dial(self) -> Dial:
@@ -493,7 +494,6 @@ def _by_name(budget: Any) -> dict[str, Any]:
     return {"widths" if isinstance(budget[0] if listed else budget, Widths) else "fraction": budget}
 
 
-@cache
 def _place_of_cache(stock: type[PreTrainedModel]) -> int:
     """The place of the cache among the arguments of a causal LM's forward."""
     names = [*inspect.signature(stock.forward).parameters][1:]
@@ -513,8 +513,7 @@ def _guard_cache(
         raise NotImplementedError(
             "flextron: output_attentions must be False, the weights are never materialised"
         )
-    place = _place_of_cache(model.stock)
-    past = args[place] if len(args) > place else given_cache(kwargs)
+    past = args[model.cache_place] if len(args) > model.cache_place else given_cache(kwargs)
     if past is None and wants_cache(model, kwargs):
         kwargs["cache"] = ElasticCache()
     elif past is not None:

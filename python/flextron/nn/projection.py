@@ -171,21 +171,22 @@ def linear(
     if type(proj) is Conv1D:
         return _transposed(proj, x, *sizes, out_blocks, rows)
     if not is_adapted(proj):
-        return elastic_linear(x, _of(proj.weight, rows), _of(proj.bias, rows), *sizes, out_blocks)
+        return elastic_linear(x, rows_of(proj.weight, rows), rows_of(proj.bias, rows), *sizes, out_blocks)
     base, active = proj.base_layer, _active(proj)
-    y = elastic_linear(x, _of(base.weight, rows), _of(base.bias, rows), *sizes, out_blocks)
+    y = elastic_linear(x, rows_of(base.weight, rows), rows_of(base.bias, rows), *sizes, out_blocks)
     dtype = y.dtype
     for name in active:
         a, b = proj.lora_A[name].weight, proj.lora_B[name]
         low = proj.lora_dropout[name](x.to(a.dtype))
         low = elastic_linear(low, a, None, in_features, len(a), in_extent, None, in_blocks)
-        weight, bias = _of(b.weight, rows), _of(b.bias, rows)
+        weight, bias = rows_of(b.weight, rows), rows_of(b.bias, rows)
         low = elastic_linear(low, weight, bias, len(a), out_features, None, out_extent, 1, out_blocks)
         y = y + low * proj.scaling[name]
     return y.to(dtype)
 
 
-def _of(tensor: Any, rows: slice | None) -> Any:
+def rows_of(tensor: Any, rows: slice | None) -> Any:
+    """What is meant of a projection's weight or bias; None of a bias that is not there."""
     return tensor if rows is None or tensor is None else tensor[rows]
 
 

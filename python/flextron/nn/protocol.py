@@ -58,6 +58,7 @@ class Elastic(Protocol):
     # the dial
     elastic: ElasticConfig
     anatomy: Anatomy
+    cache_place: int
     settings: Settings
     planner: Any  # a `Planner`, or None; that of a directory knows its tables and its ladder
     writer: Writer | None
