@@ -11,6 +11,7 @@ from nn.models import EVERY, VARIANTS, row_model
 from nn.test_elastic_model import relative
 from nn.test_forward import counted
 from peft import LoraConfig, get_peft_model
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from flextron.config import Widths
 from flextron.conversion import random_orders, reorder
@@ -34,6 +35,7 @@ SERVED = (
     "granite",
     "smollm3",
     "phi",
+    "phi3",
     "exaone4",
     "nemotron",
     "starcoder2",
@@ -211,6 +213,15 @@ def test_the_decoder_op_gives_what_the_modules_give(row, monkeypatch):
     ours, theirs = by(True).double(), by(False).double()
     exact = model.double() and by(False)
     assert relative(ours, exact) <= 1.5 * relative(theirs, exact)
+
+
+@torch.no_grad()
+def test_what_the_decoder_op_held_of_fused_weights_goes_when_they_are_converted():
+    model = make_elastic(row_model("phi3"))
+    model(tokens(1, 5), use_cache=False)
+    before = [StorageWeakRef(p.untyped_storage()) for p in model.parameters()]
+    model.to(torch.bfloat16)
+    assert all(storage.expired() for storage in before)
 
 
 @pytest.mark.parametrize("row", ["olmo", "olmo2", "cohere"])

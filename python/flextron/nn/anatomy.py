@@ -336,13 +336,15 @@ class Anatomy:
     def is_llama(self, config: PreTrainedConfig) -> bool:
         """Whether a model's layers are Llama's, with norms of heads and biases at most."""
         norms = self.attention_norm and self.mlp_norm and not (self.attention_post or self.mlp_post)
-        return bool(norms) and self.decoder_fault(config) is None and not self.decoder_kind(config)
+        apart = len(self.qkv) == 3 and len(self.up) == 2
+        return bool(norms) and apart and self.decoder_fault(config) is None and not self.decoder_kind(config)
 
     def decoder_fault(self, config: PreTrainedConfig) -> str | None:
         """What of a model of this family the decoder op does not compute, in a few words; None: it computes all."""
         plain = Anatomy()
         for name, what in (
             ("transposed", "transposed weights"),
+            ("grouped", "projections of groups"),
             ("experts", "experts"),
             ("norm_over", "norms over all heads"),
             ("norm_last", "norms after the rotation"),
@@ -352,8 +354,6 @@ class Anatomy:
         ):
             if getattr(self, name) != getattr(plain, name):
                 return what
-        if len(self.qkv) != 3 or len(self.up) != 1 + self.gated:
-            return "fused projections"
         return self.clip if self.clip and getattr(config, self.clip, None) is not None else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import chain, repeat
 from operator import contains, is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from flextron.nn.cache import ElasticCache
 from flextron.nn.elastic_attention import ElasticAttention
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.masks import first_keys, is_left_padded
-from flextron.nn.projection import RECORDER, PackedLinear, is_alone
+from flextron.nn.projection import RECORDER, PackedLinear, PackedRows, is_alone, rows_of
 from flextron.nn.protocol import Elastic
 from flextron.nn.rotary import rotary_of
 from flextron_ext import Decoder, DecoderShape, DecoderStep
@@ -40,14 +40,22 @@ _TAKEN = (
 )
 
 
+class _Part(NamedTuple):
+    """What the decoder op has a name for: a module, or those of a projection's outputs that it has beside others."""
+
+    module: Any
+    rows: slice | None = None
+
+
 def _of_model(a: Anatomy) -> dict[str, tuple[str, str]]:
     """The decoder's name of each module's weights outside the layers, and the module's place."""
     return {"embedding": ("base", "embed_tokens"), "norm": ("base", a.norm), "head": ("", "lm_head")}
 
 
 def _of_layer(a: Anatomy) -> dict[str, tuple[str, str]]:
-    """The same in each layer of a family that the decoder op computes."""
-    q, k, v = a.qkv
+    """The same in each layer of a family that the decoder op computes; a projection may stand for several."""
+    q, k, v = a.qkv if len(a.qkv) == 3 else 3 * a.qkv
+    up = a.up if len(a.up) == 1 + a.gated else 2 * a.up
     norms = dict(zip(("q_norm", "k_norm"), a.head_norms, strict=False))
     return {
         "in_norm": ("", a.attention_norm),
@@ -59,7 +67,7 @@ def _of_layer(a: Anatomy) -> dict[str, tuple[str, str]]:
         **{name: (a.attention, norm) for name, norm in norms.items()},
         "mlp_norm": ("", a.mlp_norm),
         "mlp_post": ("", a.mlp_post),
-        **dict(zip(("gate", "up")[-len(a.up) :], ((a.mlp, name) for name in a.up), strict=True)),
+        **dict(zip(("gate", "up")[-len(up) :], ((a.mlp, name) for name in up), strict=True)),
         "down": (a.mlp, a.down),
     }
 
@@ -73,11 +81,10 @@ class _Snapshot:
 
     def __init__(self, model: Elastic) -> None:
         inner: Any = model.base_model
-        parts = [part for layer in model.decoder_layers for part in (layer, *layer.children())]
+        layers = (part for layer in model.decoder_layers for part in layer.modules())
         # the rotary tables are made by their own module here too
         own = [part for name, part in inner.named_children() if name != "rotary_emb"]
-        leaves = [*own, *(leaf for part in parts for leaf in part.children()), model.lm_head]
-        modules: list[nn.Module] = list(dict.fromkeys((inner, *parts, *leaves)))
+        modules: list[nn.Module] = list(dict.fromkeys((inner, *layers, *own, model.lm_head)))
         self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         whole: list[Any] = [model, *modules]
         self.dicts = [d for m in whole for d in (m._modules, m._parameters, m._buffers) if d]
@@ -140,18 +147,34 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _parts_of(layer: nn.Module, a: Anatomy) -> dict[str, nn.Module] | None:
-    """The modules of a layer by the decoder's names, or None where one is not what the op computes."""
+def _parts_of(layer: nn.Module, a: Anatomy) -> dict[str, _Part] | None:
+    """The parts of a layer by the decoder's names, or None where one is not what the op computes."""
     attention, mlp = layer._modules.get(a.attention), layer._modules.get(a.mlp)
     if not _is_stock(layer) or type(attention) is not ElasticAttention or type(mlp) is not ElasticMLP:
         return None
     places = _of_layer(a)
-    parts = _modules_of({"": layer, a.attention: attention, a.mlp: mlp}, places)
+    modules = _modules_of({"": layer, a.attention: attention, a.mlp: mlp}, places)
+    parts = {name: _Part(module) for name, module in modules.items()}
+    if len(a.qkv) == 1:
+        parts |= {
+            name: _of_fused(parts[name], rows) for name, rows in zip("qkv", attention.rows(), strict=True)
+        }
+    if a.gated and len(a.up) == 1:
+        gate, up, _ = mlp._parts()
+        parts |= {"gate": _Part(*gate), "up": _Part(*up)}
+        if gate[0] is None:  # its panels are among those of up
+            del parts["gate"]
     known = {*attention._modules, *mlp._modules} <= {name for _, name in places.values()}
     understood = known and all(
-        _is_norm(module, a) if part in NORMS else is_alone(module) for part, module in parts.items()
+        _is_norm(part.module, a) if name in NORMS else is_alone(part.module) for name, part in parts.items()
     )
     return parts if understood else None
+
+
+def _of_fused(part: _Part, rows: slice) -> _Part:
+    """The part that has these rows of a projection of queries, keys and values."""
+    module = part.module
+    return _Part(module.part(rows)) if isinstance(module, PackedRows) else _Part(module, rows)
 
 
 def _modules_of(owners: dict[str, Any], places: dict[str, tuple[str, str]]) -> dict[str, nn.Module]:
@@ -163,11 +186,11 @@ def _modules_of(owners: dict[str, Any], places: dict[str, tuple[str, str]]) -> d
 def _is_one(
     norm: nn.Module,
     a: Anatomy,
-    layers: Sequence[dict[str, nn.Module]],
+    layers: Sequence[dict[str, _Part]],
     modules: Sequence[tuple[ElasticAttention, ElasticMLP]],
 ) -> bool:
     """Whether what the op takes once for all layers is the same in all: the norms' epsilon and attention's scale."""
-    norms = (module for parts in layers for part, module in parts.items() if part in NORMS)
+    norms = (part.module for parts in layers for name, part in parts.items() if name in NORMS)
     eps = {_eps_of(each, a) for each in (norm, *norms)}
     return len(eps) == 1 and None not in eps and len({attention.scaling for attention, _ in modules}) == 1
 
@@ -289,31 +312,33 @@ class ElasticForward:
         return result
 
 
-def _tensors(part: str, module: Any, ones: Tensor) -> dict[str, Tensor]:
-    """A module's tensors by the decoder's names."""
-    is_packed = isinstance(module, PackedLinear)
-    tensors = {
-        part: module.panels if is_packed else getattr(module, "weight", ones),
-        f"{part}_scales": module.scales if is_packed else None,
-        f"{part}_bias": getattr(module, "bias", None),
-    }
-    if is_packed and part == "up":
-        tensors["gate_bias"] = module.gate_bias  # packed with up
+def _tensors(name: str, part: _Part, ones: Tensor) -> dict[str, Tensor]:
+    """A part's tensors by the decoder's names."""
+    module, rows = part
+    if isinstance(module, PackedLinear):
+        tensors = {name: module.panels, f"{name}_scales": module.scales, f"{name}_bias": module.bias}
+        if name == "up":
+            tensors["gate_bias"] = module.gate_bias  # packed with up
+    else:
+        weight, bias = getattr(module, "weight", ones), getattr(module, "bias", None)
+        if rows is not None:  # a view, which must not ask for a gradient
+            weight, bias = (
+                rows_of(tensor.detach(), rows) if tensor is not None else None for tensor in (weight, bias)
+            )
+        tensors = {name: weight, f"{name}_bias": bias}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def _weights(
-    whole: dict[str, nn.Module], layers: Sequence[dict[str, nn.Module]], like: Tensor
-) -> dict[str, Any]:
+def _weights(whole: dict[str, nn.Module], layers: Sequence[dict[str, _Part]], like: Tensor) -> dict[str, Any]:
     """The decoder's weights: one tensor for each name of the model, a list for each name of its layers."""
     ones = like.new_ones(like.shape[1])  # of norms that have no weight
     weights: dict[str, Any] = {}
-    for part, module in whole.items():
-        weights |= _tensors(part, module, ones)
+    for name, module in whole.items():
+        weights |= _tensors(name, _Part(module), ones)
     for layer in layers:
-        for part, module in layer.items():
-            for name, tensor in _tensors(part, module, ones).items():
-                weights.setdefault(name, []).append(tensor)
+        for name, part in layer.items():
+            for each, tensor in _tensors(name, part, ones).items():
+                weights.setdefault(each, []).append(tensor)
     return weights
 
 

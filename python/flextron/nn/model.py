@@ -122,6 +122,7 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         """The conversion behind ``to``, ``half`` and ``cuda``; one that is refused changes nothing."""
         if isinstance(self.lm_head, PackedLinear):
             check_conversion(fn)
+        self.__dict__.pop(FORWARD, None)  # its views of fused weights would keep the old ones
         before = self.device
         super()._apply(fn, recurse)
         # a policy's tensors must be on the device, too; a router's offsets cannot be read on meta
