@@ -28,10 +28,9 @@ TARGETS = (0.6, 0.8, 1.0)
 
 def router_of(model, kind: str = "adaptive"):
     c = model.elastic
-    counts = len(c.mlp_choices), len(c.head_choices)
     if kind == "static":
-        return StaticRouter(c.num_layers, *counts, TARGETS, hidden=8)
-    return AdaptiveRouter(c.num_layers, c.hidden_size, *counts, TARGETS, 8)
+        return StaticRouter(c.num_layers, c.choices, TARGETS, hidden=8)
+    return AdaptiveRouter(c.num_layers, c.hidden_size, c.choices, TARGETS, 8)
 
 
 def fraction(p: Probabilities) -> Tensor:

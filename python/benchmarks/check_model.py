@@ -86,8 +86,7 @@ def captures(device: torch.device) -> Iterator[list[int]]:
 def adaptive(model: Any) -> Any:
     """The model with a random router that chooses for every token."""
     config, generator = model.elastic, torch.Generator().manual_seed(0)
-    menus = len(config.mlp_choices), len(config.head_choices)
-    router = AdaptiveRouter(config.num_layers, config.hidden_size, *menus, (0.3, 0.6, 1.0), 16)
+    router = AdaptiveRouter(config.num_layers, config.hidden_size, config.choices, (0.3, 0.6, 1.0), 16)
     for parameter in router.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
     router.calibration = {"decode": ((0.1, 0.9), (0.0, 0.0))}

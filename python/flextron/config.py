@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 UNITS = ("kv_group", "query")
-AXES = ("mlp", "heads")  # what every layer chooses a width for
+
+T = TypeVar("T")
+
+
+class PerAxis(NamedTuple, Generic[T]):
+    """One thing for each axis, in this order everywhere: in arguments, rows of routers, columns of files.
+
+    Attributes:
+        mlp: of the neurons of an MLP.
+        heads: of the heads of an attention, counted in the configuration's unit.
+    """
+
+    mlp: T
+    heads: T
+
+
+AXES = PerAxis._fields
+# what a configuration and its files call the menu of each axis
+MENUS = PerAxis("mlp_choices", "head_choices")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What an elastic model chooses a width of.
+
+    Attributes:
+        name: its name in `AXES`.
+        menu: the widths it may take, ascending; the last is the parent's own.
+        per: what makes a choice of its own: every ``"layer"``.
+    """
+
+    name: str
+    menu: tuple[int, ...]
+    per: str = "layer"
 
 
 def plain(value: Any) -> Any:
@@ -81,10 +114,28 @@ class Widths:
         object.__setattr__(self, "mlp", tuple(count("widths: mlp", d) for d in self.mlp))
         object.__setattr__(self, "heads", tuple(count("widths: heads", n) for n in self.heads))
 
+    @property
+    def axes(self) -> PerAxis[tuple[int, ...]]:
+        """The widths of the layers, axis by axis."""
+        return PerAxis(*(getattr(self, name) for name in AXES))
+
     def covers(self, other: Widths) -> bool:
         """Whether every layer keeps at least what ``other`` keeps there."""
-        mine, theirs = self.mlp + self.heads, other.mlp + other.heads
-        return len(mine) == len(theirs) and all(a >= b for a, b in zip(mine, theirs, strict=True))
+        pairs = zip(self.axes, other.axes, strict=True)
+        return all(
+            len(mine) == len(theirs) and all(a >= b for a, b in zip(mine, theirs, strict=True))
+            for mine, theirs in pairs
+        )
+
+    @classmethod
+    def largest(cls, several: Sequence[Widths]) -> Widths:
+        """The widest of any of them in each layer."""
+        by_axis = zip(*(widths.axes for widths in several), strict=True)
+        return cls(*(tuple(map(max, zip(*layers, strict=True))) for layers in by_axis))
+
+    def to_dict(self) -> dict[str, list[int]]:
+        """The widths of the layers by the axis' name."""
+        return {name: list(layers) for name, layers in zip(AXES, self.axes, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -144,7 +195,7 @@ class ElasticConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        for name in ("mlp_choices", "head_choices"):
+        for name in MENUS:
             menu = tuple(count(f"ElasticConfig: {name}", n) for n in getattr(self, name))
             object.__setattr__(self, name, menu)
         if self.unit not in UNITS:
@@ -154,10 +205,7 @@ class ElasticConfig:
                 "ElasticConfig: num_heads must be a multiple of num_kv_heads, "
                 f"got {self.num_heads} and {self.num_kv_heads}"
             )
-        for name, menu, last in (
-            ("mlp_choices", self.mlp_choices, self.intermediate_size),
-            ("head_choices", self.head_choices, self.max_heads),
-        ):
+        for name, menu, last in zip(MENUS, self.menus, self.whole, strict=True):
             if not menu or list(menu) != sorted(set(menu)) or menu[0] < 1 or menu[-1] != last:
                 raise ValueError(
                     f"ElasticConfig: {name} must ascend from at least 1 to {last}, got {list(menu)}"
@@ -166,6 +214,26 @@ class ElasticConfig:
     @property
     def heads_per_group(self) -> int:
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def axes(self) -> PerAxis[Axis]:
+        """What the layers choose widths of."""
+        return PerAxis(*(Axis(name, getattr(self, menu)) for name, menu in zip(AXES, MENUS, strict=True)))
+
+    @property
+    def menus(self) -> PerAxis[tuple[int, ...]]:
+        """The widths that each axis chooses from."""
+        return PerAxis(*(axis.menu for axis in self.axes))
+
+    @property
+    def choices(self) -> PerAxis[int]:
+        """How many widths each axis chooses from."""
+        return PerAxis(*map(len, self.menus))
+
+    @property
+    def whole(self) -> PerAxis[int]:
+        """The parent's own width of each axis."""
+        return PerAxis(mlp=self.intermediate_size, heads=self.max_heads)
 
     @property
     def max_heads(self) -> int:
@@ -181,29 +249,39 @@ class ElasticConfig:
         return heads if self.unit == "kv_group" and kv == "selected" else self.num_kv_heads
 
     def full(self) -> Widths:
-        return self.uniform(-1, -1)
+        return self.uniform(*(-1 for _ in AXES))
 
     def smallest(self) -> Widths:
-        return self.uniform(0, 0)
+        return self.uniform(*(0 for _ in AXES))
 
-    def uniform(self, index_mlp: int, index_heads: int) -> Widths:
-        """The widths at these indices of the menus, in every layer."""
-        layers = self.num_layers
-        return Widths((self.mlp_choices[index_mlp],) * layers, (self.head_choices[index_heads],) * layers)
+    def uniform(self, *indices: int) -> Widths:
+        """The widths at these places of the menus, one for each axis, in every layer."""
+        return self.widths((index,) * self.num_layers for index in indices)
+
+    def widths(self, indices: Iterable[Sequence[int]]) -> Widths:
+        """The sub-network at these places of the menus: of each axis, one for each layer."""
+        return Widths(*(tuple(menu[i] for i in own) for menu, own in zip(self.menus, indices, strict=True)))
+
+    def indices(self, widths: Widths) -> PerAxis[tuple[int, ...]]:
+        """The places of a sub-network's widths in the menus."""
+        return PerAxis(
+            *(tuple(map(menu.index, own)) for menu, own in zip(self.menus, widths.axes, strict=True))
+        )
 
     def check(self, widths: Widths) -> None:
         """Raise ValueError unless ``widths`` holds an entry of the menu for every layer and axis."""
         if not isinstance(widths, Widths):
             raise ValueError(f"widths: it must be a Widths, got {widths!r}")
-        for axis, menu in (("mlp", self.mlp_choices), ("heads", self.head_choices)):
-            chosen = getattr(widths, axis)
+        for axis, chosen in zip(self.axes, widths.axes, strict=True):
             if len(chosen) != self.num_layers:
                 raise ValueError(
-                    f"widths: {axis} must have one entry for each of {self.num_layers} layers, got {len(chosen)}"
+                    f"widths: {axis.name} must have one entry for each of {self.num_layers} layers, got {len(chosen)}"
                 )
             for layer, width in enumerate(chosen):
-                if width not in menu:
-                    raise ValueError(f"widths: {axis}[{layer}] must be one of {list(menu)}, got {width}")
+                if width not in axis.menu:
+                    raise ValueError(
+                        f"widths: {axis.name}[{layer}] must be one of {list(axis.menu)}, got {width}"
+                    )
 
     def params(self, widths: Widths, kv: str = "selected") -> int:
         """The number of parameters of the plain model that ``widths`` describes: its ``sum(p.numel())``.

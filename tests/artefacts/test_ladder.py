@@ -18,7 +18,7 @@ TARGETS = (0.45, 0.6, 0.8, 1.0)
 
 def loud_router(seed: int) -> StaticRouter:
     """An untrained router with large logits: its choices jump up and down with the target."""
-    router = StaticRouter(CONFIG.num_layers, 4, 3, TARGETS, seed=seed)
+    router = StaticRouter(CONFIG.num_layers, (4, 3), TARGETS, seed=seed)
     with torch.no_grad():
         router.rows.weight.mul_(20)
     return router
@@ -75,7 +75,7 @@ def decisive_router() -> tuple[StaticRouter, list[int]]:
     layers = list(range(CONFIG.num_layers))
     random.Random(5).shuffle(layers)
     targets = [0.4 + 0.05 * i for i in range(CONFIG.num_layers + 1)]
-    router = StaticRouter(CONFIG.num_layers, 4, 3, targets, hidden=64)
+    router = StaticRouter(CONFIG.num_layers, (4, 3), targets, hidden=64)
     wants = torch.zeros(len(targets), CONFIG.num_layers, 7)
     for i in range(len(targets)):
         for place, layer in enumerate(layers):
@@ -104,7 +104,7 @@ def test_the_ladder_passes_through_what_the_router_chose():
 
 
 def test_upgrades_that_appear_together_follow_the_margin():
-    router = StaticRouter(CONFIG.num_layers, 4, 3, (0.5, 1.0), hidden=8)
+    router = StaticRouter(CONFIG.num_layers, (4, 3), (0.5, 1.0), hidden=8)
     with torch.no_grad():
         router.rows.weight.zero_()
         rows = router.rows.bias.view(CONFIG.num_layers, 7)

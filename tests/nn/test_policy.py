@@ -26,12 +26,11 @@ GREEDY = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
 def routed(model: Any, spread: float = 1.0, seed: int = 0) -> Any:
     """The model with an adaptive router of random choices, calibrated by hand."""
     c = model.elastic
-    router = AdaptiveRouter(
-        c.num_layers, c.hidden_size, len(c.mlp_choices), len(c.head_choices), (0.5, 1.0), 16, seed
-    ).requires_grad_(False)
+    router = AdaptiveRouter(c.num_layers, c.hidden_size, c.choices, (0.5, 1.0), 16, seed).requires_grad_(
+        False
+    )
     torch.nn.init.normal_(router.w2, std=spread, generator=torch.Generator().manual_seed(seed))
-    counts = len(c.mlp_choices), len(c.head_choices)
-    router.ramp.copy_(torch.cat([torch.arange(n) for n in counts]).float())
+    router.ramp.copy_(torch.cat([torch.arange(n) for n in c.choices]).float())
     router.calibration = {"prefill": ((0.3, 0.9), (-2.0, 2.0))}
     model.attach_router(router)
     return model

@@ -36,10 +36,9 @@ def tokens(B: int = 2, T: int = 24) -> Tensor:
 
 def router_of(model: Any, kind: str) -> Any:
     c = model.elastic
-    counts = len(c.mlp_choices), len(c.head_choices)
     if kind == "static":
-        return StaticRouter(c.num_layers, *counts, TARGETS, hidden=8)
-    router = AdaptiveRouter(c.num_layers, c.hidden_size, *counts, TARGETS, 8)
+        return StaticRouter(c.num_layers, c.choices, TARGETS, hidden=8)
+    router = AdaptiveRouter(c.num_layers, c.hidden_size, c.choices, TARGETS, 8)
     with torch.no_grad():  # so that tokens choose differently
         router.w2.normal_(generator=torch.Generator().manual_seed(2))
     return router

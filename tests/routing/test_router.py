@@ -10,7 +10,7 @@ TARGETS = (0.4, 0.6, 1.0)
 
 @pytest.fixture
 def router():
-    return StaticRouter(5, 4, 3, TARGETS, hidden=16, seed=0)
+    return StaticRouter(5, (4, 3), TARGETS, hidden=16, seed=0)
 
 
 def test_trained_targets_are_one_hot(router):
@@ -47,7 +47,7 @@ def test_evaluation_has_no_noise(router):
 
 
 def test_the_seed_decides_the_weights():
-    a, b, c = (StaticRouter(5, 4, 3, TARGETS, seed=s) for s in (1, 1, 2))
+    a, b, c = (StaticRouter(5, (4, 3), TARGETS, seed=s) for s in (1, 1, 2))
     assert torch.equal(a.rows.weight, b.rows.weight)
     assert not torch.equal(a.rows.weight, c.rows.weight)
 
@@ -98,11 +98,11 @@ def test_annealing_ends_where_it_should():
 @pytest.mark.parametrize("targets", [(), (0.5, 0.4), (0.5, 0.5), (0.0, 1.0), (0.5, 1.1)])
 def test_bad_targets_are_refused(targets):
     with pytest.raises(ValueError, match="StaticRouter: targets must ascend"):
-        StaticRouter(2, 2, 2, targets)
+        StaticRouter(2, (2, 2), targets)
 
 
 def test_bad_sizes_and_temperatures_are_refused(router):
     with pytest.raises(ValueError, match="head_choices must be at least 1, got 0"):
-        StaticRouter(2, 2, 0, TARGETS)
+        StaticRouter(2, (2, 0), TARGETS)
     with pytest.raises(ValueError, match="temperature must be positive, got 0"):
         GumbelSampler(0)(router(0.5), 0.0)

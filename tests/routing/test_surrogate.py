@@ -36,7 +36,7 @@ def filled(n: int, seed: int) -> ReplayBuffer:
 
 @pytest.fixture(scope="module")
 def fitted() -> Surrogate:
-    surrogate = Surrogate(8, 4, 3, hidden=64)
+    surrogate = Surrogate(8, (4, 3), hidden=64)
     data = filled(250, seed=0).tensors()
     surrogate.start(*data)
     SurrogateFitter(surrogate, seed=0).fit(*data, steps=600)
@@ -81,7 +81,7 @@ def test_gradients_reach_the_probabilities(fitted):
 
 def test_fitting_is_deterministic():
     def weights() -> torch.Tensor:
-        surrogate, data = Surrogate(8, 4, 3, hidden=16, seed=5), filled(30, seed=0).tensors()
+        surrogate, data = Surrogate(8, (4, 3), hidden=16, seed=5), filled(30, seed=0).tensors()
         SurrogateFitter(surrogate, seed=1).fit(*data, steps=20)
         return torch.cat([p.flatten() for p in surrogate.parameters()])
 
@@ -148,7 +148,7 @@ def test_search_finds_the_best_there_is():
     buffer = ReplayBuffer(config)
     for widths in every:
         buffer.add(widths, table.fraction(widths), loss(widths) - loss(config.full()))
-    surrogate = Surrogate(3, 3, 2, hidden=16)
+    surrogate = Surrogate(3, (3, 2), hidden=16)
     surrogate.start(*buffer.tensors())
     predicted = predicted_losses(config, table, surrogate, every).tolist()
     for target in (0.6, 0.75, 0.9):
@@ -160,10 +160,10 @@ def test_search_finds_the_best_there_is():
 def test_the_linear_start_is_worth_many_steps():
     """What `start` solves already ranks; the same surrogate without it knows nothing yet."""
     data, others = filled(120, seed=0).tensors(), filled(80, seed=1).tensors()
-    surrogate = Surrogate(8, 4, 3, hidden=16)
+    surrogate = Surrogate(8, (4, 3), hidden=16)
     surrogate.start(*data)
     assert fit_report(surrogate, *others).r2 > 0.9
-    nothing = Surrogate(8, 4, 3, hidden=16)
+    nothing = Surrogate(8, (4, 3), hidden=16)
     nothing.scale.copy_(surrogate.scale)
     assert fit_report(nothing, *others).r2 < 0.1
 
@@ -191,7 +191,7 @@ def test_tokens_that_disagree_are_told_from_tokens_that_agree():
     data, others = batch(200).tensors(), batch(60).tensors()
     errors = {}
     for mixed in (False, True):
-        surrogate = Surrogate(8, 4, 3, hidden=32, mixed=mixed)
+        surrogate = Surrogate(8, (4, 3), hidden=32, mixed=mixed)
         surrogate.start(*data)
         errors[mixed] = fit_report(surrogate, *others).mean_error
     assert errors[True] < 0.5 * errors[False]

@@ -14,6 +14,7 @@ from flextron.checkpoint.files import Files, opened
 from flextron.checkpoint.format import FORMAT, CheckpointError, check_format
 from flextron.checkpoint.origin import Origin, fits
 from flextron.checkpoint.schema import build, checking
+from flextron.config import MENUS, PerAxis
 from flextron.nn.router import AdaptiveRouter
 from flextron.recipes import AdaptiveConfig
 
@@ -72,10 +73,12 @@ class AdaptiveResult(RouterFiles):
 
     def to_dict(self) -> dict[str, Any]:
         r = self.router
-        sizes = ("num_layers", "hidden_size", "mlp_choices", "head_choices", "hidden")
+        sizes = ("num_layers", "hidden_size", "hidden")
         return {
             "format": FORMAT,
-            "router": {name: getattr(r, name) for name in sizes} | {"targets": list(r.targets)},
+            "router": {name: getattr(r, name) for name in sizes}
+            | dict(zip(MENUS, r.choices, strict=True))
+            | {"targets": list(r.targets)},
             "calibration": {phase: [list(v) for v in grid] for phase, grid in r.calibration.items()},
             "targets": [asdict(t) for t in self.targets],
             "dropped_targets": list(self.dropped_targets),
@@ -101,7 +104,9 @@ class AdaptiveResult(RouterFiles):
             ):
                 raise CheckpointError(f"{path}: router must fit the weights, got {size}")
             with checking(path):
-                router = AdaptiveRouter(**asdict(size))
+                router = AdaptiveRouter(
+                    size.num_layers, size.hidden_size, size.choices, size.targets, size.hidden
+                )
             cls.load_weights(router, files, values)
         router.calibration = build(dict[str, Grid], values.get("calibration"), path, "calibration")
         for phase, (grid, offsets) in router.calibration.items():
@@ -126,9 +131,13 @@ class _Size:
     targets: tuple[float, ...]
 
     @property
+    def choices(self) -> PerAxis[int]:
+        return PerAxis(*(getattr(self, name) for name in MENUS))
+
+    @property
     def parameters(self) -> int:
         """A lower bound on the number of weights, by which a damaged shape is found."""
-        return self.num_layers * self.hidden * max(self.hidden_size, self.mlp_choices + self.head_choices)
+        return self.num_layers * self.hidden * max(self.hidden_size, sum(self.choices))
 
 
 def load(directory: str | Path | Files, origin: Origin) -> AdaptiveResult | None:

@@ -106,7 +106,7 @@ def save_elastic(
         dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     config, own = _stock_config(model, common(dtypes.values())), model.elastic
     # the vocabulary, and whether embeddings are tied, may have changed since the model was made elastic
-    own = elastic_config(config, own.unit, own.mlp_choices, own.head_choices)
+    own = elastic_config(config, own.unit, *own.menus)
     gone = list(drop)
     with commit(directory, gone) as stage:
         there = names_in(Path(directory))  # now that an interrupted save is finished
@@ -262,7 +262,7 @@ def read_stock_config(files: Files, elastic: ElasticConfig) -> PreTrainedConfig:
         raise CheckpointError(
             f"{path}: model_type must be {elastic.family!r} as in {ELASTIC_FILE}, got {config.model_type!r}"
         )
-    own = elastic_config(config, elastic.unit, elastic.mlp_choices, elastic.head_choices).to_dict()
+    own = elastic_config(config, elastic.unit, *elastic.menus).to_dict()
     wrong = [f"{key} {own.get(key)!r}" for key, value in elastic.to_dict().items() if own.get(key) != value]
     if wrong:
         raise CheckpointError(f"{path}: must describe the model of {ELASTIC_FILE}, got {', '.join(wrong)}")

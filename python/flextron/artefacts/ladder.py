@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextron.config import AXES, ElasticConfig, Widths
+from flextron.config import AXES, MENUS, ElasticConfig, PerAxis, Widths
 from flextron.nn.router import StaticRouter
 
 _GOLDEN = (5**0.5 - 1) / 2
@@ -41,14 +41,24 @@ class Ladder:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "upgrades", tuple((str(axis), int(layer)) for axis, layer in self.upgrades))
-        steps = self.num_layers * (len(self.mlp_choices) + len(self.head_choices) - 2)
-        if len(self.upgrades) != steps or sorted(self.upgrades) != sorted(
-            _all_upgrades(self.mlp_choices, self.head_choices, self.num_layers)
-        ):
+        steps = self.num_layers * sum(len(menu) - 1 for menu in self.menus)
+        if len(self.upgrades) != steps or sorted(self.upgrades) != sorted(self._all_upgrades()):
             raise ValueError(
                 f"Ladder: upgrades must take each of {self.num_layers} layers from its smallest to its full "
                 f"choice, got {len(self.upgrades)} that do not"
             )
+
+    @property
+    def menus(self) -> PerAxis[tuple[int, ...]]:
+        return PerAxis(*(getattr(self, name) for name in MENUS))
+
+    def _all_upgrades(self) -> list[Upgrade]:
+        return [
+            (axis, layer)
+            for axis, menu in zip(AXES, self.menus, strict=True)
+            for layer in range(self.num_layers)
+            for _ in menu[1:]
+        ]
 
     @cached_property
     def rungs(self) -> tuple[Widths, ...]:
@@ -62,8 +72,7 @@ class Ladder:
 
     def _widths(self, index: dict[str, list[int]]) -> Widths:
         return Widths(
-            tuple(self.mlp_choices[i] for i in index["mlp"]),
-            tuple(self.head_choices[i] for i in index["heads"]),
+            *(tuple(menu[i] for i in index[axis]) for axis, menu in zip(AXES, self.menus, strict=True))
         )
 
     def highest(self, cost: Callable[[Widths], float], limit: float) -> Widths | None:
@@ -89,8 +98,8 @@ class Ladder:
 
     def check(self, config: ElasticConfig) -> None:
         """Raise ValueError unless the ladder is about this model's menus."""
-        mine = (self.num_layers, self.mlp_choices, self.head_choices)
-        theirs = (config.num_layers, config.mlp_choices, config.head_choices)
+        mine = (self.num_layers, *self.menus)
+        theirs = (config.num_layers, *config.menus)
         if mine != theirs:
             raise ValueError(
                 f"ladder: layers and menus must be those of the model {theirs}, got {mine}; "
@@ -99,8 +108,7 @@ class Ladder:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "mlp_choices": list(self.mlp_choices),
-            "head_choices": list(self.head_choices),
+            **{name: list(menu) for name, menu in zip(MENUS, self.menus, strict=True)},
             "num_layers": self.num_layers,
             "upgrades": [list(upgrade) for upgrade in self.upgrades],
             "origin": self.origin,
@@ -108,7 +116,7 @@ class Ladder:
 
 
 def uniform_ladder(config: ElasticConfig) -> Ladder:
-    """Upgrade all layers evenly, both axes at the same pace: the ladder of a model without routers.
+    """Upgrade all layers evenly, all axes at the same pace: the ladder of a model without routers.
 
     Layers take turns by multiples of the golden ratio, so that at every rung the wider ones are
     spread over the depth.
@@ -116,11 +124,11 @@ def uniform_ladder(config: ElasticConfig) -> Ladder:
     # layer -> its place in the order
     turn = sorted(range(config.num_layers), key=lambda k: (k + 1) * _GOLDEN % 1)
     order: list[tuple[float, str, int]] = []
-    for axis, menu in (("mlp", config.mlp_choices), ("heads", config.head_choices)):
-        steps = len(menu) - 1
+    for axis in config.axes:
+        steps = len(axis.menu) - 1
         for choice in range(steps):
             order += [
-                ((choice + (turn[n] + 0.5) / config.num_layers) / steps, axis, n)
+                ((choice + (turn[n] + 0.5) / config.num_layers) / steps, axis.name, n)
                 for n in range(config.num_layers)
             ]
     return _ladder(config, [(axis, layer) for _, axis, layer in sorted(order)], "uniform")
@@ -156,9 +164,4 @@ def _margin(logits: Tensor, choice: int) -> float:
 
 
 def _ladder(config: ElasticConfig, upgrades: Sequence[Upgrade], origin: str) -> Ladder:
-    return Ladder(config.mlp_choices, config.head_choices, config.num_layers, tuple(upgrades), origin)
-
-
-def _all_upgrades(mlp_choices: Sequence[int], head_choices: Sequence[int], layers: int) -> list[Upgrade]:
-    counts = {"mlp": len(mlp_choices) - 1, "heads": len(head_choices) - 1}
-    return [(axis, layer) for axis in AXES for layer in range(layers) for _ in range(counts[axis])]
+    return Ladder(*config.menus, config.num_layers, tuple(upgrades), origin)

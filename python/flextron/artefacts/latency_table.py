@@ -19,7 +19,7 @@ from torch import Tensor
 from flextron.artefacts.machine import Machine, name_of
 from flextron.checkpoint.format import CheckpointError
 from flextron.checkpoint.schema import build
-from flextron.config import AXES, ElasticConfig, Widths, check_numbers
+from flextron.config import AXES, ElasticConfig, PerAxis, Widths, check_numbers
 from flextron.nn.router import Indices
 from flextron.sentences import listed
 
@@ -134,9 +134,14 @@ class LatencyTable:
     held_out: tuple[Check, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def by_axis(self) -> PerAxis[tuple[tuple[float, ...], ...]]:
+        """[L, C] of each axis: its costs."""
+        return PerAxis(*(getattr(self, name) for name in AXES))
+
     @cached_property
-    def _tensors(self) -> tuple[Tensor, Tensor]:
-        return torch.tensor(self.mlp, dtype=torch.float64), torch.tensor(self.heads, dtype=torch.float64)
+    def _tensors(self) -> PerAxis[Tensor]:
+        return PerAxis(*(torch.tensor(costs, dtype=torch.float64) for costs in self.by_axis))
 
     @property
     def num_layers(self) -> int:
@@ -172,20 +177,19 @@ class LatencyTable:
     def residual_worst(self) -> float:
         return max(c.error for c in self.held_out)
 
-    def expected(self, p_mlp: Tensor, p_heads: Tensor, adaptive: bool = False) -> Tensor:
+    def expected(self, *p: Tensor, adaptive: bool = False) -> Tensor:
         """Expected milliseconds under choice probabilities, differentiable in them.
 
         Args:
-            p_mlp: [..., L, C_mlp].
-            p_heads: [..., L, C_heads].
+            p: [..., L, C] of each axis.
             adaptive: a router chooses for every token.
 
         Returns:
             [...]
         """
-        mlp, heads = (t.to(p_mlp) for t in self._tensors)
         base, slope = self._line(adaptive)
-        return base + slope * ((p_mlp * mlp).sum((-2, -1)) + (p_heads * heads).sum((-2, -1)))
+        sums = [(own * costs.to(own)).sum((-2, -1)) for own, costs in zip(p, self._tensors, strict=True)]
+        return base + slope * torch.stack(sums).sum(0)
 
     def predict(self, widths: Widths, adaptive: bool = False) -> float:
         """Milliseconds of a configuration; with ``adaptive``, of one that a router chooses for every token."""
@@ -195,11 +199,8 @@ class LatencyTable:
     def layer_sum(self, widths: Widths) -> float:
         """The costs of a configuration's choices, added up over layers and axes."""
         total = 0.0
-        for menu, rows, chosen in (
-            (self.elastic.mlp_choices, self.mlp, widths.mlp),
-            (self.elastic.head_choices, self.heads, widths.heads),
-        ):
-            total += sum(row[menu.index(width)] for row, width in zip(rows, chosen, strict=True))
+        for rows, places in zip(self.by_axis, self.elastic.indices(widths), strict=True):
+            total += sum(row[place] for row, place in zip(rows, places, strict=True))
         return total
 
     def of_tokens(self, choices: Indices) -> Tensor:
@@ -213,12 +214,12 @@ class LatencyTable:
             batch = self.workload.batch
             choices = Indices(*(axis.unflatten(-3, (-1, batch)).amax(-3) for axis in choices))
         layers = torch.arange(self.num_layers, device=choices.mlp.device)
-        mlp, heads = (
+        sums = [
             costs.to(rows.device)[layers, rows].sum(-1)
             for costs, rows in zip(self._tensors, choices, strict=True)
-        )
+        ]
         base, slope = self._line(adaptive=True)
-        return (base + slope * (mlp + heads)).mean((-2, -1))
+        return (base + slope * torch.stack(sums).sum(0)).mean((-2, -1))
 
     def fraction(self, widths: Widths, adaptive: bool = False) -> float:
         """The configuration's time divided by the full model's."""
@@ -236,8 +237,7 @@ class LatencyTable:
     def costs(self) -> dict[str, Any]:
         """The costs that routers and calibrations rest on, as they are stored with them."""
         return {
-            "mlp": list(self.mlp[0]),
-            "heads": list(self.heads[0]),
+            **{name: list(costs[0]) for name, costs in zip(AXES, self.by_axis, strict=True)},
             "base": self.base,
             "slope": self.slope,
         }
@@ -264,11 +264,12 @@ class LatencyTable:
         """Read what `to_dict` returned; CheckpointError says what is wrong in ``path``."""
         kept = {k: v for k, v in values.items() if k not in ("residual_median", "residual_worst")}
         table = build(cls, kept, path, place)
-        for axis, menu in zip(AXES, (table.elastic.mlp_choices, table.elastic.head_choices), strict=True):
-            for name in (axis, f"raw_{axis}"):
+        for axis in table.elastic.axes:
+            menu = axis.menu
+            for name in (axis.name, f"raw_{axis.name}"):
                 rows = getattr(table, name)
                 shape = len(rows) == table.elastic.num_layers and all(len(row) == len(menu) for row in rows)
-                if not shape or (name == axis and any(list(row) != sorted(row) for row in rows)):
+                if not shape or (name == axis.name and any(list(row) != sorted(row) for row in rows)):
                     raise CheckpointError(
                         f"{path}: {place}.{name} must be a cost for each of {table.elastic.num_layers} layers and "
                         f"{len(menu)} choices, which never falls, got another"

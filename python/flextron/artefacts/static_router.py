@@ -108,12 +108,12 @@ class RouterResult(RouterFiles):
             path, values = _read(files)
             ladder = build(Ladder, values.get("ladder"), path, "ladder")
             size = build(_Size, values.get("router"), path, "router")
-            counts = len(ladder.mlp_choices), len(ladder.head_choices)
+            counts = [len(menu) for menu in ladder.menus]
             weights = cls.weights(files)
             if not 1 <= size.hidden <= weights or ladder.num_layers > weights:
                 raise CheckpointError(f"{path}: router.hidden must fit the weights, got {size.hidden}")
             with checking(path):
-                router = StaticRouter(ladder.num_layers, *counts, size.targets, size.hidden)
+                router = StaticRouter(ladder.num_layers, counts, size.targets, size.hidden)
             cls.load_weights(router, files, values)
         return cls(router=router, ladder=ladder, **cls.read_fields(values, path, but=("router", "ladder")))
 

@@ -33,4 +33,4 @@ def run(args: Namespace) -> dict[str, Any]:
     say(args, text)
     if args.adaptive:
         return {"text": text, "fraction": found}
-    return {"text": text, "params": model.elastic.params(found), "mlp": found.mlp, "heads": found.heads}
+    return {"text": text, "params": model.elastic.params(found), **found.to_dict()}

@@ -16,7 +16,7 @@ from flextron.artefacts.elastic_model import make_elastic, read_model, save_elas
 from flextron.checkpoint import CONFIG_FILE, Origin
 from flextron.checkpoint.card import write_card
 from flextron.checkpoint.hf import TOKENIZER_FILES, foreign, read_tokenizer
-from flextron.config import ElasticConfig, Widths
+from flextron.config import AXES, ElasticConfig, Widths
 from flextron.conversion.adapters import adapter_in, merge_adapter
 from flextron.conversion.importance import check_tokens, score
 from flextron.conversion.likeness import as_like, prove_far, require_like
@@ -274,8 +274,8 @@ def _drawn(config: ElasticConfig, seed: int) -> list[Widths]:
 
     found: list[Widths] = []
     for _ in range(_SUB_NETWORKS):
-        mlp, heads = ([getattr(widths, axis) for widths in found] for axis in ("mlp", "heads"))
-        found.append(Widths(draw(config.mlp_choices, mlp), draw(config.head_choices, heads)))
+        before = [[getattr(widths, axis) for widths in found] for axis in AXES]
+        found.append(Widths(*map(draw, config.menus, before)))
     # of these one configuration must say the heads, which the table knows of its own families only
     return [*found, config.smallest()] if config.like else found
 

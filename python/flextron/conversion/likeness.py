@@ -88,7 +88,7 @@ def prove_far(model: PreTrainedModel, own: ElasticConfig, proof: Tensor) -> None
 
     with as_like(config):
         stock, other = (fill(skeleton(copy.deepcopy(config)), tensors).to(model.device) for _ in range(2))
-        elastic = make_elastic(other, elastic_config(other, own.unit, own.mlp_choices, own.head_choices))
+        elastic = make_elastic(other, elastic_config(other, own.unit, *own.menus))
         window = getattr(config, "sliding_window", None)
         whose = "the parent's at its last positions" + (f", with a window of {window}" if window else "")
         require_close("convert", whose, logits(stock), logits(elastic))

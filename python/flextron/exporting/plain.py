@@ -91,7 +91,7 @@ def export(
     report: dict[str, Any] = {
         "format": FORMAT,
         "layout": chosen,
-        "widths": {"mlp": list(widths.mlp), "heads": list(widths.heads), "unit": model.elastic.unit},
+        "widths": {**widths.to_dict(), "unit": model.elastic.unit},
         "params": sum(p.numel() for p in plain.parameters()),
         "dtypes": counted(proof.dtypes),
         "loads_in": ["flextron.load_plain"]

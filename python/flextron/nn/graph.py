@@ -195,7 +195,7 @@ def _state(step: DecodeStep, cache: StaticCache) -> State:
     mlp, heads, kv = budget.split([L * B, L * B, L])
     targets = None
     if step.router is not None:
-        C = len(config.mlp_choices) + len(config.head_choices)
+        C = sum(config.choices)
         state, base = (step.router.w1.new_zeros(L, B, n) for n in (step.router.hidden, C))
         targets = Targets(state, base, integers(B))
     return State(

@@ -584,11 +584,7 @@ def make_elastic(model: PreTrainedModel, config: ElasticConfig | None = None) ->
         raise TypeError(f"make_elastic: model must be a transformers causal LM, got {type(model).__name__}")
     hf = model.config
     anatomy = anatomy_of(hf)
-    own = (
-        elastic_config(model, config.unit, config.mlp_choices, config.head_choices)
-        if config
-        else elastic_config(model)
-    )
+    own = elastic_config(model, config.unit, *config.menus) if config else elastic_config(model)
     if config is not None and own != config:
         mine = own.to_dict()
         wrong = [

@@ -42,7 +42,7 @@ SIZES = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 def stock_problem(config: ElasticConfig, widths: Widths) -> str | None:
     """Why stock transformers cannot hold this sub-network as it is, in one sentence; None when it can."""
-    different = [axis for axis in ("mlp", "heads") if len(set(getattr(widths, axis))) > 1]
+    different = [name for name, layers in widths.to_dict().items() if len(set(layers)) > 1]
     if different:
         axes = " and ".join(different)
         return f"layers differ in {axes}, but a {config.family} configuration has one width for all"

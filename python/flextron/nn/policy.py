@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flextron.config import ElasticConfig, Widths, number
+from flextron.config import AXES, ElasticConfig, PerAxis, Widths, number
 from flextron.nn.router import AdaptiveRouter, GumbelSampler, Indices, Logits, Menus, Probabilities
 from flextron_ext import DecoderRouter, DecoderStep
 
@@ -51,10 +51,7 @@ class Dial:
 
     def bound(self) -> Widths:
         """The widest of any request in each layer."""
-        return Widths(
-            tuple(map(max, zip(*(w.mlp for w in self.widths), strict=True))),
-            tuple(map(max, zip(*(w.heads for w in self.widths), strict=True))),
-        )
+        return Widths.largest(self.widths)
 
 
 class AxisDecision(NamedTuple):
@@ -72,14 +69,11 @@ class AxisDecision(NamedTuple):
     mixture: Tensor | None = None
 
 
-class Decision(NamedTuple):
-    """`AxisDecision` of both axes."""
-
-    mlp: AxisDecision
-    heads: AxisDecision
+class Decision(PerAxis[AxisDecision]):
+    """`AxisDecision` of each axis."""
 
 
-BY_WIDTH = Decision(AxisDecision(), AxisDecision())  # every token keeps the layer's width
+BY_WIDTH = Decision(*(AxisDecision() for _ in AXES))  # every token keeps the layer's width
 
 
 class Policy:
@@ -119,12 +113,11 @@ class PerRequest(Policy):
 
     def __init__(self, widths: Sequence[Widths], device: torch.device) -> None:
         self.widths = tuple(widths)
-        self.mlp = torch.tensor([w.mlp for w in widths], device=device).T.unbind()  # [R] for each layer
-        self.heads = torch.tensor([w.heads for w in widths], device=device).T.unbind()
+        by_axis = zip(*(w.axes for w in widths), strict=True)
+        self.rows = [torch.tensor(own, device=device).T.unbind() for own in by_axis]  # [R] for each layer
 
     def __call__(self, x: Tensor, layer: int) -> Decision:
-        mlp, heads = per_token(self.mlp[layer], x), per_token(self.heads[layer], x)
-        return Decision(AxisDecision(mlp), AxisDecision(heads))
+        return Decision(*(AxisDecision(per_token(layers[layer], x)) for layers in self.rows))
 
     def extents(self, B: int, kv_heads: Sequence[int]) -> DecoderStep | None:
         repeats, rest = divmod(B, len(self.widths))
@@ -140,9 +133,7 @@ class PerRequest(Policy):
 
 def menus_of(config: ElasticConfig, device: torch.device) -> Menus:
     """The menu of each axis, int64."""
-    return Menus(
-        torch.tensor(config.mlp_choices, device=device), torch.tensor(config.head_choices, device=device)
-    )
+    return Menus(*(torch.tensor(menu, device=device) for menu in config.menus))
 
 
 class PerToken(Policy):
@@ -175,7 +166,7 @@ class PerToken(Policy):
         if B % requests:
             return None
         tensors, config = (self.router.w1, self.router.w2, *self.context), self.config
-        return DecoderStep((), (), kv_heads, DecoderRouter(tensors, config.mlp_choices, config.head_choices))
+        return DecoderStep((), (), kv_heads, DecoderRouter(tensors, *config.menus))
 
 
 class Mixed(Policy):

@@ -86,7 +86,7 @@ def in_dtype(model: Elastic, dtype: torch.dtype) -> Elastic:
     other = skeleton(config)
     fill(other, {name: p.detach().to(dtype) for name, p in model.named_parameters()}).to(model.device)
     own = model.elastic  # which tokens there are, and whether they are tied, may have changed since
-    return make_elastic(other, elastic_config(other, own.unit, own.mlp_choices, own.head_choices))
+    return make_elastic(other, elastic_config(other, own.unit, *own.menus))
 
 
 def prove_sub_network(who: str, model: Elastic, widths: Widths, tokens: Tensor) -> dict[str, Any]:
@@ -135,8 +135,7 @@ def prove_sub_network(who: str, model: Elastic, widths: Widths, tokens: Tensor) 
             )
             found = {key: max(value, proven[key]) for key, value in found.items()}
     return {
-        "mlp": list(widths.mlp),
-        "heads": list(widths.heads),
+        **widths.to_dict(),
         **found,
         "tokens": tokens.numel(),
         "generated": new.numel(),
@@ -193,7 +192,7 @@ def _alone(model: Elastic, layer: int, given: Tensor) -> Elastic:
     for name, p in model.decoder_layers[layer].named_parameters():
         tensors[f"model.layers.0.{name}"] = p.detach().to(given.dtype)
     alone = fill(skeleton(config), tensors).to(given.device)
-    return make_elastic(alone, elastic_config(alone, own.unit, own.mlp_choices, own.head_choices))
+    return make_elastic(alone, elastic_config(alone, own.unit, *own.menus))
 
 
 def _greedy(model: Elastic, prompt: Tensor) -> Tensor:

@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import skip_init
 
-from flextron.config import ElasticConfig, check_targets
+from flextron.config import MENUS, ElasticConfig, PerAxis, check_targets
 
 LEAK = 0.1
 _EPS = torch.finfo(torch.float32).eps  # of the norm: that of torch's rms_norm
 _EVERYTHING = 1e9  # an offset: times any two choices' difference in cost it outweighs their logits
 
 
-class _OfBothAxes(NamedTuple):
-    mlp: Tensor
-    heads: Tensor
-
-
-class Menus(_OfBothAxes):
+class Menus(PerAxis[Tensor]):
     """The widths an axis may take, ascending: [C] int64 of each axis."""
 
 
-class Logits(_OfBothAxes):
+class Logits(PerAxis[Tensor]):
     """A router's preference for each entry of a menu: ``[..., C]`` of each axis, with L before C for all layers."""
 
 
-class Probabilities(_OfBothAxes):
+class Probabilities(PerAxis[Tensor]):
     """The share of each entry of a menu, sums to 1: ``[..., C]`` of each axis, with L before C for all layers."""
 
 
-class Indices(_OfBothAxes):
+class Indices(PerAxis[Tensor]):
     """Chosen entries by their place in a menu: ``[...]`` int64 of each axis, with L last for all layers."""
 
 
@@ -62,8 +56,7 @@ class StaticRouter(nn.Module):
 
     Args:
         num_layers: L.
-        mlp_choices: choices of an MLP, C_mlp.
-        head_choices: choices of an attention, C_heads.
+        choices: how many choices each axis has, C.
         targets: trained targets, ascending in (0, 1]: fractions of the full model's latency.
         hidden: width of the hidden layer.
         seed: draws the initial weights.
@@ -72,27 +65,21 @@ class StaticRouter(nn.Module):
     def __init__(
         self,
         num_layers: int,
-        mlp_choices: int,
-        head_choices: int,
+        choices: Sequence[int],
         targets: Sequence[float],
         hidden: int = 256,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("num_layers", num_layers),
-            ("mlp_choices", mlp_choices),
-            ("head_choices", head_choices),
-        ):
+        for name, value in (("num_layers", num_layers), *zip(MENUS, choices, strict=True)):
             if value < 1:
                 raise ValueError(f"StaticRouter: {name} must be at least 1, got {value}")
         self._targets: Tensor
         self.targets = tuple(map(float, check_targets("StaticRouter", targets)))
-        self.num_layers, self.mlp_choices, self.head_choices = num_layers, mlp_choices, head_choices
-        self.hidden = hidden
+        self.num_layers, self.choices, self.hidden = num_layers, PerAxis(*choices), hidden
         self.register_buffer("_targets", torch.tensor(self.targets), persistent=False)
         self.body = skip_init(nn.Linear, len(self.targets), hidden)
-        self.rows = skip_init(nn.Linear, hidden, num_layers * (mlp_choices + head_choices))
+        self.rows = skip_init(nn.Linear, hidden, num_layers * sum(choices))
         generator = torch.Generator().manual_seed(seed)
         for linear in (self.body, self.rows):  # not torch's own start, which draws from everybody's generator
             nn.init.kaiming_uniform_(linear.weight, a=LEAK, generator=generator)
@@ -105,8 +92,7 @@ class StaticRouter(nn.Module):
     def forward(self, tau: Tensor | float) -> Logits:
         """Logits ``mlp [..., L, C_mlp]`` and ``heads [..., L, C_heads]`` at targets of shape [...]."""
         rows = self.rows(functional.leaky_relu(self.body(self.encode(tau)), LEAK)) / self.hidden**0.5
-        rows = rows.unflatten(-1, (self.num_layers, self.mlp_choices + self.head_choices))
-        return Logits(rows[..., : self.mlp_choices], rows[..., self.mlp_choices :])
+        return Logits(*rows.unflatten(-1, (self.num_layers, -1)).split(self.choices, -1))
 
     @torch.no_grad()
     def choose(self, tau: Tensor | float) -> Indices:
@@ -164,7 +150,7 @@ class AdaptiveRouter(nn.Module):
 
     Args:
         num_layers, hidden_size: L and K.
-        mlp_choices, head_choices: counts of choices.
+        choices: how many choices each axis has, C.
         targets: trained targets, ascending in (0, 1].
         hidden: width of the hidden layer.
         seed: draws the initial weights.
@@ -174,20 +160,19 @@ class AdaptiveRouter(nn.Module):
         self,
         num_layers: int,
         hidden_size: int,
-        mlp_choices: int,
-        head_choices: int,
+        choices: Sequence[int],
         targets: Sequence[float],
         hidden: int,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.num_layers, self.hidden_size, self.hidden = num_layers, hidden_size, hidden
-        self.mlp_choices, self.head_choices = mlp_choices, head_choices
+        self.choices = PerAxis(*choices)
         self._targets: Tensor
         self.ramp: Tensor
         self.targets = tuple(map(float, check_targets("AdaptiveRouter", targets)))
         self.register_buffer("_targets", torch.tensor(self.targets), persistent=False)
-        L, C = num_layers, mlp_choices + head_choices
+        L, C = num_layers, sum(choices)
         generator = torch.Generator().manual_seed(seed)
         gain = nn.init.calculate_gain("leaky_relu", LEAK)
         self.w1 = nn.Parameter(
@@ -202,8 +187,8 @@ class AdaptiveRouter(nn.Module):
 
     def check(self, config: ElasticConfig, phase: str | None = None) -> None:
         """Raise ValueError unless the router is for this model's layers and menus, and calibrated for the phase."""
-        theirs = (config.num_layers, config.hidden_size, len(config.mlp_choices), len(config.head_choices))
-        mine = (self.num_layers, self.hidden_size, self.mlp_choices, self.head_choices)
+        theirs = (config.num_layers, config.hidden_size, *config.choices)
+        mine = (self.num_layers, self.hidden_size, *self.choices)
         if mine != theirs:
             raise ValueError(
                 f"adaptive router: layers, width and menus must be those of the model {theirs}, got {mine}"
@@ -251,4 +236,4 @@ class AdaptiveRouter(nn.Module):
         scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / K + _EPS).rsqrt()
         h = functional.leaky_relu(torch.addcmul(state[:, None], x @ self.w1[layer].T, scale), LEAK)
         logits = (h @ self.w2[layer].T + base[:, None]).flatten(0, 1)
-        return Logits(logits[:, : self.mlp_choices], logits[:, self.mlp_choices :])
+        return Logits(*logits.split(self.choices, -1))

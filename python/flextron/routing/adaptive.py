@@ -136,8 +136,7 @@ def start_router(
     router = AdaptiveRouter(
         config.num_layers,
         config.hidden_size,
-        len(config.mlp_choices),
-        len(config.head_choices),
+        config.choices,
         targets,
         options.hidden or default_hidden(config),
         options.seed,
@@ -148,7 +147,7 @@ def start_router(
     parts = [p.log() for p in likely(config, rungs, _CONFIDENCE)]  # [targets, L, C]
     with torch.no_grad():
         router.base.copy_(torch.cat(parts, dim=-1).transpose(0, 1))
-        router.ramp.copy_(torch.cat([_ramp(table.mlp[0]), _ramp(table.heads[0])]) / _mean_step(table))
+        router.ramp.copy_(torch.cat([_ramp(costs[0]) for costs in table.by_axis]) / _mean_step(table))
     return router, dropped
 
 
@@ -158,10 +157,8 @@ def _ramp(costs: Sequence[float]) -> Tensor:
 
 def _mean_step(table: LatencyTable) -> float:
     """Milliseconds that one step of a choice costs, on average: the unit of an offset."""
-    steps = len(table.mlp[0]) + len(table.heads[0]) - 2
-    return max(
-        (table.mlp[0][-1] - table.mlp[0][0] + table.heads[0][-1] - table.heads[0][0]) / max(1, steps), 1e-12
-    )
+    steps = sum(len(costs[0]) - 1 for costs in table.by_axis)
+    return max(sum(costs[0][-1] - costs[0][0] for costs in table.by_axis) / max(1, steps), 1e-12)
 
 
 class _Training(RouterTraining):
@@ -236,8 +233,7 @@ class _SurrogateTraining(_Training):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         config, seed = self.model.elastic, self.options.seed * 4 + 3
-        counts = len(config.mlp_choices), len(config.head_choices)
-        self.surrogate = Surrogate(config.num_layers, *counts, seed=seed, mixed=True)
+        self.surrogate = Surrogate(config.num_layers, config.choices, seed=seed, mixed=True)
         self.fitter = SurrogateFitter(self.surrogate, seed)
         self.train, self.held_out = ReplayBuffer(config), ReplayBuffer(config)
         self.rng, self.menus = random.Random(seed), menus_of(config, self.device)
@@ -309,11 +305,9 @@ class _SurrogateTraining(_Training):
         """Indices [N, L]: in every layer each token takes one of two random widths, with that layer's probability."""
         config = self.model.elastic
         found = []
-        for axis, menu in (("mlp", config.mlp_choices), ("heads", config.head_choices)):
-            a, b = (
-                torch.tensor([menu.index(n) for n in getattr(random_widths(config, self.rng), axis)])
-                for _ in range(2)
-            )
+        for axis in config.axes:
+            pair = (getattr(random_widths(config, self.rng), axis.name) for _ in range(2))
+            a, b = (torch.tensor([axis.menu.index(n) for n in layers]) for layers in pair)
             share = torch.rand(config.num_layers, generator=self.draws)
             found.append(
                 torch.where(torch.rand(count, config.num_layers, generator=self.draws) < share, a, b)

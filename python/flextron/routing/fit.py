@@ -56,8 +56,8 @@ def random_widths(config: ElasticConfig, rng: random.Random) -> Widths:
     """
     homogeneous = rng.random() < 0.5
     chosen = []
-    for menu in (config.mlp_choices, config.head_choices):
-        size, top = rng.random(), len(menu) - 1
+    for axis in config.axes:
+        size, top = rng.random(), len(axis.menu) - 1
         if homogeneous:
             places = [size * top + rng.gauss(0, 0.35) for _ in range(config.num_layers)]
         else:
@@ -65,8 +65,8 @@ def random_widths(config: ElasticConfig, rng: random.Random) -> Widths:
                 rng.betavariate(0.2 + 1.8 * size, 2 - 1.8 * size) * (top + 1) - 0.5
                 for _ in range(config.num_layers)
             ]
-        chosen.append(tuple(menu[min(top, max(0, round(place)))] for place in places))
-    return Widths(*chosen)
+        chosen.append([min(top, max(0, round(place))) for place in places])
+    return config.widths(chosen)
 
 
 def calibration_widths(

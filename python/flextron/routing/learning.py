@@ -37,7 +37,7 @@ def learning_policy(
         rows = router(tau)
 
         def logits(x: Tensor, layer: int) -> Logits:
-            return Logits(rows.mlp[:, layer], rows.heads[:, layer])
+            return Logits(*(axis[:, layer] for axis in rows))
     else:
         contexts = [router.context(tau, i) for i in range(model.elastic.num_layers)]
 

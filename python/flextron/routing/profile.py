@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -74,14 +76,13 @@ def profile(
         on_round=lambda done: report(rounds + done),
     )
     layers = config.num_layers
+    entries: dict[str, Any] = {axis: (costs[axis],) * layers for axis in AXES}
+    entries |= {f"raw_{axis}": (raw[axis],) * layers for axis in AXES}
     draft = LatencyTable(
         workload=workload,
         machine=machine_of(model),
         elastic=config,
-        mlp=(costs["mlp"],) * layers,
-        heads=(costs["heads"],) * layers,
-        raw_mlp=(raw["mlp"],) * layers,
-        raw_heads=(raw["heads"],) * layers,
+        **entries,
         base=0.0,
         slope=1.0,
         warnings=tuple(_warnings(config, costs)),
@@ -152,26 +153,28 @@ def _mixing_router(config: ElasticConfig, hidden: int, phase: str) -> AdaptiveRo
     pairs = [(config.smallest(),) * 2, (config.full(),) * 2]
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     pairs += [(random_widths(config, rng), random_widths(config, rng)) for _ in range(_MIXTURES)]
-    menus = config.mlp_choices, config.head_choices
     targets = [(i + 1) / (len(pairs) + 1) for i in range(len(pairs))]
     router = AdaptiveRouter(
-        config.num_layers, config.hidden_size, len(menus[0]), len(menus[1]), (*targets, 1.0), hidden
+        config.num_layers, config.hidden_size, config.choices, (*targets, 1.0), hidden
     ).requires_grad_(False)
     router.base.fill_(-_NEVER)
     for i, pair in enumerate(pairs):
         for widths in pair:
-            for layer, kept in enumerate(zip(widths.mlp, widths.heads, strict=True)):
-                mlp, heads = (menu.index(n) for menu, n in zip(menus, kept, strict=True))
-                router.base[layer, i, [mlp, len(menus[0]) + heads]] = 0.0
+            for own, rows in zip(config.indices(widths), router.base.split(config.choices, -1), strict=True):
+                rows[range(config.num_layers), i, own] = 0.0
     router.w2.copy_(torch.randn(router.w2.shape, generator=generator))
     router.calibration = {phase: ((targets[0], targets[-1]), (0.0, 0.0))}
     return router
 
 
 def _choices(config: ElasticConfig) -> dict[tuple[str, int], Widths]:
-    """(axis, choice) -> the sub-network with all layers at that choice, and the other axis full."""
-    found = {("mlp", i): config.uniform(i, -1) for i in range(len(config.mlp_choices))}
-    return found | {("heads", i): config.uniform(-1, i) for i in range(len(config.head_choices))}
+    """(axis, choice) -> the sub-network with all layers at that choice, and the other axes full."""
+    full, layers = config.full(), config.num_layers
+    return {
+        (axis.name, i): replace(full, **{axis.name: (width,) * layers})
+        for axis in config.axes
+        for i, width in enumerate(axis.menu)
+    }
 
 
 def _by_choice(
@@ -188,10 +191,11 @@ def _by_choice(
 
 def _warnings(config: ElasticConfig, costs: dict[str, tuple[float, ...]]) -> list[str]:
     found = []
-    for axis, menu in (("mlp", config.mlp_choices), ("heads", config.head_choices)):
-        for i, (cost, above) in enumerate(zip(costs[axis], costs[axis][1:], strict=False)):
+    for axis in config.axes:
+        name, menu = axis.name, axis.menu
+        for i, (cost, above) in enumerate(pairwise(costs[name])):
             if cost >= _SAME_COST * above:
                 found.append(
-                    f"{axis} {menu[i]} costs as much as {menu[i + 1]} ({cost:.3f}, {above:.3f} ms a layer)"
+                    f"{name} {menu[i]} costs as much as {menu[i + 1]} ({cost:.3f}, {above:.3f} ms a layer)"
                 )
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -80,17 +81,14 @@ def search(
 
 
 class _Search:
-    """One call of `search`. A configuration is a row of 2 L indices into the menus: MLPs, then attentions."""
+    """One call of `search`. A configuration is a row of indices into the menus: L of each axis in turn."""
 
     def __init__(
         self, config: ElasticConfig, table: LatencyTable, surrogate: Surrogate, limit: float, seed: int
     ) -> None:
         self.config, self.table, self.surrogate, self.limit = config, table, surrogate, limit
         self.generator = torch.Generator().manual_seed(seed)
-        layers = config.num_layers
-        self.top = torch.tensor(
-            [len(config.mlp_choices) - 1] * layers + [len(config.head_choices) - 1] * layers
-        )
+        self.top = torch.tensor([count - 1 for count in config.choices for _ in range(config.num_layers)])
 
     @torch.no_grad()
     def run(self, start: Sequence[Widths], generations: int, swaps: int) -> Widths:
@@ -104,12 +102,8 @@ class _Search:
             population = torch.cat([parents, self._fit(self._mutated(torch.where(mask, mother, father)))])
         candidates = torch.cat([kept, population[self._loss(population).argsort(stable=True)[:1]]])
         results = torch.stack([self._swapped(row, swaps) for row in candidates.unique(dim=0)])
-        best = results[self._loss(results).argmin()].tolist()
-        layers = self.config.num_layers
-        return Widths(
-            tuple(self.config.mlp_choices[i] for i in best[:layers]),
-            tuple(self.config.head_choices[i] for i in best[layers:]),
-        )
+        best = results[self._loss(results).argmin()]
+        return self.config.widths(axis.tolist() for axis in best.split(self.config.num_layers))
 
     def _greedy(self) -> Tensor:
         row = self.top.clone()
@@ -172,17 +166,11 @@ class _Search:
 
 
 def _indices(config: ElasticConfig, widths: Sequence[Widths]) -> Tensor:
-    """[n, 2 L] indices into the menus: MLPs, then attentions."""
-    rows = [
-        [config.mlp_choices.index(d) for d in w.mlp] + [config.head_choices.index(n) for n in w.heads]
-        for w in widths
-    ]
-    return torch.tensor(rows, dtype=torch.int64).view(len(rows), 2 * config.num_layers)
+    """[n, axes * L] indices into the menus: L of each axis in turn."""
+    rows = [[*chain(*config.indices(w))] for w in widths]
+    return torch.tensor(rows, dtype=torch.int64).view(len(rows), len(config.axes) * config.num_layers)
 
 
 def _certain(config: ElasticConfig, rows: Tensor) -> Probabilities:
-    mlp, heads = rows.split(config.num_layers, dim=1)
-    return Probabilities(
-        functional.one_hot(mlp, len(config.mlp_choices)).float(),
-        functional.one_hot(heads, len(config.head_choices)).float(),
-    )
+    by_axis = zip(rows.split(config.num_layers, dim=1), config.choices, strict=True)
+    return Probabilities(*(functional.one_hot(own, count).float() for own, count in by_axis))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -108,12 +109,12 @@ class _Training(RouterTraining):
         targets, self.dropped = reachable("train_routers", options.targets, fastest)
         self.config, self.table, self.loss_fn, self.relaxed = config, table, loss_fn, relaxed
         self.targets = torch.tensor(targets)
-        layers, counts = config.num_layers, (len(config.mlp_choices), len(config.head_choices))
+        layers, counts = config.num_layers, config.choices
         # one generator for each purpose: no draw shifts another purpose's
         seeds = [options.seed * 8 + i for i in range(6)]
-        router = StaticRouter(layers, *counts, targets, options.hidden, seed=seeds[0])
+        router = StaticRouter(layers, counts, targets, options.hidden, seed=seeds[0])
         super().__init__(router, options, Gate(options.threshold, guards=relaxed is None), progress)
-        self.surrogate = Surrogate(layers, *counts, options.surrogate_hidden, seed=seeds[1])
+        self.surrogate = Surrogate(layers, counts, options.surrogate_hidden, seed=seeds[1])
         self.fitter = SurrogateFitter(self.surrogate, seeds[2])
         self.noise = GumbelSampler(seeds[3])
         self.draws = torch.Generator().manual_seed(seeds[4])
@@ -228,19 +229,14 @@ class _Training(RouterTraining):
 
     def _jittered(self, widths: Widths, changes: int) -> Widths:
         """``widths`` with this many random changes: a neighbour, where ``widths`` itself is known already."""
-        axes = {"mlp": list(widths.mlp), "heads": list(widths.heads)}
+        layers = widths.to_dict()
         for _ in range(changes):
-            axis, menu = self.rng.choice(
-                (("mlp", self.config.mlp_choices), ("heads", self.config.head_choices))
-            )
-            axes[axis][self.rng.randrange(self.config.num_layers)] = self.rng.choice(menu)
-        return Widths(tuple(axes["mlp"]), tuple(axes["heads"]))
+            axis = self.rng.choice(self.config.axes)
+            layers[axis.name][self.rng.randrange(self.config.num_layers)] = self.rng.choice(axis.menu)
+        return Widths(**{name: tuple(own) for name, own in layers.items()})
 
     def _widths(self, indices: Indices) -> Widths:
-        return Widths(
-            tuple(self.config.mlp_choices[i] for i in indices.mlp.tolist()),
-            tuple(self.config.head_choices[i] for i in indices.heads.tolist()),
-        )
+        return self.config.widths(axis.tolist() for axis in indices)
 
     def waits(self, step: int) -> bool:
         return self.gate.is_waiting() and self._observe(step)
@@ -316,7 +312,7 @@ def _anchor(logits: Logits) -> Tensor:
 
 
 def _falls(logits: Logits) -> Tensor:
-    """How much P(choice >= c) falls from a target to the next, mean over layers and choices, both axes."""
+    """How much P(choice >= c) falls from a target to the next, mean over layers and choices, all axes."""
     total = torch.zeros(())
     for axis in logits:
         at_least = axis.softmax(-1).flip(-1).cumsum(-1).flip(-1)
@@ -326,7 +322,5 @@ def _falls(logits: Logits) -> Tensor:
 
 def _distance(config: ElasticConfig, a: Widths, b: Widths) -> int:
     """Steps between two configurations, summed over layers and axes."""
-    pairs = ((config.mlp_choices, a.mlp, b.mlp), (config.head_choices, a.heads, b.heads))
-    return sum(
-        abs(menu.index(x) - menu.index(y)) for menu, xs, ys in pairs for x, y in zip(xs, ys, strict=True)
-    )
+    pairs = zip(chain(*config.indices(a)), chain(*config.indices(b)), strict=True)
+    return sum(abs(x - y) for x, y in pairs)

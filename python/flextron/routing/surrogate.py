@@ -30,8 +30,7 @@ class ReplayBuffer:
     def __init__(self, config: ElasticConfig) -> None:
         self._config = config
         self._known: set[Widths] = set()
-        self._mlp: list[Tensor] = []
-        self._heads: list[Tensor] = []
+        self._choices: list[Probabilities] = []
         self._fractions: list[float] = []
         self._losses: list[float] = []
 
@@ -46,13 +45,9 @@ class ReplayBuffer:
         if widths in self._known:
             raise ValueError("ReplayBuffer.add: widths must be new, got some that are there already")
         self._known.add(widths)
-        mlp = torch.tensor([self._config.mlp_choices.index(d) for d in widths.mlp])
-        heads = torch.tensor([self._config.head_choices.index(n) for n in widths.heads])
-        certain = Probabilities(
-            functional.one_hot(mlp, len(self._config.mlp_choices)),
-            functional.one_hot(heads, len(self._config.head_choices)),
-        )
-        self.add_shares(certain, fraction, loss)
+        places = zip(self._config.indices(widths), self._config.choices, strict=True)
+        certain = (functional.one_hot(torch.tensor(own), count) for own, count in places)
+        self.add_shares(Probabilities(*certain), fraction, loss)
 
     def add_shares(self, shares: Probabilities, fraction: float, loss: float) -> None:
         """Remember a batch in which every token chose for itself.
@@ -62,21 +57,20 @@ class ReplayBuffer:
             fraction: fraction of the full latency, mean over the tokens.
             loss: nats above the full model's loss.
         """
-        layers, menus = self._config.num_layers, (self._config.mlp_choices, self._config.head_choices)
-        for name, axis, menu in zip(Probabilities._fields, shares, menus, strict=True):
-            if axis.shape != (layers, len(menu)):
+        layers = self._config.num_layers
+        for axis, share in zip(self._config.axes, shares, strict=True):
+            if share.shape != (layers, len(axis.menu)):
                 raise ValueError(
-                    f"ReplayBuffer.add_shares: {name} must have shape [{layers}, {len(menu)}], "
-                    f"got {list(axis.shape)}"
+                    f"ReplayBuffer.add_shares: {axis.name} must have shape [{layers}, {len(axis.menu)}], "
+                    f"got {list(share.shape)}"
                 )
-        self._mlp.append(shares.mlp.detach().float().cpu())
-        self._heads.append(shares.heads.detach().float().cpu())
+        self._choices.append(Probabilities(*(share.detach().float().cpu() for share in shares)))
         self._fractions.append(fraction)
         self._losses.append(loss)
 
     def tensors(self) -> tuple[Probabilities, Tensor, Tensor]:
         """(choices [n, L, C], one-hot or shares of the tokens, fractions [n], losses [n])."""
-        choices = Probabilities(torch.stack(self._mlp), torch.stack(self._heads))
+        choices = Probabilities(*map(torch.stack, zip(*self._choices, strict=True)))
         return choices, torch.tensor(self._fractions), torch.tensor(self._losses)
 
 
@@ -93,7 +87,7 @@ class Surrogate(nn.Module):
     differ matters too: ``mixed`` adds ``1 - entropy / log C`` of every layer and axis, 1 where all agree.
 
     Args:
-        num_layers, mlp_choices, head_choices: L and the counts of choices.
+        num_layers, choices: L, and how many choices each axis has.
         hidden: width of the MLP.
         seed: seed of the initial weights.
         mixed: choices are means over tokens.
@@ -102,17 +96,16 @@ class Surrogate(nn.Module):
     def __init__(
         self,
         num_layers: int,
-        mlp_choices: int,
-        head_choices: int,
+        choices: Sequence[int],
         hidden: int = 256,
         seed: int = 0,
         mixed: bool = False,
     ) -> None:
         super().__init__()
         self.mixed = mixed
-        upgrades = num_layers * (mlp_choices + head_choices - 2)
-        shared = mlp_choices + head_choices - 2  # each upgrade's share of the layers that have it
-        inputs = upgrades + shared + 1 + 2 * num_layers * mixed
+        upgrades = sum(choices) - len(choices)  # of a layer
+        shared = upgrades  # each one's share of the layers that have it
+        inputs = num_layers * upgrades + shared + 1 + len(choices) * num_layers * mixed
         self.linear: nn.Linear = skip_init(nn.Linear, inputs, 1, bias=False)
         sizes = (inputs, hidden, hidden, 1)
         layers = [skip_init(nn.Linear, *pair) for pair in pairwise(sizes)]

@@ -12,9 +12,9 @@ the optimiser's time. Latencies, stragglers and reading of data are left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from flextron.config import ElasticConfig, Widths
+from flextron.config import ElasticConfig
 from flextron.devices import Device
 from flextron.recipes import StepConfig, TrainConfig
 from flextron.scale.memory import FLOAT, HALF
@@ -74,9 +74,10 @@ def mean_flops(shape: ElasticConfig, length: int, full_probability: float) -> fl
     """Operations for a token, on average over the sub-networks that training draws (training/sampler.py)."""
     full = shape.full()
     whole = shape.flops(full, length)
-    narrower = [shape.flops(Widths((d,) * shape.num_layers, full.heads), length) for d in shape.mlp_choices]
-    fewer = [shape.flops(Widths(full.mlp, (n,) * shape.num_layers), length) for n in shape.head_choices]
-    drawn = sum(narrower) / len(narrower) + sum(fewer) / len(fewer) - whole  # they are linear in the widths
+    drawn = float(whole)  # operations are linear in the widths: of each axis, what its mean saves
+    for axis in shape.axes:
+        several = [replace(full, **{axis.name: (width,) * shape.num_layers}) for width in axis.menu]
+        drawn += sum(shape.flops(widths, length) for widths in several) / len(several) - whole
     return full_probability * whole + (1 - full_probability) * drawn
 
 

@@ -339,7 +339,7 @@ class Run:
             return
         losses = self.spread.evaluated(self.validation, self.eval_widths)
         rows = [
-            {"mlp": w.mlp, "heads": w.heads, "size": self._size(w), "loss": loss}
+            {**w.to_dict(), "size": self._size(w), "loss": loss}
             for w, loss in zip(self.eval_widths, losses, strict=True)
         ]
         log.write({"step": step, "sub_networks": rows})

@@ -14,12 +14,11 @@ from flextron.data import seeded
 def homogeneous(config: ElasticConfig) -> list[Widths]:
     """The sub-networks whose layers are all alike, smallest first, full model last.
 
-    One index runs over the longer menu and is mapped in proportion to the other, to the nearest entry (a tie
-    goes up), so both axes keep about the same fraction and every entry of both menus occurs.
+    One index runs over the longest menu and is mapped in proportion to the others, to the nearest entry (a tie
+    goes up), so all axes keep about the same fraction and every entry of all menus occurs.
     """
-    C, H = len(config.mlp_choices), len(config.head_choices)
-    longest = max(C, H)
-    return [config.uniform(_nearest(i, longest, C), _nearest(i, longest, H)) for i in range(longest)]
+    longest = max(config.choices)
+    return [config.uniform(*(_nearest(i, longest, C) for C in config.choices)) for i in range(longest)]
 
 
 class WidthSampler:
@@ -70,11 +69,7 @@ class WidthSampler:
         if kind < (1 + self.full_probability) / 2:
             return self._homogeneous[_indices(len(self._homogeneous), 1, generator)[0]]
         layers = self.config.num_layers
-        mlp = _indices(len(self.config.mlp_choices), layers, generator)
-        heads = _indices(len(self.config.head_choices), layers, generator)
-        return Widths(
-            tuple(self.config.mlp_choices[i] for i in mlp), tuple(self.config.head_choices[i] for i in heads)
-        )
+        return self.config.widths(_indices(count, layers, generator) for count in self.config.choices)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"sampler": self._generator.get_state()}

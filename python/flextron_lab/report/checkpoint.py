@@ -142,10 +142,8 @@ def _token_map(model: Elastic, tokenizer: Any, tokens: torch.Tensor, targets: Se
     with model.budget(target, adaptive=True), model.watched() as forwards:
         model(ids.to(model.device), use_cache=False, logits_to_keep=1)
     config = model.elastic
-    mlp, heads = (axis[0].float() for axis in forwards[0])  # [T, L], places in the menus
-    share = (mlp / max(1, len(config.mlp_choices) - 1) + heads / max(1, len(config.head_choices) - 1)).mean(
-        1
-    ) / 2
+    places = zip(forwards[0], config.choices, strict=True)  # [B, T, L] of each axis, in its menu
+    share = torch.stack([own[0] / max(1, count - 1) for own, count in places]).mean((0, 2))
     low, high = share.min(), share.max()
     shade = ((share - low) / (high - low).clamp_min(1e-6)).tolist()
     spans = [

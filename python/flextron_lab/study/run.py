@@ -283,10 +283,7 @@ class Study:
             on_round=lambda done: self.progress("measuring every sub-network", done, _ROUNDS),
         )
         found = [(model.elastic.full(), full_ms), *zip(others, times, strict=True)]
-        rows = [
-            {"timed": {"mlp": w.mlp, "heads": w.heads}, "measured_ms": ms, "full_ms": full_ms}
-            for w, ms in found
-        ]
+        rows = [{"timed": w.to_dict(), "measured_ms": ms, "full_ms": full_ms} for w, ms in found]
         done = [(f, s) for s in self.seeds for f, arm in ADAPTIVE.items() if f"{arm}/{s}" in self.done()]
         return rows + [row for form, seed in done for row in self._measure_adaptive(form, seed)]
 
@@ -352,8 +349,7 @@ class Study:
                 "loss": loss,
                 "predicted_ms": table.predict(w),
                 "params": model.elastic.params(w),
-                "mlp": w.mlp,
-                "heads": w.heads,
+                **w.to_dict(),
             }
             for (budget, w), loss in zip(widths.items(), losses, strict=True)
         ]
