@@ -314,11 +314,17 @@ def _norm(x: Tensor, w: dict[str, Tensor], name: str, s: DecoderShape) -> Tensor
     return y if bias is None else y + bias
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> Tensor:
     """x [B, T, H, D], cos and sin [B or 1, T, R]."""
     R = cos.shape[-1]
-    cos, sin, a, b = cos[:, :, None], sin[:, :, None], x[..., : R // 2], x[..., R // 2 : R]
-    return torch.cat((x[..., :R] * cos + torch.cat((-b, a), -1) * sin, x[..., R:]), -1)
+    cos, sin, turned = cos[:, :, None], sin[:, :, None], x[..., :R]
+    if rotation == "halves":
+        a, b = turned.chunk(2, -1)
+        crossed = torch.cat((-b, a), -1)
+    else:
+        a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
+        crossed = torch.stack((-b, a), -1).flatten(-2)
+    return torch.cat((turned * cos + crossed * sin, x[..., R:]), -1)
 
 
 def decoder_step(
@@ -362,11 +368,11 @@ def decoder_step(
         k, v = (_heads(y, w, name, D, stored) for name in "kv")
         q, k = _norm(q, w, "q_norm", s), _norm(k, w, "k_norm", s)
         new = slice(cached, cached + T)
-        keys[i][:, new, :stored], values[i][:, new, :stored] = _turn(k, *turn), v
+        keys[i][:, new, :stored], values[i][:, new, :stored] = _turn(k, *turn, s.rotation), v
         if most:
             k, v = (t[i][:, : new.stop, :used] for t in (keys, values))
             kind = dict(scale=s.scale, window=window or None, softcap=s.softcap)
-            q = _attention_of_cache(_turn(q, *turn), k, v, most, s.unit, n, k_start, kind)
+            q = _attention_of_cache(_turn(q, *turn, s.rotation), k, v, most, s.unit, n, k_start, kind)
         block = per_block * D
         inputs = n.flatten() * (block // max(most, 1))
         out = elastic_linear(

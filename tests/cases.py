@@ -238,6 +238,7 @@ DECODER_KINDS: tuple[dict[str, Any], ...] = (
     dict(kind=dict(norms="rms+1"), norms_at=(*_BEFORE, "attention_post", "mlp_post"), packed=None),
     dict(norms_at=("attention_post", "mlp_post"), kind=dict(tables=[1, 0])),
     dict(kind=dict(windows=[3, 0], tables=[2, 1], softcap=1.5), R=4),
+    dict(kind=dict(rotation="pairs"), R=6, head_norm=True),
 )
 
 

@@ -21,7 +21,8 @@
 //   turn is the rotary embedding (RoPE, Su et al., arXiv 2104.09864). For i < R/2:
 //       turn(x)[i] = x[i] cos[i] - x[i + R/2] sin[i]
 //       turn(x)[i + R/2] = x[i + R/2] cos[i + R/2] + x[i] sin[i + R/2]
-//   and the D - R elements that follow stay as they are. A layer may have another table than others, or none
+//   or, where it turns pairs, the same with 2i and 2i + 1 in the place of i and i + R/2; and the D - R
+//   elements that follow stay as they are. A layer may have another table than others, or none
 //
 // A row is one token of one sequence. Each row uses a prefix of the heads and of the neurons. How long the
 // prefix is comes from the layer, from the sequence's budget, or from the router, which picks in each layer
@@ -48,6 +49,7 @@ using DecoderTypes = TypeList<float, bf16, fp16>;
 constexpr int64_t kLongestHead = 1024;  // elements of a head; csrc/ops/decoder/model.cpp checks it
 
 enum class NormKind : int64_t { kRms, kRmsPlusOne, kLayer, kLayerPlusOne };
+enum class Rotation : int64_t { kHalves, kPairs };
 
 template <class scalar_t>
 struct DecoderNorm {
@@ -71,6 +73,7 @@ struct DecoderNormParams {
 template <class scalar_t>
 struct DecoderHeadsParams {
   NormKind kind;
+  Rotation rotation;
   const float* from;           // [B * T, heads, D], contiguous
   DecoderNorm<scalar_t> norm;  // [D]
   const scalar_t *cos, *sin;   // [B or 1, T, R], tokens table_stride apart; null: no turn

@@ -116,10 +116,18 @@ void turn_head(const DecoderHeadsParams<scalar_t>& p, const float* from, const s
   else
     for (i64 d = 0; d < p.D; ++d) head[d] = from[d];
   const i64 R = cos ? p.R : 0, half = R / 2;
-  for (i64 i = 0; i < half; ++i) {
-    const float a = head[i], b = head[i + half];
-    narrow(a * widen(cos[i]) - b * widen(sin[i]), to + i);
-    narrow(b * widen(cos[i + half]) + a * widen(sin[i + half]), to + i + half);
+  if (p.rotation == Rotation::kHalves) {
+    for (i64 i = 0; i < half; ++i) {
+      const float a = head[i], b = head[i + half];
+      narrow(a * widen(cos[i]) - b * widen(sin[i]), to + i);
+      narrow(b * widen(cos[i + half]) + a * widen(sin[i + half]), to + i + half);
+    }
+  } else {
+    for (i64 i = 0; i < R; i += 2) {
+      const float a = head[i], b = head[i + 1];
+      narrow(a * widen(cos[i]) - b * widen(sin[i]), to + i);
+      narrow(b * widen(cos[i + 1]) + a * widen(sin[i + 1]), to + i + 1);
+    }
   }
   for (i64 d = R; d < p.D; ++d) narrow(head[d], to + d);
 }

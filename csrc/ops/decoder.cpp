@@ -25,13 +25,14 @@ int64_t decoder_hold(const std::vector<Tensor>& weights, const Text& names, cons
                      const Text& format, const Text& norms, bool gated, bool parallel,
                      const std::vector<double>& scales, std::optional<double> logit_cap,
                      std::optional<double> softcap, const std::optional<std::vector<int64_t>>& tables,
-                     const std::optional<std::vector<int64_t>>& windows) {
+                     const std::optional<std::vector<int64_t>>& windows, const Text& rotation) {
   const decoder::Settings settings{.shape = shape,
                                    .numbers = numbers,
                                    .unit = unit.value,
                                    .activation = activation.value,
                                    .format = format.value,
                                    .norms = norms.value,
+                                   .rotation = rotation.value,
                                    .gated = gated,
                                    .parallel = parallel,
                                    .scales = scales,

@@ -44,6 +44,7 @@ class DecoderShape:
         format: how all projections are stored: "plain", or in panels of this format.
         norms: "rms" (RMSNorm), "layer" (LayerNorm), or with 1 + weight in place of the weight "rms+1" (Gemma's) and
             "layer+1" (Nemotron's, where the sum is rounded to the weight's dtype).
+        rotation: which elements of a head are turned together: "halves", i and i + R/2, or "pairs", 2i and 2i + 1.
         gated: whether an MLP is ``down(act(gate(x)) * up(x))``, and not ``down(act(up(x)))``.
         parallel: whether the MLP reads the stream that attention reads, and not what attention has added to.
         embedding_scale: multiplies the embeddings.
@@ -66,6 +67,7 @@ class DecoderShape:
     activation: str = "silu"
     format: PanelFormat | str = "plain"
     norms: str = "rms"
+    rotation: str = "halves"
     gated: bool = True
     parallel: bool = False
     embedding_scale: float = 1.0
@@ -159,6 +161,7 @@ class Decoder:
                 shape.softcap,
                 shape.tables,
                 shape.windows,
+                shape.rotation,
             )
         _alive[self.number] = self
         # at the end of the process the memory goes by itself
@@ -183,8 +186,9 @@ class Decoder:
 
         Args:
             ids: [B, T] int64, each in [0, vocabulary).
-            cos: [B or 1, T, R], R even and at most D: the table of the rotary embedding, in the dtype of the embedding;
-                [B or 1, T, 2 R], two of them side by side, where some layer takes the second.
+            cos: [B or 1, T, R], R even and at most D: the table of the rotary embedding, in the dtype of the embedding,
+                a factor for each element that is turned; [B or 1, T, 2 R], two of them side by side, where some layer
+                takes the second.
             sin: the other table of the rotary embedding, in the shape of ``cos``.
             keys: the cache of each layer, [B, room, G', D] with room >= cached + T, in the dtype of the embedding. No
                 two elements share memory.

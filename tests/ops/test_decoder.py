@@ -319,6 +319,7 @@ def test_bad_weights_are_not_held(message, changes):
         "q must have 3 entries, got 2": dict(layers=3),
         "eps must not be negative, got -1": dict(eps=-1.0),
         "norms must be one of rms, rms.1, layer, layer.1, got batch": dict(norms="batch"),
+        "rotation must be one of halves, pairs, got quarters": dict(rotation="quarters"),
         "gate must not be given, nor its bias, where gated is false, got one": dict(gated=False),
         "logit_scale must be finite, got nan": dict(logit_scale=float("nan")),
         "logit_cap must be above 0, got 0": dict(logit_cap=0.0),

@@ -65,12 +65,18 @@ const Tensor& checked_embedding(const Tensor& embedding) {
   return embedding;
 }
 
-NormKind norm_kind(const std::string& name) {
-  constexpr const char* kNames[] = {"rms", "rms+1", "layer", "layer+1"};
-  for (int64_t i = 0; i < 4; ++i)
-    if (name == kNames[i]) return static_cast<NormKind>(i);
-  fail(kHold, ": norms must be one of rms, rms+1, layer, layer+1, got ", name);
+// The value of an enumeration whose names, in order, are these.
+template <class Kind, size_t N>
+Kind kind_of(const char* argument, const char* const (&names)[N], const std::string& name) {
+  std::string known;
+  for (size_t i = 0; i < N; ++i) {
+    if (name == names[i]) return static_cast<Kind>(i);
+    known += (i == 0 ? "" : ", ") + std::string(names[i]);
+  }
+  fail(kHold, ": ", argument, " must be one of ", known, ", got ", name);
 }
+constexpr const char* kNorms[] = {"rms", "rms+1", "layer", "layer+1"};
+constexpr const char* kRotations[] = {"halves", "pairs"};
 
 // A bound that is above 0, or 0 where there is none.
 double bound_of(const char* name, std::optional<double> bound) {
@@ -91,8 +97,8 @@ std::vector<int64_t> of_layers(const char* name, const std::optional<std::vector
 }
 
 Shape read_shape(const Settings& settings, const Tensor& embedding) {
-  const auto& [shape, numbers, unit, activation, format, norms, gated, parallel, scales, logit_cap, softcap,
-               tables, windows] = settings;
+  const auto& [shape, numbers, unit, activation, format, norms, rotation, gated, parallel, scales, logit_cap,
+               softcap, tables, windows] = settings;
   constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
   if (numbers.size() != 2) fail(kHold, ": numbers must have 2 entries, got ", numbers.size());
   const int64_t query_heads = shape[2], groups = shape[3];
@@ -121,7 +127,8 @@ Shape read_shape(const Settings& settings, const Tensor& embedding) {
           .by_group = unit == "kv_group",
           .activation = activation_of(kHold, activation),
           .format = format == "plain" ? std::nullopt : std::optional(panel_format(kHold, format)),
-          .norms = norm_kind(norms),
+          .norms = kind_of<NormKind>("norms", kNorms, norms),
+          .rotation = kind_of<Rotation>("rotation", kRotations, rotation),
           .gated = gated,
           .parallel = parallel,
           .embedding_scale = static_cast<float>(scales[0]),

@@ -26,6 +26,7 @@ struct Shape {
   Activation activation;
   std::optional<PanelFormat> format;  // of the projections' panels; nothing where weights are plain
   NormKind norms;
+  Rotation rotation;
   bool gated, parallel;  // whether MLPs have a gate; whether they are beside attention
   float embedding_scale, residual_scale, logit_scale;
   float logit_cap;               // or 0: none
@@ -78,7 +79,7 @@ struct Layer {
 struct Settings {
   const std::vector<int64_t>& shape;   // layers, neurons, query_heads, groups, head_size
   const std::vector<double>& numbers;  // eps, scale
-  const std::string &unit, &activation, &format, &norms;
+  const std::string &unit, &activation, &format, &norms, &rotation;
   bool gated, parallel;
   const std::vector<double>& scales;  // of the embedding, of what is added to the stream, of the logits
   std::optional<double> logit_cap, softcap;

@@ -244,6 +244,7 @@ class Run {
     const Tensor &cos = call_.rotary.cos, &sin = call_.rotary.sin;
     const int64_t turned = cos.size(2) / s_.table_count(), at = (table - 1) * turned;
     const DecoderHeadsParams<scalar_t> p{.kind = s_.norms,
+                                         .rotation = s_.rotation,
                                          .from = from,
                                          .norm = data_of_norm(norm),
                                          .cos = table ? data_of<scalar_t>(cos) + at : nullptr,

@@ -230,6 +230,11 @@ class Anatomy:
         return f"{part}.{name}" if part else name
 
     @property
+    def turns_pairs(self) -> bool:
+        """Whether elements side by side are turned together, and not those of two halves of a head."""
+        return self.rotary.startswith("interleaved")
+
+    @property
     def qkv_axes(self) -> dict[str, Axes]:
         """The projections of queries, keys and values, and what their rows follow."""
         if len(self.qkv) > 1:
@@ -325,6 +330,7 @@ class Anatomy:
             kind["logit_scale"] = 1 / kind["logit_scale"]
         kind = {name: value for name, value in kind.items() if value != 1}
         kind |= {} if self.norm_kind == "rms" else {"norms": self.norm_kind}
+        kind |= {"rotation": "pairs"} if self.turns_pairs else {}
         kind |= {} if self.gated else {"gated": False}
         kind |= {"parallel": True} if self.parallel else {}
         for name, bound in (("logit_cap", self.logit_cap), ("softcap", self.softcap)):
@@ -348,12 +354,13 @@ class Anatomy:
             ("experts", "experts"),
             ("norm_over", "norms over all heads"),
             ("norm_last", "norms after the rotation"),
-            ("rotary", "positions"),
             ("stream_norms", "norms of the stream"),
             ("sinks", "attention sinks"),
         ):
             if getattr(self, name) != getattr(plain, name):
                 return what
+        if self.rotary != "half" and (self.table_of_type or not self.turns_pairs):
+            return "positions"
         return self.clip if self.clip and getattr(config, self.clip, None) is not None else None
 
 

@@ -15,6 +15,7 @@ from flextron.nn.anatomy import Anatomy
 from flextron.nn.cache import ElasticCache
 from flextron.nn.policy import AxisDecision
 from flextron.nn.projection import linear
+from flextron.nn.rotary import once
 from flextron.nn.setting import Setting, Settings
 from flextron_ext import head_attention, head_attention_decode
 
@@ -151,17 +152,12 @@ class ElasticAttention(nn.Module):
 
     def _turned(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         """Queries or keys at their positions."""
-        kind, (cos, sin) = self.anatomy.rotary, tables
-        if kind.startswith("half"):
-            once = kind == "half_once"
-            return rotate(x, *(torch.cat((t, t), dim=-1) if once else t for t in tables))
-        if kind == "interleaved":
-            cos, sin = cos[..., ::2], sin[..., ::2]
-        elif kind == "interleaved_halves":
-            cos, sin = cos.chunk(2, -1)[0], sin.chunk(2, -1)[0]
-        else:
-            cos, sin = sin, cos
-        return rotate_pairs(x, cos, sin)
+        kind = self.anatomy.rotary
+        if kind == "half":
+            return rotate(x, *tables)
+        if kind == "half_once":
+            return rotate(x, *(torch.cat((t, t), dim=-1) for t in tables))
+        return rotate_pairs(x, *once(kind, *tables))
 
     def forward(
         self,

@@ -21,7 +21,7 @@ from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.masks import first_keys, is_left_padded
 from flextron.nn.projection import RECORDER, PackedLinear, PackedRows, is_alone, rows_of
 from flextron.nn.protocol import Elastic
-from flextron.nn.rotary import rotary_of
+from flextron.nn.rotary import once, rotary_of
 from flextron_ext import Decoder, DecoderShape, DecoderStep
 
 NORMS = ("in_norm", "attention_post", "mlp_norm", "mlp_post", "q_norm", "k_norm")
@@ -45,11 +45,6 @@ class _Part(NamedTuple):
 
     module: Any
     rows: slice | None = None
-
-
-def _of_model(a: Anatomy) -> dict[str, tuple[str, str]]:
-    """The decoder's name of each module's weights outside the layers, and the module's place."""
-    return {"embedding": ("base", "embed_tokens"), "norm": ("base", a.norm), "head": ("", "lm_head")}
 
 
 def _of_layer(a: Anatomy) -> dict[str, tuple[str, str]]:
@@ -211,8 +206,7 @@ class ElasticForward:
     def _serves(self, model: Elastic) -> bool:
         """Whether every module of a model of a family that the op computes is what it should be."""
         a = model.anatomy
-        whole: dict[str, Any] = _modules_of({"": model, "base": model.base_model}, _of_model(a))
-        embed, norm, head = (whole[name] for name in _of_model(a))
+        embed, norm, head = model.get_input_embeddings(), model.base_model._modules[a.norm], model.lm_head
         layers: list[Any] = [_parts_of(layer, a) for layer in model.decoder_layers]
         self.modules = [
             (layer._modules.get(a.attention), layer._modules.get(a.mlp)) for layer in model.decoder_layers
@@ -226,7 +220,7 @@ class ElasticForward:
             and _is_norm(norm, a)
             and None not in layers
             and _is_one(norm, a, layers, self.modules)
-            and self._gather(model, whole, layers)
+            and self._gather(model, dict(embedding=embed, norm=norm, head=head), layers)
         )
 
     def _gather(self, model: Elastic, whole: dict[str, Any], layers: Sequence[dict[str, Any]]) -> bool:
@@ -348,12 +342,14 @@ def _tables_of(model: Elastic) -> Callable[[Tensor, Tensor], tuple[Tensor, Tenso
     kinds = a.rotations(model.config)
 
     def tables(like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if not a.table_of_type:
-            cos, sin = rotary(like, positions)
-            return cos.to(like.dtype), sin.to(like.dtype)  # OLMo's are float32
-        every = [rotary(like, positions, kind) for kind in kinds]
-        cos, sin = (torch.cat(each, -1) for each in zip(*every, strict=True))
-        return cos, sin
+        if a.table_of_type:
+            every = [rotary(like, positions, kind) for kind in kinds]
+            cos, sin = (torch.cat(each, -1) for each in zip(*every, strict=True))
+            return cos, sin
+        cos, sin = rotary(like, positions)
+        if a.turns_pairs:
+            cos, sin = (t.repeat_interleave(2, -1) for t in once(a.rotary, cos, sin))
+        return cos.to(like.dtype), sin.to(like.dtype)  # OLMo's are float32
 
     return tables
 

@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flextron.nn.anatomy import Anatomy
 
@@ -17,6 +17,15 @@ _REMEMBERING = ("dynamic", "longrope")
 def rotary_of(model: Any, anatomy: Anatomy) -> Any:
     """The module that makes a model's RoPE tables; None where it has none."""
     return anatomy.base_in(model)._modules.get("rotary_emb")
+
+
+def once(rotary: str, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The tables of an interleaved rotation with every frequency once, [.., R / 2]; ``rotary`` is an anatomy's."""
+    if rotary == "interleaved":
+        return cos[..., ::2], sin[..., ::2]
+    if rotary == "interleaved_halves":
+        return cos.chunk(2, -1)[0], sin.chunk(2, -1)[0]
+    return sin, cos
 
 
 def forget(rotary: nn.Module) -> None:
