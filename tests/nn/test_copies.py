@@ -126,4 +126,5 @@ def test_what_decides_moves_with_the_model():
     model.set_widths(three(model.elastic))
     model.to("meta")
     policy = model.settings.now().policy
-    assert isinstance(policy, PerRequest) and all(extents.is_meta for extents in policy.mlp)
+    assert isinstance(policy, PerRequest)
+    assert all(extents.is_meta for layers in policy.rows for extents in layers)
