@@ -369,26 +369,21 @@ def decoder_step(
         q, k = _norm(q, w, "q_norm", s), _norm(k, w, "k_norm", s)
         new = slice(cached, cached + T)
         keys[i][:, new, :stored], values[i][:, new, :stored] = _turn(k, *turn, s.rotation), v
+        attended = x
         if most:
             k, v = (t[i][:, : new.stop, :used] for t in (keys, values))
             kind = dict(scale=s.scale, window=window or None, softcap=s.softcap)
             q = _attention_of_cache(_turn(q, *turn, s.rotation), k, v, most, s.unit, n, k_start, kind)
-        block = per_block * D
-        inputs = n.flatten() * (block // max(most, 1))
-        out = elastic_linear(
-            q.reshape(B * T, blocks * block),
-            w["o"],
-            w.get("o_bias"),
-            block,
-            x.shape[-1],
-            inputs,
-            in_blocks=blocks,
-        )
-        attended = x + s.residual_scale * _norm(out.view(x.shape), w, "attention_post", s)
+            block = per_block * D
+            inputs = n.flatten() * (block // most)
+            sizes = (block, x.shape[-1], inputs, None, blocks)
+            out = elastic_linear(q.reshape(B * T, blocks * block), w["o"], w.get("o_bias"), *sizes)
+            out = s.residual_scale * _norm(out.view(x.shape), w, "attention_post", s)
+            attended = x + out * (n > 0)[..., None]
         if "mlp_norm" in w or not s.parallel:
             y = _norm(x if s.parallel else attended, w, "mlp_norm", s)
         y = _mlp_of(y, w, s.neurons, width.flatten(), s.activation)
-        x = attended + s.residual_scale * _norm(y, w, "mlp_post", s)
+        x = attended + s.residual_scale * _norm(y, w, "mlp_post", s) * (width > 0)[..., None]
     logits = s.logit_scale * F.linear(_norm(x, model, "norm", s)[:, T - keep :], model["head"])
     if "head_bias" in model:
         logits = logits + model["head_bias"]

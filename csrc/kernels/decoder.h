@@ -24,7 +24,8 @@
 //   or, where it turns pairs, the same with 2i and 2i + 1 in the place of i and i + R/2; and the D - R
 //   elements that follow stay as they are. A layer may have another table than others, or none
 //
-// A row is one token of one sequence. Each row uses a prefix of the heads and of the neurons. How long the
+// A row is one token of one sequence. Each row uses a prefix of the heads and of the neurons; to a row that
+// uses none of a part the part adds nothing, neither its bias nor that of the norm behind it. How long the
 // prefix is comes from the layer, from the sequence's budget, or from the router, which picks in each layer
 // the menu entry with the largest logit (the first of equal ones). Its logits come from the n of attention:
 //
@@ -57,13 +58,14 @@ struct DecoderNorm {
   const scalar_t* bias = nullptr;    // null: 0; with a weight alone
 };
 
-// x[r] += scale * post(add[r]), then to[r] = norm(x[r]).
+// x[r] += scale * post(add[r]) where used[r] > 0, then to[r] = norm(x[r]).
 template <class scalar_t>
 struct DecoderNormParams {
   NormKind kind;
   DecoderNorm<scalar_t> norm, post;  // [K] each
   float* x;                          // [rows, K], rows x_stride apart
   const float* add;                  // [rows, K], contiguous; or null
+  const int64_t* used;               // [rows]; null: every row adds
   float* to;                         // [rows, K], rows x_stride apart
   int64_t K, x_stride;
   float scale, eps;

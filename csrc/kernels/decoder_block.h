@@ -63,7 +63,7 @@ void norm_rows(const DecoderNormParams<scalar_t>& p, i64 begin, i64 end) {
   for (i64 r = begin; r < end; ++r) {
     float* __restrict x = p.x + r * p.x_stride;
     float* __restrict to = p.to + r * p.x_stride;
-    if (p.add) {
+    if (p.add && (!p.used || p.used[r] > 0)) {
       const float* add = p.add + r * p.K;
       if (p.post.weight) {
         normalise<kind>(p.post, add, p.K, p.eps, to);

@@ -108,6 +108,8 @@ class Decoder:
 
     Each layer is ``x += o(attention(norm(x)))``, ``x += mlp(norm(x))`` with rotary embedding (RoPE), biases, head norms
     and norms behind the two parts where they are given, on the first heads and neurons only; then ``norm(x) head^T``.
+    To a token that uses no heads, or no neurons, the part adds nothing; where no token uses any, neither the part nor
+    its norms are read.
     A `DecoderShape` of Llama's kind need not name what follows ``format``.
 
     The weights may change in place; a step refuses one that was given other memory. A copy, also a pickled one, would

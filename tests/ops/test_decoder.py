@@ -109,6 +109,37 @@ def test_no_kind_of_layer_uses_what_is_beyond_an_extent_or_before_a_window(i):
     assert expected.isfinite().all() and torch.equal(step(case), expected)
 
 
+@pytest.mark.parametrize("i", PLAIN_KINDS)
+def test_a_part_that_no_row_uses_is_not_read_and_nor_are_its_norms(i):
+    case = row(i)
+    case |= {name: [case[name][0], 0] for name in ("widths", "heads", "kv_heads")}
+    expected = exact(copied(case))
+    for t in second_layer(case).values():
+        t.fill_(torch.nan)
+    for name in ("keys", "values"):
+        case[name][1] = case[name][1][:, :, :0]
+    torch.testing.assert_close(step(case), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("i", PLAIN_KINDS)
+def test_to_a_row_that_skips_a_part_it_adds_nothing(i):
+    """Neither the bias of a projection nor that of a norm behind it; the others of the batch are as they are alone."""
+    case = row(i)
+    case["ids"] = torch.tensor([[5], [11]])
+    for name in ("keys", "values"):
+        case[name] = [t[:1].repeat(2, 1, 1, 1) for t in case[name]]
+    case |= {"k_start": None, "keep": 1, "cos": case["cos"][:1, :1], "sin": case["sin"][:1, :1]}
+    skipping = case | {"widths": [0, 40, 16, 0], "heads": [2, 0, 0, 1], "kv_heads": [2, 1]}
+    expected = exact(copied(skipping))
+    torch.testing.assert_close(step(copied(skipping)), expected, rtol=1e-4, atol=1e-5)
+    for b in range(2):
+        alone = skipping | {name: skipping[name][b::2] for name in ("widths", "heads")}
+        alone |= {"ids": case["ids"][b : b + 1]} | {
+            name: [t[b : b + 1] for t in case[name]] for name in ("keys", "values")
+        }
+        torch.testing.assert_close(step(copied(alone)), expected[b : b + 1], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("by_router", [False, True])
 def test_nothing_beyond_a_rows_own_extent_reaches_it(by_router):
     """Neurons, heads and cached groups beyond the first row's hold NaN: its logits are finite, the second row's not."""

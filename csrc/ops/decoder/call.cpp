@@ -148,7 +148,7 @@ void check_cache(const Model& model, const Call& call) {
       most = *std::max_element(call.router->head_menu.begin(), call.router->head_menu.end());
     else if (call.tokens.rows() > 0)
       most = call.heads.most(l);
-    check_range(kStep, "kv_heads", stored[l], s.by_group ? most : s.G, s.G);
+    check_range(kStep, "kv_heads", stored[l], s.by_group || most == 0 ? most : s.G, s.G);
     check_layer_cache("keys", keys[l], model, call, stored[l]);
     check_layer_cache("values", values[l], model, call, stored[l]);
     if (keys[l].numel() > 0 && keys[l].const_data_ptr() == values[l].const_data_ptr())

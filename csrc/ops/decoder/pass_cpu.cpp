@@ -101,34 +101,48 @@ class Run {
 
   void operator()(const std::vector<LayerGemms>& gemms, const ElasticGemmParams& head, const Answer& answer) {
     embed();
-    const float* add = nullptr;  // what the residual stream still lacks
-    Norm post{};                 // of what it lacks
+    Lack lack;
+    const auto normed = [&](const Norm& weights) {
+      norm(weights, lack);
+      lack = {};
+    };
     for (int64_t l = 0; l < s_.layers; ++l) {
       const Layer& layer = model_.layers[l];
-      norm(layer.in_norm, add, post);
       Used heads, neurons;
+      bool attends = true, feeds = true;  // or no row uses the part, and its norms are not run either
       if (!router_) {
         heads = used_in(call_.heads, l, tokens_, s_.most_heads());
         neurons = used_in(call_.neurons, l, tokens_, s_.F);
+        attends = heads.widest() > 0;
+        feeds = neurons.widest() > 0;
       }
-      project(l, gemms[l], heads, neurons);
-      project_out(layer, gemms[l], heads, attend(l, heads));
-      if (s_.parallel) {  // before what attention adds
-        if (layer.mlp_norm.weight) norm(layer.mlp_norm, nullptr, {});
-        add_to_stream();
-      } else {
-        norm(layer.mlp_norm, added_, layer.attention_post);
+      const bool projects = attends || call_.cache.stored[l] > 0, own_norm = layer.mlp_norm.weight;
+      if (projects || (s_.parallel && feeds && !own_norm)) normed(layer.in_norm);
+      if (projects) project(l, gemms[l], heads, neurons);
+      if (attends) {
+        project_out(layer, gemms[l], heads, attend(l, heads));
+        if (!s_.parallel) lack = {added_, layer.attention_post, std::move(heads.extents)};
       }
+      if (feeds && (own_norm || !s_.parallel)) normed(layer.mlp_norm);
+      if (attends && s_.parallel) add_to_stream(heads.extents);  // which the MLP's norm does not see
+      if (!feeds) continue;
       mlp(layer, gemms[l], neurons);
-      add = added_;
-      post = layer.mlp_post;
+      lack = {added_, layer.mlp_post, std::move(neurons.extents)};
     }
-    norm(model_.norm, add, post);
+    normed(model_.norm);
     logits(head, answer.logits);
     if (answer.best.numel() > 0) best(answer.logits, answer.best);
   }
 
  private:
+  // What the residual stream still lacks: nothing, or what a part gave, through its norm, in the rows that
+  // use it.
+  struct Lack {
+    const float* add = nullptr;
+    Norm post{};
+    std::vector<int64_t> used;  // of each row; empty where all do
+  };
+
   int64_t floats() const {
     const int64_t routed = router_ ? router_->hidden + router_->choices() : 0;
     return rows_ * (3 * row_ + s_.K + hidden_row_ + 2 * query_row_ + 2 * s_.G * s_.D + routed) +
@@ -164,8 +178,9 @@ class Run {
     });
   }
 
-  void add_to_stream() const {
+  void add_to_stream(const std::vector<int64_t>& used) const {
     each_row([&](int64_t r) {
+      if (!used.empty() && used[r] == 0) return;
       const float* const from = added_ + r * s_.K;
       float* const x = residual_ + r * row_;
       for (int64_t i = 0; i < s_.K; ++i) x[i] += s_.residual_scale * from[i];
@@ -177,12 +192,13 @@ class Run {
             norm.bias ? data_of<scalar_t>(*norm.bias) : nullptr};
   }
 
-  void norm(const Norm& weights, const float* add, const Norm& post) const {
+  void norm(const Norm& weights, const Lack& lack) const {
     const DecoderNormParams<scalar_t> p{.kind = s_.norms,
                                         .norm = data_of_norm(weights),
-                                        .post = data_of_norm(post),
+                                        .post = data_of_norm(lack.post),
                                         .x = residual_,
-                                        .add = add,
+                                        .add = lack.add,
+                                        .used = lack.used.empty() ? nullptr : lack.used.data(),
                                         .to = normed_,
                                         .K = s_.K,
                                         .x_stride = row_,
@@ -227,8 +243,10 @@ class Run {
     add(q, sorted(heads), heads.stairs, {0, s_.unit_heads() * s_.D}, queries_, heads.order());
     run_gemms(std::move(jobs));
     const int64_t used = s_.blocks() * s_.unit_heads() * heads.widest(), used_row = used * s_.D;
-    turn(queries_, layer.q_norm, s_.tables[l],
-         {mutable_data_of<scalar_t>(q_), used, tokens_.T * used_row, used_row, s_.D});
+    if (used > 0)
+      turn(queries_, layer.q_norm, s_.tables[l],
+           {mutable_data_of<scalar_t>(q_), used, tokens_.T * used_row, used_row, s_.D});
+    if (stored == 0) return;
     turn(keys_, layer.k_norm, s_.tables[l], new_rows(call_.cache.keys[l], stored));
     turn(values_, {}, 0, new_rows(call_.cache.values[l], stored));
   }
