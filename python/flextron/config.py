@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any, Generic, NamedTuple, TypeVar
 
 UNITS = ("kv_group", "query")
+SKIPPING = "skipping"  # menus may begin at 0: layers without an MLP or an attention
 
 T = TypeVar("T")
 
@@ -326,14 +327,29 @@ class ElasticConfig:
         names = [k for k in names if k != "counts"] or names
         return [f"{k} {mine.get(k)} instead of {theirs.get(k)}" for k in names]
 
+    @property
+    def requires(self) -> list[str]:
+        """What a program must know to use a model of this description, beyond the format of its files."""
+        return [SKIPPING] if any(menu[0] == 0 for menu in self.menus) else []
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON has them; ``like`` is there where it says something."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return values if self.like else {k: v for k, v in values.items() if k != "like"}
 
+    @classmethod
+    def from_stored(cls, values: Any) -> Any:
+        """The fields of today, of what any version wrote.
+
+        Format 1 had four families, which differed in biases and head norms. What a later version may have added is
+        passed over: it would have told its readers that they must know it, see `requires`.
+        """
+        values = cls._from_older(values)
+        names = {f.name for f in fields(cls)}
+        return {k: v for k, v in values.items() if k in names} if isinstance(values, dict) else values
+
     @staticmethod
-    def from_older(values: Any) -> Any:
-        """The fields of format 1, whose four families differed in biases and head norms, as those of today."""
+    def _from_older(values: Any) -> Any:
         flags = ("attention_bias", "output_bias", "mlp_bias")
         sizes = ("num_layers", "hidden_size", "head_dim", "vocab_size", "tied", "qk_norm")
         if not isinstance(values, dict) or "counts" in values or not {*flags, *sizes} <= values.keys():
@@ -355,9 +371,7 @@ class ElasticConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ElasticConfig:
-        values = cls.from_older(values)
-        names = {f.name for f in fields(cls)}
-        missing, extra = sorted(names - values.keys() - {"like"}), sorted(values.keys() - names)
-        if missing or extra:
-            raise ValueError(f"ElasticConfig: fields must match; missing {missing}, unknown {extra}")
+        values = cls.from_stored(values)
+        if missing := sorted({f.name for f in fields(cls)} - values.keys() - {"like"}):
+            raise ValueError(f"ElasticConfig: every field must be there, got none for {', '.join(missing)}")
         return cls(**values | {"counts": Counts(**values["counts"])})

@@ -260,6 +260,32 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def test_what_a_later_version_may_add_is_read_past_and_kept(damaged: Path) -> None:
+    """Beside the fields of ``flextron.json`` and of its description of the model, through a save of the same folder."""
+    path = damaged / "flextron.json"
+    described = read_json(path)["elastic"] | {"norm_of_the_future": [1, 2]}
+    edit(path, elastic=described, provenance={"who": "later"}, requires=[])
+    model, before = load_elastic(damaged)
+    save_elastic(model, damaged)
+    again, meta = load_elastic(damaged)
+    assert meta["provenance"] == before["provenance"] == {"who": "later"}
+    assert meta["elastic"] == described and again.elastic == model.elastic
+    assert "requires" not in meta and meta["parity"] == before["parity"]
+
+
+@pytest.mark.parametrize(
+    ("requires", "got"),
+    [(["skipping", "hyperbolic"], "['hyperbolic']"), ("all", "'all'"), ([3], "[3]"), (None, "None")],
+)
+def test_what_a_file_requires_must_be_known(damaged: Path, requires: Any, got: str) -> None:
+    edit(damaged / "flextron.json", requires=requires)
+    said = refused(damaged)
+    assert (
+        "flextron.json: requires must be a list of features that this version knows (skipping), got " in said
+    )
+    assert f"got {got}; a later flextron may read it" in said
+
+
 def test_the_files_of_a_checkpoint(checkpoint: Path) -> None:
     names = {p.name for p in checkpoint.iterdir()}
     assert {

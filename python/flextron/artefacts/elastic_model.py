@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,7 +58,8 @@ _SHOWN: dict[str, Any] = {
     "sub_networks": tuple[dict[str, Any], ...] | None,
 }
 Cut = Callable[[Elastic], object]  # shards a model in place
-_OWN_KEYS = ("format", "elastic", "dtypes", "checksums", "versions")
+_DESCRIBED = frozenset(f.name for f in fields(ElasticConfig))
+_OWN_KEYS = ("format", "requires", "elastic", "dtypes", "checksums", "versions")
 
 
 def save_elastic(
@@ -111,8 +113,13 @@ def save_elastic(
     with commit(directory, gone) as stage:
         there = names_in(Path(directory))  # now that an interrupted save is finished
         gone += [*weight_files(there), *(name for name in there if name == INDEX_FILE)]
-        if report is None and (before := Path(directory) / ELASTIC_FILE).is_file():
-            report = {k: v for k, v in read_json(before).items() if k not in _OWN_KEYS}
+        unknown: dict[str, Any] = {}  # of the model's description, written by a later version
+        if report is None and (path := Path(directory) / ELASTIC_FILE).is_file():
+            before = read_json(path)
+            report = {k: v for k, v in before.items() if k not in _OWN_KEYS}
+            described = before.get("elastic")
+            if before.get("format") == FORMAT and isinstance(described, dict):
+                unknown = {k: v for k, v in described.items() if k not in _DESCRIBED}
         config.save_pretrained(stage)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(stage)
@@ -127,7 +134,8 @@ def save_elastic(
         stock = read_back("save", stage, meant)
         meta = {
             "format": FORMAT,
-            "elastic": own.to_dict(),
+            **({"requires": own.requires} if own.requires else {}),
+            "elastic": unknown | own.to_dict(),
             **(report or {}),
             **(prove(stage, stock, weights_of(checksums)) if prove else {}),
             "dtypes": counted(dtypes),

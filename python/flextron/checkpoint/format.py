@@ -2,6 +2,11 @@
 
 A directory holds ordinary Hugging Face files and one sidecar, ``flextron.json``, which records the format
 version and the sha256 of the files that belong together. How they are written is in ``io.py``.
+
+A file of ours may have fields that this version does not know. They are optional, and what the sidecar has of them is
+kept when a stage writes it again; unless ``requires`` of the file names a feature that is not in `FEATURES`: then a
+reader that passed over it would get another model, and the file is refused. The format's number changes only where a
+file can no longer be read by its fields.
 """
 
 from __future__ import annotations
@@ -12,8 +17,11 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from flextron.config import SKIPPING
+
 FORMAT = 2
 _READABLE = (1, FORMAT)
+FEATURES = (SKIPPING,)  # what a file's ``requires`` may ask of its reader
 ELASTIC_FILE = "flextron.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"  # of weights in several files
@@ -40,10 +48,17 @@ class CheckpointError(ValueError):
 
 
 def check_format(meta: dict[str, Any], path: str | Path) -> None:
-    """Refuse a sidecar of an unknown format version."""
+    """Refuse a file of ours of an unknown format version, or one that requires what is not known here."""
     version = meta.get("format")
     if version not in _READABLE or isinstance(version, bool):
         raise CheckpointError(f"{path}: format must be {' or '.join(map(str, _READABLE))}, got {version!r}")
+    required = meta.get("requires", [])
+    unknown = required if not isinstance(required, list) else [one for one in required if one not in FEATURES]
+    if unknown or not isinstance(required, list):
+        raise CheckpointError(
+            f"{path}: requires must be a list of features that this version knows ({', '.join(FEATURES)}), got "
+            f"{unknown!r}; a later flextron may read it"
+        )
 
 
 def check_safetensors(path: Path, file: BinaryIO) -> None:

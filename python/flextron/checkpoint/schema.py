@@ -55,9 +55,9 @@ def build(kind: Any, value: Any, path: str | Path, place: str = "") -> Any:
 
 def _dataclass(kind: Any, value: Any, path: str | Path, place: str) -> Any:
     _require(isinstance(value, dict), "an object", value, path, place)
-    if hasattr(kind, "from_older"):
+    if hasattr(kind, "from_stored"):
         with checking(path):
-            value = kind.from_older(value)
+            value = kind.from_stored(value)
     hints, known = _hints(kind), fields(kind)
     if extra := sorted(value.keys() - {f.name for f in known}):
         raise CheckpointError(f"{path}: {_below(place, extra[0])} must not be there, got one")
