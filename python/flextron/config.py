@@ -37,7 +37,8 @@ class Axis:
 
     Attributes:
         name: its name in `AXES`.
-        menu: the widths it may take, ascending; the last is the parent's own.
+        menu: the widths it may take, ascending; the last is the parent's own. Where the first is 0, a layer may skip
+            its MLP or its attention altogether, with the norms round it: how deep the network is varies too.
         per: what makes a choice of its own: every ``"layer"``.
     """
 
@@ -103,9 +104,9 @@ class Widths:
     """One sub-network: what every layer keeps.
 
     Attributes:
-        mlp: neurons kept in each layer's MLP.
+        mlp: neurons kept in each layer's MLP; 0: the layer has none.
         heads: what each layer's attention keeps, counted in key/value groups (unit ``kv_group``) or in query heads of
-            every group (unit ``query``).
+            every group (unit ``query``); 0: the layer has no attention.
     """
 
     mlp: tuple[int, ...]
@@ -173,9 +174,9 @@ class Counts:
 class ElasticConfig:
     """The shape of the parent and the menus of widths its layers choose from.
 
-    All layers have the same menus. A menu ascends, and ends at the parent's own size. ``family`` is the
-    ``model_type`` of the parent's configuration; ``like`` is the family of the table whose layers it has, if the table
-    has no row of its own.
+    All layers have the same menus. A menu ascends, from 0 where a layer may skip the part, to the parent's own size.
+    ``family`` is the ``model_type`` of the parent's configuration; ``like`` is the family of the table whose layers it
+    has, if the table has no row of its own.
     """
 
     family: str
@@ -207,9 +208,9 @@ class ElasticConfig:
                 f"got {self.num_heads} and {self.num_kv_heads}"
             )
         for name, menu, last in zip(MENUS, self.menus, self.whole, strict=True):
-            if not menu or list(menu) != sorted(set(menu)) or menu[0] < 1 or menu[-1] != last:
+            if not menu or list(menu) != sorted(set(menu)) or menu[0] < 0 or menu[-1] != last:
                 raise ValueError(
-                    f"ElasticConfig: {name} must ascend from at least 1 to {last}, got {list(menu)}"
+                    f"ElasticConfig: {name} must ascend from at least 0 to {last}, got {list(menu)}"
                 )
 
     @property
@@ -247,13 +248,19 @@ class ElasticConfig:
 
     def kv_heads(self, heads: int, kv: str = "selected") -> int:
         """How many key/value heads are projected and cached at a width of the head axis."""
-        return heads if self.unit == "kv_group" and kv == "selected" else self.num_kv_heads
+        if kv == "selected" and (self.unit == "kv_group" or heads == 0):
+            return heads
+        return self.num_kv_heads
 
     def full(self) -> Widths:
         return self.uniform(*(-1 for _ in AXES))
 
     def smallest(self) -> Widths:
         return self.uniform(*(0 for _ in AXES))
+
+    def narrowest(self) -> Widths:
+        """The smallest sub-network that skips nothing."""
+        return self.uniform(*(int(menu[0] == 0) for menu in self.menus))
 
     def uniform(self, *indices: int) -> Widths:
         """The widths at these places of the menus, one for each axis, in every layer."""

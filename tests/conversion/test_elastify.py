@@ -201,7 +201,7 @@ def test_generation_settings_are_kept(tmp_path: Path) -> None:
         ({"order": "alphabet"}, f"order must be one of {', '.join(ORDERS)}, got 'alphabet'"),
         ({"unit": "head"}, "unit must be one of kv_group, query, got 'head'"),
         ({"aggregate": "max"}, "aggregate must be one of"),
-        ({"mlp_choices": (8, 16)}, "mlp_choices must ascend from at least 1 to 40"),
+        ({"mlp_choices": (8, 16)}, "mlp_choices must ascend from at least 0 to 40"),
         ({"calibration": calibration(1)}, "at least 2 sequences"),
         ({"calibration": calibration() + 60}, "ids below 61"),
         (
@@ -284,6 +284,12 @@ def test_what_a_file_requires_must_be_known(damaged: Path, requires: Any, got: s
         "flextron.json: requires must be a list of features that this version knows (skipping), got " in said
     )
     assert f"got {got}; a later flextron may read it" in said
+
+
+def test_a_checkpoint_of_skipping_layers_requires_a_reader_that_knows_them(tmp_path: Path) -> None:
+    convert(small_model(), tmp_path, calibration=calibration(), mlp_choices=(0, 16, 40))
+    assert read_json(tmp_path / "flextron.json")["requires"] == ["skipping"]
+    assert load_elastic(tmp_path)[0].elastic.mlp_choices == (0, 16, 40)
 
 
 def test_the_files_of_a_checkpoint(checkpoint: Path) -> None:

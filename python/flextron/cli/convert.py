@@ -41,13 +41,15 @@ def options(parser: ArgumentParser) -> None:
         "--mlp-choices",
         type=values.wholes,
         metavar="N,N,..",
-        help="menu of MLP widths in neurons, ascending to the parent's own; quarters of it by default",
+        help="menu of MLP widths in neurons, ascending to the parent's own; from 0, where a layer may skip its MLP; "
+        "quarters of the parent's own by default",
     )
     add(
         "--head-choices",
         type=values.wholes,
         metavar="N,N,..",
-        help="menu of head counts in --unit, ascending to the parent's own; quarters of it by default",
+        help="menu of head counts in --unit, ascending to the parent's own; from 0, where a layer may skip its "
+        "attention; quarters of the parent's own by default",
     )
     add(
         "--seed",

@@ -243,11 +243,12 @@ def _layers_in(
         raise CheckpointError(f"{path}: {LAYOUT_KEY} must size {count} layers, got {len(layers)}")
     most = sum(map(prod, weights.values()))
     for i, layer in enumerate(layers):
-        if layer.keys() != set(SIZES) or not all(1 <= size <= most for size in layer.values()):
+        if layer.keys() != set(SIZES) or not all(0 <= size <= most for size in layer.values()):
             raise CheckpointError(
                 f"{path}: {place}[{i}] must give {', '.join(SIZES)} that fit the weights, got something else"
             )
-        if layer["num_attention_heads"] % layer["num_key_value_heads"]:
+        heads, groups = layer["num_attention_heads"], layer["num_key_value_heads"]
+        if heads % groups if groups else heads:
             raise CheckpointError(
                 f"{path}: {place}[{i}].num_attention_heads must be a multiple of num_key_value_heads, got {layer}"
             )

@@ -284,6 +284,12 @@ class Anatomy:
             return {up: ((), ("neurons", "neurons"), ()), down: ((), (), ("neurons",))}
         return {up: ((), (), ("pairs",)), f"{up}_bias": ((), ("pairs",)), down: ((), ("neurons",), ())}
 
+    def output_biases(self, attention: bool, mlp: bool) -> list[str]:
+        """The biases, by their names in the layer, of what one or both of its parts add to the stream."""
+        down = f"{self.experts[1]}.{self.down}_bias" if self.experts else f"{self.down}.bias"
+        found = [self.path(self.attention, f"{self.output}.bias")] if attention else []
+        return found + ([self.path(self.mlp, down)] if mlp else [])
+
     def experts_of(self, config: Any) -> Experts | None:
         """How many experts a layer has; None where it has one MLP."""
         if not self.experts:

@@ -14,7 +14,7 @@ from torch.nn.functional import embedding, linear, rms_norm
 
 from flextron.nn.elastic_attention import rotate
 from flextron.nn.forward import ElasticForward
-from flextron.nn.policy import menus_of
+from flextron.nn.policy import AxisDecision, menus_of
 from flextron.nn.protocol import Elastic
 from flextron.nn.rotary import rotary_of
 from flextron.nn.router import AdaptiveRouter
@@ -158,11 +158,13 @@ class DecodeStep:
             )
             o, bias = w["o"], w.get("o_bias")
             sizes = self.block_features, len(o), width, None, self.blocks
-            x = x + elastic_linear(out.flatten(1), o, bias, *sizes)
+            out = elastic_linear(out.flatten(1), o, bias, *sizes)
+            x = x + AxisDecision(heads).without(out, bias, self.config.head_choices)
             weights = w.get("gate"), w["up"], w["down"]
             biases = w.get("gate_bias"), w.get("up_bias"), w.get("down_bias")
             h, neurons = self._norm(x, w["mlp_norm"]), self.config.intermediate_size
-            x = x + elastic_mlp(h, *weights, *biases, neurons, self.activation, mlp)
+            out = elastic_mlp(h, *weights, *biases, neurons, self.activation, mlp)
+            x = x + AxisDecision(mlp).without(out, biases[-1], self.config.mlp_choices)
         logits = linear(self._norm(x, self.whole["norm"]), self.whole["head"])
         return logits, logits.argmax(-1)
 

@@ -14,7 +14,7 @@ from flextron.nn import masks
 from flextron.nn.anatomy import Anatomy
 from flextron.nn.cache import ElasticCache
 from flextron.nn.policy import AxisDecision
-from flextron.nn.projection import linear
+from flextron.nn.projection import bias_of, linear
 from flextron.nn.rotary import once
 from flextron.nn.setting import Setting, Settings
 from flextron_ext import head_attention, head_attention_decode
@@ -47,7 +47,7 @@ class ElasticAttention(nn.Module):
 
     ``heads`` counts key/value groups, each with all its query heads (unit ``kv_group``), or query heads of
     every group (unit ``query``). With ``kv == "selected"`` only the groups in use are projected and cached; with
-    ``kv == "all"`` every token stores all of them, so that a later token may use more.
+    ``kv == "all"`` every token stores all of them, so that a later token may use more. Without heads it gives zeros.
     Takes over the projections (and norms) of a transformers attention; their names and tensors stay.
     """
 
@@ -179,7 +179,10 @@ class ElasticAttention(nn.Module):
         # unit "query": blocks are the groups, and `per_block` query heads of each are kept
         blocks, per_block = (c.num_kv_heads, heads) if c.unit == "query" else (1, c.query_heads(heads))
         stored, used = setting.kv_heads[self.layer_idx], c.kv_heads(heads)
-        extent = decision.extent
+        if stored == 0:
+            self.pass_over(hidden_states, cache)
+            return torch.zeros_like(hidden_states), None
+        extent = decision.extent if heads else None
         features = None if extent is None else extent * (per_block // heads * D)
 
         q, k, v = self._qkv(hidden_states, per_block, blocks, features, stored)
@@ -201,6 +204,8 @@ class ElasticAttention(nn.Module):
             keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             if cached:
                 k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        if heads == 0:  # the tokens are stored, for later ones may use them
+            return torch.zeros_like(hidden_states), None
         k, v = k[:, :, :used], v[:, :, :used]
 
         k_start, mask = masks.split(attention_mask)
@@ -221,7 +226,16 @@ class ElasticAttention(nn.Module):
             features,
             in_blocks=blocks,
         )
-        return out, None
+        return decision.without(out, bias_of(output), c.head_choices), None
+
+    def pass_over(self, x: Tensor, cache: ElasticCache | None) -> None:
+        """Count the tokens x [B, T, K] in the cache of a layer that stores nothing of them.
+
+        Positions and masks are made from the length of the first layer's.
+        """
+        if cache is not None:
+            nothing = x.new_empty(x.shape[0], 0, x.shape[1], self.elastic.head_dim)
+            cache.update(nothing, nothing, self.layer_idx)
 
     def _attend(
         self,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flextron.nn.elastic_mlp import ElasticMLP
+from flextron.nn.policy import AxisDecision
 from flextron_ext import elastic_mlp
 from flextron_ext.reference import ACTIVATIONS as FUNCTIONS
 
@@ -27,6 +28,9 @@ class ElasticExperts(ElasticMLP):
 
     def _parts(self) -> tuple[Any, Any, Any]:
         raise NotImplementedError("ElasticExperts: an MLP with experts has no projections of its own")
+
+    def _constant(self) -> Tensor | None:
+        return None  # what an expert adds without neurons is left out where it is added
 
     def _run(
         self,
@@ -73,7 +77,9 @@ class ElasticExperts(ElasticMLP):
         if mixture is not None:
             kept_by = torch.tensor(choices, device=x.device)[:, None] > neurons  # [C, width]
             hidden = hidden * (mixture @ kept_by.to(mixture.dtype)).to(hidden.dtype)
-        return hidden @ down[:width] + getattr(experts, f"{self.anatomy.down}_bias")[expert]
+        bias = getattr(experts, f"{self.anatomy.down}_bias")[expert]
+        y = hidden @ down[:width] + bias
+        return AxisDecision(extent, mixture=mixture).without(y, bias, self.choices)
 
 
 def sent(chosen: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -30,6 +31,7 @@ class ElasticDecoderLayer(Mixin, GradientCheckpointingLayer):
     """Goes in front of a family's own layer class: transformers records hidden states of instances of that class.
 
     ``h = x + attention(norm(x))``, ``y = h + mlp(norm(h))``, with the norms, and in the order, of the family's anatomy.
+    A part of which no token keeps anything is skipped, and the norms round it are.
     """
 
     arguments: tuple[str, ...]  # names of the family's layer's, after the hidden states
@@ -57,19 +59,46 @@ class ElasticDecoderLayer(Mixin, GradientCheckpointingLayer):
         given = dict(zip(self.arguments, args, strict=False)) | kwargs
         if "layer_past" in given:  # GPT-NeoX's and Falcon's name of it
             given["cache"] = given.pop("layer_past")
-        a, setting = self.anatomy, self.settings.now()
+        a, setting, cache = self.anatomy, self.settings.now(), given.get("cache")
         attention, mlp = parts_of(a, self)
-        x = self._norm(a.attention_norm, hidden_states)
+        stores = cache is not None and setting.kv_heads[self.layer_idx] > 0
+        attends = stores or setting.widths.heads[self.layer_idx] > 0
+        feeds = setting.widths.mlp[self.layer_idx] > 0
+        shared = a.parallel and not a.mlp_norm  # the MLP reads what attention does
+
+        x = result = hidden_states
+        if attends or (feeds and shared) or setting.policy is not None:
+            x = self._norm(a.attention_norm, hidden_states)
         decision = setting.decide(x, self.layer_idx)
-        out, _ = attention(hidden_states=x, setting=setting, decision=decision.heads, **given)
-        if a.parallel:
-            x = self._norm(a.mlp_norm, hidden_states) if a.mlp_norm else x
-            result = hidden_states + out + mlp(x, setting, decision.mlp)
+        if attends:
+            out, _ = attention(hidden_states=x, setting=setting, decision=decision.heads, **given)
+            result = self._added(hidden_states, out, a.attention_post)
         else:
-            hidden_states = self._added(hidden_states, out, a.attention_post)
-            out = mlp(self._norm(a.mlp_norm, hidden_states), setting, decision.mlp)
-            result = self._added(hidden_states, out, a.mlp_post)
+            attention.pass_over(hidden_states, cache)
+        if feeds:
+            x = x if shared else self._norm(a.mlp_norm, hidden_states if a.parallel else result)
+            result = self._added(result, mlp(x, setting, decision.mlp), a.mlp_post)
+        if torch.is_grad_enabled() and not (attends and feeds):
+            result = result + self._untouched(hidden_states, attends, feeds)
         return (result, None) if a.pair else result
+
+    def _untouched(self, x: Tensor, attends: bool, feeds: bool) -> Tensor:
+        """A zero of x's dtype, by which the parameters of what is skipped get a gradient of zeros.
+
+        As those beyond a width do: processes that skip different parts average the gradients of all.
+        """
+        a = self.anatomy
+        attention, mlp = parts_of(a, self)
+        zeros = [x.new_zeros(())]
+        for runs, weights, names in (
+            (attends, attention.parameters, (a.attention_norm, a.attention_post)),
+            (feeds, mlp.weights, (a.mlp_norm, a.mlp_post)),
+        ):
+            norms = [p for name in names if name for p in self._modules[name].parameters()]
+            zeros += [
+                p[:0].sum().to(x.dtype) for p in ([] if runs else [*weights(), *norms]) if p.requires_grad
+            ]
+        return torch.stack(zeros).sum()
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         return self._modules[name](x) if name else x

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from flextron.config import ElasticConfig
 from flextron.nn.anatomy import Anatomy
 from flextron.nn.policy import AxisDecision
-from flextron.nn.projection import PackedLinear, is_adapted, linear, rows_of, view_of
+from flextron.nn.projection import PackedLinear, bias_of, is_adapted, linear, rows_of, view_of
 from flextron.nn.setting import Setting, Settings
 from flextron_ext import elastic_mlp, packed_mlp
 from flextron_ext.reference import ACTIVATIONS as FUNCTIONS
@@ -30,7 +30,7 @@ ACTIVATIONS = {
 
 
 class ElasticMLP(nn.Module):
-    """``W_down[:, :d] (act(W_gate[:d] x) * (W_up[:d] x))`` with d = ``width``, or without a gate.
+    """``W_down[:, :d] (act(W_gate[:d] x) * (W_up[:d] x))`` with d = ``width``, or without a gate; at 0, zeros.
 
     Where the layer decides for each token, d is the token's own, and at most ``width``.
     Takes over the projections of a transformers MLP; their names and tensors stay as they were.
@@ -86,11 +86,26 @@ class ElasticMLP(nn.Module):
         if decision is None:
             decision = setting.by_width("ElasticMLP")
         width = setting.widths.mlp[self.layer_idx]
+        if width == 0:
+            return torch.zeros_like(x)
         if decision.mixture is None:
-            return self._run(x, width, decision.extent)
-        if decision.extent is None or decision.choice is None:
-            return self._run(x, width, mixture=decision.mixture, choices=self.choices)
-        return self._by_choice(x.flatten(0, -2), width, decision.choice, decision.mixture).view(x.shape)
+            y = self._run(x, width, decision.extent)
+        elif decision.extent is None or decision.choice is None:
+            y = self._run(x, width, mixture=decision.mixture, choices=self.choices)
+        else:
+            y = self._by_choice(x.flatten(0, -2), width, decision.choice, decision.mixture).view(x.shape)
+        return decision.without(y, self._constant(), self.choices)
+
+    def _constant(self) -> Tensor | None:
+        """What every token is given, however few neurons it keeps; None: nothing."""
+        return bias_of(self.owner._modules[self.anatomy.down])
+
+    def weights(self) -> list[nn.Parameter]:
+        """The parameters that no other part of the layer has."""
+        if not self.projections:
+            return [*self.parameters()]
+        owned: Any = self.owner._modules
+        return [p for name in self.projections for p in owned[name].parameters()]
 
     def _run(
         self,

@@ -41,13 +41,18 @@ def elastic_config(
 
     Raises:
         NotImplementedError: the family is not in the table, or has a feature that is not supported.
-        ValueError: a menu does not ascend to the model's own size.
+        ValueError: a menu does not ascend to the model's own size, or begins at 0 where a part cannot be skipped.
     """
     c = model.config if isinstance(model, PreTrainedModel) else model
     anatomy = anatomy_of(c)
     if not isinstance(model, PreTrainedModel):
         model = skeleton(type(c).from_dict(c.to_dict()))  # without what may have made it elastic
     whole = anatomy.whole(c)
+    if anatomy.stream_norms and 0 in (*(mlp_choices or ()), *(head_choices or ())):
+        raise ValueError(
+            f"elastic_config: menus of a {c.model_type} whose norms follow the sum must begin above 0, got 0: without "
+            "its part such a norm would still change the stream"
+        )
     return ElasticConfig(
         family=c.model_type,
         unit=unit,

@@ -8,11 +8,16 @@ are three layouts for a sub-network:
              checkpoint with the same logits, but as large and slow as the widest layer everywhere.
 ``ragged``   each layer has its own sizes: as small and fast as the sub-network is. `flextron.load_plain` reads it;
              stock transformers refuses it, for the sizes in its configuration are not those of the tensors.
+
+A layer that skips its MLP or its attention has zeros in the place of it where it is padded, and the output's bias is
+zeros too; a ragged one leaves it out, but for the norms and a bias that a stock layer has.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +42,7 @@ from flextron.nn.skeleton import fill, say_tied, skeleton
 
 LAYOUTS = ("auto", "uniform", "padded", "ragged")
 LAYOUT_KEY = "flextron"  # in config.json: the sizes of each layer of a ragged model
+_CACHES = ("cache", "layer_past")  # stock attentions' names of their cache
 SIZES = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
@@ -46,6 +52,10 @@ def stock_problem(config: ElasticConfig, widths: Widths) -> str | None:
     if different:
         axes = " and ".join(different)
         return f"layers differ in {axes}, but a {config.family} configuration has one width for all"
+    if skipped := [name for name, layers in widths.to_dict().items() if 0 in layers]:
+        return (
+            f"layers have no {' and no '.join(skipped)}, but a {config.family} configuration has at least one"
+        )
     return _illegal_heads(config, widths.heads[0])
 
 
@@ -53,7 +63,8 @@ def padded_problem(config: ElasticConfig, widths: Widths) -> str | None:
     """Why heads of zeros would change what this sub-network computes, in one sentence; None when they would not."""
     if not normalises_all_heads(config):
         return None
-    if len(set(widths.heads)) == 1 and not _illegal_heads(config, widths.heads[0]):
+    counts = {*widths.heads} - {0}  # a layer of nothing but zeros gives zeros
+    if len(counts) <= 1 and not any(_illegal_heads(config, n) for n in counts):
         return None
     return f"a {config.family} normalises all heads of a token together"
 
@@ -166,6 +177,8 @@ def build(model: Elastic, widths: Widths, layout: str, shares: bool = False) -> 
 
 def _kept(config: ElasticConfig, d: int, heads: int) -> Sizes:
     """What a choice keeps."""
+    if heads == 0:
+        return Sizes(d, 0, 1)
     if config.unit == "kv_group":
         return Sizes(d, heads, config.heads_per_group)
     return Sizes(d, config.num_kv_heads, heads)
@@ -173,9 +186,11 @@ def _kept(config: ElasticConfig, d: int, heads: int) -> Sizes:
 
 def _padded(config: ElasticConfig, widths: Widths) -> Sizes:
     """The smallest size that holds every layer and that the configuration can say."""
-    counts = range(max(widths.heads), config.max_heads + 1)  # the last is the parent's own, which is legal
+    counts = range(
+        max(1, *widths.heads), config.max_heads + 1
+    )  # the last is the parent's own, which is legal
     heads = next(n for n in counts if not _illegal_heads(config, n))
-    return _kept(config, max(widths.mlp), heads)
+    return _kept(config, max(1, *widths.mlp), heads)
 
 
 def _sizes(s: Sizes) -> dict[str, int]:
@@ -188,7 +203,7 @@ def resize(model: PreTrainedModel, layers: list[dict[str, int]]) -> None:
     axes = anatomy.tensors()
     for layer, sizes in zip(anatomy.layers_in(model), layers, strict=True):
         d, H, G = (sizes[key] for key in SIZES)
-        own = Sizes(d, G, H // G)
+        own = Sizes(d, G, H // max(1, G))
         for name, p in list(layer.named_parameters()):
             shape = [
                 size(axis, own, D) if axis else n
@@ -202,14 +217,34 @@ def resize(model: PreTrainedModel, layers: list[dict[str, int]]) -> None:
             if isinstance(owner, Conv1D) and leaf == "weight":
                 owner.nx, owner.nf = shape
         attention, mlp = anatomy.attention_in(layer), anatomy.mlp_in(layer)
+        if d == 0 and anatomy.mlp and not anatomy.experts:
+            mlp.forward = torch.zeros_like  # transformers' Conv1D fails without inputs
         if hasattr(mlp, "intermediate_size"):
             mlp.intermediate_size = d
+        if G == 0:
+            attention.forward = partial(_skip, attention)
+            continue
         counts = {"query": H, "groups": G, "per_group": H // G, "query_features": H * D}
         for name, what in anatomy.counts.items():
             owner, leaf = attention, name.removeprefix("config.")
             if leaf != name:
                 attention.config = owner = copy.copy(attention.config)
             setattr(owner, leaf, counts[what])
+
+
+def _skip(attention: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """The forward of a stock attention without heads: zeros, and a number for each token in the cache.
+
+    transformers counts the tokens in the first layer's, and of keys without elements it counts none.
+    """
+    given = inspect.signature(type(attention).forward).bind(attention, *args, **kwargs).arguments
+    given |= given.get("kwargs", {})
+    x: Tensor = given["hidden_states"]
+    cache: Any = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+    if cache is not None:
+        mark = x.new_zeros(x.shape[0], 1, x.shape[1], 1)
+        cache.update(mark, mark, attention.layer_idx)
+    return torch.zeros_like(x), None
 
 
 def _tensors(model: Elastic, kept: list[Sizes], held: list[Sizes], shares: bool) -> dict[str, Tensor]:
@@ -225,7 +260,15 @@ def _tensors(model: Elastic, kept: list[Sizes], held: list[Sizes], shares: bool)
         for name, dims in axes.items()
     }
 
+    skipped = {
+        f"{anatomy.layer_path(i)}.{name}"
+        for i, own in enumerate(kept)
+        for name in anatomy.output_biases(attention=own.groups == 0, mlp=own.neurons == 0)
+    }
+
     def cut(name: str, t: Tensor) -> Tensor:
+        if name in skipped:
+            return torch.zeros_like(t)
         dims, part, room = followed.get(name, ((), whole, whole))
         for dim, axis in enumerate(dims):
             if axis:
@@ -240,5 +283,5 @@ def _tensors(model: Elastic, kept: list[Sizes], held: list[Sizes], shares: bool)
 
 def _cut(t: Tensor, dim: int, kept: Tensor) -> Tensor:
     """What is kept of a dimension: a view where it is the first places, as it is of most."""
-    first = int(kept[-1]) == len(kept) - 1  # ascending
+    first = not len(kept) or int(kept[-1]) == len(kept) - 1  # ascending
     return t.narrow(dim, 0, len(kept)) if first else t.index_select(dim, kept.to(t.device))

@@ -68,6 +68,18 @@ class AxisDecision(NamedTuple):
     choice: Tensor | None = None
     mixture: Tensor | None = None
 
+    def without(self, y: Tensor, bias: Tensor | None, menu: Sequence[int]) -> Tensor:
+        """What a part gives, y [..., K], without the bias that it has added to the tokens that skip it."""
+        if bias is None or menu[0] > 0:
+            return y
+        if self.mixture is not None:
+            skipped = self.mixture[:, 0]
+        elif self.extent is not None:
+            skipped = self.extent == 0
+        else:
+            return y
+        return y - skipped.to(y.dtype).view(*y.shape[:-1], 1) * bias
+
 
 class Decision(PerAxis[AxisDecision]):
     """`AxisDecision` of each axis."""

@@ -185,6 +185,18 @@ def linear(
     return y.to(dtype)
 
 
+def bias_of(proj: Projection) -> Tensor | None:
+    """What a projection gives for zeros: its bias, and those of its adapters; None where it has none."""
+    if not is_adapted(proj):
+        return proj.bias
+    parts = [proj.base_layer.bias]
+    for name in _active(proj):
+        bias = proj.lora_B[name].bias
+        parts.append(None if bias is None else bias * proj.scaling[name])
+    own = [part for part in parts if part is not None]
+    return torch.stack(own).sum(0) if own else None
+
+
 def rows_of(tensor: Any, rows: slice | None) -> Any:
     """What is meant of a projection's weight or bias; None of a bias that is not there."""
     return tensor if rows is None or tensor is None else tensor[rows]

@@ -15,10 +15,12 @@ def homogeneous(config: ElasticConfig) -> list[Widths]:
     """The sub-networks whose layers are all alike, smallest first, full model last.
 
     One index runs over the longest menu and is mapped in proportion to the others, to the nearest entry (a tie
-    goes up), so all axes keep about the same fraction and every entry of all menus occurs.
+    goes up), so all axes keep about the same fraction and every entry of all menus occurs; but for a model that skips
+    every layer, from which nothing is learned.
     """
     longest = max(config.choices)
-    return [config.uniform(*(_nearest(i, longest, C) for C in config.choices)) for i in range(longest)]
+    alike = [config.uniform(*(_nearest(i, longest, C) for C in config.choices)) for i in range(longest)]
+    return [widths for widths in alike if any(map(any, widths.axes))]
 
 
 class WidthSampler:
