@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from nn.models import small_model
+from peak import measured, needs_proc, random_llama
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 import flextron
 from flextron import pipeline
@@ -22,13 +20,12 @@ from flextron.artefacts import elastic_model
 from flextron.artefacts.directory import load_elastic
 from flextron.artefacts.elastic_model import make_elastic, save_elastic
 from flextron.checkpoint import CheckpointError, checksum_of, read_json, transaction, weights, write_json
+from flextron.conversion.parent import read_parent
 from flextron.corpus import Corpus
-from flextron.nn.skeleton import fill, parameter_shapes, skeleton
 from flextron.nn.storage import rounded
 from flextron.recipes import TrainConfig
 
 LIMIT = 24_000  # bytes of a shard: an eighth of the model
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -224,57 +221,16 @@ def test_a_stage_keeps_shards_and_the_teacher_that_they_were(sharded, monkeypatc
     assert all(torch.equal(seen[name], p) for name, p in before.items())
 
 
-MEASURE = """
-import ctypes, gc, json, sys
-from pathlib import Path
-import torch, flextron, flextron.inference, flextron.exporting
-from transformers import AutoModelForCausalLM
-import transformers.models.llama.modeling_llama
-
-def of(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
-
-found = {}
-def measure(name, load):
-    gc.collect(); ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = of("VmRSS")
-    model = load()
-    size = sum(p.nbytes for p in model.parameters())
-    found[name] = [(of("VmHWM") - before) / size, size]
-
-tiny, big = sys.argv[1:3]
-for directory in (tiny, big):
-    measure("stored", lambda: flextron.from_pretrained(directory, "auto", device="cpu"))
-    measure("float32", lambda: flextron.from_pretrained(directory, "float32", device="cpu"))
-    measure("plain", lambda: flextron.load_plain(directory, "auto", device="cpu"))
-print(json.dumps(found))
-"""
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak is read from Linux's /proc")
+@needs_proc
 def test_loading_costs_little_more_than_the_weights(sharded, tmp_path, monkeypatch):
     """150 million parameters in bfloat16; a peak above 1.15 of them would be a second copy of some."""
     monkeypatch.undo()
-    config = LlamaConfig(
-        vocab_size=8192, hidden_size=1024, intermediate_size=2816, num_hidden_layers=11, num_attention_heads=8,
-        num_key_value_heads=8, dtype="bfloat16", tie_word_embeddings=True,
+    random_llama(
+        tmp_path / "parent", "1GB", vocab_size=8192, hidden_size=1024, intermediate_size=2816, num_hidden_layers=11,
+        num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=True,
     )  # fmt: skip
-    model = skeleton(config)
-    some = torch.randn(8192 * 1024, dtype=torch.bfloat16)
-    fill(
-        model, {n: some[: torch.Size(s).numel()].view(s).clone() for n, s in parameter_shapes(model).items()}
-    )
-    save_elastic(make_elastic(model), tmp_path / "big")
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, sharded, tmp_path / "big"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    save_elastic(make_elastic(read_parent(tmp_path / "parent")), tmp_path / "big")
+    found = measured("loading", sharded, tmp_path / "big")
     print(found)
     assert found["stored"][1] > 250e6 and all(ratio < 1.15 for ratio, _ in found.values()), found
 

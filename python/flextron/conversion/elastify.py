@@ -26,6 +26,7 @@ from flextron.conversion.room import Room, room
 from flextron.conversion.source import room_beside, source_of
 from flextron.data import seeded
 from flextron.nn import ElasticModel, elastic_config
+from flextron.nn.allocator import give_back
 from flextron.nn.anatomy import liken, stop_dropping
 from flextron.nn.placement import CPU
 from flextron.nn.proof import difference, each_logits, logits_of, prove_sub_network, require_close
@@ -155,13 +156,14 @@ def convert(
     model.stored = storage("convert", model, dtype)
 
     work = common([torch.float32, model.dtype])
-    before = None if _holds(model) else logits_of(model, proof, work)
+    logits = {} if _holds(model) else {"parent": logits_of(model, proof, work)}
     round_in_place("convert", model, model.stored)
     with widened(model), as_like(model.config):
         orders, found = _orders(
             model, config, calibration[:-held_out], order, aggregate, seed, batch_size, progress
         )
-    expected = logits_of(model, proof, work)
+    give_back()
+    logits["expected"] = logits_of(model, proof, work)
     prove_far(model, config, proof)
 
     def store() -> dict[str, Any]:
@@ -173,7 +175,7 @@ def convert(
 
         def prove(stage: Path, stock: PreTrainedModel, weights: str) -> dict[str, Any]:
             with as_like(hf_config):
-                proven = _prove(stage, stock, config, proof, before, expected, seed, device)
+                proven = _prove(stage, stock, config, proof, logits, seed, device)
             report["parity"] = {**proven, "weights": weights}
             return report
 
@@ -226,8 +228,7 @@ def _prove(
     stock: PreTrainedModel,
     config: ElasticConfig,
     proof: Tensor,
-    parent: Tensor | None,
-    expected: Tensor,
+    logits: dict[str, Tensor],
     seed: int,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -236,24 +237,31 @@ def _prove(
     Args:
         stock: what stock transformers read from the stage, by default.
         proof: [n, L] token ids.
-        parent: [n, L, V], the logits of the parent, if a narrower dtype was requested.
-        expected: those that the stage must give; else they are the parent's.
+        logits: ``"expected"``, those that the stage must give, [n, L, V], which are the parent's unless a narrower
+            dtype was requested; then ``"parent"`` has its own. They are taken out, and gone before sub-networks are
+            proven.
     """
     dtype, whose = stock.dtype, "the parent's"
+    expected, parent = logits.pop("expected"), logits.pop("parent", None)
+    give_back()
     stock.to(device)
     found = require_close("convert", whose, expected, each_logits(stock, proof, expected.dtype))
     if parent is not None:
         found = difference(parent, each_logits(stock, proof, expected.dtype))
     stock.to("meta")  # room for the next
+    give_back()
     elastic = read_model(stage, config, "auto", device=device)
     first = proof[:1]  # a wrong layer shows in one sequence
     full = require_close("convert", whose, expected[:1], each_logits(elastic, first, expected.dtype))
+    rounding = difference(expected if parent is None else parent, expected)
+    del expected, parent
+    give_back()
     return {
         **found,
         "tokens": proof.numel(),
         "dtype": name_of(dtype),
         "elastic": full,
-        "rounding": difference(expected if parent is None else parent, expected),
+        "rounding": rounding,
         "seed": seed,
         "sub_networks": [
             prove_sub_network("convert", elastic, widths, first) for widths in _drawn(config, seed)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from flextron.config import Widths
+from flextron.nn.allocator import give_back
 from flextron.nn.anatomy import anatomy_of
 from flextron.nn.families import elastic_config
 from flextron.nn.model import make_elastic
@@ -22,6 +23,7 @@ from flextron.nn.widened import is_narrow, widened
 
 BOUND = 1e-4  # of the largest logit, float32: above the rounding of another summation order
 _PROMPT, _GENERATED = 16, 8  # tokens
+_PIECE = 1 << 20  # logits that are compared at once
 
 
 class ParityError(ValueError):
@@ -30,12 +32,19 @@ class ParityError(ValueError):
 
 def difference(before: Tensor, after: Iterable[Tensor]) -> dict[str, float]:
     """How far logits moved: ``max_abs``, and ``max_rel`` to the largest of ``before``; a sequence at a time."""
-    rows = [
-        torch.stack([(new - old).abs().max(), old.abs().max()])
-        for old, new in zip(before, after, strict=True)
-    ]
-    max_abs, largest = torch.stack(rows).amax(0).tolist()
+    rows, found = iter(after), list[Tensor]()
+    for row in before:
+        found += _apart(
+            row, next(rows)
+        )  # which nothing else refers to: it is gone before the next is computed
+    max_abs, largest = torch.stack(found).amax(0).tolist()
     return {"max_abs": max_abs, "max_rel": max_abs / max(largest, torch.finfo(torch.float32).tiny)}
+
+
+def _apart(before: Tensor, after: Tensor) -> list[Tensor]:
+    """Of each piece of one sequence's logits: how far they moved at most, and the largest before."""
+    pieces = zip(*(logits.reshape(-1).split(_PIECE) for logits in (before, after)), strict=True)
+    return [torch.stack([(new - old).abs().max(), old.abs().max()]) for old, new in pieces]
 
 
 def require_close(who: str, what: str, before: Tensor, after: Iterable[Tensor]) -> dict[str, float]:
@@ -55,9 +64,11 @@ def require_close(who: str, what: str, before: Tensor, after: Iterable[Tensor]) 
 def logits_of(model: Elastic | PreTrainedModel, tokens: Tensor, least: torch.dtype | None = None) -> Tensor:
     """[n, L, V] on the CPU, computed as in `each_logits`."""
     found: Tensor | None = None
-    for i, row in enumerate(each_logits(model, tokens, least)):
-        found = row.new_empty(len(tokens), *row.shape) if found is None else found
-        found[i] = row
+    for i, row in enumerate(tokens):
+        logits = _logits(model, row, least)
+        found = logits.new_empty(len(tokens), *logits.shape) if found is None else found
+        found[i] = logits
+        del logits  # room for the next
     assert found is not None
     return found
 
@@ -72,9 +83,13 @@ def each_logits(
         least: the narrowest dtype to compute in, see `widened`; None: that of the weights.
     """
     for row in tokens:
-        with torch.no_grad(), contextlib.nullcontext() if least is None else widened(model, least):
-            found = model(input_ids=row[None].to(model.device), use_cache=False).logits
-        yield found[0].cpu()
+        yield _logits(model, row, least)
+
+
+@torch.no_grad()
+def _logits(model: Elastic | PreTrainedModel, row: Tensor, least: torch.dtype | None) -> Tensor:
+    with contextlib.nullcontext() if least is None else widened(model, least):
+        return model(input_ids=row[None].to(model.device), use_cache=False).logits[0].cpu()
 
 
 def in_dtype(model: Elastic, dtype: torch.dtype) -> Elastic:
@@ -126,6 +141,7 @@ def prove_sub_network(who: str, model: Elastic, widths: Widths, tokens: Tensor) 
             f"{who}: tokens generated with a cache must be those of the sub-network as a plain model, got others; "
             "nothing was written"
         )
+    del expected, judged  # room for a layer
     if is_narrow(model) and model.anatomy.is_llama(model.config):
         positions = torch.arange(tokens.shape[1])[None]
         for layer, (mlp, heads) in enumerate(zip(widths.mlp, widths.heads, strict=True)):
@@ -172,6 +188,7 @@ def _alone(model: Elastic, layer: int, given: Tensor) -> Elastic:
     Token t is embedded as what the layer is given for it, ``given`` [T, K], again and again for more tokens; the
     logits are what comes out of the layer, through the model's last norm.
     """
+    give_back()
     own, (T, K) = model.elastic, given.shape
     values = model.config.to_dict()  # without what makes it elastic
     values.update(
