@@ -216,7 +216,7 @@ def read_model(
     with opened(directory) as files:
         config = read_stock_config(files, elastic)
         config.dtype = dtype = memory_dtype("load", dtype, config.dtype, device)
-        model = make_elastic(skeleton(config), elastic)
+        model = make_elastic(_described(files, skeleton(config), elastic), elastic)
         if cut is not None:
             cut(model)
             give_memory(model, device)
@@ -263,18 +263,25 @@ def _check_parity(meta: dict[str, Any], path: Path) -> None:
 
 
 def read_stock_config(files: Files, elastic: ElasticConfig) -> PreTrainedConfig:
-    """The configuration that stock transformers reads, which must be of the model that ``elastic`` describes."""
+    """The configuration that stock transformers reads, which must be of the family that ``elastic`` says."""
     path = files / CONFIG_FILE
     config, _ = read_config(files, weight_shapes(files))
     if config.model_type != elastic.family:
         raise CheckpointError(
             f"{path}: model_type must be {elastic.family!r} as in {ELASTIC_FILE}, got {config.model_type!r}"
         )
-    own = elastic_config(config, elastic.unit, *elastic.menus).to_dict()
+    return config
+
+
+def _described(files: Files, model: PreTrainedModel, elastic: ElasticConfig) -> PreTrainedModel:
+    """A model that was built by the configuration, once it is known to be the one that ``elastic`` describes."""
+    own = elastic_config(model, elastic.unit, *elastic.menus).to_dict()
     wrong = [f"{key} {own.get(key)!r}" for key, value in elastic.to_dict().items() if own.get(key) != value]
     if wrong:
-        raise CheckpointError(f"{path}: must describe the model of {ELASTIC_FILE}, got {', '.join(wrong)}")
-    return config
+        raise CheckpointError(
+            f"{files / CONFIG_FILE}: must describe the model of {ELASTIC_FILE}, got {', '.join(wrong)}"
+        )
+    return model
 
 
 def _versions() -> dict[str, str]:
