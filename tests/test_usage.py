@@ -65,6 +65,17 @@ def test_an_error_of_the_system_names_its_file(
     assert capsys.readouterr().err == "flextron: elastic/x.json must be usable, got no space left on device\n"
 
 
+def test_the_librarys_name_comes_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(args: object) -> None:
+        raise NotImplementedError("flextron: model_type must be one of llama, got 'bloom'")
+
+    monkeypatch.setattr(info, "run", run)
+    assert cli.main(["info", "elastic/"]) == 2
+    assert capsys.readouterr().err == "flextron: model_type must be one of llama, got 'bloom'\n"
+
+
 def test_too_little_memory_is_told_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

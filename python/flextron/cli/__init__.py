@@ -83,7 +83,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _said(error: Exception) -> str:
-    """What an error says, in one sentence."""
+    """What an error says, in one sentence; the library's own begin with its name, as what is printed does."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename} must be usable, got {error.strerror[:1].lower()}{error.strerror[1:]}"
-    return first_line(error)
+    return first_line(error).removeprefix("flextron: ")
