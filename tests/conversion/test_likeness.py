@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import flextron
+from flextron import cli
 from flextron.checkpoint import read_json
 from flextron.conversion import convert
 from flextron.exporting import export
@@ -30,12 +32,17 @@ def other(model_type: str, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize(("model_type", "like"), [("seed_oss", "llama"), ("arcee", "nemotron")])
-def test_a_family_that_is_built_like_another_converts(tmp_path: Path, model_type: str, like: str) -> None:
+def test_a_family_that_is_built_like_another_converts(
+    tmp_path: Path, model_type: str, like: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The checkpoint, and what is exported from it, remember whose layers they have."""
     parent, ids = other(model_type), tokens(1, 12)
     report = convert(parent, tmp_path / "elastic", calibration=tokens(4, 24), like=like)
     assert len(report["parity"]["sub_networks"]) == 3
     assert read_json(tmp_path / "elastic" / "flextron.json")["elastic"]["like"] == like
+    assert cli.main(["info", str(tmp_path / "elastic"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["family"], said["like"]) == (model_type, like)
     model = flextron.from_pretrained(tmp_path / "elastic")
     torch.testing.assert_close(logits_of(model, ids), logits_of(parent, ids), rtol=1e-4, atol=1e-4)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "elastic")

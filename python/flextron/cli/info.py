@@ -45,6 +45,7 @@ def _facts(directory: str) -> dict[str, Any]:
     config = model.elastic
     return {
         "family": config.family,
+        **({"like": config.like} if config.like else {}),
         "layers": config.num_layers,
         "mlp choices": list(config.mlp_choices),
         f"head choices ({config.unit})": list(config.head_choices),
