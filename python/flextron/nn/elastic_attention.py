@@ -150,14 +150,15 @@ class ElasticAttention(nn.Module):
         features = count * D * (M if by_group else G)
         return _rms(q, q, q_weight, features, q_norm), _rms(k, seen, k_weight, used * D, k_norm)
 
-    def _turned(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """Queries or keys at their positions."""
+    def _turned(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Queries and keys at their positions, in the dtype of each: tables may be float32 beside 16-bit weights."""
         kind = self.anatomy.rotary
-        if kind == "half":
-            return rotate(x, *tables)
+        turn = rotate if kind.startswith("half") else rotate_pairs
         if kind == "half_once":
-            return rotate(x, *(torch.cat((t, t), dim=-1) for t in tables))
-        return rotate_pairs(x, *once(kind, *tables))
+            tables = tuple(torch.cat((table, table), dim=-1) for table in tables)
+        elif kind != "half":
+            tables = once(kind, *tables)
+        return turn(q, *tables).to(q.dtype), turn(k, *tables).to(k.dtype)
 
     def forward(
         self,
@@ -193,8 +194,7 @@ class ElasticAttention(nn.Module):
             q, k, v = (x.clamp(-self.clip, self.clip) for x in (q, k, v))
         if self.rotates:
             assert position_embeddings is not None
-            # some families' tables are float32 beside 16-bit weights
-            q, k = (self._turned(x, position_embeddings).to(x.dtype) for x in (q, k))
+            q, k = self._turned(q, k, position_embeddings)
         if self.anatomy.head_norms and norms_last:
             q, k = self._normalised(q, k, heads, extent)
 
