@@ -148,7 +148,7 @@ def convert(
         chosen = one_device("convert", device)
     ranks.first(lambda: room_beside(parent, directory, force))  # before the work, too
     with _one_writer(directory, "convert"), current(chosen):
-        if is_gguf(parent):
+        if used_up := is_gguf(parent):
             parent, own = read_gguf(cast(Any, parent), like)
             tokenizer = tokenizer or own
         if tokenizer is None:
@@ -163,6 +163,7 @@ def convert(
             force=force,
             device=chosen,
             like=like,
+            used_up=used_up,
             **options,
         )
 

@@ -19,6 +19,7 @@ from flextron.artefacts.directory import load_elastic
 from flextron.checkpoint import read_json, stored_dtypes
 from flextron.checkpoint.io import Pending
 from flextron.conversion import ParityError, convert, elastify
+from flextron.conversion.parent import copy_parent
 from flextron.nn import ElasticMLP, elastic_config
 from flextron.nn.forward import ElasticForward
 from flextron.nn.proof import difference, require_close
@@ -296,6 +297,14 @@ def test_a_loaded_parent_in_sixteen_bits_is_taken(tmp_path: Path) -> None:
         parent.set_attn_implementation(("eager", "sdpa")[i])
         assert parent.model.rotary_emb.inv_freq.dtype == dtype
         convert(parent, tmp_path / str(i), calibration=calibration())
+
+
+def test_a_parent_that_is_used_up_hands_over_its_memory() -> None:
+    parent = small_model()
+    places = {p.data_ptr() for p in parent.parameters()}
+    copy = copy_parent(parent, calibration()[:1], torch.device("cpu"), used_up=True)
+    assert {p.data_ptr() for p in copy.parameters()} == places
+    assert all(p.is_meta for p in parent.parameters())
 
 
 def test_a_wider_dtype_changes_nothing_but_the_file(tmp_path: Path) -> None:

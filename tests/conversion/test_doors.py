@@ -27,9 +27,10 @@ from transformers import (
 )
 
 import flextron
-from flextron import cli
+from flextron import cli, pipeline
 from flextron.checkpoint import CheckpointError
 from flextron.conversion import convert
+from flextron.conversion.gguf import read_gguf
 from flextron.conversion.source import source_of
 from flextron.nn.proof import logits_of
 
@@ -249,12 +250,15 @@ def test_a_gguf_file_converts(
     monkeypatch.chdir(tmp_path)
     parent = small_model(hidden_size=64)
     write_gguf(Path("model.gguf"), parent)
+    seen: list[Any] = []
+    monkeypatch.setattr(pipeline, "read_gguf", lambda *args: seen.append(read_gguf(*args)) or seen[-1])
     Path("text.jsonl").write_text(
         "\n".join(json.dumps({"text": f"{c}ab " * 60}) for c in "cdefghijklmnop" * 3)
     )
     command = ["--data", "text.jsonl", "--samples", "4", "--length", "16", "--device", "cpu"]
     assert cli.main(["convert", "model.gguf", "out", *command, "--dtype", "bfloat16"]) == 0
     assert "stored in bfloat16" in capsys.readouterr().out
+    assert all(p.is_meta for model, _ in seen for p in model.parameters())  # its memory was the conversion's
     assert cli.main(["convert", "model.gguf", "out", *command, "--force"]) == 0
     stock = AutoModelForCausalLM.from_pretrained("out")
     assert stock.dtype == torch.float32 and not hasattr(stock.config, "quantization_config")

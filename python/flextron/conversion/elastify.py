@@ -62,6 +62,7 @@ def convert(
     force: bool = False,
     device: torch.device = CPU,
     planned: Callable[[Room], Any] | None = None,
+    used_up: bool = False,
 ) -> dict[str, Any]:
     """Make an elastic checkpoint of a stock one.
 
@@ -91,6 +92,7 @@ def convert(
         force: replace the model that is in ``out_dir``, which must be new or empty otherwise.
         device: where to score and to prove.
         planned: called, before any weight is read, with the memory that the conversion takes.
+        used_up: whether a loaded parent may lose its values, so that its memory becomes the copy's.
 
     Returns:
         What ``flextron.json`` stores: ``dtypes``, ``importance`` and ``parity``. In that, ``max_abs`` and ``max_rel``
@@ -146,7 +148,7 @@ def convert(
     elif strip_prefix is not None:
         raise ValueError("convert: strip_prefix must be None when parent is a loaded model")
     else:
-        model = copy_parent(parent, proof, device)
+        model = copy_parent(parent, proof, device, used_up)
     if merged is not None:
         merge_adapter(model, merged)
     liken(model.config, like)

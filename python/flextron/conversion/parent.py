@@ -67,8 +67,12 @@ def dtype_of(parent: PreTrainedModel | Path) -> torch.dtype:
     return common(p.dtype for p in parent.parameters())
 
 
-def copy_parent(parent: PreTrainedModel, proof: Tensor, device: torch.device) -> PreTrainedModel:
+def copy_parent(
+    parent: PreTrainedModel, proof: Tensor, device: torch.device, used_up: bool = False
+) -> PreTrainedModel:
     """Copy a loaded model's parameters and configuration, and nothing else, into what `read_parent` would give.
+
+    A parent that is ``used_up`` hands its memory over where it can, and has no values afterwards.
 
     Raises:
         ValueError: the parent has other parameters than its configuration says.
@@ -87,7 +91,10 @@ def copy_parent(parent: PreTrainedModel, proof: Tensor, device: torch.device) ->
     given = {name: given[name].detach() for name in parameter_shapes(model)}
     if len({tensor.dtype for tensor in given.values()}) == 1:
         _require_stock(parent, fill(skeleton(config), given).to(parent.device), proof)
-    fill(model, {name: tensor.to(device, widest, copy=True) for name, tensor in given.items()}).to(device)
+    copies = {name: given.pop(name).to(device, widest, copy=not used_up) for name in [*given]}
+    fill(model, copies).to(device)
+    if used_up:
+        parent.to("meta")
     model.generation_config = copy.deepcopy(parent.generation_config)
     model.stored = stored
     return model
