@@ -17,7 +17,8 @@ class Live(TorchDispatchMode):
     """Inside a ``with`` block, count every storage that an op returns until nothing refers to it.
 
     What an op of ours allocates inside itself is not seen by a dispatch mode, so `inside` adds it for the largest: the
-    MLP's backward holds three tensors of hidden values (csrc/ops/mlp/gpu.cpp, backward_on_gpu), its forward one.
+    MLP's backward holds three tensors of hidden values, two without a gate (csrc/ops/mlp/gpu.cpp, backward_on_gpu), its
+    forward one.
     """
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
@@ -78,6 +79,6 @@ class Live(TorchDispatchMode):
 def inside(op: str, args: tuple[Any, ...]) -> int:
     """What an op allocates and frees itself, in bytes."""
     if op == "flextron.elastic_mlp_backward.default":
-        hidden = args[-3]
-        return 3 * hidden.nbytes
+        w_gate, hidden = args[2], args[-3]
+        return (2 if w_gate is None else 3) * hidden.nbytes
     return 0

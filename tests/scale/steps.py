@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -28,6 +30,7 @@ KINDS = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "nemotron": (NemotronConfig, NemotronForCausalLM),
 }
 
 

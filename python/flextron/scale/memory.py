@@ -86,6 +86,8 @@ class _Sizes:
         self.logits = self.T * shape.vocab_size * self.value
         self.embedding = shape.vocab_size * shape.hidden_size
         self.distils = step.teacher != "none"
+        gated = shape.counts.neuron >= 3 * shape.hidden_size
+        self.ups = 2 if gated else 1  # projections before the MLP's activation: gate and up, or up alone
 
     def at(self, moment: str, gradients: int, activations: int, gathered: int = 0) -> Memory:
         """What is alive at a moment; gradients that accumulation or DDP's buckets hold all along count as whole."""
@@ -165,7 +167,7 @@ class _Sizes:
         attention = T * (2 * q + 2 * k) * self.value + T * s.num_heads * FLOAT  # q, k, v, output, log of sums
         if s.qk_norm:
             attention += T * ((q + k) * (FLOAT + self.value) + (s.num_heads + s.num_kv_heads) * FLOAT)
-        hidden = 2 * T * F * self.value  # up and gated, before the activation
+        hidden = self.ups * T * F * self.value  # up and gated, before the activation
         return norms + inputs + attention + hidden + self._copies(self.layer)
 
     def _copies(self, parameters: int) -> int:
@@ -209,8 +211,8 @@ class _Sizes:
         stream = (
             T * K * (self.stream + 2 * self.value)
         )  # gradients of the stream, of the output and of the input
-        return stream + 3 * T * F * self.value  # h, and the gradients of up and gated
+        return stream + (1 + self.ups) * T * F * self.value  # h, and the gradients of up and gated
 
     def _weight_gradients(self) -> int:
         """Gradients of the MLP's weights as they are computed, before they are the parameters'."""
-        return 3 * self.shape.hidden_size * self.shape.intermediate_size * self.value
+        return (1 + self.ups) * self.shape.hidden_size * self.shape.intermediate_size * self.value
