@@ -35,7 +35,8 @@ constexpr const char* kSchemas[] = {
     "decoder_hold(Tensor[] weights, str names, int[] shape, float[] numbers, str unit=\"kv_group\", "
     "str activation=\"silu\", str format=\"plain\", str norms=\"rms\", bool gated=True, bool parallel=False, "
     "float[] scales=[1., 1., 1.], float? logit_cap=None, float? softcap=None, int[]? tables=None, "
-    "int[]? windows=None, str rotation=\"halves\") -> int",
+    "int[]? windows=None, str rotation=\"halves\", str norm_over=\"head\", bool norm_last=False, "
+    "float? clip=None) -> int",
     "decoder_step(Tensor ids, Tensor cos, Tensor sin, int held, Tensor(a!)[] keys, Tensor(b!)[] values, "
     "SymInt cached, int[] widths, int[] heads, int[] kv_heads, SymInt keep=1, Tensor? k_start=None, "
     "Tensor[]? router=None, int[]? mlp_choices=None, int[]? head_choices=None) -> (Tensor, Tensor)",

@@ -314,6 +314,47 @@ def _norm(x: Tensor, w: dict[str, Tensor], name: str, s: DecoderShape) -> Tensor
     return y if bias is None else y + bias
 
 
+def _head_norm(x: Tensor, w: dict[str, Tensor], name: str, s: DecoderShape) -> Tensor:
+    """Each head of x [B, T, heads, D] by itself, by a weight for all of them or for each."""
+    if s.norm_over == "head" or name not in w:
+        return _norm(x, w, name, s)
+    tensors = [(key, _kept(w[key], x.shape[2], s)) for key in (name, f"{name}_bias") if key in w]
+    heads = [_norm(x[:, :, h], {key: t[h] for key, t in tensors}, name, s) for h in range(x.shape[2])]
+    return torch.stack(heads, 2) if heads else x
+
+
+def _norm_all(x: Tensor, w: dict[str, Tensor], name: str, s: DecoderShape, kept: Tensor) -> Tensor:
+    """x [B, T, heads, D] over all heads that a token keeps, ``kept`` [B, T] of the unit, by their mean square."""
+    if name not in w:
+        return x
+    heads, D, M = x.shape[2], s.head_size, s.query_heads // s.groups
+    rank = torch.arange(heads)  # a head is kept where this is less than what its token keeps
+    if name == "q_norm":
+        rank = rank // M if s.unit == "kv_group" else rank % max(heads // s.groups, 1)
+    seen = (rank < kept[..., None])[..., None]
+    square = (x * seen).square().sum((2, 3), keepdim=True) / (seen.sum((2, 3), keepdim=True) * D).clamp(min=1)
+    weight = _kept(w[name].view(-1, D), heads, s)
+    y = x * torch.rsqrt(square + s.eps) * (1 + weight if s.norms == "rms+1" else weight)
+    return y + _kept(w[f"{name}_bias"].view(-1, D), heads, s) if f"{name}_bias" in w else y
+
+
+def _kept(t: Tensor, heads: int, s: DecoderShape) -> Tensor:
+    """What queries or keys [.., heads, ..] that are computed have of t, which has a row for every head."""
+    if s.unit == "kv_group" or len(t) == s.groups < s.query_heads:
+        return t[:heads]
+    return t.unflatten(0, (s.groups, -1))[:, : heads // s.groups].flatten(0, 1)
+
+
+def _heads_of_groups(
+    x: Tensor, w: dict[str, Tensor], s: DecoderShape, per_block: int, stored: int
+) -> tuple[Tensor, ...]:
+    """Queries [B, T, H, D], keys and values [B, T, stored, D] of a projection that has them group by group."""
+    M, y = s.query_heads // s.groups, F.linear(x, w["qkv"], w.get("qkv_bias"))
+    y = y.unflatten(-1, (s.groups, M + 2, s.head_size))
+    groups, kept = (per_block // M, M) if s.unit == "kv_group" else (s.groups, per_block)
+    return y[..., :groups, :kept, :].flatten(2, 3), y[..., :stored, M, :], y[..., :stored, M + 1, :]
+
+
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> Tensor:
     """x [B, T, H, D], cos and sin [B or 1, T, R]."""
     R = cos.shape[-1]
@@ -364,16 +405,28 @@ def decoder_step(
         most = int(n.max()) if n.numel() else 0
         blocks, used = (1, most) if s.unit == "kv_group" else (s.groups, s.groups)
         per_block = most * M if s.unit == "kv_group" else most
-        q = _heads(y, w, "q", D, per_block, blocks)
-        k, v = (_heads(y, w, name, D, stored) for name in "kv")
-        q, k = _norm(q, w, "q_norm", s), _norm(k, w, "k_norm", s)
+        if "qkv" in w:
+            q, k, v = _heads_of_groups(y, w, s, per_block, stored)
+        else:
+            q = _heads(y, w, "q", D, per_block, blocks)
+            k, v = (_heads(y, w, name, D, stored) for name in "kv")
+        if s.norm_over == "heads":
+            q = _norm_all(q, w, "q_norm", s, n)
+            k = _norm_all(k, w, "k_norm", s, n if s.unit == "kv_group" else torch.full_like(n, s.groups))
+        elif not s.norm_last:
+            q, k = _head_norm(q, w, "q_norm", s), _head_norm(k, w, "k_norm", s)
+        if s.clip is not None:
+            q, k, v = (t.clamp(-s.clip, s.clip) for t in (q, k, v))
+        q, k = (_turn(t, *turn, s.rotation) for t in (q, k))
+        if s.norm_last:
+            q, k = _head_norm(q, w, "q_norm", s), _head_norm(k, w, "k_norm", s)
         new = slice(cached, cached + T)
-        keys[i][:, new, :stored], values[i][:, new, :stored] = _turn(k, *turn, s.rotation), v
+        keys[i][:, new, :stored], values[i][:, new, :stored] = k, v
         attended = x
         if most:
             k, v = (t[i][:, : new.stop, :used] for t in (keys, values))
             kind = dict(scale=s.scale, window=window or None, softcap=s.softcap)
-            q = _attention_of_cache(_turn(q, *turn, s.rotation), k, v, most, s.unit, n, k_start, kind)
+            q = _attention_of_cache(q, k, v, most, s.unit, n, k_start, kind)
             block = per_block * D
             inputs = n.flatten() * (block // most)
             sizes = (block, x.shape[-1], inputs, None, blocks)
@@ -401,6 +454,7 @@ def _plain_weights(held: Decoder, dtype: torch.dtype) -> tuple[dict[str, Tensor]
     vocabulary, K = model["embedding"].shape
     blocks = {"q": s.groups if s.unit == "query" else 1}
     rows = dict(head=vocabulary, q=s.query_heads * s.head_size, o=K, down=K)
+    rows["qkv"] = (s.query_heads + 2 * s.groups) * s.head_size
     rows |= dict.fromkeys("kv", s.groups * s.head_size)
     for w in (model, *layers) if s.format != "plain" else ():
         for name in rows.keys() & w.keys():

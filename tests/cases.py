@@ -239,6 +239,17 @@ DECODER_KINDS: tuple[dict[str, Any], ...] = (
     dict(norms_at=("attention_post", "mlp_post"), kind=dict(tables=[1, 0])),
     dict(kind=dict(windows=[3, 0], tables=[2, 1], softcap=1.5), R=4),
     dict(kind=dict(rotation="pairs"), R=6, head_norm=True),
+    dict(kind=dict(norm_over="heads"), head_norm=True, norms_at=("attention_post", "mlp_post")),
+    dict(
+        kind=dict(norm_over="each", norms="layer", norm_last=True), head_norm=True, norm_bias=True, fused=True
+    ),
+    dict(kind=dict(norm_over="each", clip=0.6, rotation="pairs"), head_norm=True, unit="query", packed=None),
+    dict(
+        kind=dict(norm_over="heads", norms="rms+1"), head_norm=True, norm_bias=True, unit="query", packed=None
+    ),
+    dict(kind=dict(norm_last=True, clip=0.9), head_norm=True, fused=True, bias=True),
+    dict(kind=dict(norm_over="heads"), head_norm=True, packed=None, kv=[2, 2]),
+    dict(kind=dict(norms="layer", parallel=True), fused=True, unit="query", packed="int8", bias=True),
 )
 
 
@@ -253,7 +264,7 @@ def decoder_step(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     def case(
         widths, heads, B=1, T=1, cached=5, H=4, G=2, D=8, K=24, F=40, R=None, unit="kv_group", kv=None, packed=False,
         bias=False, head_norm=False, room=0, eps=1e-6, tables=1, requests=0, activation="silu", scale=None, kind=None,
-        norms_at=_BEFORE, norm_bias=False, **options,
+        norms_at=_BEFORE, norm_bias=False, fused=False, **options,
     ):  # fmt: skip
         def tensor(*shape, scale=1.0):
             return torch.randn(*shape, device=device, dtype=dtype) * scale
@@ -262,22 +273,29 @@ def decoder_step(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         shapes = dict(
             q=(H * D, K), k=(G * D, K), v=(G * D, K), o=(K, H * D), gate=(F, K), up=(F, K), down=(K, F)
         )
+        if fused:
+            shapes = dict(qkv=((H + 2 * G) * D, K)) | {
+                name: shapes[name] for name in shapes if name not in "qkv"
+            }
         kind, layers, format = kind or {}, [], "plain"
+        over = kind.get("norm_over")
+        of_heads = (lambda n: (n, D)) if over == "each" else lambda n: n * D if over == "heads" else D
         gated = kind.get("gated", True)
         if not gated:
             del shapes["gate"]
         rest = 0 if kind.get("norms", "rms").endswith("+1") else 1  # what a weight is near to
 
         def norms_of(sizes):
-            w = {name: rest + tensor(size, scale=0.1) for name, size in sizes.items()}
-            return w | ({f"{name}_bias": tensor(sizes[name], scale=0.2) for name in w} if norm_bias else {})
+            of = {name: size if isinstance(size, tuple) else (size,) for name, size in sizes.items()}
+            w = {name: rest + tensor(*size, scale=0.1) for name, size in of.items()}
+            return w | ({f"{name}_bias": tensor(*of[name], scale=0.2) for name in w} if norm_bias else {})
 
         for _ in kv_heads:
             w = {name: tensor(*shape, scale=shape[1] ** -0.5) for name, shape in shapes.items()}
             if bias:
                 w |= {f"{name}_bias": tensor(shape[0], scale=0.25) for name, shape in shapes.items()}
             if head_norm:
-                w |= norms_of(dict(q_norm=D, k_norm=D))
+                w |= norms_of(dict(q_norm=of_heads(H), k_norm=of_heads(G)))
             w |= norms_of(dict.fromkeys(norms_at, K))
             if packed is not False:
                 blocks = dict(q=G if unit == "query" else 1)
@@ -285,7 +303,7 @@ def decoder_step(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
                     w.pop("gate", None), w["up"], w["down"], packed
                 )
                 w |= dict(zip(("up_scales", "down_scales"), scales, strict=True))
-                for name in "qkvo":
+                for name in [name for name in ("qkv", *"qkvo") if name in w]:
                     w[name], w[f"{name}_scales"], _ = pack_linear(w[name], blocks.get(name, 1), packed)
             layers.append({name: t for name, t in w.items() if t is not None})
         head, scales = tensor(37, K, scale=K**-0.5), None

@@ -3,7 +3,8 @@
 //
 //   x = embedding_scale * embedding[id]
 //   for each layer:  n = norm(x);  q, k, v = n Wq^T + bq, n Wk^T + bk, n Wv^T + bv
-//                    q, k = turn(head_norm(q)), turn(head_norm(k));  k and v go to the cache
+//                    q, k, v = clip(head_norm(q)), clip(head_norm(k)), clip(v)
+//                    q, k = turn(q), turn(k);  k and v go to the cache
 //                    x += residual_scale * [norm](attention(q, cache) Wo^T + bo)
 //                    n = norm(x);  x += residual_scale * [norm]((act(n Wg^T + bg) * (n Wu^T + bu)) Wd^T + bd)
 //   logits = logit_scale * norm(x) W_head^T + b_head, or logit_cap * tanh(logits / logit_cap)
@@ -13,9 +14,10 @@
 //     rms:    x / sqrt(mean(x^2) + eps) * w (RMSNorm)
 //     layer:  (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * w + bias (LayerNorm)
 //     rms+1, layer+1:  1 + w in the place of w, in layer+1 rounded to the dtype of w (Gemma, Nemotron)
-//   head_norm is the same over a head. An MLP without a gate is act(n Wu^T + bu) Wd^T + bd. Where attention
-//   and MLP are parallel, n of the MLP is made of the x before attention; it is attention's own without a
-//   norm.
+//   head_norm is the same over a head, with a weight for all heads alike or for each; or over all heads that
+//   a row keeps; or it comes after turn. clip bounds what it is given, from below and from above. An MLP
+//   without a gate is act(n Wu^T + bu) Wd^T + bd. Where attention and MLP are parallel, n of the MLP is made
+//   of the x before attention; it is attention's own without a norm.
 //
 //   attention may see the last `window` keys alone, and bound its scores: csrc/kernels/head_attention.h
 //   turn is the rotary embedding (RoPE, Su et al., arXiv 2104.09864). For i < R/2:
@@ -51,6 +53,7 @@ constexpr int64_t kLongestHead = 1024;  // elements of a head; csrc/ops/decoder/
 
 enum class NormKind : int64_t { kRms, kRmsPlusOne, kLayer, kLayerPlusOne };
 enum class Rotation : int64_t { kHalves, kPairs };
+enum class NormOver : int64_t { kHead, kHeads, kEach };  // as in DecoderShape
 
 template <class scalar_t>
 struct DecoderNorm {
@@ -71,17 +74,36 @@ struct DecoderNormParams {
   float scale, eps;
 };
 
-// to[b, t, h] = turn(head_norm(from[b, t, h])).
+// x[r] by the mean square of what row r keeps of it: of each block the first elements, `unit` for every one
+// of its extent. Root mean squares alone.
+template <class scalar_t>
+struct DecoderAllHeadsParams {
+  NormKind kind;
+  float* x;                    // [rows, blocks, block], contiguous
+  DecoderNorm<scalar_t> norm;  // blocks norm_block apart
+  const int64_t* extents;      // [rows]; null: `extent`
+  int64_t extent, unit;
+  int64_t blocks, block, norm_block;
+  int64_t least;  // so much of a block is normalised, even where a row keeps less
+  float eps;
+};
+
+// to[b, t, h] = turn(clip(head_norm(from[b, t, h]))), or head_norm(turn(clip(from[b, t, h]))). Heads lie in
+// groups, each of a number of heads.
 template <class scalar_t>
 struct DecoderHeadsParams {
   NormKind kind;
   Rotation rotation;
-  const float* from;           // [B * T, heads, D], contiguous
-  DecoderNorm<scalar_t> norm;  // [D]
-  const scalar_t *cos, *sin;   // [B or 1, T, R], tokens table_stride apart; null: no turn
-  scalar_t* to;                // D adjacent
+  bool norm_last;
+  float clip;                     // infinite: none
+  const float* from;              // D adjacent, and the heads of a group
+  int64_t from_row, from_group;   // elements between rows and between groups
+  DecoderNorm<scalar_t> norm;     // [D] of each head
+  int64_t norm_group, norm_head;  // elements between those of groups and of heads
+  const scalar_t *cos, *sin;      // [B or 1, T, R], tokens table_stride apart; null: no turn
+  scalar_t* to;                   // D adjacent
   int64_t to_stride_b, to_stride_t, to_stride_h;
-  int64_t T, heads, D, R, table_stride;
+  int64_t T, groups, each, D, R, table_stride;
   bool one_table;  // cos and sin are the same for all sequences
   float eps;
 };
@@ -112,15 +134,17 @@ struct DecoderCapParams {
 };
 
 // Rows [begin, end); decoder_cap: elements.
-#define FLEXTRON_DECLARE_DECODER(isa)                                                          \
-  template <class scalar_t>                                                                    \
-  void decoder_norm_##isa(const DecoderNormParams<scalar_t>& p, int64_t begin, int64_t end);   \
-  template <class scalar_t>                                                                    \
-  void decoder_heads_##isa(const DecoderHeadsParams<scalar_t>& p, int64_t begin, int64_t end); \
-  template <class scalar_t>                                                                    \
-  void decoder_cap_##isa(const DecoderCapParams<scalar_t>& p, int64_t begin, int64_t end);     \
-  template <class scalar_t>                                                                    \
-  void decoder_best_##isa(const DecoderBestParams<scalar_t>& p, int64_t begin, int64_t end);   \
+#define FLEXTRON_DECLARE_DECODER(isa)                                                                 \
+  template <class scalar_t>                                                                           \
+  void decoder_norm_##isa(const DecoderNormParams<scalar_t>& p, int64_t begin, int64_t end);          \
+  template <class scalar_t>                                                                           \
+  void decoder_all_heads_##isa(const DecoderAllHeadsParams<scalar_t>& p, int64_t begin, int64_t end); \
+  template <class scalar_t>                                                                           \
+  void decoder_heads_##isa(const DecoderHeadsParams<scalar_t>& p, int64_t begin, int64_t end);        \
+  template <class scalar_t>                                                                           \
+  void decoder_cap_##isa(const DecoderCapParams<scalar_t>& p, int64_t begin, int64_t end);            \
+  template <class scalar_t>                                                                           \
+  void decoder_best_##isa(const DecoderBestParams<scalar_t>& p, int64_t begin, int64_t end);          \
   void decoder_router_##isa(const DecoderRouterParams& p, int64_t begin, int64_t end);
 FLEXTRON_DECLARE_DECODER(cpu)
 FLEXTRON_DECLARE_DECODER(avx2)

@@ -8,15 +8,19 @@
 namespace flextron {
 namespace {
 
-// 1 / sqrt(mean(x^2) + eps). Eight sums side by side, whatever the vectors: the compiler may not reorder one.
-inline float inverse_norm(const float* x, i64 n, float eps) {
+// Eight sums side by side, whatever the vectors: the compiler may not reorder one.
+inline float sum_of_squares(const float* x, i64 n) {
   float sum[8] = {};
   i64 i = 0;
   for (; i + 8 <= n; i += 8)
     for (i64 e = 0; e < 8; ++e) sum[e] += x[i + e] * x[i + e];
   for (; i < n; ++i) sum[i % 8] += x[i] * x[i];
-  const float total = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
-  return 1.0f / __builtin_sqrtf(total / float(n) + eps);
+  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+}
+
+// 1 / sqrt(mean(x^2) + eps).
+inline float inverse_norm(const float* x, i64 n, float eps) {
+  return 1.0f / __builtin_sqrtf(sum_of_squares(x, n) / float(n) + eps);
 }
 
 // The mean of n, in eight sums as above.
@@ -107,14 +111,29 @@ void router_rows(const DecoderRouterParams& p, i64 begin, i64 end) {
   }
 }
 
-// `head` is scratch of D floats.
 template <NormKind kind, class scalar_t>
-void turn_head(const DecoderHeadsParams<scalar_t>& p, const float* from, const scalar_t* cos,
-               const scalar_t* sin, float* __restrict head, scalar_t* __restrict to) {
-  if (p.norm.weight)
-    normalise<kind>(p.norm, from, p.D, p.eps, head);
-  else
-    for (i64 d = 0; d < p.D; ++d) head[d] = from[d];
+void norm_all_heads(const DecoderAllHeadsParams<scalar_t>& p, i64 begin, i64 end) {
+  for (i64 r = begin; r < end; ++r) {
+    const i64 kept = p.unit * (p.extents ? p.extents[r] : p.extent), count = kept * p.blocks;
+    float* const x = p.x + r * p.blocks * p.block;
+    float total = 0;
+    for (i64 b = 0; b < p.blocks; ++b) total += sum_of_squares(x + b * p.block, kept);
+    const float inverse = 1.0f / __builtin_sqrtf(total / float(count > 0 ? count : 1) + p.eps);
+    const i64 written = kept < p.least ? p.least : kept;
+    for (i64 b = 0; b < p.blocks; ++b) {
+      float* __restrict to = x + b * p.block;
+      const scalar_t* const weight = p.norm.weight + b * p.norm_block;
+      for (i64 i = 0; i < written; ++i) to[i] = to[i] * inverse * factor<kind>(weight[i]);
+      if (!p.norm.bias) continue;
+      for (i64 i = 0; i < written; ++i) to[i] += widen(p.norm.bias[b * p.norm_block + i]);
+    }
+  }
+}
+
+// to = turn(head), whose elements are adjacent; no turn where cos is null.
+template <class scalar_t, class to_t>
+inline void turn(const DecoderHeadsParams<scalar_t>& p, const scalar_t* cos, const scalar_t* sin,
+                 const float* __restrict head, to_t* __restrict to) {
   const i64 R = cos ? p.R : 0, half = R / 2;
   if (p.rotation == Rotation::kHalves) {
     for (i64 i = 0; i < half; ++i) {
@@ -133,14 +152,36 @@ void turn_head(const DecoderHeadsParams<scalar_t>& p, const float* from, const s
 }
 
 template <NormKind kind, class scalar_t>
-void turn_rows(const DecoderHeadsParams<scalar_t>& p, i64 begin, i64 end) {
+inline void turn_head(const DecoderHeadsParams<scalar_t>& p, const DecoderNorm<scalar_t>& norm,
+                      const float* from, const scalar_t* cos, const scalar_t* sin, scalar_t* to) {
   float head[kLongestHead];
+  if (norm.weight && !p.norm_last)
+    normalise<kind>(norm, from, p.D, p.eps, head);
+  else
+    for (i64 d = 0; d < p.D; ++d) head[d] = from[d];
+  if (p.clip < float(__builtin_inf()))
+    for (i64 d = 0; d < p.D; ++d) head[d] = head[d] > p.clip ? p.clip : head[d] < -p.clip ? -p.clip : head[d];
+  if (!norm.weight || !p.norm_last) return turn(p, cos, sin, head, to);
+  float turned[kLongestHead];
+  turn(p, cos, sin, head, turned);
+  normalise<kind>(norm, turned, p.D, p.eps, head);
+  for (i64 d = 0; d < p.D; ++d) narrow(head[d], to + d);
+}
+
+template <NormKind kind, class scalar_t>
+void turn_rows(const DecoderHeadsParams<scalar_t>& p, i64 begin, i64 end) {
   for (i64 r = begin; r < end; ++r) {
     const i64 b = r / p.T, t = r % p.T, table = (p.one_table ? t : r) * p.table_stride;
-    for (i64 h = 0; h < p.heads; ++h)
-      turn_head<kind>(p, p.from + (r * p.heads + h) * p.D, p.cos ? p.cos + table : nullptr,
-                      p.cos ? p.sin + table : nullptr, head,
-                      p.to + b * p.to_stride_b + t * p.to_stride_t + h * p.to_stride_h);
+    const scalar_t *const cos = p.cos ? p.cos + table : nullptr, *const sin = p.cos ? p.sin + table : nullptr;
+    scalar_t* to = p.to + b * p.to_stride_b + t * p.to_stride_t;
+    for (i64 g = 0; g < p.groups; ++g)
+      for (i64 i = 0; i < p.each; ++i, to += p.to_stride_h) {
+        DecoderNorm<scalar_t> norm = p.norm;
+        const i64 place = g * p.norm_group + i * p.norm_head;
+        if (norm.weight) norm.weight += place;
+        if (norm.bias) norm.bias += place;
+        turn_head<kind>(p, norm, p.from + r * p.from_row + g * p.from_group + i * p.D, cos, sin, to);
+      }
   }
 }
 
@@ -201,32 +242,38 @@ void best_rows(const DecoderBestParams<scalar_t>& p, i64 begin, i64 end) {
 }  // namespace flextron
 
 // The launchers of decoder.h for the instruction set this file is compiled for.
-#define FLEXTRON_DEFINE_DECODER(isa)                                                            \
-  template <class scalar_t>                                                                     \
-  void decoder_norm_##isa(const DecoderNormParams<scalar_t>& p, int64_t begin, int64_t end) {   \
-    with_norm(p.kind, [&]<NormKind kind>() { norm_rows<kind>(p, begin, end); });                \
-  }                                                                                             \
-  template <class scalar_t>                                                                     \
-  void decoder_heads_##isa(const DecoderHeadsParams<scalar_t>& p, int64_t begin, int64_t end) { \
-    with_norm(p.kind, [&]<NormKind kind>() { turn_rows<kind>(p, begin, end); });                \
-  }                                                                                             \
-  template <class scalar_t>                                                                     \
-  void decoder_cap_##isa(const DecoderCapParams<scalar_t>& p, int64_t begin, int64_t end) {     \
-    cap_elements(p, begin, end);                                                                \
-  }                                                                                             \
-  template <class scalar_t>                                                                     \
-  void decoder_best_##isa(const DecoderBestParams<scalar_t>& p, int64_t begin, int64_t end) {   \
-    best_rows(p, begin, end);                                                                   \
-  }                                                                                             \
-  void decoder_router_##isa(const DecoderRouterParams& p, int64_t begin, int64_t end) {         \
-    router_rows(p, begin, end);                                                                 \
-  }                                                                                             \
-  FLEXTRON_DECODER_INSTANCES(isa, float)                                                        \
-  FLEXTRON_DECODER_INSTANCES(isa, bf16)                                                         \
+#define FLEXTRON_DEFINE_DECODER(isa)                                                                   \
+  template <class scalar_t>                                                                            \
+  void decoder_norm_##isa(const DecoderNormParams<scalar_t>& p, int64_t begin, int64_t end) {          \
+    with_norm(p.kind, [&]<NormKind kind>() { norm_rows<kind>(p, begin, end); });                       \
+  }                                                                                                    \
+  template <class scalar_t>                                                                            \
+  void decoder_all_heads_##isa(const DecoderAllHeadsParams<scalar_t>& p, int64_t begin, int64_t end) { \
+    p.kind == NormKind::kRms ? norm_all_heads<NormKind::kRms>(p, begin, end)                           \
+                             : norm_all_heads<NormKind::kRmsPlusOne>(p, begin, end);                   \
+  }                                                                                                    \
+  template <class scalar_t>                                                                            \
+  void decoder_heads_##isa(const DecoderHeadsParams<scalar_t>& p, int64_t begin, int64_t end) {        \
+    with_norm(p.kind, [&]<NormKind kind>() { turn_rows<kind>(p, begin, end); });                       \
+  }                                                                                                    \
+  template <class scalar_t>                                                                            \
+  void decoder_cap_##isa(const DecoderCapParams<scalar_t>& p, int64_t begin, int64_t end) {            \
+    cap_elements(p, begin, end);                                                                       \
+  }                                                                                                    \
+  template <class scalar_t>                                                                            \
+  void decoder_best_##isa(const DecoderBestParams<scalar_t>& p, int64_t begin, int64_t end) {          \
+    best_rows(p, begin, end);                                                                          \
+  }                                                                                                    \
+  void decoder_router_##isa(const DecoderRouterParams& p, int64_t begin, int64_t end) {                \
+    router_rows(p, begin, end);                                                                        \
+  }                                                                                                    \
+  FLEXTRON_DECODER_INSTANCES(isa, float)                                                               \
+  FLEXTRON_DECODER_INSTANCES(isa, bf16)                                                                \
   FLEXTRON_DECODER_INSTANCES(isa, fp16)
 
-#define FLEXTRON_DECODER_INSTANCES(isa, scalar_t)                                           \
-  template void decoder_norm_##isa(const DecoderNormParams<scalar_t>&, int64_t, int64_t);   \
-  template void decoder_heads_##isa(const DecoderHeadsParams<scalar_t>&, int64_t, int64_t); \
-  template void decoder_cap_##isa(const DecoderCapParams<scalar_t>&, int64_t, int64_t);     \
+#define FLEXTRON_DECODER_INSTANCES(isa, scalar_t)                                                  \
+  template void decoder_norm_##isa(const DecoderNormParams<scalar_t>&, int64_t, int64_t);          \
+  template void decoder_all_heads_##isa(const DecoderAllHeadsParams<scalar_t>&, int64_t, int64_t); \
+  template void decoder_heads_##isa(const DecoderHeadsParams<scalar_t>&, int64_t, int64_t);        \
+  template void decoder_cap_##isa(const DecoderCapParams<scalar_t>&, int64_t, int64_t);            \
   template void decoder_best_##isa(const DecoderBestParams<scalar_t>&, int64_t, int64_t);

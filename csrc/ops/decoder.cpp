@@ -25,7 +25,8 @@ int64_t decoder_hold(const std::vector<Tensor>& weights, const Text& names, cons
                      const Text& format, const Text& norms, bool gated, bool parallel,
                      const std::vector<double>& scales, std::optional<double> logit_cap,
                      std::optional<double> softcap, const std::optional<std::vector<int64_t>>& tables,
-                     const std::optional<std::vector<int64_t>>& windows, const Text& rotation) {
+                     const std::optional<std::vector<int64_t>>& windows, const Text& rotation,
+                     const Text& norm_over, bool norm_last, std::optional<double> clip) {
   const decoder::Settings settings{.shape = shape,
                                    .numbers = numbers,
                                    .unit = unit.value,
@@ -33,11 +34,14 @@ int64_t decoder_hold(const std::vector<Tensor>& weights, const Text& names, cons
                                    .format = format.value,
                                    .norms = norms.value,
                                    .rotation = rotation.value,
+                                   .norm_over = norm_over.value,
                                    .gated = gated,
                                    .parallel = parallel,
+                                   .norm_last = norm_last,
                                    .scales = scales,
                                    .logit_cap = logit_cap,
                                    .softcap = softcap,
+                                   .clip = clip,
                                    .tables = tables,
                                    .windows = windows};
   return decoder::keep(std::make_shared<const decoder::Held>(make_pass, weights, names.value, settings));

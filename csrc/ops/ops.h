@@ -60,7 +60,8 @@ int64_t decoder_hold(const std::vector<Tensor>& weights, const Text& names, cons
                      const Text& format, const Text& norms, bool gated, bool parallel,
                      const std::vector<double>& scales, std::optional<double> logit_cap,
                      std::optional<double> softcap, const std::optional<std::vector<int64_t>>& tables,
-                     const std::optional<std::vector<int64_t>>& windows, const Text& rotation);
+                     const std::optional<std::vector<int64_t>>& windows, const Text& rotation,
+                     const Text& norm_over, bool norm_last, std::optional<double> clip);
 std::tuple<Tensor, Tensor> decoder_step(const Tensor& ids, const Tensor& cos, const Tensor& sin, int64_t held,
                                         const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
                                         int64_t cached, const std::vector<int64_t>& widths,

@@ -44,6 +44,10 @@ class DecoderShape:
         format: how all projections are stored: "plain", or in panels of this format.
         norms: "rms" (RMSNorm), "layer" (LayerNorm), or with 1 + weight in place of the weight "rms+1" (Gemma's) and
             "layer+1" (Nemotron's, where the sum is rounded to the weight's dtype).
+        norm_over: what a norm of queries or keys runs over: "head", each head, with one weight for all; "each", each
+            head, with a weight of its own; or "heads", all heads that a token keeps, together.
+        norm_last: whether queries and keys are turned before their norms.
+        clip: c bounds queries, keys and values, before they are turned, to [-c, c]; above 0.
         rotation: which elements of a head are turned together: "halves", i and i + R/2, or "pairs", 2i and 2i + 1.
         gated: whether an MLP is ``down(act(gate(x)) * up(x))``, and not ``down(act(up(x)))``.
         parallel: whether the MLP reads the stream that attention reads, and not what attention has added to.
@@ -67,6 +71,9 @@ class DecoderShape:
     activation: str = "silu"
     format: PanelFormat | str = "plain"
     norms: str = "rms"
+    norm_over: str = "head"
+    norm_last: bool = False
+    clip: float | None = None
     rotation: str = "halves"
     gated: bool = True
     parallel: bool = False
@@ -118,13 +125,14 @@ class Decoder:
     Args:
         weights: maps names to tensors on the CPU, in float32, bfloat16 or float16; all have the dtype of
             ``embedding`` except int8 panels and scales. For the model: embedding [vocabulary, K], contiguous, norm
-            [K], head [vocabulary, K]. For each layer, as a list: q [H * D, K], k, v [G * D, K], o [K, H * D]; gate (of
-            a gated MLP), up [F, K], down [K, F]; where the model has them in_norm, attention_post, mlp_norm, mlp_post
-            [K], q_norm, k_norm [D], and a bias of each norm and projection: q_bias, in_norm_bias, head_bias and so on.
-            A part without a norm before it reads the stream itself; a parallel MLP, what attention reads. In a format
-            of panels the head and the projections are those of `pack_linear` (q in one block per group with unit
-            "query"), up and gate together in ``up`` (`pack_mlp`), and formats with scales have head_scales, q_scales
-            to down_scales beside them.
+            [K], head [vocabulary, K]. For each layer, as a list: q [H * D, K], k, v [G * D, K], or in their place qkv
+            [(H + 2 G) D, K], which has of each group its queries, its key and its value; o [K, H * D]; gate (of a gated
+            MLP), up [F, K], down [K, F]; where the model has them in_norm, attention_post, mlp_norm, mlp_post [K],
+            q_norm, k_norm [D] (over "heads" [H * D] and [G * D], of "each" [H, D] and [G, D]), and a bias of each norm
+            and projection: q_bias, in_norm_bias, head_bias and so on. A part without a norm before it reads the stream
+            itself; a parallel MLP, what attention reads. In a format of panels the head and the projections are those
+            of `pack_linear` (q in one block per group with unit "query"), up and gate together in ``up`` (`pack_mlp`),
+            and formats with scales have head_scales, q_scales to down_scales beside them.
         shape: the sizes and settings that all layers share.
     """
 
@@ -143,7 +151,7 @@ class Decoder:
         for name in OF_MODEL[:3]:
             dtypes = DTYPES if name == "embedding" else (*DTYPES, torch.int8)
             common.check_tensor(HOLD, name, weights.get(name), dtypes)
-        for name in ("embedding_scale", "residual_scale", "logit_scale", "logit_cap", "softcap"):
+        for name in ("embedding_scale", "residual_scale", "logit_scale", "logit_cap", "softcap", "clip"):
             common.check_finite(HOLD, name, getattr(shape, name))
         scale = shape.head_size**-0.5 if shape.scale is None else shape.scale
         with torch.no_grad():
@@ -164,6 +172,9 @@ class Decoder:
                 shape.tables,
                 shape.windows,
                 shape.rotation,
+                shape.norm_over,
+                shape.norm_last,
+                shape.clip,
             )
         _alive[self.number] = self
         # at the end of the process the memory goes by itself

@@ -10,6 +10,7 @@ import torch
 from nn.models import EVERY, VARIANTS, row_model
 from nn.test_elastic_model import relative
 from nn.test_forward import counted
+from nn.test_policy import routed, turned
 from peft import LoraConfig, get_peft_model
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -22,34 +23,9 @@ from flextron.nn.plain import extract
 from flextron.nn.proof import prove_sub_network, require_close
 
 ROWS = (*EVERY, *VARIANTS)
-# What the decoder op computes on a CPU; the others run through the modules.
-SERVED = (
-    "llama",
-    "mistral",
-    "ministral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "granite",
-    "smollm3",
-    "phi",
-    "phi3",
-    "exaone4",
-    "cohere2",
-    "helium",
-    "glm",
-    "glm4",
-    "nemotron",
-    "starcoder2",
-    "stablelm",
-    "gptj",
-    "cohere without head norms",
-    "phi without head norms",
-    "olmo without a bound",
-    "stablelm, parallel",
-)
+# What the decoder op does not compute runs through the modules.
+UNSERVED = ("gpt2", "opt", "mixtral", "qwen3_moe", "olmoe", "gpt_oss", "opt, norms last")
+SERVED = tuple(row for row in ROWS if row not in UNSERVED)
 each_row = pytest.mark.parametrize("row", ROWS)
 
 
@@ -219,6 +195,27 @@ def test_the_decoder_op_gives_what_the_modules_give(row, monkeypatch):
     ours, theirs = by(True).double(), by(False).double()
     exact = model.double() and by(False)
     assert relative(ours, exact) <= 1.5 * relative(theirs, exact)
+
+
+@pytest.mark.parametrize("how", ["each", "adaptive"])
+@pytest.mark.parametrize("unit", ["kv_group", "query"])
+@pytest.mark.parametrize("row", ["olmo2", "cohere", "gpt_neox"])
+@torch.no_grad()
+def test_the_decoder_op_norms_and_reads_fused_heads_of_each_tokens_own(row, unit, how, monkeypatch):
+    """Norms over all heads and of each, and fused projections, at budgets of requests and choices of tokens."""
+    stock, ids = row_model(row), tokens(3, 12)
+    model = routed(make_elastic(stock, elastic_config(stock, unit)))
+    if how == "adaptive":
+        turned(model, 0.4, 0.6, 0.8)
+    else:
+        model.set_widths([model.elastic.smallest(), ragged(model.elastic), model.elastic.full()], "all")
+    found = []
+    for on in (True, False):
+        cache = ElasticCache()
+        with counted(monkeypatch, on) as steps:
+            found.append(torch.cat([model(part, cache=cache).logits for part in ids.split([9, 1, 2], 1)], 1))
+        assert len(steps) == (3 if on else 0)
+    assert relative(*found) < 1e-5
 
 
 @torch.no_grad()

@@ -27,6 +27,9 @@ constexpr const char* kOfLayer[] = {"in_norm",
                                     "q_norm_bias",
                                     "k_norm",
                                     "k_norm_bias",
+                                    "qkv",
+                                    "qkv_bias",
+                                    "qkv_scales",
                                     "q",
                                     "k",
                                     "v",
@@ -47,7 +50,7 @@ constexpr const char* kOfLayer[] = {"in_norm",
                                     "o_scales",
                                     "up_scales",
                                     "down_scales"};
-constexpr const char* kNeeded[] = {"embedding", "norm", "head", "q", "k", "v", "o", "up", "down"};
+constexpr const char* kNeeded[] = {"embedding", "norm", "head", "o", "up", "down"};
 
 template <size_t N>
 bool is_in(const char* const (&list)[N], const std::string& name) {
@@ -77,6 +80,7 @@ Kind kind_of(const char* argument, const char* const (&names)[N], const std::str
 }
 constexpr const char* kNorms[] = {"rms", "rms+1", "layer", "layer+1"};
 constexpr const char* kRotations[] = {"halves", "pairs"};
+constexpr const char* kNormsOver[] = {"head", "heads", "each"};
 
 // A bound that is above 0, or 0 where there is none.
 double bound_of(const char* name, std::optional<double> bound) {
@@ -97,8 +101,8 @@ std::vector<int64_t> of_layers(const char* name, const std::optional<std::vector
 }
 
 Shape read_shape(const Settings& settings, const Tensor& embedding) {
-  const auto& [shape, numbers, unit, activation, format, norms, rotation, gated, parallel, scales, logit_cap,
-               softcap, tables, windows] = settings;
+  const auto& [shape, numbers, unit, activation, format, norms, rotation, norm_over, gated, parallel,
+               norm_last, scales, logit_cap, softcap, clip, tables, windows] = settings;
   constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
   if (numbers.size() != 2) fail(kHold, ": numbers must have 2 entries, got ", numbers.size());
   const int64_t query_heads = shape[2], groups = shape[3];
@@ -115,6 +119,13 @@ Shape read_shape(const Settings& settings, const Tensor& embedding) {
   if (scales.size() != 3) fail(kHold, ": scales must have 3 entries, got ", scales.size());
   constexpr const char* kScales[] = {"embedding_scale", "residual_scale", "logit_scale"};
   for (size_t i = 0; i < scales.size(); ++i) check_finite(kHold, kScales[i], scales[i]);
+  const auto over = kind_of<NormOver>("norm_over", kNormsOver, norm_over);
+  const auto kind = kind_of<NormKind>("norms", kNorms, norms);
+  if (over == NormOver::kHeads) {
+    if (norm_last) fail(kHold, ": norm_last must be false where norm_over is heads, got true");
+    if (kind != NormKind::kRms && kind != NormKind::kRmsPlusOne)
+      fail(kHold, ": norms must be rms or rms+1 where norm_over is heads, got ", norms);
+  }
   return {.layers = shape[0],
           .F = shape[1],
           .H = query_heads,
@@ -127,8 +138,11 @@ Shape read_shape(const Settings& settings, const Tensor& embedding) {
           .by_group = unit == "kv_group",
           .activation = activation_of(kHold, activation),
           .format = format == "plain" ? std::nullopt : std::optional(panel_format(kHold, format)),
-          .norms = kind_of<NormKind>("norms", kNorms, norms),
+          .norms = kind,
           .rotation = kind_of<Rotation>("rotation", kRotations, rotation),
+          .norm_over = over,
+          .norm_last = norm_last,
+          .clip = clip ? static_cast<float>(bound_of("clip", clip)) : std::numeric_limits<float>::infinity(),
           .gated = gated,
           .parallel = parallel,
           .embedding_scale = static_cast<float>(scales[0]),
@@ -145,19 +159,33 @@ class Reader {
  public:
   Reader(const Model& model, int64_t layer) : model_(model), layer_(layer) {}
 
-  // A vector; null where it is not given (Weights has seen to those that are needed).
-  const Tensor* vector(const std::string& name, int64_t size) const {
+  // A tensor of these sizes; null where it is not given (Weights has seen to those that are needed).
+  const Tensor* tensor(const std::string& name, std::initializer_list<int64_t> sizes) const {
     const Tensor* const t = model_.weights.find(name, layer_);
     if (!t) return nullptr;
-    check_like(kHold, name.c_str(), *t, {size}, dtype(), device());
-    if (size > 1 && t->stride(0) != 1) fail(kHold, ": ", name, " must be contiguous, got strides");
+    check_like(kHold, name.c_str(), *t, sizes, dtype(), device());
+    if (!t->is_contiguous()) fail(kHold, ": ", name, " must be contiguous, got strides");
     return t;
   }
 
-  Norm norm(const std::string& name, int64_t size) const {
-    const Norm norm{vector(name, size), vector(name + "_bias", size)};
+  Norm norm(const std::string& name, std::initializer_list<int64_t> sizes) const {
+    const Norm norm{tensor(name, sizes), tensor(name + "_bias", sizes)};
     if (norm.bias && !norm.weight) fail(kHold, ": ", name, " must be given with its bias, got none");
     return norm;
+  }
+
+  // The norm of queries or keys, of so many heads.
+  Norm head_norm(const std::string& name, int64_t heads) const {
+    const int64_t D = model_.shape.D;
+    switch (model_.shape.norm_over) {
+      case NormOver::kHead:
+        return norm(name, {D});
+      case NormOver::kHeads:
+        return norm(name, {heads * D});
+      case NormOver::kEach:
+        return norm(name, {heads, D});
+    }
+    return {};
   }
 
   // A projection of in_blocks * inputs to out_blocks * outputs; panels hold `panels` for each 16 outputs.
@@ -178,7 +206,7 @@ class Reader {
       if (weight.size(1) > 1 && weight.stride(1) != 1)
         fail(kHold, ": ", name, " must have contiguous rows, got strides");
     }
-    return {&weight, scales, vector(name + "_bias", out_blocks * outputs), out_blocks, in_blocks};
+    return {&weight, scales, tensor(name + "_bias", {out_blocks * outputs}), out_blocks, in_blocks};
   }
 
   Layer layer() const {
@@ -190,15 +218,19 @@ class Reader {
            has_gate ? "both" : "neither");
     if (!s.gated && (has_gate || model_.weights.find("gate_bias", layer_)))
       fail(kHold, ": gate must not be given, nor its bias, where gated is false, got one");
-    Layer layer{.in_norm = norm("in_norm", s.K),
-                .attention_post = norm("attention_post", s.K),
-                .mlp_norm = norm("mlp_norm", s.K),
-                .mlp_post = norm("mlp_post", s.K),
-                .q_norm = norm("q_norm", s.D),
-                .k_norm = norm("k_norm", s.D),
-                .q = matrix("q", blocks, queries, 1, s.K),
-                .k = matrix("k", 1, groups, 1, s.K),
-                .v = matrix("v", 1, groups, 1, s.K),
+    const bool fused = model_.weights.find("qkv", layer_) != nullptr;
+    if (fused && s.norm_over == NormOver::kHeads)
+      fail(kHold, ": qkv must not be given where norm_over is heads, got one");
+    Layer layer{.in_norm = norm("in_norm", {s.K}),
+                .attention_post = norm("attention_post", {s.K}),
+                .mlp_norm = norm("mlp_norm", {s.K}),
+                .mlp_post = norm("mlp_post", {s.K}),
+                .q_norm = head_norm("q_norm", s.H),
+                .k_norm = head_norm("k_norm", s.G),
+                .qkv = fused ? matrix("qkv", 1, s.fused() * s.G, 1, s.K) : Matrix{},
+                .q = fused ? Matrix{} : matrix("q", blocks, queries, 1, s.K),
+                .k = fused ? Matrix{} : matrix("k", 1, groups, 1, s.K),
+                .v = fused ? Matrix{} : matrix("v", 1, groups, 1, s.K),
                 .o = matrix("o", 1, s.K, blocks, queries),
                 .gate = {},
                 .up = matrix("up", 1, s.F, 1, s.K, s.gated && !has_gate ? 2 : 1),
@@ -208,7 +240,7 @@ class Reader {
       if (layer.gate.weight->stride(0) != layer.up.weight->stride(0))
         fail(kHold, ": up must have the strides of gate, got others");
     }
-    layer.gate.bias = vector("gate_bias", s.F);
+    layer.gate.bias = tensor("gate_bias", {s.F});
     if (s.parallel && (layer.attention_post.weight || layer.mlp_post.weight))
       fail(kHold, ": attention_post and mlp_post must not be given where parallel is true, got one");
     return layer;
@@ -237,6 +269,15 @@ Weights::Weights(std::vector<Tensor> tensors, const std::string& names, int64_t 
   }
   for (const char* const name : kNeeded)
     if (!first_.contains(name)) fail(kHold, ": names must have ", name, ", got ", names);
+  const bool fused = first_.contains("qkv");
+  for (const std::string part : {"q", "k", "v"}) {
+    if (!fused && !first_.contains(part)) fail(kHold, ": names must have ", part, ", got ", names);
+    for (const std::string more : {"", "_bias", "_scales"}) {
+      const std::string name = fused ? part + more : "qkv" + more;
+      if (first_.contains(name))
+        fail(kHold, ": names must have qkv or q, k and v, and nothing of the other, got ", names);
+    }
+  }
   if (static_cast<int64_t>(tensors_.size()) != count)
     fail(kHold, ": weights must have ", count, " entries, got ", tensors_.size());
 }
@@ -256,7 +297,7 @@ Model::Model(std::vector<Tensor> tensors, const std::string& names, const Settin
       shape(read_shape(settings, checked_embedding(*embedding))) {
   for (int64_t l = 0; l < shape.layers; ++l) layers.push_back(Reader(*this, l).layer());
   const Reader reader(*this, 0);
-  norm = reader.norm("norm", shape.K);
+  norm = reader.norm("norm", {shape.K});
   head = reader.matrix("head", 1, shape.vocabulary, 1, shape.K);
 }
 

@@ -27,6 +27,9 @@ struct Shape {
   std::optional<PanelFormat> format;  // of the projections' panels; nothing where weights are plain
   NormKind norms;
   Rotation rotation;
+  NormOver norm_over;
+  bool norm_last;        // whether heads are turned before their norms
+  float clip;            // bounds queries, keys and values; infinite: nothing does
   bool gated, parallel;  // whether MLPs have a gate; whether they are beside attention
   float embedding_scale, residual_scale, logit_scale;
   float logit_cap;               // or 0: none
@@ -39,7 +42,8 @@ struct Shape {
     return tables.empty() ? 1 : std::max<int64_t>(1, *std::max_element(tables.begin(), tables.end()));
   }
 
-  int64_t queries() const { return H / G; }                        // of a group
+  int64_t queries() const { return H / G; }              // of a group
+  int64_t fused() const { return (queries() + 2) * D; }  // features of a group with its key and value
   int64_t most_heads() const { return by_group ? G : queries(); }  // that a row uses, in its unit
   int64_t blocks() const { return by_group ? 1 : G; }              // of query heads
   int64_t unit_heads() const { return by_group ? queries() : 1; }  // query heads a unit has in each block
@@ -70,19 +74,20 @@ struct Norm {
   const Tensor *weight, *bias;  // null: not given
 };
 
+// Of each layer alike qkv, or q, k and v; the others have no weight.
 struct Layer {
   Norm in_norm, attention_post, mlp_norm, mlp_post, q_norm, k_norm;
-  Matrix q, k, v, o, gate, up, down;  // a packed model's gate is in the panels of `up`
+  Matrix qkv, q, k, v, o, gate, up, down;  // a packed model's gate is in the panels of `up`
 };
 
 // The other arguments of decoder_hold.
 struct Settings {
   const std::vector<int64_t>& shape;   // layers, neurons, query_heads, groups, head_size
   const std::vector<double>& numbers;  // eps, scale
-  const std::string &unit, &activation, &format, &norms, &rotation;
-  bool gated, parallel;
+  const std::string &unit, &activation, &format, &norms, &rotation, &norm_over;
+  bool gated, parallel, norm_last;
   const std::vector<double>& scales;  // of the embedding, of what is added to the stream, of the logits
-  std::optional<double> logit_cap, softcap;
+  std::optional<double> logit_cap, softcap, clip;
   const std::optional<std::vector<int64_t>>&tables, &windows;  // of each layer
 };
 

@@ -1,5 +1,7 @@
 // A decoder's steps on a CPU: the loops of csrc/kernels/decoder.h between the GEMMs of ops/elastic_gemm.h and
 // the attention of ops/attention_decode.h, all on torch's threads.
+#include <utility>
+
 #include "kernels/decoder.h"
 #include "ops/attention_decode.h"
 #include "ops/decoder/pass.h"
@@ -11,10 +13,11 @@ namespace {
 
 // The GEMMs of a model's weights, without the inputs and outputs of a call.
 struct LayerGemms {
-  ElasticGemmParams q, k, v, o, up, down;
+  ElasticGemmParams qkv, q, k, v, o, up, down;
 };
 
 ElasticGemmParams gemm_of(const Shape& s, const Matrix& m) {
+  if (!m.weight) return no_gemm();
   if (s.format) {
     const OptionalTensor scales = m.scales ? OptionalTensor(*m.scales) : std::nullopt;
     return on_panels({*s.format, "weight", *m.weight, "scales", scales}, m.in_blocks);
@@ -25,7 +28,8 @@ ElasticGemmParams gemm_of(const Shape& s, const Matrix& m) {
 }
 
 LayerGemms gemms_of(const Shape& s, const Layer& layer) {
-  LayerGemms gemms{.q = gemm_of(s, layer.q),
+  LayerGemms gemms{.qkv = gemm_of(s, layer.qkv),
+                   .q = gemm_of(s, layer.q),
                    .k = gemm_of(s, layer.k),
                    .v = gemm_of(s, layer.v),
                    .o = gemm_of(s, layer.o),
@@ -54,11 +58,19 @@ ElasticGemmParams gemm_of_router(const Tensor& w, int64_t layer) {
   return p;
 }
 
+// Where heads come from, in each row: groups of heads, which are adjacent in a group.
+struct HeadsIn {
+  const float* data;
+  int64_t row, group;    // elements apart
+  int64_t groups, each;  // that there are
+  int64_t whole;         // heads of a group in a full layer
+};
+
 // Where heads go: D adjacent elements of each.
 template <class scalar_t>
 struct HeadRows {
   scalar_t* data;
-  int64_t heads, stride_b, stride_t, stride_h;
+  int64_t stride_b, stride_t, stride_h;
 };
 
 // One call: its rows, and the layers' kernels one after the other.
@@ -76,7 +88,7 @@ class Run {
         row_(padded_row(s_.K)),
         hidden_row_(padded_row(s_.F)),
         query_row_(s_.H * s_.D),
-        longest_bias_(std::max({s_.F, query_row_, s_.K})),
+        longest_bias_(std::max({s_.F, query_row_ + 2 * s_.G * s_.D, s_.K})),
         out_(empty(*model.embedding,
                    {rows_, query_row_})),  // heads that a row does not use are copied, never read
         q_(empty(*model.embedding, {rows_, query_row_})),
@@ -91,8 +103,8 @@ class Run {
     }
     added_ = buffers_.take(rows_ * s_.K);
     hidden_ = buffers_.take(rows_ * hidden_row_);
-    queries_ = buffers_.take(rows_ * query_row_);
     attended_ = buffers_.take(rows_ * query_row_);
+    queries_ = buffers_.take(rows_ * query_row_);  // and what follows: all three of fused projections
     keys_ = buffers_.take(rows_ * s_.G * s_.D);
     values_ = buffers_.take(rows_ * s_.G * s_.D);
     last_ = buffers_.take(tokens_.B * tokens_.keep * row_);
@@ -219,11 +231,8 @@ class Run {
   // `heads` and `neurons` beside the keys and values, of which every token stores the same.
   void project(int64_t l, const LayerGemms& gemms, Used& heads, Used& neurons) {
     const Layer& layer = model_.layers[l];
+    const bool fused = layer.qkv.weight != nullptr;
     const int64_t stored = call_.cache.stored[l], query_size = s_.H * s_.D, group_size = s_.G * s_.D;
-    ElasticGemmParams q = gemms.q, k = gemms.k, v = gemms.v;
-    set_bias(q, 0, layer.q.bias, query_size, 0);
-    set_bias(k, 0, layer.k.bias, group_size, 1);
-    set_bias(v, 0, layer.v.bias, group_size, 2);
     std::vector<GemmJob> jobs;
     const auto add = [&](const ElasticGemmParams& p, From from, const Staircase& stairs, Count features,
                          float* y, const int64_t* order) {
@@ -232,39 +241,108 @@ class Run {
         jobs.push_back(job(p, from, stairs, {s_.K, 0}, features, {y, p.out_blocks * most, order}));
     };
     const From normed{normed_, row_, 0};
-    add(k, normed, every_, {stored * s_.D, 0}, keys_, nullptr);
-    add(v, normed, every_, {stored * s_.D, 0}, values_, nullptr);
+    if (fused) {  // of stored groups all: queries that a row does not use lie between others and the keys
+      ElasticGemmParams qkv = gemms.qkv;
+      set_bias(qkv, 0, layer.qkv.bias, s_.fused() * s_.G, 0);
+      add(qkv, normed, every_, {stored * s_.fused(), 0}, queries_, nullptr);
+    } else {
+      ElasticGemmParams k = gemms.k, v = gemms.v;
+      set_bias(k, 0, layer.k.bias, group_size, 1);
+      set_bias(v, 0, layer.v.bias, group_size, 2);
+      add(k, normed, every_, {stored * s_.D, 0}, keys_, nullptr);
+      add(v, normed, every_, {stored * s_.D, 0}, values_, nullptr);
+    }
     if (router_) {
       add(gemm_of_router(router_->w1, l), normed, every_, {router_->hidden, 0}, routed_, nullptr);
       run_gemms(std::move(jobs));
       jobs.clear();
       choose(l, heads, neurons);
     }
-    add(q, sorted(heads), heads.stairs, {0, s_.unit_heads() * s_.D}, queries_, heads.order());
+    if (!fused) {
+      ElasticGemmParams q = gemms.q;
+      set_bias(q, 0, layer.q.bias, query_size, 0);
+      add(q, sorted(heads), heads.stairs, {0, s_.unit_heads() * s_.D}, queries_, heads.order());
+    }
     run_gemms(std::move(jobs));
-    const int64_t used = s_.blocks() * s_.unit_heads() * heads.widest(), used_row = used * s_.D;
-    if (used > 0)
-      turn(queries_, layer.q_norm, s_.tables[l],
-           {mutable_data_of<scalar_t>(q_), used, tokens_.T * used_row, used_row, s_.D});
+    const int64_t groups = s_.by_group ? heads.widest() : s_.G;
+    const int64_t each = s_.by_group ? s_.queries() : heads.widest();
+    const HeadsIn queries = heads_in(fused, stored, queries_, 0, groups, each);
+    const HeadsIn keys = heads_in(fused, stored, keys_, s_.queries(), stored, 1);
+    const HeadsIn values = heads_in(fused, stored, values_, s_.queries() + 1, stored, 1);
+    Norm q_norm = layer.q_norm, k_norm = layer.k_norm;
+    if (s_.norm_over == NormOver::kHeads)
+      normalise_all(std::exchange(q_norm, {}), std::exchange(k_norm, {}), heads, stored);
+    const int64_t used_row = groups * each * s_.D;
+    if (used_row > 0)
+      turn(queries, q_norm, s_.tables[l],
+           {mutable_data_of<scalar_t>(q_), tokens_.T * used_row, used_row, s_.D});
     if (stored == 0) return;
-    turn(keys_, layer.k_norm, s_.tables[l], new_rows(call_.cache.keys[l], stored));
-    turn(values_, {}, 0, new_rows(call_.cache.values[l], stored));
+    turn(keys, k_norm, s_.tables[l], new_rows(call_.cache.keys[l]));
+    turn(values, {}, 0, new_rows(call_.cache.values[l]));
+  }
+
+  // Heads that lie alone in a buffer, or from the head `at` of each group in a fused projection's.
+  HeadsIn heads_in(bool fused, int64_t stored, const float* alone, int64_t at, int64_t groups,
+                   int64_t each) const {
+    const int64_t whole = at == 0 ? s_.queries() : 1;
+    if (fused) return {queries_ + at * s_.D, stored * s_.fused(), s_.fused(), groups, each, whole};
+    return {alone, groups * each * s_.D, each * s_.D, groups, each, whole};
+  }
+
+  // Queries and keys, each by a norm over all the heads that a row keeps.
+  void normalise_all(const Norm& q_norm, const Norm& k_norm, const Used& heads, int64_t stored) const {
+    const int64_t* const extents = heads.flat() ? nullptr : heads.extents.data();
+    const int64_t unit = s_.unit_heads() * s_.D, most = heads.widest();
+    DecoderAllHeadsParams<scalar_t> p{.kind = s_.norms,
+                                      .x = queries_,
+                                      .norm = data_of_norm(q_norm),
+                                      .extents = extents,
+                                      .extent = most,
+                                      .unit = unit,
+                                      .blocks = s_.blocks(),
+                                      .block = unit * most,
+                                      .norm_block = s_.queries() * s_.D,
+                                      .least = 0,
+                                      .eps = s_.eps};
+    normalise_all(p);
+    p.x = keys_;
+    p.norm = data_of_norm(k_norm);
+    p.unit = s_.D;
+    p.blocks = 1;
+    p.block = p.least = stored * s_.D;
+    if (!s_.by_group) {  // every token keeps all keys that are stored
+      p.extents = nullptr;
+      p.extent = stored;
+    }
+    normalise_all(p);
+  }
+  void normalise_all(const DecoderAllHeadsParams<scalar_t>& p) const {
+    if (!p.norm.weight || p.block == 0) return;
+    const auto kernel = FLEXTRON_FOR_ISA(decoder_all_heads, scalar_t);
+    parallel_for(rows_, p.blocks * p.block, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
 
   // Where the new tokens' keys or values lie in a layer's cache.
-  HeadRows<scalar_t> new_rows(const Tensor& cache, int64_t stored) const {
-    return {mutable_data_of<scalar_t>(cache) + call_.cache.cached * cache.stride(1), stored, cache.stride(0),
+  HeadRows<scalar_t> new_rows(const Tensor& cache) const {
+    return {mutable_data_of<scalar_t>(cache) + call_.cache.cached * cache.stride(1), cache.stride(0),
             cache.stride(1), cache.stride(2)};
   }
 
   // By one of the tables, counted from 1; 0: not turned.
-  void turn(const float* from, const Norm& norm, int64_t table, HeadRows<scalar_t> to) const {
+  void turn(const HeadsIn& from, const Norm& norm, int64_t table, HeadRows<scalar_t> to) const {
+    const int64_t norm_head = s_.norm_over == NormOver::kEach ? s_.D : 0;
     const Tensor &cos = call_.rotary.cos, &sin = call_.rotary.sin;
     const int64_t turned = cos.size(2) / s_.table_count(), at = (table - 1) * turned;
     const DecoderHeadsParams<scalar_t> p{.kind = s_.norms,
                                          .rotation = s_.rotation,
-                                         .from = from,
+                                         .norm_last = s_.norm_last,
+                                         .clip = s_.clip,
+                                         .from = from.data,
+                                         .from_row = from.row,
+                                         .from_group = from.group,
                                          .norm = data_of_norm(norm),
+                                         .norm_group = from.whole * norm_head,
+                                         .norm_head = norm_head,
                                          .cos = table ? data_of<scalar_t>(cos) + at : nullptr,
                                          .sin = table ? data_of<scalar_t>(sin) + at : nullptr,
                                          .to = to.data,
@@ -272,14 +350,16 @@ class Run {
                                          .to_stride_t = to.stride_t,
                                          .to_stride_h = to.stride_h,
                                          .T = tokens_.T,
-                                         .heads = to.heads,
+                                         .groups = from.groups,
+                                         .each = from.each,
                                          .D = s_.D,
                                          .R = table ? turned : 0,
                                          .table_stride = cos.size(2),
                                          .one_table = cos.size(0) == 1,
                                          .eps = s_.eps};
     const auto kernel = FLEXTRON_FOR_ISA(decoder_heads, scalar_t);
-    parallel_for(rows_, to.heads * s_.D, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+    parallel_for(rows_, from.groups * from.each * s_.D,
+                 [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
 
   // Every row's choices in layer l, of the sums W1 n that are in routed_.

@@ -337,10 +337,12 @@ class Anatomy:
         kind = {name: value for name, value in kind.items() if value != 1}
         kind |= {} if self.norm_kind == "rms" else {"norms": self.norm_kind}
         kind |= {"rotation": "pairs"} if self.turns_pairs else {}
+        kind |= {"norm_over": self.norm_over} if self.norm_over != "head" else {}
+        kind |= {"norm_last": True} if self.norm_last else {}
         kind |= {} if self.gated else {"gated": False}
         kind |= {"parallel": True} if self.parallel else {}
-        for name, bound in (("logit_cap", self.logit_cap), ("softcap", self.softcap)):
-            if bound and getattr(config, bound) is not None:
+        for name, bound in (("logit_cap", self.logit_cap), ("softcap", self.softcap), ("clip", self.clip)):
+            if bound and getattr(config, bound, None) is not None:
                 kind[name] = getattr(config, bound)
         kind |= {"tables": tables} if {*tables} != {1} else {}
         return kind | ({"windows": windows} if any(windows) else {})
@@ -356,10 +358,7 @@ class Anatomy:
         plain = Anatomy()
         for name, what in (
             ("transposed", "transposed weights"),
-            ("grouped", "projections of groups"),
             ("experts", "experts"),
-            ("norm_over", "norms over all heads"),
-            ("norm_last", "norms after the rotation"),
             ("stream_norms", "norms of the stream"),
             ("sinks", "attention sinks"),
         ):
@@ -367,7 +366,8 @@ class Anatomy:
                 return what
         if self.rotary != "half" and (self.table_of_type or not self.turns_pairs):
             return "positions"
-        return self.clip if self.clip and getattr(config, self.clip, None) is not None else None
+        is_other = self.grouped or self.norm_last or not self.norm_kind.startswith("rms")
+        return "norms over all heads" if self.norm_over == "heads" and is_other else None
 
 
 # the decoder op's name of what a configuration multiplies by
@@ -567,7 +567,7 @@ FAMILIES: dict[str, Anatomy | Callable[[Any], Anatomy]] = {
     ),
     "olmo": replace(LLAMA, norm_kind="layer", norm_eps="", clip="clip_qkv"),
     "olmo2": _OLMO2,
-    "olmo3": _OLMO2,
+    "olmo3": replace(_OLMO2, table_of_type=True),
     "exaone4": replace(LLAMA, **_AFTER, head_norms=_HEAD_NORMS, unrotated="full"),
     "cohere": _cohere,
     "cohere2": replace(_COHERE, unrotated="unwindowed"),

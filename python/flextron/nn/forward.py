@@ -50,14 +50,13 @@ class _Part(NamedTuple):
 def _of_layer(a: Anatomy) -> dict[str, tuple[str, str]]:
     """The same in each layer of a family that the decoder op computes; a projection may stand for several."""
     q, k, v = a.qkv if len(a.qkv) == 3 else 3 * a.qkv
+    qkv = {"qkv": q} if a.grouped else {"q": q, "k": k, "v": v}
     up = a.up if len(a.up) == 1 + a.gated else 2 * a.up
     norms = dict(zip(("q_norm", "k_norm"), a.head_norms, strict=False))
     return {
         "in_norm": ("", a.attention_norm),
         "attention_post": ("", a.attention_post),
-        "q": (a.attention, q),
-        "k": (a.attention, k),
-        "v": (a.attention, v),
+        **{name: (a.attention, projection) for name, projection in qkv.items()},
         "o": (a.attention, a.output),
         **{name: (a.attention, norm) for name, norm in norms.items()},
         "mlp_norm": ("", a.mlp_norm),
@@ -150,7 +149,7 @@ def _parts_of(layer: nn.Module, a: Anatomy) -> dict[str, _Part] | None:
     places = _of_layer(a)
     modules = _modules_of({"": layer, a.attention: attention, a.mlp: mlp}, places)
     parts = {name: _Part(module) for name, module in modules.items()}
-    if len(a.qkv) == 1:
+    if len(a.qkv) == 1 and not a.grouped:
         parts |= {
             name: _of_fused(parts[name], rows) for name, rows in zip("qkv", attention.rows(), strict=True)
         }
@@ -345,8 +344,8 @@ def _tables_of(model: Elastic) -> Callable[[Tensor, Tensor], tuple[Tensor, Tenso
         if a.table_of_type:
             every = [rotary(like, positions, kind) for kind in kinds]
             cos, sin = (torch.cat(each, -1) for each in zip(*every, strict=True))
-            return cos, sin
-        cos, sin = rotary(like, positions)
+        else:
+            cos, sin = rotary(like, positions)
         if a.turns_pairs:
             cos, sin = (t.repeat_interleave(2, -1) for t in once(a.rotary, cos, sin))
         return cos.to(like.dtype), sin.to(like.dtype)  # OLMo's are float32

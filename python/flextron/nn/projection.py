@@ -141,7 +141,10 @@ def is_alone(proj: Projection) -> bool:
     """Whether a projection consists of a weight and a bias, plain or packed, and nothing else."""
     if type(proj) is PackedLinear:
         return True
-    return type(proj) is nn.Linear and type(proj._parameters.get("weight")) in (nn.Parameter, Tensor)
+    return type(proj) in (nn.Linear, FalconLinear) and type(proj._parameters.get("weight")) in (
+        nn.Parameter,
+        Tensor,
+    )
 
 
 def linear(
