@@ -227,6 +227,13 @@ def test_what_the_decoder_op_held_of_fused_weights_goes_when_they_are_converted(
     assert all(storage.expired() for storage in before)
 
 
+@torch.no_grad()
+def test_in_training_embeddings_are_dropped_without_gradients_too():
+    model = make_elastic(row_model("phi", embd_pdrop=0.5)).train()
+    once, again = (model(tokens(1, 5), use_cache=False).logits for _ in range(2))
+    assert not torch.equal(once, again)
+
+
 @pytest.mark.parametrize("row", ["olmo", "olmo2", "cohere"])
 def test_tables_of_rotations_may_be_wider_than_the_weights(row):
     model = make_elastic(row_model(row)).to(torch.bfloat16)

@@ -211,6 +211,7 @@ class ElasticForward:
             (layer._modules.get(a.attention), layer._modules.get(a.mlp)) for layer in model.decoder_layers
         ]
         self.snapshot = _Snapshot(model)
+        self.dropouts = [module for module in model.base_model.children() if isinstance(module, nn.Dropout)]
         return (
             not self.snapshot.replaced
             and _is_embedding(embed, a)
@@ -254,9 +255,13 @@ class ElasticForward:
         hooks = [] if self.snapshot is None else self.snapshot.hooks
         return any(hooks) and any(hook.__module__ != RECORDER for each in hooks for hook in each.values())
 
+    def drops(self) -> bool:
+        """Whether embeddings are dropped, as some families do in training."""
+        return any(module.training and module.p > 0 for module in self.dropouts)
+
     def extents(self, model: Elastic, B: int) -> DecoderStep | None:
         """What the op keeps of B sequences; None where the modules must run."""
-        if not self.serves or not runs_on(self.norm.device) or self.is_watched():
+        if not self.serves or not runs_on(self.norm.device) or self.is_watched() or self.drops():
             return None
         return model.settings.now().extents(B)
 
