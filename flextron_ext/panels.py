@@ -21,6 +21,11 @@ class PanelFormat(StrEnum):
         return _STORAGE[self]
 
     @property
+    def together(self) -> int:
+        """Inputs of a feature that lie side by side, in a word of four bytes."""
+        return 4 // self.storage.itemsize
+
+    @property
     def scaled(self) -> bool:
         """Whether each feature has a float32 scale."""
         return self is PanelFormat.INT8

@@ -173,8 +173,8 @@ def _visible(T: int, S: int, first: int, causal: bool, window: int | None, devic
 
 
 def _unpacked(panels: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[blocks, P, K, 16] -> [blocks * P * 16, K]."""
-    weight = panels.transpose(2, 3).to(dtype)  # [blocks, P, 16, K]
+    """[blocks, P, words, 16, together] -> [blocks * P * 16, words * together]."""
+    weight = panels.transpose(2, 3).flatten(3).to(dtype)  # [blocks, P, 16, K]
     if scales is not None:
         weight = (weight.double() * scales[..., None].double()).to(dtype)
     return weight.flatten(0, 2)
@@ -193,9 +193,7 @@ def packed_linear(
     in_blocks: int = 1,
 ) -> Tensor:
     blocks = panels.shape[0]
-    weight = (
-        _unpacked(panels, scales, x.dtype).view(blocks, -1, panels.shape[2])[:, :out_features].flatten(0, 1)
-    )
+    weight = _unpacked(panels, scales, x.dtype).unflatten(0, (blocks, -1))[:, :out_features].flatten(0, 1)
     if bias is not None:
         bias = bias.view(blocks, -1)[:, :out_features].flatten()
     return elastic_linear(
@@ -219,12 +217,11 @@ def packed_mlp(
     activation: str = "silu",
     extent: Tensor | None = None,
 ) -> Tensor:
-    F = down_panels.shape[2]
-    up, gate = _unpacked(up_panels, up_scales, x.dtype), None
+    up, gate = _unpacked(up_panels, up_scales, x.dtype)[:, : x.shape[1]], None
     if gated:
-        gate, up = (half.flatten(0, 1)[:F] for half in up.unflatten(0, (-1, 2, 16)).unbind(1))
+        gate, up = (half.flatten(0, 1) for half in up.unflatten(0, (-1, 2, 16)).unbind(1))
     down = _unpacked(down_panels, down_scales, x.dtype)[:out_features]
-    return elastic_mlp(x, gate, up[:F], down, b_gate, b_up, b_down, width, activation, extent)
+    return elastic_mlp(x, gate, up, down, b_gate, b_up, b_down, width, activation, extent)
 
 
 def head_attention(
@@ -456,17 +453,19 @@ def _plain_weights(held: Decoder, dtype: torch.dtype) -> tuple[dict[str, Tensor]
     rows = dict(head=vocabulary, q=s.query_heads * s.head_size, o=K, down=K)
     rows["qkv"] = (s.query_heads + 2 * s.groups) * s.head_size
     rows |= dict.fromkeys("kv", s.groups * s.head_size)
+    in_blocks = {"o": blocks["q"]}
+    columns = dict(o=rows["q"] // blocks["q"], down=s.neurons)  # of a block
     for w in (model, *layers) if s.format != "plain" else ():
         for name in rows.keys() & w.keys():
-            weight = _unpacked(w[name], w.get(f"{name}_scales"), dtype).view(
-                blocks.get(name, 1), -1, w[name].shape[2]
+            weight = _unpacked(w[name], w.get(f"{name}_scales"), dtype).unflatten(
+                0, (blocks.get(name, 1), -1)
             )
-            w[name] = weight[:, : rows[name] // len(weight)].flatten(0, 1)
+            inputs = weight.unflatten(2, (in_blocks.get(name, 1), -1))[..., : columns.get(name, K)]
+            w[name] = inputs.flatten(2)[:, : rows[name] // len(weight)].flatten(0, 1)
         if "up" in w and not s.gated:
-            up = _unpacked(w["up"], w.get("up_scales"), dtype)
-            w["up"] = up.view(-1, up.shape[-1])[: s.neurons]
+            w["up"] = _unpacked(w["up"], w.get("up_scales"), dtype)[: s.neurons, :K]
         elif "up" in w:
-            both = _unpacked(w["up"], w.get("up_scales"), dtype).unflatten(0, (-1, 2, 16))
+            both = _unpacked(w["up"], w.get("up_scales"), dtype)[:, :K].unflatten(0, (-1, 2, 16))
             w["gate"], w["up"] = (half.flatten(0, 1)[: s.neurons] for half in both.unbind(1))
     in_dtype = [{name: t.to(dtype) for name, t in w.items()} for w in (model, *layers)]
     return in_dtype[0], in_dtype[1:]

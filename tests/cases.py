@@ -120,7 +120,7 @@ def packed_linear(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     for case in elastic_linear(device, dtype):
         weight, blocks = case.pop("weight"), case.pop("out_blocks")
         for packed in (None, "int8"):
-            panels = pack_linear(weight, blocks, packed)._asdict()
+            panels = pack_linear(weight, blocks, packed, case["in_blocks"])._asdict()
             yield dict(x=case["x"]) | panels | case
 
 
@@ -298,13 +298,14 @@ def decoder_step(device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
                 w |= norms_of(dict(q_norm=of_heads(H), k_norm=of_heads(G)))
             w |= norms_of(dict.fromkeys(norms_at, K))
             if packed is not False:
-                blocks = dict(q=G if unit == "query" else 1)
+                blocks = G if unit == "query" else 1
                 w["up"], w["down"], *scales, format = pack_mlp(
                     w.pop("gate", None), w["up"], w["down"], packed
                 )
                 w |= dict(zip(("up_scales", "down_scales"), scales, strict=True))
                 for name in [name for name in ("qkv", *"qkvo") if name in w]:
-                    w[name], w[f"{name}_scales"], _ = pack_linear(w[name], blocks.get(name, 1), packed)
+                    out_blocks, in_blocks = blocks if name == "q" else 1, blocks if name == "o" else 1
+                    w[name], w[f"{name}_scales"], _ = pack_linear(w[name], out_blocks, packed, in_blocks)
             layers.append({name: t for name, t in w.items() if t is not None})
         head, scales = tensor(37, K, scale=K**-0.5), None
         if packed is not False:

@@ -93,8 +93,8 @@ with torch.no_grad():
     check("head_attention_decode_backward", ops.head_attention_decode_backward(dy, *arguments, 15), grads)
 
 
-def panels(w):  # [N, K] -> [1, N / 16, K, 16], the last panel filled up
-    return F.pad(w, (0, 0, 0, -w.shape[0] % 16)).view(1, -1, 16, w.shape[1]).transpose(2, 3).contiguous()
+def panels(w):  # [N, K] -> [1, N / 16, K, 16, 1], the last panel filled up
+    return F.pad(w, (0, 0, 0, -w.shape[0] % 16)).view(1, -1, 16, w.shape[1], 1).transpose(2, 3).contiguous()
 
 
 def norm(x):

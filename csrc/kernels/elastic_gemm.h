@@ -8,9 +8,11 @@
 // from zero in order of i and the chains in order: neither the rows beside a row, nor how many, nor a prefix
 // that is cut off, nor the number of threads changes a bit of it. Weights lie in one of three layouts:
 //
-//   panels   [ob][panel][inputs of all blocks][kPanel], contiguous, the last panel filled up: prefixes of
-//            features and of inputs are both contiguous. The panels of a gate and an up projection alternate,
-//            the gate's first
+//   panels   [ob][panel][words of all blocks' inputs][kPanel][together], contiguous: a word of four bytes
+//   holds
+//            `together` inputs of a feature (1 float, 2 of 16 bits, 4 int8). The last panel and each block's
+//            last word are filled up. Prefixes of features and of inputs are both contiguous. The panels of a
+//            gate and an up projection alternate, the gate's first
 //   rows     [ob * out_stride + n][input], rows weight_stride apart: a plain weight. Few rows are dot
 //            products, whose chains run through the lanes of a vector: the same promise, but bits of their
 //            own
@@ -66,7 +68,7 @@ struct ElasticGemmParams {
   // blocks where each has its own, in_stride 0.
   const void* weight[2];
   int64_t weight_stride;         // elements; panels: unused
-  int64_t in_blocks, in_stride;  // input blocks, and how far apart in the weight
+  int64_t in_blocks, in_stride;  // input blocks, and how many inputs apart in the weight
   int64_t out_blocks;
   int64_t out_stride;   // of an output block: in panels (a gate's counted), or in features of a plain weight
   int64_t features;     // of a block, the widest row's

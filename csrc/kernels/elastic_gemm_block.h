@@ -18,7 +18,6 @@ namespace {
 struct int8 {
   int8_t bits;
 };
-inline float widen(int8 x) { return x.bits; }
 
 constexpr i64 kWide = kLanes<float>;   // floats of a vector
 constexpr i64 kVecs = kPanel / kWide;  // vectors of a panel
@@ -40,16 +39,19 @@ inline void store_loose(float* x, Vec<float> v) { *reinterpret_cast<Loose<float>
 
 using Integers = Loose<int32_t>::type;
 
-inline Integers extended(const int8_t* x) {
-#if defined(__AVX512F__) && FLEXTRON_VECTOR_BYTES == 64
-  return (Integers)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-#elif defined(__AVX2__) && !defined(FLEXTRON_VECTOR_BYTES)
-  return (Integers)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
-#else
-  return __builtin_convertvector(load_loose<int8_t>(x), Integers);
-#endif
+// Inputs of a panel that lie side by side, in a word of four bytes for each feature.
+template <class W>
+constexpr i64 kTogether = 4 / i64(sizeof(W));
+
+// Input `part` of the kTogether<W> that a word of each feature holds, as floats.
+template <class W>
+inline Vec<float> part_of(Words word, i64 part) {
+  if constexpr (std::is_same_v<W, float>) return (Vec<float>)word;
+  if constexpr (std::is_same_v<W, bf16>) return (Vec<float>)(part == 0 ? word << 16 : word & 0xFFFF0000u);
+  if constexpr (std::is_same_v<W, fp16>) return from_high_half(part == 0 ? word << 16 : word & 0xFFFF0000u);
+  if constexpr (std::is_same_v<W, int8>)
+    return __builtin_convertvector((Integers)(word << (24 - 8 * part)) >> 24, Vec<float>);
 }
-inline Vec<float> widened(const int8* x) { return __builtin_convertvector(extended(&x->bits), Vec<float>); }
 
 template <class W>
 inline void widen_all(float* __restrict to, const W* __restrict from, i64 n) {
@@ -90,33 +92,39 @@ void tile(i64 K, const float* a, i64 a_row, i64 a_input, const W* b, i64 b_panel
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) sum[p][i][v] = Vec<float>{};
-  const auto multiply = [&](i64 k) __attribute__((always_inline)) {
+  // The inputs of a line of a panel, from k on, of which `count` are used.
+  const auto multiply = [&](i64 k, i64 count) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int p = 0; p < panels; ++p) {
-      Vec<float> w[kVecs];
+      Words words[kVecs];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) w[v] = widened(b + p * b_panel + k * kPanel + v * kWide);
+      for (int v = 0; v < kVecs; ++v)
+        words[v] = load_loose<uint32_t>(b + p * b_panel + k * kPanel + v * kWide * kTogether<W>);
+#pragma GCC unroll 4
+      for (i64 part = 0; part < count; ++part) {
+        Vec<float> w[kVecs];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) w[v] = part_of<W>(words[v], part);
 #pragma GCC unroll 16
-      for (int i = 0; i < rows; ++i) {
-        const float x = by_input ? a[k * a_input + i] : a[i * a_row + k];
+        for (int i = 0; i < rows; ++i) {
+          const float x = by_input ? a[(k + part) * a_input + i] : a[i * a_row + k + part];
 #pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) sum[p][i][v] += x * w[v];
+          for (int v = 0; v < kVecs; ++v) sum[p][i][v] += x * w[v];
+        }
       }
     }
   };
-  constexpr i64 kAtOnce = streamed ? kLine / (kPanel * i64(sizeof(W))) : 1;  // inputs of a line of a panel
   i64 k = 0;
-  for (; k + kAtOnce <= K; k += kAtOnce) {
+  for (; k + kTogether<W> <= K; k += kTogether<W>) {
     if constexpr (streamed) {
       const i64 at = k * kPanel + kAhead<W> / i64(sizeof(W));
       const i64 ahead = at < stream.left * kPanel ? at : at + stream.jump;
 #pragma GCC unroll 8
       for (int p = 0; p < panels; ++p) __builtin_prefetch(b + p * b_panel + ahead);
     }
-#pragma GCC unroll 4
-    for (i64 i = 0; i < kAtOnce; ++i) multiply(k + i);
+    multiply(k, kTogether<W>);
   }
-  for (; k < K; ++k) multiply(k);
+  if (k < K) multiply(k, K - k);
 #pragma GCC unroll 8
   for (int p = 0; p < panels; ++p)
 #pragma GCC unroll 16
@@ -148,6 +156,16 @@ inline void tiles(i64 count, i64 panels, i64 K, const float* a, i64 a_row, i64 a
 }
 
 // -- a panel's inputs [k, k + K) as floats, [K][kPanel] --
+
+template <class W>
+void fill_panel(float* to, const W* from, i64 K) {
+  for (i64 k = 0; k < K; k += kTogether<W>)
+    for (i64 v = 0; v < kPanel; v += kWide) {
+      const Words words = load_loose<uint32_t>(from + k * kPanel + v * kTogether<W>);
+      for (i64 part = 0; part < smaller(kTogether<W>, K - k); ++part)
+        store_loose(to + (k + part) * kPanel + v, part_of<W>(words, part));
+    }
+}
 
 template <class W>
 void fill_rows(float* to, const W* from, i64 stride, i64 features, i64 K) {
@@ -357,7 +375,7 @@ struct Batch {
   }
 
   void fill(float* to, i64 slot, i64 block, i64 k, i64 K) const {
-    if (p.layout == GemmLayout::kPanels) return widen_all(to, panel_of(slot, block, k), K * kPanel);
+    if (p.layout == GemmLayout::kPanels) return fill_panel(to, panel_of(slot, block, k), K);
     const i64 feature = out_block * p.out_stride + feature_of(slot), input = block * p.in_stride + k;
     if constexpr (kPlain) {
       if (p.layout == GemmLayout::kRows)

@@ -145,14 +145,14 @@ inline Vec<double> widened(const double* x) {
   return *reinterpret_cast<const Any*>(x);
 }
 inline Vec<float> widened(const bf16* x) { return (Vec<float>)(extended(&x->bits) << 16); }
-inline Vec<float> widened(const fp16* x) {  // widen() in lanes
-  const Words w = extended(&x->bits) << 16;
+inline Vec<float> from_high_half(Words w) {  // a fp16 in the upper half of each word: widen() in lanes
   const Words sign = w & 0x80000000u, twice = w + w;
   const Vec<float> normal = (Vec<float>)((twice >> 4) + (0xE0u << 23)) * 0x1.0p-112f;
   const Vec<float> subnormal = (Vec<float>)((twice >> 17) | (126u << 23)) - 0.5f;
   const Words magnitude = twice < (1u << 27) ? (Words)subnormal : (Words)normal;
   return (Vec<float>)(sign | magnitude);
 }
+inline Vec<float> widened(const fp16* x) { return from_high_half(extended(&x->bits) << 16); }
 
 // -- exp: 2^n times a polynomial (Cephes), 1 ulp; 0 below the smallest normal number; NaN stays NaN --
 

@@ -22,13 +22,15 @@ inline PanelFormat panel_format(const char* op, const std::string& name) {
 struct PackedWeight {
   PanelFormat format;
   const char* name;
-  const Tensor& panels;  // [out_blocks, P, inputs of all blocks, kPanel]
+  const Tensor& panels;  // [out_blocks, P, words of all blocks, kPanel, together]
   const char* scales_name;
   const std::optional<Tensor>& scales;  // [out_blocks, P, kPanel]
 
   int64_t out_blocks() const { return panels.size(0); }
   int64_t features() const { return panels.size(1) * kPanel; }  // of a block, the last panel filled up
-  int64_t inputs() const { return panels.size(2); }
+  int64_t inputs() const {
+    return panels.size(2) * panels.size(4);
+  }  // of all blocks, their last words filled up
 };
 
 // The inputs of a layer in panels.
@@ -56,7 +58,7 @@ inline void check_scales(const char* op, const PackedWeight& w, const Device& de
 // Whether the tensors are what the format says, for inputs x.
 inline void check_panels(const char* op, const PackedWeight& w, const Tensor& x) {
   const PanelFacts& facts = facts_of(w.format);
-  check_dim(op, w.name, w.panels, 4);
+  check_dim(op, w.name, w.panels, 5);
   check_device(op, w.name, w.panels, x.device());
   if (w.panels.size(3) != kPanel)
     fail(op, ": ", w.name, ".size(3) must be ", kPanel, ", got ", w.panels.size(3));
@@ -64,10 +66,21 @@ inline void check_panels(const char* op, const PackedWeight& w, const Tensor& x)
   if (w.panels.scalar_type() != facts.storage)
     fail(op, ": ", w.name, " must have dtype ", toString(facts.storage), " in format ", facts.name, ", got ",
          toString(w.panels.scalar_type()));
+  if (w.panels.size(4) != facts.together)
+    fail(op, ": ", w.name, ".size(4) must be ", facts.together, " in format ", facts.name, ", got ",
+         w.panels.size(4));
   if (!facts.scaled && facts.storage != x.scalar_type())
     fail(op, ": format must have scales or store the dtype of x, ", toString(x.scalar_type()), ", got ",
          facts.name);
   check_scales(op, w, x.device());
+}
+
+// Panels of one block of outputs or several, for blocks of so many inputs.
+inline void check_words(const char* op, const PackedWeight& w, int64_t in_blocks, int64_t inputs,
+                        int64_t panels) {
+  check_shape(
+      op, w.name, w.panels,
+      {w.out_blocks(), panels, in_blocks * words_of(w.format, inputs), kPanel, facts_of(w.format).together});
 }
 
 // A bias has the features of all blocks, of each at least those used.

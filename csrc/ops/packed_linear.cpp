@@ -18,7 +18,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& panels, const OptionalTensor
   const PackedWeight weight{panel_format(op, format.value), "panels", panels, "scales", scales};
   check_panels(op, weight, x);
   check_positive(op, "in_blocks", in_blocks);
-  for (const auto& [name, size] : {std::pair{"x.size(1)", x.size(1)}, {"panels.size(2)", weight.inputs()}})
+  for (const auto& [name, size] : {std::pair{"x.size(1)", x.size(1)}, {"panels.size(2)", panels.size(2)}})
     if (size % in_blocks != 0)
       fail(op, ": ", name, " must be divisible by in_blocks (", in_blocks, "), got ", size);
   const int64_t out_blocks = weight.out_blocks();

@@ -24,14 +24,18 @@ Tensor packed_mlp(const Tensor& x, const Tensor& up_panels, const Tensor& down_p
   const PackedWeight down_weight{stored, "down_panels", down_panels, "down_scales", down_scales};
   check_panels(op, up_weight, x);
   check_panels(op, down_weight, x);
-  const int64_t K = x.size(1), F = down_weight.inputs(), panels = gated ? 2 : 1;
-  check_shape(op, "up_panels", up_panels, {1, panels * ((F + kPanel - 1) / kPanel), K, kPanel});
-  check_shape(op, "down_panels", down_panels, {1, down_panels.size(1), F, kPanel});
+  const int64_t F = down_weight.inputs(), panels = (gated ? 2 : 1) * ((F + kPanel - 1) / kPanel);
+  check_words(op, up_weight, 1, x.size(1), panels);
+  check_words(op, down_weight, 1, F, down_panels.size(1));
   check_range(op, "width", width, 0, F);
   check_range(op, "out_features", out_features, 0, down_weight.features());
   if (b_gate && !gated) fail(op, ": b_gate must be None unless gated, got a tensor");
-  if (b_gate) check_like(op, "b_gate", *b_gate, {F}, x.scalar_type(), x.device());
-  if (b_up) check_like(op, "b_up", *b_up, {F}, x.scalar_type(), x.device());
+  for (const auto& [name, bias] : {std::pair{"b_gate", &b_gate}, {"b_up", &b_up}})
+    if (*bias) {
+      const int64_t size = (*bias)->dim() == 1 ? (*bias)->size(0) : -1;
+      const bool fits = size >= width && words_of(stored, size) == words_of(stored, F);
+      check_like(op, name, **bias, {fits ? size : F}, x.scalar_type(), x.device());
+    }
   if (b_down) check_like(op, "b_down", *b_down, {out_features}, x.scalar_type(), x.device());
   mlp::Mlp mlp{op,           x,
                std::nullopt, up_panels,

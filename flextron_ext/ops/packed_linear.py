@@ -19,28 +19,35 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class PackedWeight(NamedTuple):
     """A linear layer's weight in panels, in the order that `packed_linear` takes them."""
 
-    panels: Tensor  # [out_blocks, ceil(nw / 16), K, 16]; features that fill up the last panel are zeros
+    # [out_blocks, ceil(nw / 16), in_blocks * ceil(kw / together), 16, together]: `together` inputs of a feature lie
+    # side by side; what fills up the last of them, and the last panel, is 0
+    panels: Tensor
     scales: Tensor | None  # [out_blocks, ceil(nw / 16), 16] float32 where the format has scales
     format: PanelFormat
 
 
-def pack_linear(weight: Tensor, out_blocks: int = 1, format: PanelFormat | str | None = None) -> PackedWeight:
+def pack_linear(
+    weight: Tensor, out_blocks: int = 1, format: PanelFormat | str | None = None, in_blocks: int = 1
+) -> PackedWeight:
     """Copy a linear layer's weight into panels, in which a prefix of its features and of its inputs is contiguous.
 
     Args:
-        weight: [out_blocks * nw, K], float32, bfloat16 or float16, on the CPU.
+        weight: [out_blocks * nw, in_blocks * kw], float32, bfloat16 or float16, on the CPU.
         out_blocks: blocks the outputs are cut into; each has panels of its own.
         format: how the panels store the weight; None stores it in its own dtype.
+        in_blocks: blocks the inputs are cut into.
     """
     common.check_tensor("pack_linear", "weight", weight, DTYPES)
     if weight.dim() != 2 or weight.device.type != "cpu":
         shape = f"{weight.dim()} on {weight.device}"
         raise ValueError(f"pack_linear: weight must have 2 dimensions and be on cpu, got {shape}")
-    common.check_range("pack_linear", "out_blocks", out_blocks, 1, max(1, weight.shape[0]))
-    if weight.shape[0] % out_blocks:
-        raise ValueError(
-            f"pack_linear: weight.shape[0] must be divisible by out_blocks ({out_blocks}), got {weight.shape[0]}"
-        )
+    for axis, (name, count) in enumerate((("out_blocks", out_blocks), ("in_blocks", in_blocks))):
+        size = weight.shape[axis]
+        common.check_range("pack_linear", name, count, 1, max(1, size))
+        if size % count:
+            raise ValueError(
+                f"pack_linear: weight.shape[{axis}] must be divisible by {name} ({count}), got {size}"
+            )
     plain = PanelFormat.plain(weight.dtype)
     stored = plain if format is None else check_format("pack_linear", format)
     if not stored.scaled and stored is not plain:
@@ -48,19 +55,32 @@ def pack_linear(weight: Tensor, out_blocks: int = 1, format: PanelFormat | str |
             f"pack_linear: format must be {plain}, the weight's dtype, or have scales, got {stored}"
         )
     weight = weight.detach()
+    blocks = out_blocks, in_blocks
     if not stored.scaled:
-        return PackedWeight(panels_of(weight, out_blocks), None, stored)
+        return PackedWeight(panels_of(weight, *blocks, stored.together), None, stored)
     scales = weight.float().abs().amax(1, keepdim=True) / 127
     rows = (weight.float() / scales.where(scales > 0, 1)).round().to(stored.storage)
-    return PackedWeight(panels_of(rows, out_blocks), panels_of(scales, out_blocks).squeeze(2), stored)
+    panels = panels_of(rows, *blocks, stored.together)
+    return PackedWeight(panels, panels_of(scales, out_blocks, 1, 1).flatten(2), stored)
 
 
-def panels_of(weight: Tensor, out_blocks: int) -> Tensor:
-    rows, K = weight.shape[0] // out_blocks, weight.shape[1]
-    count = -(-rows // PANEL)
-    whole = weight.new_zeros(out_blocks, count * PANEL, K)
-    whole[:, :rows] = weight.view(out_blocks, rows, K)
-    return whole.view(out_blocks, count, PANEL, K).transpose(2, 3).contiguous()
+def panels_of(weight: Tensor, out_blocks: int, in_blocks: int, together: int) -> Tensor:
+    """The panels of a weight [out_blocks * nw, in_blocks * kw]."""
+    rows, inputs = weight.shape[0] // out_blocks, weight.shape[1] // in_blocks
+    count, words = -(-rows // PANEL), -(-inputs // together)
+    whole = weight.new_zeros(out_blocks, count * PANEL, in_blocks, words * together)
+    whole[:, :rows, :, :inputs] = weight.view(out_blocks, rows, in_blocks, inputs)
+    split = whole.view(out_blocks, count, PANEL, in_blocks * words, together)
+    return split.transpose(2, 3).contiguous()
+
+
+def relaid(panels: Tensor, in_blocks: int, in_features: int, format: PanelFormat) -> Tensor:
+    """Panels of the same values in the layout of a format: of in_blocks blocks with in_features inputs together."""
+    if panels.shape[4] == format.together:
+        return panels
+    weight = panels.transpose(2, 3).flatten(3).flatten(0, 2)
+    used = weight.unflatten(1, (in_blocks, -1))[..., : in_features // in_blocks]
+    return panels_of(used.flatten(1), panels.shape[0], in_blocks, format.together)
 
 
 def packed_linear(
@@ -82,7 +102,7 @@ def packed_linear(
 
     Args:
         x: [..., in_blocks * kx], float32, bfloat16 or float16, on the CPU; kx >= in_features.
-        panels: [out_blocks, P, in_blocks * kw, 16], from `pack_linear`.
+        panels: [out_blocks, P, in_blocks * ceil(kw / together), 16, together], from `pack_linear` with these in_blocks.
         scales: [out_blocks, P, 16] float32 where the format has scales, None otherwise.
         format: how the panels store the weight: in the dtype of x, or in any format that has scales.
         bias: [out_blocks * nw] or None.
@@ -104,7 +124,7 @@ def packed_linear(
     for name, size in (("x.shape[-1]", x.shape[-1]), ("panels.shape[2]", panels.shape[2])):
         if size % in_blocks:
             raise ValueError(f"{OP}: {name} must be divisible by in_blocks ({in_blocks}), got {size}")
-    inputs = min(x.shape[-1], panels.shape[2]) // in_blocks
+    inputs = min(x.shape[-1], panels.shape[2] * stored.together) // in_blocks
     common.check_range(OP, "in_features", in_features, 0, inputs)
     common.check_range(OP, "out_features", out_features, 0, panels.shape[1] * PANEL)
     if in_extent is not None and out_extent is not None:
@@ -137,14 +157,15 @@ def check_panels(
 ) -> None:
     """Whether the tensors are what the format says, for inputs x."""
     common.check_tensor(op, name, panels, tuple(each.storage for each in PanelFormat))
-    if panels.dim() != 4 or panels.shape[3] != PANEL:
-        raise ValueError(f"{op}: {name} must have shape [blocks, P, K, {PANEL}], got {list(panels.shape)}")
     if not format.scaled and panels.dtype != x.dtype:
         raise TypeError(
             f"{op}: {name} must have the dtype of x, {x.dtype}, in format {format}, got {panels.dtype}"
         )
     if panels.dtype != format.storage:
         raise TypeError(f"{op}: {name} must be {format.storage} in format {format}, got {panels.dtype}")
+    if panels.dim() != 5 or panels.shape[3:] != (PANEL, format.together):
+        shape = f"[blocks, P, words, {PANEL}, {format.together}]"
+        raise ValueError(f"{op}: {name} must have shape {shape} in format {format}, got {list(panels.shape)}")
     if format.scaled:
         scales = common.check_tensor(op, scales_name, scales, (torch.float32,))
         common.check_shape(op, scales_name, scales, (*panels.shape[:2], PANEL))

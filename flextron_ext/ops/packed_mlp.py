@@ -19,8 +19,10 @@ OP = "packed_mlp"
 class PackedMlp(NamedTuple):
     """An MLP's weights in panels, in the order that `packed_mlp` takes them."""
 
-    up_panels: Tensor  # [1, 2 * ceil(F / 16), K, 16], the gate's and the up projection's in turn; half as many if plain
-    down_panels: Tensor  # [1, ceil(N / 16), F, 16]
+    # [1, 2 * ceil(F / 16), ceil(K / together), 16, together], the gate's and the up projection's in turn; half as many
+    # if plain; `together` inputs of a feature lie side by side
+    up_panels: Tensor
+    down_panels: Tensor  # [1, ceil(N / 16), ceil(F / together), 16, together]
     up_scales: Tensor | None  # [1, panels, 16] float32 where the format has scales
     down_scales: Tensor | None
     format: PanelFormat
@@ -71,8 +73,9 @@ def packed_mlp(
 
     Args:
         x: [..., K], float32, bfloat16 or float16, on the CPU.
-        up_panels: [1, P, K, 16], P panels of the gate and the up projection in turn, from `pack_mlp`.
-        down_panels: [1, ceil(N / 16), F, 16].
+        up_panels: [1, P, ceil(K / together), 16, together], P panels of the gate and the up projection in turn, from
+            `pack_mlp`.
+        down_panels: [1, ceil(N / 16), ceil(F / together), 16, together].
         up_scales: [1, P, 16] float32 where the format has scales, None otherwise.
         down_scales: [1, ceil(N / 16), 16] likewise.
         format: how the panels store the weights: in the dtype of x, or in any format that has scales.
@@ -94,9 +97,11 @@ def packed_mlp(
     stored = check_format(OP, format)
     check_panels(OP, stored, "up_panels", up_panels, "up_scales", up_scales, x)
     check_panels(OP, stored, "down_panels", down_panels, "down_scales", down_scales, x)
-    F = down_panels.shape[2]
+    together = stored.together
+    F = down_panels.shape[2] * together
+    inputs = -(-x.shape[-1] // together)
     count = -(-F // PANEL) * (2 if gated else 1)
-    common.check_shape(OP, "up_panels", up_panels, (1, count, x.shape[-1], PANEL))
+    common.check_shape(OP, "up_panels", up_panels, (1, count, inputs, PANEL, together))
     common.check_range(OP, "width", width, 0, F)
     common.check_range(OP, "out_features", out_features, 0, down_panels.shape[1] * PANEL)
     if activation not in ACTIVATIONS:

@@ -627,7 +627,7 @@ def _as_packed(w: Tensor, packed: str | None) -> Tensor:
     if packed is None:
         return w
     panels, scales, _ = ops.pack_linear(w, format=packed)
-    values = panels.transpose(2, 3).float() * scales[..., None]  # [1, P, 16, K]
+    values = panels.transpose(2, 3).flatten(3)[..., : w.shape[1]].float() * scales[..., None]  # [1, P, 16, K]
     return values.flatten(0, 2)[: len(w)].to(w.dtype)
 
 

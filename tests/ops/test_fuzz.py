@@ -48,10 +48,9 @@ def linear():
     if random.random() < 0.4:
         return "elastic_linear", plain, plain
     packed = random.choice((None, "int8"))
-    panels, scales, format = pack_linear(weight, ob, packed)
-    rows = (
-        reference._unpacked(panels, scales, torch.float64).view(ob, -1, ib * K)[:, :N].reshape(ob * N, ib * K)
-    )
+    panels, scales, format = pack_linear(weight, ob, packed, ib)
+    whole = reference._unpacked(panels, scales, torch.float64).unflatten(0, (ob, -1)).unflatten(2, (ib, -1))
+    rows = whole[:, :N, :, :K].reshape(ob * N, ib * K)
     return "packed_linear", (x, panels, scales, format, bias, k, n, *extents, ib), (x, rows, *plain[2:])
 
 

@@ -30,14 +30,15 @@ def test_a_prefix_has_the_bits_of_the_sliced_weight(T, dtype, packed):
     """Both prefixes, with blocks, across chains of 256 inputs and panels of 16 features."""
     K, N, ib, ob, k, n = 600, 40, 2, 3, 530, 23
     x, weight, bias = draw(T, K, N, dtype, ib, ob)
-    y = packed_linear(x, *pack_linear(weight, ob, packed), bias, k, n, in_blocks=ib)
+    y = packed_linear(x, *pack_linear(weight, ob, packed, ib), bias, k, n, in_blocks=ib)
     sliced = weight.view(ob, N, ib, K)[:, :n, :, :k].reshape(ob * n, ib * k)
-    panels, scales, format = pack_linear(sliced, ob, packed)
+    panels, scales, format = pack_linear(sliced, ob, packed, ib)
     if packed:  # the scales are those of the whole rows
-        whole, scales, _ = pack_linear(weight, ob, packed)
+        whole, scales, _ = pack_linear(weight, ob, packed, ib)
         scales = scales.flatten(1)[:, :32].reshape(ob, 2, 16).contiguous()
-        rows = whole.view(ob, -1, ib, K, 16)[:, :2, :, :k].reshape(ob, 2, ib * k, 16)
-        panels = rows.contiguous()
+        words = whole.unflatten(2, (ib, -1))[:, :2, :, : -(-k // 4)].clone()
+        words[:, :, :, -1, :, k % 4 or 4 :] = 0  # inputs that fill up the last word
+        panels = words.flatten(2, 3)
     narrow = x.view(T, ib, K)[:, :, :k].reshape(T, ib * k)
     bias = bias.view(ob, N)[:, :n].flatten()
     assert torch.equal(y, packed_linear(narrow, panels, scales, format, bias, k, n, in_blocks=ib))
@@ -101,7 +102,7 @@ def test_nothing_beyond_an_extent_is_used(T, dtype):
 def test_a_sum_over_thousands_of_inputs(T, dtype):
     """In blocks, of several panels each."""
     x, weight, bias = draw(T, 2048, 40, dtype, 2, 2)
-    y = packed_linear(x, *pack_linear(weight, 2), bias, 2048, 40, in_blocks=2)
+    y = packed_linear(x, *pack_linear(weight, 2, None, 2), bias, 2048, 40, in_blocks=2)
     plain, exact = (
         reference.elastic_linear(*values, 2048, 40, in_blocks=2, out_blocks=2)
         for values in ((x, weight, bias), (x.double(), weight.double(), bias.double()))
@@ -141,14 +142,23 @@ def test_it_has_no_gradient():
 BAD = [
     (dict(in_features=13), ValueError, r"in_features must lie in \[0, 12\], got 13"),
     (dict(out_features=17), ValueError, r"out_features must lie in \[0, 16\], got 17"),
-    (dict(panels=torch.randn(1, 1, 12, 8)), ValueError, r"panels must have shape \[blocks, P, K, 16\]"),
-    (dict(panels=torch.randn(1, 1, 12, 16).bfloat16()), TypeError, "panels must have the dtype of x"),
     (
-        dict(panels=torch.ones(1, 1, 12, 16, dtype=torch.int8), format="int8"),
+        dict(panels=torch.randn(1, 1, 12, 16)),
+        ValueError,
+        r"panels must have shape \[blocks, P, words, 16, 1\]",
+    ),
+    (
+        dict(panels=torch.randn(1, 1, 6, 16, 2)),
+        ValueError,
+        r"panels must have shape \[blocks, P, words, 16, 1\]",
+    ),
+    (dict(panels=torch.randn(1, 1, 6, 16, 2).bfloat16()), TypeError, "panels must have the dtype of x"),
+    (
+        dict(panels=torch.ones(1, 1, 3, 16, 4, dtype=torch.int8), format="int8"),
         TypeError,
         "scales must be a tensor",
     ),
-    (dict(panels=torch.ones(1, 1, 12, 16, dtype=torch.int8)), TypeError, "panels must have the dtype of x"),
+    (dict(panels=torch.ones(1, 1, 3, 16, 4, dtype=torch.int8)), TypeError, "panels must have the dtype of x"),
     (dict(format="int8"), TypeError, "panels must be torch.int8 in format int8, got torch.float32"),
     (
         dict(format="bfloat16"),
@@ -177,6 +187,7 @@ def test_bad_arguments_get_one_sentence(change, error, message):
     [
         ((torch.ones(3),), "weight must have 2 dimensions"),
         ((torch.ones(3, 4), 2), r"weight.shape\[0\] must be divisible by out_blocks \(2\), got 3"),
+        ((torch.ones(3, 4), 1, None, 3), r"weight.shape\[1\] must be divisible by in_blocks \(3\), got 4"),
         (
             (torch.ones(4, 4), 1, "float16"),
             "format must be float32, the weight's dtype, or have scales, got float16",

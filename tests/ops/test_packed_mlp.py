@@ -82,7 +82,9 @@ def test_int8_is_the_mlp_of_the_rounded_weights(T):
     packed, rounded = pack_mlp(*weights, "int8"), []
     for weight in weights:
         panels, scales, _ = pack_linear(weight, format="int8")
-        rounded.append((panels.transpose(2, 3).float() * scales[..., None]).flatten(0, 2)[: len(weight)])
+        rounded.append(
+            (panels.transpose(2, 3).flatten(3).float() * scales[..., None]).flatten(0, 2)[: len(weight)]
+        )
     plain, exact = (
         reference.elastic_mlp(*(t.to(dtype) for t in (x, *rounded)), None, None, None, 61)
         for dtype in (torch.float32, torch.float64)
@@ -104,7 +106,7 @@ BAD = [
     (dict(width=89), r"width must lie in \[0, 88\], got 89"),
     (dict(out_features=65), r"out_features must lie in \[0, 64\], got 65"),
     (dict(activation="tanh"), "activation must be one of relu, relu2, gelu, gelu_tanh, silu, got tanh"),
-    (dict(gated=False), r"up_panels must have shape \[1, 6, 300, 16\], got \[1, 12, 300, 16\]"),
+    (dict(gated=False), r"up_panels must have shape \[1, 6, 300, 16, 1\], got \[1, 12, 300, 16, 1\]"),
 ]
 
 

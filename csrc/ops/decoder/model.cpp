@@ -199,7 +199,9 @@ class Reader {
       const PackedWeight packed{*model_.shape.format, name.c_str(), weight, scales_name.c_str(), given};
       check_panels(kHold, packed, *model_.embedding);
       const int64_t count = panels * ((outputs + kPanel - 1) / kPanel);
-      check_shape(kHold, name.c_str(), weight, {out_blocks, count, in_blocks * inputs, kPanel});
+      if (weight.size(0) != out_blocks)
+        fail(kHold, ": ", name, ".size(0) must be ", out_blocks, ", got ", weight.size(0));
+      check_words(kHold, packed, in_blocks, inputs, count);
     } else {
       if (scales) fail(kHold, ": ", scales_name, " must not be given for a plain weight, got a tensor");
       check_like(kHold, name.c_str(), weight, {out_blocks * outputs, in_blocks * inputs}, dtype(), device());

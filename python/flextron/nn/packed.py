@@ -58,8 +58,10 @@ def pack(model: Elastic, dtype: torch.dtype | str | None = None) -> Packing:
         after += sum(p.panels.nbytes + (0 if p.scales is None else p.scales.nbytes) for p in parts)
         return new
 
-    def replaced(old: nn.Linear, out_blocks: int = 1, gate: nn.Linear | None = None) -> Any:
-        return counted(PackedLinear(old, out_blocks, format, gate), *filter(None, (old, gate)))
+    def replaced(
+        old: nn.Linear, out_blocks: int = 1, gate: nn.Linear | None = None, in_blocks: int = 1
+    ) -> Any:
+        return counted(PackedLinear(old, out_blocks, format, gate, in_blocks), *filter(None, (old, gate)))
 
     a = model.anatomy
     if a.experts:
@@ -79,7 +81,7 @@ def pack(model: Elastic, dtype: torch.dtype | str | None = None) -> Packing:
             old = found(attention, name)
             new = replaced(old) if a.grouped else PackedRows(old, attention.rows(), (blocks, 1, 1), format)
             setattr(attention, name, new if a.grouped else counted(new, old))
-        setattr(attention, a.output, replaced(found(attention, a.output)))
+        setattr(attention, a.output, replaced(found(attention, a.output), in_blocks=blocks))
         if a.gated and len(a.up) == 2:
             gate_name, up_name = a.up
             gate, up = found(owner, gate_name), found(owner, up_name)

@@ -16,6 +16,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from flextron_ext import PanelFormat, elastic_linear, pack_linear, pack_mlp, packed_linear
+from flextron_ext.ops.packed_linear import relaid
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that can be packed
 _LORA = ("peft.tuners.lora.layer", "Linear")  # PEFT's, which need not be installed
@@ -48,11 +49,13 @@ class PackedLinear(nn.Module):
         out_blocks: int = 1,
         format: PanelFormat | None = None,
         gate: nn.Linear | None = None,
+        in_blocks: int = 1,
     ) -> None:
         super().__init__()
+        self.in_blocks = in_blocks
         self.in_features, self.out_features = linear.in_features, linear.out_features
         if gate is None:
-            panels, scales, self.format = pack_linear(linear.weight, out_blocks, format)
+            panels, scales, self.format = pack_linear(linear.weight, out_blocks, format, in_blocks)
         else:
             both = pack_mlp(gate.weight, linear.weight, linear.weight[:0], format)
             panels, scales, self.format = both.up_panels, both.up_scales, both.format
@@ -67,12 +70,13 @@ class PackedLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """Panels without scales take the format of their new dtype, of the same layout; scales stay float32."""
+        """Panels without scales take the format of their new dtype; scales stay float32."""
         check_conversion(fn)
         scales = self.scales
         super()._apply(fn, recurse)
         if not self.format.scaled:
             self.format = PanelFormat.plain(self.panels.dtype)
+            self.panels = relaid(self.panels, self.in_blocks, self.in_features, self.format)
         elif self.scales is not None and scales is not None and self.scales.dtype != scales.dtype:
             self.scales = scales
         return self
