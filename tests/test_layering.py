@@ -282,13 +282,16 @@ def two_worlds(file: str, text: str) -> list[str]:
     for condition in re.findall(r"^[ \t]*#[ \t]*(?:el)?if(?:n?def)?\b(.*)", code, re.MULTILINE):
         if Path(file).suffix in (".cu", ".cuh") or condition.strip() not in HOST_CONDITIONS:
             wrong.append(f"{file} may not have #if{condition}: it belongs in csrc/kernels/device")
-    for word in re.findall(r"\basm\b|\b__asm__\b|\b__shared__\b|<<<", code):
+    words = r"\b__shared__\b|<<<" if file in HOST_WORDS else r"\basm\b|\b__asm__\b|\b__shared__\b|<<<"
+    for word in re.findall(words, code):
         wrong.append(f"{file} may not have {word}: it belongs in csrc/kernels/device")
     return wrong
 
 
 # What a file compiled for one instruction set of the host may ask.
-HOST_CONDITIONS = {"__AVX2__", "__AVX512F__"}
+HOST_CONDITIONS = {"__AVX2__", "__AVX512F__", "__AVX512BF16__", "__AMX_BF16__"}
+# The words of the host's own matrix unit, with their emulated bodies.
+HOST_WORDS = {"amx.h"}
 
 
 def without_emulated_body(text: str) -> list[str]:

@@ -53,7 +53,17 @@ enum class GemmLayout : int64_t { kPanels, kRows, kColumns };
 // block.
 struct GemmGroup {
   int64_t row, rows, inputs, features;
+  // With a matrix unit: where its rows begin among the tiles of activations, and among the tiles of rows of
+  // its block.
+  int64_t tile, row_tile;
 };
+
+// Rows of a group, and tiles of rows of a block of groups, with a matrix unit. A block's activations, 2 bytes
+// each, stay in the L2 cache beside the weights.
+constexpr int64_t kAmxGroupRows = 32;
+constexpr int64_t kAmxBlockTiles = 16;
+inline int64_t amx_row_tiles(const GemmGroup& group) { return (group.rows + 15) / 16; }
+inline int64_t amx_input_tiles(int64_t inputs) { return (inputs + 31) / 32; }
 
 struct ElasticGemmParams {
   const float* a;  // [row][in block][input]: a[row * a_row + block * a_block + input * a_input]
@@ -61,6 +71,19 @@ struct ElasticGemmParams {
   const GemmGroup* groups;    // in order of rows; inputs and features never rise
   const int64_t* row_blocks;  // [row_block_count + 1]: the groups of a block of rows
   int64_t row_block_count;
+
+  // Whether a matrix unit makes the products: activations and weights are rounded to bfloat16, the sums are
+  // made as amx.h says, 32 inputs after 32 inputs. `tiles`: the activations as elastic_gemm_amx_rows puts
+  // them, [group][in block][32 inputs][16 rows][16][32].
+  bool amx;
+  void* tiles;
+  // Where not null, the activations before that, bfloat16 numbers, in place of `a`; x_order: row -> row of x,
+  // or null.
+  const void* x;
+  const int64_t* x_order;
+  // Where not null, hidden neurons become the next GEMM's activations: its groups, of the same rows as these,
+  // and y its tiles.
+  const GemmGroup* y_groups;
 
   GemmLayout layout;
   GemmDtype weight_dtype;  // int8: panels alone, with scales
@@ -107,5 +130,9 @@ FLEXTRON_DECLARE_ELASTIC_GEMM(cpu)
 FLEXTRON_DECLARE_ELASTIC_GEMM(avx2)
 FLEXTRON_DECLARE_ELASTIC_GEMM(avx512)
 #undef FLEXTRON_DECLARE_ELASTIC_GEMM
+
+// The same with a matrix unit; and before it the activations of groups [begin, end), put into p.tiles.
+void elastic_gemm_amx(const ElasticGemmParams& p, int64_t begin, int64_t end);
+void elastic_gemm_amx_rows(const ElasticGemmParams& p, int64_t begin, int64_t end);
 
 }  // namespace flextron

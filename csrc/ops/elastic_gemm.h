@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
+#include <new>
 #include <string>
 #include <utility>
 #include <vector>
@@ -31,7 +33,15 @@ inline GemmDtype gemm_dtype(const Tensor& t) {
 }
 
 inline int64_t gemm_group_rows() {
-  return gemm_group_rows(isa() == Isa::kAvx512 ? 64 : isa() == Isa::kAvx2 ? 32 : 16);
+  return gemm_group_rows(isa() >= Isa::kAvx512 ? 64 : isa() == Isa::kAvx2 ? 32 : 16);
+}
+
+// Whether a matrix unit makes the products of a GEMM of the dtype of x: what it rounds to bfloat16 was so
+// before, or torch's own layers would round it too.
+inline bool on_amx(const Tensor& x) { return isa() == Isa::kAmx && x.scalar_type() == ScalarType::BFloat16; }
+// The same of so many rows: few of a plain weight are dot products.
+inline bool on_amx(const Tensor& x, GemmLayout layout, int64_t rows) {
+  return on_amx(x) && (layout != GemmLayout::kRows || rows > kDotRows);
 }
 
 // Elements between the rows of a matrix of floats that kernels walk down: whole lines, and an odd number of
@@ -83,26 +93,38 @@ inline int64_t block_rows_of(int64_t rows, int64_t inputs) {
   return blocks > 1 ? (rows + blocks - 1) / blocks : most;
 }
 
-// inputs_of and features_of a step; both descend with the steps.
+// The groups of a GEMM: inputs_of and features_of a step, both of which descend with the steps.
 template <class Inputs, class Features>
-GemmSchedule gemm_schedule(const std::vector<Step>& steps, const Inputs& inputs_of,
-                           const Features& features_of) {
+GemmSchedule gemm_schedule(const ElasticGemmParams& p, const std::vector<Step>& steps,
+                           const Inputs& inputs_of, const Features& features_of) {
   GemmSchedule schedule;
-  const int64_t most = gemm_group_rows();
+  const auto end_block = [&] { schedule.row_blocks.push_back(static_cast<int64_t>(schedule.groups.size())); };
   int64_t block_begin = 0;
   for (const Step& step : steps) {
     const int64_t inputs = inputs_of(step), features = features_of(step), rows = step.end - step.begin;
+    const int64_t most = p.amx ? kAmxGroupRows : gemm_group_rows();
     const int64_t count = (rows + most - 1) / most, block_rows = block_rows_of(rows, inputs);
-    for (int64_t i = 0; i < count; ++i) {  // as equal as can be: 8 rows are 4 and 4, not 6 and 2
-      const int64_t begin = step.begin + rows * i / count, end = step.begin + rows * (i + 1) / count;
-      if (end - block_begin > block_rows) {
-        schedule.row_blocks.push_back(static_cast<int64_t>(schedule.groups.size()));
-        block_begin = begin;
+    for (int64_t i = 0; i < count; ++i) {
+      // As equal as can be, 8 rows are 4 and 4, not 6 and 2; a matrix unit takes rows by whole tiles.
+      const int64_t begin = step.begin + (p.amx ? most * i : rows * i / count);
+      const int64_t end = p.amx ? std::min(begin + most, step.end) : step.begin + rows * (i + 1) / count;
+      GemmGroup group{begin, end - begin, inputs, features, 0, 0};
+      if (p.amx && !schedule.groups.empty()) {
+        const GemmGroup& before = schedule.groups.back();
+        group.tile = before.tile + amx_row_tiles(before) * amx_input_tiles(before.inputs) * p.in_blocks;
+        group.row_tile = before.row_tile + amx_row_tiles(before);
       }
-      schedule.groups.push_back({begin, end - begin, inputs, features});
+      const bool full =
+          p.amx ? group.row_tile + amx_row_tiles(group) > kAmxBlockTiles : end - block_begin > block_rows;
+      if (full) {
+        end_block();
+        block_begin = begin;
+        group.row_tile = 0;
+      }
+      schedule.groups.push_back(group);
     }
   }
-  if (!schedule.groups.empty()) schedule.row_blocks.push_back(static_cast<int64_t>(schedule.groups.size()));
+  if (!schedule.groups.empty()) end_block();
   return schedule;
 }
 
@@ -120,6 +142,63 @@ inline int64_t item_weight(const ElasticGemmParams& p, int64_t row_block, int64_
     products += p.groups[g].rows * (p.groups[g].inputs + 1);
   }
   return products * (p.gated ? 2 : 1) * p.in_blocks;
+}
+
+// Tiles of its activations, of kTileBytes each.
+constexpr int64_t kTileBytes = 1024;
+inline int64_t tiles_of(const GemmJob& job) {
+  const GemmGroup& last = job.schedule.groups.back();
+  return last.tile + amx_row_tiles(last) * amx_input_tiles(last.inputs) * job.p.in_blocks;
+}
+
+// Memory of the calling thread that grows with its largest call.
+inline void* tile_memory(int64_t bytes) {
+  struct Free {
+    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local int64_t size = 0;
+  if (bytes > size) {
+    memory.reset();
+    memory.reset(::operator new(static_cast<size_t>(bytes), std::align_val_t{64}));
+    size = bytes;
+  }
+  return memory.get();
+}
+
+// The activations of GEMMs on a matrix unit as it takes them.
+inline void put_in_tiles(std::vector<GemmJob>& jobs) {
+  int64_t tiles = 0;
+  std::vector<int64_t> first(jobs.size());
+  for (size_t j = 0; j < jobs.size(); ++j) {
+    first[j] = tiles;
+    if (jobs[j].p.amx && !jobs[j].p.tiles) tiles += tiles_of(jobs[j]);
+  }
+  if (tiles == 0) return;
+  char* const memory = static_cast<char*>(tile_memory(tiles * kTileBytes));
+  for (size_t j = 0; j < jobs.size(); ++j) {
+    ElasticGemmParams& p = jobs[j].p;
+    if (!p.amx || p.tiles) continue;
+    p.tiles = memory + first[j] * kTileBytes;
+    parallel_for(static_cast<int64_t>(jobs[j].schedule.groups.size()),
+                 kAmxGroupRows * p.in_blocks * p.groups->inputs,
+                 [&](int64_t begin, int64_t end) { elastic_gemm_amx_rows(p, begin, end); });
+  }
+}
+
+// Rows of x, in some order, as a GEMM reads them. Keep what is returned until it has run.
+inline Tensor read_rows(ElasticGemmParams& p, const Tensor& x, const std::optional<Tensor>& order) {
+  if (!p.amx) {
+    const FloatRows wide = float_rows(x, order);
+    p.a = wide.data;
+    p.a_row = wide.stride;
+    return wide.tensor;
+  }
+  const Tensor rows = adjacent(x);
+  p.x = rows.const_data_ptr();
+  p.a_row = rows.stride(0);
+  p.x_order = order ? static_cast<const int64_t*>(order->const_data_ptr()) : nullptr;
+  return rows;
 }
 
 // Runs GEMMs that do not read one another's results side by side: one call of the threads instead of one
@@ -140,11 +219,13 @@ inline void run_gemms(std::vector<GemmJob> jobs) {
     weight = &job == &jobs.front() || each == weight ? each : 0;
     first.push_back(first.back() + p.items());
   }
+  put_in_tiles(jobs);
   const auto kernel = FLEXTRON_FOR_PLAIN_ISA(elastic_gemm);
   const auto run = [&](int64_t begin, int64_t end) {
     for (size_t j = 0; j < jobs.size(); ++j) {
       const int64_t from = std::max(begin, first[j]), to = std::min(end, first[j + 1]);
-      if (from < to) kernel(jobs[j].p, from - first[j], to - first[j]);
+      if (from >= to) continue;
+      (jobs[j].p.amx ? elastic_gemm_amx : kernel)(jobs[j].p, from - first[j], to - first[j]);
     }
   };
   if (weight > 0) return parallel_for(first.back(), kPanel * weight, run);

@@ -1,15 +1,23 @@
 // Which instruction set the CPU kernels use: the best this machine has, or what FLEXTRON_ISA (generic, avx2,
-// avx512) names.
+// avx512, amx) names.
 #pragma once
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <string>
 
 #include "ops/checks.h"
 
 namespace flextron {
 
-enum class Isa { kGeneric, kAvx2, kAvx512 };
+enum class Isa { kGeneric, kAvx2, kAvx512, kAmx };  // each has all of those before
 
 inline bool has_avx2() {
 #ifdef __x86_64__
@@ -29,12 +37,28 @@ inline bool has_avx512() {
 #endif
 }
 
-// Whether the files for AVX-512 can run: a build may have their loops compiled for AVX2.
-inline bool runs_avx512() {
-#ifdef FLEXTRON_LOWER_AVX512
-  return has_avx2();
+// Whether there is a matrix unit for bfloat16 (Intel AMX), and the system lets this process use it.
+inline bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__) && !defined(FLEXTRON_EMULATE_AMX)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!has_avx512() || !__builtin_cpu_supports("avx512bf16")) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return (d & kBf16) && (d & kTile) && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
 #else
-  return has_avx512();
+  return false;
+#endif
+}
+
+// Whether the files of an instruction set can run: a build may have the loops for AVX-512 compiled for AVX2,
+// and the matrix unit emulated.
+inline bool runs(Isa isa) {
+#ifdef FLEXTRON_LOWER_AVX512
+  return isa == Isa::kGeneric || has_avx2();
+#else
+  return isa == Isa::kGeneric || (isa == Isa::kAvx2 && has_avx2()) || (isa == Isa::kAvx512 && has_avx512()) ||
+         (isa == Isa::kAmx && has_amx());
 #endif
 }
 
@@ -43,13 +67,15 @@ inline Isa isa() {
   static const Isa chosen = [] {
     const char* name = std::getenv("FLEXTRON_ISA");
     const std::string wanted = name ? name : "";
-    if (wanted != "" && wanted != "generic" && wanted != "avx2" && wanted != "avx512")
-      fail("FLEXTRON_ISA: value must be generic, avx2 or avx512, got ", wanted);
-    if (wanted == "generic") return Isa::kGeneric;
-    if ((wanted == "avx2" && !has_avx2()) || (wanted == "avx512" && !runs_avx512()))
-      fail("FLEXTRON_ISA: value must be one this machine has, got ", wanted);
-    if (wanted == "avx512" || (wanted == "" && has_avx512())) return Isa::kAvx512;
-    return has_avx2() ? Isa::kAvx2 : Isa::kGeneric;
+    if (wanted == "")
+      return has_amx() ? Isa::kAmx : has_avx512() ? Isa::kAvx512 : has_avx2() ? Isa::kAvx2 : Isa::kGeneric;
+    constexpr const char* kNames[] = {"generic", "avx2", "avx512", "amx"};
+    const auto named = std::find(std::begin(kNames), std::end(kNames), wanted);
+    if (named == std::end(kNames))
+      fail("FLEXTRON_ISA: value must be generic, avx2, avx512 or amx, got ", wanted);
+    const Isa asked = static_cast<Isa>(named - kNames);
+    if (!runs(asked)) fail("FLEXTRON_ISA: value must be one this machine has, got ", wanted);
+    return asked;
   }();
   return chosen;
 }
@@ -57,11 +83,11 @@ inline Isa isa() {
 // The launcher `name`_<isa>: of a template with the arguments that follow, and of a function.
 #ifdef __x86_64__
 #define FLEXTRON_FOR_ISA(name, ...)                    \
-  (isa() == Isa::kAvx512 ? &name##_avx512<__VA_ARGS__> \
+  (isa() >= Isa::kAvx512 ? &name##_avx512<__VA_ARGS__> \
    : isa() == Isa::kAvx2 ? &name##_avx2<__VA_ARGS__>   \
                          : &name##_cpu<__VA_ARGS__>)
 #define FLEXTRON_FOR_PLAIN_ISA(name) \
-  (isa() == Isa::kAvx512 ? &name##_avx512 : isa() == Isa::kAvx2 ? &name##_avx2 : &name##_cpu)
+  (isa() >= Isa::kAvx512 ? &name##_avx512 : isa() == Isa::kAvx2 ? &name##_avx2 : &name##_cpu)
 #else
 #define FLEXTRON_FOR_ISA(name, ...) (&name##_cpu<__VA_ARGS__>)
 #define FLEXTRON_FOR_PLAIN_ISA(name) (&name##_cpu)

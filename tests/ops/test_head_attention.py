@@ -451,7 +451,7 @@ def test_each_instruction_set(isa, processes):
 
 
 def test_an_unknown_instruction_set_is_named(processes):
-    wanted = "FLEXTRON_ISA: value must be generic, avx2 or avx512, got mmx"
+    wanted = "FLEXTRON_ISA: value must be generic, avx2, avx512 or amx, got mmx"
     assert wanted in run_python(processes, "mmx", CHECK).err
 
 

@@ -16,32 +16,35 @@ struct LayerGemms {
   ElasticGemmParams qkv, q, k, v, o, up, down;
 };
 
-ElasticGemmParams gemm_of(const Shape& s, const Matrix& m) {
+ElasticGemmParams gemm_of(const Model& model, const Matrix& m) {
   if (!m.weight) return no_gemm();
-  if (s.format) {
+  ElasticGemmParams p;
+  if (model.shape.format) {
     const OptionalTensor scales = m.scales ? OptionalTensor(*m.scales) : std::nullopt;
-    return on_panels({*s.format, "weight", *m.weight, "scales", scales}, m.in_blocks);
+    p = on_panels({*model.shape.format, "weight", *m.weight, "scales", scales}, m.in_blocks);
+  } else {
+    p = on_rows(*m.weight, m.in_blocks, m.out_blocks);
+    p.io = GemmDtype::kFloat;
   }
-  ElasticGemmParams p = on_rows(*m.weight, m.in_blocks, m.out_blocks);
-  p.io = GemmDtype::kFloat;
+  p.amx = on_amx(*model.embedding);
   return p;
 }
 
-LayerGemms gemms_of(const Shape& s, const Layer& layer) {
-  LayerGemms gemms{.qkv = gemm_of(s, layer.qkv),
-                   .q = gemm_of(s, layer.q),
-                   .k = gemm_of(s, layer.k),
-                   .v = gemm_of(s, layer.v),
-                   .o = gemm_of(s, layer.o),
-                   .up = gemm_of(s, layer.up),
-                   .down = gemm_of(s, layer.down)};
+LayerGemms gemms_of(const Model& model, const Layer& layer) {
+  LayerGemms gemms{.qkv = gemm_of(model, layer.qkv),
+                   .q = gemm_of(model, layer.q),
+                   .k = gemm_of(model, layer.k),
+                   .v = gemm_of(model, layer.v),
+                   .o = gemm_of(model, layer.o),
+                   .up = gemm_of(model, layer.up),
+                   .down = gemm_of(model, layer.down)};
   if (layer.gate.weight) {  // a plain model's: the gate first, as in panels
     gemms.up.weight[0] = layer.gate.weight->const_data_ptr();
     gemms.up.weight[1] = layer.up.weight->const_data_ptr();
   }
   gemms.up.hidden = true;
-  gemms.up.gated = s.gated;
-  gemms.up.activation = s.activation;
+  gemms.up.gated = model.shape.gated;
+  gemms.up.activation = model.shape.activation;
   return gemms;
 }
 
@@ -526,9 +529,9 @@ class Run {
 
 class CpuPass : public Pass {
  public:
-  explicit CpuPass(const Model& model) : model_(model), head_(gemm_of(model.shape, model.head)) {
+  explicit CpuPass(const Model& model) : model_(model), head_(gemm_of(model, model.head)) {
     dispatch_dtype(DecoderTypes{}, kHold, model.embedding->scalar_type(), []<class scalar_t>() {});
-    for (const Layer& layer : model.layers) gemms_.push_back(gemms_of(model.shape, layer));
+    for (const Layer& layer : model.layers) gemms_.push_back(gemms_of(model, layer));
   }
 
   void run(const Call& call, const Answer& answer) const override {

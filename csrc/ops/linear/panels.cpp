@@ -8,6 +8,7 @@ void input_gradient(const Linear& linear, const Sides& sides, const FloatRows& d
   const Tensor& weight = linear.weight;
   ElasticGemmParams p =
       on_columns(weight.const_data_ptr(), gemm_dtype(weight), weight.stride(0), dx, sides.in.features);
+  p.amx = on_amx(dx);
   p.a = dy.data;
   p.a_row = dy.stride;
   p.a_block = sides.out.features;
@@ -18,7 +19,7 @@ void input_gradient(const Linear& linear, const Sides& sides, const FloatRows& d
   p.features = sides.per_token_in ? sides.extents.widest() : sides.in.used;
   p.order = data_or_null<int64_t>(sides.extents.order);
   run_gemm({p, gemm_schedule(
-                   sides.extents.stairs.steps, [&](const Step& step) { return sides.out_used(step); },
+                   p, sides.extents.stairs.steps, [&](const Step& step) { return sides.out_used(step); },
                    [&](const Step& step) { return sides.in_used(step); })});
 }
 
@@ -31,6 +32,7 @@ void weight_gradient(const Linear& linear, const Sides& sides, const FloatRows& 
       const int64_t n0 = ob * sides.out.stride;
       const Tensor part = columns(rows(dweight, n0, n0 + sides.out.stride), k.begin, dweight.size(1));
       ElasticGemmParams p = on_columns(x.data + k.begin, GemmDtype::kFloat, x.stride, part, sides.in.stride);
+      p.amx = on_amx(dweight);
       p.a = dy.data + ob * sides.out.features;
       p.a_row = 1;
       p.a_input = dy.stride;
@@ -38,7 +40,7 @@ void weight_gradient(const Linear& linear, const Sides& sides, const FloatRows& 
       p.out_stride = sides.in.features;
       p.features = k.end - k.begin;
       run_gemm({p, gemm_schedule(
-                       steps, [&](const Step& step) { return std::min(step.extent, k.rows); },
+                       p, steps, [&](const Step& step) { return std::min(step.extent, k.rows); },
                        [&](const Step&) { return k.end - k.begin; })});
     }
 }
@@ -51,10 +53,9 @@ Tensor product_on_panels(const Linear& linear, ElasticGemmParams p) {
   const bool in_extent = linear.in_extent.has_value(), out_extent = linear.out_extent.has_value();
   const Tensor y = out_extent ? zeros(x, linear.y_shape()) : empty(x, linear.y_shape());
   if (y.numel() == 0) return y;
-  const FloatRows x_rows = float_rows(x, extents.order);
   const OptionalTensor bias = dense(linear.bias);
-  p.a = x_rows.data;
-  p.a_row = x_rows.stride;
+  p.amx = on_amx(x, p.layout, x.size(0));
+  const Tensor x_rows = read_rows(p, x, extents.order);
   p.a_block = x.size(1) / linear.in_blocks;
   p.features = out_extent ? extents.widest() : linear.out_features;
   p.bias[0] = data_or_null(bias);
@@ -65,7 +66,7 @@ Tensor product_on_panels(const Linear& linear, ElasticGemmParams p) {
   p.y_block = linear.out_features;
   p.order = data_or_null<int64_t>(extents.order);
   run_gemm({p, gemm_schedule(
-                   extents.stairs.steps,
+                   p, extents.stairs.steps,
                    [&](const Step& step) { return in_extent ? step.extent : linear.in_features; },
                    [&](const Step& step) { return out_extent ? step.extent : linear.out_features; })});
   return y;

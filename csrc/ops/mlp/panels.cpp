@@ -20,10 +20,11 @@ HiddenGradient hidden_gradient(const Mlp& mlp, const FloatRows& dy, const Hidden
                                 hidden.g ? OptionalTensor(rows(both, T, 2 * T)) : std::nullopt};
   ElasticGemmParams p =
       on_columns(w_down.const_data_ptr(), gemm_dtype(w_down), w_down.stride(0), gradient.scaled, 0);
+  p.amx = on_amx(mlp.x);
   p.a = dy.data;
   p.a_row = dy.stride;
   p.features = widest;
-  run_gemm({p, gemm_schedule(steps, [&](const Step&) { return N; }, extent_of)});
+  run_gemm({p, gemm_schedule(p, steps, [&](const Step&) { return N; }, extent_of)});
   for (const Step& step : steps) differentiate_step(mlp, gradient, hidden, step, dmixture);
   return gradient;
 }
@@ -32,6 +33,7 @@ Tensor input_gradient(const Mlp& mlp, const HiddenGradient& gradient) {
   const Tensor dx = empty(mlp.x, {mlp.x.size(0), mlp.x.size(1)});
   const Tensor &w_up = mlp.w_up, &du = gradient.du;
   ElasticGemmParams p = on_columns(w_up.const_data_ptr(), gemm_dtype(w_up), w_up.stride(0), dx, 0);
+  p.amx = on_amx(mlp.x);
   p.a = data_of<float>(du);
   p.a_row = du.stride(0);
   if (mlp.w_gate) {
@@ -41,7 +43,8 @@ Tensor input_gradient(const Mlp& mlp, const HiddenGradient& gradient) {
   }
   p.features = dx.size(1);
   p.order = data_or_null<int64_t>(mlp.extents.order);
-  run_gemm({p, gemm_schedule(mlp.extents.stairs.steps, extent_of, [&](const Step&) { return dx.size(1); })});
+  run_gemm(
+      {p, gemm_schedule(p, mlp.extents.stairs.steps, extent_of, [&](const Step&) { return dx.size(1); })});
   return dx;
 }
 
@@ -49,11 +52,12 @@ Tensor input_gradient(const Mlp& mlp, const HiddenGradient& gradient) {
 Tensor own_up_weight_gradient(const Mlp& mlp, const Tensor& dhidden, const FloatRows& x) {
   const Tensor dw = zeros_from(0, mlp.extents.widest(), mlp.x, {mlp.w_up.size(0), mlp.x.size(1)});
   ElasticGemmParams p = on_columns(x.data, GemmDtype::kFloat, x.stride, dw, 0);
+  p.amx = on_amx(mlp.x);
   p.a = data_of<float>(dhidden);
   p.a_row = 1;
   p.a_input = dhidden.stride(0);
   p.features = dw.size(1);
-  run_gemm({p, gemm_schedule(steps_of(column_blocks(mlp.extents.stairs)), extent_of,
+  run_gemm({p, gemm_schedule(p, steps_of(column_blocks(mlp.extents.stairs)), extent_of,
                              [&](const Step&) { return dw.size(1); })});
   return dw;
 }
@@ -64,11 +68,12 @@ Tensor own_down_weight_gradient(const Mlp& mlp, const Tensor& scaled, const Floa
     const Tensor part = columns(dw, b.begin, b.end);
     ElasticGemmParams p =
         on_columns(data_of<float>(scaled) + b.begin, GemmDtype::kFloat, scaled.stride(0), part, 0);
+    p.amx = on_amx(mlp.x);
     p.a = dy.data;
     p.a_row = 1;
     p.a_input = dy.stride;
     p.features = b.end - b.begin;
-    run_gemm({p, gemm_schedule({{b.rows, 0, dw.size(0)}}, extent_of,
+    run_gemm({p, gemm_schedule(p, {{b.rows, 0, dw.size(0)}}, extent_of,
                                [&](const Step&) { return b.end - b.begin; })});
   }
   return dw;
@@ -82,33 +87,39 @@ Tensor product_on_panels(const Mlp& mlp, ElasticGemmParams up, ElasticGemmParams
   const int64_t T = x.size(0), K = x.size(1), N = down.features, widest = extents.widest();
   const Tensor y = empty(x, {T, N});
   if (y.numel() == 0) return y;
-  const FloatRows x_rows = float_rows(x, extents.order);
-  const int64_t h_stride = padded_row(widest);
-  const Tensor h = empty(x, {T, h_stride}, ScalarType::Float);
   const OptionalTensor b_gate = dense(mlp.b_gate), b_up = dense(mlp.b_up), b_down = dense(mlp.b_down);
 
-  up.a = x_rows.data;
-  up.a_row = x_rows.stride;
+  up.amx = down.amx = on_amx(x, up.layout, T);
+  const Tensor x_rows = read_rows(up, x, extents.order);
   up.features = widest;
   up.hidden = true;
   up.activation = mlp.activation;
   up.bias[0] = data_or_null(up.gated ? b_gate : b_up);
   up.bias[1] = up.gated ? data_or_null(b_up) : nullptr;
   up.io = gemm_dtype(x);
-  up.y = h.mutable_data_ptr();
-  up.y_row = h_stride;
-  down.a = static_cast<const float*>(h.const_data_ptr());
-  down.a_row = h_stride;
   down.bias[0] = data_or_null(b_down);
   down.io = gemm_dtype(x);
   down.y = y.mutable_data_ptr();
   down.y_row = N;
   down.order = data_or_null<int64_t>(extents.order);
   const std::vector<Step>& steps = extents.stairs.steps;
+  GemmJob first{up, gemm_schedule(up, steps, [&](const Step&) { return K; }, extent_of)};
+  GemmJob second{down, gemm_schedule(down, steps, extent_of, [&](const Step&) { return N; })};
+  const int64_t h_stride = padded_row(widest);
+  const Tensor h = up.amx ? empty(x, {tiles_of(second), kTileBytes / 2})  // as the second reads them
+                          : empty(x, {T, h_stride}, ScalarType::Float);
+  first.p.y = h.mutable_data_ptr();
+  if (up.amx) {
+    first.p.y_groups = second.schedule.groups.data();
+    second.p.tiles = first.p.y;
+  } else {
+    first.p.y_row = second.p.a_row = h_stride;
+    second.p.a = data_of<float>(h);
+  }
   const int64_t each = (up.gated ? 2 : 1) * K + N;  // operations of a row for each neuron
   Team::lead(T * widest * each, [&] {
-    run_gemm({up, gemm_schedule(steps, [&](const Step&) { return K; }, extent_of)});
-    run_gemm({down, gemm_schedule(steps, extent_of, [&](const Step&) { return N; })});
+    run_gemm(std::move(first));
+    run_gemm(std::move(second));
   });
   return y;
 }
@@ -129,13 +140,14 @@ WithHidden forward_with_hidden_on_panels(const Mlp& mlp) {
   const auto product = [&](ElasticGemmParams p, const FloatRows& a, const OptionalTensor& bias,
                            const Tensor& to, const auto& inputs, const auto& features) {
     const OptionalTensor bias_ = dense(bias);
+    p.amx = on_amx(x, p.layout, x.size(0));
     p.a = a.data;
     p.a_row = a.stride;
     p.bias[0] = data_or_null(bias_);
     p.io = gemm_dtype(x);
     p.y = to.mutable_data_ptr();
     p.y_row = to.stride(0);
-    run_gemm({p, gemm_schedule(mlp.extents.stairs.steps, inputs, features)});
+    run_gemm({p, gemm_schedule(p, mlp.extents.stairs.steps, inputs, features)});
   };
   const FloatRows x_rows = float_rows(x, mlp.extents.order);
   const auto up = [&](const Tensor& weight, const OptionalTensor& bias, const Tensor& to) {

@@ -23,7 +23,9 @@ def installed() -> tuple[str, str]:
         return versions, f"ops: {first_line(error)}"
     info = build_info()
     here = os.environ.get("FLEXTRON_ISA") or (
-        "avx512"
+        "amx"
+        if torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()
+        else "avx512"
         if torch.cpu._is_avx512_supported()
         else "avx2"
         if torch.cpu._is_avx2_supported()
