@@ -119,7 +119,17 @@ inline Words upper_bf16(Vec<float> x) {
   return x != x ? Words{} + 0x7FC00000u : rounded;
 }
 // A word of each lane: `low` in its lower half, `high` in its upper.
-inline Words pairs_of(Vec<float> low, Vec<float> high) { return upper_bf16(low) >> 16 | upper_bf16(high); }
+inline Words pairs_of(Vec<float> low, Vec<float> high) {
+#ifdef __AVX512BF16__
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  constexpr Halves kInTurn = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  return (Words)_mm512_permutexvar_epi16((__m512i)kInTurn, (__m512i)both);
+#else
+  return upper_bf16(low) >> 16 | upper_bf16(high);
+#endif
+}
 
 inline void store_words(void* to, Words w) { *static_cast<Loose<uint32_t>::type*>(to) = w; }
 

@@ -121,6 +121,9 @@ int64_t head_attention_backward_scratch(const HeadAttentionParams<scalar_t>& p, 
 FLEXTRON_HEAD_ATTENTION_LAUNCHERS(cpu)
 FLEXTRON_HEAD_ATTENTION_LAUNCHERS(avx2)
 FLEXTRON_HEAD_ATTENTION_LAUNCHERS(avx512)
+// With a matrix unit, whose scratch is its own.
+int64_t head_attention_amx_scratch(const HeadAttentionParams<bf16>& p);
+void head_attention_amx(const HeadAttentionParams<bf16>& p, int64_t first, int64_t last, char* scratch);
 
 // The gradient of the sinks of heads [first, last): - sum over the T rows of exp(sinks[h] - lse) delta.
 template <class scalar_t, class grad_t>

@@ -589,13 +589,23 @@ A finish_row(const HeadAttentionParams<scalar_t>& p, i64 at, A max, A sum) {
   return sum == A(0) ? A(1) : sum / share;
 }
 
-template <class scalar_t>
-void forward_item(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, Arena arena) {
+// attend() as a value: a matrix unit's items are given another.
+struct Attend {
+  template <class scalar_t, class A>
+  void operator()(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, const Rows& rows,
+                  i64 begin, i64 end, const Softmax<A>& s) const {
+    attend(p, item, rows, begin, end, s);
+  }
+};
+
+template <class scalar_t, class Attending>
+void forward_item(const HeadAttentionParams<scalar_t>& p, const AttentionItem& item, Arena arena,
+                  const Attending& attending) {
   using A = typename HeadAttentionParams<scalar_t>::acc_t;
   Rows rows = take_rows(p, arena);
   const Softmax<A> s = take_softmax(p, arena);
   find_rows(p, item, rows);
-  attend(p, item, rows, rows.begin, rows.most, s);
+  attending(p, item, rows, rows.begin, rows.most, s);
   const i64 D = padded<A>(p.D);
   for (i64 r = 0; r < rows.count; ++r) {
     const A sum = finish_row(p, rows.at[r], s.max[r], s.sum[r]);
@@ -781,7 +791,7 @@ void backward_item(const HeadAttentionBackwardParams<scalar_t, grad_t>& params, 
   template <class scalar_t>                                                                           \
   void head_attention_##isa(const HeadAttentionParams<scalar_t>& p, int64_t first, int64_t last,      \
                             char* scratch) {                                                          \
-    for (; first < last; ++first) forward_item(p, p.items[first], Arena{scratch});                    \
+    for (; first < last; ++first) forward_item(p, p.items[first], Arena{scratch}, Attend{});          \
   }                                                                                                   \
   template <class scalar_t, class grad_t>                                                             \
   void head_attention_backward_##isa(const HeadAttentionBackwardParams<scalar_t, grad_t>& p,          \

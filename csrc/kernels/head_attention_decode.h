@@ -33,5 +33,8 @@ struct HeadAttentionDecodeParams {
 FLEXTRON_HEAD_ATTENTION_DECODE_LAUNCHERS(cpu)
 FLEXTRON_HEAD_ATTENTION_DECODE_LAUNCHERS(avx2)
 FLEXTRON_HEAD_ATTENTION_DECODE_LAUNCHERS(avx512)
+// With a matrix unit: scratch is that of head_attention_amx().
+void head_attention_decode_amx(const HeadAttentionDecodeParams<bf16>& p, int64_t first, int64_t last,
+                               char* scratch);
 
 }  // namespace flextron

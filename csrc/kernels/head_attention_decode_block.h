@@ -20,8 +20,9 @@ Partial<A> partial_of(const HeadAttentionDecodeParams<scalar_t>& p, i64 item) {
   return {at, at + rows, at + 2 * rows};
 }
 
-template <class scalar_t>
-void decode_item(const HeadAttentionDecodeParams<scalar_t>& params, i64 index, Arena arena) {
+template <class scalar_t, class Attending>
+void decode_item(const HeadAttentionDecodeParams<scalar_t>& params, i64 index, Arena arena,
+                 const Attending& attending) {
   using A = accumulate_t<scalar_t>;
   const HeadAttentionParams<scalar_t>& p = params.attention;
   const AttentionItem& item = p.items[index];
@@ -30,7 +31,8 @@ void decode_item(const HeadAttentionDecodeParams<scalar_t>& params, i64 index, A
   const Softmax<A> s = take_softmax(p, arena);
   find_rows(p, item, rows);
   const i64 k_start = p.sequences[item.sequence].k_start;
-  attend(p, item, rows, larger(k_start + item.begin, rows.begin), smaller(k_start + item.end, rows.most), s);
+  attending(p, item, rows, larger(k_start + item.begin, rows.begin), smaller(k_start + item.end, rows.most),
+            s);
   const i64 D = padded<A>(p.D);
   for (i64 r = 0; r < rows.count; ++r) {
     to.max[r] = s.max[r], to.sum[r] = s.sum[r];
@@ -73,7 +75,7 @@ void merge_items(const HeadAttentionDecodeParams<scalar_t>& params, i64 first, i
   template <class scalar_t>                                                                                 \
   void head_attention_decode_##isa(const HeadAttentionDecodeParams<scalar_t>& p, int64_t first,             \
                                    int64_t last, char* scratch) {                                           \
-    for (; first < last; ++first) decode_item(p, first, Arena{scratch});                                    \
+    for (; first < last; ++first) decode_item(p, first, Arena{scratch}, Attend{});                          \
   }                                                                                                         \
   template <class scalar_t>                                                                                 \
   void head_attention_decode_merge_##isa(const HeadAttentionDecodeParams<scalar_t>& p, int64_t first,       \

@@ -49,8 +49,8 @@ void run_decode(const AttentionPlan& plan, HeadAttentionParams<scalar_t> p, cons
       .attention = p,
       .partial = mutable_data_of<accumulate_t<scalar_t>>(partial),
       .merge_at = split.merge_at.data()};
-  const int64_t bytes = head_attention_scratch(p);
-  const auto decode = FLEXTRON_FOR_ISA(head_attention_decode, scalar_t);
+  const int64_t bytes = forward_scratch(p);
+  const auto decode = FLEXTRON_FOR_MATRIX_ISA(head_attention_decode, scalar_t);
   const auto merge = FLEXTRON_FOR_ISA(head_attention_decode_merge, scalar_t);
   run_items(items, plan.item_cost(keys_of_part(plan.max_keys)), bytes,
             [&](int64_t first, int64_t last, char* scratch) { decode(params, first, last, scratch); });

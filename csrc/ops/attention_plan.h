@@ -10,6 +10,7 @@
 #include <new>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/head_attention.h"
@@ -275,13 +276,35 @@ void run_items(int64_t count, int64_t cost, int64_t scratch_bytes, const Launch&
   });
 }
 
+// Bytes of scratch of the forward pass, split or not.
+template <class scalar_t>
+int64_t forward_scratch(const HeadAttentionParams<scalar_t>& p) {
+#ifdef __x86_64__
+  if constexpr (std::is_same_v<scalar_t, bf16>)
+    if (isa() == Isa::kAmx) return head_attention_amx_scratch(p);
+#endif
+  return head_attention_scratch(p);
+}
+
+// The launchers `name`_<isa>, of which a matrix unit has one for bfloat16.
+#ifdef __x86_64__
+#define FLEXTRON_FOR_MATRIX_ISA(name, scalar_t)   \
+  [] {                                            \
+    if constexpr (std::is_same_v<scalar_t, bf16>) \
+      if (isa() == Isa::kAmx) return &name##_amx; \
+    return FLEXTRON_FOR_ISA(name, scalar_t);      \
+  }()
+#else
+#define FLEXTRON_FOR_MATRIX_ISA(name, scalar_t) FLEXTRON_FOR_ISA(name, scalar_t)
+#endif
+
 // Forward without splitting the keys; p has its pointers.
 template <class scalar_t>
 void run_forward(const AttentionPlan& plan, HeadAttentionParams<scalar_t> p) {
   const auto items = query_items(plan);
   p.items = items.data();
-  const auto launch = FLEXTRON_FOR_ISA(head_attention, scalar_t);
-  run_items(items.size(), plan.item_cost(plan.max_keys), head_attention_scratch(p),
+  const auto launch = FLEXTRON_FOR_MATRIX_ISA(head_attention, scalar_t);
+  run_items(items.size(), plan.item_cost(plan.max_keys), forward_scratch(p),
             [&](int64_t first, int64_t last, char* scratch) { launch(p, first, last, scratch); });
 }
 

@@ -286,6 +286,45 @@ def test_no_sequences():
     assert out.shape == (0, 4, 8)
 
 
+@pytest.mark.skipif(KERNELS, reason="a GPU sums as the tile of queries has it")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_is_the_same_beside_others(dtype):
+    """And beside keys it does not see, with more keys than a matrix unit's tiles are kept of."""
+    T, S = 40, 1100
+    q, k, v = draw(T, S, 4, 2, 256, dtype)
+    out = head_attention(q, k, v, 2)
+    for row in (0, 31, 39):
+        seen = S - T + row + 1
+        alone = head_attention(q[row : row + 1], k[:seen], v[:seen], 2)
+        assert torch.equal(alone[0], out[row])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(causal=False),
+        dict(window=150, sinks=torch.tensor([0.0, 3.0, -9.0, 1.0, 0.5, 2.0])),
+        dict(softcap=2.0, scale=-0.3),
+        dict(scale=0.0),
+        dict(index=torch.tensor([4, 0, 5])),
+        dict(extent=torch.arange(300) % 3, extent_per="token"),
+        dict(k_start=torch.tensor([0, 50]), cu_seqlens_q=torch.tensor([0, 170, 300]),
+             cu_seqlens_k=torch.tensor([0, 160, 340])),
+    ],
+    ids=lambda options: "-".join(options) or "causal",
+)  # fmt: skip
+def test_bfloat16_of_hundreds_of_keys(options):
+    """Blocks of keys and of queries, whole and in part."""
+    q, k, v = draw(300, 340, 6, 2, 40, torch.bfloat16)
+    heads = len(options.get("index", (0, 1)))
+    ours = head_attention(q, k, v, heads, return_lse=True, **options)
+    plain = reference.head_attention(q, k, v, heads, **options)
+    exact = reference.head_attention(q.double(), k.double(), v.double(), heads, **options)
+    assert_no_worse(ours[0], plain[0], exact[0])
+    torch.testing.assert_close(ours[1].double(), exact[1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("D", [1, 3, 17, 80, 128])
 def test_any_head_size(D):
     q, k, v = draw(35, 66, 4, 2, D)

@@ -202,11 +202,12 @@ def test_what_is_not_selected_is_never_read(page):
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_a_mixed_batch_is_its_sequences_apart(unit):
-    q, k, v = draw(4, 2, LONG, 9, 3, 16)
+@pytest.mark.parametrize(("T", "dtype"), [(2, torch.float32), (12, torch.bfloat16)], ids=str)
+def test_a_mixed_batch_is_its_sequences_apart(T, dtype, unit):
+    q, k, v = draw(4, T, LONG, 9, 3, 16, dtype)
     seqlens, counts = [LONG, 2, LONG * 2 // 3, 0], [3, 1, 2, 0]
     mixed = run(q, k, v, torch.tensor(seqlens), 3, unit, extent=torch.tensor(counts))
-    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
+    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     for b, (length, count) in enumerate(zip(seqlens, counts, strict=True)):
         inputs = leaves(q[b : b + 1], k[b : b + 1], v[b : b + 1])
         out = head_attention_decode(*inputs, torch.tensor([length]), count, unit)
