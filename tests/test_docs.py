@@ -44,7 +44,10 @@ NOT_RUN = (
     (r"pip install\b", "make and .ci/run install and build, also in isolation"),
     (r"pytest\b", "it is a part of this suite"),
     (r"python tests/scale/measured\.py\b", "takes minutes; tests/scale counts smaller steps in the same way"),
-    (r"python tests/peak\.py billion\b", "takes 5 GB and a minute; the suite measures 90 million parameters with it"),
+    (
+        r"python tests/peak\.py billion\b",
+        "takes 5 GB and a minute; the suite measures 90 million parameters with it",
+    ),
     (r"python tests/families_page\.py\b", "converts 33 models; tests/conversion/test_every_family.py does"),
     (r"python python/benchmarks/\w+\.py\b", "tests/test_bench*.py run them on small shapes"),
     (r"bash tests/two_torches\.sh\b", "downloads gigabytes; .ci/run does where it is asked to"),
