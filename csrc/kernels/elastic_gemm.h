@@ -73,7 +73,7 @@ struct ElasticGemmParams {
   int64_t row_block_count;
 
   // Whether a matrix unit makes the products: activations and weights are rounded to bfloat16, the sums are
-  // made as amx.h says, 32 inputs after 32 inputs. `tiles`: the activations as elastic_gemm_amx_rows puts
+  // made as amx.h says, 32 inputs after 32 inputs. `tiles`: the activations as elastic_gemm_tiles_amx puts
   // them, [group][in block][32 inputs][16 rows][16][32].
   bool amx;
   void* tiles;
@@ -133,6 +133,6 @@ FLEXTRON_DECLARE_ELASTIC_GEMM(avx512)
 
 // The same with a matrix unit; and before it the activations of groups [begin, end), put into p.tiles.
 void elastic_gemm_amx(const ElasticGemmParams& p, int64_t begin, int64_t end);
-void elastic_gemm_amx_rows(const ElasticGemmParams& p, int64_t begin, int64_t end);
+void elastic_gemm_tiles_amx(const ElasticGemmParams& p, int64_t begin, int64_t end);
 
 }  // namespace flextron

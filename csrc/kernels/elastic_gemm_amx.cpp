@@ -439,7 +439,7 @@ void elastic_gemm_amx(const ElasticGemmParams& p, int64_t begin, int64_t end) {
   run_amx_items<float>(p, begin, end);
 }
 
-void elastic_gemm_amx_rows(const ElasticGemmParams& p, int64_t begin, int64_t end) {
+void elastic_gemm_tiles_amx(const ElasticGemmParams& p, int64_t begin, int64_t end) {
   for (const GemmGroup* g = p.groups + begin; g < p.groups + end; ++g) {
     bf16* to = static_cast<bf16*>(p.tiles) + g->tile * kTileElements;
     for (i64 block = 0; block < p.in_blocks; ++block)

@@ -182,7 +182,7 @@ inline void put_in_tiles(std::vector<GemmJob>& jobs) {
     p.tiles = memory + first[j] * kTileBytes;
     parallel_for(static_cast<int64_t>(jobs[j].schedule.groups.size()),
                  kAmxGroupRows * p.in_blocks * p.groups->inputs,
-                 [&](int64_t begin, int64_t end) { elastic_gemm_amx_rows(p, begin, end); });
+                 [&](int64_t begin, int64_t end) { FLEXTRON_AMX(elastic_gemm_tiles)(p, begin, end); });
   }
 }
 
@@ -225,7 +225,7 @@ inline void run_gemms(std::vector<GemmJob> jobs) {
     for (size_t j = 0; j < jobs.size(); ++j) {
       const int64_t from = std::max(begin, first[j]), to = std::min(end, first[j + 1]);
       if (from >= to) continue;
-      (jobs[j].p.amx ? elastic_gemm_amx : kernel)(jobs[j].p, from - first[j], to - first[j]);
+      (jobs[j].p.amx ? FLEXTRON_AMX(elastic_gemm) : kernel)(jobs[j].p, from - first[j], to - first[j]);
     }
   };
   if (weight > 0) return parallel_for(first.back(), kPanel * weight, run);

@@ -80,16 +80,19 @@ inline Isa isa() {
   return chosen;
 }
 
-// The launcher `name`_<isa>: of a template with the arguments that follow, and of a function.
+// The launcher `name`_<isa>: of a template with the arguments that follow, and of a function. FLEXTRON_AMX is
+// what the matrix unit alone has; nobody calls it where isa() is another.
 #ifdef __x86_64__
 #define FLEXTRON_FOR_ISA(name, ...)                    \
   (isa() >= Isa::kAvx512 ? &name##_avx512<__VA_ARGS__> \
    : isa() == Isa::kAvx2 ? &name##_avx2<__VA_ARGS__>   \
                          : &name##_cpu<__VA_ARGS__>)
+#define FLEXTRON_AMX(name) (&name##_amx)
 #define FLEXTRON_FOR_PLAIN_ISA(name) \
   (isa() >= Isa::kAvx512 ? &name##_avx512 : isa() == Isa::kAvx2 ? &name##_avx2 : &name##_cpu)
 #else
 #define FLEXTRON_FOR_ISA(name, ...) (&name##_cpu<__VA_ARGS__>)
+#define FLEXTRON_AMX(name) (static_cast<decltype(&name##_amx)>(nullptr))
 #define FLEXTRON_FOR_PLAIN_ISA(name) (&name##_cpu)
 #endif
 
