@@ -48,6 +48,7 @@ NOT_RUN = (
         r"python tests/peak\.py billion\b",
         "takes 5 GB and a minute; the suite measures 90 million parameters with it",
     ),
+    (r"python tests/real_weights\.py\b", "takes minutes; tests/test_cli.py runs its stages on a small model"),
     (r"python tests/families_page\.py\b", "converts 33 models; tests/conversion/test_every_family.py does"),
     (r"python python/benchmarks/\w+\.py\b", "tests/test_bench*.py run them on small shapes"),
     (r"bash tests/two_torches\.sh\b", "downloads gigabytes; .ci/run does where it is asked to"),
