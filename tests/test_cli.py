@@ -57,7 +57,7 @@ def parent(tmp_path_factory, text):
     return path
 
 
-COMMANDS = ("convert", "train", "profile", "route", "tune", "eval", "generate", "export", "info", "demo")
+COMMANDS = ("convert", "refit", "train", "profile", "route", "tune", "eval", "generate", "export", "info", "demo")
 COMMANDS += ("report", "reproduce", "clean", "tokenize", "scale")
 
 
@@ -84,6 +84,49 @@ def converted(tmp_path_factory, parent, text):
         == 0
     )
     return path
+
+
+def test_fitted_weights_are_stored_and_the_parent_teaches(converted, text, tmp_path, capsys):
+    """A fit begins at the parent however often it is made, and what trains on it learns from the parent."""
+    elastic = shutil.copytree(converted, tmp_path / "elastic")
+    parent = load_file(elastic / "model.safetensors")
+    options = (elastic, "--data", text, "--samples", 60, "--length", 32)
+    found = answer(capsys, "refit", *options)
+    assert found["tokens"] == 53 * 32 and all(row["after"] > 0 for row in found["losses"])
+    fitted = load_file(elastic / "model.safetensors")
+    moved = {name for name in parent if not torch.equal(parent[name], fitted[name])}
+    assert moved and all(re.search("down_proj|o_proj", name) for name in moved)
+    stored = json.loads((elastic / "flextron.json").read_text())["refit"]
+    assert {k: v for k, v in stored.items() if k != "weights"} == found
+    assert answer(capsys, "info", elastic)["parity is of"].startswith("the weights before")
+
+    answer(capsys, "refit", *options, "--narrower", 0.1)
+    again = shutil.copytree(converted, tmp_path / "again")
+    answer(capsys, "refit", again, *options[1:], "--narrower", 0.1)
+    for name, weight in load_file(again / "model.safetensors").items():
+        assert torch.equal(weight, load_file(elastic / "model.safetensors")[name])
+
+    train = ("train", elastic, "--data", text, *STEP, "--distillation", 1, "--checkpoint-every", 1)
+    answer(capsys, *train)
+    teacher = load_file(elastic / "training" / "teacher.safetensors")
+    assert all(torch.equal(teacher[name], parent[name]) for name in parent)
+    assert not (elastic / "refit").exists()
+    assert complaint(capsys, "refit", elastic, "--narrower", 0).startswith("flextron: refit: narrower must lie in (0, 1]")
+
+
+def test_an_exported_network_may_be_fitted_for_itself(converted, text, tmp_path, capsys):
+    options = (converted, tmp_path / "small", "--params", 50000, "--refit", 60, "--data", text)
+    before = (converted / "model.safetensors").read_bytes()
+    found = answer(capsys, "export", *options)
+    assert found["refit"]["errors"]["mlp"][0]["after"] < found["refit"]["errors"]["mlp"][0]["before"]
+    plain = answer(capsys, "export", converted, tmp_path / "plain", "--params", 50000)
+    assert plain["widths"] == found["widths"] and "refit" not in plain
+    tensors = [load_file(tmp_path / name / "model.safetensors") for name in ("small", "plain")]
+    moved = {name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1][name])}
+    assert moved and all(re.search("down_proj|o_proj", name) for name in moved)
+    assert (converted / "model.safetensors").read_bytes() == before
+    told = complaint(capsys, "export", converted, tmp_path / "out", "--data", text)
+    assert told == "flextron: export: --data must go with --refit, got it alone\n"
 
 
 def test_dtypes_and_certificate_are_said(parent, text, tmp_path, capsys):
@@ -341,7 +384,7 @@ def test_files_of_another_model_are_refused_until_the_named_command_is_run(
     other = {"format": 1, "made_for": {"elastic": {**here, "vocab_size": 302}, "weights": "0" * 64}}
     for name in ("routers.json", "adaptive.json"):
         (elastic / name).write_text(json.dumps(other))
-    asked = ("generate", elastic, "--params", 1e9, "--prompt", "the cat", "--max-new-tokens", 1)
+    asked = ("generate", elastic, "--params", 50000e9, "--prompt", "the cat", "--max-new-tokens", 1)
     for name, stage, mend in (
         (
             path.name,
@@ -474,8 +517,8 @@ def test_bad_input_gives_one_sentence(elastic, parent, text, tmp_path, capsys):
         ("eval", elastic, "--data", text): "flextron profile",
         ("route", elastic, "--data", text): "flextron profile",
         ("generate", elastic, "--budget", 0.5, "--prompt", "x"): "flextron profile",
-        ("generate", elastic, "--params", 10, "--prompt", "x"): "smallest",
-        ("generate", elastic, "--params", 10, "--adaptive", "--prompt", "x"): "one of latency",
+        ("generate", elastic, "--params", 500000, "--prompt", "x"): "smallest",
+        ("generate", elastic, "--params", 500000, "--adaptive", "--prompt", "x"): "one of latency",
         ("eval", elastic, "--data", text, "--adaptive"): "flextron profile",
         ("route", elastic, "--gates", "soft"): "with --adaptive only",
         ("route", elastic, "--adaptive", "--evaluations", 5): "--evaluations must not be given",

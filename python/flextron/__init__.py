@@ -24,6 +24,7 @@ _HOME = {
     "make_elastic": "flextron.artefacts.elastic_model",
     "pack": "flextron.nn",
     "profile": "flextron.pipeline",
+    "refit": "flextron.pipeline",
     "route": "flextron.pipeline",
     "route_adaptive": "flextron.pipeline",
     "tokenize": "flextron.tokens.writing",

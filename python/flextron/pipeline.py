@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,10 +27,13 @@ from flextron.artefacts.planner import Planner, planner_of
 from flextron.artefacts.static_router import RouterResult, trained_on
 from flextron.checkpoint import CheckpointError, Origin, locked
 from flextron.checkpoint.hf import read_tokenizer
+from flextron.checkpoint.origin import weights_of
 from flextron.checkpoint.weights import overwrite, weight_files
-from flextron.config import Widths
+from flextron.config import ElasticConfig, Widths
 from flextron.conversion import convert as convert_model
 from flextron.conversion.gguf import is_gguf, read_gguf
+from flextron.conversion.refit import NARROWER, RIDGE
+from flextron.conversion.refit import refit as fit
 from flextron.conversion.source import room_beside, source_of
 from flextron.corpus import Data, corpus, windows
 from flextron.judge.loss import evaluate
@@ -52,6 +55,7 @@ from flextron.training.sharding import cut_of, gathered
 from flextron.tuning import tune as tune_model
 
 TRAINING_FOLDER, TUNING_FOLDER = "training", "tuning"
+REFIT_FOLDER = "refit"  # the weights before a fit
 _ROUTERS = (static_router, adaptive_router)
 Progress = Callable[[str, int, int], Any]
 Measured = Callable[[Mapping[str, Any]], Any]  # called with a step's line of metrics.jsonl
@@ -169,6 +173,86 @@ def convert(
 
 
 @_alone
+def refit(
+    directory: str | Path,
+    *,
+    data: Data = None,
+    samples: int = 96,
+    length: int = 256,
+    narrower: float = NARROWER,
+    ridge: float = RIDGE,
+    validation_windows: int = 8,
+    dtype: Dtype = "auto",
+    device: Any = "auto",
+    progress: Progress = _silent,
+) -> dict[str, Any]:
+    """Fit the last projection of every MLP and attention anew for all widths at once, in place; no gradient is needed.
+
+    Narrow networks become better, and the full one a little worse than the parent: how much is in what is returned. The
+    certificate of `convert` goes on being about the weights before. Those stay as the teacher of the `train` that comes
+    next, until it ends. Latency tables stay; routers go, since every loss changes.
+
+    Args:
+        directory: an elastic checkpoint, best right after `convert`.
+        data: text; by default Python's own documentation. Text that is unlike what the model will read fits it to that.
+        samples, length: sequences of the training text, and tokens in each; an eighth judges the fit.
+        narrower, ridge: of `flextron.conversion.refit.refit`.
+        validation_windows: sequences of held-out text behind the losses that are returned.
+        dtype, device: as `train` takes them.
+
+    Returns:
+        ``tokens`` fitted on, ``errors`` of each axis' widths and projections ``kept`` as they were, as
+        `flextron.conversion.refit.Refit` has them; ``losses``: for each uniform network its ``mlp`` and ``heads``, the
+        loss ``before`` and ``after``, in nats. ``flextron.json`` keeps it as ``refit``.
+    """
+    with ElasticDirectory.open(directory) as checkpoint:
+        checkpoint.check_length("refit", length)
+        model = checkpoint.model(device=device)
+        parent = _parent(checkpoint)
+        weights = weight_files(checkpoint.meta["checksums"])
+    if parent:
+        overwrite(dict(model.named_parameters()), parent)
+    model.stored = storage("refit", model, dtype)
+    tokens = corpus(read_tokenizer(directory), data)
+    calibration = windows(tokens.train, samples, length, "refit")
+    held_out = windows(tokens.held_out, validation_windows, length)
+    networks = _of_each_axis(model.elastic)
+    before = evaluate(model, held_out, networks)
+    told = partial(progress, "fitting the last projections")
+    found = fit(model, calibration, narrower=narrower, ridge=ridge, progress=told)
+    round_in_place("refit", model, model.stored)
+    after = evaluate(model, held_out, networks)
+    losses = [
+        {"mlp": widths.mlp[0], "heads": widths.heads[0], "before": b, "after": a}
+        for widths, b, a in zip(networks, before, after, strict=True)
+    ]
+    report = {**found.to_dict(), "losses": losses}
+    if not parent:
+        _keep_weights(Path(directory), weights, Path(directory) / REFIT_FOLDER)
+    save_elastic(model, directory, prove=lambda _, __, own: {"refit": {**report, "weights": own}})
+    _discard(directory, *(name for module in _ROUTERS for name in module.FILES), TUNING_FOLDER)
+    return report
+
+
+def _of_each_axis(config: ElasticConfig) -> list[Widths]:
+    """The full network, and those that are narrower along one axis, or along both at once."""
+    whole = [-1] * len(config.menus)
+    found = [config.full()]
+    for axis, menu in enumerate(config.menus):
+        found += [
+            config.uniform(*(*whole[:axis], i, *whole[axis + 1 :])) for i in reversed(range(len(menu) - 1))
+        ]
+    return [*dict.fromkeys([*found, config.narrowest()])]
+
+
+def _parent(checkpoint: ElasticDirectory) -> list[Path]:
+    """The files of the weights before a fit; none where those here are not that fit's."""
+    fitted = checkpoint.meta.get("refit", {}).get("weights")
+    is_here = fitted == weights_of(checkpoint.meta["checksums"])
+    return sorted((checkpoint.path / REFIT_FOLDER).glob(resume.TEACHER_FILES)) if is_here else []
+
+
+@_alone
 def train(
     directory: str | Path,
     config: TrainConfig,
@@ -192,7 +276,8 @@ def train(
     Latency tables stay, since no size changes; routers are dropped, since every loss does.
 
     The teacher of a distillation is the checkpoint as it was when the run began: right after `convert` that is the
-    parent itself. The run keeps it, for more steps later (see `flextron.training.train`).
+    parent itself, and after `refit` it is what that began with. The run keeps it, for more steps later (see
+    `flextron.training.train`).
 
     What cannot fit on the device is refused before anything is loaded; ``planned`` is called with what a step takes of
     its memory, before the first one.
@@ -243,7 +328,7 @@ def _keep_trained(
         if made_for != origin:
             _discard(directory, *module.FILES)
     if moved:
-        _discard(directory, TUNING_FOLDER)  # its run began at other weights
+        _discard(directory, TUNING_FOLDER, REFIT_FOLDER)  # about other weights
 
 
 def _evaluated_again(model: Elastic, report: TrainReport, validation: Tensor) -> dict[str, Any]:
@@ -542,15 +627,27 @@ def _teacher(
     teacher = checkpoint.model(device=device, cut=cut)
     run = checkpoint.path / folder
     kept = sorted(run.glob(resume.TEACHER_FILES))
-    if not restart and kept and resume.has_checkpoints(run):
-        overwrite(dict(teacher.named_parameters()), kept)
-    weights = weight_files(checkpoint.meta["checksums"])
+    goes_on = not restart and kept and resume.has_checkpoints(run)
+    weights, parent = weight_files(checkpoint.meta["checksums"]), _parent(checkpoint)
+    if source := kept if goes_on else parent:
+        overwrite(dict(teacher.named_parameters()), source)
 
     def keep() -> None:
-        for name in weights:
-            _link(checkpoint.path / name, run / name.replace("model", "teacher", 1))
+        if not parent:
+            return _keep_weights(checkpoint.path, weights, run)
+        for path in parent:
+            _link(path, run / path.name)
 
     return teacher.requires_grad_(False), keep
+
+
+def _keep_weights(directory: Path, names: Iterable[str], folder: Path) -> None:
+    """Keep a checkpoint's weights in a folder, as a teacher's."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.glob(resume.TEACHER_FILES):
+        path.unlink()
+    for name in names:
+        _link(directory / name, folder / name.replace("model", "teacher", 1))
 
 
 def _link(source: Path, target: Path) -> None:

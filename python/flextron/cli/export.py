@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from flextron.cli import options as shared
+from flextron.cli import values
 from flextron.cli.printing import dtypes, rounding, say
 
 EXAMPLE = "flextron export elastic/ small/ --budget 0.6"
+_LENGTH = 256  # tokens in a sequence of --refit
 
 
 def options(parser: ArgumentParser) -> None:
@@ -24,6 +29,14 @@ def options(parser: ArgumentParser) -> None:
         help="how layers of different widths are stored: uniform and padded load in stock transformers, ragged keeps "
         "a width for every layer",
     )
+    add(
+        "--refit",
+        type=values.count,
+        metavar="N",
+        help="fit the last projection of every MLP and attention to this one network, on N sequences of 256 tokens of "
+        "--data: better at no cost, but no longer the elastic model's own sub-network",
+    )
+    shared.data(parser)
     shared.stored_dtype(parser, "the one that each tensor has in the checkpoint")
     shared.device(parser)
 
@@ -34,14 +47,24 @@ def run(args: Namespace) -> dict[str, Any]:
     from flextron.inference import from_pretrained
     from flextron.nn.placement import one_device
 
+    text = shared.text_of(args)
+    if text is not None and args.refit is None:
+        raise ValueError("export: --data must go with --refit, got it alone")
     device = one_device("export", args.device)
     directory = shared.fetched(args)
     model = from_pretrained(directory, "float32", device=device)
     widths: Any = model.set_budget(**shared.budget_of(args))
     tokenizer = read_tokenizer(directory)
-    report = export(
-        model, args.out, widths, layout=args.layout, tokenizer=tokenizer, dtype=args.dtype, force=args.force
-    )
+    with _fitted(args.refit, model, widths, tokenizer, text) as found:
+        report = export(
+            model,
+            args.out,
+            widths,
+            layout=args.layout,
+            tokenizer=tokenizer,
+            dtype=args.dtype,
+            force=args.force,
+        )
     parity = report["parity"]
     say(
         args,
@@ -50,4 +73,21 @@ def run(args: Namespace) -> dict[str, Any]:
     )
     if report.get("note"):
         say(args, report["note"])
-    return report
+    return report if found is None else {**report, "refit": found.to_dict()}
+
+
+@contextmanager
+def _fitted(samples: int | None, model: Any, widths: Any, tokenizer: Any, text: Any) -> Iterator[Any]:
+    """A ``with`` block in which the model serves one network alone, where that was asked for."""
+    if samples is None:
+        yield None
+        return
+    from flextron import ui
+    from flextron.conversion.refit import refitted
+    from flextron.corpus import corpus, windows
+
+    calibration = windows(corpus(tokenizer, text).train, samples, _LENGTH, "refit")
+    with ui.reporter() as progress:
+        told = partial(progress, "fitting the last projections")
+        with refitted(model, widths, calibration, progress=told) as found:
+            yield found
