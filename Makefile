@@ -1,4 +1,4 @@
-# make demo, test, emulate, sanitize, bench, lint, resources: each sets up all it needs, once, in .venv.
+# make demo, test, hosts, emulate, sanitize, bench, lint, resources: each sets up all it needs, once, in .venv.
 #
 #   make sanitize                     the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make resources                    registers, spills and build cost of every CUDA kernel against the kept table
@@ -10,13 +10,14 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+HOSTS ?= .venv-hosts
 ARGS ?=
 JOBS ?= 2
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test emulate sanitize bench lint resources setup clean
+.PHONY: demo test hosts emulate sanitize bench lint resources setup clean
 
 BIN := $(VENV)/bin
 # What each compile says and takes is kept beside its object: `make resources` reads it.
@@ -29,6 +30,21 @@ demo: setup
 
 test: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# Each host has an environment of its own, which sees the packages of $(VENV).
+hosts: $(HOSTS)/llama.cpp/.made
+	$(HOSTS)/llama.cpp/bin/python -m pytest tests/exporting/test_llama_cpp.py $(ARGS)
+	$(HOSTS)/llama.cpp/bin/python tests/hosts_page.py llama.cpp transformers
+
+$(HOSTS)/llama.cpp/.made: $(VENV)/.built
+	@echo "==> making $(HOSTS)/llama.cpp"
+	@$(BIN)/python -m venv --without-pip $(HOSTS)/llama.cpp
+	@$(BIN)/python -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})")' > \
+	  "$$($(HOSTS)/llama.cpp/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/flextron.pth"
+	@$(PIP) --python $(HOSTS)/llama.cpp/bin/python install --no-deps \
+	  "$$($(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+	  print(*p["project"]["optional-dependencies"]["hosts"])')"
+	@touch $@
 
 emulate: setup
 	JOBS=$(JOBS) PYTHON=$(BIN)/python bash tests/emulator/run.sh $(ARGS)
@@ -53,7 +69,7 @@ lint: setup
 setup: $(VENV)/.built
 
 clean:
-	rm -rf $(VENV) build dist demo-out flextron_ext/*.so *.egg-info
+	rm -rf $(VENV) $(HOSTS) build dist demo-out flextron_ext/*.so *.egg-info
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -68,7 +84,7 @@ $(VENV)/.packages: $(VENV)/.python pyproject.toml
 	@echo "==> installing what flextron is built and run with (pyproject.toml)"
 	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
 	  print(*p["build-system"]["requires"], *p["project"]["dependencies"], \
-	        *(r for name, rs in p["project"]["optional-dependencies"].items() if name != "all" for r in rs), \
+	        *(r for name, rs in p["project"]["optional-dependencies"].items() if name not in ("all", "hosts") for r in rs), \
 	        sep="\n")' > $(VENV)/requirements.txt
 	@$(PIP) install -r $(VENV)/requirements.txt
 	@touch $@

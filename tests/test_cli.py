@@ -590,6 +590,28 @@ def test_bad_input_gives_one_sentence(elastic, parent, text, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_gguf_file_is_exported(converted, tmp_path, capsys):
+    file = tmp_path / "small.gguf"
+    argv = ("export", converted, file, "--format", "gguf", "--params", 80000, "--type", "f32")
+    report = answer(capsys, *argv)
+    assert report["types"].keys() == {"f32"} and report["parity"]["max_rel"] < 1e-4
+    assert "must not be there yet" in complaint(capsys, *argv)
+    assert main([*map(str, (*argv[:-1], "f16", "--force"))]) == 0
+    assert re.search(
+        r"parameters, \w+ in (llama|deci), .* MB of \d+ f16, \d+ f32; read back", capsys.readouterr().out
+    )
+    for other, name in (((), "--type"), (("--format", "gguf"), "--dtype")):
+        given = (
+            "export",
+            converted,
+            tmp_path / "x.gguf",
+            name,
+            "f16" if name == "--type" else "float16",
+            *other,
+        )
+        assert f"export: {name} must be given with" in complaint(capsys, *given)
+
+
 def test_a_demonstration_replaces_nothing_but_a_demonstration(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert "got" in complaint(capsys, "demo", "--parent", "tiny", "--out", tmp_path)

@@ -40,6 +40,7 @@ NOT_RUN = (
     (r"flextron (demo|reproduce)\b", "takes minutes: .ci/run and tests/lab run them on small parents"),
     (r"flextron \w+", "tests/test_cli.py runs every command on a small checkpoint"),
     (r"make (demo|test|emulate|lint|resources)\b", ".ci/run runs it"),
+    (r"make hosts\b", "installs the hosts; tests/exporting runs what does not need them"),
     (r"make (sanitize|bench)\b", "takes up to an hour; its script's arguments are tested"),
     (r"pip install\b", "make and .ci/run install and build, also in isolation"),
     (r"pytest\b", "it is a part of this suite"),

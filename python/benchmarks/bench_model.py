@@ -1,10 +1,10 @@
 """Tokens per second of generate() beside stock transformers and llama.cpp: python bench_model.py --dtype bfloat16
 
 Greedy. The rivals hold the same weights. Stock transformers runs the full model and, at smaller widths, the plain model
-that `flextron.extract` takes out; llama.cpp runs the same plain models, if llama-cpp-python is installed. With --device
-cuda the contestants are those of gpu_contestants.py. All take turns, in the opposite order in every round, and figures
-are medians over rounds. "Ideal" is the bound on decode: the bytes of weights, and on a GPU of the cache, that a step
-reads, over the read bandwidth measured in the same run.
+that `flextron.extract` takes out; llama.cpp runs the same networks as GGUF files, if xllamacpp is installed. With
+--device cuda the contestants are those of gpu_contestants.py. All take turns, in the opposite order in every round, and
+figures are medians over rounds. "Ideal" is the bound on decode: the bytes of weights, and on a GPU of the cache, that a
+step reads, over the read bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ import gpu_contestants as gpu
 import torch
 from bench_training import smollm2_shape
 from gpu_contestants import Run, Times, at_width
-from llama_cpp_rival import LlamaCpp, write_gguf
+from llama_cpp_rival import LlamaCpp
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 import flextron
 from flextron.config import Widths
+from flextron.exporting import export_gguf
 from flextron.judge.timing import wait_until_idle
 from flextron.nn import elastic_config, make_elastic
 
@@ -43,6 +44,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "int8": torch.bfloat16,
 }  # int8: only the weights are integers
+_GGUF = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0"}
 
 
 def llama_shape(hidden: int, neurons: int, layers: int, **more: Any) -> LlamaConfig:
@@ -175,9 +177,9 @@ def contestants(
     runs: dict[tuple[float, str], Run] = {}
     size, sizes = (1 if args.dtype == "int8" else dtype.itemsize), {}
     ours = generation(elastic, ids, args.new)
-    has_llama_cpp = importlib.util.find_spec("llama_cpp") is not None
+    has_llama_cpp = importlib.util.find_spec("xllamacpp") is not None
     if not has_llama_cpp:
-        print("bench_model: llama-cpp-python is not installed, so there is no llama.cpp beside the others")
+        print("bench_model: xllamacpp is not installed, so there is no llama.cpp beside the others")
     plain = {
         share: flextron.extract(elastic, widths_of(elastic, share)) for share in args.widths if share != 1
     }
@@ -191,7 +193,7 @@ def contestants(
             runs[share, "transformers"] = generation(same, ids, args.new)
         if has_llama_cpp:
             path = folder / f"{share}.gguf"
-            write_gguf(same, path, args.dtype)
+            export_gguf(elastic, path, widths, kind=_GGUF[args.dtype])
             rival = LlamaCpp(path, torch.get_num_threads(), args.prompt + args.new + 64)
             runs[share, "llama.cpp"] = of_llama_cpp(rival, ids, args.new)
     return runs, sizes

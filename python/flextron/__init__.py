@@ -18,6 +18,7 @@ _HOME = {
     "convert": "flextron.pipeline",
     "elastic_config": "flextron.nn",
     "export": "flextron.exporting",
+    "export_gguf": "flextron.exporting",
     "extract": "flextron.exporting",
     "from_pretrained": "flextron.inference",
     "load_plain": "flextron.exporting",

@@ -40,7 +40,7 @@ def write_json(path: str | Path, obj: Any) -> None:
         text = json.dumps(obj, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: contents must be plain JSON, got {error}") from None
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
@@ -83,7 +83,7 @@ def save_tensors(
     header = {"format": "pt", **(metadata or {})}
     if shared:
         header[_SHARED] = json.dumps(shared)
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         try:
             save_file(kept, temporary, metadata=header)
         except SafetensorError as error:  # a full disk, too
@@ -119,7 +119,7 @@ def stream_tensors(path: str | Path, tensors: Mapping[str, Pending]) -> str:
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     digest = hashlib.sha256()
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         try:
             with temporary.open("wb") as file:
                 for content in _contents(header, (tensors[name] for name in names)):
@@ -301,7 +301,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Any], expected: Mapping[str,
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Yield a path beside ``path``; the file written there replaces it when the block ends without an error."""
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: its directory must exist, got nothing at {path.parent}")

@@ -139,15 +139,19 @@ def _illegal_heads(config: ElasticConfig, heads: int) -> str | None:
     return None
 
 
-def build(model: Elastic, widths: Widths, layout: str, shares: bool = False) -> PreTrainedModel:
+def build(
+    model: Elastic, widths: Widths, layout: str, shares: bool = False, held: list[Sizes] | None = None
+) -> PreTrainedModel:
     """The plain model of `extract`, its layout already chosen by `layout_of`.
 
     ``shares``: its weights are views of the elastic ones where they can be, for a comparison that takes no memory.
+    ``held``: the sizes of each layer of a ragged one, where they are larger than what is kept; the rest is zeros.
     """
     check_plain("extract", model)
     elastic: ElasticConfig = model.elastic
-    kept = [_kept(elastic, d, n) for d, n in zip(widths.mlp, widths.heads, strict=True)]
-    held = [_padded(elastic, widths)] * elastic.num_layers if layout == "padded" else kept
+    kept = kept_sizes(elastic, widths)
+    if held is None:
+        held = [_padded(elastic, widths)] * elastic.num_layers if layout == "padded" else kept
     layers, anatomy = [_sizes(size) for size in held], model.anatomy
 
     values = model.config.to_dict()
@@ -173,6 +177,11 @@ def build(model: Elastic, widths: Widths, layout: str, shares: bool = False) -> 
     fill(plain, _tensors(model, kept, held, shares)).to(model.device)  # the rest of it: a few buffers
     plain.generation_config = copy.deepcopy(model.generation_config)
     return plain
+
+
+def kept_sizes(config: ElasticConfig, widths: Widths) -> list[Sizes]:
+    """What a sub-network keeps of each layer."""
+    return [_kept(config, d, n) for d, n in zip(widths.mlp, widths.heads, strict=True)]
 
 
 def _kept(config: ElasticConfig, d: int, heads: int) -> Sizes:
