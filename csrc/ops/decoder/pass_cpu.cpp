@@ -445,14 +445,36 @@ class Run {
     plan.page = call_.cache.keys[l].size(1);
     for (int64_t b = 0; b < tokens_.B; ++b) plan.pages.push_back(b);
     for (int64_t b = 0; b < tokens_.B; ++b)
-      plan.sequences.push_back({.query = b * T,
-                                .T = T,
-                                .S = call_.cache.cached + T,
-                                .k_start = starts_.empty() ? 0 : starts_[b],
-                                .position = 0,
-                                .pages = plan.pages.data() + b});
+      for (int64_t t = 0, end; t < T; t = end) {
+        end = alike_from(b, t, plan);
+        plan.sequences.push_back({.query = b * T + t,
+                                  .T = end - t,
+                                  .S = call_.cache.cached + end,
+                                  .k_start = start_of(b),
+                                  .position = 0,
+                                  .pages = plan.pages.data() + b});
+      }
     plan.measure();
     return plan;
+  }
+
+  int64_t start_of(int64_t b) const { return starts_.empty() ? 0 : starts_[b]; }
+
+  // Behind the tokens of sequence b, from t on, whose keys begin and are split as if each came alone, and
+  // whose rows are few together where they are alone: a few tokens get the same bits in one step as in
+  // several. A prompt's keys are not split.
+  int64_t alike_from(int64_t b, int64_t t, const AttentionPlan& plan) const {
+    constexpr int64_t kFewRows = 8;  // that csrc/kernels/head_attention_block.h takes otherwise than more
+    const int64_t T = tokens_.T;
+    if (T > kAttentionQueries) return T;
+    const auto seen = [&](int64_t token) {
+      const int64_t S = call_.cache.cached + token + 1, first = std::max(start_of(b), S - plan.window);
+      return std::pair{first, keys_of_part(S - first)};
+    };
+    const int64_t most = plan.M > kFewRows ? T : t + kFewRows / std::max<int64_t>(plan.M, 1);
+    int64_t end = t + 1;
+    while (end < std::min(T, most) && seen(end) == seen(t)) ++end;
+    return end;
   }
 
   void project_out(const Layer& layer, const LayerGemms& gemms, const Used& heads, const float* seen) const {
