@@ -136,6 +136,22 @@ def test_a_batch_far_from_the_profiled_is_refused():
         PLANNER.resolve(0.5, batch=4)
 
 
+def test_what_drafting_takes_is_read_from_the_decode_tables():
+    draft, full = CONFIG.smallest(), CONFIG.full()
+    four = replace(
+        DECODE, base=2 * DECODE.base, slope=2 * DECODE.slope, workload=replace(DECODE.workload, batch=4)
+    )
+    planner = Planner(CONFIG, (*TABLES, four))
+    share, several = planner.steps(draft, full, 1, 6)
+    assert share == DECODE.predict(draft) / DECODE.predict(full)
+    # between one sequence and four on a straight line, and no more beyond
+    assert several == pytest.approx((1, 4 / 3, 5 / 3, 2, 2, 2))
+    share, several = planner.steps(draft, full, 3, 2)
+    assert share == four.predict(draft) / four.predict(full) and several == pytest.approx((1, 2 / (5 / 3)))
+    assert PLANNER.steps(draft, full, 8, 3)[1] == (1, 1, 1)
+    assert Planner(CONFIG, (PREFILL,)).steps(draft, full, 1, 3) is None
+
+
 def test_the_trained_ladder_is_used():
     uniform = uniform_ladder(CONFIG)
     heads_last = sorted(uniform.upgrades, key=lambda upgrade: upgrade[0] == "heads")

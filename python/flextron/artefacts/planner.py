@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from flextron.artefacts.ladder import Ladder, uniform_ladder
@@ -210,6 +211,29 @@ class Planner:
         if limit.cost(self.config.smallest()) > limit.limit * (1 + 1e-9):
             raise _impossible(name, value, limit, self.config.smallest())
         return min(1.0, limit.limit if name == "fraction" else limit.limit / table.full_ms)
+
+    def steps(
+        self, draft: Widths, chosen: Widths, batch: int, most: int
+    ) -> tuple[float, tuple[float, ...]] | None:
+        """What drafting takes, as shares of a decode step of ``chosen``, by the tables of this machine.
+
+        A step that verifies n tokens of each sequence counts as one of n times as many sequences: between profiled
+        batches on a straight line, and beyond them as the nearest.
+
+        Returns:
+            A step of ``draft``, and steps that verify 1, 2, .. up to ``most`` tokens of each sequence; None where no
+            decode step was measured here.
+        """
+        own = [table for table in self.here if table.workload.phase == "decode"]
+        if not own:
+            return None
+        least = min(table.workload.context for table in own)
+        of_batch = {t.workload.batch: t for t in own if t.workload.context == least}
+        profiled = sorted(of_batch)
+        times = [of_batch[n].predict(chosen) for n in profiled]
+        verified = np.interp([batch * n for n in range(1, most + 1)], profiled, times)
+        table = of_batch[min(profiled, key=lambda n: abs(math.log(n / batch)))]
+        return table.predict(draft) / table.predict(chosen), tuple((verified / verified[0]).tolist())
 
     def _size_limit(
         self, name: str, value: float, batch: int, context: int, kv: str, bytes_per_value: int

@@ -97,6 +97,14 @@ class ElasticCacheLayer(CacheLayerMixin):
         if end > self.keys.shape[1]:
             self.keys, self.values = self._grown(self.keys, end), self._grown(self.values, end)
 
+    def first_groups(self, groups: int) -> ElasticCacheLayer:
+        """The first groups as a layer of its own in the same memory, for as many tokens as there is room for."""
+        layer = ElasticCacheLayer()
+        layer.keys, layer.values = self.keys[:, :, :groups], self.values[:, :, :groups]
+        layer.dtype, layer.device, layer.is_initialized = self.dtype, self.device, True
+        layer.length, layer.groups = self.length, groups
+        return layer
+
     def _valid(self, stored: Tensor) -> Tensor:
         return stored[:, : self.length].transpose(1, 2)
 
@@ -196,6 +204,17 @@ class ElasticCache(Cache):
         for layer, n in zip(self.layers, groups, strict=True):
             layer.length += tokens
             layer.groups = n
+
+    def first_groups(self, groups: Sequence[int]) -> ElasticCache:
+        """`ElasticCacheLayer.first_groups` of every layer: what a sub-network reads, and may write behind it."""
+        view = ElasticCache()
+        view.layers = [layer.first_groups(n) for layer, n in zip(self.layers, groups, strict=True)]
+        return view
+
+    def rewind(self, tokens: int) -> None:
+        """Count the first ``tokens`` tokens of each sequence alone."""
+        for layer in self.layers:
+            layer.length = tokens
 
     def check(self, groups: Sequence[int]) -> None:
         """Raise ValueError, before anything is appended, when some layer would need more groups than it holds."""

@@ -21,7 +21,7 @@ from flextron.nn.router import AdaptiveRouter
 from flextron.nn.static_cache import rows_at
 from flextron_ext import elastic_linear, elastic_mlp, head_attention_decode
 
-_VARYING_ROPE = (
+VARYING_ROPE = (
     "dynamic",
     "longrope",
 )  # whose tables depend on the longest position, which the host would read
@@ -215,6 +215,6 @@ def can_step(model: Elastic, forward: ElasticForward) -> bool:
         and model.anatomy.is_llama(model.config)
         and "head_bias" not in forward.weights
         and forward.format == "plain"
-        and rotary.rope_type not in _VARYING_ROPE
+        and rotary.rope_type not in VARYING_ROPE
         and not (rotary._forward_hooks or rotary._forward_pre_hooks or "forward" in rotary.__dict__)
     )

@@ -30,6 +30,7 @@ from flextron.nn.protocol import Elastic
 from flextron.nn.static_cache import StaticCache
 from flextron.nn.steps import CapturedSteps, Steps
 
+_NO_END = 1 << 62  # tokens
 _TAKEN = ("cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep")
 # methods of transformers' loop whose work this one does itself
 _CALLED = (
@@ -44,10 +45,17 @@ _CALLED = (
 
 def is_plain(model: Elastic, input_ids: Tensor, config: GenerationConfig, inputs: dict[str, Any]) -> bool:
     """Whether `sample` returns what transformers' loop would return for a new prompt."""
+    is_ours = runs_on(input_ids.device) or isinstance(inputs.get("cache"), StaticCache)
+    return is_ours and is_understood(model, input_ids, config, inputs)
+
+
+def is_understood(
+    model: Elastic, input_ids: Tensor, config: GenerationConfig, inputs: dict[str, Any]
+) -> bool:
+    """Whether a loop of ours knows all that there is to a new prompt."""
     cache, mask, positions = (inputs.get(name) for name in ("cache", "attention_mask", "position_ids"))
     return (
-        (runs_on(input_ids.device) or isinstance(cache, StaticCache))
-        and input_ids.device == model.device
+        input_ids.device == model.device
         and input_ids.numel() > 0
         and isinstance(cache, ElasticCache)
         and cache.get_seq_length() == 0
@@ -85,10 +93,9 @@ def sample(
     logits = model(input_ids=input_ids, **inputs).logits
     kind = CapturedSteps if isinstance(inputs["cache"], StaticCache) else Steps
     steps = kind(model, input_ids, inputs)
+    output = Output(input_ids, logits_processor, stopping_criteria, config, streamer)
     try:
-        return _continued(
-            steps, logits, input_ids, logits_processor, stopping_criteria, config, streamer, inputs["cache"]
-        )
+        return _continued(steps, logits, output, config, inputs["cache"])
     finally:
         steps.end()
 
@@ -96,57 +103,114 @@ def sample(
 def _continued(
     steps: Steps,
     logits: Tensor,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
+    output: Output,
     config: GenerationConfig,
-    streamer: BaseStreamer | None,
     cache: ElasticCache,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """The loop, from the prompt's logits [B, .., V] on."""
     best = None
-    lengths, others = _split(stopping_criteria)
-    ends = any(hasattr(criterion, "eos_token_id") for criterion in others)
-    unfinished = torch.ones(input_ids.shape[0], 1, dtype=torch.bool, device=input_ids.device)
-    asked = config.return_dict_in_generate
-    scores: tuple[Tensor, ...] | None = () if asked and config.output_scores else None
-    raw: tuple[Tensor, ...] | None = () if asked and config.output_logits else None
-    plain = not (config.do_sample or logits_processor or scores is not None or raw is not None)
-    ending = _ending(others) if plain and lengths and streamer is None else None
+    ending = output.ending()
     while True:
-        if best is None or not plain:
-            last = logits[:, -1].float()
-            ranked = logits_processor(input_ids, last)
-            if scores is not None:
-                scores += (ranked,)
-            if raw is not None:
-                raw += (last,)
+        if best is None or not output.is_plain:
+            ranked = output.ranked(logits[:, -1])
             drawn = config.do_sample
             tokens = torch.multinomial(ranked.softmax(-1), 1) if drawn else ranked.argmax(-1, keepdim=True)
         else:
             tokens = best[:, None]
-        if ends:
-            tokens = tokens.where(unfinished, config._pad_token_tensor)
-        input_ids = torch.cat([input_ids, tokens], 1)
-        is_done = any(input_ids.shape[1] >= length.max_length for length in lengths)
-        if others:
-            unfinished = unfinished & ~others(input_ids, scores)[:, None]
-            is_done = is_done or not unfinished.any()
-        if streamer is not None:
-            streamer.put(tokens[:, 0])
+        is_done = output.put(tokens)
         if ending is not None and not is_done:
-            most = min(length.max_length for length in lengths) - input_ids.shape[1]
-            more, unfinished, is_done = steps.ahead(tokens, most, unfinished, ending, config)
-            input_ids = torch.cat([input_ids, more], 1)
-            tokens, is_done = input_ids[:, -1:], is_done or more.shape[1] == most
+            most = output.room
+            more, output.unfinished, is_done = steps.ahead(
+                output.ids[:, -1:], most, output.unfinished, ending, config
+            )
+            output.ids = torch.cat([output.ids, more], 1)
+            is_done = is_done or more.shape[1] == most
         if is_done:
             break
-        logits, best = steps(tokens)
-    if streamer is not None:
-        streamer.end()
-    if not asked:
-        return input_ids
-    return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, logits=raw, cache=cache)
+        logits, best = steps(output.ids[:, -1:])
+    return output.result(cache)
+
+
+class Output:
+    """What a generation has made of the sequences so far, and what ends them.
+
+    Attributes:
+        ids: [B, T], the prompt and the tokens after it.
+        unfinished: [B, 1] bool: sequences that nothing has ended; the others get padding.
+        is_plain: whether the next token is where the model's own logits are greatest, and nobody asks for these.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        streamer: BaseStreamer | None,
+    ) -> None:
+        self.ids, self.config, self.streamer = input_ids, config, streamer
+        self.processor = logits_processor
+        self.lengths, self.others = _split(stopping_criteria)
+        self.ends = any(hasattr(criterion, "eos_token_id") for criterion in self.others)
+        self.unfinished = torch.ones(input_ids.shape[0], 1, dtype=torch.bool, device=input_ids.device)
+        asked = config.return_dict_in_generate
+        self.scores: tuple[Tensor, ...] | None = () if asked and config.output_scores else None
+        self.raw: tuple[Tensor, ...] | None = () if asked and config.output_logits else None
+        is_watched = self.scores is not None or self.raw is not None
+        self.is_plain = not (config.do_sample or logits_processor or is_watched)
+
+    @property
+    def room(self) -> int:
+        """How many tokens may follow."""
+        return min((length.max_length for length in self.lengths), default=_NO_END) - self.ids.shape[1]
+
+    @property
+    def pad(self) -> int:
+        """What follows the end of a sequence."""
+        return int(self.config._pad_token_tensor)
+
+    def ended(self) -> list[bool]:
+        """Which sequences get padding from now on."""
+        return [self.ends and not going for (going,) in self.unfinished.tolist()]
+
+    def ending(self) -> list[Tensor] | None:
+        """The tokens that end a sequence, where tokens may be made without a look at each; else None."""
+        return _ending(self.others) if self.is_plain and self.lengths and self.streamer is None else None
+
+    def ranked(self, logits: Tensor) -> Tensor:
+        """The scores [B, V] that the next token is chosen by, of the model's logits [B, V]."""
+        last = logits.float()
+        ranked = self.processor(self.ids, last)
+        self.keep(last, ranked)
+        return ranked
+
+    def keep(self, last: Tensor, ranked: Tensor) -> None:
+        """Keep the logits and scores [B, V] of a token, where they are asked for."""
+        if self.scores is not None:
+            self.scores += (ranked,)
+        if self.raw is not None:
+            self.raw += (last,)
+
+    def put(self, tokens: Tensor) -> bool:
+        """Append tokens [B, 1]; whether all sequences have ended."""
+        if self.ends:
+            tokens = tokens.where(self.unfinished, self.config._pad_token_tensor)
+        self.ids = torch.cat([self.ids, tokens], 1)
+        is_done = any(self.ids.shape[1] >= length.max_length for length in self.lengths)
+        if self.others:
+            self.unfinished = self.unfinished & ~self.others(self.ids, self.scores)[:, None]
+            is_done = is_done or not self.unfinished.any()
+        if self.streamer is not None:
+            self.streamer.put(tokens[:, 0])
+        return is_done
+
+    def result(self, cache: ElasticCache) -> Tensor | GenerateDecoderOnlyOutput:
+        """What `generate` returns, once all is made."""
+        if self.streamer is not None:
+            self.streamer.end()
+        if not self.config.return_dict_in_generate:
+            return self.ids
+        return GenerateDecoderOnlyOutput(sequences=self.ids, scores=self.scores, logits=self.raw, cache=cache)
 
 
 def _split(criteria: StoppingCriteriaList) -> tuple[list[MaxLengthCriteria], StoppingCriteriaList]:

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,9 +24,19 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.hub import convert_file_size_to_int
 
-from flextron.config import ElasticConfig, Widths, number, plain
+from flextron.config import ElasticConfig, Widths, count, number, plain
 from flextron.nn.anatomy import Anatomy, anatomy_of
 from flextron.nn.cache import ElasticCache, given_cache
+from flextron.nn.drafting import (
+    MOST,
+    Costs,
+    Drafting,
+    drafted,
+    drafting_now,
+    drafts_by,
+    fault_of_draft,
+    fault_of_prompt,
+)
 from flextron.nn.elastic_attention import ElasticAttention
 from flextron.nn.elastic_layer import ElasticLayer, make_layer_elastic, parts_of
 from flextron.nn.elastic_mlp import ElasticMLP
@@ -404,15 +414,62 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         with self.settings.block():
             yield self.set_budget(fraction, **kwargs)
 
-    def generate(self, *args: Any, budget: Any = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *args: Any,
+        budget: Any = None,
+        draft_budget: Any = None,
+        draft_tokens: int | str | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """transformers' ``generate``, with a cache that keeps to the budget.
 
-        ``budget`` holds for this call alone: a fraction or `Widths`, a list of them (one for each request), or
-        arguments of `set_budget` by name, ``{"latency_ms": 12, "phase": "decode"}``. None: what the model is set to.
+        Args:
+            budget: holds for this call alone: a fraction or `Widths`, a list of them (one for each request), or
+                arguments of `set_budget` by name, ``{"latency_ms": 12, "phase": "decode"}``. None: what the model is
+                set to.
+            draft_budget: a smaller budget, whose sub-network proposes tokens for the budget's to verify, see
+                `flextron.nn.drafting`; in the same units, but one for all requests, and of the decode phase unless it
+                says otherwise. Greedy tokens stay the same, sampled ones have the same distribution.
+            draft_tokens: how many tokens to propose at once, at most, and at most 8; None or ``"auto"``: as many as
+                pay, by the latency tables, measured steps and how many were accepted so far.
         """
         if budget is not None:
             with self.budget(**_by_name(budget)):
-                return self.generate(*args, **kwargs)
+                return self.generate(*args, draft_budget=draft_budget, draft_tokens=draft_tokens, **kwargs)
+        with drafts_by(self._drafting(draft_budget, draft_tokens, kwargs)):
+            return self._generated(*args, **kwargs)
+
+    def _drafting(self, budget: Any, tokens: int | str | None, kwargs: dict[str, Any]) -> Drafting | None:
+        """What ``draft_budget`` and ``draft_tokens`` ask for."""
+        wanted = None if tokens in (None, "auto") else count("generate: draft_tokens", tokens)
+        if wanted is not None and not 1 <= wanted <= MOST:
+            raise ValueError(f"generate: draft_tokens must be at least 1 and at most {MOST}, got {wanted}")
+        if budget is None:
+            if tokens is not None:
+                raise ValueError("generate: draft_tokens must be given with a draft_budget, got none")
+            return None
+        if kwargs.get("custom_generate") is not None:
+            raise ValueError("generate: draft_budget must be given without custom_generate, got both")
+        chosen = self.settings.now()
+        with self.settings.block():
+            self.set_budget(**({"phase": "decode"} | _by_name(budget)))
+            draft = self.settings.now()
+        fault = fault_of_draft(draft, chosen)
+        if fault is not None:
+            raise ValueError(f"generate: draft_budget {fault}")
+        return Drafting(draft, wanted, partial(self._costs, draft.widths, chosen.widths))
+
+    def _costs(self, draft: Widths, chosen: Widths, B: int) -> Costs:
+        """What drafting for B sequences takes, by the latency tables, else by the weights that are read."""
+        sizes = draft, chosen, B, MOST + 1
+        known = None if self.planner is None else self._planner("draft_budget").steps(*sizes)
+        if known is None:
+            return Costs(self.elastic.params(draft) / self.elastic.params(chosen))
+        return Costs(*known)
+
+    def _generated(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``generate`` at what the model is set to."""
         settings = kwargs.get("generation_config") or self.generation_config
         kind = kwargs.get("cache_implementation") or settings.cache_implementation
         if kind not in (None, "dynamic"):
@@ -421,6 +478,8 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
             )
         asked = (kwargs.get("use_cache"), settings.use_cache, self.config.use_cache, True)
         kwargs["use_cache"] = next(bool(wanted) for wanted in asked if wanted is not None)
+        if drafting_now() and not kwargs["use_cache"]:
+            raise ValueError("generate: draft_budget must be given with a cache, got use_cache=False")
         if kwargs["use_cache"] and given_cache(kwargs) is None:
             kwargs["cache"] = ElasticCache()
             kwargs["cache"].is_own = True
@@ -439,13 +498,19 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
+        if drafting_now() and generation_mode not in _ONE_BY_ONE:
+            raise ValueError(
+                "generate: draft_budget must be given with greedy or sampled generation, "
+                f"got {generation_mode.value.replace('_', ' ')}"
+            )
         # it is "dynamic" or None; beside a cache transformers wants None
         generation_config.cache_implementation = None
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
-        if isinstance(cache, ElasticCache) and cache.is_own and generation_mode in _ONE_BY_ONE:
+        takes_room = generation_mode in _ONE_BY_ONE and not drafting_now()
+        if isinstance(cache, ElasticCache) and cache.is_own and takes_room:
             sequences = batch_size * generation_config.num_return_sequences
             cache = model_kwargs["cache"] = lend(self, sequences, max_cache_length) or cache
         if isinstance(cache, ElasticCache) and mask is not None and mask.device.type != "cpu":
@@ -463,6 +528,11 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Our own loop of greedy and sampled generation where it gives the same; else transformers', a slower one."""
         options = (logits_processor, stopping_criteria, generation_config)
+        if drafting := drafting_now():
+            fault = fault_of_prompt(self, input_ids, generation_config, inputs, synced_gpus)
+            if fault is not None:
+                raise ValueError(f"generate: draft_budget must be given with {fault}")
+            return drafted(self, input_ids, *options, streamer, inputs, drafting)
         try:
             if not synced_gpus and is_plain(self, input_ids, generation_config, inputs):
                 return sample(self, input_ids, *options, streamer, inputs)

@@ -110,14 +110,15 @@ class Steps:
 
     def _by_forward(self, tokens: Tensor) -> Tensor:
         self.tables = []
+        return self._by_modules(tokens, self.last + self.passed, self.cache)
+
+    def _by_modules(self, tokens: Tensor, positions: Tensor, cache: ElasticCache) -> Tensor:
+        """Logits [B, T, V] of tokens [B, T] at positions [B or 1, T]."""
         mask = self.mask
         if mask is not None:
-            new = self.cache.get_seq_length() + 1 - mask.shape[1]
+            new = cache.get_seq_length() + tokens.shape[1] - mask.shape[1]
             mask = torch.cat([mask, mask.new_ones(len(mask), new)], 1)
-        model = self.model
-        return model(
-            tokens, attention_mask=mask, position_ids=self.last + self.passed, cache=self.cache
-        ).logits
+        return self.model(tokens, attention_mask=mask, position_ids=positions, cache=cache).logits
 
 
 class CapturedSteps(Steps):
