@@ -250,6 +250,14 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
         "--batch", 4,
     )  # fmt: skip
     assert [row["kind"] for row in rows] == ["full", "routed", "uniform"]
+    rows = answer(
+        capsys, "eval", elastic, *common, "--draft", "--budgets", "0.7,0.8,1", "--rounds", 1, "--length", 12,
+        "--max-new-tokens", 6, "--pack", "same",
+    )  # fmt: skip
+    assert [(row["prompts"], row["draft"]) for row in rows] == [
+        (prompts, draft) for prompts in ("8 tokens", "12 tokens") for draft in (0.7, 0.8)
+    ]
+    assert all(row["same"] and row["speedup"] > 0 and row["accepted"] <= row["proposed"] for row in rows)
     joint = ("tune", elastic, *common, "--steps", 2, "--batch-size", 2, "--length", 32, "--eval-every", 0)
     for which in ((), ("--adaptive", "--distillation", 1)):
         tuned = answer(capsys, *joint, *which, "--restart")
@@ -284,6 +292,7 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
     said = answer(capsys, *asked)
     assert said["text"].startswith("the cat")
     assert answer(capsys, *asked, "--pack", "same") == said
+    assert answer(capsys, *asked, "--draft-budget", 0.7, "--draft-tokens", 2) == said
     made = answer(capsys, "export", elastic, tmp_path / "small", "--budget", 0.8)
     assert made["params"] == sum(
         p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "small").parameters()
@@ -538,6 +547,9 @@ def test_bad_input_gives_one_sentence(elastic, parent, text, tmp_path, capsys):
         ("route", elastic, "--adaptive", "--prefill", 20): "--prefill must be given",
         ("route", elastic, "--adaptive", "--form", "search"): "form must be one of gumbel, surrogate",
         ("eval", elastic, "--limit", 3): "--limit must be given with --tasks only",
+        ("eval", elastic, "--max-new-tokens", 3): "--max-new-tokens must be given with --draft only",
+        ("eval", elastic, "--draft", "--adaptive"): "--draft must be given without --adaptive",
+        ("generate", elastic, "--prompt", "x", "--draft-tokens", 2): "must be given with a draft_budget",
         ("eval", elastic, "--tasks", "piqa", "--data", text): "--data must be given without --tasks",
         ("generate", elastic, "--prompt", ""): "prompt must have at least one token, got ''",
         (

@@ -134,3 +134,33 @@ def print_budgets(title: str, budgets: Sequence[Mapping[str, Any]]) -> None:
         for b in budgets
     ]
     print_table(title, header, rows)
+
+
+def print_drafts(title: str, drafts: Sequence[Mapping[str, Any]]) -> None:
+    """Print the results of `flextron.judge.drafting.judge_drafts`, one row for each draft and set of prompts."""
+    header = (
+        "prompts",
+        "draft",
+        "accepted",
+        "of",
+        "acceptance",
+        "tokens/s",
+        "without",
+        "speed-up",
+        "same tokens",
+    )
+    rows = [
+        [
+            d["prompts"],
+            f"{d['draft']:.2f}",
+            str(d["accepted"]),
+            str(d["proposed"]),
+            f"{d['acceptance']:.2f}",
+            f"{d['tokens_per_s']:.1f}",
+            f"{d['plain_tokens_per_s']:.1f}",
+            f"{d['speedup']:.2f}",
+            "yes" if d["same"] else "no",
+        ]
+        for d in drafts
+    ]
+    print_table(title, header, rows)
