@@ -38,6 +38,7 @@ PROGRAMS = ("flextron", "torchrun", "make", "python", "pytest", "bash", "pip", "
 # matches. Commands that no row matches are run.
 NOT_RUN = (
     (r"flextron (demo|reproduce)\b", "takes minutes: .ci/run and tests/lab run them on small parents"),
+    (r"flextron serve\b", "becomes vLLM, which `make hosts` starts; tests/serving runs all but that"),
     (r"flextron \w+", "tests/test_cli.py runs every command on a small checkpoint"),
     (r"make (demo|test|emulate|lint|resources)\b", ".ci/run runs it"),
     (r"make hosts\b", "installs the hosts; tests/exporting runs what does not need them"),
@@ -190,7 +191,7 @@ def test_every_command_that_is_not_run_says_why():
     for pattern, why in NOT_RUN:
         assert why and any(re.search(pattern, command) for command in named), pattern
     cli = (ROOT / "tests" / "test_cli.py").read_text(encoding="utf-8")
-    elsewhere = {"demo", "reproduce"}
+    elsewhere = {"demo", "reproduce", "serve"}
     assert all(f'"{name}"' in cli for name in subcommands().keys() - elsewhere)
 
 

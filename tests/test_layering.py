@@ -69,6 +69,9 @@ PYTHON = {
         *("flextron.config", "flextron.recipes", "flextron.sentences", "flextron.ranks"),
     },
     "flextron.inference": {"flextron.artefacts", "flextron.nn", "flextron.checkpoint", "flextron.config"},
+    "flextron.serving": {
+        *("flextron.serving", "flextron.artefacts", "flextron.nn", "flextron.checkpoint", "flextron.config"),
+    },
     "flextron.corpus": {"flextron.tokens", "flextron.data", "flextron.config", "flextron.ranks"},
     "flextron.judge": {
         *("flextron.judge", "flextron.artefacts", "flextron.nn"),

@@ -26,6 +26,7 @@ OWN = (
     "eval",
     "generate",
     "export",
+    "serve",
     "info",
     "scale",
     "clean",

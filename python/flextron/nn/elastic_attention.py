@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -49,9 +50,14 @@ class ElasticAttention(nn.Module):
     every group (unit ``query``). With ``kv == "selected"`` only the groups in use are projected and cached; with
     ``kv == "all"`` every token stores all of them, so that a later token may use more. Without heads it gives zeros.
     Takes over the projections (and norms) of a transformers attention; their names and tensors stay.
+
+    Attributes:
+        host: attends in our place, over a cache of its own: q [B, T, H, D] and k, v [B, T, G, D], at their positions,
+            give [B * T, H, D]. It is set by what runs the layers for a server.
     """
 
     sinks: Tensor | None
+    host: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -209,7 +215,9 @@ class ElasticAttention(nn.Module):
         k, v = k[:, :, :used], v[:, :, :used]
 
         k_start, mask = masks.split(attention_mask)
-        if mask is not None:
+        if self.host is not None:
+            out = self.host(q, k, v)
+        elif mask is not None:
             out = self._attend_masked(q, k, v, mask, heads)
         else:
             # the number of a token's heads; without one, all that are here, in whatever unit
