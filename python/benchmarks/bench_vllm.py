@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 
-def arguments() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -29,7 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="turns; the fastest of each counts")
     parser.add_argument("--stock", action="store_true", help="measure vLLM's own class of the parent instead")
     parser.add_argument("--dtype", default="float32", help="of weights in memory")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def engine(args: argparse.Namespace) -> Any:
@@ -83,7 +83,7 @@ def in_flextron(directory: str, dtype: str, prompts: list[list[int]], tokens: in
 
 
 def main() -> None:
-    args = arguments()
+    args = parse()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else the engine is another process
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
