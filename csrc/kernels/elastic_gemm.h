@@ -53,17 +53,16 @@ enum class GemmLayout : int64_t { kPanels, kRows, kColumns };
 // block.
 struct GemmGroup {
   int64_t row, rows, inputs, features;
-  // With a matrix unit: where its rows begin among the tiles of activations, and among the tiles of rows of
-  // its block.
+  // Of pairs: where its rows begin among the tiles of activations, and among the tiles of rows of its block.
   int64_t tile, row_tile;
 };
 
-// Rows of a group, and tiles of rows of a block of groups, with a matrix unit. A block's activations, 2 bytes
-// each, stay in the L2 cache beside the weights.
-constexpr int64_t kAmxGroupRows = 32;
-constexpr int64_t kAmxBlockTiles = 16;
-inline int64_t amx_row_tiles(const GemmGroup& group) { return (group.rows + 15) / 16; }
-inline int64_t amx_input_tiles(int64_t inputs) { return (inputs + 31) / 32; }
+// Rows of a group, and tiles of rows of a block of groups, of pairs. A block's activations, 2 bytes each,
+// stay in the L2 cache beside the weights.
+constexpr int64_t kPairsGroupRows = 32;
+constexpr int64_t kPairsBlockTiles = 16;
+inline int64_t row_tiles(const GemmGroup& group) { return (group.rows + 15) / 16; }
+inline int64_t input_tiles(int64_t inputs) { return (inputs + 31) / 32; }
 
 struct ElasticGemmParams {
   const float* a;  // [row][in block][input]: a[row * a_row + block * a_block + input * a_input]
@@ -72,10 +71,10 @@ struct ElasticGemmParams {
   const int64_t* row_blocks;  // [row_block_count + 1]: the groups of a block of rows
   int64_t row_block_count;
 
-  // Whether a matrix unit makes the products: activations and weights are rounded to bfloat16, the sums are
-  // made as amx.h says, 32 inputs after 32 inputs. `tiles`: the activations as elastic_gemm_tiles_amx puts
-  // them, [group][in block][32 inputs][16 rows][16][32].
-  bool amx;
+  // Whether products are made of pairs of inputs, by a matrix unit or dot products: activations and weights
+  // are rounded to bfloat16, and the sums are made as amx.h or pairs.h says, in order of the inputs. `tiles`:
+  // the activations as elastic_gemm_tiles puts them, [group][in block][32 inputs][16 rows][16][32].
+  bool pairs;
   void* tiles;
   // Where not null, the activations before that, bfloat16 numbers, in place of `a`; x_order: row -> row of x,
   // or null.
@@ -131,8 +130,13 @@ FLEXTRON_DECLARE_ELASTIC_GEMM(avx2)
 FLEXTRON_DECLARE_ELASTIC_GEMM(avx512)
 #undef FLEXTRON_DECLARE_ELASTIC_GEMM
 
-// The same with a matrix unit; and before it the activations of groups [begin, end), put into p.tiles.
-void elastic_gemm_amx(const ElasticGemmParams& p, int64_t begin, int64_t end);
-void elastic_gemm_tiles_amx(const ElasticGemmParams& p, int64_t begin, int64_t end);
+// The same of pairs, with dot products and with a matrix unit; and before it the activations of groups
+// [begin, end), put into p.tiles.
+#define FLEXTRON_DECLARE_ELASTIC_GEMM_OF_PAIRS(isa)                                \
+  void elastic_gemm_##isa(const ElasticGemmParams& p, int64_t begin, int64_t end); \
+  void elastic_gemm_tiles_##isa(const ElasticGemmParams& p, int64_t begin, int64_t end);
+FLEXTRON_DECLARE_ELASTIC_GEMM_OF_PAIRS(avx512_bf16)
+FLEXTRON_DECLARE_ELASTIC_GEMM_OF_PAIRS(amx)
+#undef FLEXTRON_DECLARE_ELASTIC_GEMM_OF_PAIRS
 
 }  // namespace flextron

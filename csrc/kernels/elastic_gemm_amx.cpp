@@ -1,20 +1,10 @@
 // elastic_gemm with a matrix unit (Intel AMX), chosen at run time: tiles of 16 rows by a panel, two of each
 // side by side, their sums in the unit.
-//
-// Weights in panels of bfloat16 are read as they lie. Others are turned into such panels on the way to the L1
-// cache, kAmxChunk inputs at a time.
 #include "kernels/amx.h"
-#include "kernels/elastic_gemm_block.h"
+#include "kernels/elastic_gemm_pairs.h"
 
 namespace flextron {
 namespace {
-
-static_assert(kWide == kPanel && kTileRows == kPanel);
-
-// Inputs of two panels that stay in the L1 cache (32 KiB of it).
-constexpr i64 kAmxChunk = 512;
-constexpr i64 kPanelTile = kTileInputs * kPanel;  // elements
-static_assert(kPanelTile == kTileElements);
 
 // c[rows][panels] += `steps` products of tiles, then one with the `last` tiles of b where there are any.
 // Tiles of a: [step][row_tiles]; sums: [panels][c_panel].
@@ -57,14 +47,7 @@ void multiply(i64 steps, const bf16* a, const bf16* b, i64 b_panel, const bf16* 
   if constexpr (row_tiles > 1 && panels > 1) tile_store<3>(of_row(1, 1), kSumBytes);
 }
 
-// -- few rows: the same sums in vectors, of panels as they are stored --
-
-// Rows up to which that is faster (2048 x 8192, gated, on 2 cores of an Intel Xeon, Emerald Rapids, us in
-// vectors and on the unit: bfloat16 3777, 5700 at 1 row and 6031, 3184 at 4, 8; int8 5838, 6758 at 4, 8):
-// int8 panels have to be widened for the unit.
-constexpr i64 kFewRows = 4;
-template <class W>
-constexpr i64 kFewRowsOf = std::is_same_v<W, int8> ? kFewRows : 1;
+// -- few rows: the same sums in vectors --
 
 // What multiply() makes, of `rows` rows and some panels: x[row] are bfloat16 numbers as floats, x_row apart.
 template <int rows, int panels, class W>
@@ -114,7 +97,7 @@ void multiply_few(i64 K, const float* x, i64 x_row, const W* b, i64 b_panel, flo
 // Panels of so many rows whose sums and chains fit the registers.
 constexpr int few_panels(i64 rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
 
-template <class W, int rows = kFewRowsOf<W>>
+template <class W, int rows>
 void multiply_few(i64 count, i64 panels, i64 K, const float* x, i64 x_row, const W* b, i64 b_panel, float* c,
                   i64 c_panel, bool from_zero, Stream stream) {
   if constexpr (rows > 1)
@@ -129,337 +112,74 @@ void multiply_few(i64 count, i64 panels, i64 K, const float* x, i64 x_row, const
     multiply_few<rows, 1>(K, x, x_row, b + p * b_panel, b_panel, c + p * c_panel, c_panel, from_zero, stream);
 }
 
-// -- a panel's inputs [0, K) in pairs, [K / 2][kPanel][2]; what fills up the last pair is 0 --
-
-void pairs_of_panel(bf16* to, const int8* from, i64 K) {
-  for (i64 k = 0; k < K; k += kTogether<int8>) {
-    const Words words = load_loose<uint32_t>(from + k * kPanel);
-    const auto pair = [&](i64 part) {  // small integers are bfloat16 numbers as they are
-      return (Words)part_of<int8>(words, part) >> 16 | (Words)part_of<int8>(words, part + 1);
-    };
-    store_words(to + k * kPanel, pair(0));
-    store_words(to + (k + 2) * kPanel, pair(2));
-  }
-}
-
-void pairs_of_rows(bf16* to, const bf16* from, i64 stride, i64 features, i64 K) {
-  constexpr i64 kAtOnce = 2 * kPanel;
-  for (i64 k = 0; k < K; k += kAtOnce) {
-    Words rows[kPanel];
-    for (i64 n = 0; n < kPanel; ++n) {
-      rows[n] = Words{};
-      if (n < features && k + kAtOnce <= K)
-        rows[n] = load_loose<uint32_t>(from + n * stride + k);
-      else if (n < features)
-        __builtin_memcpy(&rows[n], from + n * stride + k, (K - k) * sizeof(bf16));
-    }
-    transpose_words(rows);
-    for (i64 pair = 0; pair < smaller(kPanel, (K - k + 1) / 2); ++pair)
-      store_words(to + (k + 2 * pair) * kPanel, rows[pair]);
-  }
-}
-
-// One input of `features` features, the others 0, as floats whose lower halves are 0 where W is bf16.
-template <class W>
-inline Vec<float> column_of(const W* from, i64 features) {
-  if (features == kPanel) return widened(from);
-  float wide[kPanel] = {};
-  for (i64 n = 0; n < features; ++n) wide[n] = widen(from[n]);
-  return load_loose<float>(wide);
-}
-template <class W>
-void pairs_of_columns(bf16* to, const W* from, i64 stride, i64 features, i64 K) {
-  for (i64 k = 0; k < K; k += 2) {
-    const Vec<float> odd = k + 1 < K ? column_of(from + (k + 1) * stride, features) : Vec<float>{};
-    store_words(to + k * kPanel, pairs_of(column_of(from + k * stride, features), odd));
-  }
-}
-
-// -- what becomes of the sums: finish() for a group's rows --
-
-// Where the 16 features from `first` on of row m of a group go.
-template <class T>
-struct ToRows {
-  T* y;
-  i64 y_row;
-  const i64* order;
-  i64 row;
-
-  void put(i64 m, Vec<float> v, i64 n) const {
-    T* const to = y + (order ? order[row + m] : row + m) * y_row;
-    if (n < kPanel) {
-      float some[kPanel];
-      store_loose(some, v);
-      for (i64 i = 0; i < n; ++i) narrow(some[i], to + i);
-    } else if constexpr (std::is_same_v<T, float>) {
-      store_loose(to, v);
-    } else if constexpr (std::is_same_v<T, bf16>) {
-      store_bf16(to, v);
-    } else {
-      for (i64 i = 0; i < kPanel; ++i) narrow(v[i], to + i);
-    }
-  }
-};
-
-// Activations of the next GEMM: rows of its tiles, whose other half another strip writes. What is no feature
-// is 0.
-struct ToTiles {
-  bf16* y;
-  i64 row_tiles;
-  bool alone;  // no strip writes the other half
-
-  void put(i64 m, Vec<float> v, i64 n) const {
-    bf16* const to = y + m / kTileRows * kTileElements + m % kTileRows * kTileInputs;
-    if (n < kPanel)
-      for (i64 i = n; i < kPanel; ++i) v[i] = 0;
-    store_bf16(to, v);
-    if (alone) store_bf16(to + kPanel, Vec<float>{});
-  }
-};
-
-template <class To>
-void finish_rows(const ElasticGemmParams& p, i64 rows, i64 n, const Affine (&affine)[2], const float* sums,
-                 i64 c_panel, const To& to) {
-  const auto value = [&](i64 m, int q) {
-    return load_loose<float>(sums + q * c_panel + m * kPanel) * load_loose<float>(affine[q].scale) +
-           load_loose<float>(affine[q].bias);
-  };
-  if (!p.hidden) {
-    for (i64 m = 0; m < rows; ++m) to.put(m, value(m, 0), n);
-    return;
-  }
-  with_activation(p.activation, [&](auto a) {
-    for (i64 m = 0; m < rows; ++m) {
-      const Vec<float> x = curve<decltype(a)::value, float>(value(m, 0)).value;
-      to.put(m, p.gated ? x * value(m, 1) : x, n);
-    }
-  });
-}
-
-void finish_group(const ElasticGemmParams& p, i64 out_block, i64 strip, const GemmGroup& g,
-                  const Affine (&affine)[2], const float* sums, i64 c_panel) {
-  const i64 first = strip * kPanel, n = smaller(kPanel, g.features - first);
-  if (n <= 0) return;
-  if (p.y_groups) {
-    const GemmGroup& next = p.y_groups[&g - p.groups];
-    const i64 tile = next.tile + first / kTileInputs * amx_row_tiles(next);
-    bf16* const to = static_cast<bf16*>(p.y) + tile * kTileElements + first % kTileInputs;
-    const bool alone = first % kTileInputs == 0 && first + kPanel >= g.features;
-    return finish_rows(p, g.rows, n, affine, sums, c_panel, ToTiles{to, amx_row_tiles(next), alone});
-  }
-  const i64 at = out_block * p.y_block + first;
-  const auto rows = [&](auto* y) {
-    finish_rows(p, g.rows, n, affine, sums, c_panel,
-                ToRows<std::remove_pointer_t<decltype(y)>>{y + at, p.y_row, p.order, g.row});
-  };
-  if (p.hidden) return rows(static_cast<float*>(p.y));
-  with_io(p.io, [&](auto* type) { rows(static_cast<decltype(type)>(p.y)); });
-}
-
-// -- a batch of strips of one block of rows and of outputs --
-
-template <class W>
-struct AmxBatch : Batch<W> {
-  using Batch<W>::p, Batch<W>::first, Batch<W>::last, Batch<W>::strips, Batch<W>::panels, Batch<W>::sums,
-      Batch<W>::c_panel, Batch<W>::strip, Batch<W>::out_block;
-  const bool is_few;
+struct Amx {
+  static constexpr i64 kChunk = 512;  // 32 KiB of panels
+  // 2048 x 8192, gated, on 2 cores of an Intel Xeon, Emerald Rapids, us in vectors and on the unit: bfloat16
+  // 3777, 5700 at 1 row and 6031, 3184 at 4, 8; int8, whose panels have to be widened for the unit, 5838,
+  // 6758 at 4, 8.
+  template <class W>
+  static constexpr i64 kFewRows = std::is_same_v<W, int8> ? 4 : 1;
   static constexpr i64 kFewPanels = few_panels(1);
-  static constexpr bool kInPairs = std::is_same_v<W, bf16>;  // panels of W are read as they lie
 
-  float* sums_of(const GemmGroup& g) const { return sums + g.row_tile * kTileRows * kPanel; }
-  const bf16* rows_of(const GemmGroup& g, i64 block, i64 k) const {
-    const i64 before = block * amx_input_tiles(g.inputs) + k / kTileInputs;
-    return static_cast<const bf16*>(p.tiles) + (g.tile + before * amx_row_tiles(g)) * kTileElements;
-  }
+  class Chunk {
+   public:
+    Chunk(const bf16* b, i64 b_panel, i64 count) : b_(b), b_panel_(b_panel), count_(count) {}
 
-  void fill(bf16* to, i64 slot, i64 block, i64 k, i64 K) const {
-    if constexpr (std::is_same_v<W, int8>) {
-      pairs_of_panel(to, this->panel_of(slot, block, k), K);
-    } else {
-      const i64 feature = out_block * p.out_stride + this->feature_of(slot);
-      const i64 input = block * p.in_stride + k, features = this->features_of(slot);
-      if constexpr (kInPairs)
-        if (p.layout == GemmLayout::kRows)
-          return pairs_of_rows(to, this->plain(slot % panels) + feature * p.weight_stride + input,
-                               p.weight_stride, features, K);
-      pairs_of_columns(to, this->plain(p.weight[1] ? block : 0) + input * p.weight_stride + feature,
-                       p.weight_stride, features, K);
+    void multiply(const GemmGroup& g, i64 K, const bf16* a, float* c, i64 c_panel, bool from_zero) {
+      const i64 steps = K / kTileInputs;
+      const bf16* const last = K % kTileInputs > 0 ? cut(K) : nullptr;
+      const auto some = [&](auto row_tiles, auto panels) {
+        flextron::multiply<row_tiles.value, panels.value>(steps, a, b_, b_panel_, last, c, c_panel,
+                                                          from_zero);
+      };
+      using One = std::integral_constant<int, 1>;
+      using Two = std::integral_constant<int, 2>;
+      const bool wide = count_ > 1, tall = row_tiles(g) > 1;
+      wide ? (tall ? some(Two{}, Two{}) : some(One{}, Two{}))
+           : (tall ? some(Two{}, One{}) : some(One{}, One{}));
     }
-  }
 
-  // The first K inputs of tiles of b, 0 behind them: what lies there may be no number.
-  static void cut(bf16* to, const bf16* b, i64 b_panel, i64 count, i64 K) {
-    for (i64 i = 0; i < count; ++i)
-      for (i64 k = 0; k < kTileInputs; k += 2) {
-        Words words{};
-        if (k < K) words = load_loose<uint32_t>(b + i * b_panel + k * kPanel);
-        if (k + 1 == K) words &= 0xFFFFu;
-        store_words(to + i * kPanelTile + k * kPanel, words);
-      }
-  }
-
-  // Of few rows, with panels as they are stored; behind a block's inputs come the next block's, or the next
-  // batch's.
-  void run_few(const Affine (&affine)[kFewPanels][2]) const {
-    alignas(kLine) float x[kFewRows * kAmxChunk];
-    const i64 batch_end = strips * panels * this->panel_stride() - (p.in_blocks - 1) * p.in_stride * kPanel;
-    for (i64 block = 0; block < p.in_blocks; ++block) {
-      const i64 next = block + 1 < p.in_blocks ? p.in_stride * kPanel : batch_end;
-      for (i64 k = 0; k < first->inputs; k += kAmxChunk)
-        for (const GemmGroup* g = first; g < last && this->uses(*g, k); ++g) {
-          const i64 K = smaller(kAmxChunk, g->inputs - k);
-          const bf16* const tiles = rows_of(*g, block, k);
-          for (i64 at = 0; at < K; at += kTileInputs)
-            for (i64 i = 0; i < g->rows; ++i)
-              widen_all(x + i * kAmxChunk + at, tiles + at * kTileRows + i * kTileInputs, kTileInputs);
-          multiply_few<W>(g->rows, strips * panels, K, x, kAmxChunk, this->panel_of(0, block, k),
-                          this->panel_stride(), sums_of(*g), c_panel, block == 0 && k == 0,
-                          {first->inputs - k, next - first->inputs * kPanel});
+   private:
+    // The panels' tiles that end behind input K, 0 from there on: what lies there may be no number.
+    const bf16* cut(i64 K) {
+      if (cut_at_ == K) return ends_[0];
+      cut_at_ = K;
+      const i64 whole = K / kTileInputs * kTileInputs;
+      for (i64 i = 0; i < count_; ++i)
+        for (i64 k = 0; k < kTileInputs; k += 2) {
+          Words words{};
+          if (whole + k < K) words = load_loose<uint32_t>(b_ + i * b_panel_ + (whole + k) * kPanel);
+          if (whole + k + 1 == K) words &= 0xFFFFu;
+          store_words(ends_[i] + k * kPanel, words);
         }
+      return ends_[0];
     }
-    for (const GemmGroup* g = first; g < last && g->inputs > 0 && g->features > strip * kPanel; ++g)
-      finish(*g, affine, sums_of(*g));
-  }
 
-  void finish(const GemmGroup& g, const Affine (&affine)[kFewPanels][2], const float* group_sums) const {
-    for (i64 i = 0; i < strips; ++i)
-      finish_group(p, out_block, strip + i, g, affine[i], group_sums + i * panels * c_panel, c_panel);
-  }
+    const bf16* b_;
+    i64 b_panel_, count_, cut_at_ = 0;
+    alignas(kLine) bf16 ends_[2][kPanelTile];
+  };
 
-  void run() const {
-    alignas(kLine) bf16 filled[2][kAmxChunk * kPanel], ends[2][kPanelTile];
-    const i64 count = strips * panels;
-    Affine affine[kFewPanels][2];
-    for (i64 i = 0; i < count; ++i) {
-      const i64 feature = this->feature_of(i);
-      read_affine(p, out_block * p.out_stride + strip * panels + i, i % panels,
-                  out_block * p.bias_block + feature, this->features_of(i), affine[i / panels][i % panels]);
-    }
-    for (const GemmGroup* g = first; g < last; ++g)
-      if (g->inputs == 0) {
-        for (i64 i = 0; i < count; ++i)
-          for (i64 j = 0; j < amx_row_tiles(*g) * kTileRows * kPanel; ++j) sums_of(*g)[i * c_panel + j] = 0;
-        finish(*g, affine, sums_of(*g));
-      }
-    if constexpr (!std::is_same_v<W, float>)
-      if (is_few) return run_few(affine);
-    for (i64 block = 0; block < p.in_blocks; ++block)
-      for (i64 k = 0; k < first->inputs; k += kAmxChunk) {
-        const bf16* b = filled[0];
-        i64 b_panel = kAmxChunk * kPanel;
-        if constexpr (kInPairs)
-          if (p.layout == GemmLayout::kPanels)
-            b = this->panel_of(0, block, k), b_panel = this->panel_stride();
-        if (b == filled[0])
-          for (i64 i = 0; i < count; ++i) fill(filled[i], i, block, k, smaller(kAmxChunk, first->inputs - k));
-        i64 cut_at = 0;
-        for (const GemmGroup* g = first; g < last && this->uses(*g, k); ++g) {
-          const i64 K = smaller(kAmxChunk, g->inputs - k), steps = K / kTileInputs, rest = K % kTileInputs;
-          if (rest > 0 && cut_at != K) {
-            cut(ends[0], b + steps * kPanelTile, b_panel, count, rest);
-            cut_at = K;
-          }
-          const auto some = [&](auto row_tiles, auto panels_at_once) {
-            multiply<row_tiles.value, panels_at_once.value>(steps, rows_of(*g, block, k), b, b_panel,
-                                                            rest > 0 ? ends[0] : nullptr, sums_of(*g),
-                                                            c_panel, block == 0 && k == 0);
-          };
-          using One = std::integral_constant<int, 1>;
-          using Two = std::integral_constant<int, 2>;
-          const bool wide = count > 1, tall = amx_row_tiles(*g) > 1;
-          wide ? (tall ? some(Two{}, Two{}) : some(One{}, Two{}))
-               : (tall ? some(Two{}, One{}) : some(One{}, One{}));
-          if (block + 1 == p.in_blocks && k + kAmxChunk >= g->inputs) finish(*g, affine, sums_of(*g));
-        }
-      }
+  template <class W>
+  static void few(i64 rows, i64 panels, i64 K, const bf16* tiles, const W* b, i64 b_panel, float* c,
+                  i64 c_panel, bool from_zero, Stream stream) {
+    alignas(kLine) float x[kFewRows<W> * kChunk];
+    for (i64 k = 0; k < K; k += kTileInputs)
+      for (i64 i = 0; i < rows; ++i)
+        widen_all(x + i * kChunk + k, tiles + k * kTileRows + i * kTileInputs, kTileInputs);
+    multiply_few<W, kFewRows<W>>(rows, panels, K, x, kChunk, b, b_panel, c, c_panel, from_zero, stream);
   }
 };
-
-template <class W>
-void run_amx_items(const ElasticGemmParams& p, i64 begin, i64 end) {
-  const i64 panels = p.gated ? 2 : 1, strips = (p.features + kPanel - 1) / kPanel;
-  constexpr i64 kPanelSums = kAmxBlockTiles * kTileRows * kPanel;
-  alignas(kLine) float sums[2 * kPanelSums];
-  const Tiles tiles;
-  while (begin < end) {
-    const i64 block = begin / strips;
-    const i64 row_block = block / p.out_blocks, strip = begin % strips;
-    const GemmGroup* const first = p.groups + p.row_blocks[row_block];
-    const GemmGroup* const last = p.groups + p.row_blocks[row_block + 1];
-    const bool is_few =
-        p.layout == GemmLayout::kPanels && last[-1].row + last[-1].rows - first->row <= kFewRowsOf<W>;
-    const i64 most = (is_few ? AmxBatch<W>::kFewPanels : 2) / panels;
-    const i64 count = smaller(smaller(most, end - begin), strips - strip);
-    const i64 c_panel = is_few ? kFewRows * kTileRows * kPanel : kPanelSums;
-    AmxBatch<W>{{p, first, last, block % p.out_blocks, strip, count, panels, sums, c_panel}, is_few}.run();
-    begin += count;
-  }
-}
-
-// -- activations --
-
-// Row m of a tile has a's elements from m * a_row on, `inputs` of them.
-void tile_of_rows(bf16* to, const float* a, i64 a_row, i64 rows, i64 inputs) {
-  for (i64 m = 0; m < kTileRows; ++m) {
-    float rest[kTileInputs] = {};
-    const float* from = rest;
-    if (m < rows && inputs == kTileInputs)
-      from = a + m * a_row;
-    else if (m < rows)
-      __builtin_memcpy(rest, a + m * a_row, inputs * sizeof(float));
-    narrow_tile_row(from, to + m * kTileInputs);
-  }
-}
-// The same turned over: its elements from m on, a_input apart.
-void tile_of_columns(bf16* to, const float* a, i64 a_input, i64 rows, i64 inputs) {
-  Words words[kTileRows];
-  for (i64 pair = 0; pair < kTileInputs / 2; ++pair) {
-    const i64 k = 2 * pair;
-    const Vec<float> even = k < inputs ? column_of(a + k * a_input, rows) : Vec<float>{};
-    const Vec<float> odd = k + 1 < inputs ? column_of(a + (k + 1) * a_input, rows) : Vec<float>{};
-    words[pair] = pairs_of(even, odd);
-  }
-  transpose_words(words);
-  for (i64 m = 0; m < kTileRows; ++m) store_words(to + m * kTileInputs, words[m]);
-}
-// Row m has those from x[m] on, which are bfloat16 numbers.
-void tile_of_x(bf16* to, const bf16* const* x, i64 rows, i64 inputs) {
-  for (i64 m = 0; m < kTileRows; ++m) {
-    Words row{};
-    if (m < rows) __builtin_memcpy(&row, x[m], inputs * sizeof(bf16));
-    store_words(to + m * kTileInputs, row);
-  }
-}
 
 }  // namespace
 
 void elastic_gemm_amx(const ElasticGemmParams& p, int64_t begin, int64_t end) {
-  if (p.weight_dtype == GemmDtype::kBf16) return run_amx_items<bf16>(p, begin, end);
-  if (p.weight_dtype == GemmDtype::kInt8) return run_amx_items<int8>(p, begin, end);
-  run_amx_items<float>(p, begin, end);
+  const Tiles tiles;
+  run_pairs<Amx>(p, begin, end);
 }
 
 void elastic_gemm_tiles_amx(const ElasticGemmParams& p, int64_t begin, int64_t end) {
-  for (const GemmGroup* g = p.groups + begin; g < p.groups + end; ++g) {
-    bf16* to = static_cast<bf16*>(p.tiles) + g->tile * kTileElements;
-    for (i64 block = 0; block < p.in_blocks; ++block)
-      for (i64 k = 0; k < g->inputs; k += kTileInputs)
-        for (i64 m = 0; m < g->rows; m += kTileRows, to += kTileElements) {
-          const i64 rows = smaller(kTileRows, g->rows - m), inputs = smaller(kTileInputs, g->inputs - k);
-          const i64 row = g->row + m, at = block * p.a_block + k * p.a_input;
-          if (p.x) {
-            const bf16* x[kTileRows];
-            for (i64 i = 0; i < rows; ++i)
-              x[i] =
-                  static_cast<const bf16*>(p.x) + (p.x_order ? p.x_order[row + i] : row + i) * p.a_row + at;
-            tile_of_x(to, x, rows, inputs);
-          } else if (p.a_input == 1) {
-            tile_of_rows(to, p.a + row * p.a_row + at, p.a_row, rows, inputs);
-          } else {
-            tile_of_columns(to, p.a + row * p.a_row + at, p.a_input, rows, inputs);
-          }
-        }
-  }
+  put_tiles(p, begin, end);
 }
 
 }  // namespace flextron

@@ -36,12 +36,14 @@ inline int64_t gemm_group_rows() {
   return gemm_group_rows(isa() >= Isa::kAvx512 ? 64 : isa() == Isa::kAvx2 ? 32 : 16);
 }
 
-// Whether a matrix unit makes the products of a GEMM of the dtype of x: what it rounds to bfloat16 was so
-// before, or torch's own layers would round it too.
-inline bool on_amx(const Tensor& x) { return isa() == Isa::kAmx && x.scalar_type() == ScalarType::BFloat16; }
+// Whether a GEMM of the dtype of x is made of pairs: what is rounded to bfloat16 was so before, or torch's
+// own layers would round it too.
+inline bool in_pairs(const Tensor& x) {
+  return isa() >= Isa::kAvx512Bf16 && x.scalar_type() == ScalarType::BFloat16;
+}
 // The same of so many rows: few of a plain weight are dot products.
-inline bool on_amx(const Tensor& x, GemmLayout layout, int64_t rows) {
-  return on_amx(x) && (layout != GemmLayout::kRows || rows > kDotRows);
+inline bool in_pairs(const Tensor& x, GemmLayout layout, int64_t rows) {
+  return in_pairs(x) && (layout != GemmLayout::kRows || rows > kDotRows);
 }
 
 // Elements between the rows of a matrix of floats that kernels walk down: whole lines, and an odd number of
@@ -102,20 +104,20 @@ GemmSchedule gemm_schedule(const ElasticGemmParams& p, const std::vector<Step>& 
   int64_t block_begin = 0;
   for (const Step& step : steps) {
     const int64_t inputs = inputs_of(step), features = features_of(step), rows = step.end - step.begin;
-    const int64_t most = p.amx ? kAmxGroupRows : gemm_group_rows();
+    const int64_t most = p.pairs ? kPairsGroupRows : gemm_group_rows();
     const int64_t count = (rows + most - 1) / most, block_rows = block_rows_of(rows, inputs);
     for (int64_t i = 0; i < count; ++i) {
-      // As equal as can be, 8 rows are 4 and 4, not 6 and 2; a matrix unit takes rows by whole tiles.
-      const int64_t begin = step.begin + (p.amx ? most * i : rows * i / count);
-      const int64_t end = p.amx ? std::min(begin + most, step.end) : step.begin + rows * (i + 1) / count;
+      // As equal as can be, 8 rows are 4 and 4, not 6 and 2; tiles are filled.
+      const int64_t begin = step.begin + (p.pairs ? most * i : rows * i / count);
+      const int64_t end = p.pairs ? std::min(begin + most, step.end) : step.begin + rows * (i + 1) / count;
       GemmGroup group{begin, end - begin, inputs, features, 0, 0};
-      if (p.amx && !schedule.groups.empty()) {
+      if (p.pairs && !schedule.groups.empty()) {
         const GemmGroup& before = schedule.groups.back();
-        group.tile = before.tile + amx_row_tiles(before) * amx_input_tiles(before.inputs) * p.in_blocks;
-        group.row_tile = before.row_tile + amx_row_tiles(before);
+        group.tile = before.tile + row_tiles(before) * input_tiles(before.inputs) * p.in_blocks;
+        group.row_tile = before.row_tile + row_tiles(before);
       }
       const bool full =
-          p.amx ? group.row_tile + amx_row_tiles(group) > kAmxBlockTiles : end - block_begin > block_rows;
+          p.pairs ? group.row_tile + row_tiles(group) > kPairsBlockTiles : end - block_begin > block_rows;
       if (full) {
         end_block();
         block_begin = begin;
@@ -148,7 +150,7 @@ inline int64_t item_weight(const ElasticGemmParams& p, int64_t row_block, int64_
 constexpr int64_t kTileBytes = 1024;
 inline int64_t tiles_of(const GemmJob& job) {
   const GemmGroup& last = job.schedule.groups.back();
-  return last.tile + amx_row_tiles(last) * amx_input_tiles(last.inputs) * job.p.in_blocks;
+  return last.tile + row_tiles(last) * input_tiles(last.inputs) * job.p.in_blocks;
 }
 
 // Memory of the calling thread that grows with its largest call.
@@ -166,29 +168,30 @@ inline void* tile_memory(int64_t bytes) {
   return memory.get();
 }
 
-// The activations of GEMMs on a matrix unit as it takes them.
+// The activations of GEMMs of pairs in tiles.
 inline void put_in_tiles(std::vector<GemmJob>& jobs) {
   int64_t tiles = 0;
   std::vector<int64_t> first(jobs.size());
   for (size_t j = 0; j < jobs.size(); ++j) {
     first[j] = tiles;
-    if (jobs[j].p.amx && !jobs[j].p.tiles) tiles += tiles_of(jobs[j]);
+    if (jobs[j].p.pairs && !jobs[j].p.tiles) tiles += tiles_of(jobs[j]);
   }
   if (tiles == 0) return;
   char* const memory = static_cast<char*>(tile_memory(tiles * kTileBytes));
   for (size_t j = 0; j < jobs.size(); ++j) {
     ElasticGemmParams& p = jobs[j].p;
-    if (!p.amx || p.tiles) continue;
+    if (!p.pairs || p.tiles) continue;
     p.tiles = memory + first[j] * kTileBytes;
     parallel_for(static_cast<int64_t>(jobs[j].schedule.groups.size()),
-                 kAmxGroupRows * p.in_blocks * p.groups->inputs,
-                 [&](int64_t begin, int64_t end) { FLEXTRON_AMX(elastic_gemm_tiles)(p, begin, end); });
+                 kPairsGroupRows * p.in_blocks * p.groups->inputs, [&](int64_t begin, int64_t end) {
+                   FLEXTRON_FOR_PAIRS_ISA(elastic_gemm_tiles)(p, begin, end);
+                 });
   }
 }
 
 // Rows of x, in some order, as a GEMM reads them. Keep what is returned until it has run.
 inline Tensor read_rows(ElasticGemmParams& p, const Tensor& x, const std::optional<Tensor>& order) {
-  if (!p.amx) {
+  if (!p.pairs) {
     const FloatRows wide = float_rows(x, order);
     p.a = wide.data;
     p.a_row = wide.stride;
@@ -225,7 +228,8 @@ inline void run_gemms(std::vector<GemmJob> jobs) {
     for (size_t j = 0; j < jobs.size(); ++j) {
       const int64_t from = std::max(begin, first[j]), to = std::min(end, first[j + 1]);
       if (from >= to) continue;
-      (jobs[j].p.amx ? FLEXTRON_AMX(elastic_gemm) : kernel)(jobs[j].p, from - first[j], to - first[j]);
+      (jobs[j].p.pairs ? FLEXTRON_FOR_PAIRS_ISA(elastic_gemm) : kernel)(jobs[j].p, from - first[j],
+                                                                        to - first[j]);
     }
   };
   if (weight > 0) return parallel_for(first.back(), kPanel * weight, run);

@@ -1,5 +1,5 @@
 // Which instruction set the CPU kernels use: the best this machine has, or what FLEXTRON_ISA (generic, avx2,
-// avx512, amx) names.
+// avx512, avx512_bf16, amx) names.
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -17,7 +17,7 @@
 
 namespace flextron {
 
-enum class Isa { kGeneric, kAvx2, kAvx512, kAmx };  // each has all of those before
+enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kAmx };  // each has all of those before
 
 inline bool has_avx2() {
 #ifdef __x86_64__
@@ -37,11 +37,19 @@ inline bool has_avx512() {
 #endif
 }
 
+inline bool has_avx512_bf16() {
+#ifdef __x86_64__
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 // Whether there is a matrix unit for bfloat16 (Intel AMX), and the system lets this process use it.
 inline bool has_amx() {
 #if defined(__x86_64__) && defined(__linux__) && !defined(FLEXTRON_EMULATE_AMX)
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!has_avx512() || !__builtin_cpu_supports("avx512bf16")) return false;
+  if (!has_avx512_bf16()) return false;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
   constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -52,13 +60,24 @@ inline bool has_amx() {
 }
 
 // Whether the files of an instruction set can run: a build may have the loops for AVX-512 compiled for AVX2,
-// and the matrix unit emulated.
+// and what is beyond emulated.
 inline bool runs(Isa isa) {
 #ifdef FLEXTRON_LOWER_AVX512
   return isa == Isa::kGeneric || has_avx2();
 #else
-  return isa == Isa::kGeneric || (isa == Isa::kAvx2 && has_avx2()) || (isa == Isa::kAvx512 && has_avx512()) ||
-         (isa == Isa::kAmx && has_amx());
+  switch (isa) {
+    case Isa::kGeneric:
+      return true;
+    case Isa::kAvx2:
+      return has_avx2();
+    case Isa::kAvx512:
+      return has_avx512();
+    case Isa::kAvx512Bf16:
+      return has_avx512_bf16();
+    case Isa::kAmx:
+      return has_amx();
+  }
+  return false;
 #endif
 }
 
@@ -68,11 +87,15 @@ inline Isa isa() {
     const char* name = std::getenv("FLEXTRON_ISA");
     const std::string wanted = name ? name : "";
     if (wanted == "")
-      return has_amx() ? Isa::kAmx : has_avx512() ? Isa::kAvx512 : has_avx2() ? Isa::kAvx2 : Isa::kGeneric;
-    constexpr const char* kNames[] = {"generic", "avx2", "avx512", "amx"};
+      return has_amx()           ? Isa::kAmx
+             : has_avx512_bf16() ? Isa::kAvx512Bf16
+             : has_avx512()      ? Isa::kAvx512
+             : has_avx2()        ? Isa::kAvx2
+                                 : Isa::kGeneric;
+    constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16", "amx"};
     const auto named = std::find(std::begin(kNames), std::end(kNames), wanted);
     if (named == std::end(kNames))
-      fail("FLEXTRON_ISA: value must be generic, avx2, avx512 or amx, got ", wanted);
+      fail("FLEXTRON_ISA: value must be generic, avx2, avx512, avx512_bf16 or amx, got ", wanted);
     const Isa asked = static_cast<Isa>(named - kNames);
     if (!runs(asked)) fail("FLEXTRON_ISA: value must be one this machine has, got ", wanted);
     return asked;
@@ -80,19 +103,19 @@ inline Isa isa() {
   return chosen;
 }
 
-// The launcher `name`_<isa>: of a template with the arguments that follow, and of a function. FLEXTRON_AMX is
-// what the matrix unit alone has; nobody calls it where isa() is another.
+// The launcher `name`_<isa>: of a template with the arguments that follow, and of a function.
+// FLEXTRON_FOR_PAIRS_ISA is of what those that multiply pairs have; nobody calls it where isa() is another.
 #ifdef __x86_64__
 #define FLEXTRON_FOR_ISA(name, ...)                    \
   (isa() >= Isa::kAvx512 ? &name##_avx512<__VA_ARGS__> \
    : isa() == Isa::kAvx2 ? &name##_avx2<__VA_ARGS__>   \
                          : &name##_cpu<__VA_ARGS__>)
-#define FLEXTRON_AMX(name) (&name##_amx)
+#define FLEXTRON_FOR_PAIRS_ISA(name) (isa() == Isa::kAmx ? &name##_amx : &name##_avx512_bf16)
 #define FLEXTRON_FOR_PLAIN_ISA(name) \
   (isa() >= Isa::kAvx512 ? &name##_avx512 : isa() == Isa::kAvx2 ? &name##_avx2 : &name##_cpu)
 #else
 #define FLEXTRON_FOR_ISA(name, ...) (&name##_cpu<__VA_ARGS__>)
-#define FLEXTRON_AMX(name) (static_cast<decltype(&name##_amx)>(nullptr))
+#define FLEXTRON_FOR_PAIRS_ISA(name) (static_cast<decltype(&name##_amx)>(nullptr))
 #define FLEXTRON_FOR_PLAIN_ISA(name) (&name##_cpu)
 #endif
 

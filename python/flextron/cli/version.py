@@ -25,6 +25,8 @@ def installed() -> tuple[str, str]:
     here = os.environ.get("FLEXTRON_ISA") or (
         "amx"
         if torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()
+        else "avx512_bf16"
+        if torch.cpu._is_avx512_bf16_supported()
         else "avx512"
         if torch.cpu._is_avx512_supported()
         else "avx2"
