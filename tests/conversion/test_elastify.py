@@ -260,14 +260,18 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_what_a_later_version_may_add_is_read_past_and_kept(damaged: Path) -> None:
-    """Beside the fields of ``flextron.json`` and of its description of the model, through a save of the same folder."""
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_a_later_version_may_add_is_read_past_and_kept(
+    elsewhere: bool, damaged: Path, tmp_path: Path
+) -> None:
+    """Beside the fields of ``flextron.json`` and of its description of the model, in the same folder and in another."""
     path = damaged / "flextron.json"
     described = read_json(path)["elastic"] | {"norm_of_the_future": [1, 2]}
     edit(path, elastic=described, provenance={"who": "later"}, requires=[])
     model, before = load_elastic(damaged)
-    save_elastic(model, damaged)
-    again, meta = load_elastic(damaged)
+    directory = tmp_path / "other" if elsewhere else damaged
+    model.save_pretrained(directory)
+    again, meta = load_elastic(directory)
     assert meta["provenance"] == before["provenance"] == {"who": "later"}
     assert meta["elastic"] == described and again.elastic == model.elastic
     assert "requires" not in meta and meta["parity"] == before["parity"]

@@ -72,7 +72,9 @@ class ElasticDirectory:
 
         ``cut`` shards it; see `read_model`.
         """
-        return read_model(self._files, self.origin.elastic, dtype, self.meta["checksums"], device, cut)
+        model = read_model(self._files, self.origin.elastic, dtype, self.meta["checksums"], device, cut)
+        model.sidecar = self.meta
+        return model
 
     def check_length(self, who: str, length: int) -> None:
         """Refuse sequences of more tokens than the model has positions."""

@@ -84,7 +84,8 @@ def save_elastic(
         model: made elastic; its current widths do not matter, the whole model is stored.
         directory: created when it is not there.
         tokenizer: stored too when given.
-        report: what conversion found (``parity``, ``importance``); None keeps what the directory has.
+        report: what conversion found (``parity``, ``importance``); None keeps what the directory has, or, where it has
+            none, what the one had that the model was read from. So it is with fields that a later version wrote.
         beside: writes into a folder what was made for these weights; it is stored with them or not at all.
         prove: called with the folder of the new files, the stock model read from it and the identity of its weights.
             What it returns joins the report; an error that it raises leaves the old files.
@@ -114,8 +115,9 @@ def save_elastic(
         there = names_in(Path(directory))  # now that an interrupted save is finished
         gone += [*weight_files(there), *(name for name in there if name == INDEX_FILE)]
         unknown: dict[str, Any] = {}  # of the model's description, written by a later version
-        if report is None and (path := Path(directory) / ELASTIC_FILE).is_file():
-            before = read_json(path)
+        if report is None:
+            path = Path(directory) / ELASTIC_FILE
+            before = read_json(path) if path.is_file() else model.sidecar
             report = {k: v for k, v in before.items() if k not in _OWN_KEYS}
             described = before.get("elastic")
             if before.get("format") == FORMAT and isinstance(described, dict):
@@ -136,7 +138,7 @@ def save_elastic(
             "format": FORMAT,
             **({"requires": own.requires} if own.requires else {}),
             "elastic": unknown | own.to_dict(),
-            **(report or {}),
+            **report,
             **(prove(stage, stock, weights_of(checksums)) if prove else {}),
             "dtypes": counted(dtypes),
             "checksums": checksums,

@@ -85,6 +85,7 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         planner: turns budgets into widths; set by `flextron.from_pretrained`.
         writer: stores the model for `save_pretrained`; set by `flextron.from_pretrained` and `flextron.make_elastic`.
         stored: the dtype of each parameter in the file that the model was read from; empty where there was none.
+        sidecar: the contents of the ``flextron.json`` beside that file; empty where there was none.
         adaptive: the router that chooses for every token; see `attach_router`. It is not a submodule, so the names of
             the ``state_dict`` stay the parent's.
     """
@@ -96,6 +97,7 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
     planner: Planner | None
     writer: Writer | None
     stored: Mapping[str, torch.dtype]
+    sidecar: Mapping[str, Any]
     adaptive: AdaptiveRouter | None
 
     @classmethod
@@ -187,7 +189,8 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
     ) -> None:
         """Write a whole elastic checkpoint, which stock transformers reads as the full parent. Trainer calls it.
 
-        Latency tables and routers of the directory that the model came from are not copied.
+        What the ``flextron.json`` that the model came from says of its conversion goes with it, and so do fields that
+        this version does not know. Latency tables and routers of the directory that it came from are not copied.
 
         Args:
             save_directory: created when it is not there; other files in it stay.
@@ -702,6 +705,7 @@ def make_elastic(model: PreTrainedModel, config: ElasticConfig | None = None) ->
     model.elastic, model.anatomy = own, anatomy
     model.settings, model.planner, model.writer = settings, None, None
     model.stored = getattr(model, "stored", {})  # what it was read from may have said
+    model.sidecar = {}
     model.attach_router(None)
     model.set_widths(own.full())
     model.register_forward_pre_hook(_guard_cache, with_kwargs=True)

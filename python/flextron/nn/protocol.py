@@ -69,6 +69,7 @@ class Elastic(Protocol):
     adaptive: AdaptiveRouter | None
     stock: type
     stored: Mapping[str, torch.dtype]  # the dtype of each parameter in the file it was read from
+    sidecar: Mapping[str, Any]  # the contents of the flextron.json beside it
 
     _forward_hooks: dict[int, Any]
     _forward_pre_hooks: dict[int, Any]
