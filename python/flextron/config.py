@@ -39,12 +39,10 @@ class Axis:
         name: its name in `AXES`.
         menu: the widths it may take, ascending; the last is the parent's own. Where the first is 0, a layer may skip
             its MLP or its attention altogether, with the norms round it: how deep the network is varies too.
-        per: what makes a choice of its own: every ``"layer"``.
     """
 
     name: str
     menu: tuple[int, ...]
-    per: str = "layer"
 
 
 def plain(value: Any) -> Any:
