@@ -44,17 +44,25 @@ class ElasticExperts(ElasticMLP):
         rows = x.flatten(0, -2)
         _, shares, chosen = router(rows)
         y = torch.zeros_like(rows)
+        a = self.anatomy
+        names = (a.up[0], a.down, *((f"{a.up[0]}_bias", f"{a.down}_bias") if a.paired else ()))
+        held = [getattr(experts, name) for name in names]
+        if (
+            torch.is_grad_enabled()
+        ):  # one gradient of all experts: each selected one's is as large, and mostly zeros
+            held = [p.unbind() for p in held]
         for expert, tokens, places in sent(chosen):
             own = None if extent is None else extent.expand(len(rows))[tokens]
             mixed = None if mixture is None else mixture.expand(len(rows), -1)[tokens]
-            out = self._one(experts, expert, rows[tokens], width, own, mixed, choices)
+            weights = [p[expert] for p in held]
+            out = self._one(experts, weights, rows[tokens], width, own, mixed, choices)
             y = y.index_add(0, tokens, (out * shares[tokens, places, None]).to(y.dtype))
         return y.view(x.shape)
 
     def _one(
         self,
         experts: Any,
-        expert: int,
+        weights: Sequence[Tensor],
         x: Tensor,
         width: int,
         extent: Tensor | None,
@@ -62,24 +70,23 @@ class ElasticExperts(ElasticMLP):
         choices: Sequence[int] | None,
     ) -> Tensor:
         """The tokens x [N, K] that are sent to one expert."""
-        up, down = (getattr(experts, name)[expert] for name in (self.anatomy.up[0], self.anatomy.down))
+        up, down, *biases = weights
         if not self.anatomy.paired:
             w_gate, w_up = up[: self.neurons], up[self.neurons :]
-            biases = (None, None, None)
+            none = (None, None, None)
             return elastic_mlp(
-                x, w_gate, w_up, down, *biases, width, self.activation, extent, gate=mixture, choices=choices
+                x, w_gate, w_up, down, *none, width, self.activation, extent, gate=mixture, choices=choices
             )
         width = width if choices is None else choices[-1]
-        hidden = paired(experts, self.anatomy.up[0], expert, x, width)
+        hidden = paired(experts, up, biases[0], x, width)
         neurons = torch.arange(width, device=x.device)
         if extent is not None:
             hidden = hidden * (neurons < extent[:, None])
         if mixture is not None:
             kept_by = torch.tensor(choices, device=x.device)[:, None] > neurons  # [C, width]
             hidden = hidden * (mixture @ kept_by.to(mixture.dtype)).to(hidden.dtype)
-        bias = getattr(experts, f"{self.anatomy.down}_bias")[expert]
-        y = hidden @ down[:width] + bias
-        return AxisDecision(extent, mixture=mixture).without(y, bias, self.choices)
+        y = hidden @ down[:width] + biases[1]
+        return AxisDecision(extent, mixture=mixture).without(y, biases[1], self.choices)
 
 
 def sent(chosen: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -93,9 +100,8 @@ def sent(chosen: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         yield expert, tokens, places
 
 
-def paired(experts: Any, name: str, expert: int, x: Tensor, width: int) -> Tensor:
+def paired(experts: Any, weight: Tensor, bias: Tensor, x: Tensor, width: int) -> Tensor:
     """The first hidden neurons [N, width] of an expert whose gate and up lie side by side."""
-    weight, bias = getattr(experts, name)[expert], getattr(experts, f"{name}_bias")[expert]
     return experts._apply_gate(x @ weight[:, : 2 * width] + bias[: 2 * width])
 
 
@@ -103,6 +109,7 @@ def hidden_of(experts: Any, anatomy: Any, activation: str, expert: int, x: Tenso
     """All hidden neurons [N, F] of an expert."""
     (name,) = anatomy.up
     if anatomy.paired:
-        return paired(experts, name, expert, x, getattr(experts, anatomy.down).shape[1])
+        weight, bias = getattr(experts, name)[expert], getattr(experts, f"{name}_bias")[expert]
+        return paired(experts, weight, bias, x, weight.shape[1] // 2)
     gate, up = (x @ getattr(experts, name)[expert].T).chunk(2, dim=-1)
     return FUNCTIONS[activation](gate) * up
