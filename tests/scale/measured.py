@@ -1,7 +1,10 @@
 """Print the measured peaks of training steps beside the estimates, the rows of docs/scale.md: minutes on two cores.
 
-python tests/scale/measured.py fake      1B, 8B and 70B: every tensor of a step counted, without its memory
-python tests/scale/measured.py real      `flextron.training.train` on this CPU: what torch allocated
+PYTHONPATH=tests python tests/scale/measured.py WHAT
+
+fake      1B, 8B and 70B: every tensor of a step counted, without its memory
+families  a small model of every family: every tensor of a step counted
+real      `flextron.training.train` on this CPU: what torch allocated
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+from nn.models import EVERY
 from steps import counted, elastic, sizes_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
@@ -69,6 +73,13 @@ def fake() -> Iterator[Row]:
         )
         dist.destroy_process_group()
         yield (name, ranks, step, *found)
+
+
+def families() -> Iterator[Row]:
+    for family in EVERY:
+        for bf16 in (False, True):
+            step = StepConfig(rows=4, length=256, bf16=bf16)
+            yield (family, 1, step, *counted(step, family))
 
 
 def real() -> Iterator[Row]:
@@ -130,10 +141,13 @@ def line(row: Row) -> str:
         f"{step.shard}, {ranks} ranks": ranks > 1,
     }
     told = ", ".join(part for part, is_so in about.items() if is_so)
-    sizes = f"{measured / 1e9:.2f} GB | {found / 1e9:.2f} GB | {found / measured - 1:+.1%}"
+    unit, name_of_it = (1e9, "GB") if measured > 1e9 else (1e6, "MB")
+    sizes = (
+        f"{measured / unit:.2f} {name_of_it} | {found / unit:.2f} {name_of_it} | {found / measured - 1:+.1%}"
+    )
     return f"| {name} | {told} | {sizes} |"
 
 
 if __name__ == "__main__":
-    for row in {"fake": fake, "real": real}[sys.argv[1]]():
+    for row in {"fake": fake, "families": families, "real": real}[sys.argv[1]]():
         print(line(row), flush=True)

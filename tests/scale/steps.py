@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from unittest import mock
 
 import torch
 from live import Live
+from nn.models import EVERY
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    NemotronConfig,
-    NemotronForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from flextron.config import ElasticConfig
 from flextron.judge.objectives import cross_entropy, distillation
 from flextron.nn import make_elastic
 from flextron.nn.recomputation import recomputing
+from flextron.nn.widened import widened
 from flextron.recipes import StepConfig
 
-KINDS = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "nemotron": (NemotronConfig, NemotronForCausalLM),
-}
+_NEURONS = ("n_inner", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size")
 
 
 def elastic(family="llama", **overrides):
-    """A random elastic model, small unless it is told otherwise."""
-    settings = dict(
+    """A random elastic model of any family, small unless it is told otherwise."""
+    sizes = dict(
         vocab_size=2048,
         hidden_size=256,
         intermediate_size=768,
@@ -44,10 +33,17 @@ def elastic(family="llama", **overrides):
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=32,
-        tie_word_embeddings=False,
     )
-    config, model = KINDS[family]
-    return make_elastic(model(config(**(settings | overrides))))
+    own = {name: value for name, value in EVERY[family].items() if name not in sizes}
+    own |= {name: 768 for name in _NEURONS if name in own} | dict(bos_token_id=1, eos_token_id=2)
+    own |= {"pad_token_id": 0} if family != "llama" else {}
+    own |= {"word_embed_proj_dim": 256} if family == "opt" else {}
+    own |= {"layer_types": own["layer_types"][:2]} if "layer_types" in own else {}
+    own |= {"no_rope_layers": [1, 0]} if family == "smollm3" else {}
+    if family == "falcon":  # its configuration has other names for these
+        del sizes["head_dim"], sizes["num_key_value_heads"]
+    config = CONFIG_MAPPING[family](**(sizes | dict(tie_word_embeddings=False) | own | overrides))
+    return make_elastic(AutoModelForCausalLM.from_config(config))
 
 
 def sizes_of(shape: ElasticConfig) -> dict[str, object]:
@@ -65,9 +61,13 @@ def sizes_of(shape: ElasticConfig) -> dict[str, object]:
 
 
 @contextmanager
-def unmasked(family: str) -> Iterator[None]:
+def unmasked(model) -> Iterator[None]:
     """transformers makes no mask where nothing is padded; of fake tensors it cannot know."""
-    with mock.patch(f"transformers.models.{family}.modeling_{family}.create_causal_mask", lambda **_: None):
+    module = sys.modules[type(model).__module__]
+    with ExitStack() as stack:
+        for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
+            if hasattr(module, name):
+                stack.enter_context(mock.patch.object(module, name, lambda **_: None))
         yield
 
 
@@ -76,7 +76,7 @@ def losses(model, ids, teacher):
     logits = model(input_ids=ids, use_cache=False).logits
     loss = cross_entropy(logits, ids)
     if teacher is not None:
-        with torch.no_grad():
+        with torch.no_grad(), widened(teacher):
             wanted = teacher(input_ids=ids, use_cache=False).logits
         loss = loss + distillation(logits, wanted)
     return loss
@@ -85,22 +85,25 @@ def losses(model, ids, teacher):
 def counted(step: StepConfig, family: str = "llama", shard=None, **overrides) -> tuple[int, ElasticConfig]:
     """The most bytes that are alive in the second step of a training, and the shape of its model.
 
-    No tensor has memory. ``shard`` is called with each model, to cut it over the ranks of a process group.
+    No tensor has memory, but those of experts: which of them a token is sent to must be known. ``shard`` is called with
+    each model, to cut it over the ranks of a process group.
     """
     mixed = step.bf16 and shard is None
-    with unmasked(family), FakeTensorMode():
+    with nullcontext() if "num_experts_per_tok" in EVERY[family] else FakeTensorMode():
         model = elastic(family, **overrides).train()
         teacher = None
         if step.teacher in ("whole", "sharded"):
             teacher = elastic(family, **overrides).requires_grad_(False).eval()
+            for p in teacher.parameters() if step.teacher_value == 2 else ():
+                p.data = p.data.bfloat16()
         held = [module for module in (model, teacher) if module is not None]
         if shard is not None:
             for module in held:
                 shard(module)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        ids = torch.zeros(step.rows, step.length, dtype=torch.int64)
+        ids = torch.randint(3, 61, (step.rows, step.length))
         layers = recomputing(model) if step.checkpoint_activations else nullcontext()
-        with layers, Live(p for module in held for p in module.parameters()) as live:
+        with layers, unmasked(model), Live(p for module in held for p in module.parameters()) as live:
             for _ in range(2):
                 live.restart()  # the first step makes the optimiser's states
                 for _ in range(step.accumulation):

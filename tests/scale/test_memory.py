@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.distributed as dist
-from steps import KINDS, counted, elastic
+from nn.models import EVERY
+from steps import counted, elastic
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from flextron.recipes import StepConfig, TrainConfig
 from flextron.scale.memory import estimate, fits
-from flextron.scale.shapes import SHAPES, count, of_layer, of_root
+from flextron.scale.shapes import SHAPES, count, kind_of, of_layer, of_root
 from flextron.training.sharding import cut
 
 WITHIN = 0.03  # 0.1 is promised
@@ -25,6 +28,7 @@ SMALL = dict(rows=1, length=64)
         (dict(bf16=True, accumulation=2), dict()),
         (dict(bf16=True, checkpoint_activations=True), dict(num_hidden_layers=3)),
         (dict(bf16=True, teacher="whole"), dict(vocab_size=32768)),
+        (dict(bf16=True, teacher="whole", teacher_value=2), dict(num_hidden_layers=4)),
         (SMALL | dict(bf16=False), dict(tie_word_embeddings=True, vocab_size=16384)),
         (SMALL | dict(bf16=False), dict(intermediate_size=4096, vocab_size=256)),
     ],
@@ -36,12 +40,35 @@ def test_the_estimate_is_what_a_step_takes(step, shape):
     assert estimate(elastic_shape, step).total == pytest.approx(peak, rel=WITHIN)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_an_mlp_without_a_gate_saves_one_tensor(bf16):
-    """Nemotron; its LayerNorms save less than is counted, a fifteenth of this step."""
+@pytest.mark.parametrize(
+    "family, bf16",
+    [
+        ("nemotron", False),  # torch's norms, an MLP without a gate
+        ("phi", True),  # one norm before both parts
+        ("gemma3_text", True),  # norms before and after them
+        ("cohere", True),  # norms of transformers' own
+        ("mixtral", True),
+        ("gpt_oss", False),
+    ],
+)
+def test_the_estimate_knows_what_layers_of_a_family_save(family, bf16):
+    """`measured.py families` shows all of them."""
     step = StepConfig(rows=4, length=256, bf16=bf16)
-    peak, elastic_shape = counted(step, "nemotron")
-    assert estimate(elastic_shape, step).total == pytest.approx(peak, rel=0.1)
+    peak, elastic_shape = counted(step, family)
+    assert estimate(elastic_shape, step).total == pytest.approx(peak, rel=0.04)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_the_norms_of_a_family_are_those_of_its_row(family):
+    with torch.device("meta"):
+        model = elastic(family)
+    a, layer, kind = model.anatomy, model.decoder_layers[0], kind_of(model.elastic)
+    names = filter(None, (a.attention_norm, a.attention_post, a.mlp_norm, a.mlp_post))
+    norms = [layer.get_submodule(name) for name in names]
+    assert len(norms) == kind.norms
+    written = inspect.getsource(type(norms[0]).forward)
+    found = "torch" if "layer_norm(" in written else "centred" if "- mean" in written else "rms"
+    assert found == kind.norm
 
 
 @pytest.fixture
@@ -57,7 +84,7 @@ def four_ranks():
     [
         (SMALL | dict(bf16=False), dict(hidden_size=512, intermediate_size=2048, vocab_size=512)),
         (
-            SMALL | dict(bf16=True, teacher="sharded", checkpoint_activations=True),
+            SMALL | dict(bf16=True, teacher="sharded", teacher_value=2, checkpoint_activations=True),
             dict(num_hidden_layers=3, vocab_size=512),
         ),
     ],
@@ -68,9 +95,7 @@ def test_the_estimate_is_what_a_step_of_shards_takes(step, shape, four_ranks):
     assert estimate(elastic_shape, step, 4).total == pytest.approx(peak, rel=WITHIN)
 
 
-@pytest.mark.parametrize(
-    "family", sorted(KINDS.keys() - {"nemotron"})
-)  # the last norm's bias counts as the layers'
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_parameters_are_those_of_the_model(family, tied):
     with torch.device("meta"):

@@ -1,6 +1,6 @@
 """How many bytes a training step takes on one rank: a model on paper of what `flextron.training` does. No torch here.
 
-The peak is the largest of a few moments of a step: the loss, the teacher's forward, the head's backward, the first and
+The peak is the largest of a few moments of a step: the teacher's forward, the loss, the head's backward, the first and
 the last layer's backward, the optimiser. Each is a sum of tensors that are alive then. The sub-network is the full
 model, which a micro-batch may draw.
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 
 from flextron.config import ElasticConfig
 from flextron.recipes import StepConfig
-from flextron.scale.shapes import count, of_layer, of_root
+from flextron.scale.shapes import count, experts_of, kind_of, of_layer, of_root
 
 FLOAT, HALF = 4, 2  # bytes of a float32 and of a bfloat16
 _LOSS_VALUES = 1 << 23  # logits of a chunk of the loss: judge/objectives.py
@@ -88,6 +88,7 @@ class _Sizes:
         self.distils = step.teacher != "none"
         gated = shape.counts.neuron >= 3 * shape.hidden_size
         self.ups = 2 if gated else 1  # projections before the MLP's activation: gate and up, or up alone
+        self.kind, self.experts = kind_of(shape), experts_of(shape)
 
     def at(self, moment: str, gradients: int, activations: int, gathered: int = 0) -> Memory:
         """What is alive at a moment; gradients that accumulation or DDP's buckets hold all along count as whole."""
@@ -113,6 +114,7 @@ class _Sizes:
         )  # FSDP2 keeps the root whole between forward and backward
         root = models * self.value * self.root if self.sharded else 0
         return [
+            *([self.at("teacher", 0, saved + head + self._teaching(), root)] if self.distils else []),
             self.at("loss", 0, saved + head + self._loss(), root),
             self.at("backward of the head", 0, saved + head + self._backward_of_head(), root),
             *(self._sharded_layers(saved, root) if self.sharded else self._whole_layers(saved)),
@@ -160,15 +162,22 @@ class _Sizes:
         s, T = self.shape, self.T
         K, F = s.hidden_size, s.intermediate_size
         q, k = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
-        # of each norm: input in float32, normalised input, 1 / root mean square
-        norms = 2 * T * (K * (FLOAT + self.stream) + FLOAT)
-        # norms' outputs, one tensor each; autocast casts the first for each of q, k and v
-        inputs = T * K * self.value * (4 if self.casts else 2)
+        norms = self.kind.norms * self._saved_by_norm(T, K, self.stream)
+        # outputs of the norms before attention and MLP, one tensor each; autocast casts it for each of q, k, v and MLP
+        inputs = T * K * self.value * (4 if self.casts else min(2, self.kind.norms))
         attention = T * (2 * q + 2 * k) * self.value + T * s.num_heads * FLOAT  # q, k, v, output, log of sums
         if s.qk_norm:
-            attention += T * ((q + k) * (FLOAT + self.value) + (s.num_heads + s.num_kv_heads) * FLOAT)
-        hidden = self.ups * T * F * self.value  # up and gated, before the activation
+            attention += self._saved_by_norm(T * (s.num_heads + s.num_kv_heads), s.head_dim, self.value)
+        # up and gated, before the activation
+        hidden = (self.ups + self.kind.hidden) * T * F * (FLOAT if self.kind.wide else self.value)
+        if self.experts:  # each has its own input and output
+            hidden = self.experts.chosen * (hidden + 2 * T * K * self.value)
         return norms + inputs + attention + hidden + self._copies(self.layer)
+
+    def _saved_by_norm(self, rows: int, width: int, value: int) -> int:
+        """What a norm saves of its input, whose values take so many bytes, beside a number or two of each row."""
+        saved = {"rms": FLOAT + value, "torch": FLOAT, "centred": 3 * FLOAT}[self.kind.norm]
+        return rows * (width * saved + FLOAT)
 
     def _copies(self, parameters: int) -> int:
         """Autocast's bfloat16 copies of weights, which a backward reads."""
@@ -186,7 +195,16 @@ class _Sizes:
     def _saved_by_head(self) -> int:
         """The last norm and the head."""
         T, K = self.T, self.shape.hidden_size
-        return T * (K * (FLOAT + self.stream) + FLOAT) + T * K * self.value + self._copies(self.embedding)
+        return self._saved_by_norm(T, K, self.stream) + T * K * self.value + self._copies(self.embedding)
+
+    def _teaching(self) -> int:
+        """The student's logits and, in the teacher's MLP, its stream and hidden values; its weights where widened."""
+        T, K, F = self.T, self.shape.hidden_size, self.shape.intermediate_size
+        widened = self.step.teacher_value < FLOAT and not self.sharded
+        weights = FLOAT * self.shape.counts.neuron * F if widened else 0
+        return (
+            self.logits + T * K * (self.stream + self.value) + (1 + self.ups) * T * F * self.value + weights
+        )
 
     def _loss(self) -> int:
         """Logits, the gradient that each term of the loss makes of them, and float32 temporaries of one chunk."""
@@ -211,8 +229,13 @@ class _Sizes:
         stream = (
             T * K * (self.stream + 2 * self.value)
         )  # gradients of the stream, of the output and of the input
-        return stream + (1 + self.ups) * T * F * self.value  # h, and the gradients of up and gated
+        hidden = (1 + self.ups) * T * F * self.value  # h, and the gradients of up and gated
+        if self.experts:  # one after another
+            hidden = hidden * self.experts.chosen // self.experts.number
+        return stream + hidden
 
     def _weight_gradients(self) -> int:
         """Gradients of the MLP's weights as they are computed, before they are the parameters'."""
-        return (1 + self.ups) * self.shape.hidden_size * self.shape.intermediate_size * self.value
+        one = (1 + self.ups) * self.shape.hidden_size * self.shape.intermediate_size
+        # those of all experts, which are then joined
+        return one * self.value + (one * FLOAT * self.experts.number if self.experts else 0)

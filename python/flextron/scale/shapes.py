@@ -2,11 +2,74 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
 from flextron.config import Counts, ElasticConfig
 
 Dims = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a layer saves for its backward that its parameters do not tell. The defaults are Llama's.
+
+    Attributes:
+        norms: norms of the stream in a layer.
+        norm: what a norm saves of its input: ``"rms"``: it in float32, and normalised; ``"torch"``, torch's own: it
+            alone; ``"centred"``: it without its mean, twice, and normalised, all in float32.
+        hidden: tensors of hidden values that are saved beside those before the activation.
+        wide: whether hidden values are float32 where matrices are multiplied in bfloat16.
+    """
+
+    norms: int = 2
+    norm: str = "rms"
+    hidden: int = 0
+    wide: bool = False
+
+
+_LAYER_NORMS = (
+    "falcon",
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "nemotron",
+    "olmo",
+    "opt",
+    "phi",
+    "stablelm",
+    "starcoder2",
+)
+KINDS = {
+    **{family: Kind(norm="torch") for family in _LAYER_NORMS},
+    **{family: Kind(norms=4) for family in ("gemma2", "gemma3_text", "glm4")},
+    **{family: Kind(norms=1, norm="torch") for family in ("gptj", "phi")},
+    **{family: Kind(norms=1, norm="centred") for family in ("cohere", "cohere2")},
+    "gpt2": Kind(
+        norm="torch", hidden=1
+    ),  # torch's GEMM and activation, for weights that are stored transposed
+    "gpt_oss": Kind(hidden=5, wide=True),  # transformers' own gate, a step at a time, after a float32 bias
+}
+
+
+def kind_of(shape: ElasticConfig) -> Kind:
+    """The kind of a model's layers."""
+    return KINDS.get(shape.like or shape.family, Kind())
+
+
+@dataclass(frozen=True)
+class Experts:
+    """How many MLPs a layer has, and how many of them a token is sent to."""
+
+    number: int
+    chosen: int
+
+
+def experts_of(shape: ElasticConfig) -> Experts | None:
+    """A layer's experts, whose MLPs have a gate; None where it has one MLP."""
+    expert = 3 * shape.hidden_size  # parameters of one neuron, but for biases
+    number = shape.counts.neuron // expert
+    return Experts(number, shape.counts.active // expert) if number > 1 else None
 
 
 def of_layer(shape: ElasticConfig) -> dict[str, Dims]:
@@ -62,6 +125,7 @@ def _llama(
     )
 
 
+STORED = 2  # bytes of a weight of these, which are published in bfloat16
 # Llama 3.2 1B, Llama 3.1 8B and 70B (config.json of meta-llama/Llama-3.2-1B, Llama-3.1-8B, Llama-3.1-70B)
 SHAPES = {
     "1b": _llama(16, 2048, 8192, 32, 8, 64, tied=True),
