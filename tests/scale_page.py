@@ -14,7 +14,7 @@ from flextron.cli.scale import header, rows
 from flextron.devices import DEVICES
 from flextron.recipes import StepConfig
 from flextron.scale.plans import Plan, first_that_fits
-from flextron.scale.shapes import SHAPES
+from flextron.scale.shapes import SHAPES, STORED
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
 MARK = "<!-- Everything below is made by: python tests/scale_page.py --update -->\n"
@@ -36,7 +36,7 @@ def made() -> str:
             ("none", "Without a teacher:\n"),
             ("whole", "With a teacher (`--distillation 1`):\n"),
         ):
-            step = StepConfig(teacher=teacher)
+            step = StepConfig(teacher=teacher, teacher_value=STORED)
             plans = [first_that_fits(shape, step, ranks, DEVICE) for ranks in GPUS]
             parts += [title, table(plans)]
         typed = [p.command() for p in plans if p.fits]

@@ -25,7 +25,7 @@ from flextron.artefacts.latency_table import LatencyTable, Workload
 from flextron.artefacts.machine import machine_of
 from flextron.artefacts.planner import Planner, planner_of
 from flextron.artefacts.static_router import RouterResult, trained_on
-from flextron.checkpoint import CheckpointError, Origin, locked
+from flextron.checkpoint import CheckpointError, Origin, locked, stored_dtypes
 from flextron.checkpoint.hf import read_tokenizer
 from flextron.checkpoint.origin import weights_of
 from flextron.checkpoint.weights import overwrite, weight_files
@@ -277,7 +277,8 @@ def train(
 
     The teacher of a distillation is the checkpoint as it was when the run began: right after `convert` that is the
     parent itself, and after `refit` it is what that began with. The run keeps it, for more steps later (see
-    `flextron.training.train`).
+    `flextron.training.train`). It is held in bfloat16 or float16 where all its weights are stored so, and computes in
+    float32 as the model does.
 
     What cannot fit on the device is refused before anything is loaded; ``planned`` is called with what a step takes of
     its memory, before the first one.
@@ -286,10 +287,11 @@ def train(
     """
     with ElasticDirectory.open(directory) as checkpoint:
         checkpoint.check_length("train", config.length)
-        memory = room("train", checkpoint.origin.elastic, config, device)
-        cut = cut_of(checkpoint.origin.elastic, config, device)
+        held = _teacher_dtype(checkpoint, TRAINING_FOLDER, config, restart)
+        memory = room("train", checkpoint.origin.elastic, config, device, held.itemsize)
+        cut = cut_of(checkpoint.origin.elastic, config, device, held.itemsize)
         model = checkpoint.model(device=device, cut=cut)
-        teacher, keep_teacher = _teacher(checkpoint, TRAINING_FOLDER, config, restart, device, cut)
+        teacher, keep_teacher = _teacher(checkpoint, TRAINING_FOLDER, config, restart, held, device, cut)
         routers_of = {module: checkpoint.made_for(module.DESCRIPTION) for module in _ROUTERS}
     model.stored = storage("train", model, dtype)
     tokens = corpus(read_tokenizer(directory), data)
@@ -528,8 +530,9 @@ def tune(
     config = config or TuneConfig()
     with ElasticDirectory.open(directory) as checkpoint:
         checkpoint.check_length("tune", config.length)
-        memory = room("tune", checkpoint.origin.elastic, config, device)
-        cut = cut_of(checkpoint.origin.elastic, config, device)
+        held = _teacher_dtype(checkpoint, TUNING_FOLDER, config, restart)
+        memory = room("tune", checkpoint.origin.elastic, config, device, held.itemsize)
+        cut = cut_of(checkpoint.origin.elastic, config, device, held.itemsize)
         model = checkpoint.equipped(device=device, cut=cut)
         # routers made for other weights were left out with a warning: they are not asked for again
         static = checkpoint.static() if model.planner.ladder.origin == "router" else None
@@ -540,7 +543,7 @@ def tune(
             raise ValueError(
                 f"tune: {directory} must have a router made for its weights, got none; run `{command}`"
             )
-        teacher, keep_teacher = _teacher(checkpoint, TUNING_FOLDER, config, restart, device, cut)
+        teacher, keep_teacher = _teacher(checkpoint, TUNING_FOLDER, config, restart, held, device, cut)
     model.stored = storage("tune", model, dtype)
     planner = planner_of(model)
     tables, ladder = by_phase(planner.here), planner.ladder
@@ -613,18 +616,34 @@ def clean(directory: str | Path, *, unfinished: bool = False, dry_run: bool = Fa
     return sizes
 
 
+def _teacher_dtype(
+    checkpoint: ElasticDirectory, folder: str, config: TrainConfig, restart: bool
+) -> torch.dtype:
+    """What the teacher of a run in ``folder`` is held in: as its weights are stored, or as the run began."""
+    if not config.distillation:
+        return torch.float32
+    run = checkpoint.path / folder
+    if not restart and resume.has_checkpoints(run):
+        return resume.teacher_dtype(run)
+    own = [checkpoint.path / name for name in weight_files(checkpoint.meta["checksums"])]
+    stored = {dtype for path in _parent(checkpoint) or own for dtype in stored_dtypes(path).values()}
+    narrow = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return narrow.get(stored.pop(), torch.float32) if len(stored) == 1 else torch.float32
+
+
 def _teacher(
     checkpoint: ElasticDirectory,
     folder: str,
     config: TrainConfig,
     restart: bool,
+    dtype: torch.dtype,
     device: torch.device,
     cut: Cut | None,
 ) -> tuple[Any, Callable[[], None] | None]:
     """(the teacher of a run in ``folder``, a call that keeps it there when the run begins), or None twice."""
     if not config.distillation:
         return None, None
-    teacher = checkpoint.model(device=device, cut=cut)
+    teacher = checkpoint.model(dtype, device, cut)
     run = checkpoint.path / folder
     kept = sorted(run.glob(resume.TEACHER_FILES))
     goes_on = not restart and kept and resume.has_checkpoints(run)

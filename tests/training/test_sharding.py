@@ -12,11 +12,14 @@ import pytest
 import sharded_run
 import tiny_run
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from flextron.artefacts.directory import load_elastic
 from flextron.checkpoint import load_tensors
 from flextron.training import WidthSampler
 from flextron.training.resume import fingerprint
+from flextron.training.sharding import cut
 
 HERE = [(case, size) for case, (sizes, _) in sharded_run.CASES.items() for size in sizes]
 LONG = sharded_run.LONG
@@ -129,3 +132,20 @@ def test_each_process_may_train_a_sub_network_of_its_own(root):
     # rank 0 has two of the five rows; two micro-batches make a step
     means = [(2 * a + 3 * b) / 5 for a, b in zip(*shares, strict=True)]
     assert sizes == pytest.approx([sum(means[:2]) / 2, sum(means[2:]) / 2])
+
+
+def test_the_shards_of_a_narrow_teacher_compute_in_float32():
+    narrow, wide = tiny_run.elastic(), tiny_run.elastic()
+    for p, other in zip(narrow.parameters(), wide.parameters(), strict=True):
+        p.data = p.data.bfloat16()
+        other.data = p.data.float()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        cut(narrow, init_device_mesh("cpu", (1,)), bf16=False)
+        ids = tiny_run.tokens(24)[None]
+        with torch.no_grad():
+            found, wanted = (model(ids).logits for model in (narrow, wide))
+        assert {p.dtype for p in narrow.decoder_layers.parameters()} == {torch.bfloat16}
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    finally:
+        dist.destroy_process_group()

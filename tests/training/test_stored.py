@@ -125,6 +125,33 @@ def test_the_dtype_can_be_chosen(checkpoint: Path, dtype: str) -> None:
         train(checkpoint, 2, dtype="int8")
 
 
+@pytest.mark.parametrize("began, later", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_teacher_is_held_as_it_was_when_its_run_began(
+    checkpoint: Path, began: str, later: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the dtype that the checkpoint was stored in, whatever it is stored in by now: its last bits depend on it.
+
+    A run that does not say it, as those of earlier versions, held it in float32.
+    """
+    save_elastic(load_elastic(checkpoint)[0], checkpoint, dtype=began)
+    held = []
+
+    def seen(*args: Any, teacher: Any, **options: Any) -> Any:
+        held.append({p.dtype for p in teacher.parameters()})
+        return train_model(*args, teacher=teacher, **options)
+
+    train_model = pipeline.train_model
+    monkeypatch.setattr(pipeline, "train_model", seen)
+    train(checkpoint, 2, dtype=later)
+    assert set(dtypes(checkpoint).values()) == {getattr(torch, later)}
+    assert train(checkpoint, 4).resumed_from == 2
+    assert held == 2 * [{getattr(torch, began)}]
+    said = read_json(checkpoint / "training" / resume.RUN_FILE)["teacher"].get("held")
+    assert said == ("bfloat16" if began == "bfloat16" else None)
+    train(checkpoint, 2, restart=True)
+    assert held[2] == {getattr(torch, later)}
+
+
 def test_what_tuning_reads_off_a_router_is_of_the_weights_as_stored(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,27 @@ def test_a_run_is_that_of_the_teacher_itself_to_rounding(tmp_path):
     assert live.losses == pytest.approx(cached.losses, rel=1e-5)
     for name, p in one.named_parameters():
         torch.testing.assert_close(other.get_parameter(name), p, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("cached", [0, tiny_run.VOCAB])
+def test_a_teacher_in_bfloat16_computes_in_float32(cached, bf16, tmp_path):
+    """A run is that of the same weights in float32, to rounding; one whose teacher computes in bfloat16 is not."""
+    config, losses = replace(CONFIG, steps=2, teacher_logits=cached, bf16=bf16), {}
+    teachers = {
+        "wide": tiny_run.elastic(seed=1),
+        "narrow": tiny_run.elastic(seed=1),
+        "bare": tiny_run.parent(1),
+    }
+    for name, asked in teachers.items():
+        for p in asked.parameters():
+            p.data = p.data.bfloat16() if name != "wide" else p.data.bfloat16().float()
+        losses[name] = torch.tensor(run(tmp_path / name, config, asked=asked)[0].losses)
+        held = json.loads((tmp_path / name / "run.json").read_text())["teacher"].get("held")
+        assert held == ("bfloat16" if name == "narrow" else None)
+    assert {p.dtype for p in teachers["narrow"].parameters()} == {torch.bfloat16}
+    narrow, bare = ((losses[name] - losses["wide"]).abs().max() for name in ("narrow", "bare"))
+    assert narrow < 1e-6 and bare > 10 * narrow
 
 
 def test_each_window_is_asked_once_and_a_longer_run_appends(tmp_path, monkeypatch):

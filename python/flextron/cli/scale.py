@@ -15,8 +15,9 @@ from flextron.cli.printing import say
 from flextron.config import ElasticConfig
 from flextron.devices import DEVICES
 from flextron.recipes import StepConfig
+from flextron.scale.memory import FLOAT, HALF
 from flextron.scale.plans import Plan, first_that_fits
-from flextron.scale.shapes import SHAPES
+from flextron.scale.shapes import SHAPES, STORED
 
 EXAMPLE = "flextron scale --shape 8b --gpus 1,8,64 --gpu h100"
 FIELDS = ["rows", "accumulation", "node", "teacher"]
@@ -48,8 +49,8 @@ def options(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> dict[str, Any]:
     from flextron import ui
 
-    name, shape, length = _shape(args)
-    step = StepConfig(length=length, **shared.given(args, *FIELDS))
+    name, shape, length, value = _shape(args)
+    step = StepConfig(length=length, teacher_value=value, **shared.given(args, *FIELDS))
     if odd := [n for n in args.gpus if n > step.node and n % step.node]:
         raise ValueError(
             f"scale: --gpus must be at most --node, {step.node}, or a multiple of it, got {odd[0]}"
@@ -64,14 +65,15 @@ def run(args: Namespace) -> dict[str, Any]:
     return {"shape": name, "gpu": args.gpu, "plans": [_facts(p, directory) for p in plans]}
 
 
-def _shape(args: Namespace) -> tuple[str, ElasticConfig, int]:
-    """A name, a shape, and the tokens in a sequence."""
+def _shape(args: Namespace) -> tuple[str, ElasticConfig, int, int]:
+    """A name, a shape, the tokens in a sequence, and the bytes of a stored weight, which a teacher is held in."""
     if (args.source is None) == (args.shape is None):
         raise ValueError(
             f"scale: either SOURCE or --shape must be given, got {'neither' if args.shape is None else 'both'}"
         )
     if args.shape is not None:
-        return args.shape, SHAPES[args.shape], args.length or StepConfig.length
+        return args.shape, SHAPES[args.shape], args.length or StepConfig.length, STORED
+    import torch
     from transformers import AutoConfig
 
     from flextron.artefacts.directory import check_length
@@ -89,7 +91,8 @@ def _shape(args: Namespace) -> tuple[str, ElasticConfig, int]:
         check_length("scale", args.length, config, "--length")
     positions = getattr(config, "max_position_embeddings", None) or StepConfig.length
     shape = Origin.read(folder).elastic if (folder / ELASTIC_FILE).is_file() else elastic_config(config)
-    return args.source, shape, args.length or min(StepConfig.length, positions)
+    value = HALF if config.dtype in (torch.bfloat16, torch.float16) else FLOAT
+    return args.source, shape, args.length or min(StepConfig.length, positions), value
 
 
 def _trained(source: str | None) -> str:

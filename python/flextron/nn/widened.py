@@ -73,10 +73,12 @@ def widened(model: Elastic | PreTrainedModel, least: torch.dtype = torch.float32
 
 @torch.no_grad()
 def _by_pieces(head: nn.Linear, room: Tensor, x: Tensor) -> Tensor:
-    """The head's logits in the dtype of x [..., K], a few of its rows after the others."""
+    """The head's logits of x [..., K] in its dtype, or autocast's, a few rows of the head after the others."""
     V, K = head.weight.shape
-    out = x.new_empty(*x.shape[:-1], V)
+    device = x.device.type
+    computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    out = x.new_empty(*x.shape[:-1], V, dtype=computed)
     pieces = head.weight.detach().split(room.numel() // K)
     for piece, logits in zip(pieces, out.split(room.numel() // K, dim=-1), strict=True):
         logits.copy_(nn.functional.linear(x, room[: piece.numel()].view(piece.shape).copy_(piece)))
-    return out if head.bias is None else out + head.bias.to(x.dtype)
+    return out if head.bias is None else out + head.bias.to(out.dtype)

@@ -23,19 +23,21 @@ from flextron.judge.loss import restored
 from flextron.judge.objectives import TopLogits, cross_entropy, distillation, distillation_from_top
 from flextron.nn.protocol import Elastic
 from flextron.nn.recomputation import recomputing
-from flextron.nn.storage import storage
+from flextron.nn.storage import name_of, storage
+from flextron.nn.widened import is_narrow, widened
 from flextron.recipes import TrainConfig
 from flextron.training.meter import Meter
 from flextron.training.metrics import MetricsLog
 from flextron.training.optimizer import adamw, learning_rate, trained
 from flextron.training.resume import (
+    HELD,
     Checkpoints,
     fingerprint,
     load_training_tensors,
     training_tensors,
 )
 from flextron.training.sampler import WidthSampler, homogeneous
-from flextron.training.sharding import Spread, computes_in_bf16, full
+from flextron.training.sharding import Spread, computes_in_bf16, full, is_sharded
 from flextron.training.teacher import TeacherLogits, Told
 
 # Fields that change what a run reports, when it saves and what memory it takes, but no weight; they may differ in a
@@ -101,7 +103,8 @@ def train(
         tokens: [tokens] int64, the stream to train on; or one that lies on the disk, or a mixture of streams.
         config: how.
         directory: folder of the run's checkpoints and metrics, its own.
-        teacher: frozen model to distil from; given exactly when ``config.distillation`` is above 0.
+        teacher: frozen model to distil from; given exactly when ``config.distillation`` is above 0. An elastic one in
+            bfloat16 or float16 computes in float32, a part of a layer at a time; any other computes as it is.
         resume: take up the run in ``directory``, which wants the model with the weights that the run started from
             or saved; otherwise what is there is replaced.
         progress: called after every step with (step, steps, the step's metrics).
@@ -302,11 +305,17 @@ class Run:
             top = TopLogits(*map(self._on_device, self.top.read(self.batches.last)))
             terms["distillation"] = distillation_from_top(logits, top, c.temperature)
         elif self.teacher is not None:
-            with torch.no_grad():
-                wanted = self.teacher(input_ids=batch, use_cache=False).logits
-            terms["distillation"] = distillation(logits, wanted, c.temperature)
+            terms["distillation"] = distillation(logits, self._taught(batch), c.temperature)
         loss = sum(getattr(c, name) * term for name, term in terms.items())
         return {"loss": loss, **terms}
+
+    @torch.no_grad()
+    def _taught(self, batch: Tensor) -> Tensor:
+        """The teacher's logits. What a narrow one's shards are gathered in is wide enough already."""
+        teacher: Any = self.teacher
+        as_held = not _is_widened(teacher) or is_sharded(teacher)
+        with nullcontext() if as_held else widened(teacher):
+            return teacher(input_ids=batch, use_cache=False).logits
 
     def _top_logits(self, identity: Mapping[str, Any]) -> TeacherLogits:
         """The teacher's logits on the disk; whoever has the same teacher, text and order has the same ones."""
@@ -326,8 +335,8 @@ class Run:
         teacher: Any = self.teacher
 
         def logits(windows: Tensor) -> Tensor:
-            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                return teacher(input_ids=self._on_device(windows), use_cache=False).logits
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                return self._taught(self._on_device(windows))
 
         rows = -(-self.config.batch_size // ranks.now().size)
         top.fill(logits, rows, self.config.temperature, cached)
@@ -382,6 +391,8 @@ class Run:
                 "parameters": _parameters(self.teacher),
                 "weights": fingerprint(self.teacher.state_dict()),
             }
+            if _is_widened(self.teacher):
+                teacher[HELD] = name_of(next(self.teacher.parameters()).dtype)
         return {
             "config": trajectory | {"bf16": self.bf16},
             "elastic": self.model.elastic.to_dict(),
@@ -454,6 +465,11 @@ def _stored(model: Elastic) -> dict[str, torch.dtype]:
     dtypes = storage("train", model)
     of = {id(p): dtypes[name] for name, p in model.named_parameters()}
     return {name: of[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _is_widened(teacher: Any) -> bool:
+    """Whether a teacher computes in float32 and is held in less: an elastic one. Any other computes as it is."""
+    return hasattr(teacher, "elastic") and is_narrow(teacher)
 
 
 def _parameters(model: nn.Module) -> int:

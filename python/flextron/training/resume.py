@@ -28,6 +28,7 @@ from flextron.checkpoint import CheckpointError, load_tensors, read_json, write_
 from flextron.checkpoint.io import sync
 from flextron.checkpoint.schema import build
 from flextron.nn.protocol import Elastic
+from flextron.nn.storage import DTYPES
 from flextron.recipes import TrainConfig
 from flextron.training import teacher, tensorboard
 from flextron.training.metrics import METRICS_FILE
@@ -36,6 +37,7 @@ from flextron.training.storing import Writer, check_files, names_in, read
 
 RUN_FILE = "run.json"
 TEACHER_FILES = "teacher*.safetensors"  # as many as the model's weights have
+HELD = "held"  # key of run.json's teacher: the dtype that it is in where that is narrower than what it computes in
 CLEANED = "cleaned"  # key of run.json: the last step, whose checkpoint `clean` removed
 _ROUNDINGS = (torch.bfloat16, torch.float16)  # dtypes that a user may ask a model to be stored in
 # The JSON file goes first: without it the step does not count, so no half of one is ever read.
@@ -170,10 +172,7 @@ class Checkpoints:
         return Saved(step, place, meta["position"])
 
     def _check_identity(self, steps: list[int]) -> None:
-        try:
-            found = read_json(self.directory / RUN_FILE)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; {_AFRESH}") from None
+        found = _read_run(self.directory)
         began = [found, *(e for e in found.get("extended", ()) if isinstance(e, dict))]
         known = {w for start in began if isinstance(w := start.get("weights"), str)}
         found = {name: value for name, value in found.items() if name not in ("weights", "extended")}
@@ -240,6 +239,24 @@ class Checkpoints:
 def has_checkpoints(directory: Path) -> bool:
     """Whether a run's folder holds something to resume from."""
     return bool(_steps_in(directory))
+
+
+def teacher_dtype(directory: Path) -> torch.dtype:
+    """The dtype that the teacher of the run in a folder is held in, which decides its last bits."""
+    said = _read_run(directory).get("teacher")
+    name = said.get(HELD, "float32") if isinstance(said, dict) else "float32"
+    if name not in DTYPES[1:]:
+        raise CheckpointError(
+            f"{directory / RUN_FILE}: teacher.{HELD} must be one of {', '.join(DTYPES[1:])}, got {name!r}; {_AFRESH}"
+        )
+    return getattr(torch, name)
+
+
+def _read_run(directory: Path) -> dict[str, Any]:
+    try:
+        return read_json(directory / RUN_FILE)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_AFRESH}") from None
 
 
 def clean(directory: Path, *, unfinished: bool = False, dry_run: bool = False) -> list[Path]:

@@ -12,7 +12,7 @@ import torch
 from flextron import ranks
 from flextron.config import ElasticConfig
 from flextron.recipes import StepConfig, TrainConfig
-from flextron.scale.memory import USABLE, Memory, estimate
+from flextron.scale.memory import FLOAT, USABLE, Memory, estimate
 from flextron.training.sharding import chosen, computes_in_bf16, memory_of, step_of
 
 _ERROR = 0.9  # the estimate may be a tenth too high: what is refused does not fit even then
@@ -39,15 +39,19 @@ class Room(NamedTuple):
         return f"memory of a step: {_gb(m.total)} ({told}); {self.device} has {_gb(self.has)}"
 
 
-def room(who: str, shape: ElasticConfig, config: TrainConfig, device: torch.device) -> Room:
+def room(
+    who: str, shape: ElasticConfig, config: TrainConfig, device: torch.device, teacher: int = FLOAT
+) -> Room:
     """The memory of a run's step on this process; a warning where it is close to what the device has.
+
+    ``teacher``: bytes of one of its teacher's weights.
 
     Raises:
         ValueError: it cannot fit; the sentence says what to change.
     """
     size = ranks.now().size
     bf16 = computes_in_bf16(config, device)
-    step = step_of(config, bf16, chosen(shape, config, bf16, device))
+    step = step_of(config, bf16, chosen(shape, config, bf16, device, teacher), teacher)
     found = Room(estimate(shape, step, size), memory_of(device), str(device))
     if _ERROR * found.memory.total > found.has:
         raise ValueError(

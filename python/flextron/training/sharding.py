@@ -27,8 +27,9 @@ from flextron.config import ElasticConfig, Widths
 from flextron.judge.loss import evaluate
 from flextron.nn.protocol import Elastic
 from flextron.nn.storage import storage
+from flextron.nn.widened import is_narrow
 from flextron.recipes import StepConfig, TrainConfig
-from flextron.scale.memory import USABLE, estimate
+from flextron.scale.memory import FLOAT, USABLE, estimate
 
 _SHARDS = "shards"  # the dimension of a mesh along which weights are sharded
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -51,13 +52,16 @@ class Spread:
         self.weight = self.ranks.size * len(rows) / config.batch_size
         self.model = model
         self.forward: Any = model
-        self.shard = chosen(model.elastic, config, bf16, model.device)
+        value = (
+            max((p.itemsize for p in teacher.parameters()), default=FLOAT) if teacher is not None else FLOAT
+        )
+        self.shard = chosen(model.elastic, config, bf16, model.device, value)
         if self.shard != "none":
             if whole := [m for m in (model, teacher) if m is not None and not is_sharded(m)]:
                 mesh = mesh_of(self.ranks, self.shard)
                 for module in whole:
                     cut(module, mesh, bf16)
-            step = step_of(config, bf16, self.shard)
+            step = step_of(config, bf16, self.shard, value)
             whole_gradient = 4 * sum(p.numel() for p in model.parameters())
             taken = estimate(model.elastic, step, self.ranks.size).total + whole_gradient
             self.once = taken <= USABLE * memory_of(model.device)
@@ -142,10 +146,12 @@ def computes_in_bf16(config: TrainConfig, device: torch.device) -> bool:
     return bf16_is_fast(device) if config.bf16 is None else config.bf16
 
 
-def cut_of(shape: ElasticConfig, config: TrainConfig, device: torch.device) -> Cut | None:
+def cut_of(
+    shape: ElasticConfig, config: TrainConfig, device: torch.device, teacher: int = FLOAT
+) -> Cut | None:
     """What shards the models of a run while they are read; None: each process has them whole. All ranks call this."""
     bf16 = computes_in_bf16(config, device)
-    shard = chosen(shape, config, bf16, device)
+    shard = chosen(shape, config, bf16, device, teacher)
     return None if shard == "none" else partial(cut, mesh=mesh_of(ranks.now(), shard), bf16=bf16)
 
 
@@ -206,15 +212,17 @@ def _on_this_node() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.now().size))
 
 
-def step_of(config: TrainConfig, bf16: bool, shard: str) -> StepConfig:
-    """What a step of a run is, on these processes."""
-    facts: dict[str, Any] = {"bf16": bf16, "shard": shard, "node": _on_this_node()}
+def step_of(config: TrainConfig, bf16: bool, shard: str, teacher: int = FLOAT) -> StepConfig:
+    """What a step of a run is, on these processes; ``teacher``: bytes of one of its teacher's weights."""
+    facts: dict[str, Any] = {"bf16": bf16, "shard": shard, "node": _on_this_node(), "teacher_value": teacher}
     if config.distillation and not config.teacher_logits and shard != "none":
         facts["teacher"] = "sharded"
     return StepConfig.of(config, ranks.now().size, **facts)
 
 
-def chosen(shape: ElasticConfig, config: TrainConfig, bf16: bool, device: torch.device) -> str:
+def chosen(
+    shape: ElasticConfig, config: TrainConfig, bf16: bool, device: torch.device, teacher: int = FLOAT
+) -> str:
     """Who holds the weights: ``none``, ``full`` or ``hybrid``; the same on all ranks."""
     size, node = ranks.now().size, _on_this_node()
     if size == 1:
@@ -226,7 +234,7 @@ def chosen(shape: ElasticConfig, config: TrainConfig, bf16: bool, device: torch.
         )
     if config.shard != "auto":
         return config.shard
-    taken = estimate(shape, step_of(config, bf16, "none"), size).total
+    taken = estimate(shape, step_of(config, bf16, "none", teacher), size).total
     fits = ranks.mean(torch.tensor(float(taken <= USABLE * memory_of(device))))
     return "none" if float(fits) == 1 else "full"
 
@@ -240,8 +248,13 @@ def mesh_of(me: ranks.Ranks, shard: str) -> DeviceMesh:
 
 
 def cut(model: Any, mesh: DeviceMesh, bf16: bool) -> None:
-    """Shard a causal LM in place, a layer at a time: float32 masters, and in bfloat16 what is computed and gathered."""
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    """Shard a causal LM in place, a layer at a time: float32 masters, and in bfloat16 what is computed and gathered.
+
+    What is held in less than float32, a teacher, is widened to it where nothing is computed in bfloat16.
+    """
+    policy = MixedPrecisionPolicy()
+    if bf16 or is_narrow(model):
+        policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else torch.float32, torch.float32)
     for layer in model.decoder_layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
