@@ -91,7 +91,7 @@ def train() -> None:
 
 
 def profile() -> None:
-    pipeline.profile(DIR, [Workload.decode(4)], rounds=1, min_seconds=0.0, fit=2, held_out=1)
+    pipeline.profile(DIR, [Workload.decode(4)], rounds=1, min_seconds=0.0, fit=2, held_out=1, patience=0)
     model = loaded()
     table = replace(make_table(model.elastic, base=0.1), machine=machine_of(model))
     save_tables([table], DIR)  # times of so small a model mean nothing

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -99,6 +100,10 @@ def _unseen(record: Mapping[str, Any]) -> None:
 
 def _unplanned(room: Room) -> None:
     """The same of the memory that a step takes."""
+
+
+def _warned(doubt: str) -> None:
+    warnings.warn(doubt, stacklevel=5)
 
 
 def _told(what: str, progress: Progress, measured: Measured) -> Callable[[int, int, dict[str, Any]], None]:
@@ -421,10 +426,12 @@ def route(
     dtype: Dtype | None = None,
     device: Any = "auto",
     progress: Progress = _silent,
+    doubted: Callable[[str], object] = _warned,
 ) -> RouterResult:
     """Train the static routers for one phase's latency on the loss of a few sequences, and store them.
 
     ``batch``, ``context`` and ``machine`` say which latency table of the phase, as those of `set_budget` do.
+    ``doubted`` is called with a sentence where that table may be wrong by more than 10 %: it warns, or raises.
     """
     with ElasticDirectory.open(directory) as checkpoint:
         checkpoint.check_length("route", length)
@@ -433,6 +440,8 @@ def route(
             checkpoint.warn_of_another_use(machine_of(model))
     planner = Planner(model.elastic, tables, machine=machine_of(model))
     table = planner.table(phase, batch=batch, context=context, machine=machine)
+    if table.doubt:
+        doubted(table.doubt)
     # From the training text: the text that judges the routers must not have chosen them.
     tokens = windows(corpus(read_tokenizer(directory), data).train, samples, length, "route")
     model.requires_grad_(False)
@@ -460,6 +469,7 @@ def route_adaptive(
     dtype: Dtype | None = None,
     device: Any = "auto",
     progress: Progress = _silent,
+    doubted: Callable[[str], object] = _warned,
 ) -> AdaptiveResult:
     """Train the router that chooses for every token, starting where the static routers are, and store it.
 
@@ -474,13 +484,15 @@ def route_adaptive(
         length: tokens in a sequence.
         dtype: the weights' dtype in memory, as `flextron.from_pretrained` takes it.
         device: as `convert` takes it.
+        doubted: as `route` takes it.
     """
     with ElasticDirectory.open(directory) as checkpoint:
         checkpoint.check_length("route", length)
         model, origin = checkpoint.model(dtype, device), checkpoint.origin
         planner = checkpoint.planner(machine_of(model))
         checkpoint.warn_of_another_use(machine_of(model))
-    planner.table(phase)
+    if doubt := planner.table(phase).doubt:
+        doubted(doubt)
     tokens = windows(corpus(read_tokenizer(directory), data).train, samples, length, "route")
     adaptive_routing.check_sequences(
         tokens, config or AdaptiveConfig()

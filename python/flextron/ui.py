@@ -119,8 +119,8 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def print_budgets(title: str, budgets: Sequence[Mapping[str, Any]]) -> None:
-    """Print the results of `flextron.judge.budgets.judge_budgets`, one row for each budget."""
-    header = ("budget", "target", "loss", "predicted ms", "measured ms", "of full", "parameters")
+    """Print the results of `flextron.judge.budgets.judge_budgets`, one row for each budget; ± is `spread_ms`."""
+    header = ("budget", "target", "loss", "predicted ms", "measured ms", "±", "of full", "parameters")
     rows = [
         [
             b["kind"],
@@ -128,12 +128,15 @@ def print_budgets(title: str, budgets: Sequence[Mapping[str, Any]]) -> None:
             f"{b['loss']:.3f}",
             f"{b['predicted_ms']:.1f}",
             f"{b['measured_ms']:.1f}",
+            f"{b['spread_ms']:.1f}",
             f"{b['measured_fraction']:.3f}",
             f"{b['params'] / 1e6:.2f} M",
         ]
         for b in budgets
     ]
     print_table(title, header, rows)
+    if said := budgets[0]["disturbed"]:
+        print(said)
 
 
 def print_drafts(title: str, drafts: Sequence[Mapping[str, Any]]) -> None:

@@ -156,8 +156,11 @@ def measured(args: argparse.Namespace, folder: Path, name: str, progress: Any) -
     for phase, workload in WORKLOADS.items():
         file = folder / f"{phase}-measured.json"
         if not file.is_file():
-            full_ms, times = measure(from_pretrained(folder), chosen_in(folder, phase)[1], workload, rounds=3)
-            write_json(file, {"full_ms": full_ms, "fractions": [ms / full_ms for ms in times]})
+            found = measure(from_pretrained(folder), chosen_in(folder, phase)[1], workload, rounds=3)
+            full_ms = found.full.ms
+            if found.noise.sentence:
+                ui.tell(found.noise.sentence)
+            write_json(file, {"full_ms": full_ms, "fractions": [ms / full_ms for ms, _ in found.others]})
 
 
 def judge(args: argparse.Namespace, folder: Path, name: str, progress: Any) -> None:

@@ -80,7 +80,7 @@ COMMANDS: dict[str, Callable[[Path], Any]] = {
     "info": command("info"),
     "generate": command("generate", "--prompt", "w3 w4", "--max-new-tokens", 2, "--budget", 0.9),
     "profile": lambda d: pipeline.profile(
-        d, [flextron.Workload.prefill(4)], rounds=1, min_seconds=0.0, fit=2, held_out=1
+        d, [flextron.Workload.prefill(4)], rounds=1, min_seconds=0.0, fit=2, held_out=1, patience=0
     ),
     "profile_adaptive": lambda d: pipeline.profile_adaptive(d, rounds=1, min_seconds=0.0),
     "train": lambda d: pipeline.train(
@@ -137,7 +137,9 @@ def test_a_checkpoint_on_another_machine_says_what_it_knows_and_learns_this_one(
     ):
         model.set_budget(0.9)
     elsewhere = model.set_budget(0.9, machine=known.stem)
-    pipeline.profile(elastic, [flextron.Workload.prefill(4)], rounds=1, min_seconds=0.0, fit=2, held_out=1)
+    pipeline.profile(
+        elastic, [flextron.Workload.prefill(4)], rounds=1, min_seconds=0.0, fit=2, held_out=1, patience=0
+    )
     assert known.read_bytes() == before and {p.stem for p in known.parent.iterdir()} == {known.stem, here}
     with pytest.warns(UserWarning, match="the adaptive router is calibrated for other latency tables"):
         model = flextron.from_pretrained(elastic)

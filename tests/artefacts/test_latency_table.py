@@ -1,12 +1,14 @@
 """The latency table on paper: prediction, gradient, machine."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from routing.synthetic import make_config, make_table
 
-from flextron.artefacts.latency_table import LatencyTable, Workload
+from flextron.artefacts.latency_table import Check, LatencyTable, Workload
+from flextron.artefacts.noise import Noise
 from flextron.config import Widths
 from flextron.routing.fit import random_widths
 from flextron.routing.search import one_hot
@@ -67,6 +69,23 @@ def test_another_machine_is_named():
 def test_impossible_workloads_are_refused(arguments):
     with pytest.raises(ValueError, match="Workload: "):
         Workload(*arguments)
+
+
+def test_a_table_says_how_far_it_may_be_wrong():
+    noisy = replace(TABLE, noise=Noise(taken=None, drift=0.12, spread=0.3))
+    assert TABLE.error == 0 and TABLE.doubt is None
+    assert noisy.error == 0.12 and "took 12% more or less at the end" in noisy.doubt
+    off = replace(TABLE, held_out=(Check(CONFIG.full(), 12.0, 10.0),), noise=Noise(0.0, 0.0, 0.0))
+    assert off.error == pytest.approx(0.2) and "an error of 20% on a network that it was" in off.doubt
+
+
+def test_what_a_later_version_stored_is_stored_again_and_older_tables_are_read():
+    values = TABLE.to_dict()
+    later = LatencyTable.from_dict(values | {"humidity": [0.4]})
+    assert later.unknown == {"humidity": [0.4]} and later.to_dict() == values | {"humidity": [0.4]}
+    for name in ("noise", "spread_ms"):
+        del values[name]
+    assert LatencyTable.from_dict(values) == TABLE
 
 
 def test_table_from_another_version_names_the_field():

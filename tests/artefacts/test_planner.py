@@ -1,6 +1,7 @@
 """Budgets in the user's units: exact, monotone, and one sentence when impossible."""
 
 import re
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ from routing.synthetic import make_config, make_origin, make_table, planner_in
 
 from flextron.artefacts.ladder import Ladder, uniform_ladder
 from flextron.artefacts.latency_files import save_tables
+from flextron.artefacts.noise import Noise
 from flextron.artefacts.planner import Planner
 from flextron.config import Widths
 
@@ -36,6 +38,26 @@ def test_milliseconds_and_rates_say_the_same():
     assert PLANNER.predict(widths) <= 20.0
     assert PLANNER.resolve(tokens_per_s=128 / 0.020) == widths  # the prefill workload has 128 tokens
     assert PLANNER.resolve(fraction=20.0 / PREFILL.full_ms) == widths
+
+
+def test_milliseconds_of_a_doubtful_table_warn_and_shares_do_not():
+    noisy = Planner(CONFIG, [replace(PREFILL, noise=Noise(taken=0.4, drift=0.0, spread=0.0))])
+    with pytest.warns(
+        UserWarning, match="must be within 10%, got one that was measured while other programs"
+    ):
+        assert noisy.resolve(latency_ms=20.0) == PLANNER.resolve(latency_ms=20.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        noisy.resolve(0.7)
+        PLANNER.resolve(latency_ms=20.0)
+
+
+def test_rungs_have_the_times_of_the_table():
+    rungs = PLANNER.rungs("decode")
+    assert [widths for widths, _ in rungs] == list(PLANNER.ladder.rungs)
+    assert all(ms == DECODE.predict(widths) for widths, ms in rungs)
+    with pytest.raises(ValueError, match=r"must predict times above 0, got -\d"):
+        Planner(CONFIG, [replace(DECODE, base=-20.0)]).rungs("decode")
 
 
 def test_parameters_and_memory_need_no_table():

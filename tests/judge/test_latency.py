@@ -61,8 +61,9 @@ def test_a_model_is_timed_by_its_devices_clock_in_rounds_between_runs_of_the_ful
         return clock
 
     monkeypatch.setattr(latency, "clock_of", clock_of)
-    full_ms, times = measure(model, asked, workload, rounds=2, min_seconds=0)
-    assert devices == [torch.device("cpu")] and (full_ms, times) == (4000.0, [1000.0, 3000.0])
+    found = measure(model, asked, workload, rounds=2, min_seconds=0)
+    assert devices == [torch.device("cpu")] and found.full == (4000.0, 0.0)
+    assert found.others == ((1000.0, 0.0), (3000.0, 0.0)) and found.noise.spread == found.noise.drift == 0
     full, small, wide = config.full(), *asked
     warm_up = [full] * 2 + [small] * 2 + [wide] * 2
     assert seen == [*warm_up, full, small, full, wide, full, full, wide, full, small, full]

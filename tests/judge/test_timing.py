@@ -3,7 +3,7 @@
 import pytest
 
 from flextron.judge import timing
-from flextron.judge.timing import Timing, bench, compare, wait_until_idle
+from flextron.judge.timing import NoiseWatch, Timing, bench, compare, wait_until_idle
 
 
 @pytest.fixture
@@ -89,6 +89,75 @@ def test_the_ratio_is_to_the_neighbours(clock):
     )
     assert reference.median == 4.0
     assert others["half"].ratios == (0.5, 0.5)
+
+
+def test_a_comparison_goes_on_until_it_is_enough(clock):
+    asked = []
+
+    def enough(reference, others):
+        asked.append((len(reference.samples), len(others["x"].ratios)))
+        return len(asked) == 3
+
+    _, others = compare(("full", clock.spend(2.0)), {"x": clock.spend(1.0)}, 2, 0, enough=enough)
+    assert asked == [(4, 2), (6, 3), (8, 4)] and others["x"].ratios == (0.5,) * 4
+
+
+@pytest.fixture
+def machine(clock, tmp_path, monkeypatch):
+    """Four processors of ours and one that is not, in a /proc/stat that says what it is told."""
+    stat = tmp_path / "stat"
+    ticks = {f"cpu{i}": [0] * 8 for i in range(5)}
+    cpu = [0.0]
+
+    def spend(seconds, ours, others, elsewhere=0.0):
+        """So many seconds pass, in which ``ours`` and ``others`` processors were busy."""
+        clock.now += seconds
+        cpu[0] += ours * seconds
+        for name, load in [(f"cpu{i}", (ours + others) / 4) for i in range(4)] + [("cpu4", elsewhere)]:
+            ticks[name][0] += round(100 * seconds * load)
+            ticks[name][3] += round(100 * seconds * (1 - load))
+        stat.write_text(
+            "\n".join(f"{name} {' '.join(map(str, own))}" for name, own in ticks.items()) + "\nintr 1\n"
+        )
+
+    spend(0, 0, 0)
+    monkeypatch.setattr(timing, "_PROCESSORS", stat)
+    monkeypatch.setattr(timing.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(timing, "process_time", lambda: cpu[0])
+    return spend
+
+
+@pytest.mark.parametrize(
+    ("threads", "ours", "others", "taken"),
+    [(4, 4, 0, 0.0), (4, 3, 1, 0.25), (2, 2, 1, 0.0), (2, 1.5, 2.5, 0.25), (8, 2, 2, 0.5)],
+)
+def test_what_other_programs_took_of_the_processors_that_we_use(machine, threads, ours, others, taken):
+    watch = NoiseWatch(threads)
+    machine(10, ours, others, elsewhere=1.0)
+    noise = watch.noise([1.0] * 6)
+    assert noise.taken == pytest.approx(taken) and noise.drift == noise.spread == 0
+    assert (noise.sentence is None) == (taken == 0)
+    if taken == 0.5:
+        assert "too busy for these times to mean anything: other programs took 50% of the" in noise.sentence
+
+
+def test_a_moment_and_a_system_that_does_not_tell_say_nothing(machine, monkeypatch, tmp_path):
+    watch = NoiseWatch(4)
+    machine(0.3, 0, 4)
+    assert watch.noise([1.0]).taken is None
+    monkeypatch.setattr(timing, "_PROCESSORS", tmp_path / "none")
+    watch = NoiseWatch(4)
+    machine(10, 0, 4)
+    assert watch.noise([1.0]).taken is None
+
+
+def test_drift_is_that_of_the_ends_and_spread_that_of_all(machine):
+    watch = NoiseWatch(4)
+    noise = watch.noise([1.0, 1.0, 1.0, 1.1, 1.2, 1.2])
+    assert noise.drift == pytest.approx(0.2) and 0.15 < noise.spread < 0.2
+    assert "took 20% more or less at the end than at the beginning" in noise.sentence
+    assert "spread by 67%" in watch.noise([1.0, 2.0, 1.0, 2.0, 1.0, 2.0]).sentence
+    assert watch.noise([1.0, 9.0]).drift == 0  # too few to tell
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_a_study_stops_goes_on_and_is_written_down(tmp_path, monkeypatch):
 
     def steady(*args, **kwargs):
         """What a quiet machine would measure, for a model that is not tiny."""
-        table = measured(*args, **kwargs)
+        table = measured(*args, **(kwargs | {"patience": 0}))
         layers = range(table.num_layers)
         mlp, heads = (
             tuple(tuple(map(float, menu)) for _ in layers)

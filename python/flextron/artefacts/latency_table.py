@@ -7,7 +7,7 @@ All times are milliseconds. `flextron.routing.profile` measures a table; `latenc
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flextron.artefacts.machine import Machine, name_of
+from flextron.artefacts.noise import DOUBTFUL, Noise
 from flextron.checkpoint.format import CheckpointError
 from flextron.checkpoint.schema import build
 from flextron.config import AXES, ElasticConfig, PerAxis, Widths, check_numbers
@@ -118,6 +119,9 @@ class LatencyTable:
             `base` and `slope`.
         fitted, held_out: the configurations used for the fit, and those that judge it.
         warnings: sentences for the user.
+        noise: how quiet the machine was; None in tables of versions that did not look.
+        spread_ms: half the distance between the quartiles of the full model's times; None there, too.
+        unknown: what a later version has stored beside, which is stored again.
     """
 
     workload: Workload
@@ -133,6 +137,9 @@ class LatencyTable:
     fitted: tuple[Check, ...] = ()
     held_out: tuple[Check, ...] = ()
     warnings: tuple[str, ...] = ()
+    noise: Noise | None = None
+    spread_ms: float | None = None
+    unknown: dict[str, Any] = field(default_factory=dict)
 
     @property
     def by_axis(self) -> PerAxis[tuple[tuple[float, ...], ...]]:
@@ -176,6 +183,24 @@ class LatencyTable:
     @property
     def residual_worst(self) -> float:
         return max(c.error for c in self.held_out)
+
+    @property
+    def error(self) -> float:
+        """The share by which predictions may be wrong, as far as the measurement itself tells."""
+        residual = self.residual_worst if self.held_out else 0.0
+        return max(residual, self.noise.worst if self.noise else 0.0)
+
+    @property
+    def doubt(self) -> str | None:
+        """Why predictions may be wrong by more than 10 %, in one sentence; None where they are not."""
+        if self.error <= DOUBTFUL:
+            return None
+        what = (
+            f"the latency table of {self.workload} on {self.machine_name} must be within {DOUBTFUL:.0%}, got"
+        )
+        if self.noise is not None and self.noise.worst > DOUBTFUL:
+            return f"{what} one that was measured while {self.noise.fault}"
+        return f"{what} an error of {self.residual_worst:.0%} on a network that it was not fitted on"
 
     def expected(self, *p: Tensor, adaptive: bool = False) -> Tensor:
         """Expected milliseconds under choice probabilities, differentiable in them.
@@ -252,7 +277,8 @@ class LatencyTable:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        values = {**asdict(self), "elastic": self.elastic.to_dict()}
+        values = {**self.unknown, **asdict(self), "elastic": self.elastic.to_dict()}
+        del values["unknown"]
         values["residual_median"] = self.residual_median if self.held_out else None
         values["residual_worst"] = self.residual_worst if self.held_out else None
         return values
@@ -262,8 +288,14 @@ class LatencyTable:
         cls, values: dict[str, Any], path: str | Path = "latency table", place: str = ""
     ) -> LatencyTable:
         """Read what `to_dict` returned; CheckpointError says what is wrong in ``path``."""
-        kept = {k: v for k, v in values.items() if k not in ("residual_median", "residual_worst")}
-        table = build(cls, kept, path, place)
+        made = {f.name for f in fields(cls)} - {"unknown"}
+        known = {name: value for name, value in values.items() if name in made}
+        unknown = {
+            name: value
+            for name, value in values.items()
+            if name not in made | {"residual_median", "residual_worst"}
+        }
+        table = build(cls, {**known, "unknown": unknown}, path, place)
         for axis in table.elastic.axes:
             menu = axis.menu
             for name in (axis.name, f"raw_{axis.name}"):

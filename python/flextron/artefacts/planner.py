@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -111,6 +112,19 @@ class Planner:
             raise ValueError(f"budget: machine must be one of {listed(known)}, got {name!r}")
         return self.tables if name is None else of_machine(self.tables, name)
 
+    def rungs(
+        self, phase: str, *, batch: int | None = None, context: int | None = None, machine: str | None = None
+    ) -> list[tuple[Widths, float]]:
+        """Every rung of the ladder, with the milliseconds of one forward; the arguments are those of `table`."""
+        batch, context = _workload(batch, context)
+        table = self.table(phase, batch=batch, context=context, machine=machine)
+        if table.smallest_ms <= 0:
+            raise ValueError(
+                f"budget: the latency table must predict times above 0, got {table.smallest_ms:.3g} ms for the fastest "
+                "network; run `flextron profile DIR` again"
+            )
+        return [(widths, table.predict(widths)) for widths in self.ladder.rungs]
+
     def predict(self, widths: Widths, phase: str = "prefill") -> float:
         """Milliseconds of one forward of the phase's workload."""
         self.config.check(widths)
@@ -171,7 +185,9 @@ class Planner:
         if name in ("params", "memory_gb"):
             limit = self._size_limit(name, value, batch or 1, context or 0, kv, bytes_per_value)
         else:
-            limit = _time_limit(name, value, self.table(phase, batch=batch, context=context, machine=machine))
+            table = self.table(phase, batch=batch, context=context, machine=machine)
+            _warn_of(table, name)
+            limit = _time_limit(name, value, table)
         found = self.ladder.highest(limit.cost, limit.limit)
         if found is None:
             raise _impossible(name, value, limit, self.ladder.rungs[0])
@@ -207,6 +223,7 @@ class Planner:
                 f"budget: batch and context must be near {calibrated.workload.batch} and {calibrated.workload.depth}, "
                 f"for which the adaptive router is calibrated, got {batch} and {context}"
             )
+        _warn_of(table, name)
         limit = _time_limit(name, value, table, adaptive=True)
         if limit.cost(self.config.smallest()) > limit.limit * (1 + 1e-9):
             raise _impossible(name, value, limit, self.config.smallest())
@@ -264,6 +281,12 @@ def _time_limit(name: str, value: float, table: LatencyTable, adaptive: bool = F
         return _Limit(predict, value, _up, "at least", "fastest")
     thousands = 1e3 * table.workload.tokens
     return _Limit(predict, thousands / value, lambda ms: _down(thousands / ms), "at most", "fastest")
+
+
+def _warn_of(table: LatencyTable, name: str) -> None:
+    """Warn of a table that milliseconds must not rest on; a share of the full model's rests on less."""
+    if name != "fraction" and table.doubt:
+        warnings.warn(f"{table.doubt}; run `flextron profile DIR` again", stacklevel=5)
 
 
 def planner_of(model: Elastic) -> Planner:

@@ -51,6 +51,7 @@ def options(parser: ArgumentParser) -> None:
         metavar="DIR",
         help="folder that holds the files of --tasks; $FLEXTRON_DATA/benchmarks by default",
     )
+    shared.accept_noise(parser)
     shared.pack(parser)
     shared.placed(parser)
 
@@ -75,7 +76,9 @@ def run(args: Namespace) -> list[dict[str, Any]]:
     text = shared.text_of(args)
     directory, model = shared.loaded(args)
     check_length("eval", args.length, model.config, "--length")
-    planner_of(model).table(args.phase, batch=args.batch, context=args.context)
+    table = planner_of(model).table(args.phase, batch=args.batch, context=args.context)
+    if table.doubt:
+        shared.doubted(args)(table.doubt)
     tokens = held_out_windows(read_tokenizer(directory), text, args.samples, args.length)
     with ui.reporter() as progress:
         found = judge_budgets(

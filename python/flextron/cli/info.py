@@ -82,7 +82,11 @@ def _of_tokens(directory: str) -> dict[str, Any]:
 
 def _latencies(tables: Sequence[LatencyTable]) -> dict[str, str]:
     """The range of each workload of one machine."""
-    return {str(t.workload): f"{t.smallest_ms:.4g} .. {t.full_ms:.4g} ms" for t in tables}
+    return {str(t.workload): f"{t.smallest_ms:.4g} .. {t.full_ms:.4g} ms{_doubtful(t)}" for t in tables}
+
+
+def _doubtful(table: LatencyTable) -> str:
+    return f", may be wrong by {table.error:.0%}" if table.doubt else ""
 
 
 def _target(routers: RouterResult, tables: Sequence[LatencyTable]) -> str:

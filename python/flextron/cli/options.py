@@ -8,6 +8,7 @@ from dataclasses import Field, fields
 from typing import Any, TypeVar
 
 from flextron.cli import values
+from flextron.cli.printing import warn
 from flextron.recipes import AdaptiveConfig, RouteConfig, TrainConfig
 
 Recipe = TypeVar("Recipe", TrainConfig, RouteConfig, AdaptiveConfig)
@@ -251,6 +252,28 @@ def workload(parser: ArgumentParser, more: str = "") -> None:
     ):
         text = f"{what} whose latency is meant: the nearest that was profiled, the fewest by default{more}"
         parser.add_argument(name, type=values.count, help=text)
+
+
+def accept_noise(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--accept-noise",
+        action="store_true",
+        help="go on where the latency table may be wrong by more than 10 %%, which is refused by default",
+    )
+
+
+def doubted(args: Namespace) -> Callable[[str], None]:
+    """What is called with a doubt about a latency table: it refuses, or warns where --accept-noise is given."""
+
+    def say(doubt: str) -> None:
+        if not args.accept_noise:
+            raise ValueError(
+                f"{args.command}: {doubt}; run `flextron profile {args.directory}` on a quiet machine, or go on with "
+                "--accept-noise"
+            )
+        warn(doubt)
+
+    return say
 
 
 def machine(parser: ArgumentParser) -> None:

@@ -32,6 +32,7 @@ def options(parser: ArgumentParser) -> None:
         action="store_true",
         help="train the router that chooses for every token, from where the static routers are",
     )
+    shared.accept_noise(parser)
     shared.placed(parser)
 
 
@@ -102,6 +103,7 @@ def _adaptive(args: Namespace) -> dict[str, Any]:
 def _text(args: Namespace) -> dict[str, Any]:
     return {
         "data": shared.text_of(args),
+        "doubted": shared.doubted(args),
         **shared.given(args, "phase", "samples", "length", "dtype", "device"),
     }
 

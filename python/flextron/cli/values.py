@@ -51,6 +51,13 @@ def real(value: str) -> float:
     return number
 
 
+def seconds(value: str) -> float:
+    number = real(value)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds of at least 0, got {value}")
+    return number
+
+
 def names(value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split(","))
 

@@ -45,6 +45,9 @@ def judge_budgets(
     layers alike (``"uniform"``); with ``adaptive`` also by the router that chooses for every token: what is
     predicted then is the mean over ``tokens``, and what is measured has the routers' own time in it.
 
+    A row's ``spread_ms`` is half the distance between the quartiles of its samples, and ``disturbed`` the sentence
+    that says why its times mean nothing, the same in all rows, or None.
+
     Args:
         model: from `from_pretrained`, profiled.
         tokens: [n, length] int64, held out.
@@ -68,8 +71,9 @@ def judge_budgets(
         group = table.workload.batch if phase == "decode" else 1
         found = ranks.over_rows(tokens, lambda mine: fractions(model, table, mine, targets, phase), group)
         predicted += (found * table.full_ms).tolist()
-    full_ms, others = ranks.first(
-        lambda: measure(
+
+    def timed() -> dict[str, Any]:
+        found = measure(
             model,
             [dial for _, _, dial in chosen[1:]] or [chosen[0][2]],
             table.workload,
@@ -77,9 +81,17 @@ def judge_budgets(
             ids=_workload_tokens(tokens, table.workload),
             on_round=lambda done: progress("measuring budgets", done, rounds),
         )
-    )
+        return {
+            "times": [list(one) for one in (found.full, *found.others)],
+            "disturbed": found.noise.sentence,
+        }
+
+    measured = ranks.first(timed)
+    full_ms = measured["times"][0][0]
     rows = []
-    for (kind, target, dial), ms, expected in zip(chosen, [full_ms, *others], predicted, strict=False):
+    for (kind, target, dial), (ms, spread), expected in zip(
+        chosen, measured["times"], predicted, strict=False
+    ):
         widths = dial.bound() if isinstance(dial, Dial) else dial
         rows.append(
             {
@@ -88,7 +100,9 @@ def judge_budgets(
                 "loss": float(ranks.over_rows(tokens, partial(_loss, model, dial, batch_size))),
                 "predicted_ms": expected,
                 "measured_ms": ms,
+                "spread_ms": spread,
                 "measured_fraction": ms / full_ms,
+                "disturbed": measured["disturbed"],
                 "params": model.elastic.params(widths),
                 "mlp_widths": list(widths.mlp),
                 "kv_groups": [model.elastic.kv_heads(n) for n in widths.heads],

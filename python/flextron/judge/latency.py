@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flextron.artefacts.latency_table import LatencyTable, Workload
+from flextron.artefacts.noise import Noise
 from flextron.config import Widths
 from flextron.judge.loss import restored
-from flextron.judge.timing import clock_of, compare
+from flextron.judge.timing import Comparison, NoiseWatch, Timing, clock_of, compare
 from flextron.nn import Dial, ElasticCache
 from flextron.nn.cache import ElasticCacheLayer
 from flextron.nn.protocol import Elastic
 from flextron.nn.rooms import repeated
 from flextron.nn.router import Indices
+
+
+class Latency(NamedTuple):
+    """Milliseconds of a forward, and half the distance between the quartiles of its samples."""
+
+    ms: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What `measure` found: of the full model, of each other network, and how quiet the machine was."""
+
+    full: Latency
+    others: tuple[Latency, ...]
+    noise: Noise
+
+    @classmethod
+    def of(cls, reference: Timing, others: Sequence[Comparison], noise: Noise) -> Measurement:
+        full = 1e3 * reference.median
+        return cls(
+            Latency(full, 500 * (reference.p75 - reference.p25)),
+            tuple(Latency(full * other.ratio, full * other.half_spread) for other in others),
+            noise,
+        )
 
 
 def measure(
@@ -27,30 +55,39 @@ def measure(
     min_seconds: float = 0.02,
     ids: Tensor | None = None,
     on_round: Callable[[int], object] | None = None,
-) -> tuple[float, list[float]]:
-    """Milliseconds of the whole model: (full, one for each of ``widths``, which may be dials).
+    enough: Callable[[Measurement], bool] = lambda _: True,
+) -> Measurement:
+    """Milliseconds of the whole model: the full one, and one for each of ``widths``, which may be dials.
 
     Each configuration is timed between two runs of the full model. Its median ratio to them, times the full model's
     median, is returned: the drift of a shared machine cancels. On a GPU the time is that between two events on its
     stream, and a decode step is the replay of a captured graph, as in `generate`. ``ids`` [batch, length] are the
-    tokens; random ones by default, which is all the same unless a router looks at them.
+    tokens; random ones by default, which is all the same unless a router looks at them. After ``rounds`` rounds, and
+    after each one from then on, ``enough`` is asked whether to stop.
     """
     choices = {str(i): Dial.of(w) for i, w in enumerate(widths)}
     choices["full"] = Dial.of(model.elastic.full())
     with restored(model):
         runs = {name: whole_model(model, dial, workload, ids) for name, dial in choices.items()}
-        full = ("full", runs.pop("full"))
-        reference, others = compare(
-            full,
-            runs,
-            rounds,
-            min_seconds,
-            setup=lambda name: model.turn(choices[name]),
-            on_round=on_round,
-            clock=clock_of(model.get_input_embeddings().weight.device),
+        full, device = ("full", runs.pop("full")), model.get_input_embeddings().weight.device
+        watch = NoiseWatch(torch.get_num_threads() if device.type == "cpu" else 1)
+
+        def found(reference: Timing, others: Mapping[str, Comparison]) -> Measurement:
+            own = [others[str(i)] for i in range(len(widths))]
+            return Measurement.of(reference, own, watch.noise(reference.samples))
+
+        return found(
+            *compare(
+                full,
+                runs,
+                rounds,
+                min_seconds,
+                setup=lambda name: model.turn(choices[name]),
+                on_round=on_round,
+                clock=clock_of(device),
+                enough=lambda *so_far: enough(found(*so_far)),
+            )
         )
-    full_ms = 1e3 * reference.median
-    return full_ms, [full_ms * others[str(i)].ratio for i in range(len(widths))]
 
 
 def whole_model(

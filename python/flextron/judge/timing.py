@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from statistics import median, quantiles
-from time import perf_counter, sleep
+from time import perf_counter, process_time, sleep
 
 import torch
+
+from flextron.artefacts.noise import Noise
 
 Setup = Callable[[str], object]
 # A callable, and how often -> seconds for all of its calls.
 Clock = Callable[[Callable[[], object], int], float]
+# What `compare` has measured so far -> whether that is enough.
+Enough = Callable[["Timing", Mapping[str, "Comparison"]], bool]
 _MAX_REPEATS = 10_000
+_SHORT = 0.5  # seconds below which the system's ticks, a hundredth of a second each, tell too little
+_FEW = 6  # samples below which their ends say nothing of a drift
 _PROCESSORS = Path("/proc/stat")  # Linux: what they have done, in ticks
 
 
@@ -51,6 +59,47 @@ class Comparison:
 
     ratio: float
     ratios: tuple[float, ...]
+
+    @classmethod
+    def of(cls, ratios: Sequence[float]) -> Comparison:
+        return cls(median(ratios), tuple(ratios))
+
+    @property
+    def half_spread(self) -> float:
+        """Half the distance between the quartiles of the ratios."""
+        timing = Timing.of(list(self.ratios))
+        return (timing.p75 - timing.p25) / 2
+
+
+class NoiseWatch:
+    """What other programs do from its making on, beside work of ours on ``threads`` processors."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._began, self._ours, self._ticks = perf_counter(), process_time(), _ticks_of_ours()
+
+    def noise(self, samples: Sequence[float]) -> Noise:
+        """The noise until now; ``samples`` are times of the same work, in the order in which they were measured."""
+        timing = Timing.of(list(samples))
+        third = len(samples) // 3
+        drift = 0.0
+        if len(samples) >= _FEW:
+            drift = abs(median(samples[-third:]) / max(median(samples[:third]), 1e-12) - 1)
+        return Noise(self._taken(), drift, timing.spread)
+
+    def _taken(self) -> float | None:
+        seconds, now = perf_counter() - self._began, _ticks_of_ours()
+        if seconds < _SHORT or not self._ticks or self._ticks.keys() != now.keys():
+            return None
+        busy, total = 0, 0
+        for name, ticks in now.items():
+            spent = [after - before for before, after in zip(self._ticks[name], ticks, strict=True)]
+            total += sum(spent)
+            busy += sum(spent) - spent[3] - spent[4]
+        ours = (process_time() - self._ours) / seconds  # processors
+        others = max(0.0, len(now) * busy / max(total, 1) - ours)
+        threads = min(self.threads, len(now))
+        return max(0.0, others - (len(now) - threads)) / threads
 
 
 def wait_until_idle(seconds: float = 60.0, share: float = 0.1) -> None:
@@ -142,6 +191,7 @@ def compare(
     setup: Setup | None = None,
     on_round: Callable[[int], object] | None = None,
     clock: Clock = wall_clock,
+    enough: Enough = lambda *_: True,
 ) -> tuple[Timing, dict[str, Comparison]]:
     """Time each candidate between two samples of one reference.
 
@@ -152,6 +202,7 @@ def compare(
     Args:
         reference: its name (for ``setup``) and callable.
         candidates, rounds, min_seconds, setup, on_round, clock: what :func:`bench` takes.
+        enough: asked after ``rounds`` rounds, and after each one from then on, whether what was measured is enough.
 
     Returns:
         The reference's Timing over all its samples, and name -> Comparison.
@@ -162,7 +213,12 @@ def compare(
     repeats = {name: _warm_up(name, run, min_seconds, setup, clock) for name, run in candidates.items()}
     base: list[float] = []
     ratios: dict[str, list[float]] = {name: [] for name in candidates}
-    for done in range(rounds):
+    found: tuple[Timing, dict[str, Comparison]] | None = None
+    for done in count():
+        if done >= rounds:
+            found = Timing.of(base), {name: Comparison.of(r) for name, r in ratios.items()}
+            if enough(*found):
+                break
         base.append(_sample(base_name, base_run, base_repeats, setup, clock))
         for name in _alternate(list(candidates), done):
             seconds = _sample(name, candidates[name], repeats[name], setup, clock)
@@ -170,7 +226,8 @@ def compare(
             ratios[name].append(2 * seconds / (base[-2] + base[-1]))
         if on_round is not None:
             on_round(done + 1)
-    return Timing.of(base), {name: Comparison(median(r), tuple(r)) for name, r in ratios.items()}
+    assert found is not None
+    return found
 
 
 def _check(candidates: Mapping[str, object], rounds: int, min_seconds: float) -> None:
@@ -193,7 +250,20 @@ def _busy() -> float:
 
 def _ticks() -> list[int]:
     """Of all processors together: user, nice, system, idle, iowait, irq, softirq, steal."""
-    return [int(ticks) for ticks in _PROCESSORS.read_text().split("\n", 1)[0].split()[1:9]]
+    return _read_ticks()["cpu"]
+
+
+def _ticks_of_ours() -> dict[str, list[int]]:
+    """The same of each processor that this program may use; empty where there is no /proc/stat."""
+    if not _PROCESSORS.exists():
+        return {}
+    ours = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    return {name: ticks for name, ticks in _read_ticks().items() if name in ours}
+
+
+def _read_ticks() -> dict[str, list[int]]:
+    lines = (line.split() for line in _PROCESSORS.read_text().splitlines() if line.startswith("cpu"))
+    return {name: [int(tick) for tick in ticks[:8]] for name, *ticks in lines}
 
 
 def _alternate(names: list[str], done: int) -> list[str]:

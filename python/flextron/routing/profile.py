@@ -1,7 +1,7 @@
 """Profiling: measure the latency table of a model on this machine.
 
 The entries are measured through what runs, whole forwards, which on a CPU are one op. Base and slope are fitted on
-whole models of mixed widths, and the residual is taken on others.
+whole models of mixed widths, and the residual is taken on others. Measuring goes on while the residual is large.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from time import monotonic
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from flextron.artefacts.latency_table import LatencyTable, Workload
 from flextron.artefacts.machine import machine_of
 from flextron.config import AXES, ElasticConfig, Widths
-from flextron.judge.latency import measure, whole_model
+from flextron.judge.latency import Measurement, measure, whole_model
 from flextron.judge.loss import restored
 from flextron.nn import Dial
 from flextron.nn.protocol import Elastic
@@ -26,6 +27,8 @@ from flextron.routing.fit import calibration_widths, fit_line, fit_table, isoton
 
 _MIXTURES = 6  # mixtures of two networks to which the cost of choosing for every token is fitted
 _NEVER = 1e6  # subtracted from the logit of a choice that must not be made
+_CLOSE = 0.05  # error on networks that the table was not fitted on, below which nothing more is measured
+PATIENCE = 60.0  # seconds to go on for, unless another number is given
 _SAME_COST = 0.97  # a width that costs this share of the next one up saves too little for its loss
 
 Progress = Callable[[int, int], object]
@@ -40,6 +43,7 @@ def profile(
     fit: int = 8,
     held_out: int = 6,
     seed: int = 0,
+    patience: float | None = None,
     progress: Progress | None = None,
 ) -> LatencyTable:
     """Measure the table of one phase on the device that the model is on.
@@ -52,46 +56,65 @@ def profile(
     Args:
         model: an elastic model; its widths are restored.
         workload: phase, batch and lengths.
-        rounds: samples of each choice and each whole model.
+        rounds: samples of each choice and each whole model, at least.
         min_seconds: least duration of a sample.
         fit: whole configurations for base and slope, the full and the smallest among them.
         held_out: whole configurations for the residual.
         seed: seed of the configurations drawn.
+        patience: seconds after the first ``rounds`` to go on measuring for, while a held-out configuration is off by
+            5 % or more, or the table is in doubt; None: 60.
         progress: called with (done, total) rounds.
     """
     if fit < 2 or held_out < 1:
         raise ValueError(f"profile: fit must be at least 2 and held_out at least 1, got {fit} and {held_out}")
     config = model.elastic
-    report = (lambda done: None) if progress is None else (lambda done: progress(done, 2 * rounds))
-    raw = _by_choice(model, workload, rounds, min_seconds, report)
-    repaired = {axis: isotonic(values) for axis, values in raw.items()}
-    costs = {axis: tuple(ms - values[0] for ms in values) for axis, values in repaired.items()}
     to_fit, to_judge = calibration_widths(config, fit, held_out, seed)
-    full_ms, others = measure(
-        model,
-        to_fit[1:] + to_judge,
-        workload,
-        rounds=rounds,
-        min_seconds=min_seconds,
-        on_round=lambda done: report(rounds + done),
-    )
-    layers = config.num_layers
-    entries: dict[str, Any] = {axis: (costs[axis],) * layers for axis in AXES}
-    entries |= {f"raw_{axis}": (raw[axis],) * layers for axis in AXES}
+    choices = _choices(config)
     draft = LatencyTable(
         workload=workload,
         machine=machine_of(model),
         elastic=config,
-        **entries,
+        **_no_costs(config),
         base=0.0,
         slope=1.0,
-        warnings=tuple(_warnings(config, costs)),
     )
-    count = len(to_fit)
-    return fit_table(
-        draft,
-        list(zip(to_fit, [full_ms, *others[: count - 1]], strict=True)),
-        list(zip(to_judge, others[count - 1 :], strict=True)),
+
+    def table_of(found: Measurement) -> LatencyTable:
+        times = [ms for ms, _ in found.others]
+        costs = _costs(config, dict(zip(choices, times, strict=False)))
+        table = replace(draft, **costs, noise=found.noise, spread_ms=found.full.spread)
+        table = replace(table, warnings=tuple(_warnings(table)))
+        whole = dict(zip((*to_fit[1:], *to_judge), times[len(choices) :], strict=True))
+        whole[to_fit[0]] = found.full.ms
+        fitted, judged = ([(widths, whole[widths]) for widths in some] for some in (to_fit, to_judge))
+        return fit_table(table, fitted, judged)
+
+    total, until = rounds, 0.0
+
+    def on_round(done: int) -> None:
+        nonlocal total
+        total = max(total, done)
+        if progress is not None:
+            progress(done, total)
+
+    def enough(found: Measurement) -> bool:
+        nonlocal until
+        now = monotonic()
+        until = until or now + (PATIENCE if patience is None else patience)
+        table = table_of(found)
+        return now >= until or (table.residual_worst < _CLOSE and table.doubt is None)
+
+    others = [*choices.values(), *to_fit[1:], *to_judge]
+    return table_of(
+        measure(
+            model,
+            others,
+            workload,
+            rounds=rounds,
+            min_seconds=min_seconds,
+            on_round=on_round,
+            enough=enough,
+        )
     )
 
 
@@ -127,7 +150,7 @@ def measure_adaptive(
             with model.watched() as forwards:
                 run()
             sums.append(float(plain.of_tokens(forwards[0])))
-        full_ms, times = measure(
+        found = measure(
             model,
             dials,
             workload,
@@ -136,7 +159,8 @@ def measure_adaptive(
             on_round=None if progress is None else lambda done: progress(done, rounds),
         )
     try:
-        line = fit_line(sums, [ms / full_ms * table.full_ms for ms in times], [1.0] * len(sums))
+        times = [ms / found.full.ms * table.full_ms for ms, _ in found.others]
+        line = fit_line(sums, times, [1.0] * len(sums))
     except ValueError as error:
         warning = (
             f"adaptive budgets are planned as static ones, their own time does not follow the table ({error})"
@@ -177,23 +201,26 @@ def _choices(config: ElasticConfig) -> dict[tuple[str, int], Widths]:
     }
 
 
-def _by_choice(
-    model: Elastic, workload: Workload, rounds: int, min_seconds: float, on_round: Callable[[int], object]
-) -> dict[str, tuple[float, ...]]:
-    """axis -> milliseconds of a whole forward pass at each choice, divided by the number of layers."""
-    choices = _choices(model.elastic)
-    _, times = measure(
-        model, list(choices.values()), workload, rounds=rounds, min_seconds=min_seconds, on_round=on_round
-    )
-    found, layers = dict(zip(choices, times, strict=True)), model.elastic.num_layers
-    return {axis: tuple(ms / layers for (a, _), ms in found.items() if a == axis) for axis in AXES}
+def _costs(config: ElasticConfig, times: dict[tuple[str, int], float]) -> dict[str, Any]:
+    """The costs of a table, as measured and repaired; ``times``: ms of a whole forward at each (axis, choice)."""
+    layers, costs = config.num_layers, {}
+    for axis in AXES:
+        raw = tuple(ms / layers for (name, _), ms in times.items() if name == axis)
+        repaired = isotonic(raw)
+        costs[axis] = (tuple(ms - repaired[0] for ms in repaired),) * layers
+        costs[f"raw_{axis}"] = (raw,) * layers
+    return costs
 
 
-def _warnings(config: ElasticConfig, costs: dict[str, tuple[float, ...]]) -> list[str]:
+def _no_costs(config: ElasticConfig) -> dict[str, Any]:
+    return _costs(config, dict.fromkeys(_choices(config), 0.0))
+
+
+def _warnings(table: LatencyTable) -> list[str]:
     found = []
-    for axis in config.axes:
+    for axis, costs in zip(table.elastic.axes, table.by_axis, strict=True):
         name, menu = axis.name, axis.menu
-        for i, (cost, above) in enumerate(pairwise(costs[name])):
+        for i, (cost, above) in enumerate(pairwise(costs[0])):
             if cost >= _SAME_COST * above:
                 found.append(
                     f"{name} {menu[i]} costs as much as {menu[i + 1]} ({cost:.3f}, {above:.3f} ms a layer)"

@@ -41,11 +41,13 @@ def _pyplot() -> Any:
 def _draw_losses(axes: Any, report: dict[str, Any]) -> None:
     budgets = report["budgets"]
     for kind in ("uniform", "routed", "full"):
-        points = sorted((b["measured_ms"], b["loss"], b["target"]) for b in budgets if b["kind"] == kind)
-        x, y, _ = zip(*points, strict=True)
-        axes.plot(x, y, "o-", color=_COLOURS[kind], label=kind, markersize=10 if kind == "full" else 6)
+        columns = ("measured_ms", "loss", "target", "spread_ms")
+        points = sorted(tuple(b[name] for name in columns) for b in budgets if b["kind"] == kind)
+        x, y, _, half = zip(*points, strict=True)
+        size = 10 if kind == "full" else 6
+        axes.errorbar(x, y, xerr=half, fmt="o-", color=_COLOURS[kind], label=kind, markersize=size, capsize=3)
         if kind == "routed":
-            for ms, loss, target in points:
+            for ms, loss, target, _ in points:
                 axes.annotate(
                     f"{target:g}", (ms, loss), xytext=(-4, -13), textcoords="offset points", fontsize=8
                 )
@@ -54,6 +56,10 @@ def _draw_losses(axes: Any, report: dict[str, Any]) -> None:
     axes.set_title("one checkpoint, any latency", loc="left")
     axes.grid(alpha=0.3)
     axes.legend()
+    if said := budgets[0]["disturbed"]:
+        axes.text(
+            0.02, 0.02, said.replace(": ", ":\n", 1), transform=axes.transAxes, fontsize=8, color="#b00020"
+        )
 
 
 def _draw_shares(axes: Any, report: dict[str, Any]) -> None:

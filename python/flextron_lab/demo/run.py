@@ -48,7 +48,8 @@ class Plan:
         length: tokens in each of these sequences.
         route_samples: number of sequences behind one loss that the surrogate learns from.
         route_length: tokens in each of those sequences.
-        rounds: samples taken of each latency.
+        rounds: samples taken of each latency, at least.
+        patience: seconds that each latency table may take beyond that.
     """
 
     targets: tuple[float, ...]
@@ -62,6 +63,7 @@ class Plan:
     route_samples: int
     route_length: int
     rounds: int
+    patience: float
 
 
 def plan_for(params: int, seed: int) -> Plan:
@@ -89,6 +91,7 @@ def plan_for(params: int, seed: int) -> Plan:
             route_samples=8,
             route_length=128,
             rounds=3,
+            patience=2.0,
         )
     return Plan(
         targets=targets,
@@ -116,6 +119,7 @@ def plan_for(params: int, seed: int) -> Plan:
         route_samples=2,
         route_length=128,
         rounds=5,
+        patience=60.0,
     )
 
 
@@ -177,7 +181,12 @@ def _run(parent: str, out: Path, data: str | Path | None, seed: int, progress: P
         shutil.rmtree(elastic / pipeline.TRAINING_FOLDER)  # its losses are in the report
     with clock.stage("profile"):
         tables = pipeline.profile(
-            elastic, [plan.prefill, plan.decode], rounds=plan.rounds, seed=seed, progress=progress
+            elastic,
+            [plan.prefill, plan.decode],
+            rounds=plan.rounds,
+            patience=plan.patience,
+            seed=seed,
+            progress=progress,
         )
     with clock.stage("route"):
         routed = pipeline.route(
@@ -263,6 +272,8 @@ def _residual(table: Any) -> dict[str, Any]:
         "full_ms": table.full_ms,
         "smallest_fraction": table.smallest_ms / table.full_ms,
         "warnings": list(table.warnings),
+        "noise": table.noise.to_dict(),
+        "doubt": table.doubt,
     }
 
 

@@ -95,6 +95,7 @@ def _losses(rows: Sequence[dict[str, Any]], table: Any) -> Section:
             f"{r['loss']:.3f}",
             f"{r['predicted_ms']:.1f}",
             f"{r['measured_ms']:.1f}",
+            f"{r['spread_ms']:.1f}",
             f"{r['measured_fraction']:.3f}",
         ]
         for r in rows
@@ -105,11 +106,14 @@ def _losses(rows: Sequence[dict[str, Any]], table: Any) -> Section:
             f" On networks that the latency table was not fitted on, its median error is "
             f"{100 * table.residual_median:.1f} %, its worst {100 * table.residual_worst:.1f} %."
         )
+    for said in (rows[0]["disturbed"], table.doubt and f"Doubtful: {table.doubt}."):
+        judged += f" {said}" if said else ""
     return Section(
         "Loss against latency",
-        "One checkpoint at several budgets; every point is measured." + judged,
+        "One checkpoint at several budgets; every point is measured, and its bar, ± in the table, is half the distance "
+        "between the quartiles." + judged,
         [figures.losses(rows)],
-        ["budget", "target", "loss", "predicted ms", "measured ms", "of full"],
+        ["budget", "target", "loss", "predicted ms", "measured ms", "±", "of full"],
         cells,
     )
 

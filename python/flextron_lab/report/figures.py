@@ -42,15 +42,16 @@ def _axes(columns: int = 1, height: float = 3.6, **options: Any) -> tuple[Any, A
 
 
 def losses(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Draw held-out loss against measured latency, with a line for each kind of budget that `judge_budgets` has."""
+    """Draw held-out loss against measured latency and its spread, a line for each kind of budget of `judge_budgets`."""
     figure, ax = _axes()
     for kind in dict.fromkeys(row["kind"] for row in rows):
-        points = sorted((r["measured_ms"], r["loss"], r["target"]) for r in rows if r["kind"] == kind)
-        x, y, _ = zip(*points, strict=True)
-        colour = COLOURS.get(kind, "#7a6a53")
-        ax.plot(x, y, "o-", color=colour, label=kind, markersize=9 if kind == "full" else 5)
+        columns = ("measured_ms", "loss", "target", "spread_ms")
+        points = sorted(tuple(r[name] for name in columns) for r in rows if r["kind"] == kind)
+        x, y, _, half = zip(*points, strict=True)
+        colour, size = COLOURS.get(kind, "#7a6a53"), 9 if kind == "full" else 5
+        ax.errorbar(x, y, xerr=half, fmt="o-", color=colour, label=kind, markersize=size, capsize=3)
         if kind == "routed":
-            for at, loss, target in points:
+            for at, loss, target, _ in points:
                 ax.annotate(f"{target:g}", (at, loss), (-3, -13), textcoords="offset points", fontsize=8)
     ax.set_xlabel("measured latency, ms")
     ax.set_ylabel("held-out loss, nats a token")

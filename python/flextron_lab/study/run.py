@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from flextron import data as text
-from flextron import pipeline
+from flextron import pipeline, ui
 from flextron.artefacts.directory import ElasticDirectory, load_elastic
 from flextron.artefacts.elastic_model import save_elastic
 from flextron.artefacts.ladder import uniform_ladder
 from flextron.artefacts.latency_table import LatencyTable
 from flextron.artefacts.machine import machine_on
+from flextron.artefacts.noise import Noise
 from flextron.artefacts.static_router import RouterResult
 from flextron.checkpoint import locked, read_lines
 from flextron.checkpoint.hf import read_tokenizer
@@ -275,15 +276,19 @@ class Study:
         """Time every sub-network that any row is about in one run, so that their milliseconds compare."""
         model, _ = load_elastic(self._converted("importance", 0))
         others = [widths for widths in self._sub_networks() if widths != model.elastic.full()]
-        full_ms, times = measure(
+        found = measure(
             model,
             others,
             self.plan.workload,
             rounds=_ROUNDS,
             on_round=lambda done: self.progress("measuring every sub-network", done, _ROUNDS),
         )
-        found = [(model.elastic.full(), full_ms), *zip(others, times, strict=True)]
-        rows = [{"timed": w.to_dict(), "measured_ms": ms, "full_ms": full_ms} for w, ms in found]
+        self._tell(found.noise)
+        timed = zip((model.elastic.full(), *others), (found.full, *found.others), strict=True)
+        rows = [
+            {"timed": w.to_dict(), "measured_ms": ms, "spread_ms": spread, "full_ms": found.full.ms}
+            for w, (ms, spread) in timed
+        ]
         done = [(f, s) for s in self.seeds for f, arm in ADAPTIVE.items() if f"{arm}/{s}" in self.done()]
         return rows + [row for form, seed in done for row in self._measure_adaptive(form, seed)]
 
@@ -294,11 +299,22 @@ class Study:
         ids = text.windows(self.corpus().held_out, workload.batch, workload.length)
         budgets = [row["budget"] for row in self.done()[f"{ADAPTIVE[form]}/{seed}"]["rows"]]
         dials = [Dial.adaptive(model.elastic, [b]) for b in budgets]
-        full_ms, times = measure(model, dials, workload, rounds=_ROUNDS, ids=ids)
+        found = measure(model, dials, workload, rounds=_ROUNDS, ids=ids)
+        self._tell(found.noise)
         return [
-            {"timed_adaptive": [ADAPTIVE[form], seed, budget], "measured_ms": ms, "full_ms": full_ms}
-            for budget, ms in zip(budgets, times, strict=True)
+            {
+                "timed_adaptive": [ADAPTIVE[form], seed, budget],
+                "measured_ms": ms,
+                "spread_ms": spread,
+                "full_ms": found.full.ms,
+            }
+            for budget, (ms, spread) in zip(budgets, found.others, strict=True)
         ]
+
+    @staticmethod
+    def _tell(noise: Noise) -> None:
+        if noise.sentence:
+            ui.tell(noise.sentence)
 
     # ---- what the jobs share
 
