@@ -360,6 +360,42 @@ def test_what_was_measured_on_other_weights_does_not_survive(elastic, parent, te
     assert not (elastic / "training").exists()
 
 
+def test_a_table_measured_beside_other_programs_is_refused_until_it_is_accepted(elastic, text, capsys):
+    decode = ("--phase", "decode", "--context", 16, "--rounds", 2)
+    answer(capsys, "profile", elastic, *decode)
+    (path,) = elastic.glob("latency/*.json")
+    stored = json.loads(path.read_text())
+    stored["tables"][0]["noise"]["taken"] = 0.31
+    stored["tables"][0]["of a later version"] = {"kept": 1}
+    path.write_text(json.dumps(stored))
+    doubt = "must be within 10%, got one that was measured while other programs took 31% of the processors"
+    common = (elastic, "--data", text, "--phase", "decode", "--length", 32)
+    for command in ("route", "eval"):
+        said = complaint(capsys, command, *common)
+        assert said.startswith(f"flextron: {command}: the latency table of decode after 16 tokens on ")
+        assert doubt in said and "or go on with --accept-noise" in said
+    assert main([*map(str, ("eval", *common, "--budgets", "0.8,1", "--rounds", 2, "--accept-noise"))]) == 0
+    printed = capsys.readouterr()
+    assert "±" in printed.out and "warning: the latency table of decode after 16 tokens" in printed.err
+    assert "may be wrong by 31%" in str(answer(capsys, "info", elastic)["latency tables"])
+
+    prompt = ("--prompt", "the cat", "--max-new-tokens", 5)
+    assert main([*map(str, ("generate", elastic, "--latency-ms", 1e4, "--phase", "decode", *prompt))]) == 0
+    assert doubt in capsys.readouterr().err
+    hold = ("--latency-ms", 1e4, "--phase", "decode", "--hold", "--floor", 0.9)
+    told = answer(capsys, "generate", elastic, *hold, *prompt)
+    assert told["within"] == 1 and told["budgets"] == [1.0] * 5 and told["ms"][0] is None
+    assert main([*map(str, ("generate", elastic, "--deadline-ms", 1e6, *prompt))]) == 0
+    assert re.search(
+        r"of 1e\+06 ms for 5 tokens; budgets from 1.00 to 1.00, 1.00 in the", capsys.readouterr().out
+    )
+    refused = complaint(capsys, "generate", elastic, "--deadline-ms", 9, "--budget", 0.5, *prompt)
+    assert "--deadline-ms must be given without another budget, got --budget" in refused
+    answer(capsys, "profile", elastic, "--phase", "prefill", "--length", 16, "--rounds", 2)
+    kept = next(t for t in json.loads(path.read_text())["tables"] if t["workload"]["phase"] == "decode")
+    assert kept["of a later version"] == {"kept": 1} and kept["noise"]["taken"] == 0.31
+
+
 ROUTE = ("--evaluations", 24, "--prefill", 16, "--steps", 5, "--targets", "0.8,1", "--length", 32)
 ADAPTIVE = ("--adaptive", "--steps", 2, "--samples", 24, "--length", 32, "--targets", "0.8,1")
 PROFILE = ("--phase", "prefill", "--length", 16, "--rounds", 2)

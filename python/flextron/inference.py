@@ -43,25 +43,13 @@ def from_pretrained(
 
 
 def generate(
-    model: Elastic,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    max_new_tokens: int = 48,
-    draft_budget: Any = None,
-    draft_tokens: int | str | None = None,
+    model: Elastic, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 48, **budget: Any
 ) -> str:
-    """Greedy continuation of a prompt at the model's present budget; drafts are those of its own ``generate``."""
+    """Greedy continuation of a prompt at the model's present budget, or at that of `ElasticModel.generate`."""
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if not encoded["input_ids"].numel():
         raise ValueError(f"generate: prompt must have at least one token, got {prompt!r}")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     wanted = count("generate: max_new_tokens", max_new_tokens)
-    out = model.generate(
-        **encoded,
-        max_new_tokens=wanted,
-        do_sample=False,
-        pad_token_id=pad,
-        draft_budget=draft_budget,
-        draft_tokens=draft_tokens,
-    )
+    out = model.generate(**encoded, max_new_tokens=wanted, do_sample=False, pad_token_id=pad, **budget)
     return tokenizer.decode(out[0], skip_special_tokens=True)

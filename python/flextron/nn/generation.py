@@ -24,6 +24,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from flextron.nn.cache import ElasticCache
+from flextron.nn.deadline import Holding
 from flextron.nn.forward import is_known, is_transformed, runs_on
 from flextron.nn.graph import MOST_ENDS
 from flextron.nn.protocol import Elastic
@@ -88,11 +89,14 @@ def sample(
     config: GenerationConfig,
     streamer: BaseStreamer | None,
     inputs: dict[str, Any],
+    holding: Holding | None = None,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Continue the sequences of input_ids [B, T] until the criteria end them all."""
     logits = model(input_ids=input_ids, **inputs).logits
+    if holding is not None:
+        holding.prompt()
     kind = CapturedSteps if isinstance(inputs["cache"], StaticCache) else Steps
-    steps = kind(model, input_ids, inputs)
+    steps = kind(model, input_ids, inputs, holding)
     output = Output(input_ids, logits_processor, stopping_criteria, config, streamer)
     try:
         return _continued(steps, logits, output, config, inputs["cache"])

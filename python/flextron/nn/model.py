@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, wraps
@@ -27,6 +28,7 @@ from transformers.utils.hub import convert_file_size_to_int
 from flextron.config import ElasticConfig, Widths, count, number, plain
 from flextron.nn.anatomy import Anatomy, anatomy_of
 from flextron.nn.cache import ElasticCache, given_cache
+from flextron.nn.deadline import Held, Hold, Holding
 from flextron.nn.drafting import (
     MOST,
     Costs,
@@ -118,6 +120,11 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
     def kv(self) -> str:
         """``"selected"`` or ``"all"``: which key/value groups are projected and cached."""
         return self.settings.now().kv
+
+    @property
+    def held(self) -> Held | None:
+        """The budget and time of every token of this thread's last generation that was held to a deadline."""
+        return self.settings.held
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -324,6 +331,8 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         context: int | None = None,
         machine: str | None = None,
         kv: str | None = None,
+        hold: bool = False,
+        floor: Any = None,
     ) -> Widths | list[Widths] | float | list[float]:
         """Choose sub-networks by exactly one budget, for the whole batch or, by a list, for each request of it.
 
@@ -343,7 +352,13 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
             machine: the name of the machine whose latency tables are meant, as ``flextron info`` lists them; default:
                 the machine that the model is on.
             kv: ``"selected"``: only key/value groups in use (of any request) are projected and cached; the default.
-                ``"all"``: all are, so that the budget may rise during a generation; always so when ``adaptive``.
+                ``"all"``: all are, so that the budget may rise during a generation; always so when ``adaptive`` or
+                with ``hold``.
+            hold: make ``latency_ms`` with ``phase="decode"`` a deadline for every step of `generate`: steps are
+                measured as they run, and a slower machine gets smaller networks (`flextron.nn.deadline.Controller`).
+                The table's choice is where it begins. `held` tells the budget of every token.
+            floor: the smallest budget that ``hold`` may fall to, as `generate` takes a budget; None: the smallest
+                network.
 
         Returns:
             The widths, with ``adaptive`` the fraction of the full latency; a list of them where the budget was one.
@@ -365,8 +380,17 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
                 f"set_budget: exactly one budget must be given, got {', '.join(given) or 'none'}"
             )
         ((name, value),) = given.items()
-        if adaptive and kv not in (None, "all"):
-            raise ValueError(f"set_budget: kv must be 'all' when adaptive, got {kv!r}")
+        if (adaptive or hold) and kv not in (None, "all"):
+            raise ValueError(
+                f"set_budget: kv must be 'all' {'when adaptive' if adaptive else 'with hold'}, got {kv!r}"
+            )
+        if hold and (name != "latency_ms" or phase != "decode" or adaptive):
+            raise ValueError(
+                "set_budget: hold must be given with latency_ms and phase='decode', and not adaptive, "
+                f"got {name} and phase={phase!r}{', adaptive' if adaptive else ''}"
+            )
+        if floor is not None and not hold:
+            raise ValueError("set_budget: floor must be given with hold=True, got it without")
         kv = kv or ("all" if adaptive else "selected")
         value = plain(value)  # a row of NumPy's or torch's numbers is a list
         listed = isinstance(value, Sequence) and not isinstance(value, str)
@@ -380,10 +404,37 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
             targets = [self._target(name, v, options) for v in values]
             self.turn(Dial.adaptive(self.elastic, targets, phase))
             return targets if listed else targets[0]
+        if hold:
+            if listed:
+                raise ValueError(f"set_budget: latency_ms must be one number with hold, got {values}")
+            return self._hold(options, floor, values[0], None)
         options |= {"kv": kv, "bytes_per_value": self.dtype.itemsize}
         found = [self._resolved(name, v, options) for v in values]
         self.turn(Dial(tuple(found), kv))
         return found if listed else found[0]
+
+    def _hold(
+        self, options: dict[str, Any], floor: Any, latency_ms: float | None, deadline_ms: float | None
+    ) -> Widths:
+        """Turn to a deadline of each step or of a whole generation, at the rung that keeps it by the table."""
+        planner = self._planner("deadline_ms" if latency_ms is None else "latency_ms")
+        rungs = planner.rungs(**options)
+        lowest = 0
+        if floor is not None:
+            with self.budget(**(options | _by_name(floor))) as least:
+                if not isinstance(least, Widths):
+                    raise ValueError(f"set_budget: floor must be one budget for all tokens, got {floor!r}")
+            lowest = next(i for i, (widths, _) in enumerate(rungs) if widths.covers(least))
+        hold = Hold(rungs, lowest, latency_ms=latency_ms, deadline_ms=deadline_ms)
+        if latency_ms is not None and rungs[lowest][1] > latency_ms:
+            planner.resolve(latency_ms=latency_ms, **options)  # says so, where no network is fast enough
+            raise ValueError(
+                f"set_budget: latency_ms must be at least {rungs[lowest][1]:.4g}, which the floor takes, "
+                f"got {latency_ms:g}"
+            )
+        rung = hold.lowest if latency_ms is None else hold.controller().begin(latency_ms)
+        self.turn(hold.dial(rung))
+        return hold.widths[rung]
 
     def _resolved(self, name: str, value: Any, options: dict[str, Any]) -> Widths:
         if name == "widths":
@@ -423,6 +474,8 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         budget: Any = None,
         draft_budget: Any = None,
         draft_tokens: int | str | None = None,
+        deadline_ms: float | None = None,
+        floor: Any = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' ``generate``, with a cache that keeps to the budget.
@@ -436,7 +489,23 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
                 says otherwise. Greedy tokens stay the same, sampled ones have the same distribution.
             draft_tokens: how many tokens to propose at once, at most, and at most 8; None or ``"auto"``: as many as
                 pay, by the latency tables, measured steps and how many were accepted so far.
+            deadline_ms: milliseconds for this whole call, for as many tokens as it may make: budgets change between
+                tokens as the time that is left asks for. Where the floor cannot keep it, the rest runs at the floor.
+                `held` tells the budget of every token.
+            floor: the smallest budget that ``deadline_ms`` may lead to, as ``budget``; None: the smallest network.
         """
+        if floor is not None and deadline_ms is None:
+            raise ValueError("generate: floor must be given with deadline_ms, got it without")
+        if deadline_ms is not None:
+            limit = number("generate: deadline_ms", deadline_ms)
+            if budget is not None or not 0 < limit < math.inf:
+                raise ValueError(
+                    "generate: deadline_ms must be a positive number, and given without a budget, got "
+                    f"{deadline_ms!r}{'' if budget is None else f' and {budget!r}'}"
+                )
+            with self.settings.block():
+                self._hold({"phase": "decode"}, floor, None, limit)
+                return self.generate(*args, draft_budget=draft_budget, draft_tokens=draft_tokens, **kwargs)
         if budget is not None:
             with self.budget(**_by_name(budget)):
                 return self.generate(*args, draft_budget=draft_budget, draft_tokens=draft_tokens, **kwargs)
@@ -455,6 +524,8 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         if kwargs.get("custom_generate") is not None:
             raise ValueError("generate: draft_budget must be given without custom_generate, got both")
         chosen = self.settings.now()
+        if chosen.dial.hold is not None:
+            raise ValueError("generate: draft_budget must be given without a deadline, got both")
         with self.settings.block():
             self.set_budget(**({"phase": "decode"} | _by_name(budget)))
             draft = self.settings.now()
@@ -511,6 +582,10 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+        if self.dial.hold is not None and generation_mode not in _ONE_BY_ONE:
+            raise NotImplementedError(
+                f"generate: a deadline must be held by greedy or sampled generation, got {generation_mode.value}"
+            )
         cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
         takes_room = generation_mode in _ONE_BY_ONE and not drafting_now()
         if isinstance(cache, ElasticCache) and cache.is_own and takes_room:
@@ -538,11 +613,31 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
             return drafted(self, input_ids, *options, streamer, inputs, drafting)
         try:
             if not synced_gpus and is_plain(self, input_ids, generation_config, inputs):
-                return sample(self, input_ids, *options, streamer, inputs)
+                with self._holding(generation_config.max_length - input_ids.shape[1]) as holding:
+                    return sample(self, input_ids, *options, streamer, inputs, holding)
+            if self.dial.hold is not None:
+                raise NotImplementedError(
+                    "generate: a deadline must be held by the library's own loop, which takes a new prompt and a cache "
+                    "of the model's own kind, got another call"
+                )
             return super()._sample(input_ids, *options, synced_gpus, streamer, **inputs)
         finally:
             if not generation_config.return_dict_in_generate:  # else the caller gets it
                 give_back(self, inputs.get("cache"))
+
+    @contextlib.contextmanager
+    def _holding(self, tokens: int) -> Iterator[Holding | None]:
+        """A generation of at most so many tokens, held to the deadline that is set, where one is."""
+        hold = self.dial.hold
+        if hold is None:
+            yield None
+            return
+        with self.settings.block():  # what moves is this generation's alone
+            holding = Holding(self, hold, tokens)
+            try:
+                yield holding
+            finally:
+                self.settings.held = holding.record()
 
 
 def _shard_bytes(size: int | str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 from flextron.config import AXES, ElasticConfig, PerAxis, Widths, number
 from flextron.nn.router import AdaptiveRouter, GumbelSampler, Indices, Logits, Menus, Probabilities
 from flextron_ext import DecoderRouter, DecoderStep
+
+if TYPE_CHECKING:
+    from flextron.nn.deadline import Hold
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,14 @@ class Dial:
         kv: which key/value groups are projected and cached, ``"selected"`` or ``"all"``.
         targets: where a router chooses for every token: fractions of the full latency, one or one per request.
         phase: whose latency the targets are fractions of.
+        hold: the deadline that a generation keeps, by widths that change between its steps; None: there is none.
     """
 
     widths: tuple[Widths, ...]
     kv: str
     targets: tuple[float, ...] = ()
     phase: str = "prefill"
+    hold: Hold | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flextron.config import Widths
+from flextron.nn.deadline import Held
 from flextron.nn.policy import BY_WIDTH, AxisDecision, Decision, Dial, Policy
 from flextron.nn.router import Indices
 from flextron_ext import DecoderStep
@@ -79,7 +80,17 @@ class Settings:
     def __init__(self) -> None:
         self._context: ContextVar[Setting | None] = ContextVar("flextron.setting", default=None)
         self._begun: ContextVar[Setting | None] = ContextVar("flextron.begun", default=None)
+        self._held: ContextVar[Held | None] = ContextVar("flextron.held", default=None)
         self._thread = threading.local()
+
+    @property
+    def held(self) -> Held | None:
+        """The last generation of this thread or task that was held to a deadline."""
+        return self._held.get()
+
+    @held.setter
+    def held(self, held: Held) -> None:
+        self._held.set(held)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"own": self.now()}

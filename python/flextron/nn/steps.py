@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from flextron.nn.cache import ElasticCache
+from flextron.nn.deadline import Holding
 from flextron.nn.decode_step import can_step
 from flextron.nn.forward import ElasticForward
 from flextron.nn.graph import Begin, CapturedStep, router_of, step_in
@@ -27,11 +28,13 @@ class Steps:
     """The logits of one token after another, and their arg-max.
 
     A new budget or a hook on the model takes effect at the next token; a hook on a submodule only when the budget is
-    set again.
+    set again. ``holding``, where there is one, sees every step begin and end.
     """
 
-    def __init__(self, model: Elastic, prompt: Tensor, inputs: dict[str, Any]) -> None:
-        self.model, self.step = model, ElasticForward.of(model)
+    def __init__(
+        self, model: Elastic, prompt: Tensor, inputs: dict[str, Any], holding: Holding | None = None
+    ) -> None:
+        self.model, self.step, self.holding = model, ElasticForward.of(model), holding
         self.cache: ElasticCache = inputs["cache"]
         self.setting: Setting | None = None
         self.extents: DecoderStep | None = None
@@ -65,9 +68,14 @@ class Steps:
 
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [B, 1, V] after the tokens [B, 1], and their arg-max [B]; None where the modules ran."""
+        if self.holding is not None:
+            self.holding.start()
         is_served = self._is_served(len(tokens))
         self.passed += 1
-        return self._by_step(tokens) if is_served else (self._by_forward(tokens), None)
+        found = self._by_step(tokens) if is_served else (self._by_forward(tokens), None)
+        if self.holding is not None:
+            self.holding.stop()
+        return found
 
     def ahead(
         self,
@@ -183,13 +191,19 @@ class CapturedSteps(Steps):
         flags = _Late(captured.state.going) if ending else None
         made, last = 0, None
         while made < most and last is None and self._is_served(B) and self.setting is setting:
+            if self.holding is not None:
+                self.holding.start()
             captured()
             made += 1
+            if self.holding is not None:
+                self.holding.stop()
             if flags is not None:
                 flags.put()
                 last = flags.first_end(made - _LATE)
         if flags is not None and last is None:
             last = flags.first_end(made)
+        if self.holding is not None:
+            self.holding.forget(made - (last or made))
         made = last or made
         self.passed += made
         self._count(made)
