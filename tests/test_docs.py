@@ -52,6 +52,10 @@ NOT_RUN = (
     ),
     (r"python tests/real_weights\.py\b", "takes minutes; tests/test_cli.py runs its stages on a small model"),
     (r"python tests/families_page\.py\b", "converts 33 models; tests/conversion/test_every_family.py does"),
+    (
+        r"python python/studies/disturbed\.py\b",
+        "takes minutes and wants a quiet machine; tests/lab/test_disturbed.py runs it on a small model",
+    ),
     (r"python python/benchmarks/\w+\.py\b", "tests/test_bench*.py run them on small shapes"),
     (r"bash tests/two_torches\.sh\b", "downloads gigabytes; .ci/run does where it is asked to"),
     (r"pre-commit install\b", "changes the clone"),
