@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from nn.models import FAMILIES, GQA, small_model
+from nn.models import EVERY, FAMILIES, GQA, VARIANTS, row_model, small_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, dynamic_module_utils
 
 from flextron.artefacts.directory import load_elastic
 from flextron.checkpoint import CheckpointError, stored_dtypes
@@ -18,13 +18,24 @@ from flextron.config import ElasticConfig, Widths
 from flextron.conversion import ParityError, convert
 from flextron.exporting import export, extract, load_plain, stock_problem
 from flextron.exporting import plain as written
+from flextron.exporting.remote_code import remote_code, remote_problem
 from flextron.nn import ElasticCache, elastic_config, make_elastic
+from flextron.nn.anatomy import anatomy_of, has_one_head_size
 from flextron.nn.plain import build
 
+EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 UNITS = ("kv_group", "query")
 every_model = pytest.mark.parametrize("gqa", GQA)
 every_unit = pytest.mark.parametrize("unit", UNITS)
 every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture
+def modules(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where transformers copies the code of models to, instead of the user's cache."""
+    path = tmp_path_factory.mktemp("modules")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(path))
+    return path
 
 
 def elastic(family: str = "llama", gqa: str = "2:1", unit: str = "kv_group", **overrides: Any) -> Any:
@@ -257,20 +268,79 @@ def test_padded_widths_load_in_stock_transformers(tmp_path: Path, family: str, g
 @every_model
 @every_family
 @torch.no_grad()
-def test_ragged_widths_load_here_and_fail_loudly_elsewhere(
-    tmp_path: Path, family: str, gqa: str, unit: str
+def test_ragged_widths_load_with_their_code_and_fail_loudly_without(
+    tmp_path: Path, modules: Path, family: str, gqa: str, unit: str
 ) -> None:
     model = elastic(family, gqa, unit)
     c = model.elastic
     widths = Widths((c.mlp_choices[0], c.mlp_choices[1], c.mlp_choices[0]), mixed(c).heads)
     report = export(model, tmp_path, widths, layout="ragged")
-    assert report["loads_in"] == ["flextron.load_plain"] and "refuse this directory" in report["note"]
+    assert report["loads_in"] == ["transformers, trust_remote_code=True", "flextron.load_plain"]
+    assert "needs trust_remote_code=True" in report["note"]
     model.set_widths(widths)
-    plain = load_plain(tmp_path)
+    plain, stock = (
+        load_plain(tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True),
+    )
     assert close(plain(tokens()).logits, model(tokens()).logits)
-    assert sum(p.numel() for p in plain.parameters()) == c.params(widths) == report["params"]
-    with pytest.raises(RuntimeError, match="mismatch"):
+    assert torch.equal(stock(tokens()).logits, plain(tokens()).logits)
+    assert type(stock).__module__.startswith("transformers_modules.")
+    for one in (plain, stock):
+        assert sum(p.numel() for p in one.parameters()) == c.params(widths) == report["params"]
+    cache = DynamicCache(config=stock.config)
+    steps = [stock(part, cache=cache).logits for part in tokens().split(4, dim=1)]
+    assert close(torch.cat(steps, 1), model(tokens()).logits)
+    with pytest.raises(RuntimeError, match=r"per-layer|mismatch"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_skipped_parts_are_left_out_by_the_code_of_a_ragged_export(tmp_path: Path, modules: Path) -> None:
+    model = small_model("qwen3", attention_bias=True)
+    make_elastic(model, elastic_config(model, "kv_group", (0, 20, 40), (0, 2, 4)))
+    model.set_widths(Widths((20, 0, 40), (0, 2, 0)))
+    export(model, tmp_path, layout="ragged")
+    stock, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(info.values())
+    assert torch.equal(stock(tokens()).logits, load_plain(tmp_path)(tokens()).logits)
+    assert not [*stock.model.layers[0].self_attn.parameters()] and not [
+        *stock.model.layers[1].mlp.parameters()
+    ]
+    texts = [
+        m.generate(tokens(2, 4), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+        for m in (model, stock)
+    ]
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("row", [*EVERY, *VARIANTS])
+@torch.no_grad()
+def test_layers_of_every_family_are_built_from_a_configuration_each(row: str) -> None:
+    """Of all families but OPT, whose layers lie deeper; where the head size is a quotient, at all heads or none."""
+    model = row_model(row)
+    c = elastic_config(model)
+    skips = not (model.config.model_type in EXPERTS or anatomy_of(model.config).stream_norms)
+    mlp, heads = ((0,) * skips + menu for menu in ((20, 40), (c.max_heads,)))
+    if not has_one_head_size(c):
+        heads = (*heads[:-1], 1, heads[-1])
+    make_elastic(model, elastic_config(model, "kv_group", mlp, heads))
+    widths = Widths((mlp[-1], mlp[0], mlp[-2]), (heads[0], heads[-1], heads[-2:][0] or heads[-1]))
+    if row.startswith("opt"):
+        assert "lie deeper than its base model" in remote_problem(model, widths)
+        return
+    assert remote_problem(model, widths) is None
+    plain = extract(model, widths, layout="ragged")
+    code, own = remote_code(model, plain, widths)
+    names: dict[str, Any] = {"__name__": "modeling"}
+    exec(code, names)
+    config, causal = (own["auto_map"][name].split(".")[1] for name in ("AutoConfig", "AutoModelForCausalLM"))
+    values = {k: v for k, v in plain.config.to_dict().items() if k != "flextron"}
+    built = names[causal](names[config].from_dict(values | own)).eval()
+    result = built.load_state_dict(plain.state_dict(), strict=False)
+    assert not result.missing_keys
+    torch.testing.assert_close(built(tokens()).logits, plain(tokens()).logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("uniform", [True, False])

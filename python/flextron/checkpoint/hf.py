@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,15 @@ def foreign(
         raise CheckpointError(f"{path}: must be {what}, got {first_line(error)[:200]}") from None
 
 
-def read_config(files: Files, weights: Mapping[str, tuple[int, ...]]) -> tuple[Any, dict[str, Any]]:
+def read_config(
+    files: Files, weights: Mapping[str, tuple[int, ...]], without: Collection[str] = ()
+) -> tuple[Any, dict[str, Any]]:
     """The configuration of a model, and the JSON that it is made of.
 
     Args:
         files: the checkpoint's files, opened.
         weights: name -> shape of the tensors beside it: a configuration that asks for more is not built.
+        without: fields that the configuration is made without.
 
     Raises:
         CheckpointError: one sentence that says what is wrong with it.
@@ -92,7 +95,7 @@ def read_config(files: Files, weights: Mapping[str, tuple[int, ...]]) -> tuple[A
     if not isinstance(family, str) or family not in CONFIG_MAPPING:
         raise CheckpointError(f"{path}: model_type must be known to transformers, got {family!r}")
     with foreign(path, "a configuration that transformers reads"):
-        config = CONFIG_MAPPING[family].from_dict(values)
+        config = CONFIG_MAPPING[family].from_dict({k: v for k, v in values.items() if k not in without})
     most = {name: sum(map(prod, weights.values())) for name in _SIZES} | {_LAYERS: len(weights)}
     for name, limit in most.items():
         size = getattr(config, name, 1)

@@ -18,7 +18,7 @@ _WEIGHTS = (
 # Other files of a model, by transformers' and the hub's names for them. Any other file is its owner's.
 _MODEL = (
     *_WEIGHTS,
-    *(CONFIG_FILE, "generation_config.json", "export.json"),
+    *(CONFIG_FILE, "generation_config.json", "export.json", "modeling_flextron.py"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model*", "tokenizer.txt", "spiece.model"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("chat_template*", "additional_chat_templates", "README.md", "parent_README.md"),

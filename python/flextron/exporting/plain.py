@@ -21,6 +21,7 @@ from flextron.checkpoint import (
     checksum_of,
     commit,
     opened,
+    read_json,
     write_json,
 )
 from flextron.checkpoint.card import write_card
@@ -31,6 +32,7 @@ from flextron.checkpoint.schema import build as build_from
 from flextron.checkpoint.schema import checksums_of
 from flextron.checkpoint.weights import load_weights, save_weights, verify_beside, weight_shapes
 from flextron.config import ElasticConfig, Widths
+from flextron.exporting.remote_code import MODELING_FILE, PER_LAYER_KEY, remote_code, remote_problem
 from flextron.nn.placement import Device, device_of_call, memory_dtype
 from flextron.nn.plain import LAYOUT_KEY, SIZES, build, layout_of, resize, stock_problem, widths_of
 from flextron.nn.proof import difference, in_dtype, logits_of, require_close
@@ -40,6 +42,12 @@ from flextron.nn.stock import Fingerprint, read_back
 from flextron.nn.storage import Dtype, common, counted, name_of, round_in_place, storage
 
 EXPORT_FILE = "export.json"
+# what reads a layout, beside load_plain
+_LOADS_IN = {
+    "uniform": "transformers",
+    "padded": "transformers",
+    "ragged": "transformers, trust_remote_code=True",
+}
 _PROOF_SHAPE = (2, 64)  # sequences, tokens
 _WHOSE = "the elastic model's at the budget"
 
@@ -88,23 +96,26 @@ def export(
     chosen = layout_of(layout, model.elastic, widths, "padded")
     plain = build(model, widths, chosen)
     proof = _Proof(model, widths, plain, storage("export", model, dtype))
+    refused = remote_problem(model, widths) if chosen == "ragged" else None
     report: dict[str, Any] = {
         "format": FORMAT,
         "layout": chosen,
         "widths": {**widths.to_dict(), "unit": model.elastic.unit},
         "params": sum(p.numel() for p in plain.parameters()),
         "dtypes": counted(proof.dtypes),
-        "loads_in": ["flextron.load_plain"]
-        if chosen == "ragged"
-        else ["transformers", "flextron.load_plain"],
+        "loads_in": ["flextron.load_plain"] if refused else [_LOADS_IN[chosen], "flextron.load_plain"],
     }
-    if note := _note(model.elastic, widths, chosen, report["params"]):
+    if note := _note(model.elastic, widths, chosen, report["params"], refused):
         report["note"] = note
     meant: dict[str, Fingerprint] = {}
     tensors = to_write("export", dict(plain.named_parameters()), proof.dtypes, meant)
     plain.config.dtype = common(proof.dtypes.values())
     with commit(directory, drop) as stage:
         plain.config.save_pretrained(stage)
+        if chosen == "ragged" and not refused:
+            code, own = remote_code(model, plain, widths)
+            (stage / MODELING_FILE).write_text(code, encoding="utf-8")
+            write_json(stage / CONFIG_FILE, read_json(stage / CONFIG_FILE) | own)
         if plain.generation_config is not None:
             plain.generation_config.save_pretrained(stage)
         if tokenizer is not None:
@@ -186,7 +197,7 @@ def load_plain(
     with opened(directory) as files:
         checksums = _checked(files) if EXPORT_FILE in files else None
         shapes = weight_shapes(files)
-        config, values = read_config(files, shapes)
+        config, values = read_config(files, shapes, without=(PER_LAYER_KEY, "auto_map"))
         config.dtype = dtype = memory_dtype("load_plain", dtype, config.dtype, chosen)
         layers = _layers_in(values, files / CONFIG_FILE, config.num_hidden_layers, shapes)
         with foreign(files / CONFIG_FILE, "the configuration of a model that can be built"):
@@ -210,23 +221,27 @@ def _checked(files: Files) -> dict[str, str]:
 
 def _card(report: dict[str, Any]) -> list[str]:
     """The paragraphs of an export's model card."""
-    load = "flextron.load_plain" if report["layout"] == "ragged" else "AutoModelForCausalLM.from_pretrained"
-    module = load.partition(".")[0] if report["layout"] == "ragged" else "transformers"
-    line = f"import {module}" if module == "flextron" else f"from {module} import {load.partition('.')[0]}"
+    code = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("DIRECTORY")'
+    if len(report["loads_in"]) == 1:
+        code = 'import flextron\n\nmodel = flextron.load_plain("DIRECTORY")'
+    elif report["layout"] == "ragged":
+        code = code.replace('"DIRECTORY"', '"DIRECTORY", trust_remote_code=True')
     return [
         "One sub-network of an elastic model, as a plain one, made by "
         f"flextron: {report['params'] / 1e6:.2f} M parameters, "
         f"layout `{report['layout']}`.{' ' + report['note'] if 'note' in report else ''}",
-        f'```python\n{line}\n\nmodel = {load}("DIRECTORY")\n```',
+        f"```python\n{code}\n```",
     ]
 
 
-def _note(config: ElasticConfig, widths: Widths, layout: str, params: int) -> str | None:
+def _note(config: ElasticConfig, widths: Widths, layout: str, params: int, refused: str | None) -> str | None:
     if layout == "uniform":
         return None
     why = stock_problem(config, widths) or "asked for"
+    if refused:
+        return f"Stock transformers, vLLM and llama.cpp refuse this directory: {why}, and {refused}."
     if layout == "ragged":
-        return f"Stock transformers, vLLM and llama.cpp refuse this directory: {why}."
+        return f"Stock transformers needs trust_remote_code=True, for the code in {MODELING_FILE}: {why}."
     return f"Padded from {config.params(widths)} to {params} parameters for stock transformers: {why}."
 
 

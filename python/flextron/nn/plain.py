@@ -7,7 +7,8 @@ are three layouts for a sub-network:
 ``padded``   every layer is filled up with zero neurons and zero heads to the widest layer: an ordinary
              checkpoint with the same logits, but as large and slow as the widest layer everywhere.
 ``ragged``   each layer has its own sizes: as small and fast as the sub-network is. `flextron.load_plain` reads it;
-             stock transformers refuses it, for the sizes in its configuration are not those of the tensors.
+             stock transformers needs the code that `flextron.export` writes beside it, for the sizes in its
+             configuration are not those of the tensors.
 
 A layer that skips its MLP or its attention has zeros in the place of it where it is padded, and the output's bias is
 zeros too; a ragged one leaves it out, but for the norms and a bias that a stock layer has.
