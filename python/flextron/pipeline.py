@@ -30,9 +30,9 @@ from flextron.checkpoint import CheckpointError, Origin, locked, stored_dtypes
 from flextron.checkpoint.hf import read_tokenizer
 from flextron.checkpoint.origin import weights_of
 from flextron.checkpoint.weights import overwrite, weight_files
-from flextron.config import ElasticConfig, Widths
+from flextron.config import MENUS, ElasticConfig, Widths
 from flextron.conversion import convert as convert_model
-from flextron.conversion.gguf import is_gguf, read_gguf
+from flextron.conversion.gguf import elastic_in, is_gguf, read_gguf
 from flextron.conversion.refit import NARROWER, RIDGE
 from flextron.conversion.refit import refit as fit
 from flextron.conversion.source import room_beside, source_of
@@ -135,7 +135,8 @@ def convert(
 
     Args:
         parent: a loaded transformers causal LM (then with ``tokenizer``), a directory, the id of a model on the hub, or
-            a GGUF file, of which transformers makes float32 weights.
+            a GGUF file, of which transformers makes float32 weights. One that `flextron.export_gguf` wrote of a full
+            network is elastic already: its menus, its order and its ladder stay.
         directory: the elastic checkpoint. Stock transformers still loads it as the full parent.
         data: text to calibrate on; by default Python's own documentation.
         samples: sequences to calibrate on.
@@ -158,8 +159,10 @@ def convert(
     ranks.first(lambda: room_beside(parent, directory, force))  # before the work, too
     with _one_writer(directory, "convert"), current(chosen):
         if used_up := is_gguf(parent):
-            parent, own = read_gguf(cast(Any, parent), like)
+            path = cast(Any, parent)
+            parent, own = read_gguf(path, like)
             tokenizer = tokenizer or own
+            options |= _kept(path, options)
         if tokenizer is None:
             tokenizer = read_tokenizer(source_of(parent, like))
         return convert_model(
@@ -175,6 +178,21 @@ def convert(
             used_up=used_up,
             **options,
         )
+
+
+def _kept(path: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a conversion that keep what is elastic in a GGUF file already; none where nothing is."""
+    found = elastic_in(path)
+    if found is None:
+        return {}
+    config, ladder = found
+    own = {"unit": config.unit, "mlp_choices": config.mlp_choices, "head_choices": config.head_choices}
+    menus = [name for name in MENUS if options.get(name) not in (None, own[name])]
+    if menus or options.get("order") == "random":
+        raise ValueError(
+            f"convert: {(menus or ['order'])[0]} must be the file's own where it is elastic already, got another"
+        )
+    return {**own, "order": "none", "ladder": ladder}
 
 
 @_alone

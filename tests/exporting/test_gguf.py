@@ -11,8 +11,16 @@ import gguf
 import pytest
 import torch
 from nn.models import small_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from flextron import convert, from_pretrained
+from flextron.artefacts.elastic_model import save_elastic
+from flextron.artefacts.ladder import Ladder, uniform_ladder
+from flextron.artefacts.planner import Planner
+from flextron.checkpoint import CheckpointError
 from flextron.config import Widths
+from flextron.conversion.gguf import read_gguf
 from flextron.exporting import TYPES, export_gguf
 from flextron.nn import elastic_config, make_elastic
 
@@ -151,3 +159,47 @@ def test_without_llama_cpp_a_type_that_only_it_writes_is_refused(
     with pytest.raises(ValueError, match=r"type must be one of f32, f16, bf16, q8_0, q4_0 where .*got q4_k"):
         export_gguf(model, tmp_path / "x.gguf", Widths((256, 20, 20), (1, 4, 4)), kind="q4_k")
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_file_of_the_full_network_becomes_the_elastic_checkpoint_again(tmp_path: Path) -> None:
+    """Menus, order of neurons, and the ladder that routers chose: the file's."""
+    model = elastic(heads=(1, 2, 4), hidden_size=64)
+    upgrades = tuple(reversed(uniform_ladder(model.elastic).upgrades))
+    ladder = Ladder(*model.elastic.menus, 3, upgrades, "router")
+    model.planner = Planner(model.elastic, (), ladder)
+    file, out = tmp_path / "full.gguf", tmp_path / "elastic"
+    export_gguf(model, file, model.elastic.full(), kind="f32", tokenizer=toy())
+    text = [" ".join(f"{c}ab" for c in "cdefghijklmnop") * 20] * 40
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in text))
+    options: dict[str, Any] = {"data": str(tmp_path / "text.jsonl"), "samples": 4, "length": 16}
+    with pytest.raises(ValueError, match="mlp_choices must be the file's own where it is elastic already"):
+        convert(file, out, mlp_choices=(8, 40), **options)
+    convert(file, out, **options)
+    again = from_pretrained(out, torch.float32, device="cpu")
+    assert again.elastic.menus == model.elastic.menus and again.planner.ladder == ladder
+    x, half = torch.randint(1, 35, (2, 8)), ladder.rungs[len(ladder.rungs) // 2]
+    with torch.no_grad(), model.budget(widths=half), again.budget(widths=half):
+        torch.testing.assert_close(again(x).logits, model(x).logits, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        again.model.norm.weight.mul_(1.5)
+    save_elastic(again, out)  # other weights
+    assert from_pretrained(out, torch.float32, device="cpu").planner.ladder.origin == "uniform"
+
+
+def test_factors_of_rotations_are_refused_where_transformers_would_drop_them(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    model = elastic(heads=(1, 2, 4), hidden_size=64, rope_parameters=rope)
+    export_gguf(model, tmp_path / "full.gguf", model.elastic.full(), kind="f32", tokenizer=toy())
+    with pytest.raises(CheckpointError, match=r"got factors of rotations \(rope_freqs.weight\)"):
+        read_gguf(tmp_path / "full.gguf")
+
+
+def toy() -> Any:
+    """A tokenizer of letters and one pair."""
+    known = ["<u>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab"]
+    backend = Tokenizer(models.BPE({text: i for i, text in enumerate(known)}, [("a", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<u>"
+    )

@@ -15,14 +15,14 @@ from transformers import PreTrainedConfig
 from flextron.artefacts import adaptive_router, static_router
 from flextron.artefacts.adaptive_router import AdaptiveResult, costs_of
 from flextron.artefacts.elastic_model import Cut, read_meta, read_model, read_stock_config
-from flextron.artefacts.ladder import uniform_ladder
+from flextron.artefacts.ladder import Ladder, uniform_ladder
 from flextron.artefacts.latency_files import Tables, by_phase, kept_tables, load_tables, machines, of_machine
 from flextron.artefacts.machine import Machine, machine_of, name_of
 from flextron.artefacts.planner import Planner
 from flextron.artefacts.static_router import RouterResult, load_ladder
-from flextron.checkpoint import CheckpointError, Files, Origin, opened
+from flextron.checkpoint import ELASTIC_FILE, CheckpointError, Files, Origin, opened
 from flextron.checkpoint.origin import made_for
-from flextron.checkpoint.schema import checking
+from flextron.checkpoint.schema import build, checking
 from flextron.nn.placement import CPU
 from flextron.nn.protocol import Elastic
 from flextron.nn.storage import Dtype
@@ -85,14 +85,25 @@ class ElasticDirectory:
         return kept_tables(self._files, self.origin.elastic, machine)
 
     def planner(self, machine: Machine | None = None) -> Planner:
-        """The planner of the tables and the routed ladder, or of the uniform ladder where no routers were trained.
+        """The planner of the tables and the routed ladder; without routers, of one that came with the weights, or of
+        the uniform one.
 
         ``machine`` is the one that budgets are about; None: the only one that was profiled.
         """
-        ladder = load_ladder(self._files, self.origin, self.tables)
-        return Planner(
-            self.origin.elastic, self.tables, ladder or uniform_ladder(self.origin.elastic), machine
-        )
+        routed = load_ladder(self._files, self.origin, self.tables)
+        ladder = routed or self._brought_ladder() or uniform_ladder(self.origin.elastic)
+        return Planner(self.origin.elastic, self.tables, ladder, machine)
+
+    def _brought_ladder(self) -> Ladder | None:
+        """The ladder that was converted with the weights that are here; None where none was."""
+        path, values = self.path / ELASTIC_FILE, self.meta.get("ladder")
+        if not isinstance(values, dict) or values.get("weights") != self.origin.weights:
+            return None
+        own = {k: v for k, v in values.items() if k != "weights"}
+        ladder = build(Ladder, own, path, "ladder")
+        with checking(path):
+            ladder.check(self.origin.elastic)
+        return ladder
 
     def static(self) -> RouterResult | None:
         """The static routers and their report."""

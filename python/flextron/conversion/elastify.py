@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flextron import ranks
 from flextron.artefacts.elastic_model import make_elastic, read_model, save_elastic
+from flextron.artefacts.ladder import Ladder
 from flextron.checkpoint import CONFIG_FILE, Origin
 from flextron.checkpoint.card import write_card
 from flextron.checkpoint.hf import TOKENIZER_FILES, foreign, read_tokenizer
@@ -63,6 +64,7 @@ def convert(
     device: torch.device = CPU,
     planned: Callable[[Room], Any] | None = None,
     used_up: bool = False,
+    ladder: Ladder | None = None,
 ) -> dict[str, Any]:
     """Make an elastic checkpoint of a stock one.
 
@@ -93,6 +95,7 @@ def convert(
         device: where to score and to prove.
         planned: called, before any weight is read, with the memory that the conversion takes.
         used_up: whether a loaded parent may lose its values, so that its memory becomes the copy's.
+        ladder: the chain of sub-networks that budgets choose from until routers are trained; None: the uniform one.
 
     Returns:
         What ``flextron.json`` stores: ``dtypes``, ``importance`` and ``parity``. In that, ``max_abs`` and ``max_rel``
@@ -179,6 +182,8 @@ def convert(
             with as_like(hf_config):
                 proven = _prove(stage, stock, config, proof, logits, seed, device)
             report["parity"] = {**proven, "weights": weights}
+            if ladder is not None:
+                report["ladder"] = {**ladder.to_dict(), "weights": weights}
             return report
 
         def beside(stage: Path, _: Origin) -> None:

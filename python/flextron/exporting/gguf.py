@@ -34,7 +34,8 @@ from flextron.nn.proof import difference, in_dtype, logits_of, require_close
 from flextron.nn.protocol import Elastic
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k")
-ELASTIC_KEY, LADDER_KEY = "flextron.elastic", "flextron.ladder"  # JSON; only in a file of the full network
+# JSON, only in a file of the full network; `flextron.conversion.gguf` reads it
+ELASTIC_KEY, LADDER_KEY = "flextron.elastic", "flextron.ladder"
 _LAYOUTS = ("auto", "uniform", "padded", "ragged")
 _FILE_TYPES = {
     "f32": "ALL_F32",
