@@ -69,15 +69,20 @@ def in_flextron(directory: str, dtype: str, prompts: list[list[int]], tokens: in
     """The same by the decoder op, without the loop of `generate`, which wants a newer transformers than vLLM."""
     import flextron
     from flextron.nn import ElasticCache
+    from flextron.nn.forward import ElasticForward
 
     model, ids = flextron.from_pretrained(directory, dtype), torch.tensor(prompts)
+    step = ElasticForward.of(model)
 
     @torch.inference_mode()
     def run(budget: float) -> None:
         with model.budget(budget):
-            cache, last = ElasticCache(), ids
+            cache, last, extents = ElasticCache(), ids, step.extents(model, len(ids))
             for _ in range(tokens):
-                last = model(last, cache=cache, logits_to_keep=1).logits.argmax(-1)
+                past = cache.get_seq_length()
+                cos, sin = step.tables(step.norm, torch.arange(past, past + last.shape[1])[None])
+                _, best = step(model, last, cos, sin, cache, None, 1, extents)
+                last = best[:, None]
 
     return run
 
