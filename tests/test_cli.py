@@ -262,6 +262,7 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
         (prompts, draft) for prompts in ("8 tokens", "12 tokens") for draft in (0.7, 0.8)
     ]
     assert all(row["same"] and row["speedup"] > 0 and row["accepted"] <= row["proposed"] for row in rows)
+    assert all(row["spread"] == 0 and "disturbed" in row for row in rows)  # one round
     joint = ("tune", elastic, *common, "--steps", 2, "--batch-size", 2, "--length", 32, "--eval-every", 0)
     for which in ((), ("--adaptive", "--distillation", 1)):
         tuned = answer(capsys, *joint, *which, "--restart")

@@ -135,7 +135,12 @@ def print_budgets(title: str, budgets: Sequence[Mapping[str, Any]]) -> None:
         for b in budgets
     ]
     print_table(title, header, rows)
-    if said := budgets[0]["disturbed"]:
+    _print_disturbed(budgets)
+
+
+def _print_disturbed(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print why times mean nothing, where they do."""
+    if said := next(filter(None, (row["disturbed"] for row in rows)), None):
         print(said)
 
 
@@ -150,6 +155,7 @@ def print_drafts(title: str, drafts: Sequence[Mapping[str, Any]]) -> None:
         "tokens/s",
         "without",
         "speed-up",
+        "±",
         "same tokens",
     )
     rows = [
@@ -162,8 +168,10 @@ def print_drafts(title: str, drafts: Sequence[Mapping[str, Any]]) -> None:
             f"{d['tokens_per_s']:.1f}",
             f"{d['plain_tokens_per_s']:.1f}",
             f"{d['speedup']:.2f}",
+            f"{d['spread']:.2f}",
             "yes" if d["same"] else "no",
         ]
         for d in drafts
     ]
     print_table(title, header, rows)
+    _print_disturbed(drafts)

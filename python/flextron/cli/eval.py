@@ -112,7 +112,9 @@ def _drafts(args: Namespace) -> list[dict[str, Any]]:
     count, text = args.max_new_tokens or 64, shared.text_of(args)
     directory, model = shared.loaded(args)
     check_length("eval", args.length + count, model.config, "--length and --max-new-tokens")
-    planner_of(model).table("decode", batch=args.batch, context=args.context)
+    table = planner_of(model).table("decode", batch=args.batch, context=args.context)
+    if table.doubt:
+        shared.doubted(args)(table.doubt)
     tokens = held_out_windows(read_tokenizer(directory), text, args.samples, args.length)
     prompts = {f"{n} tokens": tokens[:, :n] for n in sorted({min(8, args.length), args.length})}
     with ui.reporter() as progress:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextron.judge.timing import compare, wall_clock
+from flextron.judge.timing import Comparison, NoiseWatch, compare, wall_clock
 from flextron.nn.drafting import Drafted
 from flextron.nn.protocol import Elastic
 
@@ -38,8 +38,9 @@ def judge_drafts(
 
     Returns:
         For each set and draft: ``prompts``, ``draft``, ``acceptance`` (NaN where nothing was drafted), the counts of
-        `Drafted`, ``tokens_per_s`` and ``plain_tokens_per_s``, their ratio ``speedup``, and whether all tokens were
-        the ``same``.
+        `Drafted`, ``tokens_per_s`` and ``plain_tokens_per_s``, their ratio ``speedup`` with its ``spread``, half the
+        distance between the quartiles, whether all tokens were the ``same``, and ``disturbed``, the sentence that says
+        why the times mean nothing, or None.
     """
     pad = model.generation_config.pad_token_id
     settings = dict(
@@ -67,6 +68,7 @@ def judge_drafts(
                 counts = Drafted()
                 for each in drafted:
                     counts += each.drafted
+                watch = NoiseWatch.on(model.device)
                 timing, compared = compare(
                     ("plain", lambda: run(None)),
                     {"drafted": lambda draft=draft: run(draft)},  # type: ignore[misc]
@@ -87,6 +89,8 @@ def judge_drafts(
                         "tokens_per_s": rate / ratio,
                         "plain_tokens_per_s": rate,
                         "speedup": 1 / ratio,
+                        "spread": Comparison.of([1 / r for r in compared["drafted"].ratios]).half_spread,
+                        "disturbed": watch.noise(timing.samples).sentence,
                         "same": torch.equal(plain, torch.cat([each.sequences for each in drafted])),
                     }
                 )

@@ -70,7 +70,7 @@ def measure(
     with restored(model):
         runs = {name: whole_model(model, dial, workload, ids) for name, dial in choices.items()}
         full, device = ("full", runs.pop("full")), model.get_input_embeddings().weight.device
-        watch = NoiseWatch(torch.get_num_threads() if device.type == "cpu" else 1)
+        watch = NoiseWatch.on(device)
 
         def found(reference: Timing, others: Mapping[str, Comparison]) -> Measurement:
             own = [others[str(i)] for i in range(len(widths))]

@@ -78,6 +78,11 @@ class NoiseWatch:
         self.threads = threads
         self._began, self._ours, self._ticks = perf_counter(), process_time(), _ticks_of_ours()
 
+    @classmethod
+    def on(cls, device: torch.device) -> NoiseWatch:
+        """Beside work on ``device``: a CPU's is torch's threads', a GPU's is launched by one."""
+        return cls(torch.get_num_threads() if device.type == "cpu" else 1)
+
     def noise(self, samples: Sequence[float]) -> Noise:
         """The noise until now; ``samples`` are times of the same work, in the order in which they were measured."""
         timing = Timing.of(list(samples))
