@@ -39,6 +39,17 @@ SMOLLM2 = dict(
     head_dim=64,
     tie_word_embeddings=True,
 )
+# config.json of google/gemma-3-270m and microsoft/phi-1_5
+OTHERS = {
+    "gemma3_text": dict(
+        vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=256, tie_word_embeddings=True, sliding_window=512, layer_types=None,
+    ),
+    "phi": dict(
+        vocab_size=51200, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32,
+        num_key_value_heads=32, head_dim=64, qk_layernorm=False,
+    ),
+}  # fmt: skip
 Row = tuple[str, int, StepConfig, int, ElasticConfig]  # name, ranks, step, measured bytes, shape
 
 FAKE = [
@@ -73,6 +84,9 @@ def fake() -> Iterator[Row]:
         )
         dist.destroy_process_group()
         yield (name, ranks, step, *found)
+    for family, sizes in OTHERS.items():
+        for step in StepConfig(length=2048, bf16=False), StepConfig(length=2048):
+            yield (family, 1, step, *counted(step, family, **sizes))
 
 
 def families() -> Iterator[Row]:

@@ -46,6 +46,7 @@ def test_the_estimate_is_what_a_step_takes(step, shape):
         ("nemotron", False),  # torch's norms, an MLP without a gate
         ("phi", True),  # one norm before both parts
         ("gemma3_text", True),  # norms before and after them
+        ("gemma2", False),  # and bounded logits
         ("cohere", True),  # norms of transformers' own
         ("mixtral", True),
         ("gpt_oss", False),

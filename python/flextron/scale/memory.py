@@ -195,7 +195,9 @@ class _Sizes:
     def _saved_by_head(self) -> int:
         """The last norm and the head."""
         T, K = self.T, self.shape.hidden_size
-        return self._saved_by_norm(T, K, self.stream) + T * K * self.value + self._copies(self.embedding)
+        weights = self._copies(self.embedding)
+        capped = self.logits * self.kind.capped
+        return self._saved_by_norm(T, K, self.stream) + T * K * self.value + weights + capped
 
     def _teaching(self) -> int:
         """The student's logits and, in the teacher's MLP, its stream and hidden values; its weights where widened."""

@@ -20,35 +20,27 @@ class Kind:
             alone; ``"centred"``: it without its mean, twice, and normalised, all in float32.
         hidden: tensors of hidden values that are saved beside those before the activation.
         wide: whether hidden values are float32 where matrices are multiplied in bfloat16.
+        capped: whether logits are bounded by a tanh, which saves them once more.
     """
 
     norms: int = 2
     norm: str = "rms"
     hidden: int = 0
     wide: bool = False
+    capped: bool = False
 
 
-_LAYER_NORMS = (
-    "falcon",
-    "gpt2",
-    "gpt_neox",
-    "gptj",
-    "nemotron",
-    "olmo",
-    "opt",
-    "phi",
-    "stablelm",
-    "starcoder2",
-)
+_OF_TORCH = "falcon gpt2 gpt_neox gptj nemotron olmo opt phi stablelm starcoder2"  # LayerNorms
 KINDS = {
-    **{family: Kind(norm="torch") for family in _LAYER_NORMS},
-    **{family: Kind(norms=4) for family in ("gemma2", "gemma3_text", "glm4")},
+    **{family: Kind(norm="torch") for family in _OF_TORCH.split()},
+    **{family: Kind(norms=4) for family in ("gemma3_text", "glm4")},
     **{family: Kind(norms=1, norm="torch") for family in ("gptj", "phi")},
     **{family: Kind(norms=1, norm="centred") for family in ("cohere", "cohere2")},
-    "gpt2": Kind(
-        norm="torch", hidden=1
-    ),  # torch's GEMM and activation, for weights that are stored transposed
-    "gpt_oss": Kind(hidden=5, wide=True),  # transformers' own gate, a step at a time, after a float32 bias
+    "gemma2": Kind(norms=4, capped=True),
+    # weights that are stored transposed go through torch's GEMM and activation
+    "gpt2": Kind(norm="torch", hidden=1),
+    # transformers' own gate, a step at a time, after a float32 bias
+    "gpt_oss": Kind(hidden=5, wide=True),
 }
 
 
