@@ -80,6 +80,16 @@ def test_extents_of_sequences(unit, dtype, device):
     assert torch.equal(one, head_attention_decode(*inputs, 1, unit))
 
 
+@pytest.mark.parametrize("T, window", [(1, 33), (8, 70)])
+def test_window_softcap_and_sinks(T, window, device):
+    """Of windows that begin inside a chunk, in contiguous caches and in pages."""
+    q, k, v, seqlens = make(device, 4, T, 64)
+    options = dict(window=window, softcap=1.5, sinks=torch.randn(q.shape[2], device=device))
+    ours = check(torch.bfloat16, q, k, v, seqlens, 2, **options)
+    *pages, table = paged(k, v, 16)
+    assert torch.equal(head_attention_decode(q, *pages, seqlens, 2, block_table=table, **options), ours)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
 @pytest.mark.parametrize("T", [1, 5])
 def test_a_sequence_alone_gives_the_bits_it_has_in_a_batch(T, dtype, device):

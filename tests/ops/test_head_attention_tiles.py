@@ -77,6 +77,26 @@ def test_values(shape, causal, dtype, device):
         assert_no_worse(a[seen], b[seen].to(a.dtype), c[seen], f"{shape} {name}", dtype)
 
 
+@pytest.mark.parametrize("shape", ["40 of 64", "wide"])
+def test_window_softcap_and_sinks(shape, device):
+    """All at once, forward and backward, with windows that begin and end inside tiles."""
+    q, k, v, dout = make(shape, device)
+    sinks = torch.randn(q.shape[1], device=device)
+
+    def attend(op, *inputs):
+        inputs = [t.detach().clone().requires_grad_() for t in inputs]
+        options = {"return_lse": True} if op is head_attention else {}
+        heads = most(shape, "kv_group")
+        out, lse = op(*inputs[:3], heads, window=45, softcap=1.5, sinks=inputs[4], **options)
+        grads = torch.autograd.grad(out, (*inputs[:3], inputs[4]), inputs[3])
+        return [out.detach(), lse.detach(), *grads]
+
+    ours, plain = (attend(op, q, k, v, dout, sinks) for op in (head_attention, reference.head_attention))
+    exact = attend(reference.head_attention, *(t.double() for t in (q, k, v, dout, sinks)))
+    for name, a, b, c in zip((*NAMES, "dsinks"), ours, plain, exact, strict=True):
+        assert_no_worse(a, b.to(a.dtype), c, f"{shape} {name}", torch.bfloat16)
+
+
 @each_shape
 @each_unit
 def test_a_subset_gives_the_bits_of_sliced_heads(shape, unit, device):
