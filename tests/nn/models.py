@@ -35,6 +35,7 @@ EVERY: dict[str, dict[str, Any]] = {
     "granite": dict(
         embedding_multiplier=3.0, residual_multiplier=0.6, logits_scaling=2.0, attention_multiplier=0.2
     ),
+    "arcee": {},
     "smollm3": dict(no_rope_layers=[1, 0, 1]),
     "hunyuan_v1_dense": {},
     "phi": dict(qk_layernorm=True, hidden_act="gelu_new", **_FEW),

@@ -546,6 +546,7 @@ FAMILIES: dict[str, Anatomy | Callable[[Any], Anatomy]] = {
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,
     "gemma3_text": replace(_GEMMA2, head_norms=_HEAD_NORMS, softcap="", table_of_type=True),
+    "arcee": replace(LLAMA, up=("up_proj",), gated=False),
     "granite": replace(
         LLAMA,
         multiplier="residual_multiplier",
