@@ -34,7 +34,7 @@ test: setup
 
 # Each host has an environment of its own. llama.cpp's sees the packages of $(VENV); vLLM wants others of the same names.
 hosts: $(HOSTS)/llama.cpp/.made $(HOSTS)/vllm/.made
-	$(HOSTS)/llama.cpp/bin/python -m pytest tests/exporting/test_llama_cpp.py $(ARGS)
+	$(HOSTS)/llama.cpp/bin/python -m pytest tests/exporting/test_llama_cpp.py tests/exporting/test_vocabulary.py $(ARGS)
 	$(HOSTS)/llama.cpp/bin/python tests/hosts_page.py llama.cpp transformers
 	FLEXTRON_REFERENCE=$(abspath $(BIN)/python) $(HOSTS)/vllm/bin/python -m pytest tests/serving/test_vllm.py $(ARGS)
 
