@@ -41,7 +41,7 @@ hosts: $(HOSTS)/llama.cpp/.made $(HOSTS)/vllm/.made
 $(HOSTS)/llama.cpp/.made: $(VENV)/.built
 	@echo "==> making $(HOSTS)/llama.cpp"
 	@$(BIN)/python -m venv --without-pip $(HOSTS)/llama.cpp
-	@$(BIN)/python -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})")' > \
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
 	  "$$($(HOSTS)/llama.cpp/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/flextron.pth"
 	@$(PIP) --python $(HOSTS)/llama.cpp/bin/python install --no-deps \
 	  "$$($(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
