@@ -524,11 +524,11 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
         if kwargs.get("custom_generate") is not None:
             raise ValueError("generate: draft_budget must be given without custom_generate, got both")
         chosen = self.settings.now()
-        if chosen.dial.hold is not None:
-            raise ValueError("generate: draft_budget must be given without a deadline, got both")
         with self.settings.block():
             self.set_budget(**({"phase": "decode"} | _by_name(budget)))
             draft = self.settings.now()
+        if chosen.dial.hold is not None or draft.dial.hold is not None:
+            raise ValueError("generate: draft_budget must be given without a deadline, got both")
         fault = fault_of_draft(draft, chosen)
         if fault is not None:
             raise ValueError(f"generate: draft_budget {fault}")
