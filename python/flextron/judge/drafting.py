@@ -48,7 +48,7 @@ def judge_drafts(
         max_new_tokens=tokens,
         do_sample=False,
         pad_token_id=0 if pad is None else pad,
-        eos_token_id=-1,  # no token
+        eos_token_id=model.elastic.vocab_size,  # no token is
         return_dict_in_generate=True,
     )
     found = []
