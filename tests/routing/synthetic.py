@@ -61,7 +61,7 @@ def make_table(
 def planner_in(directory: Path, origin: Origin) -> Planner:
     """The planner of a directory that holds tables and routers, but no model: ``origin`` stands for it."""
     with ElasticDirectory.open(directory) as checkpoint:
-        checkpoint.origin = origin
+        checkpoint.origin, checkpoint.meta = origin, {}
         return checkpoint.planner()
 
 
