@@ -31,7 +31,7 @@ def other(model_type: str, **settings: Any) -> Any:
     return small_model(model_type, **(FEW | settings), listed=False)
 
 
-@pytest.mark.parametrize(("model_type", "like"), [("seed_oss", "llama"), ("arcee", "nemotron")])
+@pytest.mark.parametrize(("model_type", "like"), [("seed_oss", "llama"), ("jais2", "arcee")])
 def test_a_family_that_is_built_like_another_converts(
     tmp_path: Path, model_type: str, like: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,7 +60,7 @@ def test_a_family_that_is_built_like_another_converts(
     [
         ("bloom", dict(hidden_size=64, n_head=4), "llama", "it has no model, model.layers, model.norm"),
         ("mamba", {}, "llama", "it has no model, model.layers, model.norm"),
-        ("arcee", {}, "llama", r"it has no model.layers.0.mlp.gate_proj; nothing"),
+        ("jais2", {}, "llama", r"it has no model.layers.0.mlp.gate_proj; nothing"),
         ("hyperclovax", {}, "llama", "not understood: model.layers.0.post_norm1.weight"),
         ("olmo_hybrid", {}, "olmo2", "layer_types are not understood: linear_attention"),
         ("gpt_bigcode", dict(hidden_size=64), "gpt2", r"other shapes .* transformer.h.0.attn.c_attn.weight"),
