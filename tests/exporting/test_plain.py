@@ -338,7 +338,9 @@ def test_layers_of_every_family_are_built_from_a_configuration_each(row: str) ->
     config, causal = (own["auto_map"][name].split(".")[1] for name in ("AutoConfig", "AutoModelForCausalLM"))
     values = {k: v for k, v in plain.config.to_dict().items() if k != "flextron"}
     described = names[config].from_dict(values | own)
-    described._experts_implementation = "eager"  # as the extracted one's: transformers' others add up in another order
+    described._experts_implementation = (
+        "eager"  # as the extracted one's: transformers' others add up in another order
+    )
     built = names[causal](described).eval()
     result = built.load_state_dict(plain.state_dict(), strict=False)
     assert not result.missing_keys
