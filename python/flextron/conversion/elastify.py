@@ -27,7 +27,7 @@ from flextron.conversion.room import Room, room
 from flextron.conversion.source import room_beside, source_of
 from flextron.data import seeded
 from flextron.nn import ElasticModel, elastic_config
-from flextron.nn.allocator import give_back
+from flextron.nn.allocator import give_back, large_apart
 from flextron.nn.anatomy import liken, stop_dropping
 from flextron.nn.placement import CPU
 from flextron.nn.proof import difference, each_logits, logits_of, prove_sub_network, require_close
@@ -195,7 +195,8 @@ def convert(
 
     if not ranks.is_first():
         model.to("meta")  # rank 0 goes on alone
-    return ranks.first(store)
+    with large_apart():
+        return ranks.first(store)
 
 
 def _holds(model: Elastic) -> bool:
