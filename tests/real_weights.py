@@ -35,8 +35,8 @@ STAGES = {
     "train": "--steps 20 --batch-size 2 --length 64 --distillation 1 --eval-every 0",
     "profile": "--phase prefill --length 64 --context 64 --rounds 3",
     "route": "--phase prefill --targets 0.5,0.6,0.7,0.8,0.9,1 --evaluations 40 --prefill 16 --steps 100 --samples 2 "
-    "--length 64",
-    "eval": "--samples 8 --length 64 --rounds 3",
+    "--length 64 --accept-noise",
+    "eval": "--samples 8 --length 64 --rounds 3 --accept-noise",
     "generate": "--max-new-tokens 16",
 }
 
