@@ -547,7 +547,8 @@ def tune(
 
     Args:
         directory: an elastic checkpoint with the router.
-        config: settings; with ``distillation`` above 0 the checkpoint as it was is the teacher.
+        config: settings; with ``distillation`` above 0 the checkpoint as it was is the teacher, or what
+            `refit` began with.
         adaptive: tune the router that chooses for every token, not the static one.
         data: text; by default Python's own documentation.
         restart: discard an unfinished run instead of resuming it.
@@ -616,6 +617,7 @@ def tune(
 
     def store() -> None:
         save_elastic(model, directory, beside=beside, tensors=weights)
+        _discard(directory, REFIT_FOLDER)  # of other weights now
 
     ranks.first(store)
     return report
