@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flextron
 from flextron.config import Widths
-from flextron.nn.proof import logits_of, require_close
+from flextron.nn.proof import require_same
 from flextron_lab.demo import smollm2
 from flextron_lab.demo.parents import load_parent
 
@@ -127,9 +127,7 @@ def exported(elastic: Path, small: Path, widths: Widths) -> float:
     model = flextron.from_pretrained(elastic, "float32", device="cpu")
     stock = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
     with model.budget(widths=widths):
-        found = require_close(
-            "export", "those of the elastic model", logits_of(model, ids), logits_of(stock, ids)
-        )
+        _, _, found = require_same("export", "those of the elastic model", model, stock, ids)
     return found["max_rel"]
 
 

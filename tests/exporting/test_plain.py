@@ -522,6 +522,42 @@ def test_an_export_that_computes_something_else_is_not_written(
     assert not (tmp_path / "out").exists()
 
 
+def badly_conditioned() -> Any:
+    """Attention so sharp that float32's rounding alone takes logits 1.7e-4 of the largest apart."""
+    model = elastic()
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            projection.weight.data *= 30
+    return model
+
+
+def test_rounding_that_the_network_amplifies_is_told_from_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = badly_conditioned()
+    widths = mixed(model.elastic)
+    report = export(model, tmp_path / "out", widths)["parity"]
+    assert report["max_rel"] > 1e-4 and report["float64"] <= 1e-9
+
+    def planted(*args: Any) -> Any:
+        plain = build(*args)
+        plain.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1e-4
+        return plain
+
+    with monkeypatch.context() as patch, pytest.raises(ParityError, match="got"):
+        patch.setattr(written, "build", planted)
+        export(model, tmp_path / "wrong", widths)
+
+    def wrong_in_float32(_: Any, __: Any, out: Any) -> None:
+        if out.logits.dtype == torch.float32:
+            out.logits = out.logits + 1e-3 * torch.ones(61).index_fill(0, torch.arange(0, 61, 2), -1)
+
+    model.register_forward_hook(wrong_in_float32)
+    with pytest.raises(ParityError, match="got"):
+        export(model, tmp_path / "wrong", widths)
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_damaged_exports_are_refused(tmp_path: Path) -> None:
     model = elastic()
     model.set_widths(mixed(model.elastic))

@@ -30,7 +30,7 @@ from flextron.exporting.llama_cpp import quantise
 from flextron.exporting.vocabulary import add_vocabulary
 from flextron.nn.anatomy import Sizes, row_of
 from flextron.nn.plain import build, kept_sizes, widths_of
-from flextron.nn.proof import difference, in_dtype, logits_of, require_close
+from flextron.nn.proof import difference, in_dtype, logits_of, require_close, require_same
 from flextron.nn.protocol import Elastic
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k")
@@ -53,6 +53,7 @@ _NARROWER = {
 }  # where a row does not divide into blocks
 _FEW = 32  # zero neurons behind an attention without an MLP: a block of the quantised types
 _PROOF_SHAPE = (2, 64)  # sequences, tokens
+_WHOSE = "the elastic model's at the budget"
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ def export_gguf(
 
     Returns:
         ``architecture``, ``layout``, ``widths``, ``params`` (in the file), ``types`` (tensors of each), ``bytes``,
-        ``parity`` (``max_abs``, ``max_rel`` to the largest logit, ``tokens``) and, where something is not as small as
-        the sub-network or was left out, ``note``.
+        ``parity`` (``max_abs``, ``max_rel`` to the largest logit, ``tokens``, and ``float64`` as `export` gives it)
+        and, where something is not as small as the sub-network or was left out, ``note``.
 
     Raises:
         NotImplementedError: llama.cpp's architectures do not compute this family, or something in its configuration.
@@ -391,19 +392,14 @@ class _Proof:
         self.tokens = torch.randint(model.elastic.vocab_size, _PROOF_SHAPE, generator=draw)
         full = in_dtype(model, torch.float32)
         with full.budget(widths=widths):
-            self.elastic = logits_of(full, self.tokens)
-        require_close(
-            "export", "the elastic model's at the budget", self.elastic, logits_of(plain, self.tokens)
-        )
+            self.elastic, self.plain, found = require_same("export", _WHOSE, full, plain, self.tokens)
+        self.more = {name: found[name] for name in ("float64",) if name in found}
 
     def of(self, plain: PreTrainedModel, exact: bool) -> dict[str, Any]:
         logits = logits_of(plain, self.tokens)
-        whose = "the elastic model's at the budget"
-        found = (
-            require_close("export", whose, self.elastic, logits)
-            if exact
-            else difference(self.elastic, logits)
-        )
+        if exact:
+            require_close("export", _WHOSE, self.plain, logits)
+        found = difference(self.elastic, logits)
         if not math.isfinite(found["max_rel"]):
             raise ValueError("export: type must hold every weight, got f16, whose largest number is 65504")
-        return {**found, "tokens": self.tokens.numel()}
+        return {**found, "tokens": self.tokens.numel(), **self.more}

@@ -35,7 +35,7 @@ from flextron.config import ElasticConfig, Widths
 from flextron.exporting.remote_code import MODELING_FILE, PER_LAYER_KEY, remote_code, remote_problem
 from flextron.nn.placement import Device, device_of_call, memory_dtype
 from flextron.nn.plain import LAYOUT_KEY, SIZES, build, layout_of, resize, stock_problem, widths_of
-from flextron.nn.proof import difference, in_dtype, logits_of, require_close
+from flextron.nn.proof import difference, in_dtype, logits_of, require_close, require_same
 from flextron.nn.protocol import Elastic
 from flextron.nn.skeleton import fill, parameter_shapes, skeleton
 from flextron.nn.stock import Fingerprint, read_back
@@ -82,7 +82,9 @@ def export(
         The contents of ``export.json``: ``layout``, ``widths``, ``params``, ``dtypes``, ``loads_in``, ``parity`` and,
         if the layout is not uniform, ``note``, a sentence on why and what it costs. ``parity`` compares the elastic
         model with what was read back: ``max_abs``, ``max_rel`` (relative to the largest logit), ``tokens``, the
-        ``dtype`` that was read, and ``rounding``, the part of the difference that a narrower dtype causes.
+        ``dtype`` that was read, and ``rounding``, the part of the difference that a narrower dtype causes. Where the
+        network amplifies float32's rounding beyond what is allowed, the proof is in float64, and ``float64`` is the
+        ``max_rel`` there.
 
     Raises:
         ParityError: the model that was read back computes something else.
@@ -150,11 +152,11 @@ class _Proof:
         self.tokens = torch.randint(model.elastic.vocab_size, _PROOF_SHAPE, generator=draw)
         self.elastic_on = model.device
         full = in_dtype(model, self.work)
-        with full.budget(widths=widths):
-            self.elastic = logits_of(full, self.tokens)
         plain.to(self.work)
-        exact = self.expected = logits_of(plain, self.tokens)
-        require_close("export", _WHOSE, self.elastic, exact)
+        with full.budget(widths=widths):
+            self.elastic, exact, found = require_same("export", _WHOSE, full, plain, self.tokens)
+        self.more = {name: found[name] for name in ("float64",) if name in found}
+        self.expected = exact
         if round_in_place("export", plain, dtypes):
             self.expected = logits_of(plain, self.tokens)
         self.rounding = difference(exact, self.expected)
@@ -169,6 +171,7 @@ class _Proof:
             "tokens": self.tokens.numel(),
             "dtype": dtype,
             "rounding": self.rounding,
+            **self.more,
         }
 
 
