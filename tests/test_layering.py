@@ -355,7 +355,7 @@ FORBIDDEN = {
     "unfinished work": re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b"),
 }
 TEXTS = {".py", ".h", ".cpp", ".cu", ".cuh", ".md", ".toml", ".yaml", ".sh", ".txt"}
-SKIPPED = {".git", ".venv", "build", "dist", "demo-out"}
+SKIPPED = {".git", ".venv", ".venv-hosts", "build", "dist", "demo-out"}
 
 
 def project_files():
