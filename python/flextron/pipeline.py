@@ -28,6 +28,7 @@ from flextron.artefacts.planner import Planner, planner_of
 from flextron.artefacts.static_router import RouterResult, trained_on
 from flextron.checkpoint import CheckpointError, Origin, locked, stored_dtypes
 from flextron.checkpoint.hf import read_tokenizer
+from flextron.checkpoint.io import Pending
 from flextron.checkpoint.origin import weights_of
 from flextron.checkpoint.weights import overwrite, weight_files
 from flextron.config import MENUS, ElasticConfig, Widths
@@ -52,7 +53,7 @@ from flextron.routing.static import train_routers
 from flextron.training import TrainReport, resume
 from flextron.training import train as train_model
 from flextron.training.room import Room, room
-from flextron.training.sharding import cut_of, gathered
+from flextron.training.sharding import cut_of, first_with_weights
 from flextron.tuning import tune as tune_model
 
 TRAINING_FOLDER, TUNING_FOLDER = "training", "tuning"
@@ -334,15 +335,14 @@ def train(
     )
     if round_in_place("train", model, model.stored) and report.evaluations:
         report.evaluations.append(_evaluated_again(model, report, validation))
-    weights = gathered(model)
     moved = report.resumed_from < config.steps
-    ranks.first(lambda: _keep_trained(model, weights, directory, routers_of, moved))
+    first_with_weights(model, lambda w: _keep_trained(model, w, directory, routers_of, moved))
     return report
 
 
 def _keep_trained(
     model: Elastic,
-    weights: Mapping[str, Tensor] | None,
+    weights: Mapping[str, Pending] | None,
     directory: str | Path,
     routers_of: Mapping[Any, Origin | None],
     moved: bool,
@@ -613,13 +613,11 @@ def tune(
         for result in fresh:
             result.write(stage, origin)
 
-    weights = gathered(model)
-
-    def store() -> None:
+    def store(weights: Mapping[str, Pending] | None) -> None:
         save_elastic(model, directory, beside=beside, tensors=weights)
         _discard(directory, REFIT_FOLDER)  # of other weights now
 
-    ranks.first(store)
+    first_with_weights(model, store)
     return report
 
 

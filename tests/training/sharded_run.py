@@ -23,12 +23,12 @@ from flextron import ranks
 from flextron.artefacts.directory import ElasticDirectory
 from flextron.artefacts.elastic_model import make_elastic, save_elastic
 from flextron.checkpoint import save_tensors
-from flextron.checkpoint.weights import overwrite
+from flextron.checkpoint.weights import overwrite, save_weights
 from flextron.data import windows
 from flextron.recipes import TrainConfig, TuneConfig
 from flextron.training import train
 from flextron.training.resume import fingerprint
-from flextron.training.sharding import cut_of, full
+from flextron.training.sharding import cut_of, first_with_weights, full
 from flextron.tuning import tune
 
 CONFIG = TrainConfig(
@@ -139,20 +139,38 @@ def store_large(directory: Path) -> None:
 
 
 def measure(directory: Path) -> None:
-    """Write how much the memory of this process grew at most while it read its part of a model and knew it by it."""
+    """Write how much this process's memory grew at most.
+
+    As it read its part of a model and knew it by it, and as rank 0 wrote the whole model to the disk.
+    """
     config = replace(CONFIG, shard="full")
-    fingerprint(_read(directory / "small", config, "float32").state_dict())  # what grows only once
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-    before = _memory("VmRSS")
+    small = _read(directory / "small", config, "float32")
+    fingerprint(small.state_dict())  # what grows only once
+    first_with_weights(small, lambda weights: _write(directory / "small-again", weights))
+    before = _begin_peak()
     model = _read(directory / "large", config, "float32")
     known = fingerprint(model.state_dict())
     found: dict[str, Any] = {"known": known, "grown": _memory("VmHWM") - before}
+    before = _begin_peak()
+    first_with_weights(model, lambda weights: _write(directory / "large-again", weights))
+    found |= {"wrote": _memory("VmHWM") - before, "largest": max(p.nbytes for p in model.parameters())}
     found |= {
         "part": sum(p.to_local().nbytes for p in model.parameters()),
         "whole": sum(p.nbytes for p in model.parameters()),
         "layer": sum(p.nbytes for p in model.model.layers[0].parameters()),
     }
     (directory / f"rank-{ranks.now().rank}.json").write_text(json.dumps(found))
+
+
+def _write(folder: Path, weights: Any) -> None:
+    folder.mkdir()
+    save_weights(folder, weights)
+
+
+def _begin_peak() -> int:
+    """Let the peak of memory begin again, from what is returned."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
 
 
 def _memory(key: str) -> int:

@@ -101,6 +101,19 @@ def test_a_process_reads_no_more_than_its_part_of_a_model(root, rank):
     assert found["grown"] < found["part"] + found["layer"] + mapped < 0.6 * found["whole"]
 
 
+@pytest.mark.skipif(not CAN_MEASURE, reason="the peak is read from Linux's /proc")
+@pytest.mark.parametrize("rank", range(3))
+def test_one_tensor_at_a_time_is_whole_while_a_sharded_model_is_written(root, rank):
+    found = told(root / "loading", rank)
+    print(found)
+    assert found["wrote"] < 2 * found["largest"] < 0.25 * found["whole"]  # whole, and its parts on their way
+    stored, again = (
+        load_tensors(root / "loading" / n / "model.safetensors") for n in ("large", "large-again")
+    )
+    assert stored.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in stored.items())
+
+
 def test_a_stopped_run_goes_on_bit_for_bit_on_as_many_processes(root):
     whole, stopped = (load_tensors(root / name / "weights.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(value, stopped[name]) for name, value in whole.items())

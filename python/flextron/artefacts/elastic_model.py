@@ -71,7 +71,7 @@ def save_elastic(
     *,
     prove: Callable[[Path, PreTrainedModel, str], dict[str, Any]] | None = None,
     dtype: Dtype = "auto",
-    tensors: Mapping[str, Tensor] | None = None,
+    tensors: Mapping[str, Pending] | None = None,
     drop: Iterable[str] = (),
     shard_bytes: int | None = None,
     empties: bool = False,
@@ -90,7 +90,7 @@ def save_elastic(
         prove: called with the folder of the new files, the stock model read from it and the identity of its weights.
             What it returns joins the report; an error that it raises leaves the old files.
         dtype: ``"auto"``: each tensor in its own dtype in the file that the model was loaded from.
-        tensors: the model's parameters by name, where they are not in the model; each is stored in its own dtype.
+        tensors: what makes the model's parameters, by name, where they are not in the model.
         drop: names in ``directory`` that go when the new files begin to count. Weights in other files always go.
         shard_bytes: what `save_weights` takes.
         empties: the model's parameters lose their memory once they are written, which makes room to read them back.
@@ -103,10 +103,8 @@ def save_elastic(
     """
     if tensors is None:
         check_plain("save", model)
-        dtypes = storage("save", model, dtype)
-        tensors = dict(model.named_parameters())
-    else:
-        dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        tensors = pending("save", dict(model.named_parameters()), storage("save", model, dtype))
+    dtypes = {name: one.dtype for name, one in tensors.items()}
     config, own = _stock_config(model, common(dtypes.values())), model.elastic
     # the vocabulary, and whether embeddings are tied, may have changed since the model was made elastic
     own = elastic_config(config, own.unit, *own.menus)
@@ -128,7 +126,7 @@ def save_elastic(
         if tokenizer is not None:
             write_tokenizer(tokenizer, stage)
         meant: dict[str, Fingerprint] = {}
-        checksums = save_weights(stage, to_write("save", tensors, dtypes, meant), shard_bytes)
+        checksums = save_weights(stage, to_write(tensors, meant), shard_bytes)
         checksums[CONFIG_FILE] = checksum_of(stage / CONFIG_FILE)
         del tensors
         if empties:
@@ -151,30 +149,31 @@ def save_elastic(
     return origin
 
 
-def to_write(
-    who: str,
-    tensors: Mapping[str, Tensor],
-    dtypes: Mapping[str, torch.dtype],
-    meant: dict[str, Fingerprint],
-) -> dict[str, Pending]:
-    """What `save_weights` takes: each tensor is rounded to its dtype when it is written.
+def pending(who: str, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Pending]:
+    """What makes tensors that are here: each is rounded to its dtype when it is written."""
+    return {
+        name: Pending(tuple(t.shape), dtypes[name], partial(rounded, who, name, t, dtypes[name]))
+        for name, t in tensors.items()
+    }
 
-    Its fingerprint is then put into ``meant``, which `read_back` takes.
-    """
+
+def to_write(tensors: Mapping[str, Pending], meant: dict[str, Fingerprint]) -> dict[str, Pending]:
+    """What `save_weights` takes: a tensor's fingerprint is put into ``meant``, for `read_back`, when it is made."""
 
     def make(name: str) -> Tensor:
-        tensor = rounded(who, name, tensors[name], dtypes[name])
+        tensor = tensors[name].make()
         meant[name] = fingerprint(tensor)
         return tensor
 
-    return {name: Pending(tuple(t.shape), dtypes[name], partial(make, name)) for name, t in tensors.items()}
+    return {name: one._replace(make=partial(make, name)) for name, one in tensors.items()}
 
 
 def write(
     model: Elastic, directory: str | Path, tensors: Mapping[str, Tensor], shard_bytes: int | None
 ) -> None:
     """Save a model on behalf of its ``save_pretrained``; see `flextron.nn.model.Writer`."""
-    save_elastic(model, directory, tensors=tensors, shard_bytes=shard_bytes)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    save_elastic(model, directory, tensors=pending("save", tensors, dtypes), shard_bytes=shard_bytes)
 
 
 def make_elastic(model: PreTrainedModel, config: ElasticConfig | None = None) -> Elastic:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flextron.artefacts.elastic_model import to_write
+from flextron.artefacts.elastic_model import pending, to_write
 from flextron.checkpoint import (
     CONFIG_FILE,
     ELASTIC_FILE,
@@ -110,7 +110,7 @@ def export(
     if note := _note(model.elastic, widths, chosen, report["params"], refused):
         report["note"] = note
     meant: dict[str, Fingerprint] = {}
-    tensors = to_write("export", dict(plain.named_parameters()), proof.dtypes, meant)
+    tensors = to_write(pending("export", dict(plain.named_parameters()), proof.dtypes), meant)
     plain.config.dtype = common(proof.dtypes.values())
     with commit(directory, drop) as stage:
         plain.config.save_pretrained(stage)

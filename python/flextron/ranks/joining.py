@@ -154,16 +154,19 @@ def shared(value: T) -> T:
     return found
 
 
-def first(work: Callable[[], T]) -> T:
+def first(work: Callable[[], T], answer: Callable[[str], object] | None = None) -> T:
     """What ``work`` returns on rank 0, which alone does it; a JSON value. Its error is one of all ranks.
 
-    It begins once all ranks are there. The others wait for it without using a processor or a GPU.
+    It begins once all ranks are there. The others wait for it without using a processor or a GPU; what ``work`` then
+    asks of all ranks, by `ask`, they do by ``answer``.
     """
     if _now.size == 1:
         return work()
     dist.barrier(_patient)
     if not is_first():
-        told = json.loads(_text(""))
+        while (told := json.loads(_text(""))).keys() == {"asked"}:
+            if answer is not None:
+                answer(told["asked"])
         if told["refused"] is not None:
             raise ValueError(told["refused"])
         found: T = told["found"]
@@ -176,6 +179,11 @@ def first(work: Callable[[], T]) -> T:
         raise
     _text(json.dumps({"refused": None, "found": found}))
     return found
+
+
+def ask(what: str) -> None:
+    """In the work of `first`, on rank 0 alone: the other ranks now call its ``answer`` with ``what``."""
+    _text(json.dumps({"asked": what}))
 
 
 def divided(items: Sequence[T], check: Callable[[T], object], kind: type[ValueError] = ValueError) -> None:

@@ -8,10 +8,10 @@ optimiser's states are on every process (DDP), or each process has its part of e
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flextron import ranks
 from flextron.artefacts.elastic_model import Cut
+from flextron.checkpoint.io import Pending
 from flextron.config import ElasticConfig, Widths
 from flextron.judge.loss import evaluate
 from flextron.nn.protocol import Elastic
@@ -31,6 +32,7 @@ from flextron.nn.widened import is_narrow
 from flextron.recipes import StepConfig, TrainConfig
 from flextron.scale.memory import FLOAT, USABLE, estimate
 
+T = TypeVar("T")
 _SHARDS = "shards"  # the dimension of a mesh along which weights are sharded
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -185,19 +187,25 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(model: Elastic) -> dict[str, Tensor] | None:
-    """A sharded model's parameters by name, as they are stored, in rank 0's memory; None where a model is whole.
+def first_with_weights(model: Elastic, work: Callable[[Mapping[str, Pending] | None], T]) -> T:
+    """`ranks.first` for work that stores a model's parameters.
 
-    All ranks call this. One tensor at a time is whole on a device.
+    ``work`` is given them by name, where the model is sharded: each is gathered when it is made, in the dtype that it
+    is stored in, so that one at a time is whole. A model that is whole gives None.
     """
     if not is_sharded(model):
-        return None
-    dtypes, found = storage("save", model), {}
-    for name, p in model.named_parameters():
-        whole = full(p.detach().to(dtypes[name]))
-        if ranks.is_first():
-            found[name] = whole.cpu()
-    return found
+        return ranks.first(lambda: work(None))
+    dtypes, parameters = storage("save", model), dict(model.named_parameters())
+
+    def whole(name: str) -> Tensor:
+        return full(parameters[name].detach().to(dtypes[name]))
+
+    def make(name: str) -> Tensor:
+        ranks.ask(name)
+        return whole(name).cpu()
+
+    pending = {n: Pending(tuple(p.shape), dtypes[n], partial(make, n)) for n, p in parameters.items()}
+    return ranks.first(lambda: work(pending), whole)
 
 
 def memory_of(device: torch.device) -> int:
