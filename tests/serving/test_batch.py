@@ -10,8 +10,9 @@ from nn.models import small_model
 from torch.nn.functional import scaled_dot_product_attention
 
 from flextron import Widths, make_elastic
-from flextron.nn import ElasticCache
+from flextron.nn import ElasticCache, elastic_config
 from flextron.serving.batch import Batch
+from flextron.serving.pace import Request
 
 CPU = torch.device("cpu")
 
@@ -34,7 +35,8 @@ def test_places_follow_what_a_host_says(model):
         removed = [place for place in truth if draw.random() < 0.2]
         for place in removed:
             del truth[place]
-        added = [(p, random_widths(config, draw)) for p in range(6) if p not in truth and draw.random() < 0.4]
+        free = [place for place in range(6) if place not in truth and draw.random() < 0.4]
+        added = [(place, Request(random_widths(config, draw))) for place in free]
         truth |= dict(added)
         moved = []
         for _ in range(draw.randrange(3)):
@@ -48,13 +50,13 @@ def test_places_follow_what_a_host_says(model):
             if there is not None:
                 truth[start] = there
         batch.update(removed, added, moved)
-        assert batch._widths == truth
+        assert batch._requests == truth
 
 
 def test_a_place_is_taken_over_by_who_comes(model):
     batch, (one, other) = Batch(model.elastic, CPU), (model.elastic.full(), model.elastic.smallest())
-    batch.update([], [(0, one)], [])
-    batch.update([0], [(0, other)], [])
+    batch.update([], [(0, Request(one))], [])
+    batch.update([0], [(0, Request(other))], [])
     assert batch.setting([3], 3).widths == other
 
 
@@ -65,20 +67,22 @@ class Host:
         self.scaling, self.lengths = scaling, [0] * requests
         self.stored = [[torch.empty(0), torch.empty(0)] for _ in range(requests)]
 
-    def __call__(self, q, k, v):
+    def __call__(self, q, k, v, used):
         parts = zip(*(x[0].split(self.lengths) for x in (q, k, v)), self.stored, strict=True)
-        return torch.cat([self.attend(*part) for part in parts])
+        return torch.cat([self.attend(*part, used) for part in parts])
 
-    def attend(self, q, k, v, stored):
-        """q [T, H, D], k and v [T, G, D] of one request -> [T, H, D]."""
+    def attend(self, q, k, v, stored, used):
+        """q [T, H, D] over the first groups of k and v [T, G, D] of one request -> [T, H, D]."""
         for i, new in enumerate((k, v)):
             old, groups = stored[i], new.shape[1]
             if len(old) and old.shape[1] < groups:
                 missing = old.new_full((len(old), groups - old.shape[1], old.shape[2]), torch.nan)
                 old = torch.cat([old, missing], 1)
             stored[i] = torch.cat([old[:, :groups], new]) if len(old) else new
-        T, S, each = len(q), len(stored[0]), q.shape[1] // k.shape[1]
-        keys, values = (x.repeat_interleave(each, 1).transpose(0, 1) for x in stored)
+        if not q.shape[1]:
+            return q
+        T, S, each = len(q), len(stored[0]), q.shape[1] // used
+        keys, values = (x[:, :used].repeat_interleave(each, 1).transpose(0, 1) for x in stored)
         seen = torch.ones(T, S, dtype=torch.bool).tril(S - T)
         out = scaled_dot_product_attention(q.transpose(0, 1), keys, values, seen, scale=self.scaling)
         return out.transpose(0, 1)
@@ -91,7 +95,7 @@ def test_mixed_requests_get_what_each_gets_alone(family):
     draw, config = random.Random(1), hosted.elastic
     widths = [random_widths(config, draw) for _ in range(4)] + [config.full(), config.smallest()]
     batch, caches, done = Batch(config, CPU), [ElasticCache() for _ in widths], [0] * len(widths)
-    batch.update([], enumerate(widths), [])
+    batch.update([], enumerate(map(Request, widths)), [])
     hosts = []
     for attention, _ in hosted.layers_of():
         attention.host = Host(attention.scaling, len(widths))
@@ -117,10 +121,42 @@ def test_mixed_requests_get_what_each_gets_alone(family):
         done = [d + n for d, n in zip(done, lengths, strict=True)]
 
 
+def test_widths_that_move_between_steps_find_their_keys_in_the_cache():
+    """A request with a deadline, beside one with a budget: what it gets is what it gets alone where all is cached."""
+    hosted, alone = (
+        make_elastic(plain, elastic_config(plain, "kv_group", (0, 20, 40), (0, 1, 2, 4)))
+        for plain in (small_model(num_hidden_layers=2) for _ in range(2))
+    )
+    config, batch = hosted.elastic, Batch(hosted.elastic, CPU)
+    moving, other = Request(config.full(), end=0.0), Request(config.smallest())
+    batch.update([], [(0, other), (1, moving)], [])
+    for attention, _ in hosted.layers_of():
+        attention.host = Host(attention.scaling, 2)
+    cache, done = ElasticCache(), 0
+    steps = [((1, 2), 5), ((0, 0), 1), ((4, 0), 1), ((0, 1), 2), ((4, 4), 1)]
+    for heads, n in steps:
+        moving.widths = Widths((20, 40), heads)
+        ids, lengths = torch.randint(61, (1, 1 + n)), [1, n]
+        for attention, _ in hosted.layers_of():
+            attention.host.lengths = lengths
+        given = {
+            "input_ids": ids,
+            "position_ids": torch.tensor([[done, *range(done, done + n)]]),
+            "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.int64),
+        }
+        with torch.no_grad(), hosted.settings.block(batch.setting(lengths, 1 + n)):
+            hidden = hosted.base_model(**given, use_cache=False).last_hidden_state
+            logits = hosted.lm_head(hidden)[0, 1:]
+        with torch.no_grad(), alone.budget(widths=moving.widths, kv="all"):
+            expected = alone(ids[:, 1:], cache=cache).logits[0]
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+        done += n
+
+
 def test_padding_keeps_as_little_as_can_be(model):
     config = model.elastic
     batch = Batch(config, CPU)
-    batch.update([], [(0, config.full())], [])
+    batch.update([], [(0, Request(config.full()))], [])
     padded = batch.setting([2], 5)
     assert padded.widths == config.full() and padded.policy is not None
     extents = padded.policy(torch.zeros(1, 5, 1), 0)

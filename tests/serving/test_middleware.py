@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 
-from flextron.serving.middleware import Budgets, completed, moved
+import pytest
+
+from flextron.serving.middleware import ARRIVED, Budgets, completed, moved
+from flextron.serving.pace import clock
 
 
 def called(app, method="POST", path="/v1/completions", body=b"{}", parts=1, gone=False):
@@ -50,6 +53,12 @@ def test_a_budget_moves_to_where_the_host_hands_it_on():
     assert dict(scope["headers"])[b"content-length"] == str(len(given["body"])).encode()
     assert dict(scope["headers"])[b"content-type"] == b"application/json"
     assert [m.get("body") for m in sent] == [None, b"data: 1\n", b"data: 2\n"]  # as it comes: a stream
+
+
+def test_a_deadline_counts_from_its_arrival():
+    before = clock()
+    given = json.loads(moved(b'{"deadline_ms": 500}'))["vllm_xargs"]
+    assert given.pop(ARRIVED) == pytest.approx(before, abs=60) and given == {"deadline_ms": 500}
 
 
 def test_what_has_no_budget_stays_as_it_was():

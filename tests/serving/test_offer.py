@@ -22,13 +22,16 @@ def test_a_budget_is_what_it_is_elsewhere():
     assert Offer(Planner(CONFIG), {}).widths({"budget": 1}) == CONFIG.full()  # without a table
 
 
-def test_a_deadline_holds_for_prompt_and_new_tokens_together():
+def test_a_deadline_may_take_the_full_model_where_times_are_known():
+    assert OFFER.widths({"deadline_ms": 1.0}) == CONFIG.full()
     prefill, decode = PLANNER.table("prefill"), PLANNER.table("decode")
-    for rung in PLANNER.ladder.rungs:
-        took = 64 / 128 * prefill.predict(rung) + 12 * decode.predict(rung)
-        assert OFFER.widths({"deadline_ms": took + 1e-3}, prompt=64, new=12) == rung
-    assert OFFER.widths({"deadline_ms": 1.0}, 64, 12) == CONFIG.smallest()
-    assert OFFER.widths({"deadline_ms": 1e6}, 64, 12) == CONFIG.full()
+    own = OFFER.cost(CONFIG.smallest())
+    assert own == (prefill.predict(CONFIG.smallest()) / 128, decode.predict(CONFIG.smallest()))
+    assert [widths for widths, _ in OFFER.pace().rungs] == list(PLANNER.ladder.rungs)
+    untimed = Offer(Planner(CONFIG), {})
+    assert untimed.pace() is None
+    with pytest.raises(ValueError, match="must have a table of phase 'prefill', got none"):
+        untimed.widths({"deadline_ms": 1.0})
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 SLOW = 900  # seconds for a server to come up: a busy machine with two cores takes minutes to import vLLM
 OPTIONS = "--max-model-len 256 --max-num-seqs 32 --max-num-batched-tokens 512 --served-model-name tiny"
+SMALLEST = 0.571  # of the full latency, by the tables of `checkpoint.build`
 BUDGETS = (None, 1.0, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 TOKENS = 16
 TESTS = Path(__file__).resolve().parents[1]
@@ -194,6 +195,28 @@ def test_answers_stream_to_any_client(server, client):
         [*command, "-d", json.dumps(body)], capture_output=True, text=True, timeout=300
     ).stdout
     assert json.loads(said)["usage"]["completion_tokens"] == 5, said
+
+
+def test_requests_with_deadlines_leave_the_others_as_they_are(server, client):
+    """Their widths move from step to step, some from the first on; beside them are budgets that stay."""
+    draw = random.Random(7)
+    requests = [(prompt(draw), draw.choice(BUDGETS)) for _ in range(40)]
+    deadlines = [draw.choice((1, 200, 2000, 60_000)) if i % 2 else None for i in range(40)]
+
+    def one(i: int) -> list[int]:
+        (ids, budget), deadline = requests[i], deadlines[i]
+        extra = asked(budget, i)
+        if deadline is not None:
+            extra = {"ignore_eos": True, "return_token_ids": True, "deadline_ms": deadline}
+        return complete(client, ids, extra)
+
+    with ThreadPoolExecutor(32) as pool:
+        got = list(pool.map(one, range(40)))
+    assert all(len(tokens) == TOKENS for tokens in got)
+    still = range(0, 40, 2)
+    assert [got[i] for i in still] == expected(server, [(*requests[i], TOKENS) for i in still])
+    late = complete(client, requests[0][0], {"ignore_eos": True, "return_token_ids": True, "deadline_ms": 1})
+    assert late == expected(server, [(requests[0][0], SMALLEST, TOKENS)])[0]  # nothing is fast enough
 
 
 KILLED = """

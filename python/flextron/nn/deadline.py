@@ -21,14 +21,19 @@ from flextron.nn.policy import Dial
 if TYPE_CHECKING:
     from flextron.nn.protocol import Elastic
 
-_WINDOW = 16  # steps that are looked back on
-_SPARE = (
+WINDOW = 16  # steps that are looked back on
+SPARE = (
     0.05  # share of the limit that a higher rung must leave, so that a step's jitter does not undo it at once
 )
 _LONGEST = 256  # steps to wait at most after climbs that failed
 _LATE = 2  # steps that a GPU may have been given beyond the one whose end the host waits for
 
 Clock = Callable[[], float]  # seconds
+
+
+def slowdown_of(last: Sequence[float]) -> float:
+    """The second largest of the last steps' slowdowns: one outlier moves nothing; 1 where too few have been seen."""
+    return sorted(last)[-2] if len(last) > 1 else 1.0
 
 
 class Controller:
@@ -50,17 +55,17 @@ class Controller:
         predicted: Sequence[float],
         lowest: int = 0,
         slowdowns: Iterable[float] = (),
-        wait: int = _WINDOW,
+        wait: int = WINDOW,
     ) -> None:
         self.predicted, self.lowest, self.rung = tuple(predicted), lowest, lowest
-        self.slowdowns = deque(slowdowns, maxlen=_WINDOW)
+        self.slowdowns = deque(slowdowns, maxlen=WINDOW)
         self.wait = wait
         self._since, self._rose = inf, False  # steps since the last move, and whether that was a rise
 
     @property
     def slowdown(self) -> float:
         """How many times the table's milliseconds a step takes now; 1 where too few steps have been seen."""
-        return sorted(self.slowdowns)[-2] if len(self.slowdowns) > 1 else 1.0
+        return slowdown_of(self.slowdowns)
 
     def begin(self, limit: float) -> int:
         """The first step's rung: the highest whose time is within ``limit`` milliseconds."""
@@ -73,10 +78,10 @@ class Controller:
         self._since += 1
         if self._ms(self.rung) > limit:
             if self._rose:
-                self.wait = min(2 * self.wait, _LONGEST) if self._since <= self.wait else _WINDOW
+                self.wait = min(2 * self.wait, _LONGEST) if self._since <= self.wait else WINDOW
             self.rung, self._since, self._rose = self._highest(limit), 0, False
-        elif self._since >= self.wait and len(self.slowdowns) == _WINDOW:
-            higher = self._highest((1 - _SPARE) * limit)
+        elif self._since >= self.wait and len(self.slowdowns) == WINDOW:
+            higher = self._highest((1 - SPARE) * limit)
             if higher > self.rung:
                 self.rung, self._since, self._rose = higher, 0, True
         return self.rung
@@ -171,7 +176,7 @@ class Hold:
         self.lowest, self.latency_ms, self.deadline_ms, self.clock = lowest, latency_ms, deadline_ms, clock
         self.began = clock()
         self.slowdowns: list[float] = []  # of the last generation's last steps
-        self.wait = _WINDOW
+        self.wait = WINDOW
 
     def dial(self, rung: int) -> Dial:
         """The dial at a rung: all groups are cached, since the budget may rise again."""
@@ -256,7 +261,7 @@ class Holding:
             assert self.hold.latency_ms is not None
             return self.hold.latency_ms
         gone = 1e3 * (self.hold.clock() - self.began)
-        return (1 - _SPARE) * (self.hold.deadline_ms - gone) / max(self.left, 1)
+        return (1 - SPARE) * (self.hold.deadline_ms - gone) / max(self.left, 1)
 
     def _turn(self, rung: int) -> None:
         if self.model.dial.widths != (self.hold.widths[rung],):

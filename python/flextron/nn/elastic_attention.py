@@ -53,11 +53,12 @@ class ElasticAttention(nn.Module):
 
     Attributes:
         host: attends in our place, over a cache of its own: q [B, T, H, D] and k, v [B, T, G, D], at their positions,
-            give [B * T, H, D]. It is set by what runs the layers for a server.
+            and the number of groups that H heads attend over, give [B * T, H, D]; H may be 0. It is set by what runs
+            the layers for a server.
     """
 
     sinks: Tensor | None
-    host: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    host: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
 
     def __init__(
         self,
@@ -210,19 +211,19 @@ class ElasticAttention(nn.Module):
             keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             if cached:
                 k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        if self.host is not None:
+            out = self.host(q, k, v, used)
         if heads == 0:  # the tokens are stored, for later ones may use them
             return torch.zeros_like(hidden_states), None
-        k, v = k[:, :, :used], v[:, :, :used]
-
-        k_start, mask = masks.split(attention_mask)
-        if self.host is not None:
-            out = self.host(q, k, v)
-        elif mask is not None:
-            out = self._attend_masked(q, k, v, mask, heads)
-        else:
-            # the number of a token's heads; without one, all that are here, in whatever unit
-            count = (used, "kv_group") if extent is None else (heads, c.unit)
-            out = self._attend(q, k, v, k_start, count, extent, cached > 0)
+        if self.host is None:
+            k, v = k[:, :, :used], v[:, :, :used]
+            k_start, mask = masks.split(attention_mask)
+            if mask is not None:
+                out = self._attend_masked(q, k, v, mask, heads)
+            else:
+                # the number of a token's heads; without one, all that are here, in whatever unit
+                count = (used, "kv_group") if extent is None else (heads, c.unit)
+                out = self._attend(q, k, v, k_start, count, extent, cached > 0)
         if decision.mixture is not None:
             out = out.reshape(B * T, -1, D) * self._scale(decision.mixture).to(out.dtype)[..., None]
         output: Any = self._modules[self.anatomy.output]

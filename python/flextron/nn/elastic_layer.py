@@ -61,7 +61,8 @@ class ElasticDecoderLayer(Mixin, GradientCheckpointingLayer):
             given["cache"] = given.pop("layer_past")
         a, setting, cache = self.anatomy, self.settings.now(), given.get("cache")
         attention, mlp = parts_of(a, self)
-        stores = cache is not None and setting.kv_heads[self.layer_idx] > 0
+        has_cache = cache is not None or getattr(attention, "host", None) is not None
+        stores = has_cache and setting.kv_heads[self.layer_idx] > 0
         attends = stores or setting.widths.heads[self.layer_idx] > 0
         feeds = setting.widths.mlp[self.layer_idx] > 0
         shared = a.parallel and not a.mlp_norm  # the MLP reads what attention does

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from flextron.artefacts.directory import ElasticDirectory
 from flextron.artefacts.machine import Machine, machine_on
 from flextron.artefacts.planner import Planner
 from flextron.config import ElasticConfig, Widths, number
+from flextron.serving.pace import Cost, Pace
 
 FIELDS = ("budget", "latency_ms", "deadline_ms")  # of a request, of which it has at most one
 _STEPS = 20  # of the list of budgets
@@ -74,12 +75,13 @@ class Offer:
         """The widest network that a request may get."""
         return self._of(self.own)
 
-    def widths(self, request: Mapping[str, Any], prompt: int = 0, new: int = 0) -> Widths:
+    def widths(self, request: Mapping[str, Any]) -> Widths:
         """The widths of one request; without a budget of its own, the server's, or the full model.
+
+        With a deadline it is the full model: the widths change from step to step, and are at most these.
 
         Args:
             request: its fields, others than `FIELDS` are passed over.
-            prompt, new: tokens of its prompt, and at most to come, which a deadline is for.
 
         Raises:
             ValueError: what is wrong with the budget, in one sentence, or that the server has another.
@@ -89,9 +91,9 @@ class Offer:
             raise ValueError(
                 f"budget: must be the server's own, {_told(self.own)}, or not be given, got {_told(given)}"
             )
-        return self._of(given or self.own, prompt, new)
+        return self._of(given or self.own)
 
-    def _of(self, given: Mapping[str, float], prompt: int = 0, new: int = 0) -> Widths:
+    def _of(self, given: Mapping[str, float]) -> Widths:
         if not given:
             return self.config.full()
         ((name, value),) = given.items()
@@ -99,18 +101,26 @@ class Offer:
             return self.config.full() if value == 1 else self.planner.resolve(fraction=value)
         if name == "latency_ms":
             return self.planner.resolve(latency_ms=value, phase="decode")
-        return self._within(value, prompt, new)
+        self.cost(self.config.smallest())  # there must be tables
+        return self.config.full()
 
-    def _within(self, deadline: float, prompt: int, new: int) -> Widths:
-        """The highest rung that takes in a prompt and writes the new tokens in time; the lowest where none does."""
+    def cost(self, widths: Widths) -> Cost:
+        """What one request alone takes, by the tables.
+
+        Raises:
+            ValueError: it was never measured.
+        """
         prefill, decode = self.planner.table("prefill"), self.planner.table("decode")
-        share = prompt / (prefill.workload.batch * prefill.workload.length)
+        prompt = prefill.workload.batch * prefill.workload.length
+        return Cost(prefill.predict(widths) / prompt, decode.predict(widths))
 
-        def cost(widths: Widths) -> float:
-            return share * prefill.predict(widths) + new * decode.predict(widths)
-
-        ladder = self.planner.ladder
-        return ladder.highest(cost, deadline) or ladder.rungs[0]
+    def pace(self) -> Pace | None:
+        """What holds deadlines; None where nothing was measured."""
+        try:
+            rungs = [(widths, self.cost(widths)) for widths in self.planner.ladder.rungs]
+        except ValueError:
+            return None
+        return Pace(rungs, cache(self.cost))
 
     def listed(self) -> list[dict[str, float]]:
         """Budgets that a request may name, the smallest first, each with what is known of its network.

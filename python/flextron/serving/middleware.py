@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from flextron.serving.budgets import FIELDS
+from flextron.serving.pace import clock
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -19,6 +20,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 MODELS = "/v1/models"
 XARGS = "vllm_xargs"  # where vLLM takes what its own fields do not say
+ARRIVED = "flextron_arrived"  # there, of a request with a deadline: seconds of `flextron.serving.pace.clock`
 
 
 class Budgets:
@@ -81,7 +83,10 @@ class Budgets:
 
 
 def moved(body: bytes) -> bytes:
-    """A request's body with its budget where vLLM hands it on; as it was where it has none, or is no JSON object."""
+    """A request's body with its budget where vLLM hands it on; as it was where it has none, or is no JSON object.
+
+    A deadline counts from now on: its request may have to wait until it joins the batch.
+    """
     try:
         request = json.loads(body)
     except ValueError:
@@ -93,6 +98,8 @@ def moved(body: bytes) -> bytes:
     if others is not None and not isinstance(others, dict):
         return body  # which vLLM refuses
     request[XARGS] = {**(others or {}), **{name: value for name, value in given.items() if value is not None}}
+    if "deadline_ms" in request[XARGS]:
+        request[XARGS][ARRIVED] = clock()
     return json.dumps(request).encode()
 
 

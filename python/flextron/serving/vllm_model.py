@@ -46,7 +46,7 @@ class ElasticForCausalLM(nn.Module):
             torch.set_default_dtype(default)
         _check(self.elastic)
         offer = offer_of(vllm_config)
-        self.batch = Batch(offer.config, device)
+        self.batch = Batch(offer.config, device, offer.pace())
         serve(offer, self.batch)
         self.whole = self.batch.whole(offer.widest)
         self.kind = self.elastic.anatomy.decoder_kind(self.elastic.config)
@@ -147,27 +147,38 @@ class Paged:
     def __init__(self, layer: Any, narrow: dict[Any, Any]) -> None:
         self.layer, self.narrow = layer, narrow
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [1, N, H, D], k and v [1, N, G, D], at their positions -> [N, H, D]."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, used: int) -> Tensor:
+        """q [1, N, H, D] over the first ``used`` groups of k and v [1, N, G, D], at their positions -> [N, H, D].
+
+        All groups of k and v are stored.
+        """
         q, k, v = q[0], k[0], v[0]
         layer, (N, H, D), G = self.layer, q.shape, k.shape[1]
         if (layer.num_heads, layer.num_kv_heads) == (H, G):
             return layer(q, k, v, output_shape=torch.Size((N, H * D))).view(N, H, D)
         metadata = get_forward_context().attn_metadata
         if isinstance(layer.impl, CPUAttentionBackendImpl) and metadata:
-            return self._on_cpu(q, k, v, metadata[layer.layer_name])
-        per, each = H // G, layer.num_heads // layer.num_kv_heads
+            return self._on_cpu(q, k, v, used, metadata[layer.layer_name])
+        per, each = H // max(used, 1), layer.num_heads // layer.num_kv_heads
+        queries = q.new_zeros(N, layer.num_kv_heads, each, D)
+        queries[:, :used, :per] = q.view(N, used, per, D)
         more = (0, 0, 0, layer.num_kv_heads - G)
-        q = pad(q.view(N, G, per, D), (0, 0, 0, each - per, *more[2:])).flatten(1, 2)
-        out = layer(q, pad(k, more), pad(v, more), output_shape=torch.Size((N, layer.num_heads * D)))
-        return out.view(N, -1, each, D)[:, :G, :per].flatten(1, 2)
+        out = layer(
+            queries.flatten(1, 2),
+            pad(k, more),
+            pad(v, more),
+            output_shape=torch.Size((N, layer.num_heads * D)),
+        )
+        return out.view(N, -1, each, D)[:, :used, :per].flatten(1, 2)
 
-    def _on_cpu(self, q: Tensor, k: Tensor, v: Tensor, metadata: CPUAttentionMetadata) -> Tensor:
+    def _on_cpu(self, q: Tensor, k: Tensor, v: Tensor, used: int, metadata: CPUAttentionMetadata) -> Tensor:
         layer, H, G = self.layer, q.shape[1], k.shape[1]
-        cache, out, n = layer.kv_cache[:, :G], torch.empty_like(q), metadata.num_actual_tokens
-        plan = self._plan(metadata, H, G, q)
-        layer.impl.do_kv_cache_update(layer, k[:n], v[:n], cache, metadata.slot_mapping)
-        return layer.impl.forward(layer, q, k, v, cache, plan, out)
+        out, n = torch.empty_like(q), metadata.num_actual_tokens
+        layer.impl.do_kv_cache_update(layer, k[:n], v[:n], layer.kv_cache[:, :G], metadata.slot_mapping)
+        if not H:
+            return out
+        plan = self._plan(metadata, H, used, q)
+        return layer.impl.forward(layer, q, k[:, :used], v[:, :used], layer.kv_cache[:, :used], plan, out)
 
     def _plan(self, metadata: CPUAttentionMetadata, H: int, G: int, q: Tensor) -> CPUAttentionMetadata:
         key = (id(metadata), H, G, self.layer.impl.sliding_window)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from vllm.config import VllmConfig
@@ -10,8 +10,10 @@ from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from flextron.config import Widths
 from flextron.serving import served
+from flextron.serving.budgets import budget_of
+from flextron.serving.middleware import ARRIVED
+from flextron.serving.pace import Request, clock
 
 logger = init_logger("vllm.flextron")
 
@@ -26,7 +28,7 @@ class BudgetOfRequests(LogitsProcessor):
         Raises:
             ValueError: it is none, or an impossible one.
         """
-        served.offer().widths(sampling_params.extra_args or {}, new=sampling_params.max_tokens or 0)
+        served.offer().widths(sampling_params.extra_args or {})
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         pass
@@ -42,15 +44,20 @@ class BudgetOfRequests(LogitsProcessor):
             return
         served.batch().update(
             batch_update.removed,
-            [(place, _widths(params, prompt)) for place, params, prompt, _ in batch_update.added],
+            [(place, _request(*of_request)) for place, *of_request in batch_update.added],
             [(start, end, how == MoveDirectionality.SWAP) for start, end, how in batch_update.moved],
         )
 
 
-def _widths(params: SamplingParams, prompt: Any) -> Widths:
-    offer = served.offer()
+def _request(params: SamplingParams, prompt: Sequence[int] | None, written: Sequence[int]) -> Request:
+    """A request that joins the batch; one that vLLM had set aside has written tokens, which it takes in again."""
+    offer, given = served.offer(), params.extra_args or {}
+    request = Request(offer.widest, len(prompt or ()) + len(written), (params.max_tokens or 1) - len(written))
     try:
-        return offer.widths(params.extra_args or {}, len(prompt or ()), params.max_tokens or 0)
+        request.widths, deadline = offer.widths(given), budget_of(given).get("deadline_ms")
     except ValueError as error:  # `validate_params` took it; an error here would end every request
         logger.error("flextron: the full model runs for a request, for %s", error)
-        return offer.widest
+        return request
+    if deadline is not None:
+        request.end = given.get(ARRIVED, clock()) + deadline / 1e3
+    return request
