@@ -20,6 +20,7 @@ from flextron.nn.rotary import once
 from flextron.nn.setting import Setting, Settings
 from flextron_ext import head_attention, head_attention_decode
 
+_TOGETHER = 64  # tokens up to which queries and keys turn together: what the ops cost is their calls
 _DECODE_TOKENS = 8  # up to so many new tokens per sequence the decode op is faster
 
 
@@ -165,6 +166,9 @@ class ElasticAttention(nn.Module):
             tables = tuple(torch.cat((table, table), dim=-1) for table in tables)
         elif kind != "half":
             tables = once(kind, *tables)
+        if self.host is not None and q.shape[:2].numel() <= _TOGETHER:
+            both = turn(torch.cat((q, k), dim=2), *tables).to(q.dtype)
+            return both[:, :, : q.shape[2]], both[:, :, q.shape[2] :]
         return turn(q, *tables).to(q.dtype), turn(k, *tables).to(k.dtype)
 
     def forward(
