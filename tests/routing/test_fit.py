@@ -1,33 +1,59 @@
-"""The fit of a latency table on paper: repair, base and slope, what they are judged by."""
+"""The fit of a latency table on paper: costs, base and slope, what they are judged by."""
 
 import random
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from synthetic import make_config, make_table, measured
 
-from flextron.routing.fit import calibration_widths, fit_line, fit_table, isotonic, random_widths
+from flextron.routing.fit import Timed, calibration_widths, fit_costs, fit_line, fit_table, random_widths
 
 CONFIG = make_config()
 TABLE = make_table(CONFIG)
+ALIKE = [CONFIG.uniform(i, -1) for i in range(4)] + [CONFIG.uniform(-1, i) for i in range(3)]
 
 
-def test_repair_pools_what_falls():
-    assert isotonic([1.0, 3.0, 2.0, 4.0]) == (1.0, 2.5, 2.5, 4.0)
-    assert isotonic([3.0, 2.0, 1.0]) == (2.0, 2.0, 2.0)
-    assert isotonic([1.0, 2.0]) == (1.0, 2.0)
+def timed(noise: float, rounds: int = 1, seed: int = 0) -> list[Timed]:
+    """Networks of the table's machine, the full one first, with times as ``rounds`` noisy samples give them."""
+    rng, (some, _) = random.Random(seed), calibration_widths(CONFIG, 8, 6, seed=3)
+    error = noise / rounds**0.5
+    return [
+        Timed(w, TABLE.predict(w) * (1 + (i > 0) * error * rng.gauss(0, 1)), error)
+        for i, w in enumerate(some + ALIKE)
+    ]
 
 
-@settings(deadline=None)
-@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=12))
-def test_repair_never_falls_keeps_the_sum_and_is_idempotent(values):
-    repaired = isotonic(values)
-    assert all(a <= b + 1e-9 for a, b in pairwise(repaired))
-    assert sum(repaired) == pytest.approx(sum(values))
-    assert isotonic(repaired) == pytest.approx(repaired)
+def test_costs_are_those_of_the_machine():
+    costs, error = fit_costs(CONFIG, timed(0.0))
+    for own, axis in zip(costs, TABLE.by_axis, strict=True):
+        assert own == pytest.approx([TABLE.slope * (ms - axis[0][0]) for ms in axis[0]])
+    assert error < 1e-4
+
+
+def test_a_wider_choice_never_costs_less():
+    slower = [t._replace(ms=1.3 * t.ms) if t.widths == ALIKE[1] else t for t in timed(0.0)]
+    for seed in range(20):
+        for times in (timed(0.3, seed=seed), slower):
+            assert all(0 <= a <= b for own in fit_costs(CONFIG, times).costs for a, b in pairwise(own))
+
+
+def test_the_error_says_how_far_two_profiles_are_apart():
+    """And a profile of more rounds is nearer the truth."""
+    said, found = [], []
+    for rounds in (1, 16):
+        off = []
+        for seed in range(60):
+            costs, error = fit_costs(CONFIG, times := timed(0.04, rounds, seed))
+            table = replace(TABLE, base=0.0, slope=1.0, **{
+                axis.name: (own,) * CONFIG.num_layers for axis, own in zip(CONFIG.axes, costs, strict=True)
+            })  # fmt: skip
+            table = fit_table(table, [(t.widths, t.ms) for t in times], [(t.widths, t.ms) for t in times])
+            off.append(max(abs(table.fraction(t.widths) / TABLE.fraction(t.widths) - 1) for t in times))
+        said.append(error)
+        found.append(sorted(off)[30])
+    assert said[0] == pytest.approx(4 * said[1], rel=0.1)
+    assert all(error < worst < 3 * error for error, worst in zip(said, found, strict=True))
 
 
 def test_fit_recovers_base_and_slope():

@@ -112,7 +112,7 @@ class LatencyTable:
         elastic: shape and menus of the model that was timed; latency does not depend on the weights' values.
         mlp, heads: [L, C], cost of a choice in a layer, never falling with the width; in the decode phase what it
             costs above the narrowest.
-        raw_mlp, raw_heads: the costs as measured, before `isotonic` repaired them.
+        raw_mlp, raw_heads: the forwards with all layers at a choice, as measured, over the number of layers.
         base, slope: the end-to-end fit.
         adaptive: base and slope of forwards in which a router chooses for every token: they also run the router,
             project keys and values of all groups and gather rows. None where that was not measured, which counts as

@@ -43,7 +43,7 @@ def options(parser: ArgumentParser) -> None:
         default=60.0,
         metavar="SECONDS",
         help="how long to go on after that for each table, while a configuration that it is not fitted on is off by "
-        "5 %% or more, or other programs disturb",
+        "5 %% or more, fractions are not known to 1 %%, or other programs disturb",
     )
     add(
         "--seed",

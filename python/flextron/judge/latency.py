@@ -30,11 +30,16 @@ class Latency(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `measure` found: of the full model, of each other network, and how quiet the machine was."""
+    """What `measure` found: of the full model, of each other network, and how quiet the machine was.
+
+    Attributes:
+        errors: of each other network, the standard error of its share of the full model's time, over the share.
+    """
 
     full: Latency
     others: tuple[Latency, ...]
     noise: Noise
+    errors: tuple[float, ...]
 
     @classmethod
     def of(cls, reference: Timing, others: Sequence[Comparison], noise: Noise) -> Measurement:
@@ -43,6 +48,7 @@ class Measurement:
             Latency(full, 500 * (reference.p75 - reference.p25)),
             tuple(Latency(full * other.ratio, full * other.half_spread) for other in others),
             noise,
+            tuple(other.error for other in others),
         )
 
 

@@ -70,6 +70,11 @@ class Comparison:
         timing = Timing.of(list(self.ratios))
         return (timing.p75 - timing.p25) / 2
 
+    @property
+    def error(self) -> float:
+        """Standard error of the ratio, over the ratio, as that of a median of normally distributed numbers."""
+        return 1.253 * self.half_spread / 0.6745 / len(self.ratios) ** 0.5 / self.ratio
+
 
 class NoiseWatch:
     """What other programs do from its making on, beside work of ours on ``threads`` processors."""

@@ -1,29 +1,82 @@
-"""The fit of a latency table: which networks it is fitted on and judged by, the repair, and the line."""
+"""The fit of a latency table: which networks it is fitted on and judged by, the costs, and the line."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from flextron.artefacts.latency_table import Check, LatencyTable
-from flextron.config import ElasticConfig, Widths
+from flextron.config import ElasticConfig, PerAxis, Widths
 
 
-def isotonic(values: Sequence[float]) -> tuple[float, ...]:
-    """The closest sequence that never falls, in least squares, by pooling adjacent violators.
+class Fitted(NamedTuple):
+    """What `fit_costs` found.
 
-    A wider choice that measures faster than a narrower one is noise, and a planner would take it for a gain.
+    Attributes:
+        costs: [C] of each axis: milliseconds of a choice in one layer above the narrowest, never falling.
+        error: standard error of a network's share of the full model's time, the largest of those measured.
     """
-    blocks: list[tuple[float, int]] = []  # (mean, how many)
-    for value in values:
-        blocks.append((float(value), 1))
-        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-            (a, n), (b, m) = blocks.pop(-2), blocks.pop(-1)
-            blocks.append(((a * n + b * m) / (n + m), n + m))
-    return tuple(mean for mean, count in blocks for _ in range(count))
+
+    costs: PerAxis[tuple[float, ...]]
+    error: float
+
+
+def fit_costs(config: ElasticConfig, measured: Sequence[Timed]) -> Fitted:
+    """The costs that best explain all networks that were measured, in least squares of relative errors.
+
+    Time is a base and what each layer's choices cost; all layers have the same shapes, so the same costs. A choice that
+    would cost less than the one below is noise, and a planner would take it for a gain: it costs the same.
+
+    Args:
+        measured: the full model first, which counts as much as all the others together.
+    """
+    x = torch.tensor([_steps(config, each.widths) for each in measured], dtype=torch.float64)
+    y = torch.tensor([each.ms for each in measured], dtype=torch.float64)
+    row = _weights(len(measured)).sqrt() / y
+    kept = torch.ones(x.shape[1], dtype=torch.bool)  # the base and every step of a menu
+    while True:
+        found = torch.zeros(x.shape[1], dtype=torch.float64)
+        found[kept] = torch.linalg.lstsq(row[:, None] * x[:, kept], (row * y)[:, None]).solution[:, 0]
+        lowest = int(found[1:].argmin()) + 1 if len(found) > 1 else 0
+        if lowest == 0 or found[lowest] >= 0:
+            break
+        kept[lowest] = False
+    costs, at = [], 1
+    for axis in config.axes:
+        steps = found[at : at + len(axis.menu) - 1] / config.num_layers
+        costs.append((0.0, *steps.cumsum(0).tolist()))
+        at += len(steps)
+    noise = torch.tensor([each.error for each in measured], dtype=torch.float64).clamp(min=1e-6)
+    noise[0] = noise[1:].min() / len(noise) ** 0.5  # shares are of the full model
+    design = x[:, kept] / (y * noise)[:, None]
+    covariance = torch.linalg.pinv(design.T @ design)
+    spread = (x[:, kept] @ covariance * x[:, kept]).sum(1).clamp(min=0).sqrt()
+    return Fitted(PerAxis(*costs), float((spread / y).max()))
+
+
+class Timed(NamedTuple):
+    """A network's time in milliseconds, and the standard error of its share of the full model's."""
+
+    widths: Widths
+    ms: float
+    error: float
+
+
+def _steps(config: ElasticConfig, widths: Widths) -> list[float]:
+    """1 for the base, and for each step of a menu the share of the layers that have taken it."""
+    found = [1.0]
+    for axis, places in zip(config.axes, config.indices(widths), strict=True):
+        found += [sum(place >= i for place in places) / len(places) for i in range(1, len(axis.menu))]
+    return found
+
+
+def _weights(count: int) -> torch.Tensor:
+    """Of the full model, which every ratio was measured against and every fraction is of, and of all others."""
+    return torch.tensor([count - 1.0] + [1.0] * (count - 1), dtype=torch.float64)
 
 
 def fit_line(
@@ -96,14 +149,13 @@ def fit_table(
 ) -> LatencyTable:
     """The table with base and slope fitted on ``to_fit`` (widths, measured ms), judged on ``to_judge``.
 
-    The first of ``to_fit`` is the full model. It counts as much as all the others together: every ratio was
-    measured against it, and every fraction is a fraction of it.
+    The first of ``to_fit`` is the full model. It counts as much as all the others together.
     """
     sums = [table.layer_sum(widths) for widths, _ in to_fit]
     times = [ms for _, ms in to_fit]
     warnings = table.warnings
     try:
-        base, slope = fit_line(sums, times, [len(to_fit) - 1.0] + [1.0] * (len(to_fit) - 1))
+        base, slope = fit_line(sums, times, _weights(len(to_fit)).tolist())
     except ValueError as error:
         slope = 1.0
         base = times[0] - sums[0]

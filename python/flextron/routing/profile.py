@@ -1,13 +1,13 @@
 """Profiling: measure the latency table of a model on this machine.
 
-The entries are measured through what runs, whole forwards, which on a CPU are one op. Base and slope are fitted on
-whole models of mixed widths, and the residual is taken on others. Measuring goes on while the residual is large.
+What is measured is what runs, whole forwards, which on a CPU are one op. The entries are fitted on models with all
+layers alike and on some of mixed widths together; the residual is taken on others. Measuring goes on while it is large.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from time import monotonic
@@ -17,17 +17,18 @@ import torch
 
 from flextron.artefacts.latency_table import LatencyTable, Workload
 from flextron.artefacts.machine import machine_of
-from flextron.config import AXES, ElasticConfig, Widths
+from flextron.config import ElasticConfig, PerAxis, Widths
 from flextron.judge.latency import Measurement, measure, whole_model
 from flextron.judge.loss import restored
 from flextron.nn import Dial
 from flextron.nn.protocol import Elastic
 from flextron.nn.router import AdaptiveRouter, default_hidden
-from flextron.routing.fit import calibration_widths, fit_line, fit_table, isotonic, random_widths
+from flextron.routing.fit import Timed, calibration_widths, fit_costs, fit_line, fit_table, random_widths
 
 _MIXTURES = 6  # mixtures of two networks to which the cost of choosing for every token is fitted
 _NEVER = 1e6  # subtracted from the logit of a choice that must not be made
 _CLOSE = 0.05  # error on networks that the table was not fitted on, below which nothing more is measured
+_SURE = 0.01  # standard error of a fraction below which nothing more is measured: two profiles are then within 3 %
 PATIENCE = 60.0  # seconds to go on for, unless another number is given
 _SAME_COST = 0.97  # a width that costs this share of the next one up saves too little for its loss
 
@@ -48,21 +49,20 @@ def profile(
 ) -> LatencyTable:
     """Measure the table of one phase on the device that the model is on.
 
-    For each axis and choice a forward is timed with all layers at the choice, the other axis at its full width. A
-    layer's entry is what that takes more than at the smallest choice, over the number of layers: all layers have the
-    same shapes, and what differs between them would be noise that a planner takes for gain. Every model is timed
-    between two runs of the full one.
+    For each axis and choice a forward is timed with all layers at the choice, the other axis at its full width, and so
+    are some of mixed widths. `fit_costs` makes a layer's entries of all of them. Every model is timed between two runs
+    of the full one.
 
     Args:
         model: an elastic model; its widths are restored.
         workload: phase, batch and lengths.
         rounds: samples of each choice and each whole model, at least.
         min_seconds: least duration of a sample.
-        fit: whole configurations for base and slope, the full and the smallest among them.
+        fit: configurations of mixed widths to fit on, the full and the smallest among them.
         held_out: whole configurations for the residual.
         seed: seed of the configurations drawn.
         patience: seconds after the first ``rounds`` to go on measuring for, while a held-out configuration is off by
-            5 % or more, or the table is in doubt; None: 60.
+            5 % or more, a fraction has a standard error of 1 % or more, or the table is in doubt; None: 60.
         progress: called with (done, total) rounds.
     """
     if fit < 2 or held_out < 1:
@@ -70,24 +70,35 @@ def profile(
     config = model.elastic
     to_fit, to_judge = calibration_widths(config, fit, held_out, seed)
     choices = _choices(config)
+    others = [*choices, *to_fit[1:], *to_judge]
+    nothing = PerAxis(*((0.0,) * len(axis.menu) for axis in config.axes))
     draft = LatencyTable(
         workload=workload,
         machine=machine_of(model),
         elastic=config,
-        **_no_costs(config),
+        **_entries(config, nothing, [0.0] * len(choices)),
         base=0.0,
         slope=1.0,
     )
 
-    def table_of(found: Measurement) -> LatencyTable:
-        times = [ms for ms, _ in found.others]
-        costs = _costs(config, dict(zip(choices, times, strict=False)))
-        table = replace(draft, **costs, noise=found.noise, spread_ms=found.full.spread)
+    def table_of(found: Measurement) -> tuple[LatencyTable, float]:
+        """The table, and the standard error of its fractions."""
+        full = Timed(to_fit[0], found.full.ms, 0.0)
+        timed = [
+            Timed(widths, ms, error)
+            for widths, (ms, _), error in zip(others, found.others, found.errors, strict=True)
+        ]
+        alike, mixed, judged = (
+            timed[: len(choices)],
+            timed[len(choices) :][: len(to_fit) - 1],
+            timed[-len(to_judge) :],
+        )
+        costs, error = fit_costs(config, [full, *mixed, *alike])
+        entries = _entries(config, costs, [latency.ms for latency in alike])
+        table = replace(draft, **entries, noise=found.noise, spread_ms=found.full.spread)
         table = replace(table, warnings=tuple(_warnings(table)))
-        whole = dict(zip((*to_fit[1:], *to_judge), times[len(choices) :], strict=True))
-        whole[to_fit[0]] = found.full.ms
-        fitted, judged = ([(widths, whole[widths]) for widths in some] for some in (to_fit, to_judge))
-        return fit_table(table, fitted, judged)
+        pairs = [[(each.widths, each.ms) for each in some] for some in ([full, *mixed, *alike], judged)]
+        return fit_table(table, *pairs), error
 
     total, until = rounds, 0.0
 
@@ -101,21 +112,19 @@ def profile(
         nonlocal until
         now = monotonic()
         until = until or now + (PATIENCE if patience is None else patience)
-        table = table_of(found)
-        return now >= until or (table.residual_worst < _CLOSE and table.doubt is None)
+        table, error = table_of(found)
+        return now >= until or (table.residual_worst < _CLOSE and error < _SURE and table.doubt is None)
 
-    others = [*choices.values(), *to_fit[1:], *to_judge]
-    return table_of(
-        measure(
-            model,
-            others,
-            workload,
-            rounds=rounds,
-            min_seconds=min_seconds,
-            on_round=on_round,
-            enough=enough,
-        )
+    found = measure(
+        model,
+        others,
+        workload,
+        rounds=rounds,
+        min_seconds=min_seconds,
+        on_round=on_round,
+        enough=enough,
     )
+    return table_of(found)[0]
 
 
 def measure_adaptive(
@@ -191,29 +200,23 @@ def _mixing_router(config: ElasticConfig, hidden: int, phase: str) -> AdaptiveRo
     return router
 
 
-def _choices(config: ElasticConfig) -> dict[tuple[str, int], Widths]:
-    """(axis, choice) -> the sub-network with all layers at that choice, and the other axes full."""
+def _choices(config: ElasticConfig) -> list[Widths]:
+    """For each axis and choice, the sub-network with all layers at that choice, and the other axes full."""
     full, layers = config.full(), config.num_layers
-    return {
-        (axis.name, i): replace(full, **{axis.name: (width,) * layers})
-        for axis in config.axes
-        for i, width in enumerate(axis.menu)
-    }
+    return [replace(full, **{axis.name: (width,) * layers}) for axis in config.axes for width in axis.menu]
 
 
-def _costs(config: ElasticConfig, times: dict[tuple[str, int], float]) -> dict[str, Any]:
-    """The costs of a table, as measured and repaired; ``times``: ms of a whole forward at each (axis, choice)."""
-    layers, costs = config.num_layers, {}
-    for axis in AXES:
-        raw = tuple(ms / layers for (name, _), ms in times.items() if name == axis)
-        repaired = isotonic(raw)
-        costs[axis] = (tuple(ms - repaired[0] for ms in repaired),) * layers
-        costs[f"raw_{axis}"] = (raw,) * layers
-    return costs
-
-
-def _no_costs(config: ElasticConfig) -> dict[str, Any]:
-    return _costs(config, dict.fromkeys(_choices(config), 0.0))
+def _entries(
+    config: ElasticConfig, costs: PerAxis[tuple[float, ...]], alike: Sequence[float]
+) -> dict[str, Any]:
+    """A table's costs, fitted and as measured; ``alike``: ms of the networks of `_choices`."""
+    layers, entries, at = config.num_layers, {}, 0
+    for axis, own in zip(config.axes, costs, strict=True):
+        raw = alike[at : at + len(axis.menu)]
+        at += len(raw)
+        entries[axis.name] = (own,) * layers
+        entries[f"raw_{axis.name}"] = (tuple(ms / layers for ms in raw),) * layers
+    return entries
 
 
 def _warnings(table: LatencyTable) -> list[str]:
