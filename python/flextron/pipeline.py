@@ -252,6 +252,7 @@ def refit(
     ]
     report = {**found.to_dict(), "losses": losses}
     if not parent:
+        _discard(directory, REFIT_FOLDER)
         _keep_weights(Path(directory), weights, Path(directory) / REFIT_FOLDER)
     save_elastic(model, directory, prove=lambda _, __, own: {"refit": {**report, "weights": own}})
     _discard(directory, *(name for module in _ROUTERS for name in module.FILES), TUNING_FOLDER)
@@ -691,10 +692,8 @@ def _teacher(
 
 
 def _keep_weights(directory: Path, names: Iterable[str], folder: Path) -> None:
-    """Keep a checkpoint's weights in a folder, as a teacher's."""
+    """Keep a checkpoint's weights in a folder without a teacher, as one's."""
     folder.mkdir(exist_ok=True)
-    for path in folder.glob(resume.TEACHER_FILES):
-        path.unlink()
     for name in names:
         _link(directory / name, folder / name.replace("model", "teacher", 1))
 

@@ -19,18 +19,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig
 from transformers.generation import (
     GenerateDecoderOnlyOutput,
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from flextron.config import AXES
 from flextron.nn.cache import ElasticCache
 from flextron.nn.decode_step import VARYING_ROPE
-from flextron.nn.generation import Output, is_understood
+from flextron.nn.generation import Asked, Output, is_understood
 from flextron.nn.protocol import Elastic
 from flextron.nn.rotary import rotary_of
 from flextron.nn.setting import Setting
@@ -271,25 +270,16 @@ class Networks(Steps):
         self.passed += taken
 
 
-def drafted(
-    model: Elastic,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-    streamer: BaseStreamer | None,
-    inputs: dict[str, Any],
-    drafting: Drafting,
-) -> Tensor | GenerateDecoderOnlyOutput:
-    """Continue the sequences of input_ids [B, T], as `flextron.nn.generation.sample` does."""
-    if foreign := next((each for each in logits_processor if isinstance(each, _STATEFUL)), None):
+def drafted(model: Elastic, asked: Asked, drafting: Drafting) -> Tensor | GenerateDecoderOnlyOutput:
+    """Continue the sequences as `flextron.nn.generation.sample` does, by fewer steps of the chosen network."""
+    if foreign := next((each for each in asked.logits_processor if isinstance(each, _STATEFUL)), None):
         raise NotImplementedError(
             "generate: draft_budget must be given with processors of logits that depend on the tokens alone, "
             f"got {type(foreign).__name__}"
         )
-    logits = model(input_ids=input_ids, **inputs).logits
-    networks = Networks(model, input_ids, inputs, drafting)
-    output = Output(input_ids, logits_processor, stopping_criteria, config, streamer)
+    logits = model(input_ids=asked.input_ids, **asked.inputs).logits
+    networks = Networks(model, asked.input_ids, asked.inputs, drafting)
+    output = Output(asked)
     try:
         counts = _continued(networks, logits, output)
     finally:

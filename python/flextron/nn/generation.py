@@ -8,7 +8,7 @@ and the host reads of a greedy token only whether it was the last, two tokens la
 from __future__ import annotations
 
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,25 +81,34 @@ def _is_replaced(model: Elastic, name: str) -> bool:
     )
 
 
+class Asked(NamedTuple):
+    """What transformers asks of a loop: to continue the sequences of input_ids [B, T] until the criteria end them all.
+
+    Attributes:
+        inputs: the arguments of the prompt's forward.
+    """
+
+    input_ids: Tensor
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    config: GenerationConfig
+    streamer: BaseStreamer | None
+    inputs: dict[str, Any]
+
+
 def sample(
-    model: Elastic,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-    streamer: BaseStreamer | None,
-    inputs: dict[str, Any],
-    holding: Holding | None = None,
+    model: Elastic, asked: Asked, holding: Holding | None = None
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """Continue the sequences of input_ids [B, T] until the criteria end them all."""
-    logits = model(input_ids=input_ids, **inputs).logits
+    """Continue the sequences, each token at the budget that the model is set to, or that holds a deadline."""
+    ids, inputs = asked.input_ids, asked.inputs
+    logits = model(input_ids=ids, **inputs).logits
     if holding is not None:
         holding.prompt()
     kind = CapturedSteps if isinstance(inputs["cache"], StaticCache) else Steps
-    steps = kind(model, input_ids, inputs, holding)
-    output = Output(input_ids, logits_processor, stopping_criteria, config, streamer)
+    steps = kind(model, ids, inputs, holding)
+    output = Output(asked)
     try:
-        return _continued(steps, logits, output, config, inputs["cache"])
+        return _continued(steps, logits, output, asked.config, inputs["cache"])
     finally:
         steps.end()
 
@@ -144,24 +153,18 @@ class Output:
         is_plain: whether the next token is where the model's own logits are greatest, and nobody asks for these.
     """
 
-    def __init__(
-        self,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        config: GenerationConfig,
-        streamer: BaseStreamer | None,
-    ) -> None:
-        self.ids, self.config, self.streamer = input_ids, config, streamer
-        self.processor = logits_processor
-        self.lengths, self.others = _split(stopping_criteria)
+    def __init__(self, asked: Asked) -> None:
+        config = asked.config
+        self.ids, self.config, self.streamer = asked.input_ids, config, asked.streamer
+        self.processor = asked.logits_processor
+        self.lengths, self.others = _split(asked.stopping_criteria)
         self.ends = any(hasattr(criterion, "eos_token_id") for criterion in self.others)
-        self.unfinished = torch.ones(input_ids.shape[0], 1, dtype=torch.bool, device=input_ids.device)
-        asked = config.return_dict_in_generate
-        self.scores: tuple[Tensor, ...] | None = () if asked and config.output_scores else None
-        self.raw: tuple[Tensor, ...] | None = () if asked and config.output_logits else None
+        self.unfinished = torch.ones(len(self.ids), 1, dtype=torch.bool, device=self.ids.device)
+        is_whole = config.return_dict_in_generate
+        self.scores: tuple[Tensor, ...] | None = () if is_whole and config.output_scores else None
+        self.raw: tuple[Tensor, ...] | None = () if is_whole and config.output_logits else None
         is_watched = self.scores is not None or self.raw is not None
-        self.is_plain = not (config.do_sample or logits_processor or is_watched)
+        self.is_plain = not (config.do_sample or asked.logits_processor or is_watched)
 
     @property
     def room(self) -> int:

@@ -44,7 +44,7 @@ from flextron.nn.elastic_layer import ElasticLayer, make_layer_elastic, parts_of
 from flextron.nn.elastic_mlp import ElasticMLP
 from flextron.nn.families import elastic_config
 from flextron.nn.forward import FORWARD, is_known, try_forward, wants_cache
-from flextron.nn.generation import is_plain, sample
+from flextron.nn.generation import Asked, is_plain, sample
 from flextron.nn.masks import is_left_padded, with_form, with_none, with_positions
 from flextron.nn.mixin import Mixin, mixed
 from flextron.nn.policy import Dial, PerRequest, PerToken, Policy
@@ -610,11 +610,11 @@ class ElasticModel(Mixin, PreTrainedModel, GenerationMixin):
             fault = fault_of_prompt(self, input_ids, generation_config, inputs, synced_gpus)
             if fault is not None:
                 raise ValueError(f"generate: draft_budget must be given with {fault}")
-            return drafted(self, input_ids, *options, streamer, inputs, drafting)
+            return drafted(self, Asked(input_ids, *options, streamer, inputs), drafting)
         try:
             if not synced_gpus and is_plain(self, input_ids, generation_config, inputs):
                 with self._holding(generation_config.max_length - input_ids.shape[1]) as holding:
-                    return sample(self, input_ids, *options, streamer, inputs, holding)
+                    return sample(self, Asked(input_ids, *options, streamer, inputs), holding)
             if self.dial.hold is not None:
                 raise NotImplementedError(
                     "generate: a deadline must be held by the library's own loop, which takes a new prompt and a cache "
