@@ -171,7 +171,9 @@ def variables_read():
     """The environment variables FLEXTRON_* that any of our programs reads."""
     read = set()
     for file in ROOT.rglob("*"):
-        if file.suffix in (".py", ".h", ".cpp", ".cu", ".cuh") and "build" not in file.parts:
+        if {"build", ".venv", ".venv-hosts"} & set(file.relative_to(ROOT).parts):
+            continue
+        if file.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"):
             text = file.read_text(encoding="utf-8", errors="ignore")
             read |= set(re.findall(r"(?:getenv\(|environ\.get\(|environ\[)\s*\"(FLEXTRON_\w+)\"", text))
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
