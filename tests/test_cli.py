@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from flextron import pipeline
 from flextron.artefacts.adaptive_router import AdaptiveResult
+from flextron.artefacts.directory import ElasticDirectory
 from flextron.artefacts.noise import Noise
 from flextron.checkpoint.hf import read_tokenizer
 from flextron.cli import main
@@ -401,6 +402,50 @@ ROUTE = ("--evaluations", 24, "--prefill", 16, "--steps", 5, "--targets", "0.8,1
 ADAPTIVE = ("--adaptive", "--steps", 2, "--samples", 24, "--length", 32, "--targets", "0.8,1")
 PROFILE = ("--phase", "prefill", "--length", 16, "--rounds", 2)
 STEP = ("--steps", 1, "--batch-size", 2, "--length", 32, "--eval-every", 0)
+
+
+def test_what_the_routers_choose_is_fitted_and_trained_and_the_routers_stay(elastic, text, capsys):
+    common = (elastic, "--data", text)
+    fit = ("refit", *common, "--ladder", "--samples", 8, "--length", 32)
+    train = ("train", *common, "--ladder", "--distillation", 1, *STEP, "--steps", 3, "--eval-every", 3)
+    told = f"flextron: refit: {elastic} must have the router made for its weights, for its ladder, got none; "
+    assert complaint(capsys, *fit) == f"{told}run `flextron route {elastic}`\n"
+    assert complaint(capsys, *train) == f"{told}run `flextron route {elastic}`\n".replace("refit:", "train:")
+    answer(capsys, "profile", elastic, *PROFILE)
+    answer(capsys, "route", *common, *ROUTE)
+    (routed,) = _choices(elastic)
+    parent = load_file(elastic / "model.safetensors")
+    found = answer(capsys, *fit)
+    assert [row["target"] for row in found["losses"]] == [0.8, 1.0]
+    fitted = load_file(elastic / "model.safetensors")
+    moved = {name for name in parent if not torch.equal(parent[name], fitted[name])}
+    assert moved and all(re.search("down_proj|o_proj", name) for name in moved)
+    assert _choices(elastic) == [routed]
+
+    trained = answer(capsys, *train)
+    assert [row["mlp"] for row in trained["evaluations"][-1]["sub_networks"]] == [
+        list(routed.mlp),
+        list(from_pretrained(elastic).elastic.full().mlp),
+    ]
+    run = json.loads((elastic / "training" / "run.json").read_text())
+    assert run["config"]["networks"] == [routed.to_dict()]
+    teacher = load_file(elastic / "training" / "teacher.safetensors")
+    assert all(torch.equal(teacher[name], parent[name]) for name in parent)
+    assert _choices(elastic) == [routed]
+    model = from_pretrained(elastic)
+    with ElasticDirectory.open(elastic) as checkpoint:
+        (target,) = checkpoint.static().targets
+    judged = pipeline.windows(pipeline.corpus(read_tokenizer(elastic), text).train, 8, 32)
+    below, full = pipeline.evaluate(model, judged, [routed, model.elastic.full()])
+    assert target.routed_observed == pytest.approx(below - full, rel=1e-4)
+    more = answer(capsys, *train[:-4], "--steps", 4, *train[-2:])  # the ladder is the one that it was
+    assert more["resumed_from"] == 3
+
+
+def _choices(elastic):
+    """What the stored routers choose at their targets below 1."""
+    with ElasticDirectory.open(elastic) as checkpoint:
+        return list(pipeline._Routed.of("test", checkpoint).networks)
 
 
 def killed(*_):

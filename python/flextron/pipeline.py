@@ -8,6 +8,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +37,7 @@ from flextron.conversion import convert as convert_model
 from flextron.conversion.gguf import elastic_in, is_gguf, read_gguf
 from flextron.conversion.refit import NARROWER, RIDGE
 from flextron.conversion.refit import refit as fit
+from flextron.conversion.refit_in_order import refit_in_order
 from flextron.conversion.source import room_beside, source_of
 from flextron.corpus import Data, corpus, windows
 from flextron.judge.loss import evaluate
@@ -205,6 +207,7 @@ def refit(
     length: int = 256,
     narrower: float = NARROWER,
     ridge: float = RIDGE,
+    ladder: bool = False,
     validation_windows: int = 8,
     dtype: Dtype = "auto",
     device: Any = "auto",
@@ -214,23 +217,28 @@ def refit(
 
     Narrow networks become better, and the full one a little worse than the parent: how much is in what is returned. The
     certificate of `convert` goes on being about the weights before. Those stay as the teacher of the `train` that comes
-    next, until it ends. Latency tables stay; routers go, since every loss changes.
+    next, until it ends. Latency tables stay; routers go, since every loss changes, but with ``ladder`` the static ones
+    stay.
 
     Args:
         directory: an elastic checkpoint, best right after `convert`.
         data: text; by default Python's own documentation. Text that is unlike what the model will read fits it to that.
         samples, length: sequences of the training text, and tokens in each; an eighth judges the fit.
         narrower, ridge: of `flextron.conversion.refit.refit`.
+        ladder: fit for what the static routers choose at their targets, layer after layer: see
+            `flextron.conversion.refit_in_order`. Other networks get worse than by a fit for all widths.
         validation_windows: sequences of held-out text behind the losses that are returned.
         dtype, device: as `train` takes them.
 
     Returns:
         ``tokens`` fitted on, ``errors`` of each axis' widths and projections ``kept`` as they were, as
-        `flextron.conversion.refit.Refit` has them; ``losses``: for each uniform network its ``mlp`` and ``heads``, the
-        loss ``before`` and ``after``, in nats. ``flextron.json`` keeps it as ``refit``.
+        `flextron.conversion.refit.Refit` has them; ``losses``: for each uniform network its ``mlp`` and ``heads``, with
+        ``ladder`` for each target its ``target``, the loss ``before`` and ``after``, in nats. ``flextron.json`` keeps
+        it as ``refit``.
     """
     with ElasticDirectory.open(directory) as checkpoint:
         checkpoint.check_length("refit", length)
+        routed = _Routed.of("refit", checkpoint) if ladder else None
         model = checkpoint.model(device=device)
         parent = _parent(checkpoint)
         weights = weight_files(checkpoint.meta["checksums"])
@@ -240,23 +248,76 @@ def refit(
     tokens = corpus(read_tokenizer(directory), data)
     calibration = windows(tokens.train, samples, length, "refit")
     held_out = windows(tokens.held_out, validation_windows, length)
-    networks = _of_each_axis(model.elastic)
+    named: list[dict[str, Any]]
+    if routed:
+        networks = [*routed.networks, model.elastic.full()]
+        named = [{"target": target} for target in routed.static.router.targets]
+    else:
+        networks = _of_each_axis(model.elastic)
+        named = [{"mlp": widths.mlp[0], "heads": widths.heads[0]} for widths in networks]
     before = evaluate(model, held_out, networks)
     told = partial(progress, "fitting the last projections")
-    found = fit(model, calibration, narrower=narrower, ridge=ridge, progress=told)
+    options: dict[str, Any] = {"narrower": narrower, "ridge": ridge, "progress": told}
+    fitted = partial(refit_in_order, networks=routed.networks) if routed else fit
+    found = fitted(model, calibration, **options)
     round_in_place("refit", model, model.stored)
     after = evaluate(model, held_out, networks)
-    losses = [
-        {"mlp": widths.mlp[0], "heads": widths.heads[0], "before": b, "after": a}
-        for widths, b, a in zip(networks, before, after, strict=True)
-    ]
+    losses = [name | {"before": b, "after": a} for name, b, a in zip(named, before, after, strict=True)]
     report = {**found.to_dict(), "losses": losses}
+    judged = windows(tokens.train, validation_windows, length)
+    fresh = routed.again(model, judged) if routed else None
     if not parent:
         _discard(directory, REFIT_FOLDER)
         _keep_weights(Path(directory), weights, Path(directory) / REFIT_FOLDER)
-    save_elastic(model, directory, prove=lambda _, __, own: {"refit": {**report, "weights": own}})
-    _discard(directory, *(name for module in _ROUTERS for name in module.FILES), TUNING_FOLDER)
+    save_elastic(
+        model,
+        directory,
+        prove=lambda _, __, own: {"refit": {**report, "weights": own}},
+        beside=fresh.write if fresh else None,
+    )
+    stays = (static_router,) if fresh else ()
+    _discard(
+        directory,
+        *(name for module in _ROUTERS if module not in stays for name in module.FILES),
+        TUNING_FOLDER,
+    )
     return report
+
+
+@dataclass(frozen=True)
+class _Routed:
+    """The static routers of a checkpoint, the table that they were trained on, and what they choose there.
+
+    Attributes:
+        networks: the ladder's network at each trained target below 1.
+    """
+
+    static: RouterResult
+    table: LatencyTable
+    networks: tuple[Widths, ...]
+
+    @classmethod
+    def of(cls, who: str, checkpoint: ElasticDirectory) -> _Routed:
+        static = checkpoint.static()
+        table = static and trained_on(checkpoint.tables, static.phase, static.costs)
+        if not static or not table:
+            what = (
+                "router made for its weights"
+                if not static
+                else "latency table that its router was trained on"
+            )
+            raise ValueError(
+                f"{who}: {checkpoint.path} must have the {what}, for its ladder, got none; "
+                f"run `flextron route {checkpoint.path}`"
+            )
+        limits = [target * table.full_ms for target in static.router.targets[:-1]]
+        return cls(static, table, tuple(static.ladder.within(table.predict, limit) for limit in limits))
+
+    def again(self, model: Elastic, judged: Tensor) -> RouterResult:
+        """The routers with the losses that the weights have now."""
+        return static_routing.refreshed(
+            self.static, model.elastic, self.table, lambda widths: evaluate(model, judged, [widths])[0]
+        )
 
 
 def _of_each_axis(config: ElasticConfig) -> list[Widths]:
@@ -283,6 +344,7 @@ def train(
     config: TrainConfig,
     *,
     data: Data = None,
+    ladder: bool = False,
     restart: bool = False,
     validation_windows: int = 8,
     dtype: Dtype = "auto",
@@ -298,7 +360,8 @@ def train(
     ``"float32"``, ``"bfloat16"`` or ``"float16"``. What that rounds off is in the report's last evaluation.
     ``device`` is what `convert` takes.
 
-    Latency tables stay, since no size changes; routers are dropped, since every loss does.
+    Latency tables stay, since no size changes; routers are dropped, since every loss does. With ``ladder`` the networks
+    that the static routers choose at their targets are trained, in place of ``config.networks``, and the routers stay.
 
     The teacher of a distillation is the checkpoint as it was when the run began: right after `convert` that is the
     parent itself, and after `refit` it is what that began with. The run keeps it, for more steps later (see
@@ -312,12 +375,16 @@ def train(
     """
     with ElasticDirectory.open(directory) as checkpoint:
         checkpoint.check_length("train", config.length)
+        if routed := _Routed.of("train", checkpoint) if ladder else None:
+            config = replace(config, networks=routed.networks)
         held = _teacher_dtype(checkpoint, TRAINING_FOLDER, config, restart)
         memory = room("train", checkpoint.origin.elastic, config, device, held.itemsize)
         cut = cut_of(checkpoint.origin.elastic, config, device, held.itemsize)
         model = checkpoint.model(device=device, cut=cut)
         teacher, keep_teacher = _teacher(checkpoint, TRAINING_FOLDER, config, restart, held, device, cut)
         routers_of = {module: checkpoint.made_for(module.DESCRIPTION) for module in _ROUTERS}
+    if routed:
+        del routers_of[static_router]
     model.stored = storage("train", model, dtype)
     tokens = corpus(read_tokenizer(directory), data)
     validation = windows(tokens.held_out, validation_windows, config.length)
@@ -336,8 +403,10 @@ def train(
     )
     if round_in_place("train", model, model.stored) and report.evaluations:
         report.evaluations.append(_evaluated_again(model, report, validation))
+    judged = windows(tokens.train, validation_windows, config.length)
+    fresh = routed.again(model, judged) if routed else None
     moved = report.resumed_from < config.steps
-    first_with_weights(model, lambda w: _keep_trained(model, w, directory, routers_of, moved))
+    first_with_weights(model, lambda w: _keep_trained(model, w, directory, routers_of, fresh, moved))
     return report
 
 
@@ -346,10 +415,11 @@ def _keep_trained(
     weights: Mapping[str, Pending] | None,
     directory: str | Path,
     routers_of: Mapping[Any, Origin | None],
+    fresh: RouterResult | None,
     moved: bool,
 ) -> None:
-    """Store a trained model; what was made for the weights that it had goes."""
-    origin = save_elastic(model, directory, tensors=weights)
+    """Store a trained model, and routers that stay; what was made for the weights that it had goes."""
+    origin = save_elastic(model, directory, tensors=weights, beside=fresh.write if fresh else None)
     for module, made_for in routers_of.items():
         if made_for != origin:
             _discard(directory, *module.FILES)

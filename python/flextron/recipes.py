@@ -109,14 +109,16 @@ class TrainConfig:
         least=0,
     )
     eval_widths: tuple[Widths, ...] = about(
-        (), "sub-networks to evaluate; by default the smallest, the middle and the full uniform one"
+        (),
+        "sub-networks to evaluate; by default those of networks and the full one, or the smallest, the middle and the "
+        "full uniform one",
     )
     checkpoint_every: int = about(
         100, "steps between checkpoints, with one after the last; 0: none at all", least=0
     )
     full_probability: float = about(0.3, "probability that a micro-batch trains the full model")
-    only: Widths | None = about(  # noqa: RUF009
-        None, "one sub-network to train alone in every micro-batch; weights beyond it get no gradient"
+    networks: tuple[Widths, ...] = about(
+        (), "sub-networks to draw below the full one, each as often; by default whatever the menus allow"
     )
     shard: str = about(
         "auto",
@@ -130,7 +132,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check(self)
         object.__setattr__(self, "betas", tuple(number("TrainConfig: betas", b) for b in self.betas))
-        object.__setattr__(self, "eval_widths", tuple(self.eval_widths))
+        for name in ("eval_widths", "networks"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("warmup", "min_lr_ratio", "full_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 _refuse(self, name, "lie in [0, 1]")

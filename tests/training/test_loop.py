@@ -57,7 +57,7 @@ FLIPPED = {
     "eval_widths": (Widths((8, 24), (2, 1)),),
     "checkpoint_every": 1,
     "full_probability": 1.0,
-    "only": Widths((8, 8), (1, 1)),
+    "networks": (Widths((8, 8), (1, 1)),),
     "shard": "none",
     "widths_per_rank": True,
     "seed": 1,

@@ -161,10 +161,15 @@ def test_impossible_probability_is_refused(probability):
         WidthSampler(menus(), probability)
 
 
-def test_only_one_is_drawn_and_it_must_be_in_the_menus():
+@pytest.mark.parametrize("full", [0.0, 0.3])
+def test_given_networks_are_drawn_as_often_as_each_other_and_must_be_in_the_menus(full):
     config = menus()
-    only = config.uniform(1, 0)
-    sampler = WidthSampler(config, full_probability=0.5, only=only)
-    assert {sampler.draw() for _ in range(20)} == {only}
+    networks = (config.uniform(1, 0), config.uniform(0, 1), config.uniform(2, 2))
+    sampler = WidthSampler(config, full, seed=4, networks=networks)
+    counts = Counter((w.mlp, w.heads) for w in (sampler.draw() for _ in range(DRAWS)))
+    wanted = {(w.mlp, w.heads): (1 - full) / 3 for w in networks}
+    if full:
+        wanted[config.full().mlp, config.full().heads] = full
+    assert_frequencies(counts, wanted)
     with pytest.raises(ValueError, match=r"mlp\[0\] must be one of \[1, 2, 3, 4\], got 9"):
-        WidthSampler(config, only=Widths((9, 1, 1), (1, 1, 1)))
+        WidthSampler(config, networks=[config.full(), Widths((9, 1, 1), (1, 1, 1))])

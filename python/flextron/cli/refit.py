@@ -36,6 +36,11 @@ def options(parser: ArgumentParser) -> None:
         default=1e-3,
         help="pull towards the parent's weights, as a share of the inputs' mean square: more for less text",
     )
+    add(
+        "--ladder",
+        action="store_true",
+        help="fit for the networks that the routers choose at their targets, layer after layer; the routers stay",
+    )
     shared.stored_dtype(parser, "the one that each tensor has in the checkpoint")
     shared.device(parser)
 
@@ -43,7 +48,7 @@ def options(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> dict[str, Any]:
     from flextron import pipeline, ui
 
-    passed = ("samples", "length", "narrower", "ridge", "dtype", "device")
+    passed = ("samples", "length", "narrower", "ridge", "ladder", "dtype", "device")
     with ui.reporter() as progress:
         report = pipeline.refit(
             args.directory,
@@ -52,12 +57,13 @@ def run(args: Namespace) -> dict[str, Any]:
             **{name: getattr(args, name) for name in passed},
         )
     if not args.json:
+        names = ["target"] if args.ladder else ["mlp", "heads"]
         rows = [
-            [str(row["mlp"]), str(row["heads"]), f"{row['before']:.3f}", f"{row['after']:.3f}"]
+            [*(f"{row[name]:g}" for name in names), f"{row['before']:.3f}", f"{row['after']:.3f}"]
             for row in report["losses"]
         ]
         title = "held-out loss, nats: of the parent's weights, and of the fitted ones"
-        ui.print_table(title, ["mlp", "heads", "before", "after"], rows)
+        ui.print_table(title, [*names, "before", "after"], rows)
     kept = f"; {len(report['kept'])} projections stayed, since they were better as they were" * bool(
         report["kept"]
     )

@@ -20,6 +20,11 @@ FIELDS = [
 def options(parser: ArgumentParser) -> None:
     parser.add_argument("directory", help="elastic checkpoint to train, in place")
     shared.data(parser)
+    parser.add_argument(
+        "--ladder",
+        action="store_true",
+        help="train the networks that the routers choose at their targets, and no others; the routers stay",
+    )
     shared.from_fields(parser, TrainConfig, FIELDS)
     shared.restart(parser)
     shared.stored_dtype(
@@ -38,6 +43,7 @@ def run(args: Namespace) -> dict[str, Any]:
             args.directory,
             config,
             data=shared.text_of(args),
+            ladder=args.ladder,
             restart=args.restart,
             dtype=args.dtype,
             device=args.device,

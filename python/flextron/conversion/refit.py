@@ -105,10 +105,7 @@ def refit(
     Raises:
         ValueError: an argument is not what it must be. Nothing was changed.
     """
-    for name, value in (("narrower", narrower), ("ridge", ridge)):
-        if not 0 < value <= 1:
-            raise ValueError(f"refit: {name} must lie in (0, 1], got {value}")
-    check_tokens("refit", calibration, model.elastic.vocab_size, sequences=2)
+    check_fit(model, calibration, narrower, ridge)
     if only is not None:
         model.elastic.check(only)
     judged = max(1, len(calibration) // _JUDGED)
@@ -139,6 +136,14 @@ def refit(
                 kept.append(job.name)
             found.append((job, errors))
     return Refit(calibration[judged:].numel(), _table(found), tuple(kept))
+
+
+def check_fit(model: Elastic, calibration: Tensor, narrower: float, ridge: float) -> None:
+    """Raise ValueError unless a fit can begin with these."""
+    for name, value in (("narrower", narrower), ("ridge", ridge)):
+        if not 0 < value <= 1:
+            raise ValueError(f"refit: {name} must lie in (0, 1], got {value}")
+    check_tokens("refit", calibration, model.elastic.vocab_size, sequences=2)
 
 
 @contextmanager

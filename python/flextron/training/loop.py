@@ -165,8 +165,8 @@ class Run:
         self.names = [name for name, _ in trained(model)]
         rows = ranks.rows_of("train: batch_size", range(config.batch_size))
         self.batches = Batches(tokens, config.batch_size, config.length, config.seed, rows)
-        self.sampler = WidthSampler(model.elastic, config.full_probability, config.seed, config.only)
-        self.eval_widths = config.eval_widths or _default_eval_widths(model)
+        self.sampler = WidthSampler(model.elastic, config.full_probability, config.seed, config.networks)
+        self.eval_widths = config.eval_widths or _default_eval_widths(model, config.networks)
         for widths in self.eval_widths:
             model.elastic.check(widths)
         self.directory = directory
@@ -423,7 +423,9 @@ def _require_finite(record: Mapping[str, Any]) -> None:
             )
 
 
-def _default_eval_widths(model: Elastic) -> tuple[Widths, ...]:
+def _default_eval_widths(model: Elastic, networks: tuple[Widths, ...]) -> tuple[Widths, ...]:
+    if networks:
+        return tuple(dict.fromkeys((*networks, model.elastic.full())))
     alike = homogeneous(model.elastic)
     return tuple(dict.fromkeys((alike[0], alike[(len(alike) - 1) // 2], alike[-1])))
 

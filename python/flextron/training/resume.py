@@ -178,6 +178,7 @@ class Checkpoints:
         found = {name: value for name, value in found.items() if name not in ("weights", "extended")}
         if isinstance(found.get("config"), dict):
             found["config"] = self._defaults(found["config"]) | found["config"]
+            found["config"].pop("only", None)  # what `networks` of one were in earlier versions
         differing = _differing(self.identity, found)
         if differing and not (differing == ["config.steps"] and self._is_longer(found["config"]["steps"])):
             raise ValueError(

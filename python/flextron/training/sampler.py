@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,12 +29,14 @@ class WidthSampler:
     With ``full_probability`` the full model; otherwise, at even odds, one of the `homogeneous` sub-networks
     or an independent choice for every layer and axis, uniform over the menu. Independent choices alone would
     hover round the mean size; without a share of its own the full model would be trained too rarely.
+    Where ``networks`` are given, one of these is drawn in their place, each as often.
 
     Args:
         config: the menus.
         full_probability: probability of the full model, in [0, 1].
         seed: seed of the generator. Equal seeds draw equal sequences, on every device.
-        only: the one sub-network to draw, always; what a model of this shape learns alone.
+        networks: the sub-networks to draw below the full one, such as the rungs of a ladder: what no budget runs learns
+            nothing. With one of them and no ``full_probability`` it is trained alone.
     """
 
     def __init__(
@@ -42,15 +44,15 @@ class WidthSampler:
         config: ElasticConfig,
         full_probability: float = 0.3,
         seed: int = 0,
-        only: Widths | None = None,
+        networks: Sequence[Widths] = (),
     ) -> None:
         if not 0 <= full_probability <= 1:
             raise ValueError(f"WidthSampler: full_probability must lie in [0, 1], got {full_probability}")
-        if only is not None:
-            config.check(only)
+        for widths in networks:
+            config.check(widths)
         self.config = config
         self.full_probability = full_probability
-        self.only = only
+        self.networks = tuple(networks)
         self._homogeneous = homogeneous(config)
         self._generator = seeded(f"widths/{seed}")
 
@@ -63,11 +65,11 @@ class WidthSampler:
         return self._drawn(seeded(f"widths/{base}/{rank}"))
 
     def _drawn(self, generator: torch.Generator) -> Widths:
-        if self.only is not None:
-            return self.only
         kind = float(torch.rand((), dtype=torch.float64, generator=generator))
         if kind < self.full_probability:
             return self.config.full()
+        if self.networks:
+            return self.networks[_indices(len(self.networks), 1, generator)[0]]
         if kind < (1 + self.full_probability) / 2:
             return self._homogeneous[_indices(len(self._homogeneous), 1, generator)[0]]
         layers = self.config.num_layers

@@ -81,7 +81,8 @@ class Plan:
 
     def training(self, arm: Arm, seed: int, widths: Widths | None) -> TrainConfig:
         """The configuration of an arm's run; ``widths`` is the sub-network that is trained alone, if one is."""
-        return replace(self.train, seed=seed, only=widths, **arm.options)
+        alone: dict[str, Any] = {"networks": (widths,), "full_probability": 0.0} if widths else {}
+        return replace(self.train, seed=seed, **arm.options, **alone)
 
 
 _TRAIN = TrainConfig(
