@@ -6,6 +6,8 @@ from enum import StrEnum
 
 import torch
 
+GROUP = 32  # inputs that share a scale: kGroupInputs of csrc/kernels/elastic_gemm.h
+
 
 class PanelFormat(StrEnum):
     """The name that an op takes as ``format``; a format without scales stores weights in the dtype of the inputs."""
@@ -14,6 +16,10 @@ class PanelFormat(StrEnum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     INT8 = "int8"  # each row divided by its scale, the largest of its values over 127, and rounded
+    W8A8 = "w8a8"  # the same; the inputs are rounded too, each `GROUP` of a token's by a scale of their own
+    INT4 = (
+        "int4"  # least + scale * (0 to 15), of each `GROUP` inputs of a row their own; the inputs as in w8a8
+    )
 
     @property
     def storage(self) -> torch.dtype:
@@ -23,12 +29,41 @@ class PanelFormat(StrEnum):
     @property
     def together(self) -> int:
         """Inputs of a feature that lie side by side, in a word of four bytes."""
+        return 8 if self is PanelFormat.INT4 else 4 // self.storage.itemsize
+
+    @property
+    def elements(self) -> int:
+        """Elements of the storage in that word."""
         return 4 // self.storage.itemsize
 
     @property
+    def multiple(self) -> int:
+        """Inputs of a block are filled up to a multiple of it."""
+        return GROUP if self.quantised else self.together
+
+    @property
     def scaled(self) -> bool:
-        """Whether each feature has a float32 scale."""
-        return self is PanelFormat.INT8
+        """Whether there are scales: a float32 for each feature; int4: float16, and least values, for each group."""
+        return self in (PanelFormat.INT8, PanelFormat.W8A8, PanelFormat.INT4)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the inputs of a layer are rounded to integers of 8 bits, too."""
+        return self in (PanelFormat.W8A8, PanelFormat.INT4)
+
+    def words(self, inputs: int) -> int:
+        """The words that hold so many inputs of a feature."""
+        return -(-inputs // self.multiple) * (self.multiple // self.together)
+
+    def scales_shape(self, panels: torch.Tensor) -> tuple[int, ...]:
+        """The shape of the scales beside these panels."""
+        blocks, count, words, features = panels.shape[:4]
+        groups = (words * self.together // GROUP, 2) if self is PanelFormat.INT4 else ()
+        return blocks, count, *groups, features
+
+    @property
+    def scales_dtype(self) -> torch.dtype:
+        return torch.float16 if self is PanelFormat.INT4 else torch.float32
 
     @classmethod
     def plain(cls, dtype: torch.dtype) -> PanelFormat:
@@ -41,6 +76,8 @@ _STORAGE = {
     PanelFormat.BFLOAT16: torch.bfloat16,
     PanelFormat.FLOAT16: torch.float16,
     PanelFormat.INT8: torch.int8,
+    PanelFormat.W8A8: torch.int8,
+    PanelFormat.INT4: torch.uint8,
 }
 
 

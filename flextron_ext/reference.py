@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ops.decoder import Decoder, DecoderShape
+from .panels import GROUP, PanelFormat
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -172,12 +173,39 @@ def _visible(T: int, S: int, first: int, causal: bool, window: int | None, devic
     return visible if window is None else visible & (query - key < window)
 
 
-def _unpacked(panels: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[blocks, P, words, 16, together] -> [blocks * P * 16, words * together]."""
+def _unpacked(panels: Tensor, scales: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
+    """[blocks, P, words, 16, elements] -> [blocks * P * 16, words * together]."""
+    if (
+        format == PanelFormat.INT4
+    ):  # inputs 0 to 3 of a word are its bytes' lower halves, 4 to 7 the upper ones
+        panels = torch.cat((panels & 15, panels >> 4), -1)
     weight = panels.transpose(2, 3).flatten(3).to(dtype)  # [blocks, P, 16, K]
-    if scales is not None:
+    if format == PanelFormat.INT4:
+        assert scales is not None
+        each = scales.double().permute(3, 0, 1, 4, 2).repeat_interleave(GROUP, 4)  # [2, blocks, P, 16, K]
+        weight = (weight.double() * each[0] + each[1]).to(dtype)
+    elif scales is not None:
         weight = (weight.double() * scales[..., None].double()).to(dtype)
     return weight.flatten(0, 2)
+
+
+def quantised(x: Tensor, blocks: int = 1) -> Tensor:
+    """x [.., blocks * K] as panels of a quantised format read it: each 32 inputs of a block by a scale of their own.
+
+    ``x = scale * round(x * (127 / most))`` with ``most = max |x|`` and ``scale = most / 127``, in float32; 0 where most
+    is below 2 ** -100.
+    """
+    K = x.shape[-1] // blocks
+    groups = F.pad(x.float().unflatten(-1, (blocks, K)), (0, -K % GROUP)).unflatten(-1, (-1, GROUP))
+    most = groups.abs().amax(-1, keepdim=True)
+    scaled = most.where(~(most < 2.0**-100), torch.inf)
+    whole = (groups * (127 / scaled)).round().to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.where(scaled == torch.inf, 0 * most, most / 127)
+    return (whole * scale).flatten(-2)[..., :K].flatten(-2).to(x.dtype)
+
+
+def _as_read(x: Tensor, format: str, blocks: int = 1) -> Tensor:
+    return quantised(x, blocks) if format != "plain" and PanelFormat(format).quantised else x
 
 
 def packed_linear(
@@ -193,11 +221,18 @@ def packed_linear(
     in_blocks: int = 1,
 ) -> Tensor:
     blocks = panels.shape[0]
-    weight = _unpacked(panels, scales, x.dtype).unflatten(0, (blocks, -1))[:, :out_features].flatten(0, 1)
+    weight = _unpacked(panels, scales, format, x.dtype).unflatten(0, (blocks, -1))[:, :out_features]
     if bias is not None:
         bias = bias.view(blocks, -1)[:, :out_features].flatten()
+    if format in (
+        PanelFormat.W8A8,
+        PanelFormat.INT4,
+    ):  # an input that is not used has no part in a group's scale
+        x = x.unflatten(-1, (in_blocks, -1))[..., :in_features]
+        x = (x if in_extent is None else _keep(x, in_extent)).flatten(-2)
+        x = quantised(x, in_blocks)
     return elastic_linear(
-        x, weight, bias, in_features, out_features, in_extent, out_extent, in_blocks, blocks
+        x, weight.flatten(0, 1), bias, in_features, out_features, in_extent, out_extent, in_blocks, blocks
     )
 
 
@@ -217,11 +252,33 @@ def packed_mlp(
     activation: str = "silu",
     extent: Tensor | None = None,
 ) -> Tensor:
-    up, gate = _unpacked(up_panels, up_scales, x.dtype)[:, : x.shape[1]], None
+    up, gate = _unpacked(up_panels, up_scales, format, x.dtype)[:, : x.shape[1]], None
     if gated:
         gate, up = (half.flatten(0, 1) for half in up.unflatten(0, (-1, 2, 16)).unbind(1))
-    down = _unpacked(down_panels, down_scales, x.dtype)[:out_features]
-    return elastic_mlp(x, gate, up, down, b_gate, b_up, b_down, width, activation, extent)
+    down = _unpacked(down_panels, down_scales, format, x.dtype)[:out_features]
+    return _mlp(x, gate, up, down, b_gate, b_up, b_down, width, activation, extent, format)
+
+
+def _mlp(
+    x: Tensor,
+    w_gate: Tensor | None,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    width: int,
+    activation: str,
+    extent: Tensor | None,
+    format: str,
+) -> Tensor:
+    """elastic_mlp, of weights in panels of this format."""
+    up, gated = _hidden(_as_read(x, format), w_gate, w_up, b_gate, b_up, width)
+    act = ACTIVATIONS[activation]
+    h = act(up) if gated is None else act(gated) * up
+    if extent is not None:
+        h = _keep(h, extent)
+    return F.linear(_as_read(h, format), w_down[:, :width], b_down)
 
 
 def head_attention(
@@ -346,7 +403,7 @@ def _heads_of_groups(
     x: Tensor, w: dict[str, Tensor], s: DecoderShape, per_block: int, stored: int
 ) -> tuple[Tensor, ...]:
     """Queries [B, T, H, D], keys and values [B, T, stored, D] of a projection that has them group by group."""
-    M, y = s.query_heads // s.groups, F.linear(x, w["qkv"], w.get("qkv_bias"))
+    M, y = s.query_heads // s.groups, F.linear(_as_read(x, s.format), w["qkv"], w.get("qkv_bias"))
     y = y.unflatten(-1, (s.groups, M + 2, s.head_size))
     groups, kept = (per_block // M, M) if s.unit == "kv_group" else (s.groups, per_block)
     return y[..., :groups, :kept, :].flatten(2, 3), y[..., :stored, M, :], y[..., :stored, M + 1, :]
@@ -405,8 +462,9 @@ def decoder_step(
         if "qkv" in w:
             q, k, v = _heads_of_groups(y, w, s, per_block, stored)
         else:
-            q = _heads(y, w, "q", D, per_block, blocks)
-            k, v = (_heads(y, w, name, D, stored) for name in "kv")
+            read = _as_read(y, s.format)
+            q = _heads(read, w, "q", D, per_block, blocks)
+            k, v = (_heads(read, w, name, D, stored) for name in "kv")
         if s.norm_over == "heads":
             q = _norm_all(q, w, "q_norm", s, n)
             k = _norm_all(k, w, "k_norm", s, n if s.unit == "kv_group" else torch.full_like(n, s.groups))
@@ -427,14 +485,17 @@ def decoder_step(
             block = per_block * D
             inputs = n.flatten() * (block // most)
             sizes = (block, x.shape[-1], inputs, None, blocks)
-            out = elastic_linear(q.reshape(B * T, blocks * block), w["o"], w.get("o_bias"), *sizes)
+            q = q.reshape(B * T, blocks, block)  # zeros beyond what a token uses
+            q = _as_read(_keep(q, inputs).flatten(1), s.format, blocks)
+            out = elastic_linear(q, w["o"], w.get("o_bias"), *sizes)
             out = s.residual_scale * _norm(out.view(x.shape), w, "attention_post", s)
             attended = x + out * (n > 0)[..., None]
         if "mlp_norm" in w or not s.parallel:
             y = _norm(x if s.parallel else attended, w, "mlp_norm", s)
-        y = _mlp_of(y, w, s.neurons, width.flatten(), s.activation)
+        y = _mlp_of(y, w, s.neurons, width.flatten(), s.activation, s.format)
         x = attended + s.residual_scale * _norm(y, w, "mlp_post", s) * (width > 0)[..., None]
-    logits = s.logit_scale * F.linear(_norm(x, model, "norm", s)[:, T - keep :], model["head"])
+    last = s.logit_scale * _norm(x, model, "norm", s)[:, T - keep :]
+    logits = F.linear(_as_read(last, s.format), model["head"])
     if "head_bias" in model:
         logits = logits + model["head_bias"]
     if s.logit_cap is not None:
@@ -457,15 +518,15 @@ def _plain_weights(held: Decoder, dtype: torch.dtype) -> tuple[dict[str, Tensor]
     columns = dict(o=rows["q"] // blocks["q"], down=s.neurons)  # of a block
     for w in (model, *layers) if s.format != "plain" else ():
         for name in rows.keys() & w.keys():
-            weight = _unpacked(w[name], w.get(f"{name}_scales"), dtype).unflatten(
+            weight = _unpacked(w[name], w.get(f"{name}_scales"), s.format, dtype).unflatten(
                 0, (blocks.get(name, 1), -1)
             )
             inputs = weight.unflatten(2, (in_blocks.get(name, 1), -1))[..., : columns.get(name, K)]
             w[name] = inputs.flatten(2)[:, : rows[name] // len(weight)].flatten(0, 1)
         if "up" in w and not s.gated:
-            w["up"] = _unpacked(w["up"], w.get("up_scales"), dtype)[: s.neurons, :K]
+            w["up"] = _unpacked(w["up"], w.get("up_scales"), s.format, dtype)[: s.neurons, :K]
         elif "up" in w:
-            both = _unpacked(w["up"], w.get("up_scales"), dtype)[:, :K].unflatten(0, (-1, 2, 16))
+            both = _unpacked(w["up"], w.get("up_scales"), s.format, dtype)[:, :K].unflatten(0, (-1, 2, 16))
             w["gate"], w["up"] = (half.flatten(0, 1)[: s.neurons] for half in both.unbind(1))
     in_dtype = [{name: t.to(dtype) for name, t in w.items()} for w in (model, *layers)]
     return in_dtype[0], in_dtype[1:]
@@ -520,10 +581,12 @@ def _attention_of_cache(
     return torch.cat(out, 1) if out else torch.zeros_like(q)
 
 
-def _mlp_of(x: Tensor, w: dict[str, Tensor], neurons: int, extent: Tensor, activation: str) -> Tensor:
+def _mlp_of(
+    x: Tensor, w: dict[str, Tensor], neurons: int, extent: Tensor, activation: str, format: str
+) -> Tensor:
     gate, up, down = (w.get("gate"), w["up"], w["down"])
     b_gate, b_up, b_down = (w.get(f"{name}_bias") for name in ("gate", "up", "down"))
-    y = elastic_mlp(x.flatten(0, 1), gate, up, down, b_gate, b_up, b_down, neurons, activation, extent)
+    y = _mlp(x.flatten(0, 1), gate, up, down, b_gate, b_up, b_down, neurons, activation, extent, format)
     return y.view(x.shape)
 
 

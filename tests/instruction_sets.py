@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from processes import Ended, Processes
 
-INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
+INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 
 
 def run_python(processes: Processes, isa: str, code: str, *arguments: str) -> Ended:

@@ -8,11 +8,11 @@
 // from zero in order of i and the chains in order: neither the rows beside a row, nor how many, nor a prefix
 // that is cut off, nor the number of threads changes a bit of it. Weights lie in one of three layouts:
 //
-//   panels   [ob][panel][words of all blocks' inputs][kPanel][together], contiguous: a word of four bytes
+//   panels   [ob][panel][words of all blocks' inputs][kPanel][4 bytes], contiguous: a word of four bytes
 //   holds
-//            `together` inputs of a feature (1 float, 2 of 16 bits, 4 int8). The last panel and each block's
-//            last word are filled up. Prefixes of features and of inputs are both contiguous. The panels of a
-//            gate and an up projection alternate, the gate's first
+//            `together` inputs of a feature (1 float, 2 of 16 bits, 4 int8, 8 int4). The last panel and each
+//            block's last word, or group of inputs, are filled up. Prefixes of features and of inputs are
+//            both contiguous. The panels of a gate and an up projection alternate, the gate's first
 //   rows     [ob * out_stride + n][input], rows weight_stride apart: a plain weight. Few rows are dot
 //            products, whose chains run through the lanes of a vector: the same promise, but bits of their
 //            own
@@ -46,7 +46,20 @@ inline int64_t gemm_block_rows(int64_t inputs) {
   return rows < 96 ? 96 : rows > kBlockRows ? kBlockRows : rows;
 }
 
-enum class GemmDtype : int64_t { kFloat, kBf16, kFp16, kInt8 };
+// Where activations are integers of 8 bits, so many inputs of a row share a scale. An int4 weight is 0 to 15,
+// and as many inputs of a feature share a scale and a least value:
+//
+//   a[m, i] = s[m, g] q[m, i]    i in group g, s = max |a| / 127, q = round(a * (127 / max |a|))
+//   int8: y[m, n] += s[m, g] sum_i q[m, i] w[n, i]; scale[n] as above
+//   int4: y[m, n] += s[m, g] scale[n, g] sum_i q[m, i] (w[n, i] - 8)
+//                    + (least[n, g] + 8 scale[n, g]) (s[m, g] sum_i q[m, i])
+//
+// in order of the groups; a sum of integers is exact. Only inputs that a row uses are in its group; one whose
+// largest is below kLeastScaled counts as zeros.
+constexpr int64_t kGroupInputs = 32;
+constexpr float kLeastScaled = 0x1p-100f;
+
+enum class GemmDtype : int64_t { kFloat, kBf16, kFp16, kInt8, kInt4 };
 enum class GemmLayout : int64_t { kPanels, kRows, kColumns };
 
 // Rows [row, row + rows), at most gemm_group_rows: `inputs` of each input block, `features` of each output
@@ -54,8 +67,19 @@ enum class GemmLayout : int64_t { kPanels, kRows, kColumns };
 struct GemmGroup {
   int64_t row, rows, inputs, features;
   // Of pairs: where its rows begin among the tiles of activations, and among the tiles of rows of its block.
+  // Of quantised activations: where they begin among the groups of inputs; nothing.
   int64_t tile, row_tile;
 };
+
+// A group of inputs of a row as integers.
+struct QuantisedInputs {
+  int8_t q[kGroupInputs];
+  float scale;
+  float scaled_sum;  // of q, times the scale; for int4
+  int32_t start;     // of a sum of products: what makes up for the weights' being unsigned
+};
+constexpr int64_t kQuantisedGroupRows = 16;
+inline int64_t input_groups(int64_t inputs) { return (inputs + kGroupInputs - 1) / kGroupInputs; }
 
 // Rows of a group, and tiles of rows of a block of groups, of pairs. A block's activations, 2 bytes each,
 // stay in the L2 cache beside the weights.
@@ -75,6 +99,9 @@ struct ElasticGemmParams {
   // are rounded to bfloat16, and the sums are made as amx.h or pairs.h says, in order of the inputs. `tiles`:
   // the activations as elastic_gemm_tiles puts them, [group][in block][32 inputs][16 rows][16][32].
   bool pairs;
+  // Whether activations are integers, weights in panels of int8 or int4. `tiles`: the activations as
+  // elastic_gemm_quantise puts them, [group][in block][group of inputs][row] of QuantisedInputs.
+  bool quantised;
   void* tiles;
   // Where not null, the activations before that, bfloat16 numbers, in place of `a`; x_order: row -> row of x,
   // or null.
@@ -85,7 +112,7 @@ struct ElasticGemmParams {
   const GemmGroup* y_groups;
 
   GemmLayout layout;
-  GemmDtype weight_dtype;  // int8: panels alone, with scales
+  GemmDtype weight_dtype;  // int8, int4: panels alone, with scales
   // Panels: one. Rows: the gate and the up projection where there is a gate. Columns: those of the two input
   // blocks where each has its own, in_stride 0.
   const void* weight[2];
@@ -95,6 +122,8 @@ struct ElasticGemmParams {
   int64_t out_stride;   // of an output block: in panels (a gate's counted), or in features of a plain weight
   int64_t features;     // of a block, the widest row's
   const float* scales;  // as the panels, [..][kPanel]; null: 1
+  const void* group_scales;  // int4: as the panels, [..][groups of all blocks' inputs][2][kPanel] of fp16,
+                             // scales and least values
 
   bool hidden, gated;
   Activation activation;  // hidden
@@ -138,5 +167,15 @@ FLEXTRON_DECLARE_ELASTIC_GEMM(avx512)
 FLEXTRON_DECLARE_ELASTIC_GEMM_OF_PAIRS(avx512_bf16)
 FLEXTRON_DECLARE_ELASTIC_GEMM_OF_PAIRS(amx)
 #undef FLEXTRON_DECLARE_ELASTIC_GEMM_OF_PAIRS
+
+// The same of quantised activations.
+#define FLEXTRON_DECLARE_ELASTIC_GEMM_QUANTISED(isa)                                         \
+  void elastic_gemm_quantised_##isa(const ElasticGemmParams& p, int64_t begin, int64_t end); \
+  void elastic_gemm_quantise_##isa(const ElasticGemmParams& p, int64_t begin, int64_t end);
+FLEXTRON_DECLARE_ELASTIC_GEMM_QUANTISED(cpu)
+FLEXTRON_DECLARE_ELASTIC_GEMM_QUANTISED(avx2)
+FLEXTRON_DECLARE_ELASTIC_GEMM_QUANTISED(avx512)
+FLEXTRON_DECLARE_ELASTIC_GEMM_QUANTISED(avx512_vnni)
+#undef FLEXTRON_DECLARE_ELASTIC_GEMM_QUANTISED
 
 }  // namespace flextron

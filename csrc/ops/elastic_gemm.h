@@ -104,17 +104,22 @@ GemmSchedule gemm_schedule(const ElasticGemmParams& p, const std::vector<Step>& 
   int64_t block_begin = 0;
   for (const Step& step : steps) {
     const int64_t inputs = inputs_of(step), features = features_of(step), rows = step.end - step.begin;
-    const int64_t most = p.pairs ? kPairsGroupRows : gemm_group_rows();
+    const bool filled = p.pairs || p.quantised;
+    const int64_t most = p.pairs ? kPairsGroupRows : p.quantised ? kQuantisedGroupRows : gemm_group_rows();
     const int64_t count = (rows + most - 1) / most, block_rows = block_rows_of(rows, inputs);
     for (int64_t i = 0; i < count; ++i) {
       // As equal as can be, 8 rows are 4 and 4, not 6 and 2; tiles are filled.
-      const int64_t begin = step.begin + (p.pairs ? most * i : rows * i / count);
-      const int64_t end = p.pairs ? std::min(begin + most, step.end) : step.begin + rows * (i + 1) / count;
+      const int64_t begin = step.begin + (filled ? most * i : rows * i / count);
+      const int64_t end = filled ? std::min(begin + most, step.end) : step.begin + rows * (i + 1) / count;
       GemmGroup group{begin, end - begin, inputs, features, 0, 0};
       if (p.pairs && !schedule.groups.empty()) {
         const GemmGroup& before = schedule.groups.back();
         group.tile = before.tile + row_tiles(before) * input_tiles(before.inputs) * p.in_blocks;
         group.row_tile = before.row_tile + row_tiles(before);
+      }
+      if (p.quantised && !schedule.groups.empty()) {
+        const GemmGroup& before = schedule.groups.back();
+        group.tile = before.tile + before.rows * input_groups(before.inputs) * p.in_blocks;
       }
       const bool full =
           p.pairs ? group.row_tile + row_tiles(group) > kPairsBlockTiles : end - block_begin > block_rows;
@@ -153,6 +158,16 @@ inline int64_t tiles_of(const GemmJob& job) {
   return last.tile + row_tiles(last) * input_tiles(last.inputs) * job.p.in_blocks;
 }
 
+// Bytes of a GEMM's activations, where it reads them in a layout of its own.
+inline int64_t prepared_bytes(const GemmJob& job) {
+  if (job.p.tiles) return 0;
+  if (job.p.pairs) return tiles_of(job) * kTileBytes;
+  if (!job.p.quantised) return 0;
+  const GemmGroup& last = job.schedule.groups.back();
+  const int64_t groups = last.tile + last.rows * input_groups(last.inputs) * job.p.in_blocks;
+  return groups * static_cast<int64_t>(sizeof(QuantisedInputs));
+}
+
 // Memory of the calling thread that grows with its largest call.
 inline void* tile_memory(int64_t bytes) {
   struct Free {
@@ -168,23 +183,27 @@ inline void* tile_memory(int64_t bytes) {
   return memory.get();
 }
 
-// The activations of GEMMs of pairs in tiles.
-inline void put_in_tiles(std::vector<GemmJob>& jobs) {
-  int64_t tiles = 0;
-  std::vector<int64_t> first(jobs.size());
+// The activations of GEMMs of pairs in tiles, and those of others as integers.
+inline void prepare_activations(std::vector<GemmJob>& jobs) {
+  constexpr int64_t kLine = 64;
+  int64_t bytes = 0;
+  std::vector<int64_t> first(jobs.size()), sizes(jobs.size());
   for (size_t j = 0; j < jobs.size(); ++j) {
-    first[j] = tiles;
-    if (jobs[j].p.pairs && !jobs[j].p.tiles) tiles += tiles_of(jobs[j]);
+    first[j] = bytes;
+    sizes[j] = prepared_bytes(jobs[j]);
+    bytes += (sizes[j] + kLine - 1) / kLine * kLine;
   }
-  if (tiles == 0) return;
-  char* const memory = static_cast<char*>(tile_memory(tiles * kTileBytes));
+  if (bytes == 0) return;
+  char* const memory = static_cast<char*>(tile_memory(bytes));
   for (size_t j = 0; j < jobs.size(); ++j) {
+    if (sizes[j] == 0) continue;
     ElasticGemmParams& p = jobs[j].p;
-    if (!p.pairs || p.tiles) continue;
-    p.tiles = memory + first[j] * kTileBytes;
-    parallel_for(static_cast<int64_t>(jobs[j].schedule.groups.size()),
-                 kPairsGroupRows * p.in_blocks * p.groups->inputs, [&](int64_t begin, int64_t end) {
-                   FLEXTRON_FOR_PAIRS_ISA(elastic_gemm_tiles)(p, begin, end);
+    p.tiles = memory + first[j];
+    const int64_t rows = p.pairs ? kPairsGroupRows : kQuantisedGroupRows;
+    parallel_for(static_cast<int64_t>(jobs[j].schedule.groups.size()), rows * p.in_blocks * p.groups->inputs,
+                 [&](int64_t begin, int64_t end) {
+                   (p.pairs ? FLEXTRON_FOR_PAIRS_ISA(elastic_gemm_tiles)
+                            : FLEXTRON_FOR_QUANTISED_ISA(elastic_gemm_quantise))(p, begin, end);
                  });
   }
 }
@@ -222,14 +241,16 @@ inline void run_gemms(std::vector<GemmJob> jobs) {
     weight = &job == &jobs.front() || each == weight ? each : 0;
     first.push_back(first.back() + p.items());
   }
-  put_in_tiles(jobs);
+  prepare_activations(jobs);
   const auto kernel = FLEXTRON_FOR_PLAIN_ISA(elastic_gemm);
   const auto run = [&](int64_t begin, int64_t end) {
     for (size_t j = 0; j < jobs.size(); ++j) {
       const int64_t from = std::max(begin, first[j]), to = std::min(end, first[j + 1]);
       if (from >= to) continue;
-      (jobs[j].p.pairs ? FLEXTRON_FOR_PAIRS_ISA(elastic_gemm) : kernel)(jobs[j].p, from - first[j],
-                                                                        to - first[j]);
+      const auto chosen = jobs[j].p.pairs       ? FLEXTRON_FOR_PAIRS_ISA(elastic_gemm)
+                          : jobs[j].p.quantised ? FLEXTRON_FOR_QUANTISED_ISA(elastic_gemm_quantised)
+                                                : kernel;
+      chosen(jobs[j].p, from - first[j], to - first[j]);
     }
   };
   if (weight > 0) return parallel_for(first.back(), kPanel * weight, run);

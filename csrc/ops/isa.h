@@ -1,5 +1,5 @@
 // Which instruction set the CPU kernels use: the best this machine has, or what FLEXTRON_ISA (generic, avx2,
-// avx512, avx512_bf16, amx) names.
+// avx512, avx512_vnni, avx512_bf16, amx) names.
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -17,7 +17,7 @@
 
 namespace flextron {
 
-enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kAmx };  // each has all of those before
+enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx };  // each has all before it
 
 inline bool has_avx2() {
 #ifdef __x86_64__
@@ -37,9 +37,17 @@ inline bool has_avx512() {
 #endif
 }
 
+inline bool has_avx512_vnni() {
+#ifdef __x86_64__
+  return has_avx512() && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 inline bool has_avx512_bf16() {
 #ifdef __x86_64__
-  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+  return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif
@@ -72,6 +80,8 @@ inline bool runs(Isa isa) {
       return has_avx2();
     case Isa::kAvx512:
       return has_avx512();
+    case Isa::kAvx512Vnni:
+      return has_avx512_vnni();
     case Isa::kAvx512Bf16:
       return has_avx512_bf16();
     case Isa::kAmx:
@@ -89,13 +99,15 @@ inline Isa isa() {
     if (wanted == "")
       return has_amx()           ? Isa::kAmx
              : has_avx512_bf16() ? Isa::kAvx512Bf16
+             : has_avx512_vnni() ? Isa::kAvx512Vnni
              : has_avx512()      ? Isa::kAvx512
              : has_avx2()        ? Isa::kAvx2
                                  : Isa::kGeneric;
-    constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16", "amx"};
+    constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
     const auto named = std::find(std::begin(kNames), std::end(kNames), wanted);
     if (named == std::end(kNames))
-      fail("FLEXTRON_ISA: value must be generic, avx2, avx512, avx512_bf16 or amx, got ", wanted);
+      fail("FLEXTRON_ISA: value must be generic, avx2, avx512, avx512_vnni, avx512_bf16 or amx, got ",
+           wanted);
     const Isa asked = static_cast<Isa>(named - kNames);
     if (!runs(asked)) fail("FLEXTRON_ISA: value must be one this machine has, got ", wanted);
     return asked;
@@ -105,17 +117,21 @@ inline Isa isa() {
 
 // The launcher `name`_<isa>: of a template with the arguments that follow, and of a function.
 // FLEXTRON_FOR_PAIRS_ISA is of what those that multiply pairs have; nobody calls it where isa() is another.
+// FLEXTRON_FOR_QUANTISED_ISA is of what multiplies integers.
 #ifdef __x86_64__
 #define FLEXTRON_FOR_ISA(name, ...)                    \
   (isa() >= Isa::kAvx512 ? &name##_avx512<__VA_ARGS__> \
    : isa() == Isa::kAvx2 ? &name##_avx2<__VA_ARGS__>   \
                          : &name##_cpu<__VA_ARGS__>)
 #define FLEXTRON_FOR_PAIRS_ISA(name) (isa() == Isa::kAmx ? &name##_amx : &name##_avx512_bf16)
+#define FLEXTRON_FOR_QUANTISED_ISA(name) \
+  (isa() >= Isa::kAvx512Vnni ? &name##_avx512_vnni : FLEXTRON_FOR_PLAIN_ISA(name))
 #define FLEXTRON_FOR_PLAIN_ISA(name) \
   (isa() >= Isa::kAvx512 ? &name##_avx512 : isa() == Isa::kAvx2 ? &name##_avx2 : &name##_cpu)
 #else
 #define FLEXTRON_FOR_ISA(name, ...) (&name##_cpu<__VA_ARGS__>)
 #define FLEXTRON_FOR_PAIRS_ISA(name) (static_cast<decltype(&name##_amx)>(nullptr))
+#define FLEXTRON_FOR_QUANTISED_ISA(name) (&name##_cpu)
 #define FLEXTRON_FOR_PLAIN_ISA(name) (&name##_cpu)
 #endif
 

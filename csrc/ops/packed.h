@@ -22,14 +22,14 @@ inline PanelFormat panel_format(const char* op, const std::string& name) {
 struct PackedWeight {
   PanelFormat format;
   const char* name;
-  const Tensor& panels;  // [out_blocks, P, words of all blocks, kPanel, together]
+  const Tensor& panels;  // [out_blocks, P, words of all blocks, kPanel, elements of a word]
   const char* scales_name;
-  const std::optional<Tensor>& scales;  // [out_blocks, P, kPanel]
+  const std::optional<Tensor>& scales;  // [out_blocks, P, kPanel], or [out_blocks, P, groups, 2, kPanel]
 
   int64_t out_blocks() const { return panels.size(0); }
   int64_t features() const { return panels.size(1) * kPanel; }  // of a block, the last panel filled up
   int64_t inputs() const {
-    return panels.size(2) * panels.size(4);
+    return panels.size(2) * facts_of(format).together;
   }  // of all blocks, their last words filled up
 };
 
@@ -43,14 +43,19 @@ inline void check_inputs(const char* op, const Tensor& x) {
 }
 
 inline void check_scales(const char* op, const PackedWeight& w, const Device& device) {
-  if (!facts_of(w.format).scaled) {
+  const PanelFacts& facts = facts_of(w.format);
+  if (!facts.scaled()) {
     if (w.scales) fail(op, ": ", w.scales_name, " must be None unless format has scales, got a tensor");
     return;
   }
-  if (!w.scales)
-    fail(op, ": ", w.scales_name, " must be given in format ", facts_of(w.format).name, ", got None");
-  check_shape(op, w.scales_name, *w.scales, {w.panels.size(0), w.panels.size(1), kPanel});
-  check_dtype(op, w.scales_name, *w.scales, ScalarType::Float);
+  if (!w.scales) fail(op, ": ", w.scales_name, " must be given in format ", facts.name, ", got None");
+  const bool of_group = facts.scales == PanelScales::kOfGroup;
+  const int64_t blocks = w.panels.size(0), panels = w.panels.size(1);
+  if (of_group)
+    check_shape(op, w.scales_name, *w.scales, {blocks, panels, w.inputs() / kGroupInputs, 2, kPanel});
+  else
+    check_shape(op, w.scales_name, *w.scales, {blocks, panels, kPanel});
+  check_dtype(op, w.scales_name, *w.scales, of_group ? ScalarType::Half : ScalarType::Float);
   check_device(op, w.scales_name, *w.scales, device);
   if (!w.scales->is_contiguous()) fail(op, ": ", w.scales_name, " must be contiguous, got strides");
 }
@@ -66,10 +71,13 @@ inline void check_panels(const char* op, const PackedWeight& w, const Tensor& x)
   if (w.panels.scalar_type() != facts.storage)
     fail(op, ": ", w.name, " must have dtype ", toString(facts.storage), " in format ", facts.name, ", got ",
          toString(w.panels.scalar_type()));
-  if (w.panels.size(4) != facts.together)
-    fail(op, ": ", w.name, ".size(4) must be ", facts.together, " in format ", facts.name, ", got ",
-         w.panels.size(4));
-  if (!facts.scaled && facts.storage != x.scalar_type())
+  if (w.panels.size(4) != elements_of_word(w.format))
+    fail(op, ": ", w.name, ".size(4) must be ", elements_of_word(w.format), " in format ", facts.name,
+         ", got ", w.panels.size(4));
+  if (w.inputs() % facts.multiple != 0)
+    fail(op, ": ", w.name, ".size(2) must be a multiple of ", facts.multiple / facts.together, " in format ",
+         facts.name, ", got ", w.panels.size(2));
+  if (!facts.scaled() && facts.storage != x.scalar_type())
     fail(op, ": format must have scales or store the dtype of x, ", toString(x.scalar_type()), ", got ",
          facts.name);
   check_scales(op, w, x.device());
@@ -80,7 +88,7 @@ inline void check_words(const char* op, const PackedWeight& w, int64_t in_blocks
                         int64_t panels) {
   check_shape(
       op, w.name, w.panels,
-      {w.out_blocks(), panels, in_blocks * words_of(w.format, inputs), kPanel, facts_of(w.format).together});
+      {w.out_blocks(), panels, in_blocks * words_of(w.format, inputs), kPanel, elements_of_word(w.format)});
 }
 
 // A bias has the features of all blocks, of each at least those used.
@@ -106,7 +114,12 @@ inline ElasticGemmParams on_panels(const PackedWeight& w, int64_t in_blocks) {
   p.in_stride = w.inputs() / in_blocks;
   p.out_blocks = w.out_blocks();
   p.out_stride = w.panels.size(1);
-  p.scales = w.scales ? static_cast<const float*>(w.scales->const_data_ptr()) : nullptr;
+  p.quantised = facts_of(w.format).quantised;
+  const void* const scales = w.scales ? w.scales->const_data_ptr() : nullptr;
+  if (facts_of(w.format).scales == PanelScales::kOfGroup)
+    p.group_scales = scales;
+  else
+    p.scales = static_cast<const float*>(scales);
   return p;
 }
 

@@ -18,9 +18,11 @@ Tensor packed_linear(const Tensor& x, const Tensor& panels, const OptionalTensor
   const PackedWeight weight{panel_format(op, format.value), "panels", panels, "scales", scales};
   check_panels(op, weight, x);
   check_positive(op, "in_blocks", in_blocks);
-  for (const auto& [name, size] : {std::pair{"x.size(1)", x.size(1)}, {"panels.size(2)", panels.size(2)}})
-    if (size % in_blocks != 0)
-      fail(op, ": ", name, " must be divisible by in_blocks (", in_blocks, "), got ", size);
+  for (const auto& [name, size, each] : {std::tuple{"x.size(1)", x.size(1), int64_t{1}},
+                                         {"panels.size(2)", panels.size(2), words_of(weight.format, 1)}})
+    if (size % (in_blocks * each) != 0)
+      fail(op, ": ", name, " must be divisible by in_blocks (", in_blocks, ")",
+           each == 1 ? std::string() : " times " + std::to_string(each), ", got ", size);
   const int64_t out_blocks = weight.out_blocks();
   linear::Linear linear{op,           x,         panels,     bias,      in_features,
                         out_features, in_extent, out_extent, in_blocks, out_blocks};

@@ -3,6 +3,8 @@
 // Formula and layout are in csrc/kernels/elastic_gemm.h: the gate's and the up projection's panels alternate,
 // so that one pass over one stream makes the hidden neurons, which stay floats between the two layers. There
 // is no gradient.
+#include <algorithm>
+
 #include "ops/activation.h"
 #include "ops/gemm.h"
 #include "ops/mlp/executors.h"
@@ -24,7 +26,9 @@ Tensor packed_mlp(const Tensor& x, const Tensor& up_panels, const Tensor& down_p
   const PackedWeight down_weight{stored, "down_panels", down_panels, "down_scales", down_scales};
   check_panels(op, up_weight, x);
   check_panels(op, down_weight, x);
-  const int64_t F = down_weight.inputs(), panels = (gated ? 2 : 1) * ((F + kPanel - 1) / kPanel);
+  const int64_t halves = gated ? 2 : 1;
+  const int64_t F = std::min(down_weight.inputs(), up_weight.features() / halves);
+  const int64_t panels = halves * ((F + kPanel - 1) / kPanel);
   check_words(op, up_weight, 1, x.size(1), panels);
   check_words(op, down_weight, 1, F, down_panels.size(1));
   check_range(op, "width", width, 0, F);
@@ -33,7 +37,7 @@ Tensor packed_mlp(const Tensor& x, const Tensor& up_panels, const Tensor& down_p
   for (const auto& [name, bias] : {std::pair{"b_gate", &b_gate}, {"b_up", &b_up}})
     if (*bias) {
       const int64_t size = (*bias)->dim() == 1 ? (*bias)->size(0) : -1;
-      const bool fits = size >= width && words_of(stored, size) == words_of(stored, F);
+      const bool fits = size >= width && size <= F && words_of(stored, size) == words_of(stored, F);
       check_like(op, name, **bias, {fits ? size : F}, x.scalar_type(), x.device());
     }
   if (b_down) check_like(op, "b_down", *b_down, {out_features}, x.scalar_type(), x.device());

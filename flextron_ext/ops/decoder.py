@@ -124,15 +124,15 @@ class Decoder:
 
     Args:
         weights: maps names to tensors on the CPU, in float32, bfloat16 or float16; all have the dtype of
-            ``embedding`` except int8 panels and scales. For the model: embedding [vocabulary, K], contiguous, norm
-            [K], head [vocabulary, K]. For each layer, as a list: q [H * D, K], k, v [G * D, K], or in their place qkv
-            [(H + 2 G) D, K], which has of each group its queries, its key and its value; o [K, H * D]; gate (of a gated
-            MLP), up [F, K], down [K, F]; where the model has them in_norm, attention_post, mlp_norm, mlp_post [K],
-            q_norm, k_norm [D] (over "heads" [H * D] and [G * D], of "each" [H, D] and [G, D]), and a bias of each norm
-            and projection: q_bias, in_norm_bias, head_bias and so on. A part without a norm before it reads the stream
-            itself; a parallel MLP, what attention reads. In a format of panels the head and the projections are those
-            of `pack_linear` (q in one block per group with unit "query"), up and gate together in ``up`` (`pack_mlp`),
-            and formats with scales have head_scales, q_scales to down_scales beside them.
+            ``embedding`` except panels of integers and scales. For the model: embedding [vocabulary, K], contiguous,
+            norm [K], head [vocabulary, K]. For each layer, as a list: q [H * D, K], k, v [G * D, K], or in their place
+            qkv [(H + 2 G) D, K], which has of each group its queries, its key and its value; o [K, H * D]; gate (of a
+            gated MLP), up [F, K], down [K, F]; where the model has them in_norm, attention_post, mlp_norm, mlp_post
+            [K], q_norm, k_norm [D] (over "heads" [H * D] and [G * D], of "each" [H, D] and [G, D]), and a bias of each
+            norm and projection: q_bias, in_norm_bias, head_bias and so on. A part without a norm before it reads the
+            stream itself; a parallel MLP, what attention reads. In a format of panels the head and the projections are
+            those of `pack_linear` (q in one block per group with unit "query"), up and gate together in ``up``
+            (`pack_mlp`), and formats with scales have head_scales, q_scales to down_scales beside them.
         shape: the sizes and settings that all layers share.
     """
 
@@ -149,7 +149,7 @@ class Decoder:
             raise ValueError(f"{HOLD}: eps must not be negative, got {shape.eps}")
         common.check_finite(HOLD, "scale", shape.scale)
         for name in OF_MODEL[:3]:
-            dtypes = DTYPES if name == "embedding" else (*DTYPES, torch.int8)
+            dtypes = DTYPES if name == "embedding" else (*DTYPES, torch.int8, torch.uint8)
             common.check_tensor(HOLD, name, weights.get(name), dtypes)
         for name in ("embedding_scale", "residual_scale", "logit_scale", "logit_cap", "softcap", "clip"):
             common.check_finite(HOLD, name, getattr(shape, name))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..panels import PanelFormat, check_format
+from ..panels import GROUP, PanelFormat, check_format
 from . import _common as common
 
 OP = "packed_linear"
@@ -19,10 +19,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class PackedWeight(NamedTuple):
     """A linear layer's weight in panels, in the order that `packed_linear` takes them."""
 
-    # [out_blocks, ceil(nw / 16), in_blocks * ceil(kw / together), 16, together]: `together` inputs of a feature lie
-    # side by side; what fills up the last of them, and the last panel, is 0
+    # [out_blocks, ceil(nw / 16), in_blocks * words(kw), 16, elements], of the format: `together` inputs of a feature
+    # lie side by side in a word; what fills up the last words, and the last panel, is 0
     panels: Tensor
-    scales: Tensor | None  # [out_blocks, ceil(nw / 16), 16] float32 where the format has scales
+    # where the format has scales [out_blocks, ceil(nw / 16), 16] float32; of int4 scales and least values,
+    # [out_blocks, ceil(nw / 16), in_blocks * ceil(kw / 32), 2, 16] float16
+    scales: Tensor | None
     format: PanelFormat
 
 
@@ -57,30 +59,92 @@ def pack_linear(
     weight = weight.detach()
     blocks = out_blocks, in_blocks
     if not stored.scaled:
-        return PackedWeight(panels_of(weight, *blocks, stored.together), None, stored)
+        return PackedWeight(panels_of(weight, *blocks, stored), None, stored)
+    if stored is PanelFormat.INT4:
+        return PackedWeight(*_in_groups(weight, *blocks), stored)
     scales = weight.float().abs().amax(1, keepdim=True) / 127
     rows = (weight.float() / scales.where(scales > 0, 1)).round().to(stored.storage)
-    panels = panels_of(rows, *blocks, stored.together)
-    return PackedWeight(panels, panels_of(scales, out_blocks, 1, 1).flatten(2), stored)
+    panels = panels_of(rows, *blocks, stored)
+    return PackedWeight(panels, panels_of(scales, out_blocks, 1, PanelFormat.FLOAT32).flatten(2), stored)
 
 
-def panels_of(weight: Tensor, out_blocks: int, in_blocks: int, together: int) -> Tensor:
-    """The panels of a weight [out_blocks * nw, in_blocks * kw]."""
+def _in_groups(weight: Tensor, out_blocks: int, in_blocks: int) -> tuple[Tensor, Tensor]:
+    """Panels and scales of int4: of several ranges of 16 values, each group has that with the least square error."""
+    (N, inputs), stored = (weight.shape[0], weight.shape[1] // in_blocks), PanelFormat.INT4
+    most = weight.abs().max().item() if weight.numel() else 0.0
+    if not most <= torch.finfo(torch.float16).max:
+        raise ValueError(f"pack_linear: weight must be of a size up to 65504 in int4, got {most}")
+    whole = weight.float().view(N, in_blocks, inputs)
+    rest = whole[..., -1:].expand(-1, -1, -inputs % GROUP)  # which does not widen the last group's range
+    groups = torch.cat((whole, rest), 2).unflatten(2, (-1, GROUP))
+    found = map(_fitted, groups.flatten(0, 2).split(_AT_ONCE))
+    codes, scales = (torch.cat(parts) for parts in zip(*found, strict=True))
+    codes = codes.view(N, in_blocks, groups.shape[2] * GROUP)[..., :inputs].flatten(1)
+    low, high = panels_of(codes, out_blocks, in_blocks, stored).split(4, -1)
+    of_rows = scales.view(N, 2 * in_blocks * groups.shape[2])
+    pairs = panels_of(of_rows, out_blocks, 1, PanelFormat.FLOAT32)  # [blocks, P, 2 * groups, 16, 1]
+    return low | high << 4, pairs.flatten(3).unflatten(2, (-1, 2))
+
+
+_AT_ONCE = 4096  # groups whose temporaries stay in the caches
+_TRIMS = (
+    (0.0, 0.0),
+    (0.03, 0.03),
+    (0.06, 0.06),
+    (0.1, 0.1),
+    (0.05, 0.0),
+    (0.0, 0.05),
+)  # of the range, at each end
+
+
+def _fitted(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """codes [n, GROUP] uint8 and (scale, least) [n, 2] float16 of groups [n, GROUP] float32.
+
+    ``group ~ least + scale * code``, from the least value to the greatest, or from somewhat above to somewhat below.
+    """
+    low, high = groups.aminmax(dim=1, keepdim=True)
+    best = [
+        torch.full_like(low, torch.inf),
+        torch.zeros_like(groups, dtype=torch.uint8),
+        low.half().repeat(1, 2),
+    ]
+    for trim_low, trim_high in _TRIMS:
+        least = low + trim_low * (high - low)
+        scale = ((high - least - trim_high * (high - low)) / 15).half()
+        of_range = torch.cat((scale, least.half()), 1)
+        codes, error = _codes(groups, of_range)
+        better = ~(error >= best[0])
+        best = [
+            torch.where(better, new, old) for new, old in zip((error, codes, of_range), best, strict=True)
+        ]
+    return best[1], best[2]
+
+
+def _codes(groups: Tensor, of_range: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest codes of each group's (scale, least), and the sum of their squared errors, [n, 1]."""
+    scale, least = of_range.float().split(1, 1)
+    codes = ((groups - least) / scale.where(scale > 0, 1)).round().clamp(0, 15)
+    error = (codes * scale + least - groups).square().sum(1, keepdim=True)
+    return codes.to(torch.uint8), error
+
+
+def panels_of(weight: Tensor, out_blocks: int, in_blocks: int, format: PanelFormat) -> Tensor:
+    """The panels of a weight [out_blocks * nw, in_blocks * kw], one element of the storage for each input."""
     rows, inputs = weight.shape[0] // out_blocks, weight.shape[1] // in_blocks
-    count, words = -(-rows // PANEL), -(-inputs // together)
-    whole = weight.new_zeros(out_blocks, count * PANEL, in_blocks, words * together)
+    count, words = -(-rows // PANEL), format.words(inputs)
+    whole = weight.new_zeros(out_blocks, count * PANEL, in_blocks, words * format.together)
     whole[:, :rows, :, :inputs] = weight.view(out_blocks, rows, in_blocks, inputs)
-    split = whole.view(out_blocks, count, PANEL, in_blocks * words, together)
+    split = whole.view(out_blocks, count, PANEL, in_blocks * words, format.together)
     return split.transpose(2, 3).contiguous()
 
 
 def relaid(panels: Tensor, in_blocks: int, in_features: int, format: PanelFormat) -> Tensor:
     """Panels of the same values in the layout of a format: of in_blocks blocks with in_features inputs together."""
-    if panels.shape[4] == format.together:
+    if panels.shape[4] == format.elements:
         return panels
     weight = panels.transpose(2, 3).flatten(3).flatten(0, 2)
     used = weight.unflatten(1, (in_blocks, -1))[..., : in_features // in_blocks]
-    return panels_of(used.flatten(1), panels.shape[0], in_blocks, format.together)
+    return panels_of(used.flatten(1), panels.shape[0], in_blocks, format)
 
 
 def packed_linear(
@@ -102,8 +166,8 @@ def packed_linear(
 
     Args:
         x: [..., in_blocks * kx], float32, bfloat16 or float16, on the CPU; kx >= in_features.
-        panels: [out_blocks, P, in_blocks * ceil(kw / together), 16, together], from `pack_linear` with these in_blocks.
-        scales: [out_blocks, P, 16] float32 where the format has scales, None otherwise.
+        panels: [out_blocks, P, in_blocks * words(kw), 16, elements], from `pack_linear` with these in_blocks.
+        scales: where the format has scales, from `pack_linear`; None otherwise.
         format: how the panels store the weight: in the dtype of x, or in any format that has scales.
         bias: [out_blocks * nw] or None.
         in_features: inputs used per block; ``in_t`` where in_extent is None.
@@ -121,9 +185,11 @@ def packed_linear(
     stored = check_format(OP, format)
     check_panels(OP, stored, "panels", panels, "scales", scales, x)
     common.check_range(OP, "in_blocks", in_blocks, 1, max(1, x.shape[-1]))
-    for name, size in (("x.shape[-1]", x.shape[-1]), ("panels.shape[2]", panels.shape[2])):
-        if size % in_blocks:
-            raise ValueError(f"{OP}: {name} must be divisible by in_blocks ({in_blocks}), got {size}")
+    each = stored.words(1)  # words that a block's are a multiple of
+    for name, size, unit in (("x.shape[-1]", x.shape[-1], 1), ("panels.shape[2]", panels.shape[2], each)):
+        if size % (in_blocks * unit):
+            times = f" times {unit}" if unit > 1 else ""
+            raise ValueError(f"{OP}: {name} must be divisible by in_blocks ({in_blocks}){times}, got {size}")
     inputs = min(x.shape[-1], panels.shape[2] * stored.together) // in_blocks
     common.check_range(OP, "in_features", in_features, 0, inputs)
     common.check_range(OP, "out_features", out_features, 0, panels.shape[1] * PANEL)
@@ -163,12 +229,13 @@ def check_panels(
         )
     if panels.dtype != format.storage:
         raise TypeError(f"{op}: {name} must be {format.storage} in format {format}, got {panels.dtype}")
-    if panels.dim() != 5 or panels.shape[3:] != (PANEL, format.together):
-        shape = f"[blocks, P, words, {PANEL}, {format.together}]"
+    if panels.dim() != 5 or panels.shape[3:] != (PANEL, format.elements) or panels.shape[2] % format.words(1):
+        words = "words" if format.words(1) == 1 else f"{format.words(1)} * groups"
+        shape = f"[blocks, P, {words}, {PANEL}, {format.elements}]"
         raise ValueError(f"{op}: {name} must have shape {shape} in format {format}, got {list(panels.shape)}")
     if format.scaled:
-        scales = common.check_tensor(op, scales_name, scales, (torch.float32,))
-        common.check_shape(op, scales_name, scales, (*panels.shape[:2], PANEL))
+        scales = common.check_tensor(op, scales_name, scales, (format.scales_dtype,))
+        common.check_shape(op, scales_name, scales, format.scales_shape(panels))
     elif scales is not None:
         scaled = " or ".join(each for each in PanelFormat if each.scaled)
         raise ValueError(f"{op}: {scales_name} must be None unless {name} are {scaled}, got a tensor")

@@ -19,11 +19,10 @@ OP = "packed_mlp"
 class PackedMlp(NamedTuple):
     """An MLP's weights in panels, in the order that `packed_mlp` takes them."""
 
-    # [1, 2 * ceil(F / 16), ceil(K / together), 16, together], the gate's and the up projection's in turn; half as many
-    # if plain; `together` inputs of a feature lie side by side
+    # [1, 2 * ceil(F / 16), words(K), 16, elements], the gate's and the up projection's in turn; half as many if plain
     up_panels: Tensor
-    down_panels: Tensor  # [1, ceil(N / 16), ceil(F / together), 16, together]
-    up_scales: Tensor | None  # [1, panels, 16] float32 where the format has scales
+    down_panels: Tensor  # [1, ceil(N / 16), words(F), 16, elements]
+    up_scales: Tensor | None  # where the format has scales, as `pack_linear`'s
     down_scales: Tensor | None
     format: PanelFormat
 
@@ -73,11 +72,10 @@ def packed_mlp(
 
     Args:
         x: [..., K], float32, bfloat16 or float16, on the CPU.
-        up_panels: [1, P, ceil(K / together), 16, together], P panels of the gate and the up projection in turn, from
-            `pack_mlp`.
-        down_panels: [1, ceil(N / 16), ceil(F / together), 16, together].
-        up_scales: [1, P, 16] float32 where the format has scales, None otherwise.
-        down_scales: [1, ceil(N / 16), 16] likewise.
+        up_panels: [1, P, words(K), 16, elements], P panels of the gate and the up projection in turn, from `pack_mlp`.
+        down_panels: [1, ceil(N / 16), words(F), 16, elements].
+        up_scales: where the format has scales, from `pack_mlp`; None otherwise.
+        down_scales: likewise.
         format: how the panels store the weights: in the dtype of x, or in any format that has scales.
         b_gate: [F] or None.
         b_up: [F] or None.
@@ -97,11 +95,12 @@ def packed_mlp(
     stored = check_format(OP, format)
     check_panels(OP, stored, "up_panels", up_panels, "up_scales", up_scales, x)
     check_panels(OP, stored, "down_panels", down_panels, "down_scales", down_scales, x)
-    together = stored.together
-    F = down_panels.shape[2] * together
-    inputs = -(-x.shape[-1] // together)
-    count = -(-F // PANEL) * (2 if gated else 1)
-    common.check_shape(OP, "up_panels", up_panels, (1, count, inputs, PANEL, together))
+    halves = 2 if gated else 1
+    F = min(down_panels.shape[2] * stored.together, up_panels.shape[1] // halves * PANEL)
+    of_input = PANEL, stored.elements
+    up_shape = (1, -(-F // PANEL) * halves, stored.words(x.shape[-1]), *of_input)
+    common.check_shape(OP, "up_panels", up_panels, up_shape)
+    common.check_shape(OP, "down_panels", down_panels, (1, down_panels.shape[1], stored.words(F), *of_input))
     common.check_range(OP, "width", width, 0, F)
     common.check_range(OP, "out_features", out_features, 0, down_panels.shape[1] * PANEL)
     if activation not in ACTIVATIONS:

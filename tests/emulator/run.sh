@@ -109,7 +109,7 @@ if [[ $FLEXTRON_EMULATE == avx512 ]]; then
   echo "== building the ops with sanitizers"
   "$python" tests/emulator/build.py avx512 --sanitize || exit 1
   with_sanitizers
-  for isa in generic avx2 avx512 avx512_bf16 amx; do
+  for isa in generic avx2 avx512 avx512_vnni avx512_bf16 amx; do
     begin "sanitized $isa" FLEXTRON_ISA=$isa -- tests/test_ops.py tests/ops -k "not ($once or each_instruction_set)"
   done
   finish

@@ -9,6 +9,7 @@ from models import small_model
 import flextron
 from flextron.config import Widths
 from flextron.nn import PackedLinear
+from flextron_ext import pack_linear, reference
 
 UNITS = ["kv_group", "query"]
 
@@ -39,7 +40,7 @@ def test_logits_at_every_width(family, unit):
 
 @torch.no_grad()
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("packed", [None, "int8"])
+@pytest.mark.parametrize("packed", [None, "int8", "w8a8", "int4"])
 def test_generate_takes_the_decoder_op_and_agrees_with_the_modules(unit, packed, monkeypatch):
     _, ours, _ = models("llama", unit, packed=packed, attention_bias=True, mlp_bias=True)
     ids = torch.randint(0, 61, (2, 5))
@@ -71,14 +72,32 @@ def test_int8_is_near_and_a_quarter_of_the_bytes(dtype):
     assert packing.bytes_after < packing.bytes_before / dtype.itemsize * 1.5
 
 
-def test_memory_is_that_of_the_tensors():
-    plain, ours, packing = models(tie_word_embeddings=False)
+@torch.no_grad()
+@pytest.mark.parametrize("packed, share", [("w8a8", 1), ("int4", 0.625)])
+def test_integers_throughout_are_near_the_rounded_weights_at_every_width(packed, share):
+    """Widths end inside groups of 32 inputs. What is left is that inputs become integers too."""
+    plain, ours, packing = models(dtype=torch.bfloat16, packed=packed, tie_word_embeddings=False)
+    ids = torch.randint(0, 61, (2, 12))
+    for linear in (m for m in plain.modules() if isinstance(m, torch.nn.Linear)):
+        rounded = reference._unpacked(*pack_linear(linear.weight, format=packed), torch.float32)
+        linear.weight.copy_(rounded[: linear.out_features, : linear.in_features])
+    for widths in every_width(plain.elastic):
+        plain.set_widths(widths), ours.set_widths(widths)
+        exact, near = plain(ids).logits.float(), ours(ids).logits.float()
+        assert 0 < (near - exact).norm() < 0.05 * exact.norm()
+    assert packing.bytes_after < packing.bytes_before / 2 * share * 1.6  # filled up to groups and panels
+
+
+@pytest.mark.parametrize("packed", [None, "int4"])
+def test_memory_is_that_of_the_tensors(packed):
+    plain, ours, packing = models(packed=packed, tie_word_embeddings=False)
     linears = [m for m in plain.modules() if isinstance(m, torch.nn.Linear)]
-    packed = [m for m in ours.modules() if isinstance(m, PackedLinear)]
+    layers = [m for m in ours.modules() if isinstance(m, PackedLinear)]
     assert packing.bytes_before == sum(m.weight.nbytes for m in linears)
-    assert packing.bytes_after == sum(m.panels.nbytes for m in packed)
+    scales = sum(m.scales.nbytes for m in layers if m.scales is not None)
+    assert packing.bytes_after == sum(m.panels.nbytes for m in layers) + scales
     assert not any(isinstance(m, torch.nn.Linear) for m in ours.modules())
-    assert len(packed) == 6 * plain.elastic.num_layers + 1
+    assert len(layers) == 6 * plain.elastic.num_layers + 1
 
 
 def test_what_needs_plain_weights_says_so(tmp_path):
@@ -100,8 +119,8 @@ def test_what_cannot_be_packed_is_left_as_it_is():
     plain, ours, _ = models()
     with pytest.raises(ValueError, match="pack: model must have plain weights, got packed ones"):
         flextron.pack(ours)
-    with pytest.raises(ValueError, match="pack: dtype must be None or int8, got int4"):
-        flextron.pack(plain, "int4")
+    with pytest.raises(ValueError, match="pack: dtype must be None, int8, w8a8 or int4, got int3"):
+        flextron.pack(plain, "int3")
     with pytest.raises(TypeError, match="pack: model must be elastic, got LlamaForCausalLM"):
         flextron.pack(small_model())
     with pytest.raises(ValueError, match="pack: model must be float32, bfloat16 or float16"):

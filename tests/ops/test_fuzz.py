@@ -47,9 +47,16 @@ def linear():
     plain = (x, strided(weight), bias, k, n, *extents, ib, ob)
     if random.random() < 0.4:
         return "elastic_linear", plain, plain
-    packed = random.choice((None, "int8"))
+    packed = random.choice((None, "int8", "w8a8", "int4"))
     panels, scales, format = pack_linear(weight, ob, packed, ib)
-    whole = reference._unpacked(panels, scales, torch.float64).unflatten(0, (ob, -1)).unflatten(2, (ib, -1))
+    if format.quantised:
+        arguments = (x, panels, scales, format, bias, k, n, *extents, ib)
+        return "packed_linear", arguments, arguments
+    whole = (
+        reference._unpacked(panels, scales, format, torch.float64)
+        .unflatten(0, (ob, -1))
+        .unflatten(2, (ib, -1))
+    )
     rows = whole[:, :N, :, :K].reshape(ob * N, ib * K)
     return "packed_linear", (x, panels, scales, format, bias, k, n, *extents, ib), (x, rows, *plain[2:])
 
@@ -101,7 +108,7 @@ def test_fuzz_of_the_gemm_ops():
             continue
         ours = getattr(OPS, op)(*arguments)
         wide = (t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in plain)
-        exact = getattr(reference, op.replace("packed", "elastic"))(*wide)
+        exact = getattr(reference, op if plain is arguments else op.replace("packed", "elastic"))(*wide)
         bound = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 4e-3}[ours.dtype]
         error = (ours.double() - exact).abs().max().item() if ours.numel() else 0.0
         assert error <= bound * max(1.0, exact.abs().max().item() if ours.numel() else 0.0), (call, op, error)

@@ -8,7 +8,9 @@ from flextron_ext import elastic_mlp, pack_linear, pack_mlp, packed_mlp, referen
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_packing = pytest.mark.parametrize("packed", [None, "int8"], ids=["same", "int8"])
+PACKED = [None, "int8", "w8a8", "int4"]
+each_packing = pytest.mark.parametrize("packed", PACKED, ids=["same", *PACKED[1:]])
+each_quantised = pytest.mark.parametrize("packed", PACKED[2:])
 K, F, N = 300, 88, 50
 
 
@@ -90,6 +92,61 @@ def test_int8_is_the_mlp_of_the_rounded_weights(T):
         for dtype in (torch.float32, torch.float64)
     )
     assert_no_worse(run(x, packed, 61), plain, exact, "int8")
+
+
+@each_quantised
+@pytest.mark.parametrize("T", [1, 33])
+@pytest.mark.parametrize("gated", [True, False])
+def test_hidden_values_become_integers_too(T, gated, packed):
+    """Inputs and weights are such that hidden values are exact in float32: all round as in the reference."""
+    x = torch.randint(-127, 128, (T, K)).float()
+    x[:, ::32] = 127.0  # of every group: scales of 1
+    gate, up, down = (torch.randint(-7, 8, size).float() for size in ((F, K), (F, K), (N, F)))
+    for weight in (gate, up):
+        weight[:, ::32] = 127.0 if packed == "w8a8" else 8.0
+        weight[:, 1::32] = -7.0  # of 16 values, the least
+    arguments = (*pack_mlp(gate if gated else None, up, down, packed), None, None, None, 61, N, gated, "relu")
+    extent = torch.randint(0, 62, (T,))
+    plain = reference.packed_mlp(x, *arguments, extent=extent)
+    exact = reference.packed_mlp(x.double(), *arguments, extent=extent)
+    assert_no_worse(packed_mlp(x, *arguments, extent=extent), plain, exact, packed)
+
+
+@each_quantised
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_integers_of_a_whole_mlp(dtype, packed):
+    for d in (F, 61, 33, 5):
+        x, *weights = draw(33, dtype)
+        arguments = (*pack_mlp(*weights, packed), None, None, None, d, N)
+        plain, exact = (reference.packed_mlp(t, *arguments) for t in (x, x.double()))
+        assert_no_worse(packed_mlp(x, *arguments), plain, exact, f"width {d}", dtype)
+
+
+@each_quantised
+def test_neurons_that_fill_no_group_of_inputs(packed):
+    """36 neurons are 3 panels of features and 2 groups of inputs."""
+    x, gate, up, down = draw(3, torch.bfloat16)
+    b_up, cut = torch.randn(36).bfloat16(), pack_mlp(gate[:36], up[:36], down[:, :36], packed)
+    y = packed_mlp(x, *cut, None, b_up, None, 36, N)
+    plain = reference.packed_mlp(x, *cut, None, b_up, None, 36, N)
+    exact = reference.packed_mlp(x.double(), *cut, None, b_up.double(), None, 36, N)
+    assert_no_worse(y, plain, exact, packed)
+    for call, error in ((packed_mlp, ValueError), (torch.ops.flextron.packed_mlp, RuntimeError)):
+        with pytest.raises(error, match=r"packed_mlp: width must lie in \[0, 48\], got 49"):
+            call(x, *cut, None, None, None, 49, N)
+        with pytest.raises(error, match=r"packed_mlp: down_panels must have shape"):
+            call(
+                x,
+                *cut._replace(
+                    down_panels=pack_mlp(gate, up, down, packed).down_panels,
+                    down_scales=pack_mlp(gate, up, down, packed).down_scales,
+                ),
+                None,
+                None,
+                None,
+                36,
+                N,
+            )
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])

@@ -54,7 +54,7 @@ Tensor product_on_panels(const Linear& linear, ElasticGemmParams p) {
   const Tensor y = out_extent ? zeros(x, linear.y_shape()) : empty(x, linear.y_shape());
   if (y.numel() == 0) return y;
   const OptionalTensor bias = dense(linear.bias);
-  p.pairs = in_pairs(x, p.layout, x.size(0));
+  p.pairs = !p.quantised && in_pairs(x, p.layout, x.size(0));
   const Tensor x_rows = read_rows(p, x, extents.order);
   p.a_block = x.size(1) / linear.in_blocks;
   p.features = out_extent ? extents.widest() : linear.out_features;

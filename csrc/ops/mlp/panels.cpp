@@ -89,7 +89,7 @@ Tensor product_on_panels(const Mlp& mlp, ElasticGemmParams up, ElasticGemmParams
   if (y.numel() == 0) return y;
   const OptionalTensor b_gate = dense(mlp.b_gate), b_up = dense(mlp.b_up), b_down = dense(mlp.b_down);
 
-  up.pairs = down.pairs = in_pairs(x, up.layout, T);
+  up.pairs = down.pairs = !up.quantised && in_pairs(x, up.layout, T);
   const Tensor x_rows = read_rows(up, x, extents.order);
   up.features = widest;
   up.hidden = true;

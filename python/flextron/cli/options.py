@@ -203,8 +203,9 @@ def fetched(args: Namespace) -> str:
 def pack(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--pack",
-        choices=("same", "int8"),
-        help="lay the weights out for a CPU first: with the values they have (same), or as 8-bit integers (int8)",
+        choices=("same", "int8", "w8a8", "int4"),
+        help="lay the weights out for a CPU first: with the values they have (same), as 8-bit integers (int8), with "
+        "what the layers read as 8-bit integers, too (w8a8), or that with weights of 4 bits (int4)",
     )
 
 

@@ -27,6 +27,8 @@ def installed() -> tuple[str, str]:
         if torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()
         else "avx512_bf16"
         if torch.cpu._is_avx512_bf16_supported()
+        else "avx512_vnni"
+        if torch.cpu._is_avx512_supported() and torch.cpu._is_vnni_supported()
         else "avx512"
         if torch.cpu._is_avx512_supported()
         else "avx2"

@@ -21,6 +21,9 @@ class Packing:
     bytes_after: int
 
 
+_FORMATS = {torch.int8: PanelFormat.INT8, **{format.value: format for format in PanelFormat if format.scaled}}
+
+
 def pack(model: Elastic, dtype: torch.dtype | str | None = None) -> Packing:
     """Put the weights of an elastic model's layers and head in panels, in place, for fast inference on a CPU.
 
@@ -29,13 +32,15 @@ def pack(model: Elastic, dtype: torch.dtype | str | None = None) -> Packing:
 
     Args:
         model: elastic, on the CPU, float32, bfloat16 or float16.
-        dtype: None keeps the model's; ``torch.int8`` or ``"int8"`` stores each row as integers and one scale.
+        dtype: None keeps the model's; ``torch.int8`` or ``"int8"`` stores each row as integers and one scale; with
+            ``"w8a8"`` what the layers read is rounded to 8 bits too, by token and each 32 inputs; with ``"int4"`` that,
+            and weights are of 4 bits, each 32 of a row with a scale and a least value.
 
     Returns:
         The bytes of the weights before and after.
     """
-    if dtype not in (None, torch.int8, "int8"):
-        raise ValueError(f"pack: dtype must be None or int8, got {dtype}")
+    if dtype is not None and dtype not in _FORMATS:
+        raise ValueError(f"pack: dtype must be None, int8, w8a8 or int4, got {dtype}")
     if not hasattr(model, "layers_of"):
         raise TypeError(f"pack: model must be elastic, got {type(model).__name__}")
     if isinstance(model.lm_head, PackedLinear):
@@ -46,7 +51,7 @@ def pack(model: Elastic, dtype: torch.dtype | str | None = None) -> Packing:
         raise ValueError(
             f"pack: model must be float32, bfloat16 or float16 on cpu, got {weight.dtype} on {weight.device}"
         )
-    format = None if dtype is None else PanelFormat.INT8
+    format = None if dtype is None else _FORMATS[dtype]
     tied = weight is model.get_input_embeddings().weight
     before = 0 if tied else weight.nbytes
     after = 0

@@ -1,0 +1,221 @@
+// The loops of elastic_gemm over activations of eight bits, included once for each instruction set; vector.h
+// says why all is anonymous.
+//
+// A tile is up to kTileOfRows rows by a panel: a group of its inputs is turned into words of bytes once,
+// multiplied by each row's, and the sums are scaled. A panel stays in the L1 cache while the rows of a block
+// pass by it.
+#pragma once
+
+#include "kernels/elastic_gemm_block.h"
+#include "kernels/fours.h"
+
+namespace flextron {
+namespace {
+
+// Rows whose products are added in turn, to hide the latency of a dot product: as many as find registers.
+template <class W>
+constexpr int kSideBySide = kVectorBytes == 64 && !std::is_same_v<W, int4> ? 4 : 2;
+constexpr i64 kTileOfRows = kVectorBytes == 64 ? 16 : kVectorBytes == 32 ? 4 : 2;
+static_assert(kQuantisedGroupRows % kTileOfRows == 0);
+
+template <class W>
+constexpr i64 kInputsOfWord = std::is_same_v<W, int4> ? 8 : 4;
+template <class W>
+constexpr i64 kGroupBytes = kGroupInputs / kInputsOfWord<W> * 4 * kPanel;  // of a panel
+
+// The words of four inputs each of vector v of a panel's features, of a group.
+template <class W>
+inline void words_of_group(const W* from, int v, Words (&to)[kWords]) {
+  const char* const at = reinterpret_cast<const char*>(from) + v * kWide * 4;
+  if constexpr (std::is_same_v<W, int4>) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kWords / 2; ++i) {
+      const Words w = load_loose<uint32_t>(at + i * kPanel * 4);
+      to[2 * i] = w & 0x0F0F0F0Fu;
+      to[2 * i + 1] = (w >> 4) & 0x0F0F0F0Fu;
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < kWords; ++i) to[i] = FoursOf<W>::weights(load_loose<uint32_t>(at + i * kPanel * 4));
+  }
+}
+
+// A panel's stream: groups of an input block, and bytes from behind its last used group to where it goes on.
+struct GroupStream {
+  i64 groups, jump;
+};
+
+// sum[rows][v] += the products of a group, of vector v of a panel's features.
+template <class W, int rows>
+inline void add_group(const QuantisedInputs* a, const Words (&w)[kWords], Vec<float> scale, Vec<float> middle,
+                      Vec<float> (*sum)[kVecs], int v) {
+  constexpr int count = smaller(kSideBySide<W>, rows);
+  FoursOf<W> four[count];
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i)
+    if constexpr (FoursOf<W>::kZero != 0) four[i].begin(a[i].start);
+#pragma GCC unroll 8
+  for (int j = 0; j < kWords; ++j)
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) {
+      uint32_t inputs;
+      __builtin_memcpy(&inputs, a[i].q + 4 * j, sizeof(inputs));
+      four[i].add(w[j], Words{} + inputs);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    const Vec<float> total = __builtin_convertvector(four[i].total(), Vec<float>);
+    if constexpr (std::is_same_v<W, int4>)
+      sum[i][v] = sum[i][v] + total * (scale * a[i].scale) + middle * a[i].scaled_sum;
+    else
+      sum[i][v] += total * a[i].scale;
+  }
+  if constexpr (rows > count) add_group<W, rows - count>(a + count, w, scale, middle, sum + count, v);
+}
+
+// c[rows][kPanel] += of one panel and one input block. a: [group][a_rows].
+template <class W, int rows>
+void quantised_tile(const QuantisedInputs* a, i64 a_rows, i64 groups, const W* b, const fp16* scales,
+                    float* c, GroupStream stream) {
+  constexpr bool is_int4 = std::is_same_v<W, int4>;
+  constexpr i64 kAheadGroups = 1024 / kGroupBytes<W>;
+  const char* panel = reinterpret_cast<const char*>(b);
+  Vec<float> sum[rows][kVecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) sum[i][v] = load_loose<float>(c + i * kPanel + v * kWide);
+  for (i64 g = 0; g < groups; ++g, a += a_rows, panel += kGroupBytes<W>) {
+    const char* const ahead =
+        panel + kAheadGroups * kGroupBytes<W> + (g + kAheadGroups < stream.groups ? 0 : stream.jump);
+#pragma GCC unroll 8
+    for (i64 line = 0; line < kGroupBytes<W>; line += kLine) __builtin_prefetch(ahead + line);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      Words w[kWords];
+      words_of_group(reinterpret_cast<const W*>(panel), v, w);
+      Vec<float> scale{}, middle{};
+      if constexpr (is_int4) {
+        scale = scales_at(scales + 2 * g * kPanel + v * kWide);
+        middle = scales_at(scales + (2 * g + 1) * kPanel + v * kWide) + 8.0f * scale;
+      }
+      add_group<W, rows>(a, w, scale, middle, sum, v);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) store_loose(c + i * kPanel + v * kWide, sum[i][v]);
+}
+
+// The same for `count` rows, which only the caller of the caller knows.
+template <class W, int rows = kTileOfRows>
+inline void quantised_tiles(i64 count, const QuantisedInputs* a, i64 a_rows, i64 groups, const W* b,
+                            const fp16* scales, float* c, GroupStream stream) {
+  if constexpr (rows > 1)
+    if (count < rows) return quantised_tiles<W, rows - 1>(count, a, a_rows, groups, b, scales, c, stream);
+  quantised_tile<W, rows>(a, a_rows, groups, b, scales, c, stream);
+}
+
+// One panel of one block of rows.
+template <class W>
+void quantised_panel(const ElasticGemmParams& p, const Place& at, i64 slot, i64 panels, float* sums) {
+  const GemmGroup* const first = p.groups + p.row_blocks[at.row_block];
+  const GemmGroup* const last = p.groups + p.row_blocks[at.row_block + 1];
+  const i64 panel = at.out_block * p.out_stride + at.strip * panels + slot;
+  const i64 stride = p.in_stride / kGroupInputs;  // groups of an input block
+  for (const GemmGroup* g = first; g < last && g->features > at.strip * kPanel; ++g) {
+    const i64 groups = input_groups(g->inputs);
+    for (i64 block = 0; block < p.in_blocks; ++block) {
+      const i64 begin = (panel * p.in_blocks + block) * stride;
+      const W* const b = static_cast<const W*>(p.weight[0]) + begin * kGroupBytes<W>;
+      const fp16* const scales = static_cast<const fp16*>(p.group_scales) + 2 * begin * kPanel;
+      const QuantisedInputs* const a =
+          static_cast<const QuantisedInputs*>(p.tiles) + g->tile + block * groups * g->rows;
+      const GroupStream stream{groups, (stride - groups) * kGroupBytes<W>};
+      for (i64 row = 0; row < g->rows; row += kTileOfRows)
+        quantised_tiles<W>(smaller(kTileOfRows, g->rows - row), a + row, g->rows, groups, b, scales,
+                           sums + (g->row - first->row + row) * kPanel, stream);
+    }
+  }
+}
+
+template <class W>
+void run_quantised_items(const ElasticGemmParams& p, i64 begin, i64 end) {
+  const i64 panels = p.gated ? 2 : 1, strips = (p.features + kPanel - 1) / kPanel;
+  alignas(kLine) float sums[2 * kBlockRows * kPanel];
+  for (; begin < end; ++begin) {
+    const i64 block = begin / strips;
+    const Place at{block / p.out_blocks, block % p.out_blocks, begin % strips};
+    const GemmGroup* const first = p.groups + p.row_blocks[at.row_block];
+    const GemmGroup* const last = p.groups + p.row_blocks[at.row_block + 1];
+    const i64 c_panel = (last[-1].row + last[-1].rows - first->row) * kPanel;
+    for (i64 i = 0; i < panels * c_panel; ++i) sums[i] = 0.0f;
+    for (i64 slot = 0; slot < panels; ++slot) quantised_panel<W>(p, at, slot, panels, sums + slot * c_panel);
+    finish(p, at, sums, c_panel);
+  }
+}
+
+// -- activations --
+
+// [0, inputs) of a row's group, at most kGroupInputs; the rest is 0. `zero`: FoursOf's, of the weights.
+inline void quantise_group(const float* from, i64 inputs, int32_t zero, QuantisedInputs& to) {
+  float x[kGroupInputs] = {};
+  __builtin_memcpy(x, from, inputs * sizeof(float));
+  // As integers: a NaN is larger than all numbers, and comes through.
+  Words largest{};
+#pragma GCC unroll 8
+  for (i64 i = 0; i < kGroupInputs; i += kWide) {
+    const Words size = load_loose<uint32_t>(x + i) & 0x7FFFFFFFu;
+    largest = size > largest ? size : largest;
+  }
+  uint32_t bits = 0;
+  for (i64 i = 0; i < kWide; ++i) bits = larger(bits, largest[i]);
+  const float most = __builtin_bit_cast(float, bits);
+  const float factor = most < kLeastScaled ? 0.0f : 127.0f / most;
+  to.scale = most < kLeastScaled ? 0.0f : most / 127.0f;
+#pragma GCC unroll 8
+  for (i64 i = 0; i < kGroupInputs; i += kWide) store_loose(x + i, load_loose<float>(x + i) * factor);
+  asm("" ::"r"(x) : "memory");  // or product and sum would be one operation, of another rounding
+  Integers sum{};
+  typedef int8_t Bytes __attribute__((vector_size(kWide), aligned(1), may_alias));
+#pragma GCC unroll 8
+  for (i64 i = 0; i < kGroupInputs; i += kWide) {
+    const Vec<float> shift = Vec<float>{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const Words q = (Words)(load_loose<float>(x + i) + shift) - (Words)shift;
+    const Integers byte =
+        (Integers)(q << 24) >> 24;  // of what is no number some byte: its scale is none either
+    *reinterpret_cast<Bytes*>(to.q + i) = __builtin_convertvector(byte, Bytes);
+    sum += byte;
+  }
+  int32_t whole = 0;
+  for (i64 i = 0; i < kWide; ++i) whole += sum[i];
+  to.scaled_sum = to.scale * float(whole);
+  to.start = -zero * whole;
+}
+
+// Of groups of rows [begin, end).
+void quantise_rows(const ElasticGemmParams& p, i64 begin, i64 end) {
+  const int32_t zero = p.weight_dtype == GemmDtype::kInt4 ? FoursOf<int4>::kZero : FoursOf<int8>::kZero;
+  for (const GemmGroup* g = p.groups + begin; g < p.groups + end; ++g) {
+    QuantisedInputs* to = static_cast<QuantisedInputs*>(p.tiles) + g->tile;
+    for (i64 block = 0; block < p.in_blocks; ++block)
+      for (i64 k = 0; k < g->inputs; k += kGroupInputs)
+        for (i64 row = g->row; row < g->row + g->rows; ++row) {
+          const float* const from = p.a + row * p.a_row + block * p.a_block + k;
+          quantise_group(from, smaller(kGroupInputs, g->inputs - k), zero, *to++);
+        }
+  }
+}
+
+}  // namespace
+}  // namespace flextron
+
+#define FLEXTRON_DEFINE_ELASTIC_GEMM_QUANTISED(isa)                                           \
+  void elastic_gemm_quantised_##isa(const ElasticGemmParams& p, int64_t begin, int64_t end) { \
+    p.weight_dtype == GemmDtype::kInt4 ? run_quantised_items<int4>(p, begin, end)             \
+                                       : run_quantised_items<int8>(p, begin, end);            \
+  }                                                                                           \
+  void elastic_gemm_quantise_##isa(const ElasticGemmParams& p, int64_t begin, int64_t end) {  \
+    quantise_rows(p, begin, end);                                                             \
+  }
