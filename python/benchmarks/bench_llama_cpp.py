@@ -23,7 +23,7 @@ from flextron.exporting import export_gguf
 from flextron.judge.timing import wait_until_idle
 
 # what a GGUF file holds -> how the same weights are packed here
-_PACKED = {"f32": torch.float32, "bf16": torch.bfloat16, "q8_0": "int8"}
+_PACKED = {"f32": torch.float32, "bf16": torch.bfloat16, "q8_0": "int8", "q4_0": "int4"}
 _FULL, _SMALL = 1.0, 0.5  # keys of `taking_turns`, whatever the budget
 
 

@@ -43,8 +43,11 @@ DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "int8": torch.bfloat16,
-}  # int8: only the weights are integers
-_GGUF = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0"}
+    "w8a8": torch.bfloat16,
+    "int4": torch.bfloat16,
+}  # the formats of panels that have scales: bfloat16 is what else there is
+_GGUF = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0", "w8a8": "q8_0", "int4": "q4_0"}
+_BYTES = {"int8": 1.0, "w8a8": 1.0, "int4": 5 / 8}  # of a weight, with its share of a scale
 
 
 def llama_shape(hidden: int, neurons: int, layers: int, **more: Any) -> LlamaConfig:
@@ -173,9 +176,9 @@ def contestants(
     full = LlamaForCausalLM(MODELS[args.model](args)).to(dtype).eval()
     ids = torch.randint(0, full.config.vocab_size, (1, args.prompt))
     elastic, packed = elastic_of(full), elastic_of(full)
-    flextron.pack(packed, dtype="int8" if args.dtype == "int8" else None)
+    flextron.pack(packed, dtype=args.dtype if args.dtype in _BYTES else None)
     runs: dict[tuple[float, str], Run] = {}
-    size, sizes = (1 if args.dtype == "int8" else dtype.itemsize), {}
+    size, sizes = _BYTES.get(args.dtype, dtype.itemsize), {}
     ours = generation(elastic, ids, args.new)
     has_llama_cpp = importlib.util.find_spec("xllamacpp") is not None
     if not has_llama_cpp:
@@ -185,10 +188,10 @@ def contestants(
     }
     for share in args.widths:
         widths = widths_of(elastic, share)
-        sizes[share] = elastic.elastic.params(widths) * size
+        sizes[share] = round(elastic.elastic.params(widths) * size)
         same = plain.get(share, full)
         runs[share, "flextron, packed"] = at_width(generation(packed, ids, args.new), packed, widths)
-        if args.dtype != "int8":
+        if args.dtype not in _BYTES:
             runs[share, "flextron"] = at_width(ours, elastic, widths)
             runs[share, "transformers"] = generation(same, ids, args.new)
         if has_llama_cpp:

@@ -30,8 +30,10 @@ import flextron_ext as ops
 from flextron.artefacts.machine import processor
 from flextron.judge.timing import bench, device_clock, wait_until_idle, wall_clock
 from flextron.testing.numerics import assert_no_worse
+from flextron_ext import reference
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
+PACKED = (None, "int8", "w8a8", "int4")  # formats of panels; None: the dtype's own
 TOKENS = {"cpu": (1, 8, 64, 256), "cuda": (1, 16, 64, 1024, 2048, 4096, 8192)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_SETS = 100e6  # bytes of all sets together: more than a large L3 cache
@@ -521,27 +523,29 @@ def decoder_step(s: Shape, T: int, target: Target) -> Iterator[Case]:
 
 
 def packed_linear(s: Shape, T: int, target: Target) -> Iterator[Case]:
-    """The widths of elastic_linear, panels in the dtype and as int8; there the rivals have the same rounded weights."""
-    for packed, share in itertools.product((None, "int8"), WIDTHS):
+    """The widths of elastic_linear, panels in each format; what it rounds, the rivals have rounded."""
+    for packed, share in itertools.product(PACKED, WIDTHS):
         n = _width(s.K, share)
 
         def make(packed: str | None = packed) -> SimpleNamespace:
             w = _as_packed(target.randn(s.K, s.K, scale=s.K**-0.5), packed)
             panels = ops.pack_linear(w, format=packed)
-            return SimpleNamespace(x=target.randn(T, s.K), w=w, w32=w.float(), panels=panels)
+            x = target.randn(T, s.K)
+            read = reference.quantised(x) if panels.format.quantised else x
+            return SimpleNamespace(x=x, read=read, w=w, w32=w.float(), panels=panels)
 
         yield Case(
-            f"out {s.K}x{s.K}{', int8' if packed else ''}",
+            f"out {s.K}x{s.K}{', ' + packed if packed else ''}",
             T,
             f"{share:g}",
             n / s.K,
             2 * T * s.K * n,
-            _stored(packed, target).itemsize * n * s.K + _size(target) * T * (s.K + n),
+            _bytes_of(packed, target) * n * s.K + _size(target) * T * (s.K + n),
             make,
             lambda i, n=n: ops.packed_linear(i.x, *i.panels, None, s.K, n),
             {
-                "views": lambda i, n=n: F.linear(i.x, i.w[:n]),
-                "views, float32": lambda i, n=n: F.linear(i.x.to(i.w32.dtype), i.w32[:n]),
+                "views": lambda i, n=n: F.linear(i.read, i.w[:n]),
+                "views, float32": lambda i, n=n: F.linear(i.read.to(i.w32.dtype), i.w32[:n]),
             },
         )
 
@@ -575,12 +579,12 @@ def packed_mlp(s: Shape, T: int, target: Target) -> Iterator[Case]:
     for packed, share in itertools.product((None, "int8"), WIDTHS):
         d = _width(s.neurons, share)
         yield Case(
-            f"swiglu {s.K}x{s.neurons}{', int8' if packed else ''}",
+            f"swiglu {s.K}x{s.neurons}{', ' + packed if packed else ''}",
             T,
             f"{share:g}",
             d / s.neurons,
             6 * T * s.K * d,
-            _stored(packed, target).itemsize * 3 * s.K * d + _size(target) * 2 * T * s.K,
+            _bytes_of(packed, target) * 3 * s.K * d + _size(target) * 2 * T * s.K,
             lambda packed=packed: make(packed),
             lambda i, d=d: ours(i, d),
             {
@@ -618,17 +622,19 @@ def packed_mlp(s: Shape, T: int, target: Target) -> Iterator[Case]:
     )
 
 
-def _stored(packed: str | None, target: Target) -> torch.dtype:
-    return target.dtype if packed is None else ops.PanelFormat(packed).storage
+def _bytes_of(packed: str | None, target: Target) -> float:
+    """Of a weight in panels of this format, with its share of a group's scale."""
+    if packed is None:
+        return _size(target)
+    return {"int8": 1, "w8a8": 1, "int4": 5 / 8}[packed]
 
 
 def _as_packed(w: Tensor, packed: str | None) -> Tensor:
     """The weight that panels of this format stand for, in its own dtype."""
     if packed is None:
         return w
-    panels, scales, _ = ops.pack_linear(w, format=packed)
-    values = panels.transpose(2, 3).flatten(3)[..., : w.shape[1]].float() * scales[..., None]  # [1, P, 16, K]
-    return values.flatten(0, 2)[: len(w)].to(w.dtype)
+    panels, scales, format = ops.pack_linear(w, format=packed)
+    return reference._unpacked(panels, scales, format, torch.float32)[: len(w), : w.shape[1]].to(w.dtype)
 
 
 def prefix_gate(s: Shape, T: int, target: Target) -> Iterator[Case]:
