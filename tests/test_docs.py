@@ -56,6 +56,10 @@ NOT_RUN = (
         r"python python/studies/disturbed\.py\b",
         "takes minutes and wants a quiet machine; tests/lab/test_disturbed.py runs it on a small model",
     ),
+    (
+        r"python python/studies/oracle\.py\b",
+        "takes up to an hour; tests/lab/test_oracle.py runs its parts on a small model",
+    ),
     (r"python python/benchmarks/\w+\.py\b", "tests/test_bench*.py run them on small shapes"),
     (r"bash tests/two_torches\.sh\b", "downloads gigabytes; .ci/run does where it is asked to"),
     (r"pre-commit install\b", "changes the clone"),
