@@ -435,7 +435,7 @@ def test_what_the_routers_choose_is_fitted_and_trained_and_the_routers_stay(elas
     model = from_pretrained(elastic)
     with ElasticDirectory.open(elastic) as checkpoint:
         (target,) = checkpoint.static().targets
-    judged = pipeline.windows(pipeline.corpus(read_tokenizer(elastic), text).train, 8, 32)
+    judged = pipeline.windows(pipeline.corpus(read_tokenizer(elastic), text).train, 4, 32)
     below, full = pipeline.evaluate(model, judged, [routed, model.elastic.full()])
     assert target.routed_observed == pytest.approx(below - full, rel=1e-4)
     more = answer(capsys, *train[:-4], "--steps", 4, *train[-2:])  # the ladder is the one that it was

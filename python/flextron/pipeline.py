@@ -40,6 +40,7 @@ from flextron.conversion.refit import refit as fit
 from flextron.conversion.refit_in_order import refit_in_order
 from flextron.conversion.source import room_beside, source_of
 from flextron.corpus import Data, corpus, windows
+from flextron.data import Tokens
 from flextron.judge.loss import evaluate
 from flextron.nn.placement import Device, current, one_device
 from flextron.nn.protocol import Elastic
@@ -60,6 +61,7 @@ from flextron.tuning import tune as tune_model
 
 TRAINING_FOLDER, TUNING_FOLDER = "training", "tuning"
 REFIT_FOLDER = "refit"  # the weights before a fit
+ROUTE_SAMPLES, ROUTE_LENGTH = 4, 128  # sequences behind one loss of static routers, and tokens in each
 _ROUTERS = (static_router, adaptive_router)
 Progress = Callable[[str, int, int], Any]
 Measured = Callable[[Mapping[str, Any]], Any]  # called with a step's line of metrics.jsonl
@@ -264,8 +266,7 @@ def refit(
     after = evaluate(model, held_out, networks)
     losses = [name | {"before": b, "after": a} for name, b, a in zip(named, before, after, strict=True)]
     report = {**found.to_dict(), "losses": losses}
-    judged = windows(tokens.train, validation_windows, length)
-    fresh = routed.again(model, judged) if routed else None
+    fresh = routed.again(model, tokens.train, length) if routed else None
     if not parent:
         _discard(directory, REFIT_FOLDER)
         _keep_weights(Path(directory), weights, Path(directory) / REFIT_FOLDER)
@@ -313,8 +314,12 @@ class _Routed:
         limits = [target * table.full_ms for target in static.router.targets[:-1]]
         return cls(static, table, tuple(static.ladder.within(table.predict, limit) for limit in limits))
 
-    def again(self, model: Elastic, judged: Tensor) -> RouterResult:
-        """The routers with the losses that the weights have now."""
+    def again(self, model: Elastic, text: Tokens, length: int) -> RouterResult:
+        """The routers with the losses that the weights have now, on as much text as `route` takes by default.
+
+        ``length``: of a sequence, at most.
+        """
+        judged = windows(text, ROUTE_SAMPLES, min(ROUTE_LENGTH, length))
         return static_routing.refreshed(
             self.static, model.elastic, self.table, lambda widths: evaluate(model, judged, [widths])[0]
         )
@@ -403,8 +408,7 @@ def train(
     )
     if round_in_place("train", model, model.stored) and report.evaluations:
         report.evaluations.append(_evaluated_again(model, report, validation))
-    judged = windows(tokens.train, validation_windows, config.length)
-    fresh = routed.again(model, judged) if routed else None
+    fresh = routed.again(model, tokens.train, config.length) if routed else None
     moved = report.resumed_from < config.steps
     first_with_weights(model, lambda w: _keep_trained(model, w, directory, routers_of, fresh, moved))
     return report
@@ -510,8 +514,8 @@ def route(
     batch: int | None = None,
     context: int | None = None,
     machine: str | None = None,
-    samples: int = 4,
-    length: int = 128,
+    samples: int = ROUTE_SAMPLES,
+    length: int = ROUTE_LENGTH,
     dtype: Dtype | None = None,
     device: Any = "auto",
     progress: Progress = _silent,
