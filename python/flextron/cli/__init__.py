@@ -17,6 +17,7 @@ from flextron.cli.discovery import commands, extension, is_missing
 from flextron.cli.parser import UsageError, parser_of
 from flextron.cli.printing import warn
 from flextron.cli.processes import is_silent, is_started, run, tell_torchrun
+from flextron.cli.threads import settle
 from flextron.sentences import first_line
 
 # Errors that the user can mend: one sentence and exit code 2. Any other is a fault of ours and keeps its traceback.
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else ten lines about retries precede our sentence
+    settle()
     with warnings.catch_warnings():
         warnings.showwarning = warn  # type: ignore[assignment]  # of its arguments one is enough
         return _main(sys.argv[1:] if argv is None else argv)
