@@ -56,7 +56,7 @@ from flextron.routing.static import train_routers
 from flextron.training import TrainReport, resume
 from flextron.training import train as train_model
 from flextron.training.room import Room, room
-from flextron.training.sharding import cut_of, first_with_weights
+from flextron.training.sharding import computes_in_bf16, cut_of, first_with_weights
 from flextron.tuning import tune as tune_model
 
 TRAINING_FOLDER, TUNING_FOLDER = "training", "tuning"
@@ -371,7 +371,7 @@ def train(
     The teacher of a distillation is the checkpoint as it was when the run began: right after `convert` that is the
     parent itself, and after `refit` it is what that began with. The run keeps it, for more steps later (see
     `flextron.training.train`). It is held in bfloat16 or float16 where all its weights are stored so, and computes in
-    float32 as the model does.
+    float32 as the model does; on a CPU, a run in bfloat16 holds it in bfloat16, and multiplies it so.
 
     What cannot fit on the device is refused before anything is loaded; ``planned`` is called with what a step takes of
     its memory, before the first one.
@@ -382,7 +382,7 @@ def train(
         checkpoint.check_length("train", config.length)
         if routed := _Routed.of("train", checkpoint) if ladder else None:
             config = replace(config, networks=routed.networks)
-        held = _teacher_dtype(checkpoint, TRAINING_FOLDER, config, restart)
+        held = _teacher_dtype(checkpoint, TRAINING_FOLDER, config, restart, device)
         memory = room("train", checkpoint.origin.elastic, config, device, held.itemsize)
         cut = cut_of(checkpoint.origin.elastic, config, device, held.itemsize)
         model = checkpoint.model(device=device, cut=cut)
@@ -636,7 +636,7 @@ def tune(
     config = config or TuneConfig()
     with ElasticDirectory.open(directory) as checkpoint:
         checkpoint.check_length("tune", config.length)
-        held = _teacher_dtype(checkpoint, TUNING_FOLDER, config, restart)
+        held = _teacher_dtype(checkpoint, TUNING_FOLDER, config, restart, device)
         memory = room("tune", checkpoint.origin.elastic, config, device, held.itemsize)
         cut = cut_of(checkpoint.origin.elastic, config, device, held.itemsize)
         model = checkpoint.equipped(device=device, cut=cut)
@@ -722,14 +722,19 @@ def clean(directory: str | Path, *, unfinished: bool = False, dry_run: bool = Fa
 
 
 def _teacher_dtype(
-    checkpoint: ElasticDirectory, folder: str, config: TrainConfig, restart: bool
+    checkpoint: ElasticDirectory, folder: str, config: TrainConfig, restart: bool, device: torch.device
 ) -> torch.dtype:
-    """What the teacher of a run in ``folder`` is held in: as its weights are stored, or as the run began."""
+    """What the teacher of a run in ``folder`` is held in: as its weights are stored, or as the run began.
+
+    On a CPU that computes in bfloat16 it is bfloat16, to which its weights would be rounded in every step.
+    """
     if not config.distillation:
         return torch.float32
     run = checkpoint.path / folder
     if not restart and resume.has_checkpoints(run):
         return resume.teacher_dtype(run)
+    if device.type == "cpu" and computes_in_bf16(config, device):
+        return torch.bfloat16
     own = [checkpoint.path / name for name in weight_files(checkpoint.meta["checksums"])]
     stored = {dtype for path in _parent(checkpoint) or own for dtype in stored_dtypes(path).values()}
     narrow = {"BF16": torch.bfloat16, "F16": torch.float16}

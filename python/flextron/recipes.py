@@ -315,6 +315,7 @@ class StepConfig:
         choices=TEACHERS,
     )
     teacher_value: int = about(4, "bytes of one of the teacher's weights", least=1)
+    cpu: bool = about(False, "whether the device is a CPU, whose loss makes its logits a few rows at a time")
 
     def __post_init__(self) -> None:
         _check(self)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flextron.judge import objectives
-from flextron.judge.objectives import cross_entropy, distillation
+from flextron.judge.objectives import cross_entropy, distillation, imitation, next_token, weighted
 
 SHAPES = [(1, 2, 3), (2, 5, 7), (3, 4, 33)]
 
@@ -155,3 +155,61 @@ def test_bad_arguments_are_named():
         distillation(logits, torch.randn(2, 3, 6))
     with pytest.raises(ValueError, match="temperature must be above 0, got 0"):
         distillation(logits, logits, 0)
+
+
+def through_head(N=11, V=13, K=5, bias=True, dtype=torch.float64):
+    x = torch.randn(1, N, K, dtype=dtype, requires_grad=True)
+    head = torch.nn.Linear(K, V, bias=bias, dtype=dtype)
+    labels, teacher = torch.randint(V, (1, N)), torch.randn(1, N, V, dtype=dtype)
+    return x, head, [(0.7, next_token(labels)), (1.3, imitation(teacher, 2.0))]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("pieces", [1, 4], ids=["one", "several"])
+def test_a_head_gets_the_gradients_of_its_logits(pieces, bias, chunk, monkeypatch):
+    x, head, terms = through_head(bias=bias)
+    monkeypatch.setattr(objectives, "_HEAD_VALUES", 13 * 11 // pieces)
+    leaves = [x, *head.parameters()]
+    ours, values = weighted(x, head, terms)
+    wanted, theirs = weighted(head(x), None, terms)
+    torch.testing.assert_close([ours, *values], [wanted, *theirs])
+    torch.testing.assert_close(0.7 * values[0] + 1.3 * values[1], ours.detach())
+    for scale in (1, 3):
+        got = torch.autograd.grad(scale * ours, leaves, retain_graph=True)
+        torch.testing.assert_close(got, torch.autograd.grad(scale * wanted, leaves, retain_graph=True))
+
+
+def test_gradients_of_a_head_are_those_of_finite_differences():
+    x, head, terms = through_head(N=4, V=6)
+
+    def loss(x, weight, bias):
+        head.weight, head.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+        object.__setattr__(head, "_parameters", dict(weight=weight, bias=bias))
+        return weighted(x, head, terms)[0]
+
+    weight, bias = (p.detach().clone().requires_grad_() for p in head.parameters())
+    assert torch.autograd.gradcheck(loss, (x, weight, bias))
+
+
+def test_a_head_computes_in_autocasts_dtype_and_its_gradients_stay_float32():
+    x, head, terms = through_head(N=64, V=96, K=32, dtype=torch.float32)
+    exact = weighted(x.double(), head.double(), terms)[0]
+    wanted = torch.autograd.grad(exact, [x])[0]
+    head.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = weighted(x, head, terms)[0]
+    got, weight = torch.autograd.grad(ours, [x, head.weight])
+    assert ours.dtype == got.dtype == weight.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-3, atol=0)
+    assert 0 < (got - wanted).norm() < 1e-2 * wanted.norm()
+
+
+def test_logits_of_all_tokens_are_never_there(monkeypatch):
+    """With a head nothing is made that is larger than a piece, the gradients and what they are made from."""
+    N, V, K = 64, 96, 4
+    x, head, terms = through_head(N, V, K, dtype=torch.float32)
+    monkeypatch.setattr(objectives, "_HEAD_VALUES", 8 * V)
+    monkeypatch.setattr(objectives, "_CHUNK_VALUES_CPU", 2 * V)
+    with Allocations() as made:
+        weighted(x, head, terms[:1])[0].backward()
+    assert max(made.sizes.values()) == 8 * V

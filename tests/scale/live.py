@@ -52,7 +52,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:  # a sparse one has a few rows
                 self._see(leaf)
         self.peak = max(self.peak, self.now + inside(str(func), args))
         return result

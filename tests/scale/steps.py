@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from flextron.config import ElasticConfig
-from flextron.judge.objectives import cross_entropy, distillation
+from flextron.judge import objectives
+from flextron.judge.objectives import imitation, next_token, weighted
 from flextron.nn import make_elastic
+from flextron.nn.headless import headless, plain_head
 from flextron.nn.recomputation import recomputing
 from flextron.nn.widened import widened
 from flextron.recipes import StepConfig
@@ -71,15 +73,28 @@ def unmasked(model) -> Iterator[None]:
         yield
 
 
-def losses(model, ids, teacher):
+def losses(model, ids, teacher, cpu):
     """As `flextron.training.loop.Run._losses`."""
-    logits = model(input_ids=ids, use_cache=False).logits
-    loss = cross_entropy(logits, ids)
+    terms = [(1.0, next_token(ids))]
     if teacher is not None:
         with torch.no_grad(), widened(teacher):
-            wanted = teacher(input_ids=ids, use_cache=False).logits
-        loss = loss + distillation(logits, wanted)
-    return loss
+            terms.append((1.0, imitation(teacher(input_ids=ids, use_cache=False).logits)))
+    head = plain_head(model) if cpu else None
+    with nullcontext() if head is None else headless(model, head):
+        x = model(input_ids=ids, use_cache=False).logits
+    return weighted(x, head, terms)[0]
+
+
+@contextmanager
+def on(cpu: bool, is_one: bool) -> Iterator[None]:
+    """Let ops and losses do what they do on a CPU, or what they do on a GPU; neither reads a tensor's value.
+
+    ``is_one``: whether the loss is differentiated as it is."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(objectives, "_is_one", lambda scale: is_one))
+        if not cpu:
+            stack.enter_context(mock.patch.object(objectives, "_CHUNK_VALUES_CPU", 1 << 62))
+        yield
 
 
 def counted(step: StepConfig, family: str = "llama", shard=None, **overrides) -> tuple[int, ElasticConfig]:
@@ -103,12 +118,17 @@ def counted(step: StepConfig, family: str = "llama", shard=None, **overrides) ->
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         ids = torch.randint(3, 61, (step.rows, step.length))
         layers = recomputing(model) if step.checkpoint_activations else nullcontext()
-        with layers, unmasked(model), Live(p for module in held for p in module.parameters()) as live:
+        with (
+            layers,
+            on(step.cpu, step.cpu and step.accumulation == 1),
+            unmasked(model),
+            Live(p for module in held for p in module.parameters()) as live,
+        ):
             for _ in range(2):
                 live.restart()  # the first step makes the optimiser's states
                 for _ in range(step.accumulation):
                     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-                        loss = losses(model, ids, teacher)
+                        loss = losses(model, ids, teacher, step.cpu)
                     loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()

@@ -31,6 +31,10 @@ SMALL = dict(rows=1, length=64)
         (dict(bf16=True, teacher="whole", teacher_value=2), dict(num_hidden_layers=4)),
         (SMALL | dict(bf16=False), dict(tie_word_embeddings=True, vocab_size=16384)),
         (SMALL | dict(bf16=False), dict(intermediate_size=4096, vocab_size=256)),
+        (dict(cpu=True, bf16=True, teacher="whole", teacher_value=2), dict(vocab_size=32768)),
+        (dict(cpu=True, bf16=True, accumulation=2), dict(tie_word_embeddings=True, vocab_size=16384)),
+        (dict(cpu=True, bf16=False, teacher="whole"), dict(tie_word_embeddings=True, vocab_size=16384)),
+        (dict(cpu=True, bf16=True), dict(num_hidden_layers=4)),
     ],
     ids=lambda case: "-".join(f"{k}={v}" for k, v in case.items()) or "small",
 )

@@ -404,7 +404,8 @@ def test_progress_and_log_say_what_happened(tmp_path):
 def test_autocast_takes_place_when_asked_and_by_default_where_fast(tmp_path, monkeypatch):
     types = []
     model = tiny_run.elastic()
-    model.register_forward_hook(lambda module, _, output: types.append(output.logits.dtype))
+    mlp = model.layers_of()[0].mlp
+    mlp.register_forward_hook(lambda module, _, output: types.append(output.dtype))
     for fast, asked, expected in (
         (True, None, torch.bfloat16),
         (False, None, torch.float32),

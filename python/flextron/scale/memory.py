@@ -21,7 +21,9 @@ from flextron.recipes import StepConfig
 from flextron.scale.shapes import count, experts_of, kind_of, of_layer, of_root
 
 FLOAT, HALF = 4, 2  # bytes of a float32 and of a bfloat16
-_LOSS_VALUES = 1 << 23  # logits of a chunk of the loss: judge/objectives.py
+# judge/objectives.py: logits of a chunk of the loss, and on a CPU; those that a head makes at once there, and the rows
+# of its gradient
+_LOSS_VALUES, _LOSS_VALUES_CPU, _HEAD_VALUES, _HEAD_ROWS = 1 << 23, 1 << 17, 1 << 25, 4096
 
 # Share of a device that tensors may fill. The rest is for the CUDA context and the libraries (half a gigabyte), NCCL's
 # buffers, and blocks that the caching allocator cannot join. An assumption, not a measurement.
@@ -89,6 +91,8 @@ class _Sizes:
         gated = shape.counts.neuron >= 3 * shape.hidden_size
         self.ups = 2 if gated else 1  # projections before the MLP's activation: gate and up, or up alone
         self.kind, self.experts = kind_of(shape), experts_of(shape)
+        # whether the loss runs the head, and leaves its gradients: a CPU's, where the logits are its outputs
+        self.fuses = step.cpu and ranks == 1 and not self.kind.capped
 
     def at(self, moment: str, gradients: int, activations: int, gathered: int = 0) -> Memory:
         """What is alive at a moment; gradients that accumulation or DDP's buckets hold all along count as whole."""
@@ -108,17 +112,29 @@ class _Sizes:
         )
 
     def moments(self) -> list[Memory]:
-        saved, head = self._saved_by_layers(), self._saved_by_head()
+        saved = self._saved_by_layers()
         models = 1 + (
             self.step.teacher == "sharded"
         )  # FSDP2 keeps the root whole between forward and backward
         root = models * self.value * self.root if self.sharded else 0
         return [
-            *([self.at("teacher", 0, saved + head + self._teaching(), root)] if self.distils else []),
-            self.at("loss", 0, saved + head + self._loss(), root),
-            self.at("backward of the head", 0, saved + head + self._backward_of_head(), root),
+            *([self.at("teacher", 0, self._teaching(), root)] if self.distils else []),
+            *self._losses(saved, root),
             *(self._sharded_layers(saved, root) if self.sharded else self._whole_layers(saved)),
             self.at("optimiser", self.mine, 0),
+        ]
+
+    def _losses(self, saved: int, root: int) -> list[Memory]:
+        if self.fuses:
+            # which is scaled where it is one micro-batch's of several
+            scaled = FLOAT * self.embedding * (self.step.accumulation > 1)
+            return [
+                self.at("loss", FLOAT * self.embedding, saved + max(scaled, self._loss_with_head()) + scaled),
+            ]
+        head = self._saved_by_head()
+        return [
+            self.at("loss", 0, saved + head + self._loss(), root),
+            self.at("backward of the head", 0, saved + head + self._backward_of_head(), root),
         ]
 
     def _whole_layers(self, saved: int) -> list[Memory]:
@@ -128,8 +144,9 @@ class _Sizes:
         return [
             self.at("backward of the last layer", embedding, saved + within),
             self.at("backward of the first layer", done, first + within),
-            # a tied embedding: the head's gradient waits for the embedding's, and their sum is a third
-            self.at("end of the backward", self.mine, 2 * embedding * self.shape.tied),
+            # a tied embedding: the head's gradient waits for the embedding's, and their sum is a third; the embedding's
+            # has the rows of the tokens alone where the loss made the head's
+            self.at("end of the backward", self.mine, 2 * embedding * (self.shape.tied and not self.fuses)),
         ]
 
     def _sharded_layers(self, saved: int, root: int) -> list[Memory]:
@@ -195,35 +212,47 @@ class _Sizes:
     def _saved_by_head(self) -> int:
         """The last norm and the head."""
         T, K = self.T, self.shape.hidden_size
-        weights = self._copies(self.embedding)
+        weights = HALF * self.embedding if self.casts else 0
         capped = self.logits * self.kind.capped
         return self._saved_by_norm(T, K, self.stream) + T * K * self.value + weights + capped
 
     def _teaching(self) -> int:
-        """The student's logits and, in the teacher's MLP, its stream and hidden values; its weights where widened."""
+        """In the teacher's MLP, its stream and hidden values; its weights where widened; or its logits."""
         T, K, F = self.T, self.shape.hidden_size, self.shape.intermediate_size
         widened = self.step.teacher_value < FLOAT and not self.sharded
         weights = FLOAT * self.shape.counts.neuron * F if widened else 0
-        return (
-            self.logits + T * K * (self.stream + self.value) + (1 + self.ups) * T * F * self.value + weights
-        )
+        hidden = T * K * (self.stream + self.value) + (1 + self.ups) * T * F * self.value + weights
+        return max(hidden, self.logits)
 
     def _loss(self) -> int:
-        """Logits, the gradient that each term of the loss makes of them, and float32 temporaries of one chunk."""
+        """Logits, their gradient, the teacher's logits, and float32 temporaries of one chunk."""
+        return 2 * self.logits + self._theirs() + self._chunks()
+
+    def _theirs(self) -> int:
+        value = min(self.value, self.step.teacher_value)
+        return self.T * self.shape.vocab_size * value if self.distils else 0
+
+    def _chunks(self) -> int:
         V, T = self.shape.vocab_size, self.T
-        rows = max(1, _LOSS_VALUES // V)
+        rows = max(1, (_LOSS_VALUES_CPU if self.step.cpu else _LOSS_VALUES) // V)
         chunk = FLOAT * V * min(T, rows)
-        chunks = (5 if self.distils else 1) + self.step.bf16 + (rows < T)  # one is that of the chunk before
-        theirs = T * V * min(self.value, self.step.teacher_value) if self.distils else 0
-        return self.logits * (3 if self.distils else 2) + theirs + chunk * chunks
+        most = 6 if self.distils else 1 + (rows < T)  # one is that of the chunk before
+        return chunk * (most + self.step.bf16)
+
+    def _loss_with_head(self) -> int:
+        """What the head reads, as it is and as it is computed, the gradient of that, and the head as it is computed;
+        the logits of some tokens, which become their gradient; a part of the head's gradient, beside the gradient."""
+        V, T, K = self.shape.vocab_size, self.T, self.shape.hidden_size
+        rows = min(T, max(1, _HEAD_VALUES // V))
+        read = self._saved_by_norm(T, K, self.stream) + T * K * (FLOAT + self.value * self.casts)
+        part = max(self._chunks(), K * self.value * max(min(V, _HEAD_ROWS), rows))
+        weights = HALF * self.embedding if self.casts else 0
+        return read + weights + rows * V * self.value + self._theirs() + part
 
     def _backward_of_head(self) -> int:
-        """The gradient of the logits, beside those of the loss's terms."""
-        terms = 2 if self.distils else 1
+        """The gradient of the logits, beside the one that the loss left."""
         weights = self.embedding * (self.value + FLOAT * self.casts)  # as computed, and in float32
-        return max(
-            self.logits * (terms + 1), self.logits + weights + self.T * self.shape.hidden_size * self.value
-        )
+        return max(2 * self.logits, self.logits + weights + self.T * self.shape.hidden_size * self.value)
 
     def _within_a_layer(self) -> int:
         """Temporaries of a layer's backward: the MLP's, which are the largest (csrc/ops/mlp)."""

@@ -20,7 +20,16 @@ from flextron import ranks
 from flextron.config import Widths
 from flextron.data import Batches, Tokens, checksum_of, seeded
 from flextron.judge.loss import restored
-from flextron.judge.objectives import TopLogits, cross_entropy, distillation, distillation_from_top
+from flextron.judge.objectives import (
+    Objective,
+    TopLogits,
+    imitation,
+    imitation_of_top,
+    next_token,
+    weighted,
+)
+from flextron.nn.forward import ElasticForward, runs_on
+from flextron.nn.headless import headless, plain_head
 from flextron.nn.protocol import Elastic
 from flextron.nn.recomputation import recomputing
 from flextron.nn.storage import name_of, storage
@@ -177,6 +186,9 @@ class Run:
         self.top = self._top_logits(identity) if config.teacher_logits else None
         self.checkpoints = Checkpoints(directory, identity, weights, _stored(model))
         self.spread = Spread(model, teacher, config, self.bf16, self.batches.rows)
+        # A GPU's loss is made of logits: there the GEMMs want more rows at once than a CPU's caches hold.
+        alone = ranks.now().size == 1 and self.device.type == "cpu"
+        self.head = plain_head(model) if alone else None
         self.optimizer: Any  # `found_inf` is no attribute of its class
         self.optimizer = adamw(model, config)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -297,22 +309,30 @@ class Run:
 
     def _losses(self, batch: Tensor) -> dict[str, Tensor]:
         c = self.config
-        logits = self.spread.forward(input_ids=batch, use_cache=False).logits
-        terms: dict[str, Tensor] = {}
+        terms: dict[str, Objective] = {}
         if c.cross_entropy:
-            terms["cross_entropy"] = cross_entropy(logits, batch)
+            terms["cross_entropy"] = next_token(batch)
         if self.top is not None:
             top = TopLogits(*map(self._on_device, self.top.read(self.batches.last)))
-            terms["distillation"] = distillation_from_top(logits, top, c.temperature)
+            terms["distillation"] = imitation_of_top(top, c.temperature)
         elif self.teacher is not None:
-            terms["distillation"] = distillation(logits, self._taught(batch), c.temperature)
-        loss = sum(getattr(c, name) * term for name, term in terms.items())
-        return {"loss": loss, **terms}
+            terms["distillation"] = imitation(self._taught(batch), c.temperature)
+        with nullcontext() if self.head is None else headless(self.model, self.head):
+            x = self.spread.forward(input_ids=batch, use_cache=False).logits
+        loss, values = weighted(x, self.head, [(getattr(c, name), term) for name, term in terms.items()])
+        return {"loss": loss, **dict(zip(terms, values, strict=True))}
 
     @torch.no_grad()
     def _taught(self, batch: Tensor) -> Tensor:
-        """The teacher's logits. What a narrow one's shards are gathered in is wide enough already."""
+        """The teacher's logits. What a narrow one's shards are gathered in is wide enough already.
+
+        In a run in bfloat16 a CPU multiplies a bfloat16 teacher's weights as they are held, by the op of all layers,
+        whose stream is float32 as autocast's is.
+        """
         teacher: Any = self.teacher
+        if self.bf16 and _multiplies_as_held(teacher):
+            with torch.autocast(self.device.type, enabled=False):
+                return teacher(input_ids=batch, use_cache=False).logits
         as_held = not _is_widened(teacher) or is_sharded(teacher)
         with nullcontext() if as_held else widened(teacher):
             return teacher(input_ids=batch, use_cache=False).logits
@@ -472,6 +492,13 @@ def _stored(model: Elastic) -> dict[str, torch.dtype]:
 def _is_widened(teacher: Any) -> bool:
     """Whether a teacher computes in float32 and is held in less: an elastic one. Any other computes as it is."""
     return hasattr(teacher, "elastic") and is_narrow(teacher)
+
+
+def _multiplies_as_held(teacher: Any) -> bool:
+    """Whether the op of all layers computes an elastic teacher, in the bfloat16 that all its weights have."""
+    if not hasattr(teacher, "elastic") or not runs_on(teacher.device) or is_sharded(teacher):
+        return False
+    return {p.dtype for p in teacher.parameters()} == {torch.bfloat16} and ElasticForward.of(teacher).serves
 
 
 def _parameters(model: nn.Module) -> int:

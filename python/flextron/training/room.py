@@ -51,7 +51,7 @@ def room(
     """
     size = ranks.now().size
     bf16 = computes_in_bf16(config, device)
-    step = step_of(config, bf16, chosen(shape, config, bf16, device, teacher), teacher)
+    step = step_of(config, bf16, chosen(shape, config, bf16, device, teacher), teacher, device)
     found = Room(estimate(shape, step, size), memory_of(device), str(device))
     if _ERROR * found.memory.total > found.has:
         raise ValueError(

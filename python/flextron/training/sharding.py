@@ -63,7 +63,7 @@ class Spread:
                 mesh = mesh_of(self.ranks, self.shard)
                 for module in whole:
                     cut(module, mesh, bf16)
-            step = step_of(config, bf16, self.shard, value)
+            step = step_of(config, bf16, self.shard, value, model.device)
             whole_gradient = 4 * sum(p.numel() for p in model.parameters())
             taken = estimate(model.elastic, step, self.ranks.size).total + whole_gradient
             self.once = taken <= USABLE * memory_of(model.device)
@@ -220,9 +220,10 @@ def _on_this_node() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.now().size))
 
 
-def step_of(config: TrainConfig, bf16: bool, shard: str, teacher: int = FLOAT) -> StepConfig:
+def step_of(config: TrainConfig, bf16: bool, shard: str, teacher: int, device: torch.device) -> StepConfig:
     """What a step of a run is, on these processes; ``teacher``: bytes of one of its teacher's weights."""
     facts: dict[str, Any] = {"bf16": bf16, "shard": shard, "node": _on_this_node(), "teacher_value": teacher}
+    facts["cpu"] = device.type == "cpu"
     if config.distillation and not config.teacher_logits and shard != "none":
         facts["teacher"] = "sharded"
     return StepConfig.of(config, ranks.now().size, **facts)
@@ -242,7 +243,7 @@ def chosen(
         )
     if config.shard != "auto":
         return config.shard
-    taken = estimate(shape, step_of(config, bf16, "none", teacher), size).total
+    taken = estimate(shape, step_of(config, bf16, "none", teacher, device), size).total
     fits = ranks.mean(torch.tensor(float(taken <= USABLE * memory_of(device))))
     return "none" if float(fits) == 1 else "full"
 
