@@ -158,6 +158,26 @@ void run_quantised_items(const ElasticGemmParams& p, i64 begin, i64 end) {
 
 // -- activations --
 
+// The largest of a vector's lanes and their sum: by shuffles, which compilers do not make of loops.
+inline uint32_t largest_of(Words w) {
+#if defined(__AVX512F__) && FLEXTRON_VECTOR_BYTES == 64
+  return _mm512_reduce_max_epu32((__m512i)w);
+#else
+  uint32_t largest = 0;
+  for (i64 i = 0; i < kWide; ++i) largest = larger(largest, uint32_t(w[i]));
+  return largest;
+#endif
+}
+inline int32_t total_of(Integers x) {
+#if defined(__AVX512F__) && FLEXTRON_VECTOR_BYTES == 64
+  return _mm512_reduce_add_epi32((__m512i)x);
+#else
+  int32_t total = 0;
+  for (i64 i = 0; i < kWide; ++i) total += x[i];
+  return total;
+#endif
+}
+
 // [0, inputs) of a row's group, at most kGroupInputs; the rest is 0. `zero`: FoursOf's, of the weights.
 inline void quantise_group(const float* from, i64 inputs, int32_t zero, QuantisedInputs& to) {
   float x[kGroupInputs] = {};
@@ -169,9 +189,7 @@ inline void quantise_group(const float* from, i64 inputs, int32_t zero, Quantise
     const Words size = load_loose<uint32_t>(x + i) & 0x7FFFFFFFu;
     largest = size > largest ? size : largest;
   }
-  uint32_t bits = 0;
-  for (i64 i = 0; i < kWide; ++i) bits = larger(bits, largest[i]);
-  const float most = __builtin_bit_cast(float, bits);
+  const float most = __builtin_bit_cast(float, largest_of(largest));
   const float factor = most < kLeastScaled ? 0.0f : 127.0f / most;
   to.scale = most < kLeastScaled ? 0.0f : most / 127.0f;
 #pragma GCC unroll 8
@@ -188,8 +206,7 @@ inline void quantise_group(const float* from, i64 inputs, int32_t zero, Quantise
     *reinterpret_cast<Bytes*>(to.q + i) = __builtin_convertvector(byte, Bytes);
     sum += byte;
   }
-  int32_t whole = 0;
-  for (i64 i = 0; i < kWide; ++i) whole += sum[i];
+  const int32_t whole = total_of(sum);
   to.scaled_sum = to.scale * float(whole);
   to.start = -zero * whole;
 }

@@ -168,6 +168,21 @@ inline int64_t prepared_bytes(const GemmJob& job) {
   return groups * static_cast<int64_t>(sizeof(QuantisedInputs));
 }
 
+// Whether two GEMMs read the same activations in the same layout, as projections of queries, keys and values
+// do.
+inline bool reads_alike(const GemmJob& one, const GemmJob& other) {
+  const ElasticGemmParams &p = one.p, &q = other.p;
+  const auto alike = [](const GemmGroup& a, const GemmGroup& b) {
+    return a.row == b.row && a.rows == b.rows && a.inputs == b.inputs;
+  };
+  const bool same = p.a == q.a && p.x == q.x && p.x_order == q.x_order && p.a_row == q.a_row &&
+                    p.a_block == q.a_block && p.a_input == q.a_input && p.in_blocks == q.in_blocks;
+  return same && p.pairs == q.pairs && p.quantised == q.quantised &&
+         (p.pairs || p.weight_dtype == q.weight_dtype) &&
+         std::equal(one.schedule.groups.begin(), one.schedule.groups.end(), other.schedule.groups.begin(),
+                    other.schedule.groups.end(), alike);
+}
+
 // Memory of the calling thread that grows with its largest call.
 inline void* tile_memory(int64_t bytes) {
   struct Free {
@@ -190,14 +205,15 @@ inline void prepare_activations(std::vector<GemmJob>& jobs) {
   std::vector<int64_t> first(jobs.size()), sizes(jobs.size());
   for (size_t j = 0; j < jobs.size(); ++j) {
     first[j] = bytes;
-    sizes[j] = prepared_bytes(jobs[j]);
+    sizes[j] = j > 0 && reads_alike(jobs[j - 1], jobs[j]) ? 0 : prepared_bytes(jobs[j]);
     bytes += (sizes[j] + kLine - 1) / kLine * kLine;
   }
   if (bytes == 0) return;
   char* const memory = static_cast<char*>(tile_memory(bytes));
   for (size_t j = 0; j < jobs.size(); ++j) {
-    if (sizes[j] == 0) continue;
     ElasticGemmParams& p = jobs[j].p;
+    if (!p.tiles && j > 0 && reads_alike(jobs[j - 1], jobs[j])) p.tiles = jobs[j - 1].p.tiles;
+    if (sizes[j] == 0) continue;
     p.tiles = memory + first[j];
     const int64_t rows = p.pairs ? kPairsGroupRows : kQuantisedGroupRows;
     parallel_for(static_cast<int64_t>(jobs[j].schedule.groups.size()), rows * p.in_blocks * p.groups->inputs,

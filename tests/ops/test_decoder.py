@@ -441,7 +441,9 @@ for dtype, tolerance in {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float1
     torch.manual_seed(7)  # no token's router has two choices so near that rounding to 16 bits swaps them
     for case in cases.decoder_step("cpu", dtype):
         ours, exact = cases.step_of_decoder(**case)[0], reference.decoder_step(**case)[0]
-        torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance)
+        # of integers: an input beside the middle of two becomes the other one
+        bound = 6e-2 if case["held"].shape.format in ("w8a8", "int4") else tolerance
+        torch.testing.assert_close(ours, exact, rtol=bound, atol=bound)
 print("right")
 """
 
