@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, dynamic_module_util
 
 from flextron.artefacts.directory import load_elastic
 from flextron.checkpoint import CheckpointError, stored_dtypes
+from flextron.cli.printing import rounding
 from flextron.config import ElasticConfig, Widths
 from flextron.conversion import ParityError, convert
 from flextron.exporting import export, extract, load_plain, stock_problem
@@ -538,6 +539,7 @@ def test_rounding_that_the_network_amplifies_is_told_from_an_error(
     widths = mixed(model.elastic)
     report = export(model, tmp_path / "out", widths)["parity"]
     assert report["max_rel"] > 1e-4 and report["float64"] <= 1e-9
+    assert rounding(report).endswith(" in float64: the network amplifies rounding")
 
     def planted(*args: Any) -> Any:
         plain = build(*args)

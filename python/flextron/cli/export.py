@@ -82,13 +82,13 @@ def run(args: Namespace) -> dict[str, Any]:
     parity = report["parity"]
     if args.format == "gguf":
         types = ", ".join(f"{n} {name}" for name, n in report["types"].items())
-        stored, narrower = f" in {report['architecture']}, {report['bytes'] / 1e6:.1f} MB of {types}", ""
+        stored = f" in {report['architecture']}, {report['bytes'] / 1e6:.1f} MB of {types}"
     else:
-        stored, narrower = f", stored in {dtypes(report['dtypes'])}", rounding(parity)
+        stored = f", stored in {dtypes(report['dtypes'])}"
     say(
         args,
         f"{args.out}: {report['params']} parameters, {report['layout']}{stored}; read back within "
-        f"{parity['max_rel']:.1e} of the elastic model's largest logit{narrower}",
+        f"{parity['max_rel']:.1e} of the elastic model's largest logit{rounding(parity)}",
     )
     if report.get("note"):
         say(args, report["note"])

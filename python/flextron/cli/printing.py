@@ -29,9 +29,10 @@ def dtypes(counts: dict[str, int]) -> str:
 
 
 def rounding(parity: dict[str, Any]) -> str:
-    """How much of a certificate's figure comes from storing a narrower dtype, where one was asked for."""
-    share = parity["rounding"]["max_rel"]
-    return f" ({share:.1e} of it from rounding)" if share else ""
+    """How much of a certificate's figure comes from a narrower dtype, and what it is in float64, where known."""
+    share, exact = parity.get("rounding", {}).get("max_rel"), parity.get("float64")
+    stored = f" ({share:.1e} of it from rounding)" if share else ""
+    return stored if exact is None else f"{stored}, {exact:.1e} in float64: the network amplifies rounding"
 
 
 def training_result(report: Any) -> dict[str, Any]:
