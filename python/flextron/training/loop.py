@@ -28,6 +28,7 @@ from flextron.judge.objectives import (
     next_token,
     weighted,
 )
+from flextron.nn.allocator import kept
 from flextron.nn.forward import ElasticForward, runs_on
 from flextron.nn.headless import headless, plain_head
 from flextron.nn.protocol import Elastic
@@ -145,7 +146,8 @@ def run_to_the_end(
     """Run, and leave the model's dial and mode, and torch's global generator, as they were."""
     devices = [run.device] if run.device.type == "cuda" else []
     layers = recomputing(run.model) if run.config.checkpoint_activations else nullcontext()
-    with restored(run.model), layers, torch.random.fork_rng(devices=devices):
+    memory = kept() if run.device.type == "cpu" else nullcontext()
+    with restored(run.model), layers, memory, torch.random.fork_rng(devices=devices):
         try:
             report = run.to_the_end(resume, progress, begun, starting, cached)
         except BaseException:
