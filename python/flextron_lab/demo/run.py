@@ -20,10 +20,12 @@ from flextron.artefacts.latency_table import Workload
 from flextron.checkpoint.io import read_json, write_json
 from flextron.checkpoint.lock import LOCK_FILE, locked
 from flextron.checkpoint.room import names_in
+from flextron.conversion.refit_in_order import in_order_fault
 from flextron.corpus import documents, encode, held_out_windows
 from flextron.exporting import export
 from flextron.inference import from_pretrained, generate
 from flextron.judge.budgets import judge_budgets
+from flextron.nn.anatomy import anatomy_of
 from flextron.nn.protocol import Elastic
 from flextron.pipeline import Progress
 from flextron.recipes import RouteConfig, TrainConfig
@@ -44,6 +46,7 @@ class Plan:
         prefill, decode: workloads of the two latency tables; budgets are fractions of the prefill's latency.
         train, route: settings of the two trainings.
         calibration: number of sequences that importance is scored on.
+        fitted: number of sequences that last projections are fitted to, for what the routers chose.
         judged: number of held-out sequences that every reported loss is measured on.
         length: tokens in each of these sequences.
         route_samples: number of sequences behind one loss that the surrogate learns from.
@@ -58,6 +61,7 @@ class Plan:
     train: TrainConfig
     route: RouteConfig
     calibration: int
+    fitted: int
     judged: int
     length: int
     route_samples: int
@@ -86,6 +90,7 @@ def plan_for(params: int, seed: int) -> Plan:
             ),
             route=RouteConfig(targets=(*targets, 1.0), evaluations=110, prefill=75, steps=300, seed=seed),
             calibration=32,
+            fitted=64,
             judged=32,
             length=128,
             route_samples=8,
@@ -101,7 +106,7 @@ def plan_for(params: int, seed: int) -> Plan:
             steps=50,
             batch_size=4,
             length=128,
-            learning_rate=3e-4,
+            learning_rate=1e-4,
             cross_entropy=0.0,
             distillation=1.0,
             weight_decay=0.0,
@@ -114,6 +119,7 @@ def plan_for(params: int, seed: int) -> Plan:
             targets=(*targets, 1.0), evaluations=215, prefill=150, threshold=0.05, steps=800, seed=seed
         ),
         calibration=12,
+        fitted=24,
         judged=8,
         length=256,
         route_samples=2,
@@ -139,7 +145,7 @@ class _Clock:
 def run(
     parent: str, out: str | Path, *, data: str | Path | None = None, seed: int = 0, progress: Progress
 ) -> dict[str, Any]:
-    """Convert, train, profile, route, evaluate, extract and sample; returns the contents of ``report.json``.
+    """Take a parent through every stage, and train what its routers choose; returns the contents of ``report.json``.
 
     Args:
         parent: ``smollm2``, ``tiny``, ``stories260k``, a model directory, or the id of a model on the hub.
@@ -176,9 +182,6 @@ def _run(parent: str, out: Path, data: str | Path | None, seed: int, progress: P
             progress=progress,
         )
     description = _forget_weights(source)
-    with clock.stage("train"):
-        trained = pipeline.train(elastic, plan.train, data=corpus, progress=progress)
-        shutil.rmtree(elastic / pipeline.TRAINING_FOLDER)  # its losses are in the report
     with clock.stage("profile"):
         tables = pipeline.profile(
             elastic,
@@ -197,6 +200,21 @@ def _run(parent: str, out: Path, data: str | Path | None, seed: int, progress: P
             length=plan.route_length,
             progress=progress,
         )
+    if not in_order_fault(anatomy_of(source.model.config)):
+        with clock.stage("refit"):
+            pipeline.refit(
+                elastic,
+                data=corpus,
+                samples=plan.fitted,
+                length=plan.length,
+                narrower=0.1,
+                ladder=True,
+                validation_windows=2,
+                progress=progress,
+            )
+    with clock.stage("train"):
+        trained = pipeline.train(elastic, plan.train, data=corpus, ladder=True, progress=progress)
+        shutil.rmtree(elastic / pipeline.TRAINING_FOLDER)  # its losses are in the report
     with clock.stage("evaluate"):
         model = from_pretrained(elastic)
         table = by_phase(tables)["prefill"]
