@@ -29,7 +29,11 @@ class PackedWeight(NamedTuple):
 
 
 def pack_linear(
-    weight: Tensor, out_blocks: int = 1, format: PanelFormat | str | None = None, in_blocks: int = 1
+    weight: Tensor,
+    out_blocks: int = 1,
+    format: PanelFormat | str | None = None,
+    in_blocks: int = 1,
+    products: Tensor | None = None,
 ) -> PackedWeight:
     """Copy a linear layer's weight into panels, in which a prefix of its features and of its inputs is contiguous.
 
@@ -38,6 +42,9 @@ def pack_linear(
         out_blocks: blocks the outputs are cut into; each has panels of its own.
         format: how the panels store the weight; None stores it in its own dtype.
         in_blocks: blocks the inputs are cut into.
+        products: int4 alone: [in_blocks * kw, in_blocks * kw], sums of x^T x over inputs x of the layer. What rounding
+            misses at an input is then made up for by the inputs behind it, so a prefix has the whole of what its own
+            inputs give (GPTQ, Frantar et al., arXiv 2210.17323, in order of the inputs).
     """
     common.check_tensor("pack_linear", "weight", weight, DTYPES)
     if weight.dim() != 2 or weight.device.type != "cpu":
@@ -56,34 +63,80 @@ def pack_linear(
         raise ValueError(
             f"pack_linear: format must be {plain}, the weight's dtype, or have scales, got {stored}"
         )
+    if products is not None:
+        if stored is not PanelFormat.INT4:
+            raise ValueError(
+                f"pack_linear: products must be None unless format is int4, got a tensor for {stored}"
+            )
+        common.check_shape("pack_linear", "products", products, 2 * weight.shape[1:])
     weight = weight.detach()
     blocks = out_blocks, in_blocks
     if not stored.scaled:
         return PackedWeight(panels_of(weight, *blocks, stored), None, stored)
     if stored is PanelFormat.INT4:
-        return PackedWeight(*_in_groups(weight, *blocks), stored)
+        return PackedWeight(*_in_groups(weight, *blocks, products), stored)
     scales = weight.float().abs().amax(1, keepdim=True) / 127
     rows = (weight.float() / scales.where(scales > 0, 1)).round().to(stored.storage)
     panels = panels_of(rows, *blocks, stored)
     return PackedWeight(panels, panels_of(scales, out_blocks, 1, PanelFormat.FLOAT32).flatten(2), stored)
 
 
-def _in_groups(weight: Tensor, out_blocks: int, in_blocks: int) -> tuple[Tensor, Tensor]:
+def _in_groups(
+    weight: Tensor, out_blocks: int, in_blocks: int, products: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Panels and scales of int4: of several ranges of 16 values, each group has that with the least square error."""
     (N, inputs), stored = (weight.shape[0], weight.shape[1] // in_blocks), PanelFormat.INT4
     most = weight.abs().max().item() if weight.numel() else 0.0
     if not most <= torch.finfo(torch.float16).max:
         raise ValueError(f"pack_linear: weight must be of a size up to 65504 in int4, got {most}")
-    whole = weight.float().view(N, in_blocks, inputs)
-    rest = whole[..., -1:].expand(-1, -1, -inputs % GROUP)  # which does not widen the last group's range
-    groups = torch.cat((whole, rest), 2).unflatten(2, (-1, GROUP))
-    found = map(_fitted, groups.flatten(0, 2).split(_AT_ONCE))
-    codes, scales = (torch.cat(parts) for parts in zip(*found, strict=True))
-    codes = codes.view(N, in_blocks, groups.shape[2] * GROUP)[..., :inputs].flatten(1)
+    count = -(-inputs // GROUP)
+    if products is not None:
+        codes, scales = _with_feedback(weight.float(), in_blocks, products)
+    else:
+        groups = _filled(weight.float().view(N, in_blocks, inputs)).unflatten(2, (-1, GROUP))
+        found = map(_fitted, groups.flatten(0, 2).split(_AT_ONCE))
+        codes, scales = (torch.cat(parts) for parts in zip(*found, strict=True))
+        codes = codes.view(N, in_blocks, count * GROUP)[..., :inputs].flatten(1)
     low, high = panels_of(codes, out_blocks, in_blocks, stored).split(4, -1)
-    of_rows = scales.view(N, 2 * in_blocks * groups.shape[2])
+    of_rows = scales.view(N, 2 * in_blocks * count)
     pairs = panels_of(of_rows, out_blocks, 1, PanelFormat.FLOAT32)  # [blocks, P, 2 * groups, 16, 1]
     return low | high << 4, pairs.flatten(3).unflatten(2, (-1, 2))
+
+
+def _filled(groups: Tensor) -> Tensor:
+    """The last dimension filled up to whole groups by its last value, which does not widen a group's range."""
+    rest = groups[..., -1:].expand(*groups.shape[:-1], -groups.shape[-1] % GROUP)
+    return torch.cat((groups, rest), -1)
+
+
+_DAMPING = 0.01  # of the mean square of an input, added to each: GPTQ's own
+
+
+def _with_feedback(weight: Tensor, in_blocks: int, products: Tensor) -> tuple[Tensor, Tensor]:
+    """codes [N, K] and (scale, least) [N, groups of all blocks, 2] of a weight [N, K] float32."""
+    N, K = weight.shape
+    square = products.double()
+    mean = square.diagonal().mean().item() if K else 0.0
+    square = square + torch.eye(K, dtype=torch.float64) * (_DAMPING * mean or 1.0)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(square))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    left = weight.T.contiguous()  # what is still to be stored of each input, [K, N]
+    codes, ranges = torch.empty(K, N, dtype=torch.uint8), []
+    for block in range(0, K, K // in_blocks or 1):
+        end_of_block = block + K // in_blocks
+        for begin in range(block, end_of_block, GROUP):
+            end = min(begin + GROUP, end_of_block)
+            ranges.append(_fitted(_filled(left[begin:end].T))[1])
+            missed = torch.empty(end - begin, N)
+            for i in range(begin, end):
+                code, _ = _codes(left[i][:, None], ranges[-1])
+                scale, least = ranges[-1].float().unbind(1)
+                codes[i] = code[:, 0]
+                missed[i - begin] = (left[i] - (codes[i] * scale + least)) / upper[i, i]
+                left[i:end] -= upper[i, i:end, None] * missed[i - begin]
+            left[end:] -= upper[begin:end, end:].T @ missed
+    scales = torch.stack(ranges, 1) if ranges else torch.empty(N, 0, 2, dtype=torch.float16)
+    return codes.T.contiguous(), scales
 
 
 _AT_ONCE = 4096  # groups whose temporaries stay in the caches

@@ -28,7 +28,12 @@ class PackedMlp(NamedTuple):
 
 
 def pack_mlp(
-    w_gate: Tensor | None, w_up: Tensor, w_down: Tensor, format: PanelFormat | str | None = None
+    w_gate: Tensor | None,
+    w_up: Tensor,
+    w_down: Tensor,
+    format: PanelFormat | str | None = None,
+    up_products: Tensor | None = None,
+    down_products: Tensor | None = None,
 ) -> PackedMlp:
     """Copy an MLP's weights into panels, the gate's and the up projection's in turn.
 
@@ -37,11 +42,13 @@ def pack_mlp(
         w_up: [F, K], float32, bfloat16 or float16, on the CPU.
         w_down: [N, F].
         format: how the panels store the weights, as in `pack_linear`.
+        up_products: as there, of the inputs of the gate and the up projection.
+        down_products: as there, of the hidden neurons.
     """
-    up, up_scales, stored = pack_linear(w_up, format=format)
-    down, down_scales, _ = pack_linear(w_down, format=format)
+    up, up_scales, stored = pack_linear(w_up, format=format, products=up_products)
+    down, down_scales, _ = pack_linear(w_down, format=format, products=down_products)
     if w_gate is not None:
-        gate, gate_scales, _ = pack_linear(w_gate, format=format)
+        gate, gate_scales, _ = pack_linear(w_gate, format=format, products=up_products)
         up = torch.stack((gate, up), 2).flatten(1, 2)
         if up_scales is not None and gate_scales is not None:
             up_scales = torch.stack((gate_scales, up_scales), 2).flatten(1, 2)

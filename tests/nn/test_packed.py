@@ -88,6 +88,45 @@ def test_integers_throughout_are_near_the_rounded_weights_at_every_width(packed,
     assert packing.bytes_after < packing.bytes_before / 2 * share * 1.6  # filled up to groups and panels
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family, unit", [("llama", "kv_group"), ("phi3", "query"), ("gpt2", "kv_group")])
+def test_calibration_makes_four_bits_nearer_at_every_width(family, unit, monkeypatch):
+    plain, ours, _ = models(family, unit, packed="int4")
+    fitted = copy.deepcopy(plain)
+    monkeypatch.setattr(flextron.nn.packed, "_ROOM", 30_000)  # several passes over the text
+    text = torch.randint(0, 61, (8, 40))
+    flextron.pack(fitted, "int4", calibration=text[:6])
+    errors = []
+    for widths in every_width(plain.elastic):
+        for model in (plain, ours, fitted):
+            model.set_widths(widths)
+        exact = plain(text[6:]).logits
+        errors.append([(model(text[6:]).logits - exact).norm().item() for model in (ours, fitted)])
+    alone, together = torch.tensor(errors).T
+    assert (together < 1.1 * alone).all() and together.sum() < 0.95 * alone.sum(), errors
+
+
+@pytest.mark.parametrize(
+    "dtype, text, message",
+    [
+        (
+            "int8",
+            torch.ones(2, 3).long(),
+            "calibration must be None unless dtype is int4, got tokens for int8",
+        ),
+        ("int4", torch.ones(3).long(), r"calibration must be int64 tokens \[n, length\], got torch.int64 of"),
+        ("int4", torch.ones(2, 3), r"calibration must be int64 tokens \[n, length\], got torch.float32 of"),
+        ("int4", torch.full((2, 3), 61), r"calibration must have tokens in \[0, 61\), got 61"),
+    ],
+)
+def test_bad_calibration_changes_nothing(dtype, text, message):
+    _, ours, _ = models()
+    plain = flextron.make_elastic(small_model(), ours.elastic)
+    with pytest.raises(ValueError, match=f"pack: {message}"):
+        flextron.pack(plain, dtype, text)
+    assert not any(isinstance(m, PackedLinear) for m in plain.modules())
+
+
 @pytest.mark.parametrize("packed", [None, "int4"])
 def test_memory_is_that_of_the_tensors(packed):
     plain, ours, packing = models(packed=packed, tie_word_embeddings=False)

@@ -198,6 +198,32 @@ def test_weights_that_had_4_bits_with_a_scale_and_a_least_value_come_back():
     assert torch.equal(reference._unpacked(panels, scales, format, torch.float32), weight)
 
 
+def test_feedback_makes_a_prefix_nearer_too():
+    """Of inputs that go together: the sum misses less than with each weight rounded alone, where a width is wide."""
+    x = torch.randn(400, 20) @ torch.randn(20, 104) + 0.3 * torch.randn(400, 104)
+    weight = torch.randn(64, 104)
+    alone = pack_linear(weight, format="int4", in_blocks=2)
+    fed = pack_linear(weight, format="int4", in_blocks=2, products=x.T @ x)
+    a, b = (reference._unpacked(*p, torch.float32)[:64].unflatten(1, (2, 64))[..., :52] for p in (alone, fed))
+    inputs, exact = x.unflatten(1, (2, 52)), weight.unflatten(1, (2, 52))
+    for width, share in (
+        (52, 0.5),
+        (39, 0.85),
+        (26, 0.95),
+        (8, 1.05),
+    ):  # the narrower, the less is behind an input
+        missed = [
+            torch.einsum("tbi,nbi->tn", inputs[..., :width], (w - exact)[..., :width]).norm() for w in (a, b)
+        ]
+        assert missed[1] < share * missed[0], (width, missed)
+    codes = torch.randint(0, 16, (48, 4, 32))
+    codes[..., 5], codes[..., 9] = 0, 15
+    scale, least = (torch.randn(48, 4, 1).half().float() for _ in range(2))
+    stored = (codes * scale.abs() + least).flatten(1)  # which 4 bits hold: nothing is missed
+    panels = pack_linear(stored, format="int4", products=torch.randn(128, 128).cov())
+    assert torch.equal(reference._unpacked(*panels, torch.float32), stored)
+
+
 def test_int4_refuses_what_float16_scales_cannot_hold():
     for value in (1e6, torch.nan, torch.inf):
         weight = torch.ones(4, 40)
@@ -315,6 +341,14 @@ def test_bad_arguments_get_one_sentence(change, error, message):
         (
             (torch.ones(4, 4), 1, "float16"),
             "format must be float32, the weight's dtype, or have scales, got float16",
+        ),
+        (
+            (torch.ones(4, 4), 1, "int8", 1, torch.ones(4, 4)),
+            "products must be None unless format is int4, got a tensor for int8",
+        ),
+        (
+            (torch.ones(4, 4), 1, "int4", 1, torch.ones(3, 3)),
+            r"products must have shape \[4, 4\], got \[3, 3\]",
         ),
         ((torch.ones(4, 4), 1, "int3"), f"format must be one of {', '.join(PanelFormat)}, got int3"),
     ],

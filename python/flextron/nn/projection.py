@@ -50,14 +50,15 @@ class PackedLinear(nn.Module):
         format: PanelFormat | None = None,
         gate: nn.Linear | None = None,
         in_blocks: int = 1,
+        products: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.in_blocks = in_blocks
         self.in_features, self.out_features = linear.in_features, linear.out_features
         if gate is None:
-            panels, scales, self.format = pack_linear(linear.weight, out_blocks, format, in_blocks)
+            panels, scales, self.format = pack_linear(linear.weight, out_blocks, format, in_blocks, products)
         else:
-            both = pack_mlp(gate.weight, linear.weight, linear.weight[:0], format)
+            both = pack_mlp(gate.weight, linear.weight, linear.weight[:0], format, products)
             panels, scales, self.format = both.up_panels, both.up_scales, both.format
         self.register_buffer("panels", panels, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
@@ -93,14 +94,19 @@ class PackedRows(nn.Module):
     """A projection that has the outputs of several, each of them packed."""
 
     def __init__(
-        self, linear: nn.Linear, rows: Sequence[slice], out_blocks: Sequence[int], format: Any
+        self,
+        linear: nn.Linear,
+        rows: Sequence[slice],
+        out_blocks: Sequence[int],
+        format: Any,
+        products: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.starts = [part.start for part in rows]
         self.parts: Any = nn.ModuleList()  # of PackedLinear
         for part, blocks in zip(rows, out_blocks, strict=True):
-            self.parts.append(PackedLinear(view_of(linear, part), blocks, format))
+            self.parts.append(PackedLinear(view_of(linear, part), blocks, format, products=products))
 
     def part(self, rows: slice | None) -> PackedLinear:
         return self.parts[self.starts.index(0 if rows is None else rows.start)]
