@@ -1,4 +1,5 @@
-# make demo, test, hosts, emulate, sanitize, bench, lint, resources: each sets up all it needs, once, in .venv.
+# make demo, test, hosts, emulate, sanitize, bench, lint, resources: each sets up all it needs, once, in .venv. make arm
+# needs two packages of the system instead.
 #
 #   make sanitize                     the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make resources                    registers, spills and build cost of every CUDA kernel against the kept table
@@ -18,7 +19,7 @@ JOBS ?= 2
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test hosts emulate sanitize bench lint resources setup clean
+.PHONY: demo test hosts emulate sanitize arm bench lint resources setup clean
 
 BIN := $(VENV)/bin
 # What each compile says and takes is kept beside its object: `make resources` reads it.
@@ -64,6 +65,9 @@ emulate: setup
 
 sanitize: setup
 	JOBS=$(JOBS) PYTHON=$(BIN)/python bash tests/emulator/run.sh --cpu
+
+arm:
+	bash tests/arm/run.sh
 
 bench: setup
 	$(BIN)/python python/benchmarks/bench_ops.py $(ARGS)

@@ -29,14 +29,25 @@ constexpr int64_t kPanel = 16;
 // Shorter chains lose less to rounding; 256 inputs of a panel as floats are 16 KiB, half of an L1 cache.
 constexpr int64_t kChainInputs = 256;
 
-// Rows that share each load of a weight: as many as leave room for their sums in the registers.
+// Rows that share each load of a weight: as many as leave room for their sums in the registers, of which
+// AVX-512 and NEON have 32, AVX2 and SSE2 16.
+#ifdef __aarch64__
+constexpr bool kIsArm = true;
+#else
+constexpr bool kIsArm = false;
+#endif
+constexpr int64_t gemm_sum_registers(int64_t vector_bytes) { return vector_bytes == 64 || kIsArm ? 24 : 12; }
 constexpr int64_t gemm_group_rows(int64_t vector_bytes) {
-  return vector_bytes == 64 ? 12 : vector_bytes == 32 ? 6 : 3;
+  const int64_t panel_vectors = kPanel * 4 / vector_bytes,
+                fit = gemm_sum_registers(vector_bytes) / panel_vectors;
+  return fit > 12 ? 12 : fit;
 }
 
 // Up to here a plain weight's rows are read as they lie, by dot products; beyond, they are turned into panels
 // on the way to the L1 cache.
 constexpr int64_t kDotRows = 8;
+// The same of pairs, where dot products multiply them.
+constexpr int64_t kPairsDotRows = 32;
 
 // Rows a pass over the panels takes: as many as keep their activations in the L2 cache (384 KiB of it), but
 // enough of them to be worth widening a panel for.
@@ -112,6 +123,7 @@ struct ElasticGemmParams {
   const GemmGroup* y_groups;
 
   GemmLayout layout;
+  bool dots;               // kRows: the rows of all groups are so few that they are dot products
   GemmDtype weight_dtype;  // int8, int4: panels alone, with scales
   // Panels: one. Rows: the gate and the up projection where there is a gate. Columns: those of the two input
   // blocks where each has its own, in_stride 0.
@@ -166,6 +178,7 @@ FLEXTRON_DECLARE_ELASTIC_GEMM(avx512)
   void elastic_gemm_tiles_##isa(const ElasticGemmParams& p, int64_t begin, int64_t end);
 FLEXTRON_DECLARE_ELASTIC_GEMM_OF_PAIRS(avx512_bf16)
 FLEXTRON_DECLARE_ELASTIC_GEMM_OF_PAIRS(amx)
+FLEXTRON_DECLARE_ELASTIC_GEMM_OF_PAIRS(arm_bf16)  // panels of bfloat16 and int8 alone
 #undef FLEXTRON_DECLARE_ELASTIC_GEMM_OF_PAIRS
 
 // The same of quantised activations.

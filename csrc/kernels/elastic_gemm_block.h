@@ -22,14 +22,15 @@ struct int8 {
 constexpr i64 kWide = kLanes<float>;   // floats of a vector
 constexpr i64 kVecs = kPanel / kWide;  // vectors of a panel
 constexpr i64 kGroupRows = gemm_group_rows(kVectorBytes);
-constexpr i64 kSums = kVectorBytes == 64 ? 24 : 12;        // vectors of sums, of 32 or 16 registers
+constexpr i64 kSums = gemm_sum_registers(kVectorBytes);    // vectors of sums
 constexpr i64 kTilePanels = kSums / (kGroupRows * kVecs);  // of a tile of all rows
 constexpr i64 kBatch = 8 / kVecs;                          // panels streamed side by side for few rows
 static_assert(kTilePanels == 1 || kTilePanels == 2);
 
-// Panels of a tile of few rows: enough sums to hide the latency of a multiply-add.
+// Panels of a tile of few rows: enough sums to hide the latency of a multiply-add. With NEON a panel's words
+// and one of their inputs take eight registers beside them.
 constexpr i64 tile_panels(i64 rows) {
-  const i64 fit = kSums / (rows * kVecs);
+  const i64 fit = (kIsArm ? 16 : kSums) / (rows * kVecs);
   return fit >= 8 && kBatch >= 8 ? 8 : fit >= 4 && kBatch >= 4 ? 4 : fit >= 2 && kBatch >= 2 ? 2 : 1;
 }
 
@@ -167,6 +168,24 @@ void fill_panel(float* to, const W* from, i64 K) {
     }
 }
 
+#if FLEXTRON_VECTOR_BYTES == 64
+template <class W>
+void fill_rows(float* to, const W* from, i64 stride, i64 features, i64 K) {
+  constexpr i64 kAtOnce = kPanel * kTogether<W>;
+  for (i64 k = 0; k < K; k += kAtOnce) {
+    const i64 inputs = smaller(kAtOnce, K - k);
+    Words rows[kPanel] = {};
+    for (i64 n = 0; n < features; ++n)
+      if (inputs == kAtOnce)
+        rows[n] = load_loose<uint32_t>(from + n * stride + k);
+      else
+        __builtin_memcpy(&rows[n], from + n * stride + k, inputs * sizeof(W));
+    transpose_words(rows);
+    for (i64 i = 0; i < inputs; ++i)
+      store_loose(to + (k + i) * kPanel, part_of<W>(rows[i / kTogether<W>], i % kTogether<W>));
+  }
+}
+#else
 template <class W>
 void fill_rows(float* to, const W* from, i64 stride, i64 features, i64 K) {
   typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
@@ -197,6 +216,7 @@ void fill_rows(float* to, const W* from, i64 stride, i64 features, i64 K) {
       for (i64 j = n; j < smaller(n + 4, features); ++j) to[k * kPanel + j] = widen(from[j * stride + k]);
   }
 }
+#endif
 
 template <class W>
 void fill_columns(float* to, const W* from, i64 stride, i64 features, i64 K) {
@@ -426,7 +446,6 @@ void run_items(const ElasticGemmParams& p, i64 begin, i64 end) {
     const GemmGroup* const first = p.groups + p.row_blocks[at.row_block];
     const GemmGroup* const last = p.groups + p.row_blocks[at.row_block + 1];
     const i64 rows = last[-1].row + last[-1].rows - first->row;
-    const bool is_dot = p.layout == GemmLayout::kRows && rows <= kDotRows && p.a_input == 1;
     const bool is_stream = p.layout == GemmLayout::kPanels && rows <= kGroupRows && p.a_input == 1;
     const i64 most = is_stream ? kBatch / panels : kTilePanels / panels;
     const i64 count = smaller(smaller(larger(most, i64(1)), end - begin), strips - at.strip);
@@ -439,7 +458,7 @@ void run_items(const ElasticGemmParams& p, i64 begin, i64 end) {
     const Batch<W> batch{p, first, last, at.out_block, at.strip, count, panels, sums, c_panel};
     if (is_stream)
       batch.stream();
-    else if (!is_dot)
+    else if (!p.dots)
       batch.by_cache();
     else if constexpr (Batch<W>::kPlain)
       batch.dot();

@@ -73,6 +73,75 @@ void pairs_of_columns(bf16* to, const W* from, i64 stride, i64 features, i64 K) 
   }
 }
 
+// -- dot products: a plain weight's rows as they lie, for few rows --
+
+// Inputs [k, K) of a row, at most 32 of them, in pairs; 0 behind them.
+inline Words pairs_at(const bf16* row, i64 k, i64 K) {
+  Words pairs{};
+  if (k + kTileInputs <= K) return load_loose<uint32_t>(row + k);
+  __builtin_memcpy(&pairs, row + k, (K - k) * sizeof(bf16));
+  return pairs;
+}
+
+// c[i] += sum of the lanes of v[i].
+inline void add_sums_of(const Vec<float> (&v)[4], float* c) {
+  typedef int32_t Pick __attribute__((vector_size(64)));
+  typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+  constexpr Pick kLow = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+  constexpr Pick kHigh = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
+  constexpr Pick kLowTwo = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+  constexpr Pick kHighTwo = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+  const Vec<float> a = __builtin_shuffle(v[0], v[1], kLow) + __builtin_shuffle(v[0], v[1], kHigh);
+  const Vec<float> b = __builtin_shuffle(v[2], v[3], kLow) + __builtin_shuffle(v[2], v[3], kHigh);
+  float lanes[kPanel];
+  store_loose(lanes, __builtin_shuffle(a, b, kLowTwo) + __builtin_shuffle(a, b, kHighTwo));
+  const auto four = [&](i64 i) { return *reinterpret_cast<const Four*>(lanes + 4 * i); };
+  *reinterpret_cast<Four*>(c) += (four(0) + four(2)) + (four(1) + four(3));
+}
+
+// c[row][feature] += dot products of rows of tiles, a_step apart, and the first K inputs of `features` rows
+// w.
+template <int rows, int features>
+void dot_pairs(i64 K, const bf16* a, i64 a_step, const bf16* const* w, float* c) {
+  Vec<float> sum[rows][features];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < features; ++j) sum[i][j] = Vec<float>{};
+  const auto step = [&](const auto& weight) __attribute__((always_inline)) {
+    Words v[features];
+#pragma GCC unroll 8
+    for (int j = 0; j < features; ++j) v[j] = weight(j);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      const Words x = load_loose<uint32_t>(a + i * kTileInputs);
+#pragma GCC unroll 8
+      for (int j = 0; j < features; ++j) sum[i][j] = dot_of_pairs(sum[i][j], x, v[j]);
+    }
+    a += a_step;
+  };
+  i64 k = 0;
+  for (; k + kTileInputs <= K; k += kTileInputs) step([&](int j) { return load_loose<uint32_t>(w[j] + k); });
+  if (k < K) step([&](int j) { return pairs_at(w[j], k, K); });
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < features; j += 4)
+      add_sums_of({sum[i][j], sum[i][j + 1], sum[i][j + 2], sum[i][j + 3]}, c + i * kPanel + j);
+}
+
+// Features of a tile of dot products, of which the latency and the registers want more for fewer rows.
+constexpr i64 kDotFeatures = 8;
+constexpr int kDotTileRows = 6;
+
+template <int rows = kDotTileRows>
+inline void dot_rows(i64 count, i64 K, const bf16* a, i64 a_step, const bf16* const* w, float* c) {
+  if constexpr (rows > 1)
+    if (count < rows) return dot_rows<rows - 1>(count, K, a, a_step, w, c);
+  constexpr int features = rows <= 3 ? 8 : 4;
+  for (i64 j = 0; j < kDotFeatures; j += features) dot_pairs<rows, features>(K, a, a_step, w + j, c + j);
+}
+
 // -- what becomes of the sums: finish() for a group's rows --
 
 // Where the 16 features from `first` on of row m of a group go.
@@ -206,6 +275,42 @@ struct PairsBatch : Batch<W> {
       finish(*g, affine, sums_of(*g));
   }
 
+  // c += dot products of a group's rows and the features [j, j + kDotFeatures) of a slot; beyond `features`
+  // the last one's again.
+  void dot(const GemmGroup& g, i64 slot, i64 j, i64 features, float* c) const {
+    const i64 row = out_block * p.out_stride + this->feature_of(slot);
+    for (i64 block = 0; block < p.in_blocks; ++block) {
+      const bf16* w[kDotFeatures];
+      for (i64 i = 0; i < kDotFeatures; ++i)
+        w[i] = this->plain(slot % panels) + (row + smaller(j + i, features - 1)) * p.weight_stride +
+               block * p.in_stride;
+      const bf16* a = rows_of(g, block, 0);
+      for (i64 tile = 0; tile < g.rows; tile += kTileRows, a += kTileElements) {
+        const i64 rows = smaller(kTileRows, g.rows - tile), parts = (rows + kDotTileRows - 1) / kDotTileRows;
+        for (i64 part = 0; part < parts; ++part) {
+          const i64 m = rows * part / parts, count = rows * (part + 1) / parts - m;
+          dot_rows(count, g.inputs, a + m * kTileInputs, row_tiles(g) * kTileElements, w,
+                   c + (tile + m) * kPanel);
+        }
+      }
+    }
+  }
+
+  // Of few rows, with a plain weight's rows as they lie.
+  void run_dots(const Affines& affine) const {
+    const i64 slots = strips * panels;
+    for (const GemmGroup* g = first; g < last && this->uses(*g, 0); ++g)
+      for (i64 slot = 0; slot < slots; ++slot)
+        for (i64 i = 0; i < g->rows * kPanel; ++i) sums_of(*g)[slot * c_panel + i] = 0.0f;
+    for (i64 slot = 0; slot < slots; ++slot)
+      for (i64 j = 0; j < kPanel; j += kDotFeatures)
+        for (const GemmGroup* g = first; g < last && this->uses(*g, 0); ++g) {
+          const i64 features = smaller(kPanel, g->features - this->feature_of(slot));
+          if (j < features) dot(*g, slot, j, features, sums_of(*g) + slot * c_panel + j);
+        }
+    for (const GemmGroup* g = first; g < last && this->uses(*g, 0); ++g) finish(*g, affine, sums_of(*g));
+  }
+
   void finish(const GemmGroup& g, const Affines& affine, const float* group_sums) const {
     for (i64 i = 0; i < strips; ++i)
       finish_group(p, out_block, strip + i, g, affine[i], group_sums + i * panels * c_panel, c_panel);
@@ -228,6 +333,8 @@ struct PairsBatch : Batch<W> {
       }
     if constexpr (!std::is_same_v<W, float>)
       if (is_few) return run_few(affine);
+    if constexpr (kInPairs)
+      if (p.dots) return run_dots(affine);
     for (i64 block = 0; block < p.in_blocks; ++block)
       for (i64 k = 0; k < first->inputs; k += kChunk) {
         const i64 inputs = smaller(kChunk, first->inputs - k);

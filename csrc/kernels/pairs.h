@@ -83,32 +83,5 @@ inline void store_bf16(bf16* to, Vec<float> v) {
 #endif
 }
 
-// 16 rows of 16 words, turned over.
-inline void transpose_words(Words (&r)[16]) {
-  static_assert(sizeof(Words) == 64);
-  typedef int32_t Pick __attribute__((vector_size(64)));
-  constexpr Pick kSwap[4][2] = {
-      {{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30},
-       {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31}},
-      {{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
-       {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31}},
-      {{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
-       {4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31}},
-      {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
-       {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31}},
-  };
-#pragma GCC unroll 4
-  for (int level = 0; level < 4; ++level) {
-    const int apart = 1 << level;
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      if (i & apart) continue;
-      const Words low = r[i], high = r[i + apart];
-      r[i] = __builtin_shuffle(low, high, kSwap[level][0]);
-      r[i + apart] = __builtin_shuffle(low, high, kSwap[level][1]);
-    }
-  }
-}
-
 }  // namespace
 }  // namespace flextron

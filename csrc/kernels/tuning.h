@@ -54,11 +54,12 @@ inline TileSides hopper_tile_sides(int64_t T, int64_t columns, int64_t blocks, i
   return best;
 }
 
-// Whether a forward or a backward with plain weights on a CPU is our GEMM or MKL's, on views. Measured on 2
-// cores of an AMD EPYC (Zen 3, AVX2), torch 2.13's time over ours. Forward, weights 1536 x 576 and 2048 x
-// 2048, at 1, 8, 64 and 256 tokens: float32 1.2-1.5, 1.3-2.1, 1.1-1.2, 0.90-0.95; bfloat16 0.8-1.2, 3.3-4.0,
-// 5.4-6.7, 7.1-7.5. Forward and backward of a gated MLP 576 x 1536, at 64 and 256 tokens: float32 with MKL's
-// GEMM for ours, gradients of weights too, 1.20, 0.99; bfloat16 17, 24.
+// Whether a forward or a backward with plain weights on a CPU is our GEMM or MKL's, on views, where this
+// machine was not measured (ops/machine.h). On 2 cores of an AMD EPYC (Zen 3, AVX2), torch 2.13's time over
+// ours. Forward, weights 1536 x 576 and 2048 x 2048, at 1, 8, 64 and 256 tokens:
+// float32 1.2-1.5, 1.3-2.1, 1.1-1.2, 0.90-0.95; bfloat16 0.8-1.2, 3.3-4.0, 5.4-6.7, 7.1-7.5. Forward and
+// backward of a gated MLP 576 x 1536, at 64 and 256 tokens: float32 with MKL's GEMM for ours, gradients of
+// weights too, 1.20, 0.99; bfloat16 17, 24.
 inline bool cpu_prefers_own_gemm(int64_t T, int64_t element_size) { return element_size == 2 || T < 128; }
 
 // Whether the gradient of a weight is ours there too: it has many results and few terms in each. Our time

@@ -33,17 +33,23 @@ inline GemmDtype gemm_dtype(const Tensor& t) {
 }
 
 inline int64_t gemm_group_rows() {
-  return gemm_group_rows(isa() >= Isa::kAvx512 ? 64 : isa() == Isa::kAvx2 ? 32 : 16);
+  return gemm_group_rows(isa() == Isa::kGeneric || isa() == Isa::kArmBf16 ? 16
+                         : isa() == Isa::kAvx2                            ? 32
+                                                                          : 64);
 }
 
 // Whether a GEMM of the dtype of x is made of pairs: what is rounded to bfloat16 was so before, or torch's
-// own layers would round it too.
-inline bool in_pairs(const Tensor& x) {
-  return isa() >= Isa::kAvx512Bf16 && x.scalar_type() == ScalarType::BFloat16;
+// own layers would round it too. ARM's kernel of pairs takes panels alone.
+inline bool in_pairs(const Tensor& x, GemmLayout layout) {
+  const bool has_pairs = isa() == Isa::kArmBf16 ? layout == GemmLayout::kPanels
+                                                : isa() == Isa::kAvx512Bf16 || isa() == Isa::kAmx;
+  return has_pairs && x.scalar_type() == ScalarType::BFloat16;
 }
-// The same of so many rows: few of a plain weight are dot products.
-inline bool in_pairs(const Tensor& x, GemmLayout layout, int64_t rows) {
-  return in_pairs(x) && (layout != GemmLayout::kRows || rows > kDotRows);
+
+// Whether a GEMM of so many rows is made of dot products.
+inline bool are_dots(const ElasticGemmParams& p, int64_t rows) {
+  const bool wide = p.pairs && isa() == Isa::kAvx512Bf16;
+  return p.layout == GemmLayout::kRows && p.a_input == 1 && rows <= (wide ? kPairsDotRows : kDotRows);
 }
 
 // Elements between the rows of a matrix of floats that kernels walk down: whole lines, and an odd number of
@@ -239,10 +245,17 @@ inline Tensor read_rows(ElasticGemmParams& p, const Tensor& x, const std::option
   return rows;
 }
 
-// Runs GEMMs that do not read one another's results side by side: one call of the threads instead of one
-// each. A thread's items are adjacent and weigh what another's do.
-inline void run_gemms(std::vector<GemmJob> jobs) {
-  std::erase_if(jobs, [](const GemmJob& job) { return job.schedule.groups.empty(); });
+// Multiplications of GEMMs whose parameters are set.
+inline int64_t products_of(const std::vector<GemmJob>& jobs) {
+  int64_t products = 0;
+  for (const auto& [p, schedule] : jobs)
+    for (const GemmGroup& g : schedule.groups)
+      products += g.rows * g.inputs * g.features * p.in_blocks * p.out_blocks * (p.gated ? 2 : 1);
+  return products;
+}
+
+// Multiplies; a thread's items are adjacent and weigh what another's do.
+inline void multiply(std::vector<GemmJob>& jobs) {
   std::vector<int64_t> first{0};  // item of each job
   int64_t weight = 0;             // of every item; 0 where they differ
   for (GemmJob& job : jobs) {
@@ -251,6 +264,7 @@ inline void run_gemms(std::vector<GemmJob> jobs) {
     p.row_blocks = job.schedule.row_blocks.data();
     p.row_block_count = static_cast<int64_t>(job.schedule.row_blocks.size()) - 1;
     const GemmGroup &widest = job.schedule.groups.front(), &narrowest = job.schedule.groups.back();
+    p.dots = are_dots(p, narrowest.row + narrowest.rows - widest.row);
     const bool even =
         p.row_block_count == 1 && narrowest.features == p.features && narrowest.inputs == widest.inputs;
     const int64_t each = even ? item_weight(p, 0, 0) : 0;
@@ -282,6 +296,16 @@ inline void run_gemms(std::vector<GemmJob> jobs) {
     return std::lower_bound(before.begin(), before.end() - 1, weight_before) - before.begin();
   };
   parallel_for(before.back(), kPanel, [&](int64_t begin, int64_t end) { run(item_at(begin), item_at(end)); });
+}
+
+// Runs GEMMs that do not read one another's results side by side: one call of the threads instead of one
+// each, which the loop that puts activations into tiles shares.
+inline void run_gemms(std::vector<GemmJob> jobs) {
+  std::erase_if(jobs, [](const GemmJob& job) { return job.schedule.groups.empty(); });
+  const bool tiled =
+      std::any_of(jobs.begin(), jobs.end(), [](const GemmJob& job) { return job.p.pairs && !job.p.tiles; });
+  if (!tiled) return multiply(jobs);
+  Team::lead(products_of(jobs), [&] { multiply(jobs); });
 }
 
 inline void run_gemm(GemmJob job) {

@@ -1,11 +1,13 @@
 // Which instruction set the CPU kernels use: the best this machine has, or what FLEXTRON_ISA (generic, avx2,
-// avx512, avx512_vnni, avx512_bf16, amx) names.
+// avx512, avx512_vnni, avx512_bf16, amx, arm_bf16) names. On ARM what is generic is NEON.
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #include <algorithm>
@@ -17,7 +19,12 @@
 
 namespace flextron {
 
-enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx };  // each has all before it
+// Each of x86 has all of those before.
+enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx, kArmBf16 };
+
+constexpr const char* kIsaNames[] = {"generic",     "avx2", "avx512",  "avx512_vnni",
+                                     "avx512_bf16", "amx",  "arm_bf16"};
+inline const char* name_of(Isa isa) { return kIsaNames[static_cast<int>(isa)]; }
 
 inline bool has_avx2() {
 #ifdef __x86_64__
@@ -67,11 +74,21 @@ inline bool has_amx() {
 #endif
 }
 
+// Whether there are ARM's dot products of bfloat16 pairs.
+inline bool has_arm_bf16() {
+#if defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#else
+  return false;
+#endif
+}
+
 // Whether the files of an instruction set can run: a build may have the loops for AVX-512 compiled for AVX2,
 // and what is beyond emulated.
 inline bool runs(Isa isa) {
 #ifdef FLEXTRON_LOWER_AVX512
-  return isa == Isa::kGeneric || has_avx2();
+  return isa == Isa::kGeneric || (has_avx2() && isa != Isa::kArmBf16);
 #else
   switch (isa) {
     case Isa::kGeneric:
@@ -86,6 +103,8 @@ inline bool runs(Isa isa) {
       return has_avx512_bf16();
     case Isa::kAmx:
       return has_amx();
+    case Isa::kArmBf16:
+      return has_arm_bf16();
   }
   return false;
 #endif
@@ -102,13 +121,15 @@ inline Isa isa() {
              : has_avx512_vnni() ? Isa::kAvx512Vnni
              : has_avx512()      ? Isa::kAvx512
              : has_avx2()        ? Isa::kAvx2
+             : has_arm_bf16()    ? Isa::kArmBf16
                                  : Isa::kGeneric;
-    constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
-    const auto named = std::find(std::begin(kNames), std::end(kNames), wanted);
-    if (named == std::end(kNames))
-      fail("FLEXTRON_ISA: value must be generic, avx2, avx512, avx512_vnni, avx512_bf16 or amx, got ",
-           wanted);
-    const Isa asked = static_cast<Isa>(named - kNames);
+    const auto named = std::find(std::begin(kIsaNames), std::end(kIsaNames), wanted);
+    if (named == std::end(kIsaNames))
+      fail(
+          "FLEXTRON_ISA: value must be generic, avx2, avx512, avx512_vnni, avx512_bf16, amx or arm_bf16, "
+          "got ",
+          wanted);
+    const Isa asked = static_cast<Isa>(named - kIsaNames);
     if (!runs(asked)) fail("FLEXTRON_ISA: value must be one this machine has, got ", wanted);
     return asked;
   }();
@@ -130,7 +151,11 @@ inline Isa isa() {
   (isa() >= Isa::kAvx512 ? &name##_avx512 : isa() == Isa::kAvx2 ? &name##_avx2 : &name##_cpu)
 #else
 #define FLEXTRON_FOR_ISA(name, ...) (&name##_cpu<__VA_ARGS__>)
+#ifdef __aarch64__
+#define FLEXTRON_FOR_PAIRS_ISA(name) (&name##_arm_bf16)
+#else
 #define FLEXTRON_FOR_PAIRS_ISA(name) (static_cast<decltype(&name##_amx)>(nullptr))
+#endif
 #define FLEXTRON_FOR_QUANTISED_ISA(name) (&name##_cpu)
 #define FLEXTRON_FOR_PLAIN_ISA(name) (&name##_cpu)
 #endif

@@ -80,6 +80,8 @@ class Team {
       if (++spins_ > kSpins) return std::this_thread::yield();
 #if defined(__x86_64__)
       __builtin_ia32_pause();
+#elif defined(__aarch64__)
+      asm volatile("yield");
 #endif
     }
 

@@ -53,3 +53,38 @@ print("right")
 def test_sums_are_those_of_the_instruction(processes):
     result = run_python(processes, "avx512_bf16", SUMS)
     assert result.out.strip() == "right", result.err
+
+
+# Up to 32 rows of a plain weight: tiles of 1 to 6 rows, of 4 or 8 features, whose last ones are cut.
+PLAIN = """
+import os, torch
+os.environ["FLEXTRON_KERNEL"] = "tile"
+from flextron_ext import elastic_linear
+
+torch.manual_seed(0)
+K, N, k, n = 620, 50, 533, 37
+x, weight = torch.randn(32, K).bfloat16(), torch.randn(N, K).bfloat16()
+x[:, k:], weight[:, k:], weight[n:] = torch.nan, torch.nan, torch.nan
+product = lambda x, **extents: elastic_linear(x, weight, None, k, n, **extents)
+y = product(x[:, :k])
+exact = x[:, :k].double() @ weight[:n, :k].double().T
+assert (y - exact).norm() <= 2 * (torch.nn.functional.linear(x[:, :k], weight[:n, :k]) - exact).norm()
+# What is left of sums that cancel is rounding, which another order of the products shows.
+x[:, 266:532], weight[:, 266:532] = x[:, :266], -weight[:, :266]
+x[:, 532] = 0
+y = product(x[:, :k])
+assert y.any() and y.abs().max() < 1e-3
+for rows in (1, 2, 3, 4, 5, 6, 7, 8, 17, 31):
+    assert torch.equal(product(x[-rows:, :k]), y[-rows:]), rows
+extents = torch.randint(0, k + 1, (32,))
+mixed = product(x[:, :k], in_extent=extents)
+for t in range(32):
+    assert torch.equal(product(x[t : t + 1, :k], in_extent=extents[t : t + 1]), mixed[t : t + 1]), t
+assert torch.equal(product(x[:, :k], in_extent=torch.full((32,), k)), y)
+print("right")
+"""
+
+
+def test_few_rows_of_a_plain_weight_have_the_same_bits_in_any_batch(processes):
+    result = run_python(processes, "avx512_bf16", PLAIN)
+    assert result.out.strip() == "right", result.err

@@ -26,7 +26,7 @@ ElasticGemmParams gemm_of(const Model& model, const Matrix& m) {
     p = on_rows(*m.weight, m.in_blocks, m.out_blocks);
     p.io = GemmDtype::kFloat;
   }
-  p.pairs = !p.quantised && in_pairs(*model.embedding);
+  p.pairs = !p.quantised && in_pairs(*model.embedding, p.layout);
   return p;
 }
 

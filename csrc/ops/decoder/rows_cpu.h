@@ -81,7 +81,6 @@ inline GemmJob job(ElasticGemmParams p, From from, const Staircase& stairs, Coun
   p.y_row = to.row;
   p.y_block = p.features;
   p.order = to.order;
-  p.pairs = p.pairs && (p.layout != GemmLayout::kRows || stairs.steps.back().end > kDotRows);
   return {p, gemm_schedule(
                  p, stairs.steps, [&](const Step& step) { return inputs.of(step); },
                  [&](const Step& step) { return features.of(step); })};

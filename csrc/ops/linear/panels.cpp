@@ -8,7 +8,7 @@ void input_gradient(const Linear& linear, const Sides& sides, const FloatRows& d
   const Tensor& weight = linear.weight;
   ElasticGemmParams p =
       on_columns(weight.const_data_ptr(), gemm_dtype(weight), weight.stride(0), dx, sides.in.features);
-  p.pairs = in_pairs(dx);
+  p.pairs = in_pairs(dx, p.layout);
   p.a = dy.data;
   p.a_row = dy.stride;
   p.a_block = sides.out.features;
@@ -32,7 +32,7 @@ void weight_gradient(const Linear& linear, const Sides& sides, const FloatRows& 
       const int64_t n0 = ob * sides.out.stride;
       const Tensor part = columns(rows(dweight, n0, n0 + sides.out.stride), k.begin, dweight.size(1));
       ElasticGemmParams p = on_columns(x.data + k.begin, GemmDtype::kFloat, x.stride, part, sides.in.stride);
-      p.pairs = in_pairs(dweight);
+      p.pairs = in_pairs(dweight, p.layout);
       p.a = dy.data + ob * sides.out.features;
       p.a_row = 1;
       p.a_input = dy.stride;
@@ -54,7 +54,7 @@ Tensor product_on_panels(const Linear& linear, ElasticGemmParams p) {
   const Tensor y = out_extent ? zeros(x, linear.y_shape()) : empty(x, linear.y_shape());
   if (y.numel() == 0) return y;
   const OptionalTensor bias = dense(linear.bias);
-  p.pairs = !p.quantised && in_pairs(x, p.layout, x.size(0));
+  p.pairs = !p.quantised && in_pairs(x, p.layout);
   const Tensor x_rows = read_rows(p, x, extents.order);
   p.a_block = x.size(1) / linear.in_blocks;
   p.features = out_extent ? extents.widest() : linear.out_features;

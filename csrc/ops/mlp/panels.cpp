@@ -20,7 +20,7 @@ HiddenGradient hidden_gradient(const Mlp& mlp, const FloatRows& dy, const Hidden
                                 hidden.g ? OptionalTensor(rows(both, T, 2 * T)) : std::nullopt};
   ElasticGemmParams p =
       on_columns(w_down.const_data_ptr(), gemm_dtype(w_down), w_down.stride(0), gradient.scaled, 0);
-  p.pairs = in_pairs(mlp.x);
+  p.pairs = in_pairs(mlp.x, p.layout);
   p.a = dy.data;
   p.a_row = dy.stride;
   p.features = widest;
@@ -33,7 +33,7 @@ Tensor input_gradient(const Mlp& mlp, const HiddenGradient& gradient) {
   const Tensor dx = empty(mlp.x, {mlp.x.size(0), mlp.x.size(1)});
   const Tensor &w_up = mlp.w_up, &du = gradient.du;
   ElasticGemmParams p = on_columns(w_up.const_data_ptr(), gemm_dtype(w_up), w_up.stride(0), dx, 0);
-  p.pairs = in_pairs(mlp.x);
+  p.pairs = in_pairs(mlp.x, p.layout);
   p.a = data_of<float>(du);
   p.a_row = du.stride(0);
   if (mlp.w_gate) {
@@ -52,7 +52,7 @@ Tensor input_gradient(const Mlp& mlp, const HiddenGradient& gradient) {
 Tensor own_up_weight_gradient(const Mlp& mlp, const Tensor& dhidden, const FloatRows& x) {
   const Tensor dw = zeros_from(0, mlp.extents.widest(), mlp.x, {mlp.w_up.size(0), mlp.x.size(1)});
   ElasticGemmParams p = on_columns(x.data, GemmDtype::kFloat, x.stride, dw, 0);
-  p.pairs = in_pairs(mlp.x);
+  p.pairs = in_pairs(mlp.x, p.layout);
   p.a = data_of<float>(dhidden);
   p.a_row = 1;
   p.a_input = dhidden.stride(0);
@@ -68,7 +68,7 @@ Tensor own_down_weight_gradient(const Mlp& mlp, const Tensor& scaled, const Floa
     const Tensor part = columns(dw, b.begin, b.end);
     ElasticGemmParams p =
         on_columns(data_of<float>(scaled) + b.begin, GemmDtype::kFloat, scaled.stride(0), part, 0);
-    p.pairs = in_pairs(mlp.x);
+    p.pairs = in_pairs(mlp.x, p.layout);
     p.a = dy.data;
     p.a_row = 1;
     p.a_input = dy.stride;
@@ -89,7 +89,7 @@ Tensor product_on_panels(const Mlp& mlp, ElasticGemmParams up, ElasticGemmParams
   if (y.numel() == 0) return y;
   const OptionalTensor b_gate = dense(mlp.b_gate), b_up = dense(mlp.b_up), b_down = dense(mlp.b_down);
 
-  up.pairs = down.pairs = !up.quantised && in_pairs(x, up.layout, T);
+  up.pairs = down.pairs = !up.quantised && in_pairs(x, up.layout);
   const Tensor x_rows = read_rows(up, x, extents.order);
   up.features = widest;
   up.hidden = true;
@@ -140,7 +140,7 @@ WithHidden forward_with_hidden_on_panels(const Mlp& mlp) {
   const auto product = [&](ElasticGemmParams p, const FloatRows& a, const OptionalTensor& bias,
                            const Tensor& to, const auto& inputs, const auto& features) {
     const OptionalTensor bias_ = dense(bias);
-    p.pairs = in_pairs(x, p.layout, x.size(0));
+    p.pairs = in_pairs(x, p.layout);
     p.a = a.data;
     p.a_row = a.stride;
     p.bias[0] = data_or_null(bias_);
