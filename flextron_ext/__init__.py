@@ -23,6 +23,7 @@ OP_LIBRARY = str(
 )  # for torch.ops.load_library, without this package
 
 build_info = _C.build_info
+machine = _C.machine
 schemas = _C.schemas
 
-__all__ = ["OP_LIBRARY", "PanelFormat", "build_info", "schemas", *_ops]
+__all__ = ["OP_LIBRARY", "PanelFormat", "build_info", "machine", "schemas", *_ops]

@@ -14,6 +14,7 @@ from processes import Processes  # noqa: E402
 
 from flextron_ext import build_info  # noqa: E402
 
+os.environ["FLEXTRON_CACHE"] = ""  # a test's GEMMs are not chosen by what this machine measured
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(2)  # side by side; two, so that work is shared as it is elsewhere
     os.environ["OMP_NUM_THREADS"] = "2"  # of the processes that tests start, too: they are one machine

@@ -761,6 +761,17 @@ def test_less_text_than_was_asked_for_is_said(elastic, text, tmp_path):
         held_out_windows(tokenizer, text, 2, 99999)
 
 
+def test_info_says_what_the_machine_is(capsys):
+    facts = answer(capsys, "info", "--machine")
+    assert facts["threads"] >= 1 and facts["reads"].endswith(" GB/s")
+    assert set(facts["GEMMs of plain weights"]) == {"float32", "bfloat16", "float16"}
+    assert facts["GEMMs of plain weights"]["float32"]["up to 8 rows:"] == "own, not measured"
+    assert main(["info", "--machine"]) == 0
+    assert "not measured: FLEXTRON_CACHE is empty" in capsys.readouterr().out
+    for argv, got in (((), "neither"), (("elastic", "--machine"), "both")):
+        assert f"either a directory or --machine must be given, got {got}" in complaint(capsys, "info", *argv)
+
+
 def test_the_version_says_what_is_installed_and_what_the_ops_were_built_for(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])

@@ -20,6 +20,7 @@ struct GemmCall {
   bool on_gpu;
   bool extents_on_device;  // there is an extent that the host does not know
   bool fits_panels;        // the CPU's own GEMM reads these weights as they lie, and takes their dtype
+  bool own_preferred;      // on a CPU: ours is chosen where nothing is asked for (ops/machine.h)
   int64_t tokens, element_size;
   std::string asked;  // FLEXTRON_KERNEL: decode, tile, vendor, or nothing
 };

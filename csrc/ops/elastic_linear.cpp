@@ -9,7 +9,7 @@ namespace flextron {
 namespace {
 
 GemmCall call_of(const linear::Linear& linear) {
-  return gemm_call(linear.x, linear.has_extent(), fits_panels(linear.x, {&linear.weight}));
+  return gemm_call(linear.x, linear.weight, linear.has_extent(), fits_panels(linear.x, {&linear.weight}));
 }
 
 linear::Gradients backward(const linear::Linear& linear, const Tensor& dy, const linear::Wanted& wanted) {

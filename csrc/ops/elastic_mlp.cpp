@@ -19,7 +19,9 @@ bool weights_fit(const mlp::Mlp& mlp) {
          (!mlp.w_gate || mlp.w_gate->stride(0) == mlp.w_up.stride(0));
 }
 
-GemmCall call_of(const mlp::Mlp& mlp, bool fits) { return gemm_call(mlp.x, mlp.extent.has_value(), fits); }
+GemmCall call_of(const mlp::Mlp& mlp, bool fits) {
+  return gemm_call(mlp.x, mlp.w_up, mlp.extent.has_value(), fits);
+}
 
 mlp::WithHidden forward_with_hidden(const mlp::Mlp& mlp) {
   switch (executor_of(call_of(mlp, weights_fit(mlp)))) {

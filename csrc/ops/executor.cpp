@@ -17,8 +17,7 @@ Executor on_gpu(const GemmCall& call) {
 
 Executor on_cpu(const GemmCall& call) {
   if (!call.fits_panels || call.asked == "vendor") return Executor::kViews;
-  const bool preferred = cpu_prefers_own_gemm(call.tokens, call.element_size);
-  return call.asked == "tile" || preferred ? Executor::kPanels : Executor::kViews;
+  return call.asked == "tile" || call.own_preferred ? Executor::kPanels : Executor::kViews;
 }
 
 }  // namespace

@@ -35,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, Stoppi
 import flextron
 from flextron.config import Widths
 from flextron.exporting import export_gguf
-from flextron.judge.timing import wait_until_idle
+from flextron.judge.timing import read_bandwidth, wait_until_idle
 from flextron.nn import elastic_config, make_elastic
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -143,18 +143,6 @@ def widths_of(model: object, share: float) -> Widths:
     neurons = c.mlp_choices[round(len(c.mlp_choices) * share) - 1]
     groups = min(c.head_choices, key=lambda n: (abs(n / c.max_heads - share), n))
     return Widths((neurons,) * c.num_layers, (groups,) * c.num_layers)
-
-
-def read_bandwidth() -> float:
-    """Bytes per second of the fastest of some reductions over 256 MB, on torch's threads."""
-    values = torch.ones(64 * 2**20)
-    best = 0.0
-    for reduce in (values.sum, values.amax, values.view(torch.int64).sum):
-        for _ in range(5):
-            begin = perf_counter()
-            reduce()
-            best = max(best, values.numel() * 4 / (perf_counter() - begin))
-    return best
 
 
 def elastic_of(full: LlamaForCausalLM) -> object:

@@ -77,6 +77,18 @@ def processor() -> str:
     return ", ".join([name, *sets])
 
 
+def caches() -> dict[str, str]:
+    """The caches of the first core, as Linux lists them: {"L1d": "32K", "L2": "1024K"}; nothing where it does not."""
+    sizes = {}
+    for cache_ in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, kind, size = ((cache_ / name).read_text().strip() for name in ("level", "type", "size"))
+        except OSError:
+            continue
+        sizes[f"L{level}" + {"Data": "d", "Instruction": "i"}.get(kind, "")] = size
+    return sizes
+
+
 @cache
 def _cpu() -> tuple[str, tuple[str, ...]]:
     try:

@@ -1,4 +1,4 @@
-"""Say what an elastic checkpoint, or a folder of tokens, holds; every file of it is verified."""
+"""Say what an elastic checkpoint, or a folder of tokens, holds, every file of it verified; or what this machine is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ EXAMPLE = "flextron info elastic/"
 def options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "directory",
+        nargs="?",
         help="elastic checkpoint: a directory or a hub id; or a folder that `flextron tokenize` has written",
+    )
+    parser.add_argument(
+        "--machine",
+        action="store_true",
+        help="say what this machine's processor is, in place of a directory: its instruction set, threads and caches, "
+        "what it reads from memory, and which GEMM multiplies plain weights, measured where it was not yet",
     )
 
 
@@ -27,11 +34,49 @@ def run(args: Namespace) -> dict[str, Any]:
     from flextron import ui
     from flextron.tokens.folder import is_token_folder
 
-    directory = shared.fetched(args)
-    facts = _of_tokens(directory) if is_token_folder(directory) else _facts(directory)
+    if args.machine == bool(args.directory):
+        raise ValueError(
+            f"info: either a directory or --machine must be given, got {'both' if args.machine else 'neither'}"
+        )
+    if args.machine:
+        title, facts = "this machine", _of_machine()
+    else:
+        title = shared.fetched(args)
+        facts = _of_tokens(title) if is_token_folder(title) else _facts(title)
     if not args.json:
-        ui.print_table(directory, ["what", "value"], [[name, shown(value)] for name, value in facts.items()])
+        ui.print_table(title, ["what", "value"], [[name, shown(value)] for name, value in facts.items()])
     return facts
+
+
+def _of_machine() -> dict[str, Any]:
+    from flextron.artefacts.machine import caches
+    from flextron.judge.timing import read_bandwidth
+    from flextron_ext import machine
+
+    facts = machine()
+    return {
+        "processor": facts["processor"],
+        "instruction set": f"{facts['isa']}: {facts['why']}",
+        "threads": facts["threads"],
+        "caches": caches(),
+        "reads": f"{read_bandwidth() / 1e9:.1f} GB/s",
+        "GEMMs of plain weights": {
+            dtype: {_rows(gemm["most"]): _gemm(gemm) for gemm in facts["gemms"] if gemm["dtype"] == dtype}
+            for dtype in dict.fromkeys(gemm["dtype"] for gemm in facts["gemms"])
+        },
+        "measured": facts["files"],
+    }
+
+
+def _rows(most: int | None) -> str:
+    return f"up to {most} rows:" if most else "more rows:"
+
+
+def _gemm(gemm: dict[str, Any]) -> str:
+    """Which is chosen, and what both took."""
+    if gemm["own"] is None:
+        return f"{gemm['chosen']}, not measured"
+    return f"{gemm['chosen']}, as ours took {gemm['own'] * 1e6:.0f} us, the vendor's {gemm['vendor'] * 1e6:.0f} us"
 
 
 def _facts(directory: str) -> dict[str, Any]:

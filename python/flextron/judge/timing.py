@@ -298,3 +298,15 @@ def _sample(name: str, run: Callable[[], object], repeats: int, setup: Setup | N
 def _wait_for_device() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of the fastest of some reductions over 256 MB, on torch's threads."""
+    values = torch.ones(64 * 2**20)
+    best = 0.0
+    for reduce in (values.sum, values.amax, values.view(torch.int64).sum):
+        for _ in range(5):
+            begin = perf_counter()
+            reduce()
+            best = max(best, values.numel() * 4 / (perf_counter() - begin))
+    return best
