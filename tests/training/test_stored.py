@@ -58,8 +58,8 @@ def dtypes(directory: Path) -> dict[str, torch.dtype]:
     return {name: NAMES[found] for name, found in stored_dtypes(directory / "model.safetensors").items()}
 
 
-def train(directory: Path, steps: int, **options: Any) -> Any:
-    config = TrainConfig(steps=steps, distillation=1.0, **OPTIONS)
+def train(directory: Path, steps: int, bf16: bool = False, **options: Any) -> Any:
+    config = TrainConfig(steps=steps, distillation=1.0, bf16=bf16, **OPTIONS)
     return pipeline.train(directory, config, data=corpus(), **options)
 
 
@@ -150,6 +150,8 @@ def test_a_teacher_is_held_as_it_was_when_its_run_began(
     assert said == ("bfloat16" if began == "bfloat16" else None)
     train(checkpoint, 2, restart=True)
     assert held[2] == {getattr(torch, later)}
+    train(checkpoint, 2, bf16=True, restart=True)  # a CPU then multiplies in bfloat16
+    assert held[3] == {torch.bfloat16}
 
 
 def test_what_tuning_reads_off_a_router_is_of_the_weights_as_stored(
