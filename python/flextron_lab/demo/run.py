@@ -207,7 +207,7 @@ def _run(parent: str, out: Path, data: str | Path | None, seed: int, progress: P
                 data=corpus,
                 samples=plan.fitted,
                 length=plan.length,
-                narrower=0.1,
+                narrower=0.03,
                 ladder=True,
                 validation_windows=2,
                 progress=progress,
