@@ -2,21 +2,14 @@
 
 import argparse
 import csv
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import load_script
 
 from flextron_ext import schemas
 
-PATH = Path(__file__).resolve().parents[1] / "python" / "benchmarks" / "bench_ops.py"
-SPEC = importlib.util.spec_from_file_location("bench_ops", PATH)
-bench_ops = importlib.util.module_from_spec(SPEC)
-sys.modules[SPEC.name] = bench_ops  # dataclasses look their module up
-SPEC.loader.exec_module(bench_ops)
-
+bench_ops = load_script("benchmarks/bench_ops.py")
 COLUMNS = (
     "op,device,arch,dtype,shape,tokens,extent,time_us,rate,rate_unit,ceiling,"
     "rival,rival_time_us,ratio,spread,commit"

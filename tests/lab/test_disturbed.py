@@ -1,15 +1,14 @@
 """The study of a disturbed machine, on a model of numbers: what its rows are made of, no promise about any time."""
 
 import contextlib
-import importlib.util
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from nn.models import small_model
 from routing.synthetic import make_table
+from scripts import load_script
 
 from flextron.artefacts.machine import machine_of
 from flextron.artefacts.noise import Noise
@@ -17,16 +16,12 @@ from flextron.artefacts.planner import Planner
 from flextron.judge.objectives import cross_entropy
 from flextron.nn import make_elastic
 
-PATH = Path(__file__).resolve().parents[2] / "python" / "studies" / "disturbed.py"
 TEXTS = torch.randint(1, 61, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
 def study():
-    spec = importlib.util.spec_from_file_location("disturbed", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("studies/disturbed.py")
 
 
 @pytest.fixture

@@ -1,29 +1,23 @@
 """The study of the best choice for every token: its arithmetic, its multiplier, and the mixed run."""
 
-import importlib.util
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 from nn.models import small_model
+from scripts import load_script
 
 from flextron.artefacts.ladder import uniform_ladder
 from flextron.nn import make_elastic
 from flextron.nn.router import Indices
 from flextron_lab.study.arithmetic import arithmetic_table
 
-PATH = Path(__file__).resolve().parents[2] / "python" / "studies" / "oracle.py"
 TEXT = torch.randint(1, 61, (3, 12), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
 def study():
-    spec = importlib.util.spec_from_file_location("oracle", PATH)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look
-    spec.loader.exec_module(module)
-    return module
+    return load_script("studies/oracle.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,29 +1,23 @@
 """The study of rivals: criteria, budgets, and what a row says."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from nn.models import small_model
+from scripts import load_script
 
 from flextron.config import Widths
 from flextron.conversion.importance import Importance
 from flextron.nn import elastic_config
 from flextron_lab.study.arithmetic import arithmetic_table
 
-PATH = Path(__file__).resolve().parents[2] / "python" / "studies" / "rivals.py"
 TEXT = torch.randint(1, 61, (6, 16), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
 def study():
-    spec = importlib.util.spec_from_file_location("rivals", PATH)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look
-    spec.loader.exec_module(module)
-    return module
+    return load_script("studies/rivals.py")
 
 
 @pytest.fixture(scope="module")
