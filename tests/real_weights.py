@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flextron
 from flextron.config import Widths
-from flextron.nn.proof import require_same
+from flextron.nn.proof import difference, require_same
 from flextron_lab.demo import smollm2
 from flextron_lab.demo.parents import load_parent
 
@@ -127,8 +127,8 @@ def exported(elastic: Path, small: Path, widths: Widths) -> float:
     model = flextron.from_pretrained(elastic, "float32", device="cpu")
     stock = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
     with model.budget(widths=widths):
-        _, _, found = require_same("export", "those of the elastic model", model, stock, ids)
-    return found["max_rel"]
+        before, after, _ = require_same("export", "those of the elastic model", model, stock, ids)
+    return difference(before, after)["max_rel"]
 
 
 if __name__ == "__main__":

@@ -392,8 +392,7 @@ class _Proof:
         self.tokens = torch.randint(model.elastic.vocab_size, _PROOF_SHAPE, generator=draw)
         full = in_dtype(model, torch.float32)
         with full.budget(widths=widths):
-            self.elastic, self.plain, found = require_same("export", _WHOSE, full, plain, self.tokens)
-        self.more = {name: found[name] for name in ("float64",) if name in found}
+            self.elastic, self.plain, self.more = require_same("export", _WHOSE, full, plain, self.tokens)
 
     def of(self, plain: PreTrainedModel, exact: bool) -> dict[str, Any]:
         logits = logits_of(plain, self.tokens)

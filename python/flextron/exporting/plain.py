@@ -154,8 +154,7 @@ class _Proof:
         full = in_dtype(model, self.work)
         plain.to(self.work)
         with full.budget(widths=widths):
-            self.elastic, exact, found = require_same("export", _WHOSE, full, plain, self.tokens)
-        self.more = {name: found[name] for name in ("float64",) if name in found}
+            self.elastic, exact, self.more = require_same("export", _WHOSE, full, plain, self.tokens)
         self.expected = exact
         if round_in_place("export", plain, dtypes):
             self.expected = logits_of(plain, self.tokens)
