@@ -23,7 +23,7 @@ def resident():
 faults()
 outside = faults()
 with kept():
-    faults(2)
+    faults()
     inside, held = faults(), resident()
 print(outside, inside, held - resident())
 """
