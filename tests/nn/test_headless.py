@@ -53,3 +53,13 @@ def test_a_head_with_a_hook_is_left_to_the_model():
     model = make_elastic(row_model("llama"))
     model.lm_head.register_forward_hook(lambda *_: None)
     assert plain_head(model) is None
+
+
+def test_the_rows_of_a_tied_embedding_go_into_the_gradient_that_the_head_has_made(monkeypatch):
+    model = make_elastic(row_model("llama", tie_word_embeddings=True))
+    ids, weight = torch.randint(3, 20, (2, 7)), model.lm_head.weight
+    assert model.get_input_embeddings().weight is weight
+    made = []
+    monkeypatch.setattr(torch, "zeros_like", lambda t, **_: made.append(t.shape) or t.new_zeros(t.shape))
+    found(model, ids, torch.randn(2, 7, model.config.vocab_size), plain_head(model))
+    assert weight.grad is not None and weight.shape not in made

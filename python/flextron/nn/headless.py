@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,12 +59,16 @@ def _nothing(x: Any) -> Any:
 def _looked_up(embedding: nn.Embedding, inputs: tuple[Tensor], found: Tensor) -> Tensor:
     """The rows that an embedding found, [.., K], whose gradient goes into that of its weight in place."""
     recorded = torch.zeros((), requires_grad=True)
-    return _Rows.apply(recorded, embedding.weight, inputs[0], found.detach())
+    return _Rows.apply(recorded, inputs[0], found.detach(), lambda: embedding.weight)
 
 
 class _Rows(torch.autograd.Function):
+    """The weight comes in a function: as an input, its gradient would wait for that of the rows, and be another one."""
+
     @staticmethod
-    def forward(ctx, recorded: Tensor, weight: nn.Parameter, ids: Tensor, found: Tensor) -> Tensor:
+    def forward(
+        ctx, recorded: Tensor, ids: Tensor, found: Tensor, weight: Callable[[], nn.Parameter]
+    ) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.weight = weight
         return found.view_as(found)
@@ -72,7 +76,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dfound: Tensor) -> tuple[None, None, None, None]:
-        (ids,), weight = ctx.saved_tensors, ctx.weight
+        (ids,), weight = ctx.saved_tensors, ctx.weight()
         if weight.grad is None:  # the head's gradient is not there yet, or nobody asked for it
             weight.grad = torch.zeros_like(weight)
         weight.grad.index_add_(0, ids.flatten(), dfound.flatten(0, -2).to(weight.grad.dtype))
