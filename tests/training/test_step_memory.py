@@ -25,16 +25,25 @@ def device_has(monkeypatch):
     return lambda size: monkeypatch.setattr(rooms, "memory_of", lambda device: int(size))
 
 
-def test_what_fits_is_told_in_one_line(device_has):
+def test_what_fits_is_told_in_one_line_after_what_it_computes_in(device_has):
     device_has(2 * TAKES)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        line = str(rooms.room("train", SHAPES["1b"], CONFIG, CPU))
+        computes, line = str(rooms.room("train", SHAPES["1b"], CONFIG, CPU)).splitlines()
+    assert computes == "computes in bfloat16, weights in float32"
     assert re.fullmatch(
         r"memory of a step: 43\.2 GB \(parameters 4\.94 GB, optimiser states 9\.89 GB, gradients 1\.05 GB, "
         r"activations 27\.3 GB\); cpu has 86\.4 GB",
         line,
     )
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_what_is_computed_in_by_default_is_told(fast, device_has, monkeypatch):
+    device_has(2 * TAKES)
+    monkeypatch.setattr("flextron.training.sharding.bf16_is_fast", lambda device: fast)
+    told = str(rooms.room("train", SHAPES["1b"], replace(CONFIG, bf16=None), CPU))
+    assert told.startswith("computes in bfloat16, weights in float32\n" if fast else "computes in float32\n")
 
 
 def test_what_is_close_is_warned_of(device_has):

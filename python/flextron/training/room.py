@@ -1,4 +1,4 @@
-"""Whether a training step fits on the device that it is to run on: said in one line before the first step."""
+"""What a run computes in, and whether its step fits on the device: said before the first step, or the next."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ _ERROR = 0.9  # the estimate may be a tenth too high: what is refused does not f
 
 
 class Room(NamedTuple):
-    """What a step takes on each process, and what its device has, in bytes."""
+    """What a step takes on each process, and what its device has, in bytes; whether it autocasts to bfloat16."""
 
     memory: Memory
     has: int
     device: str
+    bf16: bool
 
     def __str__(self) -> str:
         m = self.memory
@@ -36,7 +37,8 @@ class Room(NamedTuple):
             "teacher": m.teacher,
         }
         told = ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size)
-        return f"memory of a step: {_gb(m.total)} ({told}); {self.device} has {_gb(self.has)}"
+        computes = "in bfloat16, weights in float32" if self.bf16 else "in float32"
+        return f"computes {computes}\nmemory of a step: {_gb(m.total)} ({told}); {self.device} has {_gb(self.has)}"
 
 
 def room(
@@ -52,7 +54,7 @@ def room(
     size = ranks.now().size
     bf16 = computes_in_bf16(config, device)
     step = step_of(config, bf16, chosen(shape, config, bf16, device, teacher), teacher, device)
-    found = Room(estimate(shape, step, size), memory_of(device), str(device))
+    found = Room(estimate(shape, step, size), memory_of(device), str(device), bf16)
     if _ERROR * found.memory.total > found.has:
         raise ValueError(
             f"{who}: a step must fit on {device}, got {_told(found)}; {_remedy(found, shape, step, size)}"
