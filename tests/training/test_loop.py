@@ -203,7 +203,8 @@ def test_rate_and_clipped_gradient_reach_the_optimiser(tmp_path):
 
     def look(optimizer, *_):
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        seen.append((optimizer.param_groups[0]["lr"], float(torch.nn.utils.get_total_norm(grads))))
+        norm = torch.nn.utils.get_total_norm(grads) / optimizer.grad_scale
+        seen.append((optimizer.param_groups[0]["lr"], float(norm)))
 
     hook = register_optimizer_step_pre_hook(look)
     try:

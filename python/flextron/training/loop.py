@@ -255,8 +255,7 @@ class Run:
             of_widths = self.spread.mean(of_widths)
         size, flops = self.spread.mean(torch.tensor([size, self.flops], dtype=torch.float64)).tolist()
         norm = full(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
-        if self.config.clip is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
+        self._clip(norm)
         values = torch.cat([norm[None], losses, of_widths])
         # Where this is 1 the fused step changes nothing (as `torch.amp.GradScaler` has it), so that the device goes on
         # with the step while the host waits for the values: its one read of the device in a step.
@@ -272,6 +271,21 @@ class Run:
         record |= {"tokens": step * tokens, "seconds": seconds}
         seen = [(share, next(read)) for share, _ in self.seen]
         return record | self.meter.measured(tokens, flops, seconds, seen)
+
+    def _clip(self, norm: Tensor) -> None:
+        """Clip the gradient, whose norm is given. On a CPU the optimiser's step divides by what it is too long.
+
+        A pass over all gradients of its own waits for the memory as long as a quarter of the step does.
+        """
+        most, moved = self.config.clip, sum(len(group["params"]) for group in self.optimizer.param_groups)
+        if most is None:
+            return
+        # AdamW takes a float32 number for all that it moves.
+        if self.device.type == "cpu" and norm.dtype == torch.float32 and moved == len(self.parameters):
+            excess = ((norm + 1e-6) / most).clamp_min(1.0)  # as `clip_grads_with_norm_` has it
+            self.optimizer.grad_scale = None if excess == 1 else excess
+        else:
+            nn.utils.clip_grads_with_norm_(self.parameters, most, norm)
 
     def _accumulate(self) -> tuple[dict[str, Tensor], float]:
         """Add up the gradient of one step; the means of the loss terms and of the sub-networks' size."""
