@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_SPINS = "1000"  # 20 microseconds on an AMD EPYC (Zen 4)
+SPINS = "1000"  # 20 microseconds on an AMD EPYC (Zen 4)
 
 
 def settle() -> None:
@@ -21,7 +21,7 @@ def settle() -> None:
         if allowed < cores:
             os.environ["OMP_NUM_THREADS"] = str(allowed)
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
