@@ -13,7 +13,8 @@ from flextron.artefacts.latency_table import Workload
 from flextron.cli import main
 from flextron.recipes import AdaptiveConfig, RouteConfig
 from flextron_lab.demo import stories
-from flextron_lab.study import results, run
+from flextron_lab.demo.parents import load_parent
+from flextron_lab.study import results, run, texts
 from flextron_lab.study.plan import PLANS, Arm
 
 TINY = replace(
@@ -116,10 +117,22 @@ def test_results_with_other_columns_are_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(
-    stories.find() is None or not (stories.data_folder() / "text" / run.TEXT).is_file(),
+needs_stories = pytest.mark.skipif(
+    stories.find() is None or not (stories.data_folder() / "text" / texts.STORIES).is_file(),
     reason="stories260K and its text are not here; set FLEXTRON_DATA",
 )
+
+
+@needs_stories
+def test_the_text_is_what_the_parent_was_trained_on(tmp_path):
+    tokenizer = load_parent("stories260k").tokenizer
+    corpus = run.Study("stories260k", tmp_path, (0,), silent).corpus(tokenizer)
+    held_out = tokenizer.decode(corpus.held_out).split(tokenizer.bos_token)
+    assert held_out[0] == "" and len(held_out) > 20  # nothing before the first story
+    assert not any("\n\n" in story or tokenizer.eos_token in story for story in held_out)
+
+
+@needs_stories
 def test_a_study_stops_goes_on_and_is_written_down(tmp_path, monkeypatch):
     monkeypatch.setitem(PLANS, "stories260k", TINY)
     measured = pipeline.profile_model

@@ -29,7 +29,7 @@ from flextron.checkpoint import locked, read_lines
 from flextron.checkpoint.hf import read_tokenizer
 from flextron.checkpoint.schema import build
 from flextron.config import Widths
-from flextron.corpus import Corpus, encode
+from flextron.corpus import Corpus
 from flextron.inference import from_pretrained
 from flextron.judge.latency import fractions, measure
 from flextron.judge.loss import evaluate
@@ -38,12 +38,11 @@ from flextron.nn.protocol import Elastic
 from flextron.pipeline import Progress
 from flextron.recipes import RouteConfig
 from flextron.training import train as train_model
-from flextron_lab.demo import stories
 from flextron_lab.demo.parents import load_parent
+from flextron_lab.study import texts
 from flextron_lab.study.plan import PLANS, Arm, Plan
 
 RUNS = "runs.jsonl"
-TEXT = "tinystories_sample.txt.xz"
 STAGES = ("prepare", "profile", "train", "route", "adaptive", "latency")
 # how an adaptive router learns -> the name of its arm
 ADAPTIVE = {"gumbel": "adaptive routers", "surrogate": "adaptive routers by surrogate"}
@@ -327,7 +326,8 @@ class Study:
         """The stories, as tokens to work on and tokens to judge by."""
         if self._corpus is None:
             tokenizer = tokenizer or read_tokenizer(self._converted("importance", 0))
-            self._corpus = encode(_documents(), tokenizer)
+            parts = text.split_documents(texts.tiny_stories(), held_out=_HELD_OUT)
+            self._corpus = Corpus(*(texts.story_tokens(part, tokenizer) for part in parts))
         return self._corpus
 
     def table(self) -> LatencyTable:
@@ -393,12 +393,3 @@ class Study:
     def _adaptive_folder(self, form: str, seed: int) -> Path:
         trained = self._trained(seed)
         return trained if form == "gumbel" else trained.with_name(f"{trained.name}-{form}")
-
-
-def _documents() -> tuple[list[str], list[str]]:
-    folder = stories.data_folder() / "text"
-    if not (folder / TEXT).is_file():
-        raise FileNotFoundError(
-            f"reproduce: the stories must be in $FLEXTRON_DATA/text/{TEXT}, got no such file"
-        )
-    return text.split_documents(text.read_documents(folder / TEXT), held_out=_HELD_OUT)

@@ -15,6 +15,7 @@ from flextron_lab.demo import stories
 
 _OPENING = re.compile(r"\n\n(?=Once upon a time|One day|One sunny|There once|Once there|Long ago)")
 JUDGES = ("openstax", "wikitext2", "python")
+STORIES = "tinystories_sample.txt.xz"
 
 
 def _read(name: str) -> str:
@@ -30,14 +31,12 @@ def _rows(name: str) -> list[str]:
 
 def tiny_stories() -> list[str]:
     """The stories of the sample, one by one, with the single newlines between paragraphs that TinyStories has."""
-    return [
-        story.strip().replace("\n\n", "\n") for story in _OPENING.split(_read("tinystories_sample.txt.xz"))
-    ]
+    return [story.strip().replace("\n\n", "\n") for story in _OPENING.split(_read(STORIES))]
 
 
 def story_tokens(documents: list[str], tokenizer: Any) -> Tensor:
     """Stories as llama2.c trains on them: one after another, BOS before each and nothing after it."""
-    without = copy.copy(tokenizer)
+    without = copy.deepcopy(tokenizer)  # a copy shares its special tokens
     without.eos_token = None
     return encode(documents, without)
 
