@@ -5,16 +5,23 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import math
 import os
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from flextron.data import seeded
 from flextron.nn.protocol import Elastic
 
+METRICS = ("acc", "acc_norm", "perplexity")
 Row = dict[str, Any]
+Scores = dict[str, list[float]]
 Progress = Callable[[str, int, int], object]
 
 
@@ -24,7 +31,7 @@ class Source:
 
     Attributes:
         config: the task's configuration file in the harness's folder of tasks.
-        splits: maps each split of the harness to a file.
+        splits: maps each split of the harness to a file; questions are asked of the first.
         convert: turns a row of the file into a row of the data set that the harness was written for.
         shots: number of examples before each question; None leaves the harness's own number.
     """
@@ -74,15 +81,19 @@ def check(tasks: Sequence[str], data_dir: str | Path) -> None:
                 raise FileNotFoundError(f"eval: --data-dir must hold {file} for {name}, got {data_dir}")
 
 
-def load(name: str, data_dir: str | Path) -> list[Any]:
-    """The harness's tasks for a benchmark, on local rows; MMLU has one task for every subject."""
+def load(name: str, data_dir: str | Path, limit: int | None = None) -> list[Any]:
+    """The harness's tasks for a benchmark, on local rows; MMLU has one task for every subject.
+
+    ``limit``: how many questions are drawn, always the same ones, of all that the benchmark has; by default all.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the rows are local, so nothing may be fetched
     source = TASKS[name]
     rows = {split: _read(Path(data_dir) / file) for split, file in source.splits.items()}
+    asked = next(iter(rows))
+    rows[asked] = _drawn(rows[asked], limit, name)
     if "{subject}" not in source.config:
         return [_task(source, source.config, rows)]
-    (first, *_) = rows.values()
-    subjects = sorted({row["subject"] for row in first})
+    subjects = sorted({row["subject"] for row in rows[asked]})
     return [
         _task(
             source,
@@ -93,16 +104,23 @@ def load(name: str, data_dir: str | Path) -> list[Any]:
     ]
 
 
-def score(
-    model: Elastic, tokenizer: Any, tasks: Sequence[Any], *, limit: int | None = None, batch_size: int = 8
-) -> dict[str, dict[str, float]]:
-    """The harness's scores: task -> metric -> value, with the number of questions as ``n``.
+def _drawn(rows: list[Row], limit: int | None, name: str) -> list[Row]:
+    """So many rows in their order: files are sorted by subject or by source, and their first rows alike."""
+    if limit is None or limit >= len(rows):
+        return rows
+    order = torch.randperm(len(rows), generator=seeded(f"tasks/{name}"))
+    return [rows[i] for i in sorted(order[:limit].tolist())]
+
+
+def score(model: Elastic, tokenizer: Any, tasks: Sequence[Any], *, batch_size: int = 8) -> Scores:
+    """What the harness says of every question: metric -> [questions], in the order of the tasks and of their rows.
+
+    Metrics are ``acc``, ``acc_norm``, and for LAMBADA ``perplexity``, of which a question has the log-likelihood.
 
     Args:
         model: a transformers causal LM; an elastic one is judged at its present budget.
         tokenizer: the model's own.
-        tasks: tasks from `load`.
-        limit: number of questions to ask of each task; all by default.
+        tasks: tasks of one benchmark, from `load`.
         batch_size: sequences in a forward pass.
     """
     with _quietly():
@@ -110,18 +128,30 @@ def score(
         from lm_eval.models.huggingface import HFLM
 
         judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
-        found = simple_evaluate(
-            judged, tasks=list(tasks), limit=limit, bootstrap_iters=0, log_samples=False, verbosity="ERROR"
-        )
-    scores = {}
-    for name, values in found["results"].items():
-        metrics = {
-            key.partition(",")[0]: float(value)
-            for key, value in values.items()
-            if key.partition(",")[0] in ("acc", "acc_norm", "perplexity")
-        }
-        scores[name] = metrics | {"n": found["n-samples"][name]["effective"]}
+        found = simple_evaluate(judged, tasks=list(tasks), bootstrap_iters=0, verbosity="ERROR")
+    scores: Scores = {}
+    for task in tasks:
+        for question in sorted(found["samples"][task.config.task], key=lambda one: one["doc_id"]):
+            for metric in METRICS:
+                if metric in question:
+                    scores.setdefault(metric, []).append(float(question[metric]))
     return scores
+
+
+def summary(scores: Scores) -> Row:
+    """The mean of each metric over questions, of several its standard error as ``<metric>_error``; their number ``n``.
+
+    LAMBADA's perplexity is that of all words together.
+    """
+    row: Row = {}
+    for metric, values in scores.items():
+        row["n"] = n = len(values)
+        mean = statistics.fmean(values)
+        row[metric] = math.exp(-mean) if metric == "perplexity" else mean
+        if n > 1:
+            scale = row[metric] if metric == "perplexity" else 1.0
+            row[f"{metric}_error"] = scale * statistics.stdev(values) / n**0.5
+    return row
 
 
 def evaluate(
@@ -139,28 +169,21 @@ def evaluate(
     """Run benchmarks of an elastic model at each budget; returns one row for every budget and benchmark.
 
     With ``adaptive`` the router chooses for every token at budgets below 1. MMLU's score is the mean over its
-    questions, not over its subjects, as the harness weights its group; ``limit`` then counts questions per subject.
+    questions, not over its subjects, as the harness weights its group; ``limit`` is what `load` takes.
     """
     check(names, data_dir)
-    loaded = {name: load(name, data_dir) for name in names}
+    loaded = {name: load(name, data_dir, limit) for name in names}
     rows: list[Row] = []
     for budget in budgets:
         with model.budget(budget, adaptive=adaptive and budget < 1):
             for name, tasks in loaded.items():
-                scores = score(model, tokenizer, tasks, limit=limit, batch_size=batch_size)
-                mean = _weighted(list(scores.values()))
+                found = summary(score(model, tokenizer, tasks, batch_size=batch_size))
                 rows.append(
-                    {"budget": budget, "task": name, "params": model.elastic.params(model.widths), **mean}
+                    {"budget": budget, "task": name, "params": model.elastic.params(model.widths), **found}
                 )
                 if progress is not None:
                     progress("benchmarks", len(rows), len(budgets) * len(loaded))
     return rows
-
-
-def _weighted(scores: Sequence[dict[str, float]]) -> dict[str, float]:
-    total = sum(s["n"] for s in scores)
-    names = [name for name in scores[0] if name != "n"]
-    return {name: sum(s[name] * s["n"] for s in scores) / total for name in names} | {"n": total}
 
 
 def _read(path: Path) -> list[Row]:

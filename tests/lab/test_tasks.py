@@ -29,18 +29,30 @@ def test_scores_at_full_width_are_those_of_the_stock_parent_and_fall_below_it():
     stock, parent = load_parent("stories260k"), load_parent("stories260k")
     elastic = make_elastic(parent.model)
     names = ("arc_easy", "piqa", "hellaswag", "winogrande", "lambada_openai")
-    loaded = [task for name in names for task in tasks.load(name, DATA)]
-    wanted = tasks.score(stock.model, stock.tokenizer, loaded, limit=12)
-    ours = tasks.score(elastic, parent.tokenizer, loaded, limit=12)
-    # The exponential of some 17 nats in float32: what is summed is compared, the mean log-likelihood.
-    perplexity, stocks = (scores["lambada_openai"].pop("perplexity") for scores in (ours, wanted))
-    assert math.log(perplexity) == pytest.approx(math.log(stocks), rel=1e-6)
+    wanted, ours = (
+        {name: tasks.score(model, stock.tokenizer, tasks.load(name, DATA, 12)) for name in names}
+        for model in (stock.model, elastic)
+    )
+    # log-likelihoods of some 17 nats in float32
+    likelihood, stocks = (scores["lambada_openai"].pop("perplexity") for scores in (ours, wanted))
+    assert likelihood == pytest.approx(stocks, rel=1e-5)
     assert ours == wanted
-    assert {name: metrics["n"] for name, metrics in wanted.items()} == dict.fromkeys(names, 12)
+    assert {len(values) for scores in wanted.values() for values in scores.values()} == {12}
     elastic.set_budget(widths=elastic.elastic.smallest())
-    lambada = [task for task in loaded if task.config.task == "lambada_openai"]
-    small = tasks.score(elastic, parent.tokenizer, lambada, limit=12)["lambada_openai"]
-    assert small["perplexity"] > 1.5 * stocks
+    small = tasks.score(elastic, parent.tokenizer, tasks.load("lambada_openai", DATA, 12))
+    full = tasks.summary({"perplexity": stocks})
+    assert tasks.summary(small)["perplexity"] > 1.5 * full["perplexity"]
+
+
+@needs_harness
+def test_questions_are_drawn_from_the_whole_file_and_always_the_same():
+    (all_of_them,), (few,), (again,) = (tasks.load("piqa", DATA, limit) for limit in (None, 20, 20))
+    goals = [doc["goal"] for doc in all_of_them.eval_docs]
+    drawn = [doc["goal"] for doc in few.eval_docs]
+    assert drawn == [doc["goal"] for doc in again.eval_docs] and len(drawn) == 20
+    assert goals.index(drawn[-1]) > len(goals) / 2 and set(drawn) <= set(goals)
+    subjects = tasks.load("mmlu", DATA, 20)
+    assert sum(len(task.eval_docs) for task in subjects) == 20 and len(subjects) > 10
 
 
 @needs_harness
@@ -84,8 +96,12 @@ def test_unknown_tasks_and_missing_files_are_named(tmp_path):
         tasks.check(["piqa"], tmp_path)
 
 
-def test_a_mean_over_subjects_is_one_over_questions():
-    assert tasks._weighted([{"acc": 1.0, "n": 1}, {"acc": 0.0, "n": 3}]) == {"acc": 0.25, "n": 4}
+def test_a_summary_has_means_and_their_standard_errors():
+    found = tasks.summary({"acc": [1.0, 0.0, 0.0, 0.0], "perplexity": [-1.0, -3.0, -1.0, -3.0]})
+    assert found["acc"] == 0.25 and found["acc_error"] == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
+    assert found["perplexity"] == pytest.approx(math.e**2)
+    assert found["perplexity_error"] == pytest.approx(math.e**2 / 3**0.5) and found["n"] == 4
+    assert tasks.summary({"acc": [1.0]}) == {"acc": 1.0, "n": 1}
 
 
 def _first(name):

@@ -44,7 +44,9 @@ def options(parser: ArgumentParser) -> None:
         "piqa, winogrande",
     )
     add(
-        "--limit", type=values.count, help="number of questions to ask of each of the --tasks; all by default"
+        "--limit",
+        type=values.count,
+        help="number of questions to draw of each of the --tasks, always the same ones; all by default",
     )
     add(
         "--data-dir",

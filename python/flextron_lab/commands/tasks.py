@@ -34,15 +34,24 @@ def run(args: Namespace) -> list[dict[str, Any]]:
             progress=progress,
         )
     if not args.json:
-        metrics = [m for m in ("acc", "acc_norm", "perplexity") if any(m in row for row in found)]
+        metrics = [m for m in tasks.METRICS if any(m in row for row in found)]
         rows = [
             [
                 row["task"],
                 f"{row['budget']:.2f}",
-                *(f"{row[m]:.3f}" if m in row else "" for m in metrics),
+                *(_told(row, m) for m in metrics),
                 str(row["n"]),
             ]
             for row in found
         ]
-        ui.print_table("benchmarks by budget", ["task", "budget", *metrics, "questions"], rows)
+        ui.print_table(
+            "benchmarks by budget (standard error)", ["task", "budget", *metrics, "questions"], rows
+        )
     return found
+
+
+def _told(row: dict[str, Any], metric: str) -> str:
+    if metric not in row:
+        return ""
+    error = row.get(f"{metric}_error")
+    return f"{row[metric]:.3f}" + (f" ({error:.3f})" if error is not None else "")
