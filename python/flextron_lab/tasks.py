@@ -18,7 +18,9 @@ import torch
 
 from flextron.data import seeded
 from flextron.nn.protocol import Elastic
+from flextron_lab.prefixes import log_likelihoods
 
+_SEED = 1234  # the harness's own for examples
 METRICS = ("acc", "acc_norm", "perplexity")
 Row = dict[str, Any]
 Scores = dict[str, list[float]]
@@ -124,11 +126,20 @@ def score(model: Elastic, tokenizer: Any, tasks: Sequence[Any], *, batch_size: i
         batch_size: sequences in a forward pass.
     """
     with _quietly():
-        from lm_eval.evaluator import simple_evaluate
+        # not simple_evaluate, which reads all that the harness has and asks pip and git about the machine
+        from lm_eval.evaluator import evaluate as run
         from lm_eval.models.huggingface import HFLM
 
-        judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
-        found = simple_evaluate(judged, tasks=list(tasks), bootstrap_iters=0, verbosity="ERROR")
+        class Sharing(HFLM):
+            def _loglikelihood_tokens(self, requests: Any, *_: Any, **__: Any) -> list[tuple[float, bool]]:
+                pairs = [(context, end) for _, context, end in requests]
+                return log_likelihoods(self.model, pairs, self.max_length, batch_size)
+
+        judged = Sharing(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device)
+        )
+        asked = {task.config.task: task for task in tasks}
+        found = run(judged, {"tasks": asked, "groups": {}}, bootstrap_iters=0)
     scores: Scores = {}
     for task in tasks:
         for question in sorted(found["samples"][task.config.task], key=lambda one: one["doc_id"]):
@@ -205,10 +216,11 @@ def _task(source: Source, config: str, rows: dict[str, list[Row]]) -> Any:
         if values.get(f"{role}_split") not in splits:
             values[f"{role}_split"] = None
     values["custom_dataset"] = lambda **_: splits
-    if source.shots is not None:
-        values["num_fewshot"] = source.shots
+    values["num_fewshot"] = source.shots if source.shots is not None else values.get("num_fewshot") or 0
     with _quietly():
-        return ConfigurableTask(config=values)
+        task = ConfigurableTask(config=values)
+    task.set_fewshot_seed(seed=_SEED)
+    return task
 
 
 @contextmanager

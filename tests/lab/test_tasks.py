@@ -45,6 +45,23 @@ def test_scores_at_full_width_are_those_of_the_stock_parent_and_fall_below_it():
 
 
 @needs_harness
+def test_scores_are_those_of_the_harness_in_batches():
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    parent = load_parent("stories260k")
+    asked = {"arc_easy": ("acc", "acc_norm"), "lambada_openai": ("acc", "perplexity")}
+    loaded = {name: tasks.load(name, DATA, 12) for name in asked}
+    harness = HFLM(pretrained=parent.model, tokenizer=parent.tokenizer, batch_size=8, device="cpu")
+    wanted = simple_evaluate(
+        harness, tasks=[*loaded["arc_easy"], *loaded["lambada_openai"]], bootstrap_iters=0
+    )["results"]
+    for name, metrics in asked.items():
+        ours, own = tasks.summary(tasks.score(parent.model, parent.tokenizer, loaded[name])), wanted[name]
+        assert [ours[m] for m in metrics] == pytest.approx([own[f"{m},none"] for m in metrics], rel=1e-4)
+
+
+@needs_harness
 def test_questions_are_drawn_from_the_whole_file_and_always_the_same():
     (all_of_them,), (few,), (again,) = (tasks.load("piqa", DATA, limit) for limit in (None, 20, 20))
     goals = [doc["goal"] for doc in all_of_them.eval_docs]
