@@ -1,19 +1,23 @@
 """Rivals at equal tokens and equal predicted cost: one network made for one size, beside one training for all sizes.
 
 Each rival prunes the parent to one size by a published criterion, with and without a refit of what is left, and may
-then spend all training tokens on that size. Ours spends as many once, for every size. Budgets are multiplications in
-the decoder's layers, as shares of the parent's. Rows are appended as they are finished, and none is done twice:
+then spend all training tokens on that size. Ours goes the demonstration's way, routers, refit, training, once for every
+size, with as many tokens in all. Budgets are multiplications in the decoder's layers, as shares of the parent's. A seed
+draws the calibration text, the routers and the training's order. Rows are appended as they are finished, and none is
+done twice; a training that was killed goes on:
 
     python python/studies/rivals.py study/rivals
-    python python/studies/rivals.py study/rivals --parent smollm2 --arms FLAP,uniform --budgets 0.7
+    python python/studies/rivals.py study/rivals --parent smollm2 --seeds 0 --budgets 0.9,0.7
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import csv
 import json
 import shutil
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,16 +30,16 @@ from transformers import AutoModelForCausalLM
 
 from flextron import pipeline, ui
 from flextron.artefacts.directory import load_elastic
-from flextron.artefacts.ladder import Ladder, uniform_ladder
+from flextron.artefacts.ladder import Ladder
 from flextron.artefacts.latency_table import LatencyTable
 from flextron.checkpoint import read_lines
 from flextron.config import ElasticConfig, Widths
 from flextron.conversion.importance import Importance
-from flextron.conversion.refit import refit, refitted
+from flextron.conversion.refit_in_order import refit_in_order
 from flextron.conversion.reorder import reorder, sorted_orders
 from flextron.corpus import Corpus, windows
 from flextron.data import split_documents
-from flextron.judge.loss import restored, sequence_losses
+from flextron.judge.loss import evaluate, restored, sequence_losses
 from flextron.nn import elastic_config, make_elastic
 from flextron.nn.protocol import Elastic
 from flextron.routing.static import train_routers
@@ -46,12 +50,19 @@ from flextron_lab.study import texts
 from flextron_lab.study.arithmetic import arithmetic_table
 
 ROWS = "rows.jsonl"
-PRUNED = ("FLAP", "Wanda", "ShortGPT")
-OURS = ("routed", "uniform", "full")
-ARMS = (*PRUNED, *OURS)
+OURS = "ours"
+ARMS = ("FLAP", "Wanda", "ShortGPT", OURS)
 LENGTH, CALIBRATION, JUDGED = 256, 48, 24  # tokens of a sequence; sequences of each
+DRAWS = 3  # samples of calibration text without a token in common, which seeds take in turn
 STEPS = 48  # widths that a pruned MLP may have: a model's neurons are divided so
+# how much a narrower network counts in a fit where the full one counts 1: the demonstration's; the most for a rival,
+# whose full network nobody needs
+NARROWER, ALONE = 0.03, 1.0
+COLUMNS = (
+    "parent", "network", "refit", "tokens", "seed", "budget", "cost", "params", "judge", "loss", "error",
+)  # fmt: skip
 Row = dict[str, Any]
+Missing = set[tuple[bool, float]]  # (whether trained, budget)
 Progress = Callable[[str, int, int], Any]
 
 
@@ -62,23 +73,32 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder of the study")
     parser.add_argument("--parent", choices=("stories15m", "smollm2"), default="stories15m")
     parser.add_argument("--arms", default=",".join(ARMS))
-    parser.add_argument("--budgets", default="0.9,0.7,0.5")
+    parser.add_argument("--budgets", default="0.9,0.8,0.7,0.6,0.5")
     parser.add_argument(
         "--trained", default="0,1", help="0: without training; 1: with the tokens of the demonstration"
     )
-    parser.add_argument("--refits", default="0,1", help="0: as pruned; 1: what is left is fitted anew")
-    parser.add_argument("--seeds", default="0", help="of what is trained")
+    parser.add_argument("--refits", default="1,0", help="0: as pruned; 1: what is left is fitted anew")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so many")
     args = parser.parse_args()
+    end = time.monotonic() + 60 * args.minutes
+    args.out.mkdir(parents=True, exist_ok=True)
     with ui.reporter() as progress:
-        study = Study(args.out, args.parent, progress)
-        args.out.mkdir(parents=True, exist_ok=True)
-        budgets = [float(b) for b in args.budgets.split(",")]
-        for trained in map(int, args.trained.split(",")):
-            for seed in map(int, args.seeds.split(",")) if trained else (0,):
-                for arm in args.arms.split(","):
-                    for again in map(int, args.refits.split(",")):
-                        study.do(arm, bool(again), bool(trained), seed, budgets)
-        study.show()
+        for _ in cells(args, progress):
+            if time.monotonic() > end:
+                break
+    write(args.out)
+    show(args.out, args.parent)
+
+
+def cells(args: argparse.Namespace, progress: Progress) -> Iterator[Row]:
+    """Do all that is missing: seed by seed, so that a study that is cut short lacks seeds, not arms."""
+    budgets = [float(b) for b in args.budgets.split(",")]
+    for seed in map(int, args.seeds.split(",")):
+        study = Study(args.out, args.parent, seed, progress)
+        for again in map(int, args.refits.split(",")):
+            for arm in args.arms.split(","):
+                yield from study.do(arm, bool(again), {t == "1" for t in args.trained.split(",")}, budgets)
 
 
 # ---- what is pruned
@@ -232,10 +252,11 @@ def by_depth(config: ElasticConfig, table: LatencyTable, influence: Tensor, budg
 
 @dataclass(frozen=True)
 class Study:
-    """One parent's rivals, whose rows are in ``rows.jsonl`` of a folder."""
+    """One parent's rivals and one seed, whose rows are in ``rows.jsonl`` of a folder."""
 
     out: Path
     parent: str
+    seed: int
     progress: Progress
 
     @cached_property
@@ -245,7 +266,7 @@ class Study:
     @cached_property
     def plan(self) -> Any:
         """The demonstration's settings, for all arms."""
-        return plan_for(sum(p.numel() for p in self.source.model.parameters()), 0)
+        return plan_for(sum(p.numel() for p in self.source.model.parameters()), self.seed)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -269,7 +290,7 @@ class Study:
 
     @cached_property
     def calibration(self) -> Tensor:
-        return windows(self.corpus.train, CALIBRATION, LENGTH)
+        return windows(self.corpus.train, DRAWS * CALIBRATION, LENGTH)[self.seed % DRAWS :: DRAWS]
 
     @cached_property
     def seen(self) -> Statistics:
@@ -279,31 +300,27 @@ class Study:
     def teacher(self) -> Any:
         return self.source.model.eval().requires_grad_(False)
 
-    def training(self, seed: int) -> Any:
-        return replace(self.plan.train, seed=seed, checkpoint_every=10)
-
     # ---- rows
 
-    def rows(self) -> list[Row]:
-        path = self.out / ROWS
-        return [*read_lines(path)] if path.exists() else []
-
-    def do(self, arm: str, again: bool, trained: bool, seed: int, budgets: Sequence[float]) -> None:
-        """Append the rows that are not there yet."""
-        facts = {"parent": self.parent, "arm": arm, "refit": again, "trained": trained, "seed": seed}
-        budgets = (1.0,) if arm == "full" else budgets
-        done = {row["budget"] for row in self.rows() if facts.items() <= row["key"].items()}
-        missing = [b for b in budgets if b not in done]
-        if not missing or (again and arm in ("ShortGPT", "full")):  # in whole layers nothing is to be fitted
-            return
-        make = self._ours if arm in OURS else self._pruned
-        for row in make(arm, again, trained, seed, missing):
+    def do(self, arm: str, again: bool, trained: set[bool], budgets: Sequence[float]) -> Iterator[Row]:
+        """Append the rows that are not there yet, without training, with it or both, each once it is asked for."""
+        facts = {"parent": self.parent, "arm": arm, "refit": again, "seed": self.seed}
+        budgets = (*budgets, 1.0) if arm == OURS else budgets
+        done = [(row["key"], row["budget"]) for row in rows_in(self.out)]
+        missing = {
+            (own, budget)
+            for own in trained
+            for budget in budgets
+            if (facts | {"trained": own}, budget) not in done
+        }
+        make = self._ours if arm == OURS else self._rivals
+        for own, row in make(arm, again, missing):
+            row = {"key": facts | {"trained": own}, **row}
             with (self.out / ROWS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": facts, **row}) + "\n")
+                file.write(json.dumps(row) + "\n")
+            yield row
 
-    def _judged(
-        self, name: str, model: Elastic, widths: Widths, table: LatencyTable, budget: float, tokens: int
-    ) -> Row:
+    def _judged(self, name: str, model: Elastic, widths: Widths, budget: float, tokens: int) -> Row:
         losses = {}
         with restored(model), torch.no_grad():
             model.eval().set_widths(widths)
@@ -314,40 +331,44 @@ class Study:
         return {
             "name": name,
             "budget": budget,
-            "fraction": table.fraction(widths),
+            "fraction": arithmetic_table(model.elastic, LENGTH).fraction(widths),
             "params": model.elastic.params(widths),
             "tokens": tokens,
             "losses": losses,
             **widths.to_dict(),
         }
 
-    def _told(self, what: str) -> Callable[[int, int, dict[str, Any]], None]:
-        return lambda step, steps, _: self.progress(what, step, steps)
+    def _train(self, name: str, model: Elastic, run: Path, **options: Any) -> int:
+        """Train for some networks, with the demonstration's settings; returns the number of tokens."""
+        config = replace(self.plan.train, checkpoint_every=10, **options)
+        report = train_model(
+            model,
+            self.corpus.train,
+            config,
+            run,
+            teacher=self.teacher if config.distillation else None,
+            progress=lambda step, steps, _: self.progress(name, step, steps),
+        )
+        return report.tokens
+
+    def _run(self, *facts: object) -> Path:
+        return self.out / "runs" / "-".join(map(str, (self.parent, self.seed, *facts)))
 
     # ---- rivals
 
-    def _pruned(
-        self, arm: str, again: bool, trained: bool, seed: int, budgets: Sequence[float]
-    ) -> Iterator[Row]:
-        for budget in budgets:
+    def _rivals(self, arm: str, again: bool, missing: Missing) -> Iterator[tuple[bool, Row]]:
+        for budget in sorted({budget for _, budget in missing}, reverse=True):
             model, widths = self._prune(arm, again, budget)
-            table, tokens = arithmetic_table(model.elastic, LENGTH), 0
             if again:
-                refit(model, self.calibration, only=widths)
-            if trained:
-                config = replace(self.training(seed), networks=(widths,), full_probability=0.0)
-                run = self.out / "runs" / f"{self.parent}-{arm}-{again:d}-{budget:g}-{seed}"
-                report = train_model(
-                    model,
-                    self.corpus.train,
-                    config,
-                    run,
-                    teacher=self.teacher if config.distillation else None,
-                    progress=self._told(f"{arm} at {budget:g}"),
-                )
-                tokens = report.tokens
+                refit_in_order(model, self.calibration, [widths], narrower=ALONE)
+            if (False, budget) in missing:
+                yield False, self._judged(arm, model, widths, budget, 0)
+            if (True, budget) in missing:
+                name, run = f"{arm} at {budget:g}", self._run(arm, int(again), budget)
+                tokens = self._train(name, model, run, networks=(widths,), full_probability=0.0)
+                row = self._judged(arm, model, widths, budget, tokens)
                 shutil.rmtree(run)
-            yield self._judged(arm, model, widths, table, budget, tokens)
+                yield True, row
 
     def _prune(self, arm: str, again: bool, budget: float) -> tuple[Elastic, Widths]:
         """The parent with its layers in a criterion's order, and the widths of the budget."""
@@ -401,85 +422,105 @@ class Study:
 
     # ---- ours
 
-    def _ours(
-        self, arm: str, again: bool, trained: bool, seed: int, budgets: Sequence[float]
-    ) -> Iterator[Row]:
-        folder = self._made(trained, seed)
-        model, _ = load_elastic(folder)
-        table, tokens = arithmetic_table(model.elastic, LENGTH), 0
-        if trained:
-            config = self.training(seed)
-            tokens = config.steps * config.batch_size * config.length * config.accumulation
-        ladder = (
-            self._ladder(folder, model, table, seed) if arm == "routed" else uniform_ladder(model.elastic)
-        )
-        for budget in budgets:
-            widths = ladder.highest(table.predict, budget * table.full_ms)
-            if widths is None:
-                raise ValueError(f"rivals: budgets must be at least the smallest network's, got {budget}")
-            with refitted(model, widths, self.calibration) if again else contextlib.nullcontext():
-                yield self._judged(f"ours, {arm}", model, widths, table, budget, tokens)
+    def _ours(self, arm: str, again: bool, missing: Missing) -> Iterator[tuple[bool, Row]]:
+        """The rungs of one ladder: fitted together, and trained together."""
+        if not missing:
+            return
+        model, _ = load_elastic(self._converted())
+        table = arithmetic_table(model.elastic, LENGTH)
+        ladder, run = self._ladder(model, table), self._run(arm, int(again))
 
-    def _made(self, trained: bool, seed: int) -> Path:
-        """Our checkpoint, converted and trained by the library's defaults."""
-        base = self.out / f"{self.parent}-converted"
-        if not (base / "made.json").is_file():
+        def at(budget: float) -> Widths:
+            return ladder.within(table.predict, budget * table.full_ms)
+
+        def judged(trained: bool, tokens: int) -> Iterator[tuple[bool, Row]]:
+            for budget in sorted(budget for own, budget in missing if own == trained):
+                yield trained, self._judged(arm, model, at(budget), budget, tokens)
+
+        networks = tuple(map(at, self.plan.targets))
+        if again:
+            refit_in_order(model, self.calibration, networks, narrower=NARROWER)
+        yield from judged(False, 0)
+        if any(own for own, _ in missing):
+            yield from judged(True, self._train(arm, model, run, networks=networks))
+            shutil.rmtree(run)
+
+    def _converted(self) -> Path:
+        folder = self._run("converted")
+        if not (folder / "made.json").is_file():
             pipeline.convert(
                 self.source.model,
-                base,
-                data=self.corpus,
+                folder,
+                data=replace(self.corpus, train=self.calibration.flatten()),
                 tokenizer=self.source.tokenizer,
                 samples=CALIBRATION,
                 length=LENGTH,
                 force=True,
                 progress=self.progress,
             )
-            (base / "made.json").write_text("{}")
-        if not trained:
-            return base
-        folder = self.out / f"{self.parent}-trained-{seed}"
-        if not folder.is_dir():
-            shutil.copytree(base, folder)
-        pipeline.train(folder, self.training(seed), data=self.corpus, progress=self.progress)
+            (folder / "made.json").write_text("{}")
         return folder
 
-    def _ladder(self, folder: Path, model: Elastic, table: LatencyTable, seed: int) -> Ladder:
-        path = folder / "rivals-ladder.json"
+    def _ladder(self, model: Elastic, table: LatencyTable) -> Ladder:
+        path = self._run("ladder.json")
         if not path.is_file():
-            few = windows(self.corpus.train, self.plan.route_samples, self.plan.route_length)
-
-            def loss(widths: Widths) -> float:
-                with restored(model), torch.no_grad():
-                    model.set_widths(widths)
-                    return float(sequence_losses(model, few).mean())
-
+            few = windows(self.calibration.flatten(), self.plan.route_samples, self.plan.route_length)
             found = train_routers(
-                model.elastic, table, loss, replace(self.plan.route, seed=seed), self.progress
+                model.elastic,
+                table,
+                lambda widths: evaluate(model, few, [widths])[0],
+                self.plan.route,
+                self.progress,
             )
             path.write_text(json.dumps(found.ladder.to_dict()))
         return Ladder(**json.loads(path.read_text()))
 
-    # ---- what came out
 
-    def show(self) -> None:
-        rows = [row for row in self.rows() if row["key"]["parent"] == self.parent]
-        header = ["network", "refit", "tokens", "seed", "budget", "cost", "parameters", *self.judges]
-        cells = [
-            [
-                r["name"],
-                "yes" if r["key"]["refit"] else "",
-                f"{r['tokens']:,}",
-                str(r["key"]["seed"]),
-                f"{r['budget']:g}",
-                f"{r['fraction']:.3f}",
-                f"{r['params'] / 1e6:.1f} M",
-                *(f"{one['loss']:.3f} ({one['error']:.3f})" for one in r["losses"].values()),
-            ]
-            for r in sorted(rows, key=lambda r: (r["tokens"], r["budget"], r["name"], r["key"]["refit"]))
-        ]
+# ---- what came out
+
+
+def rows_in(out: Path) -> list[Row]:
+    path = out / ROWS
+    return [*read_lines(path)] if path.exists() else []
+
+
+def write(out: Path) -> None:
+    """Write every row's figures to ``rivals.csv``."""
+    with (out / "rivals.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(COLUMNS)
+        for r in rows_in(out):
+            facts = (r["tokens"], r["key"]["seed"], r["budget"], round(r["fraction"], 4), r["params"])
+            for judge, one in r["losses"].items():
+                found = (round(one["loss"], 4), round(one["error"], 4))
+                table.writerow((r["key"]["parent"], r["name"], int(r["key"]["refit"]), *facts, judge, *found))
+
+
+def show(out: Path, parent: str) -> None:
+    """Print nats per token by budget: the mean over seeds, with one standard deviation."""
+    found: dict[str, dict[tuple[int, bool, str], dict[float, list[float]]]] = {}
+    for r in rows_in(out):
+        if r["key"]["parent"] == parent:
+            network = (r["tokens"], r["key"]["refit"], r["name"])
+            for judge, one in r["losses"].items():
+                cells = found.setdefault(judge, {}).setdefault(network, {})
+                cells.setdefault(r["budget"], []).append(one["loss"])
+    for judge, networks in found.items():
+        budgets = sorted({b for cells in networks.values() for b in cells})
         ui.print_table(
-            f"{self.parent}: nats per token, with the standard error over sequences", header, cells
+            f"{parent}, {judge}: nats per token, mean over seeds (standard deviation)",
+            ["network", "refit", "tokens", *(f"{b:g}" for b in budgets)],
+            [
+                [name, "yes" if again else "", f"{tokens:,}", *(_spread(cells.get(b, [])) for b in budgets)]
+                for (tokens, again, name), cells in sorted(networks.items())
+            ],
         )
+
+
+def _spread(losses: list[float]) -> str:
+    if len(losses) < 2:
+        return f"{losses[0]:.3f}" if losses else ""
+    return f"{statistics.mean(losses):.3f} ({statistics.stdev(losses):.3f})"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The study of rivals: criteria, budgets, and what a row says."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,10 @@ from scripts import load_script
 
 from flextron.config import Widths
 from flextron.conversion.importance import Importance
-from flextron.nn import elastic_config
+from flextron.corpus import Corpus
+from flextron.nn import elastic_config, make_elastic
+from flextron.recipes import RouteConfig, TrainConfig
+from flextron.training import train
 from flextron_lab.study.arithmetic import arithmetic_table
 
 TEXT = torch.randint(1, 61, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -32,7 +36,7 @@ def seen(study, model):
 
 @pytest.fixture(scope="module")
 def case(study, model, seen, tmp_path_factory):
-    case = study.Study(tmp_path_factory.mktemp("rivals"), "stories15m", lambda *_: None)
+    case = study.Study(tmp_path_factory.mktemp("rivals"), "stories15m", 0, lambda *_: None)
     given = {
         "source": SimpleNamespace(model=model),
         "seen": seen,
@@ -98,9 +102,77 @@ def test_flaps_bias_is_what_the_pruned_neurons_give_in_the_mean(study, model, se
     torch.testing.assert_close(pruned.model.layers[0].mlp.down_proj.bias, source.weight[:, order] @ mean)
 
 
-def test_rows_are_appended_once(case):
-    case.do("Wanda", False, False, 0, [0.7])
-    case.do("Wanda", False, False, 0, [0.7])
-    (row,) = case.rows()
+def test_rows_are_appended_once(study, case):
+    (row,) = case.do("Wanda", False, {False}, [0.7])
+    assert not [*case.do("Wanda", False, {False}, [0.7])]
+    assert [r["budget"] for r in study.rows_in(case.out)] == [0.7]
     assert row["fraction"] <= 0.7 and row["losses"]["random"]["loss"] > 0
     assert Widths(row["mlp"], row["heads"]).mlp == tuple(row["mlp"])
+
+
+def test_a_fit_for_the_one_size_makes_up_for_layers_that_are_gone(case):
+    losses = [
+        next(case.do("ShortGPT", again, {False}, [0.7]))["losses"]["random"]["loss"]
+        for again in (False, True)
+    ]
+    assert losses[1] < losses[0]
+
+
+def test_ours_serves_every_size_from_one_training(study, case, model, monkeypatch):
+    monkeypatch.setattr(study, "load_elastic", lambda _: (make_elastic(small_model()), None))
+    monkeypatch.setattr(study.Study, "_converted", lambda _: None)
+    trained = []
+    monkeypatch.setattr(
+        study, "train_model", lambda *args, **options: trained.append(args[2]) or train(*args, **options)
+    )
+    plan = SimpleNamespace(
+        targets=(0.7, 0.85),
+        train=TrainConfig(steps=2, batch_size=2, length=16, eval_every=0),
+        route=RouteConfig(targets=(0.7, 0.85, 1.0), evaluations=24, prefill=16, steps=8),
+        route_samples=2,
+        route_length=16,
+    )
+    case.__dict__.update(plan=plan, corpus=Corpus(TEXT.flatten(), TEXT.flatten()))
+    case._run("ladder.json").parent.mkdir(exist_ok=True)
+    first = next(case.do("ours", True, {True}, plan.targets))  # killed after this row
+    rows = [first, *case.do("ours", True, {True}, plan.targets)]
+    assert [row["budget"] for row in rows] == [0.7, 0.85, 1.0] and {row["tokens"] for row in rows} == {64}
+    assert all(row["fraction"] <= row["budget"] for row in rows)
+    assert [config.networks for config in trained] == [
+        tuple(Widths(row["mlp"], row["heads"]) for row in rows[:2])
+    ] * 2
+    assert {config.full_probability for config in trained} == {0.3}
+    ids = TEXT[:, :-1], TEXT[:, 1:]
+    parents = torch.nn.functional.cross_entropy(model(ids[0]).logits.flatten(0, 1), ids[1].flatten())
+    assert rows[2]["losses"]["random"]["loss"] != pytest.approx(float(parents), abs=1e-4)
+
+
+def test_a_rival_trains_its_one_size_alone(study, case, monkeypatch):
+    trained = []
+
+    def train(_, name, model, run, **options):
+        run.mkdir(parents=True)
+        trained.append(options)
+        return 7
+
+    monkeypatch.setattr(study.Study, "_train", train)
+    rows = [*case.do("FLAP", True, {False, True}, [0.7])]
+    assert [(row["key"]["trained"], row["tokens"]) for row in rows] == [(False, 0), (True, 7)]
+    assert trained == [{"networks": (Widths(rows[0]["mlp"], rows[0]["heads"]),), "full_probability": 0.0}]
+    assert not [*case.do("FLAP", True, {False, True}, [0.7])]
+
+
+def test_figures_are_written_row_by_row_and_shown_over_seeds(study, tmp_path, capsys):
+    def row(seed, loss):
+        key = {"parent": "stories15m", "arm": "FLAP", "refit": True, "trained": False, "seed": seed}
+        losses = {"stories": {"loss": loss, "error": 0.1}}
+        facts = {"name": "FLAP", "budget": 0.7, "fraction": 0.69, "params": 100, "tokens": 0}
+        return json.dumps({"key": key, **facts, "losses": losses})
+
+    (tmp_path / study.ROWS).write_text("\n".join([row(0, 2.0), row(1, 3.0)]) + "\n")
+    study.write(tmp_path)
+    study.show(tmp_path, "stories15m")
+    assert "2.500 (0.707)" in capsys.readouterr().out
+    header, first, _ = (tmp_path / "rivals.csv").read_text().splitlines()
+    assert header == ",".join(study.COLUMNS)
+    assert first == "stories15m,FLAP,1,0,0,0.7,0.69,100,stories,2.0,0.1"
