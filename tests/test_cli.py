@@ -73,7 +73,7 @@ COMMANDS = (
     "info",
     "demo",
 )
-COMMANDS += ("report", "reproduce", "clean", "tokenize", "scale")
+COMMANDS += ("sample", "report", "reproduce", "clean", "tokenize", "scale")
 
 
 def answer(capsys, *argv):
@@ -128,6 +128,39 @@ def test_fitted_weights_are_stored_and_the_parent_teaches(converted, text, tmp_p
     assert not (elastic / "refit").exists()
     told = complaint(capsys, "refit", elastic, "--narrower", 0)
     assert told == "flextron: refit: narrower must lie in (0, 1], got 0.0\n"
+
+
+def test_the_parent_writes_text_to_train_on(converted, text, tmp_path, capsys):
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    elastic = tmp_path / "elastic"
+    shutil.copytree(converted, elastic)
+    wanted = ("--length", "24", "--batch-size", "4", "--seed", "3")
+    report = answer(capsys, "sample", elastic, whole, "--tokens", "200", *wanted)
+    lines = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert report == {"documents": len(lines), "tokens": sum(line["tokens"] for line in lines), "resumed": 0}
+    assert report["tokens"] >= 200 and all(line["tokens"] <= 24 for line in lines)
+    assert len({line["text"] for line in lines}) == len(lines)
+    first = answer(capsys, "sample", elastic, parts, "--tokens", "60", *wanted)
+    answer(capsys, "refit", elastic, "--data", text, "--samples", "8", "--length", "32")
+    again = answer(capsys, "sample", elastic, parts, "--tokens", "200", *wanted)  # the parent writes still
+    assert again["resumed"] == first["tokens"] < 200 and parts.read_bytes() == whole.read_bytes()
+    assert answer(capsys, "sample", elastic, parts, "--tokens", "200", *wanted)["resumed"] == report["tokens"]
+    trained = answer(
+        capsys, "train", elastic, "--data", whole, "--steps", "1", "--length", "8", "--batch-size", "2"
+    )
+    assert trained["tokens"] == 16
+    # weights that are trained write something else, and add nothing to what the parent wrote
+    what = complaint(capsys, "sample", elastic, parts, "--tokens", "900", *wanted)
+    assert (
+        "must be new or made by the same call, got weights" in what
+        and parts.read_bytes() == whole.read_bytes()
+    )
+    assert "seed 3, not 4" in complaint(capsys, "sample", converted, parts, *wanted[:-1], "4")
+    assert "temperature must be above 0" in complaint(
+        capsys, "sample", converted, parts, *wanted, "--temperature", "0"
+    )
+    assert "length must be at most" in complaint(capsys, "sample", converted, parts, "--length", "100000")
+    assert parts.read_bytes() == whole.read_bytes()
 
 
 def test_an_exported_network_may_be_fitted_for_itself(converted, text, tmp_path, capsys):

@@ -72,6 +72,7 @@ PYTHON = {
     "flextron.serving": {
         *("flextron.serving", "flextron.artefacts", "flextron.nn", "flextron.checkpoint", "flextron.config"),
     },
+    "flextron.sampling": {"flextron.nn", "flextron.data", "flextron.checkpoint"},
     "flextron.corpus": {"flextron.tokens", "flextron.data", "flextron.config", "flextron.ranks"},
     "flextron.judge": {
         *("flextron.judge", "flextron.artefacts", "flextron.nn"),

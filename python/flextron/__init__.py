@@ -28,6 +28,7 @@ _HOME = {
     "refit": "flextron.pipeline",
     "route": "flextron.pipeline",
     "route_adaptive": "flextron.pipeline",
+    "sample": "flextron.pipeline",
     "tokenize": "flextron.tokens.writing",
     "train": "flextron.pipeline",
     "tune": "flextron.pipeline",

@@ -53,6 +53,7 @@ from flextron.routing.learning import relaxed_loss
 from flextron.routing.profile import measure_adaptive
 from flextron.routing.profile import profile as profile_model
 from flextron.routing.static import train_routers
+from flextron.sampling import sample_documents
 from flextron.training import TrainReport, resume
 from flextron.training import train as train_model
 from flextron.training.room import Room, room
@@ -198,6 +199,42 @@ def _kept(path: str | Path, options: dict[str, Any]) -> dict[str, Any]:
             f"convert: {(menus or ['order'])[0]} must be the file's own where it is elastic already, got another"
         )
     return {**own, "order": "none", "ladder": ladder}
+
+
+def sample(
+    directory: str | Path,
+    file: str | Path,
+    *,
+    tokens: int,
+    dtype: Dtype | None = None,
+    device: Device = "auto",
+    progress: Progress = _silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """Let the full network write text to train on, into a file of JSON lines that every stage takes as its data.
+
+    Where `refit` keeps the parent's weights, the parent writes; so it does right after `convert`.
+
+    Args:
+        directory: an elastic checkpoint.
+        file, tokens: see `flextron.sampling.sample_documents`.
+        dtype, device: as `flextron.from_pretrained` takes them.
+        options: ``length``, ``batch_size``, ``temperature``, ``seed``, ``restart`` of `sample_documents`.
+    """
+    with ElasticDirectory.open(directory) as checkpoint:
+        checkpoint.check_length("sample", options.get("length", 2))
+        model = checkpoint.model(dtype, one_device("sample", device))
+        if parent := _parent(checkpoint):
+            overwrite(dict(model.named_parameters()), parent)
+    return sample_documents(
+        model,
+        read_tokenizer(directory),
+        file,
+        tokens=tokens,
+        facts={"weights": resume.fingerprint(model.state_dict())},
+        progress=partial(progress, "writing documents, tokens"),
+        **options,
+    )
 
 
 @_alone

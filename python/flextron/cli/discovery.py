@@ -18,6 +18,7 @@ GROUP = "flextron.commands"
 OWN = (
     "tokenize",
     "convert",
+    "sample",
     "refit",
     "train",
     "profile",
