@@ -41,7 +41,7 @@ from flextron.conversion.refit_in_order import refit_in_order
 from flextron.conversion.source import room_beside, source_of
 from flextron.corpus import Data, corpus, windows
 from flextron.data import Tokens
-from flextron.judge.loss import evaluate
+from flextron.judge.loss import divergence, evaluate
 from flextron.nn.placement import Device, current, one_device
 from flextron.nn.protocol import Elastic
 from flextron.nn.storage import Dtype, round_in_place, storage
@@ -357,9 +357,15 @@ class _Routed:
         ``length``: of a sequence, at most.
         """
         judged = windows(text, ROUTE_SAMPLES, min(ROUTE_LENGTH, length))
-        return static_routing.refreshed(
-            self.static, model.elastic, self.table, lambda widths: evaluate(model, judged, [widths])[0]
-        )
+        judge = _judge(model, judged, self.static.config.form)
+        return static_routing.refreshed(self.static, model.elastic, self.table, judge)
+
+
+def _judge(model: Elastic, tokens: Tensor, form: str) -> Callable[[Widths], float]:
+    """What static routers of this form are judged by: a function of a network, in nats above the full one's value."""
+    if form == "gumbel":  # which learns from the loss itself
+        return lambda widths: evaluate(model, tokens, [widths])[0]
+    return divergence(model, tokens)
 
 
 def _of_each_axis(config: ElasticConfig) -> list[Widths]:
@@ -558,7 +564,10 @@ def route(
     progress: Progress = _silent,
     doubted: Callable[[str], object] = _warned,
 ) -> RouterResult:
-    """Train the static routers for one phase's latency on the loss of a few sequences, and store them.
+    """Train the static routers for one phase's latency on a few sequences, and store them.
+
+    Networks are judged by how far their predictions are from the full one's (`flextron.judge.loss.divergence`); with
+    the form ``gumbel``, which learns end to end, by the loss.
 
     ``batch``, ``context`` and ``machine`` say which latency table of the phase, as those of `set_budget` do.
     ``doubted`` is called with a sentence where that table may be wrong by more than 10 %: it warns, or raises.
@@ -578,7 +587,7 @@ def route(
     result = train_routers(
         model.elastic,
         table,
-        lambda widths: evaluate(model, tokens, [widths], batch_size=samples)[0],
+        _judge(model, tokens, config.form),
         config,
         progress,
         relaxed_loss(model, tokens) if config.form == "gumbel" else None,
@@ -713,9 +722,8 @@ def tune(
     judged = windows(tokens.train, samples, config.length)
     fresh: list[RouterResult | AdaptiveResult] = []
     if static and (own_table := trained or tables.get(static.phase)):
-        static = static_routing.refreshed(
-            static, model.elastic, own_table, lambda w: evaluate(model, judged, [w])[0]
-        )
+        judge = _judge(model, judged, static.config.form)
+        static = static_routing.refreshed(static, model.elastic, own_table, judge)
         ladder = static.ladder
         fresh.append(static)
     if own and own.phase in tables:

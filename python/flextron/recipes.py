@@ -11,7 +11,7 @@ from typing import Any
 from flextron.config import Widths, check_numbers, check_targets, number
 
 GATES = ("soft", "hard")
-ROUTE_FORMS = ("surrogate", "gumbel", "search")
+ROUTE_FORMS = ("surrogate", "gumbel", "search", "steps")
 ADAPTIVE_FORMS = ("gumbel", "surrogate")
 SHARDS = ("none", "full", "hybrid")
 TEACHERS = ("none", "whole", "sharded", "cached")
@@ -27,7 +27,8 @@ _TARGETS_ARE = (
 )
 _FORM = (
     "loss that a router learns from: what a surrogate predicts (surrogate), the model's own, end to end through its "
-    "gates (gumbel), or none, when routers only imitate what search finds (search; static routers alone)"
+    "gates (gumbel), or none, when static routers only imitate what search finds on the surrogate (search), or what "
+    "measured steps from the full model find (steps)"
 )
 _PREFILL = "random configurations whose loss the surrogate learns before a router moves"
 
@@ -226,7 +227,7 @@ class RouteConfig:
         _check(self)
         object.__setattr__(self, "targets", check_targets("RouteConfig", self.targets, to_full=True))
         needed = self.prefill + 1 + REPORTED * (len(self.targets) - 1)
-        if self.evaluations < needed:
+        if self.form != "steps" and self.evaluations < needed:
             raise ValueError(
                 f"RouteConfig: evaluations must be at least {needed} (the prefill, the full model, "
                 f"{REPORTED} for each target at the end), got {self.evaluations}"

@@ -8,7 +8,7 @@ from training import tiny_run
 
 from flextron.config import Widths
 from flextron.data import windows
-from flextron.judge.loss import evaluate
+from flextron.judge.loss import divergence, evaluate
 
 
 @pytest.fixture
@@ -72,3 +72,25 @@ def test_bad_arguments_are_named(tokens):
         evaluate(model, tokens.flatten(), [model.elastic.full()])
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         evaluate(model, tokens, [model.elastic.full()], batch_size=0)
+
+
+@pytest.mark.parametrize("batch_size", [2, 100])
+def test_a_divergence_is_kl_from_the_full_network(tokens, batch_size):
+    model = tiny_run.elastic()
+    found = divergence(model, tokens, batch_size)
+
+    def predicted(widths):
+        model.set_widths(widths)
+        with torch.no_grad():
+            return model(input_ids=tokens, use_cache=False).logits.double().log_softmax(-1)
+
+    full = predicted(model.elastic.full())
+    assert found(model.elastic.full()) == pytest.approx(0, abs=1e-6)
+    for widths in (model.elastic.smallest(), Widths((8, 24), (2, 1))):
+        expected = float((full.exp() * (full - predicted(widths))).sum(-1).mean())
+        before = model.dial
+        assert expected > 1e-4 and found(widths) == pytest.approx(expected, rel=1e-4)
+        assert model.dial == before
+    with torch.no_grad():  # what it diverges from is the network of then
+        model.lm_head.weight.mul_(2)
+    assert found(model.elastic.full()) > 1e-4

@@ -12,6 +12,7 @@ from flextron.artefacts.static_router import RouterResult
 from flextron.checkpoint.schema import build
 from flextron.nn.router import Probabilities
 from flextron.recipes import RouteConfig
+from flextron.routing.descent import descend
 from flextron.routing.static import refreshed, train_routers
 
 CONFIG = make_config(layers=8)
@@ -194,6 +195,30 @@ def test_search_form_is_what_search_finds():
         assert t.choice_loss <= 1.05 * t.search_loss and t.choice_fraction <= t.target * (1 + 1e-6)
 
 
+def test_steps_form_is_what_measured_steps_find(loss):
+    asked = []
+
+    def counted(widths):
+        asked.append(widths)
+        return loss(widths)
+
+    result = train_routers(CONFIG, TABLE, counted, replace(OPTIONS, form="steps"))
+    assert (
+        len(asked) == result.evaluations == 1 + 40 + 3 * 3
+    )  # 8 layers, each with 3 + 2 steps down; 3 targets
+    assert result.history == () and result.surrogate.n == 40 // 7
+    steps = descend(CONFIG, TABLE, lambda widths: loss(widths) - loss(CONFIG.full()))
+    for t in result.targets:
+        found = steps.within(TABLE.predict, t.target * TABLE.full_ms)
+        assert result.ladder.within(TABLE.predict, t.target * TABLE.full_ms) == found
+        assert t.routed_observed < t.uniform_observed
+
+
+def test_steps_form_wants_an_evaluation_for_each_step(loss):
+    with pytest.raises(ValueError, match=r"evaluations must be at least 50 for the form steps .* got 49"):
+        train_routers(CONFIG, TABLE, loss, replace(OPTIONS, form="steps", evaluations=49))
+
+
 class RelaxedLoss:
     """`SyntheticLoss` without its interactions, of choice probabilities: expectations of each layer's damage."""
 
@@ -235,7 +260,7 @@ def test_the_models_own_loss_is_given_for_the_end_to_end_form_alone():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"form": "magic"}, "form must be one of surrogate, gumbel, search, got 'magic'"),
+        ({"form": "magic"}, "form must be one of surrogate, gumbel, search, steps, got 'magic'"),
         ({"targets": (0.5, 0.8)}, "targets must ascend from above 0 to 1"),
         ({"targets": (1.0,)}, "targets must ascend"),
         ({"prefill": 4}, "prefill must be at least 8, got 4"),

@@ -28,6 +28,8 @@ FILES = "routers.safetensors", DESCRIPTION
 class TargetReport:
     """One trained target at the end; losses in nats above the full model's.
 
+    They are divergences from what the full model predicts; with the form ``gumbel`` differences of the loss.
+
     Attributes:
         target: fraction of the full latency.
         choice_fraction: predicted fraction of the router's arg-max choice.
@@ -83,6 +85,12 @@ class RouterResult(RouterFiles):
     config: RouteConfig
     phase: str
     costs: dict[str, Any]
+
+    @property
+    def measure(self) -> str:
+        """What the numbers of `targets` and of the surrogate are, in words."""
+        loss = self.config.form == "gumbel"
+        return "loss above the full model's" if loss else "divergence from the full model"
 
     def to_dict(self) -> dict[str, Any]:
         r = self.router

@@ -45,6 +45,8 @@ def _static(args: Namespace) -> dict[str, Any]:
 
     if args.gates:
         raise ValueError("route: --gates must be given with --adaptive only")
+    if args.prefill is not None and args.form == "steps":
+        raise ValueError("route: --prefill must not be given with --form steps, which begins with steps")
     config = shared.taken(RouteConfig, args)
     table = shared.given(args, "batch", "context", "machine")
     with ui.reporter() as progress:
@@ -60,7 +62,7 @@ def _static(args: Namespace) -> dict[str, Any]:
             ]
             for t in result.targets
         ]
-        ui.print_table("loss above the full model's, nats", header, rows)
+        ui.print_table(f"{result.measure}, nats", header, rows)
         _say_fit(result.surrogate, result.gate)
     return result.to_dict()
 

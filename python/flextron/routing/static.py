@@ -17,6 +17,7 @@ from flextron.artefacts.static_router import RouterResult, TargetReport
 from flextron.config import ElasticConfig, Widths
 from flextron.nn.router import GumbelSampler, Indices, Logits, Probabilities, StaticRouter, anneal
 from flextron.recipes import REPORTED, RouteConfig
+from flextron.routing.descent import descend, steps_from
 from flextron.routing.fit import random_widths
 from flextron.routing.gate import Gate, Progress, RouterTraining, reachable
 from flextron.routing.learning import TOLERANCE
@@ -121,15 +122,25 @@ class _Training(RouterTraining):
         self.rng = random.Random(seeds[5])
         self.train, self.held_out = ReplayBuffer(config), ReplayBuffer(config)
         self.uniform = uniform_ladder(config)
+        steps = len(steps_from(config, config.full()))
+        if options.form == "steps" and self._unreported() <= steps:
+            least = 1 + steps + REPORTED * (len(targets) - 1)
+            raise ValueError(
+                f"train_routers: evaluations must be at least {least} for the form steps (the full model, its {steps} "
+                f"steps, {REPORTED} for each target), got {options.evaluations}"
+            )
         self.full_loss = 0.0
         self.evaluations = self.observed = 0
 
     def run(self) -> RouterResult:
-        self._fill()
+        self.full_loss = self._loss(self.config.full())
+        self.steps = self._descend() if self.options.form == "steps" else None
+        if self.steps is None:
+            self._fill()
+        self._fit_first()
         self._imitate_first()
-        if self.options.form != "search":
-            # evaluations left for learning; the report at the end takes the others
-            self.active = self.options.evaluations - self.evaluations - REPORTED * (len(self.targets) - 1)
+        if self.options.form in ("surrogate", "gumbel"):
+            self.active = self._unreported() - self.evaluations
             self.gate.patience = int(self.active * self.options.patience)
             self.optimise("router steps")
         ladder = router_ladder(self.config, self.router)
@@ -153,19 +164,35 @@ class _Training(RouterTraining):
         return float(self.loss_fn(widths)) - self.full_loss
 
     def _fill(self) -> None:
-        """Fill the replay buffers with random configurations, and fit the surrogate for the first time."""
-        self.full_loss = self._loss(self.config.full())
+        """Fill the replay buffers with random configurations."""
         total = self.options.prefill
         every = max(2, round(1 / self.options.held_out))
         for done in range(total):
             widths = self._new(lambda _: random_widths(self.config, self.rng))
             if widths is None:
                 break
-            held_out = done % every == every - 1
-            (self.held_out if held_out else self.train).add(
-                widths, self.table.fraction(widths), self._loss(widths)
-            )
+            self._remember(widths, self._loss(widths), done % every == every - 1)
             self.progress("random configurations", done + 1, total)
+
+    def _descend(self) -> Ladder:
+        """Find a ladder by measured steps, and fill the replay buffers with them."""
+        every, total = (
+            max(2, round(1 / self.options.held_out)),
+            len(steps_from(self.config, self.config.full())),
+        )
+
+        def observed(widths: Widths) -> float:
+            loss, done = self._loss(widths), self.evaluations - 1  # the first was the full model
+            self._remember(widths, loss, done % every == 0)
+            self.progress("measured steps", done, total)
+            return loss
+
+        return descend(self.config, self.table, observed)
+
+    def _remember(self, widths: Widths, loss: float, judges: bool) -> None:
+        (self.held_out if judges else self.train).add(widths, self.table.fraction(widths), loss)
+
+    def _fit_first(self) -> None:
         self.surrogate.start(*self.train.tensors())
         self._fit(self.options.surrogate_steps)
         self.gate.error = fit_report(self.surrogate, *self.held_out.tensors()).mean_error
@@ -177,6 +204,10 @@ class _Training(RouterTraining):
             if widths not in self.train and widths not in self.held_out and widths != self.config.full():
                 return widths
         return None
+
+    def _unreported(self) -> int:
+        """Evaluations that are left beside those of the report."""
+        return self.options.evaluations - REPORTED * (len(self.targets) - 1)
 
     def _fit(self, steps: int) -> None:
         self.fitter.fit(*self.train.tensors(), steps)
@@ -195,8 +226,11 @@ class _Training(RouterTraining):
         if self.options.form == "gumbel":
             self._imitate(rungs, _WARM_CONFIDENCE)
             return
-        found = [self._search(t, [rung]) for t, rung in zip(self.router.targets, rungs, strict=True)]
-        self._imitate(found, _SURE if self.options.form == "search" else _WARM_CONFIDENCE)
+        if self.steps is not None:
+            found = [self.steps.within(self.table.predict, limit) for limit in limits]
+        else:
+            found = [self._search(t, [rung]) for t, rung in zip(self.router.targets, rungs, strict=True)]
+        self._imitate(found, _WARM_CONFIDENCE if self.options.form == "surrogate" else _SURE)
 
     def _imitate(self, found: list[Widths], confidence: float) -> None:
         """Let the router choose ``found`` at its targets, with this probability."""

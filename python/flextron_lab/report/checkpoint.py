@@ -197,7 +197,7 @@ def _routers(result: RouterResult) -> list[Section]:
         [f"{t.target:g}", *(f"{x:+.3f}" for x in (t.routed_observed, t.uniform_observed, t.search_observed))]
         for t in result.targets
     ]
-    text = "Loss above the full model's in nats, on the text that the routers were trained on."
+    text = f"{result.measure.capitalize()}, in nats, on the text that the routers were trained on."
     found.append(Section("Routers, uniform widths and search", text, (), header, cells))
     return found
 
