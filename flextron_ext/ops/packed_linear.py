@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..panels import GROUP, PanelFormat, check_format
+from ..panels import PanelFormat, check_format
+from ..rounding import rounded
 from . import _common as common
 
 OP = "packed_linear"
@@ -84,101 +85,17 @@ def pack_linear(
 def _in_groups(
     weight: Tensor, out_blocks: int, in_blocks: int, products: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Panels and scales of int4: of several ranges of 16 values, each group has that with the least square error."""
-    (N, inputs), stored = (weight.shape[0], weight.shape[1] // in_blocks), PanelFormat.INT4
+    """Panels and scales of int4."""
+    N, stored = len(weight), PanelFormat.INT4
     most = weight.abs().max().item() if weight.numel() else 0.0
     if not most <= torch.finfo(torch.float16).max:
         raise ValueError(f"pack_linear: weight must be of a size up to 65504 in int4, got {most}")
-    count = -(-inputs // GROUP)
-    if products is not None:
-        codes, scales = _with_feedback(weight.float(), in_blocks, products)
-    else:
-        groups = _filled(weight.float().view(N, in_blocks, inputs)).unflatten(2, (-1, GROUP))
-        found = map(_fitted, groups.flatten(0, 2).split(_AT_ONCE))
-        codes, scales = (torch.cat(parts) for parts in zip(*found, strict=True))
-        codes = codes.view(N, in_blocks, count * GROUP)[..., :inputs].flatten(1)
+    codes, scales = rounded(weight, in_blocks, products)
+    count = scales.shape[1] // in_blocks
     low, high = panels_of(codes, out_blocks, in_blocks, stored).split(4, -1)
     of_rows = scales.view(N, 2 * in_blocks * count)
     pairs = panels_of(of_rows, out_blocks, 1, PanelFormat.FLOAT32)  # [blocks, P, 2 * groups, 16, 1]
     return low | high << 4, pairs.flatten(3).unflatten(2, (-1, 2))
-
-
-def _filled(groups: Tensor) -> Tensor:
-    """The last dimension filled up to whole groups by its last value, which does not widen a group's range."""
-    rest = groups[..., -1:].expand(*groups.shape[:-1], -groups.shape[-1] % GROUP)
-    return torch.cat((groups, rest), -1)
-
-
-_DAMPING = 0.01  # of the mean square of an input, added to each: GPTQ's own
-
-
-def _with_feedback(weight: Tensor, in_blocks: int, products: Tensor) -> tuple[Tensor, Tensor]:
-    """codes [N, K] and (scale, least) [N, groups of all blocks, 2] of a weight [N, K] float32."""
-    N, K = weight.shape
-    square = products.double()
-    mean = square.diagonal().mean().item() if K else 0.0
-    square = square + torch.eye(K, dtype=torch.float64) * (_DAMPING * mean or 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(square))
-    upper = torch.linalg.cholesky(inverse, upper=True).float()
-    left = weight.T.contiguous()  # what is still to be stored of each input, [K, N]
-    codes, ranges = torch.empty(K, N, dtype=torch.uint8), []
-    for block in range(0, K, K // in_blocks or 1):
-        end_of_block = block + K // in_blocks
-        for begin in range(block, end_of_block, GROUP):
-            end = min(begin + GROUP, end_of_block)
-            ranges.append(_fitted(_filled(left[begin:end].T))[1])
-            missed = torch.empty(end - begin, N)
-            for i in range(begin, end):
-                code, _ = _codes(left[i][:, None], ranges[-1])
-                scale, least = ranges[-1].float().unbind(1)
-                codes[i] = code[:, 0]
-                missed[i - begin] = (left[i] - (codes[i] * scale + least)) / upper[i, i]
-                left[i:end] -= upper[i, i:end, None] * missed[i - begin]
-            left[end:] -= upper[begin:end, end:].T @ missed
-    scales = torch.stack(ranges, 1) if ranges else torch.empty(N, 0, 2, dtype=torch.float16)
-    return codes.T.contiguous(), scales
-
-
-_AT_ONCE = 4096  # groups whose temporaries stay in the caches
-_TRIMS = (
-    (0.0, 0.0),
-    (0.03, 0.03),
-    (0.06, 0.06),
-    (0.1, 0.1),
-    (0.05, 0.0),
-    (0.0, 0.05),
-)  # of the range, at each end
-
-
-def _fitted(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """codes [n, GROUP] uint8 and (scale, least) [n, 2] float16 of groups [n, GROUP] float32.
-
-    ``group ~ least + scale * code``, from the least value to the greatest, or from somewhat above to somewhat below.
-    """
-    low, high = groups.aminmax(dim=1, keepdim=True)
-    best = [
-        torch.full_like(low, torch.inf),
-        torch.zeros_like(groups, dtype=torch.uint8),
-        low.half().repeat(1, 2),
-    ]
-    for trim_low, trim_high in _TRIMS:
-        least = low + trim_low * (high - low)
-        scale = ((high - least - trim_high * (high - low)) / 15).half()
-        of_range = torch.cat((scale, least.half()), 1)
-        codes, error = _codes(groups, of_range)
-        better = ~(error >= best[0])
-        best = [
-            torch.where(better, new, old) for new, old in zip((error, codes, of_range), best, strict=True)
-        ]
-    return best[1], best[2]
-
-
-def _codes(groups: Tensor, of_range: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest codes of each group's (scale, least), and the sum of their squared errors, [n, 1]."""
-    scale, least = of_range.float().split(1, 1)
-    codes = ((groups - least) / scale.where(scale > 0, 1)).round().clamp(0, 15)
-    error = (codes * scale + least - groups).square().sum(1, keepdim=True)
-    return codes.to(torch.uint8), error
 
 
 def panels_of(weight: Tensor, out_blocks: int, in_blocks: int, format: PanelFormat) -> Tensor:

@@ -2,6 +2,7 @@
 
 import os
 
+import gguf
 import pytest
 import torch
 import torch.nn.functional as F
@@ -188,14 +189,28 @@ def test_int4_is_as_near_as_its_step():
     assert panels.nbytes + scales.nbytes == 112 * 256 * 5 / 8
 
 
-def test_weights_that_had_4_bits_with_a_scale_and_a_least_value_come_back():
-    """As of a GGUF file of the type Q4_1: groups of 32, both numbers float16."""
-    codes = torch.randint(0, 16, (48, 8, 32))
-    codes[..., 5], codes[..., 9] = 0, 15
-    scale, least = (torch.randn(48, 8, 1).half().float() for _ in range(2))
-    weight = (codes * scale.abs() + least).flatten(1)
-    panels, scales, format = pack_linear(weight, format="int4")
-    assert torch.equal(reference._unpacked(panels, scales, format, torch.float32), weight)
+@pytest.mark.parametrize("products", [None, torch.randn(256, 256).cov()], ids=["alone", "fed"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K"])
+def test_weights_of_a_gguf_file_of_4_bits_come_back(kind, products):
+    """Whichever of its codes a group has; a scale of Q4_K is a product of which float16 holds the first 11 bits."""
+    if kind == "Q4_K":
+        codes, least = torch.randint(0, 16, (48, 8, 32)), 0.003 * torch.randint(0, 64, (48, 8, 1))
+        weight = (0.0017 * torch.randint(1, 64, (48, 8, 1)) * codes - least).flatten(1)
+    else:
+        type_ = getattr(gguf.GGMLQuantizationType, kind)
+        drawn = torch.randn(48, 8, 32)
+        drawn[:6] = drawn[:6].round() + 3  # few of the codes are used
+        weight = torch.from_numpy(gguf.dequantize(gguf.quantize(drawn.flatten(1).numpy(), type_), type_))
+    ours = reference._unpacked(*pack_linear(weight, format="int4", products=products), torch.float32)
+    exact = kind != "Q4_K"
+    assert torch.equal(ours, weight) if exact else (ours - weight).norm() < 2**-11 * weight.norm()
+    for dtype in (
+        torch.bfloat16,
+        torch.float16,
+    ):  # as a model that is held so has them: nearer to the file's than that
+        stored = weight.to(dtype)
+        ours = reference._unpacked(*pack_linear(stored, format="int4", products=products), torch.float32)
+        assert (ours - weight).norm() < 1.05 * (stored.float() - weight).norm() + 2**-11 * weight.norm()
 
 
 def test_feedback_makes_a_prefix_nearer_too():
@@ -216,12 +231,6 @@ def test_feedback_makes_a_prefix_nearer_too():
             torch.einsum("tbi,nbi->tn", inputs[..., :width], (w - exact)[..., :width]).norm() for w in (a, b)
         ]
         assert missed[1] < share * missed[0], (width, missed)
-    codes = torch.randint(0, 16, (48, 4, 32))
-    codes[..., 5], codes[..., 9] = 0, 15
-    scale, least = (torch.randn(48, 4, 1).half().float() for _ in range(2))
-    stored = (codes * scale.abs() + least).flatten(1)  # which 4 bits hold: nothing is missed
-    panels = pack_linear(stored, format="int4", products=torch.randn(128, 128).cov())
-    assert torch.equal(reference._unpacked(*panels, torch.float32), stored)
 
 
 def test_int4_refuses_what_float16_scales_cannot_hold():
