@@ -315,6 +315,9 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
         )  # fmt: skip
         losses = [row["loss"] for row in packed]
         assert losses == pytest.approx(exact, rel=rtol) and (losses != exact or dtype == "same")
+    four = ("eval", elastic, *common, "--budgets", "1", "--rounds", 1, "--length", 32, "--pack", "int4")
+    alone, fitted = (answer(capsys, *four, *more)[0]["loss"] for more in ((), ("--calibrate", 3)))
+    assert alone != fitted and fitted == pytest.approx(exact[0], rel=0.05)
     told = answer(
         capsys,
         "generate",
@@ -332,6 +335,8 @@ def test_every_stage_takes_the_directory_of_the_one_before(elastic, text, tmp_pa
     said = answer(capsys, *asked)
     assert said["text"].startswith("the cat")
     assert answer(capsys, *asked, "--pack", "same") == said
+    fitted = answer(capsys, *asked, "--pack", "int4", "--calibrate", 3, "--data", text)
+    assert fitted["text"].startswith("the cat")
     assert answer(capsys, *asked, "--draft-budget", 0.7, "--draft-tokens", 2) == said
     made = answer(capsys, "export", elastic, tmp_path / "small", "--budget", 0.8)
     assert made["params"] == sum(
@@ -670,6 +675,9 @@ def test_bad_input_gives_one_sentence(elastic, parent, text, tmp_path, capsys):
         ("eval", elastic, "--draft", "--adaptive"): "--draft must be given without --adaptive",
         ("generate", elastic, "--prompt", "x", "--draft-tokens", 2): "must be given with a draft_budget",
         ("eval", elastic, "--tasks", "piqa", "--data", text): "--data must be given without --tasks",
+        ("eval", elastic, "--calibrate", 3): "--calibrate must be given with --pack int4, got no --pack",
+        ("generate", elastic, "--prompt", "x", "--pack", "int8", "--calibrate", 3): "int4, got --pack int8",
+        ("generate", elastic, "--prompt", "x", "--data", text): "--data must be given with --calibrate only",
         ("generate", elastic, "--prompt", ""): "prompt must have at least one token, got ''",
         (
             "generate",

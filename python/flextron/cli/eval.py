@@ -75,8 +75,8 @@ def run(args: Namespace) -> list[dict[str, Any]]:
         return _drafts(args)
     if args.max_new_tokens is not None:
         raise ValueError("eval: --max-new-tokens must be given with --draft only")
-    text = shared.text_of(args)
-    directory, model = shared.loaded(args)
+    text = shared.read_text(args)
+    directory, model = shared.loaded(args, text)
     check_length("eval", args.length, model.config, "--length")
     table = planner_of(model).table(args.phase, batch=args.batch, context=args.context)
     if table.doubt:
@@ -111,8 +111,8 @@ def _drafts(args: Namespace) -> list[dict[str, Any]]:
         raise ValueError(
             "eval: --draft must be given without --adaptive, for a draft is a static budget, got both"
         )
-    count, text = args.max_new_tokens or 64, shared.text_of(args)
-    directory, model = shared.loaded(args)
+    count, text = args.max_new_tokens or 64, shared.read_text(args)
+    directory, model = shared.loaded(args, text)
     check_length("eval", args.length + count, model.config, "--length and --max-new-tokens")
     table = planner_of(model).table("decode", batch=args.batch, context=args.context)
     if table.doubt:

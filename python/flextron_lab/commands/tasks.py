@@ -15,13 +15,15 @@ def run(args: Namespace) -> list[dict[str, Any]]:
     from flextron_lab import tasks
     from flextron_lab.demo import stories
 
-    if shared.text_of(args) is not None:
+    text = shared.read_text(args)
+    if args.calibrate is None and text is not None:
         raise ValueError(
-            "eval: --data must be given without --tasks, which have a text of their own, got both"
+            "eval: --data must be given without --tasks, which have a text of their own, unless it is there to "
+            "--calibrate, got both"
         )
     folder = Path(args.data_dir) if args.data_dir else stories.data_folder() / "benchmarks"
     tasks.check(args.tasks, folder)
-    directory, model = shared.loaded(args)
+    directory, model = shared.loaded(args, text)
     with ui.reporter() as progress:
         found = tasks.evaluate(
             model,
