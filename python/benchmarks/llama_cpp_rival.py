@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -92,12 +93,26 @@ class LlamaCpp:
 
     def step(self, tokens: list[int]) -> np.ndarray:
         """[V]: logits after the last of these tokens, which follow all that came before."""
+        self._decode(tokens)
+        return self._logits(-1)
+
+    def logits(self, tokens: list[int]) -> np.ndarray:
+        """[n, V]: a copy of the logits after each of these tokens, up to 512, which follow all that came before."""
+        wanted = (ctypes.c_int8 * len(tokens))(*[1] * len(tokens))
+        self._decode(tokens, wanted)
+        return np.stack([self._logits(i) for i in range(len(tokens))])
+
+    def _decode(self, tokens: list[int], wanted: Any = None) -> None:
         array = (ctypes.c_int32 * len(tokens))(*tokens)
         batch = self.lib.llama_batch_get_one(ctypes.cast(array, ctypes.c_void_p), len(tokens))
+        if wanted is not None:
+            batch.logits = ctypes.cast(wanted, ctypes.c_void_p)
         done = self.lib.llama_decode(self.context, batch)
         if done != 0:
             raise RuntimeError(f"llama.cpp: llama_decode must return 0, got {done}")
-        return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, -1), shape=(self.size,))
+
+    def _logits(self, i: int) -> np.ndarray:
+        return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, i), shape=(self.size,))
 
     def tokenize(self, text: str, special: bool = True) -> list[int]:
         """The tokens of a text; ``special``: with those that begin and end it, and special ones in the text."""
