@@ -49,7 +49,7 @@ class Plan:
         fitted: number of sequences that last projections are fitted to, for what the routers chose.
         judged: number of held-out sequences that every reported loss is measured on.
         length: tokens in each of these sequences.
-        route_samples: number of sequences behind one loss that the surrogate learns from.
+        route_samples: number of sequences behind the divergence of one network.
         route_length: tokens in each of those sequences.
         rounds: samples taken of each latency, at least.
         patience: seconds that each latency table may take beyond that.
@@ -73,6 +73,7 @@ class Plan:
 def plan_for(params: int, seed: int) -> Plan:
     """The plan for a parent of this size."""
     targets = (0.5, 0.6, 0.7, 0.8, 0.9)
+    route = RouteConfig(form="steps", targets=(*targets, 1.0), evaluations=2000, seed=seed)
     if params < _SMALL:
         return Plan(
             targets=targets,
@@ -88,7 +89,7 @@ def plan_for(params: int, seed: int) -> Plan:
                 checkpoint_every=0,
                 seed=seed,
             ),
-            route=RouteConfig(targets=(*targets, 1.0), evaluations=110, prefill=75, steps=300, seed=seed),
+            route=route,
             calibration=32,
             fitted=64,
             judged=32,
@@ -114,16 +115,13 @@ def plan_for(params: int, seed: int) -> Plan:
             checkpoint_every=0,
             seed=seed,
         ),
-        # A hundred configurations do not teach a surrogate to within 0.02 nats where losses span about 2.
-        route=RouteConfig(
-            targets=(*targets, 1.0), evaluations=215, prefill=150, threshold=0.05, steps=800, seed=seed
-        ),
+        route=route,
         calibration=12,
         fitted=24,
         judged=8,
         length=256,
         route_samples=2,
-        route_length=128,
+        route_length=256,
         rounds=5,
         patience=60.0,
     )
