@@ -45,6 +45,15 @@ struct GroupStream {
   i64 groups, jump;
 };
 
+// A sum to which a row's products of a group are added, whose integers are `total`.
+template <class W>
+inline Vec<float> with_group(Vec<float> sum, Integers total, const QuantisedInputs& a, Vec<float> scale,
+                             Vec<float> middle) {
+  const Vec<float> products = __builtin_convertvector(total, Vec<float>);
+  if constexpr (std::is_same_v<W, int4>) return sum + products * (scale * a.scale) + middle * a.scaled_sum;
+  return sum + products * a.scale;
+}
+
 // sum[rows][v] += the products of a group, of vector v of a panel's features.
 template <class W, int rows>
 inline void add_group(const QuantisedInputs* a, const Words (&w)[kWords], Vec<float> scale, Vec<float> middle,
@@ -63,13 +72,7 @@ inline void add_group(const QuantisedInputs* a, const Words (&w)[kWords], Vec<fl
       four[i].add(w[j], Words{} + inputs);
     }
 #pragma GCC unroll 4
-  for (int i = 0; i < count; ++i) {
-    const Vec<float> total = __builtin_convertvector(four[i].total(), Vec<float>);
-    if constexpr (std::is_same_v<W, int4>)
-      sum[i][v] = sum[i][v] + total * (scale * a[i].scale) + middle * a[i].scaled_sum;
-    else
-      sum[i][v] += total * a[i].scale;
-  }
+  for (int i = 0; i < count; ++i) sum[i][v] = with_group<W>(sum[i][v], four[i].total(), a[i], scale, middle);
   if constexpr (rows > count) add_group<W, rows - count>(a + count, w, scale, middle, sum + count, v);
 }
 
@@ -117,30 +120,48 @@ inline void quantised_tiles(i64 count, const QuantisedInputs* a, i64 a_rows, i64
   quantised_tile<W, rows>(a, a_rows, groups, b, scales, c, stream);
 }
 
-// One panel of one block of rows.
+// One panel of one block of rows, its sums [row][kPanel].
 template <class W>
-void quantised_panel(const ElasticGemmParams& p, const Place& at, i64 slot, i64 panels, float* sums) {
-  const GemmGroup* const first = p.groups + p.row_blocks[at.row_block];
-  const GemmGroup* const last = p.groups + p.row_blocks[at.row_block + 1];
-  const i64 panel = at.out_block * p.out_stride + at.strip * panels + slot;
-  const i64 stride = p.in_stride / kGroupInputs;  // groups of an input block
-  for (const GemmGroup* g = first; g < last && g->features > at.strip * kPanel; ++g) {
-    const i64 groups = input_groups(g->inputs);
+struct QuantisedPanel {
+  const ElasticGemmParams& p;
+  const GemmGroup *first, *last;  // of the block of rows, as far as they have features of the panel
+  i64 panel;
+  float* sums;
+
+  i64 stride() const { return p.in_stride / kGroupInputs; }  // groups of an input block
+  i64 begin_of(i64 block) const { return (panel * p.in_blocks + block) * stride(); }
+  const W* weights(i64 group) const { return static_cast<const W*>(p.weight[0]) + group * kGroupBytes<W>; }
+  const fp16* scales(i64 group) const {
+    return static_cast<const fp16*>(p.group_scales) + 2 * group * kPanel;
+  }
+  const QuantisedInputs* inputs_of(const GemmGroup& g, i64 block) const {
+    return static_cast<const QuantisedInputs*>(p.tiles) + g.tile + block * input_groups(g.inputs) * g.rows;
+  }
+  float* sums_of(const GemmGroup& g) const { return sums + (g.row - first->row) * kPanel; }
+
+  // Of one group of rows, `most` at a time.
+  template <int most>
+  void multiply(const GemmGroup& g) const {
+    const i64 groups = input_groups(g.inputs);
+    const GroupStream stream{groups, (stride() - groups) * kGroupBytes<W>};
     for (i64 block = 0; block < p.in_blocks; ++block) {
-      const i64 begin = (panel * p.in_blocks + block) * stride;
-      const W* const b = static_cast<const W*>(p.weight[0]) + begin * kGroupBytes<W>;
-      const fp16* const scales = static_cast<const fp16*>(p.group_scales) + 2 * begin * kPanel;
-      const QuantisedInputs* const a =
-          static_cast<const QuantisedInputs*>(p.tiles) + g->tile + block * groups * g->rows;
-      const GroupStream stream{groups, (stride - groups) * kGroupBytes<W>};
-      for (i64 row = 0; row < g->rows; row += kTileOfRows)
-        quantised_tiles<W>(smaller(kTileOfRows, g->rows - row), a + row, g->rows, groups, b, scales,
-                           sums + (g->row - first->row + row) * kPanel, stream);
+      const i64 begin = begin_of(block);
+      for (i64 row = 0; row < g.rows; row += most)
+        quantised_tiles<W, most>(smaller(i64(most), g.rows - row), inputs_of(g, block) + row, g.rows, groups,
+                                 weights(begin), scales(begin), sums_of(g) + row * kPanel, stream);
     }
   }
-}
+};
 
-template <class W>
+// In dot products, all of it.
+struct QuantisedDots {
+  template <class W>
+  static void multiply(const QuantisedPanel<W>& panel) {
+    for (const GemmGroup* g = panel.first; g < panel.last; ++g) panel.template multiply<kTileOfRows>(*g);
+  }
+};
+
+template <class Unit, class W>
 void run_quantised_items(const ElasticGemmParams& p, i64 begin, i64 end) {
   const i64 panels = p.gated ? 2 : 1, strips = (p.features + kPanel - 1) / kPanel;
   alignas(kLine) float sums[2 * kBlockRows * kPanel];
@@ -151,9 +172,20 @@ void run_quantised_items(const ElasticGemmParams& p, i64 begin, i64 end) {
     const GemmGroup* const last = p.groups + p.row_blocks[at.row_block + 1];
     const i64 c_panel = (last[-1].row + last[-1].rows - first->row) * kPanel;
     for (i64 i = 0; i < panels * c_panel; ++i) sums[i] = 0.0f;
-    for (i64 slot = 0; slot < panels; ++slot) quantised_panel<W>(p, at, slot, panels, sums + slot * c_panel);
+    const GemmGroup* used = first;
+    while (used < last && used->features > at.strip * kPanel) ++used;
+    for (i64 slot = 0; slot < panels; ++slot) {
+      const i64 panel = at.out_block * p.out_stride + at.strip * panels + slot;
+      Unit::template multiply<W>({p, first, used, panel, sums + slot * c_panel});
+    }
     finish(p, at, sums, c_panel);
   }
+}
+
+template <class Unit>
+void run_quantised(const ElasticGemmParams& p, i64 begin, i64 end) {
+  if (p.weight_dtype == GemmDtype::kInt4) return run_quantised_items<Unit, int4>(p, begin, end);
+  run_quantised_items<Unit, int8>(p, begin, end);
 }
 
 // -- activations --
@@ -230,8 +262,7 @@ void quantise_rows(const ElasticGemmParams& p, i64 begin, i64 end) {
 
 #define FLEXTRON_DEFINE_ELASTIC_GEMM_QUANTISED(isa)                                           \
   void elastic_gemm_quantised_##isa(const ElasticGemmParams& p, int64_t begin, int64_t end) { \
-    p.weight_dtype == GemmDtype::kInt4 ? run_quantised_items<int4>(p, begin, end)             \
-                                       : run_quantised_items<int8>(p, begin, end);            \
+    run_quantised<QuantisedDots>(p, begin, end);                                              \
   }                                                                                           \
   void elastic_gemm_quantise_##isa(const ElasticGemmParams& p, int64_t begin, int64_t end) {  \
     quantise_rows(p, begin, end);                                                             \

@@ -171,7 +171,7 @@ inline int64_t prepared_bytes(const GemmJob& job) {
   if (!job.p.quantised) return 0;
   const GemmGroup& last = job.schedule.groups.back();
   const int64_t groups = last.tile + last.rows * input_groups(last.inputs) * job.p.in_blocks;
-  return groups * static_cast<int64_t>(sizeof(QuantisedInputs));
+  return (groups + kQuantisedGroupRows - 1) * static_cast<int64_t>(sizeof(QuantisedInputs));
 }
 
 // Whether two GEMMs read the same activations in the same layout, as projections of queries, keys and values

@@ -60,15 +60,15 @@ inline bool has_avx512_bf16() {
 #endif
 }
 
-// Whether there is a matrix unit for bfloat16 (Intel AMX), and the system lets this process use it.
+// Whether there is a matrix unit for bfloat16 and int8 (Intel AMX), and the system lets this process use it.
 inline bool has_amx() {
 #if defined(__x86_64__) && defined(__linux__) && !defined(FLEXTRON_EMULATE_AMX)
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!has_avx512_bf16()) return false;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return (d & kBf16) && (d & kTile) && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+  constexpr unsigned kAll = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+  constexpr long kAskForState = 0x1023, kTileData = 18;      // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return (d & kAll) == kAll && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
 #else
   return false;
 #endif
@@ -145,8 +145,10 @@ inline Isa isa() {
    : isa() == Isa::kAvx2 ? &name##_avx2<__VA_ARGS__>   \
                          : &name##_cpu<__VA_ARGS__>)
 #define FLEXTRON_FOR_PAIRS_ISA(name) (isa() == Isa::kAmx ? &name##_amx : &name##_avx512_bf16)
-#define FLEXTRON_FOR_QUANTISED_ISA(name) \
-  (isa() >= Isa::kAvx512Vnni ? &name##_avx512_vnni : FLEXTRON_FOR_PLAIN_ISA(name))
+#define FLEXTRON_FOR_QUANTISED_ISA(name)             \
+  (isa() == Isa::kAmx          ? &name##_amx         \
+   : isa() >= Isa::kAvx512Vnni ? &name##_avx512_vnni \
+                               : FLEXTRON_FOR_PLAIN_ISA(name))
 #define FLEXTRON_FOR_PLAIN_ISA(name) \
   (isa() >= Isa::kAvx512 ? &name##_avx512 : isa() == Isa::kAvx2 ? &name##_avx2 : &name##_cpu)
 #else

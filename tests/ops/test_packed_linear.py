@@ -393,6 +393,39 @@ def test_the_op_itself_refuses_panels_of_another_format(format, given):
         torch.ops.flextron.packed_linear(*arguments)
 
 
+BITS = """
+import hashlib, torch
+from flextron_ext import pack_linear, packed_linear
+
+torch.manual_seed(0)
+found = hashlib.sha256()
+K, N, ib, ob, k, n = 1100, 40, 2, 3, 1050, 37  # groups of more than one step of the unit, the last not whole
+weight = torch.randn(ob * N, ib * K)
+for packed in ("w8a8", "int4"):
+    panels = pack_linear(weight, ob, packed, ib)
+    for T in (1, 7, 8, 9, 16, 40, 290):
+        x, bias = torch.randn(T, ib * k), torch.randn(ob * N)
+        for name in (None, "in_extent", "out_extent"):
+            extents = {name: torch.tensor([n, 3, 20, n, 0, n])[torch.arange(T) // 31 % 6]} if name else {}
+            if name == "in_extent":
+                extents[name] *= k // n
+            found.update(packed_linear(x, *panels, bias, k, n, **extents, in_blocks=ib).numpy().tobytes())
+print(found.hexdigest())
+"""
+
+
+@pytest.mark.skipif(os.environ.get("FLEXTRON_ISA") == "generic", reason="adds without fused operations")
+@pytest.mark.parametrize("isa", ["here", *INSTRUCTION_SETS[2:]])
+def test_integers_have_the_same_bits_on_every_instruction_set(isa, processes, capsys):
+    """That of this process, which may be emulated, and the others, of which the generic one rounds products."""
+    if isa == "here":
+        exec(BITS, {})
+        found = capsys.readouterr().out
+    else:
+        found = run_python(processes, isa, BITS).out
+    assert len(found) > 64 and found == run_python(processes, "avx2", BITS).out
+
+
 FILES = [
     "tests/test_ops.py",
     "tests/ops/test_elastic_mlp.py",
