@@ -6,6 +6,8 @@
 // pass by it.
 #pragma once
 
+#include <utility>
+
 #include "kernels/elastic_gemm_block.h"
 #include "kernels/fours.h"
 
@@ -15,7 +17,11 @@ namespace {
 // Rows whose products are added in turn, to hide the latency of a dot product: as many as find registers.
 template <class W>
 constexpr int kSideBySide = kVectorBytes == 64 && !std::is_same_v<W, int4> ? 4 : 2;
+#ifdef __ARM_FEATURE_DOTPROD
+constexpr i64 kTileOfRows = 4;  // 16 registers of sums, 8 of weights, 3 for each row side by side
+#else
 constexpr i64 kTileOfRows = kVectorBytes == 64 ? 16 : kVectorBytes == 32 ? 4 : 2;
+#endif
 static_assert(kQuantisedGroupRows % kTileOfRows == 0);
 
 template <class W>
@@ -59,20 +65,15 @@ template <class W, int rows>
 inline void add_group(const QuantisedInputs* a, const Words (&w)[kWords], Vec<float> scale, Vec<float> middle,
                       Vec<float> (*sum)[kVecs], int v) {
   constexpr int count = smaller(kSideBySide<W>, rows);
-  FoursOf<W> four[count];
-#pragma GCC unroll 4
-  for (int i = 0; i < count; ++i)
-    if constexpr (FoursOf<W>::kZero != 0) four[i].begin(a[i].start);
-#pragma GCC unroll 8
-  for (int j = 0; j < kWords; ++j)
-#pragma GCC unroll 4
-    for (int i = 0; i < count; ++i) {
-      uint32_t inputs;
-      __builtin_memcpy(&inputs, a[i].q + 4 * j, sizeof(inputs));
-      four[i].add(w[j], Words{} + inputs);
-    }
-#pragma GCC unroll 4
-  for (int i = 0; i < count; ++i) sum[i][v] = with_group<W>(sum[i][v], four[i].total(), a[i], scale, middle);
+  [&]<int... i, int... j>(std::integer_sequence<int, i...>, std::integer_sequence<int, j...>)
+      __attribute__((always_inline)) {
+        FoursOf<W> four[] = {FoursOf<W>(a[i])...};
+        const auto add = [&]<int word>(std::integral_constant<int, word>) __attribute__((always_inline)) {
+          (four[i].template add<word>(w[word], a[i]), ...);
+        };
+        (add(std::integral_constant<int, j>{}), ...);
+        ((sum[i][v] = with_group<W>(sum[i][v], four[i].total(), a[i], scale, middle)), ...);
+      }(std::make_integer_sequence<int, count>{}, std::make_integer_sequence<int, kWords>{});
   if constexpr (rows > count) add_group<W, rows - count>(a + count, w, scale, middle, sum + count, v);
 }
 

@@ -2,7 +2,7 @@
 // it. Included by what is compiled for one; vector.h says why all is anonymous.
 //
 // A word of four bytes of a lane holds four inputs of a feature. A FoursOf<W> adds up the products of a
-// group's eight words of weights and of activations; every body makes the same integer.
+// group's eight words of weights and a row's inputs; every body makes the same integer.
 #pragma once
 
 #include "kernels/elastic_gemm_block.h"
@@ -15,6 +15,13 @@ struct int4 {
 };
 
 constexpr i64 kWords = kGroupInputs / 4;  // of a group
+
+// Word j of a row's inputs, in every lane.
+inline Words inputs_in_lanes(const QuantisedInputs& a, int j) {
+  uint32_t inputs;
+  __builtin_memcpy(&inputs, a.q + 4 * j, sizeof(inputs));
+  return Words{} + inputs;
+}
 
 #if defined(__AVX512VNNI__) || defined(FLEXTRON_VNNI)
 // One instruction: sum += the products of four unsigned and four signed bytes (VPDPBUSD).
@@ -34,10 +41,32 @@ struct FoursOf {
   static constexpr int32_t kZero = std::is_same_v<W, int8> ? 128 : 8;
   static Words weights(Words w) { return std::is_same_v<W, int8> ? w ^ 0x80808080u : w; }
 
-  Integers sum{};
-  void begin(int32_t from) { sum = Integers{} + from; }
-  void add(Words w, Words a) { sum = dot_of_fours(sum, w, a); }
+  Integers sum;
+  explicit FoursOf(const QuantisedInputs& a) : sum(Integers{} + a.start) {}
+  template <int j>
+  void add(Words w, const QuantisedInputs& a) {
+    sum = dot_of_fours(sum, w, inputs_in_lanes(a, j));
+  }
   Integers total() const { return sum; }
+};
+
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+// One instruction (SDOT), which takes a word of inputs from any lane of a register.
+template <class W>
+struct FoursOf {
+  static constexpr int32_t kZero = std::is_same_v<W, int8> ? 0 : 8;
+  static Words weights(Words w) { return w; }
+
+  int8x16_t inputs[2];
+  int32x4_t sum;
+  explicit FoursOf(const QuantisedInputs& a)
+      : inputs{vld1q_s8(a.q), vld1q_s8(a.q + 16)}, sum(vdupq_n_s32(kZero == 0 ? 0 : a.start)) {}
+  template <int j>
+  void add(Words w, const QuantisedInputs&) {
+    sum = vdotq_laneq_s32(sum, (int8x16_t)w, inputs[j / 4], j % 4);
+  }
+  Integers total() const { return (Integers)sum; }
 };
 
 #else
@@ -59,8 +88,12 @@ struct FoursOf {
 
   Integers sum{};
   Halves halves{};
-  void begin(int32_t from) { sum = Integers{} + from; }
-  void add(Words w, Words a) {
+  explicit FoursOf(const QuantisedInputs& of_row) {
+    if constexpr (kZero != 0) sum += of_row.start;
+  }
+  template <int j>
+  void add(Words w, const QuantisedInputs& of_row) {
+    const Words a = inputs_in_lanes(of_row, j);
     if constexpr (std::is_same_v<W, int4>) {
 #if defined(__AVX512BW__) && FLEXTRON_VECTOR_BYTES == 64
       halves += (Halves)_mm512_maddubs_epi16((__m512i)w, (__m512i)a);

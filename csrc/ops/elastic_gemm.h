@@ -33,9 +33,9 @@ inline GemmDtype gemm_dtype(const Tensor& t) {
 }
 
 inline int64_t gemm_group_rows() {
-  return gemm_group_rows(isa() == Isa::kGeneric || isa() == Isa::kArmBf16 ? 16
-                         : isa() == Isa::kAvx2                            ? 32
-                                                                          : 64);
+  return gemm_group_rows(isa() == Isa::kGeneric || isa() >= Isa::kArmDot ? 16
+                         : isa() == Isa::kAvx2                           ? 32
+                                                                         : 64);
 }
 
 // Whether a GEMM of the dtype of x is made of pairs: what is rounded to bfloat16 was so before, or torch's

@@ -1,5 +1,5 @@
 // Which instruction set the CPU kernels use: the best this machine has, or what FLEXTRON_ISA (generic, avx2,
-// avx512, avx512_vnni, avx512_bf16, amx, arm_bf16) names. On ARM what is generic is NEON.
+// avx512, avx512_vnni, avx512_bf16, amx, arm_dot, arm_bf16) names. On ARM what is generic is NEON.
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -19,11 +19,11 @@
 
 namespace flextron {
 
-// Each of x86 has all of those before.
-enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx, kArmBf16 };
+// Each has all of those before, of its processors.
+enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx, kArmDot, kArmBf16 };
 
 constexpr const char* kIsaNames[] = {"generic",     "avx2", "avx512",  "avx512_vnni",
-                                     "avx512_bf16", "amx",  "arm_bf16"};
+                                     "avx512_bf16", "amx",  "arm_dot", "arm_bf16"};
 inline const char* name_of(Isa isa) { return kIsaNames[static_cast<int>(isa)]; }
 
 inline bool has_avx2() {
@@ -74,11 +74,21 @@ inline bool has_amx() {
 #endif
 }
 
-// Whether there are ARM's dot products of bfloat16 pairs.
+// Whether there are ARM's dot products of bytes.
+inline bool has_arm_dot() {
+#if defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kDot = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & kDot) != 0;
+#else
+  return false;
+#endif
+}
+
+// Whether there are those of bfloat16 pairs too.
 inline bool has_arm_bf16() {
 #if defined(__aarch64__) && defined(__linux__)
   constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16
-  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+  return has_arm_dot() && (getauxval(AT_HWCAP2) & kBf16) != 0;
 #else
   return false;
 #endif
@@ -88,7 +98,7 @@ inline bool has_arm_bf16() {
 // and what is beyond emulated.
 inline bool runs(Isa isa) {
 #ifdef FLEXTRON_LOWER_AVX512
-  return isa == Isa::kGeneric || (has_avx2() && isa != Isa::kArmBf16);
+  return isa == Isa::kGeneric || (has_avx2() && isa < Isa::kArmDot);
 #else
   switch (isa) {
     case Isa::kGeneric:
@@ -103,6 +113,8 @@ inline bool runs(Isa isa) {
       return has_avx512_bf16();
     case Isa::kAmx:
       return has_amx();
+    case Isa::kArmDot:
+      return has_arm_dot();
     case Isa::kArmBf16:
       return has_arm_bf16();
   }
@@ -122,12 +134,13 @@ inline Isa isa() {
              : has_avx512()      ? Isa::kAvx512
              : has_avx2()        ? Isa::kAvx2
              : has_arm_bf16()    ? Isa::kArmBf16
+             : has_arm_dot()     ? Isa::kArmDot
                                  : Isa::kGeneric;
     const auto named = std::find(std::begin(kIsaNames), std::end(kIsaNames), wanted);
     if (named == std::end(kIsaNames))
       fail(
-          "FLEXTRON_ISA: value must be generic, avx2, avx512, avx512_vnni, avx512_bf16, amx or arm_bf16, "
-          "got ",
+          "FLEXTRON_ISA: value must be generic, avx2, avx512, avx512_vnni, avx512_bf16, amx, arm_dot or "
+          "arm_bf16, got ",
           wanted);
     const Isa asked = static_cast<Isa>(named - kIsaNames);
     if (!runs(asked)) fail("FLEXTRON_ISA: value must be one this machine has, got ", wanted);
@@ -155,10 +168,11 @@ inline Isa isa() {
 #define FLEXTRON_FOR_ISA(name, ...) (&name##_cpu<__VA_ARGS__>)
 #ifdef __aarch64__
 #define FLEXTRON_FOR_PAIRS_ISA(name) (&name##_arm_bf16)
+#define FLEXTRON_FOR_QUANTISED_ISA(name) (isa() >= Isa::kArmDot ? &name##_arm_dot : &name##_cpu)
 #else
 #define FLEXTRON_FOR_PAIRS_ISA(name) (static_cast<decltype(&name##_amx)>(nullptr))
-#endif
 #define FLEXTRON_FOR_QUANTISED_ISA(name) (&name##_cpu)
+#endif
 #define FLEXTRON_FOR_PLAIN_ISA(name) (&name##_cpu)
 #endif
 

@@ -490,7 +490,10 @@ def test_each_instruction_set(isa, processes):
 
 
 def test_an_unknown_instruction_set_is_named(processes):
-    wanted = "FLEXTRON_ISA: value must be generic, avx2, avx512, avx512_vnni, avx512_bf16, amx or arm_bf16, got mmx"
+    wanted = (
+        "FLEXTRON_ISA: value must be generic, avx2, avx512, avx512_vnni, avx512_bf16, amx, arm_dot or arm_bf16, "
+        "got mmx"
+    )
     assert wanted in run_python(processes, "mmx", CHECK).err
 
 
