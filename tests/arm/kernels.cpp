@@ -1,16 +1,6 @@
-// The CPU's GEMM and activations, called without torch: each result against a sum in double, as exact as a
-// plain float loop; a row's bits whatever stands beside it; and nothing beyond an extent is read. Built for
-// ARM and run on an emulated processor by run.sh.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <limits>
-#include <random>
-#include <string>
-#include <vector>
-
+// The CPU's GEMM and activations, and all other checks of its kernels. Built for ARM and run on an emulated
+// processor by run.sh.
+#include "checks.h"
 #include "kernels/elastic_gemm.h"
 #include "kernels/elastic_mlp.h"
 
@@ -18,39 +8,6 @@ using namespace flextron;
 
 namespace {
 
-int failures = 0, checks = 0;
-void expect(bool right, const std::string& what) {
-  ++checks;
-  if (right) return;
-  ++failures;
-  std::printf("wrong: %s\n", what.c_str());
-}
-
-std::mt19937 engine(0);
-std::vector<float> drawn(int64_t count) {
-  std::normal_distribution<float> normal;
-  std::vector<float> values(count);
-  for (float& value : values) value = normal(engine);
-  return values;
-}
-
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-// Values in a dtype, as bytes, and as the floats that they are.
-struct Stored {
-  std::vector<char> bytes;
-  std::vector<float> floats;
-};
-template <class T>
-Stored stored_as(const std::vector<float>& values) {
-  Stored s{std::vector<char>(values.size() * sizeof(T)), values};
-  for (size_t i = 0; i < values.size(); ++i) {
-    const T value(values[i]);
-    std::memcpy(s.bytes.data() + i * sizeof(T), &value, sizeof(T));
-    s.floats[i] = static_cast<float>(value);
-  }
-  return s;
-}
 Stored stored(GemmDtype dtype, const std::vector<float>& values) {
   if (dtype == GemmDtype::kBf16) return stored_as<bf16>(values);
   if (dtype == GemmDtype::kFp16) return stored_as<fp16>(values);
@@ -209,13 +166,6 @@ std::vector<double> reference(const Case& c, const std::vector<float>& x, const 
   return y;
 }
 
-double distance(const std::vector<double>& a, const std::vector<double>& b) {
-  double sum = 0;
-  for (size_t i = 0; i < a.size(); ++i) sum += (a[i] - b[i]) * (a[i] - b[i]);
-  return std::sqrt(sum);
-}
-double length(const std::vector<double>& a) { return distance(a, std::vector<double>(a.size(), 0.0)); }
-
 void check_gemm(const Kernels& kernels, const Case& c) {
   static const char* const layouts[] = {"panels", "rows", "columns"};
   static const char* const dtypes[] = {"float32", "bfloat16", "float16", "int8"};
@@ -230,7 +180,7 @@ void check_gemm(const Kernels& kernels, const Case& c) {
   const bool pairs = kernels.tiles != nullptr;
   const auto exact = reference<double>(c, x, weight, bias, pairs),
              loop = reference<float>(c, x, weight, bias, pairs);
-  expect(distance(ours, exact) <= 2 * distance(loop, exact) + 1e-7 * length(exact), what + ": values");
+  expect_exact(ours, loop, exact, what);
 
   // The last step's rows alone; beyond the extents there is nothing to read.
   const GemmGroup last = c.extents.back();
@@ -315,6 +265,11 @@ int main() {
   check_gemms({"arm_bf16", elastic_gemm_arm_bf16, elastic_gemm_tiles_arm_bf16, 0});
 #endif
   check_activations();
+  check_quantised();
+  check_attention();
+  check_decoder();
+  check_routes();
+  check_prefix_gate();
   std::printf("%d passed, %d failed\n", checks - failures, failures);
   return failures != 0;
 }
