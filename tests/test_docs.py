@@ -57,7 +57,7 @@ NOT_RUN = (
         "takes minutes and wants a quiet machine; tests/lab/test_disturbed.py runs it on a small model",
     ),
     (
-        r"python python/studies/(oracle|rivals|benchmarks)\.py\b",
+        r"python python/studies/(oracle|rivals|ladders|benchmarks)\.py\b",
         "takes up to an hour; test_oracle.py, test_rivals.py and test_benchmarks.py of tests/lab run their parts",
     ),
     (r"python python/benchmarks/\w+\.py\b", "tests/test_bench*.py run them on small shapes"),
