@@ -233,6 +233,15 @@ def test_feedback_makes_a_prefix_nearer_too():
         assert missed[1] < share * missed[0], (width, missed)
 
 
+def test_feedback_of_few_tokens_does_not_miss_more_on_others():
+    mixing = torch.randn(256, 256) / 16 + torch.eye(256)
+    seen, others = (torch.randn(n, 256) @ mixing for n in (300, 3000))
+    weight = torch.randn(96, 256)
+    packed = [pack_linear(weight, format="int4", products=p) for p in (None, seen.T @ seen)]
+    alone, fed = ((others @ (reference._unpacked(*p, torch.float32) - weight).T).norm() for p in packed)
+    assert fed < 0.95 * alone, (fed, alone)
+
+
 def test_int4_refuses_what_float16_scales_cannot_hold():
     for value in (1e6, torch.nan, torch.inf):
         weight = torch.ones(4, 40)
