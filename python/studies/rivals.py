@@ -50,8 +50,11 @@ from flextron_lab.study import texts
 from flextron_lab.study.arithmetic import arithmetic_table
 
 ROWS = "rows.jsonl"
-OURS = "ours"
-ARMS = ("FLAP", "Wanda", "ShortGPT", OURS)
+OURS, ROUTED = (
+    "ours",
+    "ours, one size",
+)  # the ladder of all sizes, and a rung of it that is treated as a rival is
+ARMS = ("FLAP", "Wanda", "ShortGPT", ROUTED, OURS)
 LENGTH, CALIBRATION, JUDGED = 256, 48, 24  # tokens of a sequence; sequences of each
 DRAWS = 3  # samples of calibration text without a token in common, which seeds take in turn
 STEPS = 48  # widths that a pruned MLP may have: a model's neurons are divided so
@@ -372,6 +375,9 @@ class Study:
 
     def _prune(self, arm: str, again: bool, budget: float) -> tuple[Elastic, Widths]:
         """The parent with its layers in a criterion's order, and the widths of the budget."""
+        if arm == ROUTED:
+            elastic, _ = load_elastic(self._converted())
+            return elastic, self._rung(elastic, budget)
         config = self.source.model.config
         F, G = config.intermediate_size, config.num_key_value_heads
         model = self._copy(biased=arm == "FLAP" and not again)
@@ -427,17 +433,13 @@ class Study:
         if not missing:
             return
         model, _ = load_elastic(self._converted())
-        table = arithmetic_table(model.elastic, LENGTH)
-        ladder, run = self._ladder(model, table), self._run(arm, int(again))
-
-        def at(budget: float) -> Widths:
-            return ladder.within(table.predict, budget * table.full_ms)
+        run = self._run(arm, int(again))
 
         def judged(trained: bool, tokens: int) -> Iterator[tuple[bool, Row]]:
             for budget in sorted(budget for own, budget in missing if own == trained):
-                yield trained, self._judged(arm, model, at(budget), budget, tokens)
+                yield trained, self._judged(arm, model, self._rung(model, budget), budget, tokens)
 
-        networks = tuple(map(at, self.plan.targets))
+        networks = tuple(self._rung(model, target) for target in self.plan.targets)
         if again:
             refit_in_order(model, self.calibration, networks, narrower=NARROWER)
         yield from judged(False, 0)
@@ -461,8 +463,9 @@ class Study:
             (folder / "made.json").write_text("{}")
         return folder
 
-    def _ladder(self, model: Elastic, table: LatencyTable) -> Ladder:
-        path = self._run("ladder.json")
+    def _rung(self, model: Elastic, budget: float) -> Widths:
+        """What the routers choose; they are trained once, on the model as it was converted."""
+        path, table = self._run("ladder.json"), arithmetic_table(model.elastic, LENGTH)
         if not path.is_file():
             few = windows(self.calibration.flatten(), self.plan.route_samples, self.plan.route_length)
             found = train_routers(
@@ -473,7 +476,8 @@ class Study:
                 self.progress,
             )
             path.write_text(json.dumps(found.ladder.to_dict()))
-        return Ladder(**json.loads(path.read_text()))
+        ladder = Ladder(**json.loads(path.read_text()))
+        return ladder.within(table.predict, budget * table.full_ms)
 
 
 # ---- what came out
