@@ -39,7 +39,7 @@ from flextron.conversion.refit_in_order import refit_in_order
 from flextron.conversion.reorder import reorder, sorted_orders
 from flextron.corpus import Corpus, windows
 from flextron.data import split_documents
-from flextron.judge.loss import evaluate, restored, sequence_losses
+from flextron.judge.loss import divergence, restored, sequence_losses
 from flextron.nn import elastic_config, make_elastic
 from flextron.nn.protocol import Elastic
 from flextron.routing.static import train_routers
@@ -469,11 +469,7 @@ class Study:
         if not path.is_file():
             few = windows(self.calibration.flatten(), self.plan.route_samples, self.plan.route_length)
             found = train_routers(
-                model.elastic,
-                table,
-                lambda widths: evaluate(model, few, [widths])[0],
-                self.plan.route,
-                self.progress,
+                model.elastic, table, divergence(model, few), self.plan.route, self.progress
             )
             path.write_text(json.dumps(found.ladder.to_dict()))
         ladder = Ladder(**json.loads(path.read_text()))
