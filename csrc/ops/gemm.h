@@ -8,10 +8,12 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <utility>
 #include <vector>
 
 #include "ops/checks.h"
+#include "ops/device.h"
 
 namespace flextron {
 
@@ -54,11 +56,31 @@ inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape,
   return torch::stable::new_zeros(like, shape, dtype);
 }
 
+// Zeros where there are some: of a CPU's matrix row by row, which torch, behind a prefix of columns, does at
+// a tenth of the rate (576 x 768 bfloat16 in a matrix twice as wide: 0.65 ms on a core of an AMD EPYC, Zen
+// 4).
+inline void zero(Tensor t) {
+  if (t.numel() == 0) return;
+  if (!t.is_cpu() || t.dim() != 2 || (t.size(1) > 1 && t.stride(1) != 1)) {
+    torch::stable::zero_(t);
+    return;
+  }
+  char* const data = static_cast<char*>(t.mutable_data_ptr());
+  const int64_t row = t.stride(0) * t.element_size(), bytes = t.size(1) * t.element_size();
+  constexpr int64_t kAtOnce = 8;  // bytes of an elementary operation, next to a multiply-add
+  parallel_for(t.size(0), bytes / kAtOnce, [&](int64_t begin, int64_t end) {
+    if (row == bytes) {
+      std::memset(data + begin * row, 0, (end - begin) * row);
+      return;
+    }
+    for (int64_t i = begin; i < end; ++i) std::memset(data + i * row, 0, bytes);
+  });
+}
+
 // Room for `shape` whose entries from `used` on along dim are zeros; the caller writes those before.
 inline Tensor zeros_from(int64_t dim, int64_t used, const Tensor& like, const std::vector<int64_t>& shape) {
   const Tensor out = empty(like, shape);
-  Tensor rest = slice(out, dim, used, shape[dim]);
-  if (rest.numel() != 0) torch::stable::zero_(rest);
+  zero(slice(out, dim, used, shape[dim]));
   return out;
 }
 

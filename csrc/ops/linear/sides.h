@@ -33,9 +33,13 @@ struct Sides {
   // Whether every feature of the side is used by every row: then all of its gradient is written.
   bool whole_in() const { return !per_token_in && in.used == in.features && in.used == in.stride; }
   bool whole_out() const { return !per_token_out && out.used == out.stride; }
+  // The same of the activation alone, whose blocks may be narrower than the weight's.
+  bool whole_x() const { return !per_token_in && in.used == in.features; }
 
   int64_t in_used(const Step& step) const { return per_token_in ? step.extent : in.used; }
   int64_t out_used(const Step& step) const { return per_token_out ? step.extent : out.used; }
+  int64_t widest_in() const { return per_token_in ? extents.widest() : in.used; }
+  int64_t widest_out() const { return per_token_out ? extents.widest() : out.used; }
 
   // The columns of a side with the first rows that use them, of T: the staircase where the side is per token,
   // one block otherwise.

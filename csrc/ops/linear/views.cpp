@@ -80,12 +80,15 @@ Gradients room_and_bias_gradient(const Linear& linear, const Sides& sides, const
   const Tensor &x = linear.x, &weight = linear.weight;
   const std::vector<int64_t> x_shape{x.size(0), x.size(1)}, weight_shape{weight.size(0), weight.size(1)};
   Gradients d{empty(x, {0}), empty(x, {0}), empty(x, {0})};
-  if (wanted.x) d.x = sides.whole_in() ? empty(x, x_shape) : zeros(x, x_shape);
+  if (wanted.x) d.x = sides.whole_x() ? empty(x, x_shape) : zeros(x, x_shape);
   if (wanted.weight) {
-    // The rows that are written lead: a block's first ones, or all.
-    const bool leads = sides.whole_in() && (sides.out.blocks == 1 || sides.whole_out());
-    const int64_t used = sides.per_token_out ? sides.extents.widest() : sides.out.used;
-    d.weight = leads ? zeros_from(0, sides.out.blocks * used, x, weight_shape) : zeros(x, weight_shape);
+    // What is written leads: all rows, or one block's first ones, and in these all columns, or the first
+    // ones.
+    const bool leads =
+        (sides.in.blocks == 1 || sides.whole_in()) && (sides.out.blocks == 1 || sides.whole_out());
+    const int64_t used = sides.out.blocks * sides.widest_out();
+    d.weight = leads ? zeros_from(0, used, x, weight_shape) : zeros(x, weight_shape);
+    if (leads) zero(columns(rows(d.weight, 0, used), sides.in.blocks * sides.widest_in(), weight.size(1)));
   }
   if (wanted.bias) {
     d.bias = zeros(x, {weight.size(0)});
