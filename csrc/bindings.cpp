@@ -70,8 +70,8 @@ py::object gemm_times(const std::string& machine, const std::string& text) {
   return result;
 }
 
-bool prefers_own(bool assumed, double own, double vendor) {
-  return flextron::prefers_own(assumed, flextron::GemmTime{own, vendor});
+bool prefers_own(bool assumed, double own, double vendor, bool trains) {
+  return flextron::prefers_own(assumed, flextron::GemmTime{own, vendor}, trains);
 }
 
 std::string executor(bool on_gpu, int64_t tokens, int64_t element_size, bool extents_on_device,
@@ -110,7 +110,9 @@ PYBIND11_MODULE(_C, m) {
         "of the "
         "vendor's, and which is chosen. Measures what is not known yet, in less than a second.");
   m.def("prefers_own", &prefers_own, py::arg("assumed"), py::arg("own"), py::arg("vendor"),
-        "Whether our GEMM is chosen, by what would be assumed and what was measured.");
+        py::arg("trains") = false,
+        "Whether our GEMM is chosen, by what would be assumed and what was measured, in a forward or in what "
+        "trains.");
   m.def(
       "gemm_times", &gemm_times, py::arg("machine"), py::arg("text"),
       "The times in a file's text, of each class of rows, or None where it is another machine's or damaged.");

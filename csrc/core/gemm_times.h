@@ -33,11 +33,12 @@ using GemmTimes = std::array<std::optional<GemmTime>, kRowClasses.size()>;
 // Whether our own GEMM is chosen, where `assumed` says whether it would be without a measurement. The other
 // is chosen only where it is faster by so much that a second measurement would say the same; and ours, by
 // which a row has the same bits whatever rows stand beside it, is given up only where the vendor's is far
-// ahead.
-inline bool prefers_own(bool assumed, const std::optional<GemmTime>& time) {
-  constexpr double kClearly = 1.1, kFar = 1.5;
+// ahead. In what `trains`, gradients and the forward that keeps what they need, no row's bits are promised.
+inline bool prefers_own(bool assumed, const std::optional<GemmTime>& time, bool trains = false) {
+  constexpr double kSlightly = 1.03, kClearly = 1.1, kFar = 1.5;
   if (!time) return assumed;
-  return assumed ? time->own <= kFar * time->vendor : kClearly * time->own < time->vendor;
+  const double most = trains ? kSlightly : kFar;
+  return assumed ? time->own <= most * time->vendor : kClearly * time->own < time->vendor;
 }
 
 // The times as lines of a file that begins with the machine's name, and back; nothing where the text is of

@@ -8,12 +8,13 @@
 namespace flextron {
 namespace {
 
-GemmCall call_of(const linear::Linear& linear) {
-  return gemm_call(linear.x, linear.weight, linear.has_extent(), fits_panels(linear.x, {&linear.weight}));
+GemmCall call_of(const linear::Linear& linear, bool trains) {
+  return gemm_call(linear.x, linear.weight, linear.has_extent(), fits_panels(linear.x, {&linear.weight}),
+                   trains);
 }
 
 linear::Gradients backward(const linear::Linear& linear, const Tensor& dy, const linear::Wanted& wanted) {
-  const GemmCall call = call_of(linear);
+  const GemmCall call = call_of(linear, true);
   switch (executor_of(call)) {
     case Executor::kViews:
       return backward_on_views(linear, dy, wanted);
@@ -32,7 +33,7 @@ Tensor elastic_linear(const Tensor& x, const Tensor& weight, const OptionalTenso
   const NoGrad guard;
   const linear::Linear linear = linear::read({"elastic_linear", x, weight, bias, in_features, out_features,
                                               in_extent, out_extent, in_blocks, out_blocks});
-  switch (const Executor executor = executor_of(call_of(linear))) {
+  switch (const Executor executor = executor_of(call_of(linear, false))) {
     case Executor::kViews:
       return forward_on_views(linear);
     case Executor::kPanels:

@@ -19,12 +19,12 @@ bool weights_fit(const mlp::Mlp& mlp) {
          (!mlp.w_gate || mlp.w_gate->stride(0) == mlp.w_up.stride(0));
 }
 
-GemmCall call_of(const mlp::Mlp& mlp, bool fits) {
-  return gemm_call(mlp.x, mlp.w_up, mlp.extent.has_value(), fits);
+GemmCall call_of(const mlp::Mlp& mlp, bool fits, bool trains) {
+  return gemm_call(mlp.x, mlp.w_up, mlp.extent.has_value(), fits, trains);
 }
 
 mlp::WithHidden forward_with_hidden(const mlp::Mlp& mlp) {
-  switch (executor_of(call_of(mlp, weights_fit(mlp)))) {
+  switch (executor_of(call_of(mlp, weights_fit(mlp), true))) {
     case Executor::kViews:
       return forward_with_hidden_on_views(mlp);
     case Executor::kPanels:
@@ -36,7 +36,7 @@ mlp::WithHidden forward_with_hidden(const mlp::Mlp& mlp) {
 
 mlp::Gradients backward(const mlp::Mlp& mlp, const Tensor& dy, const mlp::Hidden& hidden,
                         const mlp::Wanted& wanted) {
-  const GemmCall call = call_of(mlp, weights_fit(mlp));
+  const GemmCall call = call_of(mlp, weights_fit(mlp), true);
   switch (executor_of(call)) {
     case Executor::kViews:
       return backward_on_views(mlp, dy, hidden, wanted);
@@ -68,7 +68,7 @@ Tensor elastic_mlp(const Tensor& x, const OptionalTensor& w_gate, const Tensor& 
   const mlp::Mlp mlp = mlp::read({op, x, w_gate, w_up, w_down, b_gate, b_up, b_down, width,
                                   activation_of(op, activation.value), extent, gate, choices});
   const bool fits = !gate && weights_fit(mlp);  // the CPU's own forward takes no mixture
-  switch (const Executor executor = executor_of(call_of(mlp, fits))) {
+  switch (const Executor executor = executor_of(call_of(mlp, fits, false))) {
     case Executor::kViews:
       return forward_on_views(mlp);
     case Executor::kPanels:

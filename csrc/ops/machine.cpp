@@ -237,12 +237,12 @@ bool is_assumed(size_t dtype, int64_t rows) {
 
 }  // namespace
 
-bool own_gemm_is_chosen(ScalarType dtype, int64_t rows, int64_t weights, bool has_extent) {
+bool own_gemm_is_chosen(ScalarType dtype, int64_t rows, int64_t weights, bool has_extent, bool trains) {
   const size_t which =
       static_cast<size_t>(std::find(std::begin(kDtypes), std::end(kDtypes), dtype) - std::begin(kDtypes));
   const bool assumed = is_assumed(which, rows);
   if (rows * weights < kMeasuredWork || (has_extent && assumed)) return assumed;
-  return prefers_own(assumed, of_dtype(which, false).times[class_of(rows)]);
+  return prefers_own(assumed, of_dtype(which, false).times[class_of(rows)], trains);
 }
 
 std::string text_of(const std::string& machine, const GemmTimes& times) {

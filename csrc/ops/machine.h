@@ -15,7 +15,7 @@ constexpr int64_t kMeasuredWork = int64_t{1} << 22;
 
 // For so many rows of x's dtype, float32, bfloat16 or float16, and a weight of so many elements. Where rows
 // may have extents of their own, ours is never given up: in the vendor's a row's bits depend on how many
-// share its extent.
-bool own_gemm_is_chosen(ScalarType dtype, int64_t rows, int64_t weights, bool has_extent);
+// share its extent. `trains`: see prefers_own.
+bool own_gemm_is_chosen(ScalarType dtype, int64_t rows, int64_t weights, bool has_extent, bool trains);
 
 }  // namespace flextron

@@ -28,7 +28,13 @@ rows = {f"{g['dtype']} {g['most']}": [g["own"], g["vendor"], g["chosen"]] for g 
 vendor = torch.equal(y, torch.nn.functional.linear(x, weight))
 kept = torch.equal(mixed[:50], elastic_linear(few[:50], weight, None, 600, 600, in_extent=extents[:50]))
 kept = kept and not torch.equal(mixed, torch.nn.functional.linear(few, weight))
-print(json.dumps({"rows": rows, "kept": kept, "files": first["files"], "vendor": vendor, "seconds": seconds}))
+told = {"rows": rows, "kept": kept, "files": first["files"], "vendor": vendor, "seconds": seconds}
+leaf, dy = few.clone().requires_grad_(), torch.randn(100, 600)
+y = elastic_linear(leaf, weight, None, 600, 600)
+(gradient,) = torch.autograd.grad(y, leaf, dy)
+told["few"] = torch.equal(y, torch.nn.functional.linear(few, weight))
+told["gradient"] = torch.equal(gradient, dy @ weight)
+print(json.dumps(told))
 """
 
 
@@ -52,6 +58,8 @@ def injected(folder, own, vendor):
 def test_another_gemm_is_chosen_only_where_it_is_clearly_faster():
     assert not _C.prefers_own(False, 0.95, 1.0) and _C.prefers_own(False, 0.9, 1.0)
     assert _C.prefers_own(True, 1.4, 1.0) and not _C.prefers_own(True, 1.6, 1.0)
+    assert _C.prefers_own(True, 1.02, 1.0, trains=True) and not _C.prefers_own(True, 1.1, 1.0, trains=True)
+    assert not _C.prefers_own(False, 0.95, 1.0, trains=True)
 
 
 def test_what_was_measured_is_kept_and_chooses(told, tmp_path):
@@ -68,6 +76,14 @@ def test_what_was_measured_is_kept_and_chooses(told, tmp_path):
     assert not told(FLEXTRON_KERNEL="tile")["vendor"]
     injected(tmp_path, 1.0, 2.0)
     assert told(FLEXTRON_KERNEL="vendor")["vendor"]
+
+
+def test_a_gradient_gives_up_ours_where_the_vendor_s_is_slightly_faster(told, tmp_path):
+    told()
+    for own, is_vendors in ((1.0, False), (1.1, True)):
+        injected(tmp_path, own, 1.0)
+        found = told()
+        assert not found["few"] and found["gradient"] == is_vendors
 
 
 def test_a_process_chooses_once(told, tmp_path):
