@@ -57,7 +57,7 @@ inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape,
 }
 
 // Zeros where there are some: of a CPU's matrix row by row, which torch, behind a prefix of columns, does at
-// a tenth of the rate (576 x 768 bfloat16 in a matrix twice as wide: 0.65 ms on a core of an AMD EPYC, Zen
+// a third of the rate (576 x 768 bfloat16 in a matrix twice as wide: 0.65 ms on a core of an AMD EPYC, Zen
 // 4).
 inline void zero(Tensor t) {
   if (t.numel() == 0) return;
