@@ -206,6 +206,7 @@ def _run(parent: str, out: Path, data: str | Path | None, seed: int, progress: P
                 samples=plan.fitted,
                 length=plan.length,
                 narrower=0.03,
+                ridge=0.1,  # of a few thousand tokens of one kind: with less, the full network forgets other text
                 ladder=True,
                 validation_windows=2,
                 progress=progress,
