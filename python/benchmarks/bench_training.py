@@ -258,7 +258,7 @@ def toy(args: argparse.Namespace) -> None:
             print(over)
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -272,7 +272,11 @@ def main() -> None:
     parser.add_argument("--network", choices=("both", "half", "full"), default="both", help="of tokens")
     parser.add_argument("--seconds", type=float, default=4.0, help="of contention")
     parser.add_argument("--no-wait", action="store_true", help="time at once, whatever else runs")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
     if not args.no_wait and args.what != "toy":
         wait_until_idle()
     {"widths": widths, "tokens": tokens, "contention": contention, "toy": toy}[args.what](args)
