@@ -70,8 +70,9 @@ def divergence(model: Elastic, tokens: Tensor, batch_size: int = 8) -> Callable[
     """A function from a dial to its mean KL divergence from what the full network predicts now, in nats per token.
 
     That is what the loss would rise by on text that the full network writes. It is 0 at the full network, and far less
-    noisy than a difference of two losses: with a step of one layer, whose divergence is 0.01 nats, those of a token
-    differ by 0.1. The 256 most probable tokens count each, all others as one.
+    noisy than a difference of two losses: over 510 tokens, six steps of single layers of SmolLM2-135M diverge by 0.014
+    to 0.038 nats, known to a tenth; their losses differ by 0.007 to 0.025, with errors of 0.009 to 0.015. The 256 most
+    probable tokens count each, all others as one.
 
     Args:
         model: an elastic model; it is restored after each call.
