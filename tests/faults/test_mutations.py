@@ -40,7 +40,9 @@ WORDS = (
     *("the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "far", "away"),
     *("from", "old", "red", "house", "by", "sea", "while", "it", "rained"),
 )
-_PROGRESS = re.compile(r".* \d+/\d+(, .+)?|memory of (a step|the conversion): .+|flextron: warning: .+")
+_PROGRESS = re.compile(
+    r".* \d+/\d+(, .+)?|computes in .+|memory of (a step|the conversion): .+|flextron: warning: .+"
+)
 _NOISE = re.compile(r"Ignored unknown kwarg option .*\n")  # tokenizers prints it itself, on standard output
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 from scripts import load_script
@@ -33,22 +32,21 @@ def test_each_form_and_seed_is_run_once(study, tmp_path, monkeypatch, capsys):
     assert "parent: 1.850" in said and "| steps | trained | 4.000 ± 1.414 | 2.500 ± 0.000 |" in said
 
 
-def test_stages_of_the_demonstration_give_a_row(study, tmp_path, monkeypatch):
-    from nn.models import small_model
-    from test_cli import SENTENCE  # words enough for a tokenizer
+def test_what_was_chosen_is_fitted_and_trained_with_one_seed(study, tmp_path, monkeypatch):
+    done = []
+    (tmp_path / "base").mkdir()
 
-    from flextron import pipeline
-    from flextron.artefacts.latency_table import Workload
-    from flextron.corpus import encode
-    from flextron_lab.demo.parents import Parent
-    from flextron_lab.demo.tiny import train_tokenizer
+    def stage(name):
+        def run(folder, *config, data, **options):
+            assert folder == tmp_path / "run" and data == "text"
+            done.append((name, options.get("ladder"), *(c.seed for c in config)))
 
-    tokenizer = train_tokenizer([SENTENCE] * 40)
-    parent = Parent(small_model(vocab_size=len(tokenizer)), tokenizer, "tiny", "")
-    corpus = encode(([SENTENCE] * 400, [SENTENCE] * 200), tokenizer)
-    base = tmp_path / "base"
-    pipeline.convert(parent.model, base, data=corpus, tokenizer=tokenizer, samples=2, length=32)
-    pipeline.profile(base, [Workload.prefill(32)], rounds=1, patience=0.0)
-    row = study._run(Path(tmp_path), base, corpus, "steps", 0, lambda *_: None)
-    assert row["form"] == "steps" and len(row["fitted"]) == len(row["trained"]) == len(study.TARGETS) + 1
-    assert not (tmp_path / "run").exists() and base.is_dir()
+        return run
+
+    for name in ("route", "refit", "train"):
+        monkeypatch.setattr(study.pipeline, name, stage(name))
+    monkeypatch.setattr(study, "_losses", lambda *_: [len(done), 1.0])
+    row = study._run(tmp_path, tmp_path / "base", "text", "steps", 2, None)
+    assert done == [("route", None, 2), ("refit", True), ("train", True, 2)]
+    assert row == {"form": "steps", "seed": 2, "parent": 1.0, "fitted": [2, 1.0], "trained": [3, 1.0]}
+    assert not (tmp_path / "run").exists() and (tmp_path / "base").is_dir()

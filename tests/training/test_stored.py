@@ -168,6 +168,7 @@ def test_what_tuning_reads_off_a_router_is_of_the_weights_as_stored(
         costs="these",
         router=torch.nn.Identity(),
         ladder=ladder,
+        config=SimpleNamespace(form="gumbel"),  # which is judged by the loss
         write=lambda stage, origin: None,
     )
     said = []

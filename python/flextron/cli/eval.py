@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from flextron.cli import options as shared
-from flextron.cli import values
+from flextron.cli import packing, values
 from flextron.cli.discovery import extension
 
 EXAMPLE = "flextron eval elastic/ --budgets 0.5,0.75,1"
@@ -54,7 +54,7 @@ def options(parser: ArgumentParser) -> None:
         help="folder that holds the files of --tasks; $FLEXTRON_DATA/benchmarks by default",
     )
     shared.accept_noise(parser)
-    shared.pack(parser)
+    packing.pack(parser)
     shared.placed(parser)
 
 
@@ -75,8 +75,8 @@ def run(args: Namespace) -> list[dict[str, Any]]:
         return _drafts(args)
     if args.max_new_tokens is not None:
         raise ValueError("eval: --max-new-tokens must be given with --draft only")
-    text = shared.read_text(args)
-    directory, model = shared.loaded(args, text)
+    text = packing.read_text(args)
+    directory, model = packing.loaded(args, text)
     check_length("eval", args.length, model.config, "--length")
     table = planner_of(model).table(args.phase, batch=args.batch, context=args.context)
     if table.doubt:
@@ -111,8 +111,8 @@ def _drafts(args: Namespace) -> list[dict[str, Any]]:
         raise ValueError(
             "eval: --draft must be given without --adaptive, for a draft is a static budget, got both"
         )
-    count, text = args.max_new_tokens or 64, shared.read_text(args)
-    directory, model = shared.loaded(args, text)
+    count, text = args.max_new_tokens or 64, packing.read_text(args)
+    directory, model = packing.loaded(args, text)
     check_length("eval", args.length + count, model.config, "--length and --max-new-tokens")
     table = planner_of(model).table("decode", batch=args.batch, context=args.context)
     if table.doubt:

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
 from flextron.cli import options as shared
-from flextron.cli import values
+from flextron.cli import packing, values
 from flextron.cli.printing import say
 
 if TYPE_CHECKING:  # the help needs no torch
@@ -48,7 +48,7 @@ def options(parser: ArgumentParser) -> None:
     )
     add("--prompt", required=True, help="text to continue")
     add("--max-new-tokens", type=values.count, default=64, help="number of tokens to add at most")
-    shared.pack(parser)
+    packing.pack(parser)
     shared.data(parser)
     shared.placed(parser)
 
@@ -63,10 +63,10 @@ def run(args: Namespace) -> dict[str, Any]:
             "generate: --deadline-ms must be given without another budget, got "
             f"--{next(iter(budgets), 'adaptive').replace('_', '-')}"
         )
-    calibration = shared.read_text(args)
+    calibration = packing.read_text(args)
     if args.calibrate is None and calibration is not None:
         raise ValueError("generate: --data must be given with --calibrate only, got no --calibrate")
-    directory, model = shared.loaded(args, calibration)
+    directory, model = packing.loaded(args, calibration)
     held = {"deadline_ms": args.deadline_ms, "floor": args.floor} if args.deadline_ms is not None else {}
     hold = {"hold": args.hold, "floor": args.floor} if not held else {}
     found = model.set_budget(**shared.budget_of(args), adaptive=args.adaptive, **hold)

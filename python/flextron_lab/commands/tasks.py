@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from flextron.cli import options as shared
+from flextron.cli import packing
 
 
 def run(args: Namespace) -> list[dict[str, Any]]:
@@ -15,7 +15,7 @@ def run(args: Namespace) -> list[dict[str, Any]]:
     from flextron_lab import tasks
     from flextron_lab.demo import stories
 
-    text = shared.read_text(args)
+    text = packing.read_text(args)
     if args.calibrate is None and text is not None:
         raise ValueError(
             "eval: --data must be given without --tasks, which have a text of their own, unless it is there to "
@@ -23,7 +23,7 @@ def run(args: Namespace) -> list[dict[str, Any]]:
         )
     folder = Path(args.data_dir) if args.data_dir else stories.data_folder() / "benchmarks"
     tasks.check(args.tasks, folder)
-    directory, model = shared.loaded(args, text)
+    directory, model = packing.loaded(args, text)
     with ui.reporter() as progress:
         found = tasks.evaluate(
             model,
