@@ -22,6 +22,7 @@ from torch import Tensor
 
 import flextron
 from flextron.checkpoint.hf import read_tokenizer
+from flextron.checkpoint.io import read_lines
 from flextron.config import Widths
 from flextron.data import encode, windows
 from flextron.documents import read_documents
@@ -122,8 +123,7 @@ def show(found: list[dict[str, Any]]) -> None:
 def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     args = parse()
-    kept = args.out.read_text().splitlines() if args.out and args.out.exists() else []
-    found = [json.loads(line) for line in kept]
+    found = read_lines(args.out) if args.out and args.out.exists() else []
     done = {(row["who"].rpartition(", ")[2], row["neurons"]) for row in found}
     with torch.no_grad():
         for row in rows(args, done):

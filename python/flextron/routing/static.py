@@ -122,12 +122,12 @@ class _Training(RouterTraining):
         self.rng = random.Random(seeds[5])
         self.train, self.held_out = ReplayBuffer(config), ReplayBuffer(config)
         self.uniform = uniform_ladder(config)
-        steps = len(steps_from(config, config.full()))
-        if options.form == "steps" and self._unreported() <= steps:
-            least = 1 + steps + REPORTED * (len(targets) - 1)
+        self.single_steps = len(steps_from(config, config.full()))
+        if options.form == "steps" and self._unreported() <= self.single_steps:
+            least = 1 + self.single_steps + REPORTED * (len(targets) - 1)
             raise ValueError(
-                f"train_routers: evaluations must be at least {least} for the form steps (the full model, its {steps} "
-                f"steps, {REPORTED} for each target), got {options.evaluations}"
+                f"train_routers: evaluations must be at least {least} for the form steps (the full model, its "
+                f"{self.single_steps} steps, {REPORTED} for each target), got {options.evaluations}"
             )
         self.full_loss = 0.0
         self.evaluations = self.observed = 0
@@ -166,7 +166,7 @@ class _Training(RouterTraining):
     def _fill(self) -> None:
         """Fill the replay buffers with random configurations."""
         total = self.options.prefill
-        every = max(2, round(1 / self.options.held_out))
+        every = self._judging()
         for done in range(total):
             widths = self._new(lambda _: random_widths(self.config, self.rng))
             if widths is None:
@@ -176,18 +176,19 @@ class _Training(RouterTraining):
 
     def _descend(self) -> Ladder:
         """Find a ladder by measured steps, and fill the replay buffers with them."""
-        every, total = (
-            max(2, round(1 / self.options.held_out)),
-            len(steps_from(self.config, self.config.full())),
-        )
+        every = self._judging()
 
         def observed(widths: Widths) -> float:
             loss, done = self._loss(widths), self.evaluations - 1  # the first was the full model
             self._remember(widths, loss, done % every == 0)
-            self.progress("measured steps", done, total)
+            self.progress("measured steps", done, self.single_steps)
             return loss
 
         return descend(self.config, self.table, observed)
+
+    def _judging(self) -> int:
+        """One of so many observations judges the surrogate, and is not fitted."""
+        return max(2, round(1 / self.options.held_out))
 
     def _remember(self, widths: Widths, loss: float, judges: bool) -> None:
         (self.held_out if judges else self.train).add(widths, self.table.fraction(widths), loss)
