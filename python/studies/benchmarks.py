@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -20,14 +19,14 @@ from typing import Any
 import torch
 
 from flextron import from_pretrained, ui
-from flextron.checkpoint import Origin, read_lines
+from flextron.checkpoint import Origin
 from flextron.checkpoint.hf import read_tokenizer
 from flextron.nn import make_elastic
 from flextron_lab import tasks
 from flextron_lab.demo import stories
 from flextron_lab.demo.parents import load_parent
+from flextron_lab.study.rows import append_row, rows_in
 
-ROWS = "rows.jsonl"
 PARENT = "parent"
 NAMES = ("lambada_openai", "arc_easy", "piqa", "winogrande", "hellaswag", "mmlu")
 Row = dict[str, Any]
@@ -71,11 +70,6 @@ def networks(args: argparse.Namespace) -> dict[str, str]:
     return {network: f"{weights} in {args.dtype}" for network, weights in found.items()}
 
 
-def rows_in(out: Path) -> list[Row]:
-    path = out / ROWS
-    return [*read_lines(path)] if path.exists() else []
-
-
 def missing(args: argparse.Namespace, progress: Progress) -> Iterator[Row]:
     """Ask every network what it was not asked yet, one benchmark after the other, and append the rows."""
     names, folder = args.tasks.split(","), stories.data_folder() / "benchmarks"
@@ -103,8 +97,7 @@ def missing(args: argparse.Namespace, progress: Progress) -> Iterator[Row]:
             with contextlib.nullcontext() if network == PARENT else model.budget(float(network)):
                 scores = tasks.score(model, tokenizer, loaded)
             row = {"key": key, "seconds": round(time.perf_counter() - began, 1), "scores": scores}
-            with (args.out / ROWS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(args.out, row)
             progress(f"{name} of {network}", 1, 1)
             yield row
 

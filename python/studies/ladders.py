@@ -11,7 +11,6 @@ held-out text after the fit and after the training. A line is kept for each; wha
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 from pathlib import Path
@@ -21,7 +20,6 @@ from flextron import pipeline, ui
 from flextron.artefacts.directory import ElasticDirectory
 from flextron.artefacts.latency_table import Workload
 from flextron.checkpoint.hf import read_tokenizer
-from flextron.checkpoint.io import read_lines
 from flextron.corpus import Corpus, documents, encode, windows
 from flextron.data import split_documents
 from flextron.inference import from_pretrained
@@ -29,10 +27,10 @@ from flextron.judge.loss import evaluate
 from flextron.recipes import ROUTE_FORMS, RouteConfig, TrainConfig
 from flextron_lab.demo.parents import load_parent
 from flextron_lab.study import texts
+from flextron_lab.study.rows import append_row, rows_in
 
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.9)
 LENGTH, JUDGED = 256, 12  # tokens of a sequence, and held-out sequences
-ROWS = "ladders.jsonl"
 
 
 def main() -> None:
@@ -49,15 +47,10 @@ def main() -> None:
         base, corpus = _prepared(args, progress)
         for form in args.forms.split(","):
             for seed in map(int, args.seeds.split(",")):
-                if (form, seed) not in {(row["form"], row["seed"]) for row in _rows(args.out)}:
+                if (form, seed) not in {(row["form"], row["seed"]) for row in rows_in(args.out)}:
                     row = _run(args.out, base, corpus, form, seed, progress)
-                    with (args.out / ROWS).open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-    print(table_of(_rows(args.out)))
-
-
-def _rows(out: Path) -> list[dict[str, Any]]:
-    return read_lines(out / ROWS) if (out / ROWS).exists() else []
+                    append_row(args.out, row)
+    print(table_of(rows_in(args.out)))
 
 
 def _prepared(args: argparse.Namespace, progress: Any) -> tuple[Path, Corpus]:

@@ -32,7 +32,6 @@ from flextron import pipeline, ui
 from flextron.artefacts.directory import load_elastic
 from flextron.artefacts.ladder import Ladder
 from flextron.artefacts.latency_table import LatencyTable
-from flextron.checkpoint import read_lines
 from flextron.config import ElasticConfig, Widths
 from flextron.conversion.importance import Importance
 from flextron.conversion.refit_in_order import refit_in_order
@@ -48,8 +47,8 @@ from flextron_lab.demo.parents import load_parent
 from flextron_lab.demo.run import plan_for
 from flextron_lab.study import texts
 from flextron_lab.study.arithmetic import arithmetic_table
+from flextron_lab.study.rows import append_row, rows_in
 
-ROWS = "rows.jsonl"
 OURS, ROUTED = (
     "ours",
     "ours, one size",
@@ -319,8 +318,7 @@ class Study:
         make = self._ours if arm == OURS else self._rivals
         for own, row in make(arm, again, missing):
             row = {"key": facts | {"trained": own}, **row}
-            with (self.out / ROWS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(self.out, row)
             yield row
 
     def _judged(self, name: str, model: Elastic, widths: Widths, budget: float, tokens: int) -> Row:
@@ -477,11 +475,6 @@ class Study:
 
 
 # ---- what came out
-
-
-def rows_in(out: Path) -> list[Row]:
-    path = out / ROWS
-    return [*read_lines(path)] if path.exists() else []
 
 
 def write(out: Path) -> None:

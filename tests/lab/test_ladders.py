@@ -7,6 +7,8 @@ import sys
 import pytest
 from scripts import load_script
 
+from flextron_lab.study.rows import ROWS
+
 
 @pytest.fixture(scope="module")
 def study():
@@ -27,7 +29,7 @@ def test_each_form_and_seed_is_run_once(study, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["ladders.py", str(tmp_path), "--forms", "steps", "--seeds", seeds])
         study.main()
     assert ran == [("steps", 0), ("steps", 2)]
-    assert (tmp_path / study.ROWS).read_text().count("\n") == 2
+    assert (tmp_path / ROWS).read_text().count("\n") == 2
     said = capsys.readouterr().out
     assert "parent: 1.850" in said and "| steps | trained | 4.000 ± 1.414 | 2.500 ± 0.000 |" in said
 

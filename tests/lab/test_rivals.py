@@ -15,6 +15,7 @@ from flextron.nn import elastic_config, make_elastic
 from flextron.recipes import RouteConfig, TrainConfig
 from flextron.training import train
 from flextron_lab.study.arithmetic import arithmetic_table
+from flextron_lab.study.rows import ROWS
 
 TEXT = torch.randint(1, 61, (6, 16), generator=torch.Generator().manual_seed(0))
 
@@ -169,7 +170,7 @@ def test_figures_are_written_row_by_row_and_shown_over_seeds(study, tmp_path, ca
         facts = {"name": "FLAP", "budget": 0.7, "fraction": 0.69, "params": 100, "tokens": 0}
         return json.dumps({"key": key, **facts, "losses": losses})
 
-    (tmp_path / study.ROWS).write_text("\n".join([row(0, 2.0), row(1, 3.0)]) + "\n")
+    (tmp_path / ROWS).write_text("\n".join([row(0, 2.0), row(1, 3.0)]) + "\n")
     study.write(tmp_path)
     study.show(tmp_path, "stories15m")
     assert "2.500 (0.707)" in capsys.readouterr().out
