@@ -93,9 +93,14 @@ constexpr int64_t kQuantisedGroupRows = 16;
 inline int64_t input_groups(int64_t inputs) { return (inputs + kGroupInputs - 1) / kGroupInputs; }
 
 // Rows of a group, and tiles of rows of a block of groups, of pairs. A block's activations, 2 bytes each,
-// stay in the L2 cache beside the weights.
+// stay in the L2 cache beside the weights (576 KiB of them), but there are enough of them to be worth turning
+// a panel into pairs for.
 constexpr int64_t kPairsGroupRows = 32;
-constexpr int64_t kPairsBlockTiles = 16;
+constexpr int64_t kPairsBlockTiles = 32;
+inline int64_t pairs_block_tiles(int64_t inputs) {
+  const int64_t tiles = 18432 / (inputs > 0 ? inputs : 1);
+  return tiles < 16 ? 16 : tiles > kPairsBlockTiles ? kPairsBlockTiles : tiles;
+}
 inline int64_t row_tiles(const GemmGroup& group) { return (group.rows + 15) / 16; }
 inline int64_t input_tiles(int64_t inputs) { return (inputs + 31) / 32; }
 

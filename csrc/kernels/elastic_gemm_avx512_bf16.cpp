@@ -79,7 +79,7 @@ void multiply_rows(i64 count, i64 panels, i64 K, const bf16* a, i64 a_step, cons
 }
 
 struct Dots {
-  static constexpr i64 kChunk = 256;  // 16 KiB of panels, beside the activations of as many rows
+  static constexpr i64 kChunk = 288;  // 18 KiB of panels, beside the activations of as many rows
   template <class W>
   static constexpr i64 kFewRows = 4;
   static constexpr i64 kFewPanels = few_panels(1);

@@ -40,37 +40,47 @@ void pairs_of_panel(bf16* to, const int8* from, i64 K) {
   }
 }
 
+// Of whole panels, `kAtOnce` inputs at a time; then what is left over.
 void pairs_of_rows(bf16* to, const bf16* from, i64 stride, i64 features, i64 K) {
   constexpr i64 kAtOnce = 2 * kPanel;
-  for (i64 k = 0; k < K; k += kAtOnce) {
-    Words rows[kPanel];
-    for (i64 n = 0; n < kPanel; ++n) {
-      rows[n] = Words{};
-      if (n < features && k + kAtOnce <= K)
-        rows[n] = load_loose<uint32_t>(from + n * stride + k);
-      else if (n < features)
-        __builtin_memcpy(&rows[n], from + n * stride + k, (K - k) * sizeof(bf16));
+  i64 k = 0;
+  if (features == kPanel)
+    for (; k + kAtOnce <= K; k += kAtOnce) {
+      Words rows[kPanel];
+#pragma GCC unroll 16
+      for (i64 n = 0; n < kPanel; ++n) rows[n] = load_loose<uint32_t>(from + n * stride + k);
+      transpose_words(rows);
+#pragma GCC unroll 16
+      for (i64 pair = 0; pair < kPanel; ++pair) store_words(to + (k + 2 * pair) * kPanel, rows[pair]);
     }
+  for (; k < K; k += kAtOnce) {
+    Words rows[kPanel] = {};
+    const i64 inputs = smaller(kAtOnce, K - k);
+    for (i64 n = 0; n < features; ++n)
+      __builtin_memcpy(&rows[n], from + n * stride + k, inputs * sizeof(bf16));
     transpose_words(rows);
-    for (i64 pair = 0; pair < smaller(kPanel, (K - k + 1) / 2); ++pair)
-      store_words(to + (k + 2 * pair) * kPanel, rows[pair]);
+    for (i64 pair = 0; pair < (inputs + 1) / 2; ++pair) store_words(to + (k + 2 * pair) * kPanel, rows[pair]);
   }
 }
 
-// One input of `features` features, the others 0, as floats whose lower halves are 0 where W is bf16.
+// One input and the next, of `features` features side by side, in pairs; the others are 0, as the next one is
+// where `odd` is null.
 template <class W>
-inline Vec<float> column_of(const W* from, i64 features) {
-  if (features == kPanel) return widened(from);
-  float wide[kPanel] = {};
-  for (i64 n = 0; n < features; ++n) wide[n] = widen(from[n]);
-  return load_loose<float>(wide);
+inline Words pair_of_columns(const W* even, const W* odd, i64 features) {
+  W some[2][kPanel] = {};
+  if (features < kPanel) {
+    __builtin_memcpy(some[0], even, features * sizeof(W));
+    if (odd) __builtin_memcpy(some[1], odd, features * sizeof(W));
+    even = some[0];
+  }
+  if (features < kPanel || !odd) odd = some[1];
+  if constexpr (std::is_same_v<W, bf16>) return extended(&even->bits) | extended(&odd->bits) << 16;
+  if constexpr (!std::is_same_v<W, bf16>) return pairs_of(widened(even), widened(odd));
 }
 template <class W>
 void pairs_of_columns(bf16* to, const W* from, i64 stride, i64 features, i64 K) {
-  for (i64 k = 0; k < K; k += 2) {
-    const Vec<float> odd = k + 1 < K ? column_of(from + (k + 1) * stride, features) : Vec<float>{};
-    store_words(to + k * kPanel, pairs_of(column_of(from + k * stride, features), odd));
-  }
+  for (i64 k = 0; k < K; k += 2, from += 2 * stride)
+    store_words(to + k * kPanel, pair_of_columns(from, k + 1 < K ? from + stride : nullptr, features));
 }
 
 // -- dot products: a plain weight's rows as they lie, for few rows --
@@ -232,6 +242,7 @@ struct PairsBatch : Batch<W> {
   const bool is_few;
   static constexpr bool kInPairs = std::is_same_v<W, bf16>;  // panels of W are read as they lie
   static constexpr i64 kChunk = Unit::kChunk;
+  static_assert(kChunk % kTileInputs == 0);
 
   float* sums_of(const GemmGroup& g) const {
     return sums + (is_few ? g.row - first->row : g.row_tile * kTileRows) * kPanel;
@@ -335,9 +346,13 @@ struct PairsBatch : Batch<W> {
       if (is_few) return run_few(affine);
     if constexpr (kInPairs)
       if (p.dots) return run_dots(affine);
+    // As equal as can be: a short chunk's products wait for the sums to come and go.
+    const i64 chunks = (first->inputs + kChunk - 1) / kChunk;
+    const i64 chunk_inputs =
+        chunks == 0 ? 0 : (input_tiles(first->inputs) + chunks - 1) / chunks * kTileInputs;
     for (i64 block = 0; block < p.in_blocks; ++block)
-      for (i64 k = 0; k < first->inputs; k += kChunk) {
-        const i64 inputs = smaller(kChunk, first->inputs - k);
+      for (i64 k = 0; k < first->inputs; k += chunk_inputs) {
+        const i64 inputs = smaller(chunk_inputs, first->inputs - k);
         const bf16* b = filled[0];
         i64 b_panel = kChunk * kPanel;
         if constexpr (kInPairs)
@@ -347,9 +362,9 @@ struct PairsBatch : Batch<W> {
           for (i64 i = 0; i < count; ++i) fill(filled[i], i, block, k, inputs);
         typename Unit::Chunk chunk{b, b_panel, count};
         for (const GemmGroup* g = first; g < last && this->uses(*g, k); ++g) {
-          chunk.multiply(*g, smaller(kChunk, g->inputs - k), rows_of(*g, block, k), sums_of(*g), c_panel,
-                         block == 0 && k == 0);
-          if (block + 1 == p.in_blocks && k + kChunk >= g->inputs) finish(*g, affine, sums_of(*g));
+          chunk.multiply(*g, smaller(chunk_inputs, g->inputs - k), rows_of(*g, block, k), sums_of(*g),
+                         c_panel, block == 0 && k == 0);
+          if (block + 1 == p.in_blocks && k + chunk_inputs >= g->inputs) finish(*g, affine, sums_of(*g));
         }
       }
   }
@@ -400,13 +415,12 @@ void tile_of_rows(bf16* to, const float* a, i64 a_row, i64 rows, i64 inputs) {
   }
 }
 // The same turned over: its elements from m on, a_input apart.
-void tile_of_columns(bf16* to, const float* a, i64 a_input, i64 rows, i64 inputs) {
+template <class A>
+void tile_of_columns(bf16* to, const A* a, i64 a_input, i64 rows, i64 inputs) {
   Words words[kTileRows];
-  for (i64 pair = 0; pair < kTileInputs / 2; ++pair) {
-    const i64 k = 2 * pair;
-    const Vec<float> even = k < inputs ? column_of(a + k * a_input, rows) : Vec<float>{};
-    const Vec<float> odd = k + 1 < inputs ? column_of(a + (k + 1) * a_input, rows) : Vec<float>{};
-    words[pair] = pairs_of(even, odd);
+  for (i64 pair = 0; pair < kTileInputs / 2; ++pair, a += 2 * a_input) {
+    const i64 left = inputs - 2 * pair;
+    words[pair] = left > 0 ? pair_of_columns(a, left > 1 ? a + a_input : nullptr, rows) : Words{};
   }
   transpose_words(words);
   for (i64 m = 0; m < kTileRows; ++m) store_words(to + m * kTileInputs, words[m]);
@@ -415,7 +429,10 @@ void tile_of_columns(bf16* to, const float* a, i64 a_input, i64 rows, i64 inputs
 void tile_of_x(bf16* to, const bf16* const* x, i64 rows, i64 inputs) {
   for (i64 m = 0; m < kTileRows; ++m) {
     Words row{};
-    if (m < rows) __builtin_memcpy(&row, x[m], inputs * sizeof(bf16));
+    if (m < rows && inputs == kTileInputs)
+      row = load_loose<uint32_t>(x[m]);
+    else if (m < rows)
+      __builtin_memcpy(&row, x[m], inputs * sizeof(bf16));
     store_words(to + m * kTileInputs, row);
   }
 }
@@ -429,11 +446,13 @@ void put_tiles(const ElasticGemmParams& p, i64 begin, i64 end) {
         for (i64 m = 0; m < g->rows; m += kTileRows, to += kTileElements) {
           const i64 rows = smaller(kTileRows, g->rows - m), inputs = smaller(kTileInputs, g->inputs - k);
           const i64 row = g->row + m, at = block * p.a_block + k * p.a_input;
-          if (p.x) {
+          const auto* const all = static_cast<const bf16*>(p.x);
+          if (p.x && p.a_input != 1) {
+            tile_of_columns(to, all + row * p.a_row + at, p.a_input, rows, inputs);
+          } else if (p.x) {
             const bf16* x[kTileRows];
             for (i64 i = 0; i < rows; ++i)
-              x[i] =
-                  static_cast<const bf16*>(p.x) + (p.x_order ? p.x_order[row + i] : row + i) * p.a_row + at;
+              x[i] = all + (p.x_order ? p.x_order[row + i] : row + i) * p.a_row + at;
             tile_of_x(to, x, rows, inputs);
           } else if (p.a_input == 1) {
             tile_of_rows(to, p.a + row * p.a_row + at, p.a_row, rows, inputs);

@@ -101,11 +101,31 @@ inline int64_t block_rows_of(int64_t rows, int64_t inputs) {
   return blocks > 1 ? (rows + blocks - 1) / blocks : most;
 }
 
+// Tiles of rows of a block of pairs. A thread takes whole panels of whole blocks: there are as many blocks,
+// of at least kLeast tiles where there are several, as leave the thread with the most to do the least. A
+// panel that is turned into pairs counts as much as a tile of rows.
+inline int64_t pairs_block_tiles(const ElasticGemmParams& p, int64_t rows, int64_t inputs) {
+  constexpr int64_t kLeast = 8;
+  const int64_t tiles = std::max<int64_t>(1, (rows + 15) / 16), fit = pairs_block_tiles(inputs);
+  const int64_t panels = p.strips() * p.out_blocks, threads = torch::stable::get_num_threads();
+  int64_t best = fit, least = INT64_MAX;
+  for (int64_t blocks = (tiles + fit - 1) / fit;; ++blocks) {
+    const int64_t each = ((tiles + blocks - 1) / blocks + 1) / 2 * 2;  // a group has two
+    if (each < kLeast && least < INT64_MAX) return best;
+    const int64_t most = (panels * blocks + threads - 1) / threads * (each + 1);
+    if (most < least) least = most, best = each;
+    if (each <= kLeast) return best;
+  }
+}
+
 // The groups of a GEMM: inputs_of and features_of a step, both of which descend with the steps.
 template <class Inputs, class Features>
 GemmSchedule gemm_schedule(const ElasticGemmParams& p, const std::vector<Step>& steps,
                            const Inputs& inputs_of, const Features& features_of) {
   GemmSchedule schedule;
+  if (steps.empty()) return schedule;
+  const int64_t tiles =
+      p.pairs ? pairs_block_tiles(p, steps.back().end - steps.front().begin, inputs_of(steps.front())) : 0;
   const auto end_block = [&] { schedule.row_blocks.push_back(static_cast<int64_t>(schedule.groups.size())); };
   int64_t block_begin = 0;
   for (const Step& step : steps) {
@@ -127,8 +147,7 @@ GemmSchedule gemm_schedule(const ElasticGemmParams& p, const std::vector<Step>& 
         const GemmGroup& before = schedule.groups.back();
         group.tile = before.tile + before.rows * input_groups(before.inputs) * p.in_blocks;
       }
-      const bool full =
-          p.pairs ? group.row_tile + row_tiles(group) > kPairsBlockTiles : end - block_begin > block_rows;
+      const bool full = p.pairs ? group.row_tile + row_tiles(group) > tiles : end - block_begin > block_rows;
       if (full) {
         end_block();
         block_begin = begin;
