@@ -52,19 +52,14 @@ inline bool are_dots(const ElasticGemmParams& p, int64_t rows) {
   return p.layout == GemmLayout::kRows && p.a_input == 1 && rows <= (wide ? kPairsDotRows : kDotRows);
 }
 
-// Elements between the rows of a matrix of floats that kernels walk down: whole lines, and an odd number of
-// them, so that a column does not fall into one set of a cache.
-inline int64_t padded_row(int64_t columns) { return ((columns + 15) / 16 | 1) * 16; }
+// Elements between the rows of a matrix that kernels walk down: whole lines, and an odd number of them, so
+// that a column does not fall into one set of a cache.
+inline int64_t padded_row(int64_t columns, int64_t element_size = sizeof(float)) {
+  const int64_t line = 64 / element_size;
+  return ((columns + line - 1) / line | 1) * line;
+}
 
-// Rows of x in some order, as floats; x itself where it is that already.
-struct FloatRows {
-  Tensor tensor;
-  const float* data;
-  int64_t stride;
-
-  Tensor first(int64_t count) const { return columns(tensor, 0, count); }
-};
-// The first columns of x, whose elements in a row are adjacent, in `to`.
+// The first columns of x, whose elements in a row are adjacent, in `to`, as floats.
 inline void widen_rows(const Tensor& x, const std::optional<Tensor>& order, const Tensor& to,
                        int64_t columns) {
   const GemmRowsParams p{.x = x.const_data_ptr(),
@@ -77,16 +72,45 @@ inline void widen_rows(const Tensor& x, const std::optional<Tensor>& order, cons
   parallel_for(x.size(0), columns,
                [&](int64_t begin, int64_t end) { FLEXTRON_FOR_PLAIN_ISA(elastic_gemm_rows)(p, begin, end); });
 }
-inline FloatRows float_rows(const Tensor& x, const std::optional<Tensor>& order) {
+
+// Whether rows share sets of a cache: those of multiples of 2 KiB do.
+inline bool rows_clash(const Tensor& x) {
+  return x.size(0) > kDotRows && x.stride(0) * x.element_size() % 2048 == 0;
+}
+// Rows of x in some order, as floats; x itself where it is that already. There may be more columns.
+inline Tensor float_rows(const Tensor& x, const std::optional<Tensor>& order) {
   const Tensor x_ = adjacent(x);
-  const int64_t T = x.size(0), columns = x.size(1), x_stride = x_.stride(0);
-  const bool clashes = T > kDotRows && x_stride % 512 == 0;  // rows of 2 KiB multiples share the cache's sets
-  if (x.scalar_type() == ScalarType::Float && !order && !clashes)
-    return {x_, static_cast<const float*>(x_.const_data_ptr()), x_stride};
-  const int64_t stride = padded_row(columns);
-  const Tensor wide = empty(x, {T, stride}, ScalarType::Float);
-  widen_rows(x_, order, wide, columns);
-  return {wide, static_cast<const float*>(wide.const_data_ptr()), stride};
+  if (x.scalar_type() == ScalarType::Float && !order && !rows_clash(x_)) return x_;
+  const Tensor wide = empty(x, {x.size(0), padded_row(x.size(1))}, ScalarType::Float);
+  widen_rows(x_, order, wide, x.size(1));
+  return wide;
+}
+// The same as GEMMs of gradients read them, along and across: as floats, or as the bfloat16 numbers that they
+// are where these GEMMs are made of pairs.
+inline Tensor gradient_rows(const Tensor& x, const std::optional<Tensor>& order) {
+  if (!in_pairs(x, GemmLayout::kColumns)) return float_rows(x, order);
+  const Tensor rows = gather_rows(adjacent(x), order);
+  if (!rows_clash(rows)) return rows;
+  const Tensor apart = empty(x, {x.size(0), padded_row(x.size(1), x.element_size())});
+  Tensor part = columns(apart, 0, x.size(1));
+  torch::stable::copy_(part, rows);
+  return apart;
+}
+
+// Rows of floats or, in pairs, of bfloat16 numbers as a GEMM's activations: along, from a column on.
+inline void read_along(ElasticGemmParams& p, const Tensor& rows, int64_t column = 0) {
+  const char* const data = static_cast<const char*>(rows.const_data_ptr()) + column * rows.element_size();
+  if (rows.scalar_type() == ScalarType::Float)
+    p.a = reinterpret_cast<const float*>(data);
+  else
+    p.x = data;
+  p.a_row = rows.stride(0);
+}
+// And across: a column is a row.
+inline void read_across(ElasticGemmParams& p, const Tensor& rows, int64_t column = 0) {
+  read_along(p, rows, column);
+  p.a_input = p.a_row;
+  p.a_row = 1;
 }
 
 // Rows in groups that share an extent, and blocks of groups.
@@ -252,14 +276,12 @@ inline void prepare_activations(std::vector<GemmJob>& jobs) {
 // Rows of x, in some order, as a GEMM reads them. Keep what is returned until it has run.
 inline Tensor read_rows(ElasticGemmParams& p, const Tensor& x, const std::optional<Tensor>& order) {
   if (!p.pairs) {
-    const FloatRows wide = float_rows(x, order);
-    p.a = wide.data;
-    p.a_row = wide.stride;
-    return wide.tensor;
+    const Tensor wide = float_rows(x, order);
+    read_along(p, wide);
+    return wide;
   }
   const Tensor rows = adjacent(x);
-  p.x = rows.const_data_ptr();
-  p.a_row = rows.stride(0);
+  read_along(p, rows);
   p.x_order = order ? static_cast<const int64_t*>(order->const_data_ptr()) : nullptr;
   return rows;
 }
@@ -321,6 +343,7 @@ inline void multiply(std::vector<GemmJob>& jobs) {
 // each, which the loop that puts activations into tiles shares.
 inline void run_gemms(std::vector<GemmJob> jobs) {
   std::erase_if(jobs, [](const GemmJob& job) { return job.schedule.groups.empty(); });
+  if (jobs.empty()) return;
   const bool tiled =
       std::any_of(jobs.begin(), jobs.end(), [](const GemmJob& job) { return job.p.pairs && !job.p.tiles; });
   if (!tiled) return multiply(jobs);
@@ -356,15 +379,14 @@ inline ElasticGemmParams on_rows(const Tensor& weight, int64_t in_blocks = 1, in
   return p;
 }
 
-// Those of y = a b, b a plain matrix [in_blocks * in_stride, out_blocks * out_stride] whose rows' elements
-// are adjacent: a gradient. y is [.., out_blocks * y_block] of the dtype of b's result.
-inline ElasticGemmParams on_columns(const void* b, GemmDtype dtype, int64_t b_stride, const Tensor& y,
-                                    int64_t y_block) {
+// Those of y = a b, b the columns of a plain matrix [in_blocks * in_stride, ..] from `column` on, whose rows'
+// elements are adjacent: a gradient. y is [.., out_blocks * y_block] of the dtype of b's result.
+inline ElasticGemmParams on_columns(const Tensor& b, int64_t column, const Tensor& y, int64_t y_block) {
   ElasticGemmParams p = no_gemm();
   p.layout = GemmLayout::kColumns;
-  p.weight_dtype = dtype;
-  p.weight[0] = b;
-  p.weight_stride = b_stride;
+  p.weight_dtype = gemm_dtype(b);
+  p.weight[0] = static_cast<const char*>(b.const_data_ptr()) + column * b.element_size();
+  p.weight_stride = b.stride(0);
   p.io = gemm_dtype(y);
   p.y = y.mutable_data_ptr();
   p.y_row = y.stride(0);

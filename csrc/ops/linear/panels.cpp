@@ -4,13 +4,11 @@
 namespace flextron::linear {
 namespace {
 
-void input_gradient(const Linear& linear, const Sides& sides, const FloatRows& dy, const Tensor& dx) {
+GemmJob input_gradient(const Linear& linear, const Sides& sides, const Tensor& dy, const Tensor& dx) {
   const Tensor& weight = linear.weight;
-  ElasticGemmParams p =
-      on_columns(weight.const_data_ptr(), gemm_dtype(weight), weight.stride(0), dx, sides.in.features);
+  ElasticGemmParams p = on_columns(weight, 0, dx, sides.in.features);
   p.pairs = in_pairs(dx, p.layout);
-  p.a = dy.data;
-  p.a_row = dy.stride;
+  read_along(p, dy);
   p.a_block = sides.out.features;
   p.in_blocks = sides.out.blocks;
   p.in_stride = sides.out.stride;
@@ -18,30 +16,28 @@ void input_gradient(const Linear& linear, const Sides& sides, const FloatRows& d
   p.out_stride = sides.in.stride;
   p.features = sides.per_token_in ? sides.extents.widest() : sides.in.used;
   p.order = data_or_null<int64_t>(sides.extents.order);
-  run_gemm({p, gemm_schedule(
-                   p, sides.extents.stairs.steps, [&](const Step& step) { return sides.out_used(step); },
-                   [&](const Step& step) { return sides.in_used(step); })});
+  return {p, gemm_schedule(
+                 p, sides.extents.stairs.steps, [&](const Step& step) { return sides.out_used(step); },
+                 [&](const Step& step) { return sides.in_used(step); })};
 }
 
-void weight_gradient(const Linear& linear, const Sides& sides, const FloatRows& dy, const FloatRows& x,
-                     const Tensor& dweight) {
+void add_weight_gradient(const Linear& linear, const Sides& sides, const Tensor& dy, const Tensor& x,
+                         const Tensor& dweight, std::vector<GemmJob>& jobs) {
   const int64_t T = linear.x.size(0);
   const std::vector<Step> steps = steps_of(sides.out_columns(T));
   for (int64_t ob = 0; ob < sides.out.blocks; ++ob)
     for (const ColumnBlock& k : sides.in_columns(T)) {
       const int64_t n0 = ob * sides.out.stride;
       const Tensor part = columns(rows(dweight, n0, n0 + sides.out.stride), k.begin, dweight.size(1));
-      ElasticGemmParams p = on_columns(x.data + k.begin, GemmDtype::kFloat, x.stride, part, sides.in.stride);
+      ElasticGemmParams p = on_columns(x, k.begin, part, sides.in.stride);
       p.pairs = in_pairs(dweight, p.layout);
-      p.a = dy.data + ob * sides.out.features;
-      p.a_row = 1;
-      p.a_input = dy.stride;
+      read_across(p, dy, ob * sides.out.features);
       p.out_blocks = sides.in.blocks;
       p.out_stride = sides.in.features;
       p.features = k.end - k.begin;
-      run_gemm({p, gemm_schedule(
-                       p, steps, [&](const Step& step) { return std::min(step.extent, k.rows); },
-                       [&](const Step&) { return k.end - k.begin; })});
+      jobs.push_back({p, gemm_schedule(
+                             p, steps, [&](const Step& step) { return std::min(step.extent, k.rows); },
+                             [&](const Step&) { return k.end - k.begin; })});
     }
 }
 
@@ -81,15 +77,21 @@ Gradients backward_on_panels(const Linear& linear, const Tensor& dy, const Wante
   const Tensor& x = linear.x;
   Sides sides = sides_of(linear);
   Gradients d = room_and_bias_gradient(linear, sides, dy, wanted);
-  const FloatRows dy_rows = float_rows(dy, linear.extents.order);
-  if (d.x.numel() != 0) input_gradient(linear, sides, dy_rows, d.x);
-  if (d.weight.numel() == 0) return d;
-  const FloatRows x_rows = float_rows(x, linear.extents.order);
+  const Tensor dy_rows = gradient_rows(dy, linear.extents.order);
+  std::vector<GemmJob> jobs;
+  if (d.x.numel() != 0) jobs.push_back(input_gradient(linear, sides, dy_rows, d.x));
+  if (d.weight.numel() == 0) {
+    run_gemms(std::move(jobs));
+    return d;
+  }
+  const Tensor x_rows = gradient_rows(x, linear.extents.order);
   if (weight_gradient_executor == Executor::kPanels) {
-    weight_gradient(linear, sides, dy_rows, x_rows, d.weight);
+    add_weight_gradient(linear, sides, dy_rows, x_rows, d.weight, jobs);
+    run_gemms(std::move(jobs));
   } else {
+    run_gemms(std::move(jobs));
     sides.join();
-    weight_gradient_on_views(sides, dy_rows.first(dy.size(1)), x_rows.first(x.size(1)), d.weight);
+    weight_gradient_on_views(sides, columns(dy_rows, 0, dy.size(1)), columns(x_rows, 0, x.size(1)), d.weight);
   }
   return d;
 }
