@@ -6,8 +6,7 @@ import pytest
 import torch
 from emulator import build as emulator
 
-if kind := os.environ.get("FLEXTRON_EMULATE"):
-    emulator.load(kind, os.environ.get("FLEXTRON_EMULATE_SANITIZE") == "1")
+emulator.load_asked()
 EMULATE = emulator.loaded()
 
 from processes import Processes  # noqa: E402

@@ -170,6 +170,9 @@ def _codes(pids: list[int], seconds: float) -> list[int]:
 
 
 def _serve() -> None:
+    from emulator import build as emulator
+
+    emulator.load_in_process()  # before anything imports flextron_ext
     import torch.utils.tensorboard  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers import conversion_mapping

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDERS = ("forward", "random", "ahead", "behind")
 
 _library: ctypes.CDLL | None = None
+_kind: str | None = None  # that is loaded
 _order = (0, "forward")
 
 
@@ -65,8 +66,8 @@ def load(kind: str = "1", sanitize: bool = False) -> None:
 
     flextron_ext's ``_C`` asks for libflextron.so, and the loader gives it the library of that name that is there.
     """
-    global _library
-    if _library is not None:
+    global _kind, _library
+    if _kind is not None:
         return
     if "flextron_ext" in sys.modules:
         raise RuntimeError("emulator: the library must be loaded before flextron_ext, got flextron_ext first")
@@ -74,8 +75,24 @@ def load(kind: str = "1", sanitize: bool = False) -> None:
         raise ValueError(f"emulator: FLEXTRON_EMULATE must be one of {', '.join(KINDS)}, got {kind}")
     path = str(build(kind, sanitize))
     torch.ops.load_library(path)
+    _kind = kind
     if kind == "1":
         _library = ctypes.CDLL(path)
+
+
+def load_asked() -> None:
+    """What FLEXTRON_EMULATE asks for."""
+    if kind := os.environ.get("FLEXTRON_EMULATE"):
+        load(kind, os.environ.get("FLEXTRON_EMULATE_SANITIZE") == "1")
+
+
+def load_in_process() -> None:
+    """The same in a process that a test starts, which is asked for one of AVX-512's loops by FLEXTRON_ISA, too.
+
+    Emulated CUDA kernels are the test's own alone: such a process runs on the CPU's.
+    """
+    if os.environ.get("FLEXTRON_EMULATE") != "1":
+        load_asked()
 
 
 def loaded() -> bool:

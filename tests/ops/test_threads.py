@@ -13,6 +13,8 @@ BEGIN = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 import torch
+from emulator import build as emulator
+emulator.load_in_process()
 from cases import CASES
 import flextron_ext as ops
 
