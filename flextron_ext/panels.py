@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 
 import torch
@@ -65,12 +66,41 @@ class PanelFormat(StrEnum):
     def scales_dtype(self) -> torch.dtype:
         return torch.float16 if self is PanelFormat.INT4 else torch.float32
 
+    def in_slices(self, panels: torch.Tensor) -> torch.Tensor:
+        """Panels or scales [blocks, P, words or groups, ..] as they lie in memory, in a tensor of the same shape.
+
+        In a quantised format a slice of the inputs of all panels of a block comes before the next one: a prefix of the
+        inputs of all panels is contiguous, but for its last slice (group_place() of csrc/kernels/elastic_gemm.h).
+        """
+        sizes = self._slices(panels)
+        return torch.cat([part.flatten(1) for part in panels.split(sizes, 2)], 1).view(panels.shape)
+
+    def out_of_slices(self, panels: torch.Tensor) -> torch.Tensor:
+        """What `in_slices` was given."""
+        sizes, (blocks, count, _, *rest) = self._slices(panels), panels.shape
+        parts = panels.flatten(1).split([count * size * math.prod(rest) for size in sizes], 1)
+        return torch.cat(
+            [part.view(blocks, count, size, *rest) for part, size in zip(parts, sizes, strict=True)], 2
+        )
+
+    def _slices(self, panels: torch.Tensor) -> list[int]:
+        """How many entries of the third axis each slice has: words of panels, groups of scales."""
+        entries = panels.shape[2]
+        if not self.quantised:
+            return [entries]
+        of_group = self.words(GROUP) if panels.dtype is self.storage else 1
+        groups = entries // of_group
+        count = 1 if groups < _MOST_SLICE_GROUPS else (groups + 8) // 16
+        each = max(1, -(-groups // count))
+        return [of_group * min(each, groups - first) for first in range(0, groups, each)] or [0]
+
     @classmethod
     def plain(cls, dtype: torch.dtype) -> PanelFormat:
         """The format without scales that stores weights of this dtype as they are."""
         return next(each for each in cls if each.storage is dtype and not each.scaled)
 
 
+_MOST_SLICE_GROUPS = 24  # kMostSliceGroups of csrc/kernels/elastic_gemm.h
 _STORAGE = {
     PanelFormat.FLOAT32: torch.float32,
     PanelFormat.BFLOAT16: torch.bfloat16,

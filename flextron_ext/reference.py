@@ -175,6 +175,7 @@ def _visible(T: int, S: int, first: int, causal: bool, window: int | None, devic
 
 def _unpacked(panels: Tensor, scales: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
     """[blocks, P, words, 16, elements] -> [blocks * P * 16, words * together]."""
+    panels = PanelFormat(format).out_of_slices(panels)
     if (
         format == PanelFormat.INT4
     ):  # inputs 0 to 3 of a word are its bytes' lower halves, 4 to 7 the upper ones
@@ -182,6 +183,7 @@ def _unpacked(panels: Tensor, scales: Tensor | None, format: str, dtype: torch.d
     weight = panels.transpose(2, 3).flatten(3).to(dtype)  # [blocks, P, 16, K]
     if format == PanelFormat.INT4:
         assert scales is not None
+        scales = PanelFormat.INT4.out_of_slices(scales)
         each = scales.double().permute(3, 0, 1, 4, 2).repeat_interleave(GROUP, 4)  # [2, blocks, P, 16, K]
         weight = (weight.double() * each[0] + each[1]).to(dtype)
     elif scales is not None:

@@ -2,8 +2,9 @@
 // says why all is anonymous.
 //
 // A tile is up to kTileOfRows rows by a panel: a group of its inputs is turned into words of bytes once,
-// multiplied by each row's, and the sums are scaled. A panel stays in the L1 cache while the rows of a block
-// pass by it.
+// multiplied by each row's, and the sums are scaled. A slice of a panel stays in the L1 cache while the rows
+// of a block pass by it; a slice of all panels that a thread has comes before the next slice, as memory has
+// them.
 #pragma once
 
 #include <utility>
@@ -23,6 +24,8 @@ constexpr i64 kTileOfRows = 4;  // 16 registers of sums, 8 of weights, 3 for eac
 constexpr i64 kTileOfRows = kVectorBytes == 64 ? 16 : kVectorBytes == 32 ? 4 : 2;
 #endif
 static_assert(kQuantisedGroupRows % kTileOfRows == 0);
+// Panels side by side where there is one row, whose chains of dot products would be waited for.
+constexpr int kOneRowPanels = kVecs == 1 ? 4 : 1;
 
 template <class W>
 constexpr i64 kInputsOfWord = std::is_same_v<W, int4> ? 8 : 4;
@@ -46,9 +49,94 @@ inline void words_of_group(const W* from, int v, Words (&to)[kWords]) {
   }
 }
 
-// A panel's stream: groups of an input block, and bytes from behind its last used group to where it goes on.
-struct GroupStream {
-  i64 groups, jump;
+// Groups that lie side by side in each panel of a batch: of an input block the first `count` from `first` on.
+struct GroupRun {
+  i64 block, first, count;
+  i64 place, apart;  // of the first panel's among all groups, and how many behind them the next one's are
+};
+
+// The panels of some strips of one block of rows and of outputs, and the order in which their memory is read:
+// run by run, of each all panels.
+template <class W>
+struct QuantisedBatch {
+  const ElasticGemmParams& p;
+  const GemmGroup *first, *last;  // of the block of rows
+  i64 begin, count;               // panels, of all output blocks', and how many
+  i64 out_block;
+  i64 together;  // panels that are multiplied side by side, as long as there are so many
+  i64 most = input_groups(first->inputs);  // groups of an input block that a row uses
+
+  GroupRun run_at(i64 block, i64 group) const {
+    const i64 of_block = p.in_stride / kGroupInputs, groups = p.in_blocks * of_block;
+    const i64 at = block * of_block + group, slice = slice_groups(groups), before = out_block * p.out_stride;
+    const auto place = [&](i64 panel) { return group_place(panel - before, at, p.out_stride, groups); };
+    return {block, group, smaller(slice - at % slice, most - group), before * groups + place(begin),
+            place(begin + 1) - place(begin)};
+  }
+  // Behind a run; past the last one the block is p.in_blocks.
+  GroupRun run_behind(const GroupRun& run) const {
+    const i64 next = run.first + run.count;
+    if (next < most) return run_at(run.block, next);
+    return run.block + 1 < p.in_blocks ? run_at(run.block + 1, 0) : GroupRun{p.in_blocks, 0, 0, 0, 0};
+  }
+  const W* weights(i64 place) const { return static_cast<const W*>(p.weight[0]) + place * kGroupBytes<W>; }
+  const fp16* scales(i64 place) const {  // of int4
+    if constexpr (!std::is_same_v<W, int4>) return nullptr;
+    return static_cast<const fp16*>(p.group_scales) + 2 * place * kPanel;
+  }
+};
+
+// Asks memory for the groups of a batch, in the order in which they are multiplied, some time before they
+// are: memory takes as long to answer as 4 KiB take to be multiplied, and what a processor asks for by itself
+// loses its way where inputs are left out.
+template <class W>
+class Ahead {
+ public:
+  explicit Ahead(const QuantisedBatch<W>& batch) : batch_(batch), run_(batch.run_at(0, 0)) {
+    go();
+    ask(4096 / kGroupBytes<W>);
+  }
+
+  // For as many groups more.
+  void ask(i64 groups) {
+    for (wanted_ += groups; wanted_ > 0 && left_ > 0; wanted_ -= panels_) {
+      for (i64 panel = 0; panel < panels_; ++panel) {
+        const char* const weights =
+            reinterpret_cast<const char*>(weights_ + panel * run_.apart * kGroupBytes<W>);
+#pragma GCC unroll 8
+        for (i64 line = 0; line < kGroupBytes<W>; line += kLine) __builtin_prefetch(weights + line);
+        if constexpr (std::is_same_v<W, int4>) __builtin_prefetch(scales_ + 2 * panel * run_.apart * kPanel);
+      }
+      weights_ += kGroupBytes<W>;
+      if constexpr (std::is_same_v<W, int4>) scales_ += 2 * kPanel;
+      if (--left_ == 0) next();
+    }
+  }
+
+ private:
+  void next() {
+    slot_ += panels_;
+    if (slot_ == batch_.count) {
+      slot_ = 0;
+      run_ = batch_.run_behind(run_);
+    }
+    if (run_.block < batch_.p.in_blocks) go();
+  }
+  void go() {
+    left_ = run_.count;
+    panels_ = batch_.count - slot_ < batch_.together ? 1 : batch_.together;
+    const i64 place = run_.place + slot_ * run_.apart;
+    weights_ = batch_.weights(place);
+    scales_ = batch_.scales(place);
+  }
+
+  const QuantisedBatch<W>& batch_;
+  GroupRun run_;
+  i64 slot_ = 0, wanted_ = 0;
+  i64 panels_, left_,
+      apart_;  // side by side, of them groups that were not asked for, and groups between them
+  const W* weights_;
+  const fp16* scales_;
 };
 
 // A sum to which a row's products of a group are added, whose integers are `total`.
@@ -77,12 +165,11 @@ inline void add_group(const QuantisedInputs* a, const Words (&w)[kWords], Vec<fl
   if constexpr (rows > count) add_group<W, rows - count>(a + count, w, scale, middle, sum + count, v);
 }
 
-// c[rows][kPanel] += of one panel and one input block. a: [group][a_rows].
+// c[rows][kPanel] += of a run of one panel. a: [group][a_rows]. `ahead`: null where the run was read before.
 template <class W, int rows>
 void quantised_tile(const QuantisedInputs* a, i64 a_rows, i64 groups, const W* b, const fp16* scales,
-                    float* c, GroupStream stream) {
+                    float* c, Ahead<W>* ahead) {
   constexpr bool is_int4 = std::is_same_v<W, int4>;
-  constexpr i64 kAheadGroups = 1024 / kGroupBytes<W>;
   const char* panel = reinterpret_cast<const char*>(b);
   Vec<float> sum[rows][kVecs];
 #pragma GCC unroll 16
@@ -90,10 +177,7 @@ void quantised_tile(const QuantisedInputs* a, i64 a_rows, i64 groups, const W* b
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) sum[i][v] = load_loose<float>(c + i * kPanel + v * kWide);
   for (i64 g = 0; g < groups; ++g, a += a_rows, panel += kGroupBytes<W>) {
-    const char* const ahead =
-        panel + kAheadGroups * kGroupBytes<W> + (g + kAheadGroups < stream.groups ? 0 : stream.jump);
-#pragma GCC unroll 8
-    for (i64 line = 0; line < kGroupBytes<W>; line += kLine) __builtin_prefetch(ahead + line);
+    if (ahead) ahead->ask(1);
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       Words w[kWords];
@@ -115,42 +199,72 @@ void quantised_tile(const QuantisedInputs* a, i64 a_rows, i64 groups, const W* b
 // The same for `count` rows, which only the caller of the caller knows.
 template <class W, int rows = kTileOfRows>
 inline void quantised_tiles(i64 count, const QuantisedInputs* a, i64 a_rows, i64 groups, const W* b,
-                            const fp16* scales, float* c, GroupStream stream) {
+                            const fp16* scales, float* c, Ahead<W>* ahead) {
   if constexpr (rows > 1)
-    if (count < rows) return quantised_tiles<W, rows - 1>(count, a, a_rows, groups, b, scales, c, stream);
-  quantised_tile<W, rows>(a, a_rows, groups, b, scales, c, stream);
+    if (count < rows) return quantised_tiles<W, rows - 1>(count, a, a_rows, groups, b, scales, c, ahead);
+  quantised_tile<W, rows>(a, a_rows, groups, b, scales, c, ahead);
 }
 
-// One panel of one block of rows, its sums [row][kPanel].
+// The same of one row and some panels, their groups `apart` and sums kPanel.
+template <class W, int panels>
+void one_row_tile(const QuantisedInputs* a, i64 groups, const W* b, const fp16* scales, i64 apart, float* c,
+                  Ahead<W>& ahead) {
+  constexpr bool is_int4 = std::is_same_v<W, int4>;
+  Vec<float> sum[panels];
+#pragma GCC unroll 4
+  for (int p = 0; p < panels; ++p) sum[p] = load_loose<float>(c + p * kPanel);
+  for (i64 g = 0; g < groups; ++g, ++a) {
+    ahead.ask(panels);
+    [&]<int... p, int... j>(std::integer_sequence<int, p...>, std::integer_sequence<int, j...>)
+        __attribute__((always_inline)) {
+          Words w[panels][kWords];
+          (words_of_group(b + (p * apart + g) * kGroupBytes<W>, 0, w[p]), ...);
+          FoursOf<W> four[] = {((void)p, FoursOf<W>(*a))...};
+          const auto add = [&]<int word>(std::integral_constant<int, word>) __attribute__((always_inline)) {
+            (four[p].template add<word>(w[p][word], *a), ...);
+          };
+          (add(std::integral_constant<int, j>{}), ...);
+          const auto end = [&](int panel, Integers total) __attribute__((always_inline)) {
+            Vec<float> scale{}, middle{};
+            if constexpr (is_int4) {
+              const fp16* const at = scales + 2 * (panel * apart + g) * kPanel;
+              scale = scales_at(at);
+              middle = scales_at(at + kPanel) + 8.0f * scale;
+            }
+            sum[panel] = with_group<W>(sum[panel], total, *a, scale, middle);
+          };
+          (end(p, four[p].total()), ...);
+        }(std::make_integer_sequence<int, panels>{}, std::make_integer_sequence<int, kWords>{});
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < panels; ++p) store_loose(c + p * kPanel, sum[p]);
+}
+
+// A run of one panel, and the sums of a block of rows, [row][kPanel].
 template <class W>
 struct QuantisedPanel {
   const ElasticGemmParams& p;
   const GemmGroup *first, *last;  // of the block of rows, as far as they have features of the panel
-  i64 panel;
+  GroupRun run;
+  const W* weights;
+  const fp16* scales;
   float* sums;
+  Ahead<W>& ahead;
 
-  i64 stride() const { return p.in_stride / kGroupInputs; }  // groups of an input block
-  i64 begin_of(i64 block) const { return (panel * p.in_blocks + block) * stride(); }
-  const W* weights(i64 group) const { return static_cast<const W*>(p.weight[0]) + group * kGroupBytes<W>; }
-  const fp16* scales(i64 group) const {
-    return static_cast<const fp16*>(p.group_scales) + 2 * group * kPanel;
-  }
-  const QuantisedInputs* inputs_of(const GemmGroup& g, i64 block) const {
-    return static_cast<const QuantisedInputs*>(p.tiles) + g.tile + block * input_groups(g.inputs) * g.rows;
+  // The groups of the run that rows use, and their inputs.
+  i64 used(const GemmGroup& g) const { return smaller(run.count, input_groups(g.inputs) - run.first); }
+  const QuantisedInputs* inputs_of(const GemmGroup& g) const {
+    const i64 before = run.block * input_groups(g.inputs) + run.first;
+    return static_cast<const QuantisedInputs*>(p.tiles) + g.tile + before * g.rows;
   }
   float* sums_of(const GemmGroup& g) const { return sums + (g.row - first->row) * kPanel; }
 
   // Of one group of rows, `most` at a time.
   template <int most>
   void multiply(const GemmGroup& g) const {
-    const i64 groups = input_groups(g.inputs);
-    const GroupStream stream{groups, (stride() - groups) * kGroupBytes<W>};
-    for (i64 block = 0; block < p.in_blocks; ++block) {
-      const i64 begin = begin_of(block);
-      for (i64 row = 0; row < g.rows; row += most)
-        quantised_tiles<W, most>(smaller(i64(most), g.rows - row), inputs_of(g, block) + row, g.rows, groups,
-                                 weights(begin), scales(begin), sums_of(g) + row * kPanel, stream);
-    }
+    for (i64 row = 0; row < g.rows; row += most)
+      quantised_tiles<W, most>(smaller(i64(most), g.rows - row), inputs_of(g) + row, g.rows, used(g), weights,
+                               scales, sums_of(g) + row * kPanel, &g == first && row == 0 ? &ahead : nullptr);
   }
 };
 
@@ -158,28 +272,54 @@ struct QuantisedPanel {
 struct QuantisedDots {
   template <class W>
   static void multiply(const QuantisedPanel<W>& panel) {
-    for (const GemmGroup* g = panel.first; g < panel.last; ++g) panel.template multiply<kTileOfRows>(*g);
+    for (const GemmGroup* g = panel.first; g < panel.last && panel.used(*g) > 0; ++g)
+      panel.template multiply<kTileOfRows>(*g);
   }
 };
 
 template <class Unit, class W>
 void run_quantised_items(const ElasticGemmParams& p, i64 begin, i64 end) {
+  constexpr i64 kSums = 2 * kBlockRows * kPanel;
   const i64 panels = p.gated ? 2 : 1, strips = (p.features + kPanel - 1) / kPanel;
-  alignas(kLine) float sums[2 * kBlockRows * kPanel];
-  for (; begin < end; ++begin) {
+  alignas(kLine) float sums[kSums];
+  while (begin < end) {
     const i64 block = begin / strips;
     const Place at{block / p.out_blocks, block % p.out_blocks, begin % strips};
     const GemmGroup* const first = p.groups + p.row_blocks[at.row_block];
     const GemmGroup* const last = p.groups + p.row_blocks[at.row_block + 1];
     const i64 c_panel = (last[-1].row + last[-1].rows - first->row) * kPanel;
-    for (i64 i = 0; i < panels * c_panel; ++i) sums[i] = 0.0f;
-    const GemmGroup* used = first;
-    while (used < last && used->features > at.strip * kPanel) ++used;
-    for (i64 slot = 0; slot < panels; ++slot) {
-      const i64 panel = at.out_block * p.out_stride + at.strip * panels + slot;
-      Unit::template multiply<W>({p, first, used, panel, sums + slot * c_panel});
+    const i64 count = smaller(smaller(kSums / (panels * c_panel), end - begin), strips - at.strip);
+    const i64 together = c_panel == kPanel ? kOneRowPanels : 1;
+    const QuantisedBatch<W> batch{
+        p,       first, last, at.out_block * p.out_stride + at.strip * panels, count * panels, at.out_block,
+        together};
+    for (i64 i = 0; i < batch.count * c_panel; ++i) sums[i] = 0.0f;
+    if (p.scales)  // a line of each panel, for which finish() would wait
+      for (i64 i = 0; i < batch.count; ++i) __builtin_prefetch(p.scales + (batch.begin + i) * kPanel);
+    if (first->inputs > 0) {
+      Ahead<W> ahead(batch);
+      for (GroupRun run = batch.run_at(0, 0); run.block < p.in_blocks; run = batch.run_behind(run)) {
+        i64 slot = 0;
+        if constexpr (kOneRowPanels > 1)
+          for (; together > 1 && slot + together <= batch.count && first->features > 0; slot += together) {
+            const i64 place = run.place + slot * run.apart;
+            const i64 before = run.block * batch.most + run.first;
+            one_row_tile<W, kOneRowPanels>(
+                static_cast<const QuantisedInputs*>(p.tiles) + first->tile + before, run.count,
+                batch.weights(place), batch.scales(place), run.apart, sums + slot * kPanel, ahead);
+          }
+        for (; slot < batch.count; ++slot) {
+          const GemmGroup* used = last;
+          while (used > first && used[-1].features <= (at.strip + slot / panels) * kPanel) --used;
+          const i64 place = run.place + slot * run.apart;
+          Unit::template multiply<W>(
+              {p, first, used, run, batch.weights(place), batch.scales(place), sums + slot * c_panel, ahead});
+        }
+      }
     }
-    finish(p, at, sums, c_panel);
+    for (i64 i = 0; i < count; ++i)
+      finish(p, {at.row_block, at.out_block, at.strip + i}, sums + i * panels * c_panel, c_panel);
+    begin += count;
   }
 }
 
@@ -213,8 +353,13 @@ inline int32_t total_of(Integers x) {
 
 // [0, inputs) of a row's group, at most kGroupInputs; the rest is 0. `zero`: FoursOf's, of the weights.
 inline void quantise_group(const float* from, i64 inputs, int32_t zero, QuantisedInputs& to) {
-  float x[kGroupInputs] = {};
-  __builtin_memcpy(x, from, inputs * sizeof(float));
+  float x[kGroupInputs];
+  if (inputs == kGroupInputs) {
+    __builtin_memcpy(x, from, sizeof(x));
+  } else {
+    __builtin_memset(x, 0, sizeof(x));
+    __builtin_memcpy(x, from, inputs * sizeof(float));
+  }
   // As integers: a NaN is larger than all numbers, and comes through.
   Words largest{};
 #pragma GCC unroll 8

@@ -16,14 +16,13 @@ namespace {
 static_assert(kVecs == 1 && kTileRows == kPanel && kQuantisedGroupRows == kTileRows);
 
 constexpr i64 kUnitRows = 8;                       // so many of a group go to the unit
-constexpr i64 kChunkGroups = 16;                   // of a panel, which stay in the L1 cache: 8 KiB
 constexpr i64 kGroupTile = kGroupInputs * kPanel;  // bytes
 
 // Sums, activations and weights, two of each: a product begins while the one before becomes floats.
 constexpr TileShape kOfSums{}, kOfInputs{kTileRows, kGroupInputs}, kOfWeights{kWords, kTileRowBytes};
 constexpr TileShape kShapes[8] = {kOfSums, kOfSums, kOfInputs, kOfInputs, kOfWeights, kOfWeights};
 
-// Up to kChunkGroups of a panel's groups as tiles.
+// Up to kMostSliceGroups of a panel's groups as tiles.
 template <class W>
 class GroupTiles {
  public:
@@ -50,7 +49,7 @@ class GroupTiles {
 
  private:
   typedef int8_t Bytes __attribute__((vector_size(kTileRowBytes)));
-  static constexpr i64 kMade = std::is_same_v<W, int8> ? 1 : kChunkGroups;
+  static constexpr i64 kMade = std::is_same_v<W, int8> ? 1 : kMostSliceGroups;
 
   alignas(kLine) int8_t signed_[kMade * kGroupTile];
   float scale_[kMade][kPanel], middle_[kMade][kPanel];
@@ -101,20 +100,16 @@ struct Unit {
   template <class W>
   static void multiply(const QuantisedPanel<W>& panel) {
     i64 most = 0;
-    for (const GemmGroup* g = panel.first; g < panel.last; ++g)
+    for (const GemmGroup* g = panel.first; g < panel.last && panel.used(*g) > 0; ++g)
       if (on_unit(*g))
-        most = larger(most, input_groups(g->inputs));
+        most = larger(most, panel.used(*g));
       else
         panel.template multiply<kUnitRows - 1>(*g);
-    for (i64 block = 0; block < panel.p.in_blocks; ++block)
-      for (i64 k = 0; k < most; k += kChunkGroups) {
-        const i64 at = panel.begin_of(block) + k;
-        const GroupTiles<W> b(panel.weights(at), panel.scales(at), smaller(kChunkGroups, most - k));
-        for (const GemmGroup* g = panel.first; g < panel.last && input_groups(g->inputs) > k; ++g)
-          if (on_unit(*g))
-            flextron::multiply(panel.inputs_of(*g, block) + k * g->rows, g->rows,
-                               smaller(kChunkGroups, input_groups(g->inputs) - k), b, panel.sums_of(*g));
-      }
+    if (most == 0) return;
+    if (on_unit(*panel.first)) panel.ahead.ask(panel.run.count);
+    const GroupTiles<W> b(panel.weights, panel.scales, most);
+    for (const GemmGroup* g = panel.first; g < panel.last && panel.used(*g) > 0; ++g)
+      if (on_unit(*g)) flextron::multiply(panel.inputs_of(*g), g->rows, panel.used(*g), b, panel.sums_of(*g));
   }
 };
 

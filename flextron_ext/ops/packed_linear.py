@@ -78,7 +78,7 @@ def pack_linear(
         return PackedWeight(*_in_groups(weight, *blocks, products), stored)
     scales = weight.float().abs().amax(1, keepdim=True) / 127
     rows = (weight.float() / scales.where(scales > 0, 1)).round().to(stored.storage)
-    panels = panels_of(rows, *blocks, stored)
+    panels = stored.in_slices(panels_of(rows, *blocks, stored))
     return PackedWeight(panels, panels_of(scales, out_blocks, 1, PanelFormat.FLOAT32).flatten(2), stored)
 
 
@@ -95,7 +95,7 @@ def _in_groups(
     low, high = panels_of(codes, out_blocks, in_blocks, stored).split(4, -1)
     of_rows = scales.view(N, 2 * in_blocks * count)
     pairs = panels_of(of_rows, out_blocks, 1, PanelFormat.FLOAT32)  # [blocks, P, 2 * groups, 16, 1]
-    return low | high << 4, pairs.flatten(3).unflatten(2, (-1, 2))
+    return stored.in_slices(low | high << 4), stored.in_slices(pairs.flatten(3).unflatten(2, (-1, 2)))
 
 
 def panels_of(weight: Tensor, out_blocks: int, in_blocks: int, format: PanelFormat) -> Tensor:

@@ -48,16 +48,17 @@ Packed packed(const Weight& w) {
       for (int64_t block = 0; block < kBlocks; ++block)
         for (int64_t k = 0; k < kInputs; ++k) {
           const int64_t in_group = k % kGroupInputs, group = block * kGroups + k / kGroupInputs;
+          const int64_t place = group_place(panel, group, kPanels * w.matrices, kBlocks * kGroups);
           const int code = w.codes[w.at(m, n, block, k)];
           if (w.is_int4) {  // a word has four inputs in its low halves of bytes, and the next four
-            const int64_t word = (panel * kBlocks * kGroups + group) * 4 + in_group / 8;
+            const int64_t word = place * 4 + in_group / 8;
             uint8_t& byte = to.bytes[(word * kPanel + n % kPanel) * 4 + in_group % 4];
             byte = in_group % 8 < 4 ? (byte & 0xF0) | code : (byte & 0x0F) | code << 4;
-            fp16* const scales = &to.group_scales[(panel * kBlocks * kGroups + group) * 2 * kPanel];
+            fp16* const scales = &to.group_scales[place * 2 * kPanel];
             scales[n % kPanel] = fp16(w.scale[(m * kFeatures + n) * kBlocks * kGroups + group]);
             scales[kPanel + n % kPanel] = fp16(w.least[(m * kFeatures + n) * kBlocks * kGroups + group]);
           } else {
-            const int64_t word = panel * words + (block * kInputs + k) / 4;
+            const int64_t word = place * 8 + in_group / 4;
             to.bytes[(word * kPanel + n % kPanel) * 4 + k % 4] = static_cast<uint8_t>(code);
           }
         }

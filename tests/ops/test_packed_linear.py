@@ -38,12 +38,14 @@ def test_a_prefix_has_the_bits_of_the_sliced_weight(T, dtype, packed):
     panels, scales, format = pack_linear(sliced, ob, packed, ib)
     if packed:  # the scales are those of the whole rows, or of all inputs of a group
         whole, scales, _ = pack_linear(weight, ob, packed, ib)
-        words = whole.unflatten(2, (ib, -1))[:, :2, :, : format.words(k)].clone()
+        words = format.out_of_slices(whole).unflatten(2, (ib, -1))[:, :2, :, : format.words(k)].clone()
         words[:, :, :, -1, :, 2:] = 0 if packed == "int8" else 85  # inputs that fill up the last word
-        panels, scales = words.flatten(2, 3), scales[:, :2]
+        panels = format.in_slices(words.flatten(2, 3))
         if packed == "int4":
-            scales = scales.unflatten(2, (ib, -1))[:, :, :, : -(-k // 32)].flatten(2, 3)
-        scales = scales.contiguous()
+            used = format.out_of_slices(scales).unflatten(2, (ib, -1))[:, :2, :, : -(-k // 32)]
+            scales = format.in_slices(used.flatten(2, 3))
+        else:
+            scales = scales[:, :2].contiguous()
     narrow = x.view(T, ib, K)[:, :, :k].reshape(T, ib * k)
     bias = bias.view(ob, N)[:, :n].flatten()
     assert torch.equal(y, packed_linear(narrow, panels, scales, format, bias, k, n, in_blocks=ib))
