@@ -15,7 +15,7 @@ void multiply(i64 K, const bf16* a, i64 a_step, const W* b, i64 b_panel, float* 
   Vec<float> sum[panels][rows];
 #pragma GCC unroll 8
   for (int p = 0; p < panels; ++p)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < rows; ++i)
       sum[p][i] = from_zero ? Vec<float>{} : load_loose<float>(c + p * c_panel + i * kPanel);
   // The `count` inputs from k on, of a word of W; x[i * kTileInputs] are row i's.
@@ -29,7 +29,7 @@ void multiply(i64 K, const bf16* a, i64 a_step, const W* b, i64 b_panel, float* 
       Words v[panels];
 #pragma GCC unroll 8
       for (int p = 0; p < panels; ++p) v[p] = pair_of<W>(w[p], pair) & used;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < rows; ++i) {
         uint32_t both;
         __builtin_memcpy(&both, x + i * kTileInputs + pair, sizeof(both));
@@ -56,7 +56,7 @@ void multiply(i64 K, const bf16* a, i64 a_step, const W* b, i64 b_panel, float* 
   if (const i64 rest = K % kTogether<W>; rest > 0) word(a + (K - rest - k), K - rest, rest);
 #pragma GCC unroll 8
   for (int p = 0; p < panels; ++p)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) store_loose(c + p * c_panel + i * kPanel, sum[p][i]);
 }
 
@@ -78,6 +78,14 @@ void multiply_rows(i64 count, i64 panels, i64 K, const bf16* a, i64 a_step, cons
                                 stream);
 }
 
+// One panel of `count` rows, at most `rows`: as many sums as two panels of half the rows have.
+template <int rows>
+void multiply_one(i64 count, i64 K, const bf16* a, i64 a_step, const bf16* b, float* c, bool from_zero) {
+  if constexpr (rows > 1)
+    if (count < rows) return multiply_one<rows - 1>(count, K, a, a_step, b, c, from_zero);
+  multiply<rows, 1, false>(K, a, a_step, b, 0, c, 0, from_zero, {});
+}
+
 struct Dots {
   static constexpr i64 kChunk = 288;  // 18 KiB of panels, beside the activations of as many rows
   template <class W>
@@ -90,10 +98,15 @@ struct Dots {
     i64 b_panel, count;
 
     void multiply(const GemmGroup& g, i64 K, const bf16* a, float* c, i64 c_panel, bool from_zero) const {
-      for (i64 row = 0; row < g.rows; row += kRows)
-        multiply_rows<false, kRows>(smaller(kRows, g.rows - row), count, K, a + row * kTileInputs,
-                                    row_tiles(g) * kTileElements, b, b_panel, c + row * kPanel, c_panel,
-                                    from_zero, {});
+      const i64 a_step = row_tiles(g) * kTileElements;
+      if (count == 1)
+        for (i64 row = 0; row < g.rows; row += kTileRows)
+          multiply_one<kTileRows>(smaller(kTileRows, g.rows - row), K, a + row * kTileInputs, a_step, b,
+                                  c + row * kPanel, from_zero);
+      else
+        for (i64 row = 0; row < g.rows; row += kRows)
+          multiply_rows<false, kRows>(smaller(kRows, g.rows - row), count, K, a + row * kTileInputs, a_step,
+                                      b, b_panel, c + row * kPanel, c_panel, from_zero, {});
     }
   };
 
