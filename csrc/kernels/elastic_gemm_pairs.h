@@ -425,10 +425,11 @@ void tile_of_columns(bf16* to, const A* a, i64 a_input, i64 rows, i64 inputs) {
   transpose_words(words);
   for (i64 m = 0; m < kTileRows; ++m) store_words(to + m * kTileInputs, words[m]);
 }
-// Row m has those from x[m] on, which are bfloat16 numbers.
-void tile_of_x(bf16* to, const bf16* const* x, i64 rows, i64 inputs) {
+// Row m has those from x[m] on, which are bfloat16 numbers; those `ahead` of them come soon, too.
+void tile_of_x(bf16* to, const bf16* const* x, i64 rows, i64 inputs, i64 ahead) {
   for (i64 m = 0; m < kTileRows; ++m) {
     Words row{};
+    if (m < rows) __builtin_prefetch(x[m] + ahead, 0, 2);
     if (m < rows && inputs == kTileInputs)
       row = load_loose<uint32_t>(x[m]);
     else if (m < rows)
@@ -453,7 +454,7 @@ void put_tiles(const ElasticGemmParams& p, i64 begin, i64 end) {
             const bf16* x[kTileRows];
             for (i64 i = 0; i < rows; ++i)
               x[i] = all + (p.x_order ? p.x_order[row + i] : row + i) * p.a_row + at;
-            tile_of_x(to, x, rows, inputs);
+            tile_of_x(to, x, rows, inputs, p.x_order ? 0 : kPairsGroupRows * p.a_row);
           } else if (p.a_input == 1) {
             tile_of_rows(to, p.a + row * p.a_row + at, p.a_row, rows, inputs);
           } else {
