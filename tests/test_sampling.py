@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flextron.sampling import sample_documents
+from flextron.sampling import Drawn, sample_documents
 
 
 class Tokenizer:
@@ -44,3 +44,15 @@ def test_a_model_that_writes_nothing_is_refused_and_not_asked_for_ever(tmp_path)
             writer([1, 1], [1, 1]), Tokenizer(), tmp_path / "text", tokens=5, length=2, batch_size=2
         )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_tokens_are_drawn_as_often_as_the_logits_say(temperature):
+    logits = torch.tensor([0.0, -torch.inf, 1.0, -3.0, 2.0, -torch.inf])
+    torch.manual_seed(0)
+    drawn = Drawn(temperature)(torch.zeros(20_000, 1), logits.expand(20_000, -1)).argmax(-1)
+    expected = (logits / temperature).softmax(-1)
+    found = drawn.bincount(minlength=6) / 20_000
+    error = (expected * (1 - expected) / 20_000).sqrt()
+    assert ((found - expected).abs() <= 4 * error).all()
+    assert found[[1, 5]].tolist() == [0, 0]

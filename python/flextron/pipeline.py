@@ -42,6 +42,7 @@ from flextron.conversion.source import room_beside, source_of
 from flextron.corpus import Data, corpus, windows
 from flextron.data import Tokens
 from flextron.judge.loss import divergence, evaluate
+from flextron.nn.packed import pack
 from flextron.nn.placement import Device, current, one_device
 from flextron.nn.protocol import Elastic
 from flextron.nn.storage import Dtype, round_in_place, storage
@@ -226,12 +227,15 @@ def sample(
         model = checkpoint.model(dtype, one_device("sample", device))
         if parent := _parent(checkpoint):
             overwrite(dict(model.named_parameters()), parent)
+    weights = resume.fingerprint(model.state_dict())
+    if model.device.type == "cpu" and not model.anatomy.experts:
+        pack(model)
     return sample_documents(
         model,
         read_tokenizer(directory),
         file,
         tokens=tokens,
-        facts={"weights": resume.fingerprint(model.state_dict())},
+        facts={"weights": weights},
         progress=partial(progress, "writing documents, tokens"),
         **options,
     )

@@ -18,7 +18,7 @@ def options(parser: ArgumentParser) -> None:
     add("file", help="file of JSON lines to write, which every stage takes as its --data")
     add("--tokens", type=values.count, default=250_000, help="tokens to write at least")
     add("--length", type=values.at_least(2), default=512, help="tokens in a document at most")
-    add("--batch-size", type=values.count, default=16, help="number of documents written at once")
+    add("--batch-size", type=values.count, default=32, help="number of documents written at once")
     add("--temperature", type=values.real, default=1.0, help="number that logits are divided by")
     add("--seed", type=values.whole, default=0, help="seed of what is drawn")
     shared.restart(parser)
