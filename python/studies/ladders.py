@@ -24,8 +24,9 @@ from flextron.corpus import Corpus, documents, encode, windows
 from flextron.data import split_documents
 from flextron.inference import from_pretrained
 from flextron.judge.loss import evaluate
-from flextron.recipes import ROUTE_FORMS, RouteConfig, TrainConfig
+from flextron.recipes import ROUTE_FORMS, RouteConfig
 from flextron_lab.demo.parents import load_parent
+from flextron_lab.demo.run import Plan, plan_for
 from flextron_lab.study import texts
 from flextron_lab.study.rows import append_row, rows_in
 
@@ -88,24 +89,21 @@ def _run(out: Path, base: Path, corpus: Corpus, form: str, seed: int, progress: 
     )
     pipeline.route(folder, config, data=corpus, samples=2, length=LENGTH, progress=progress)
     row: dict[str, Any] = {"form": form, "seed": seed, "parent": _losses(folder, corpus)[-1]}
-    fit = {"samples": 24, "length": LENGTH, "narrower": 0.03, "validation_windows": 2}
-    pipeline.refit(folder, data=corpus, ladder=True, progress=progress, **fit)
+    plan = _plan(folder, seed)
+    fit = {"samples": plan.fitted, "length": LENGTH, "narrower": plan.narrower, "ridge": plan.ridge}
+    pipeline.refit(folder, data=corpus, ladder=True, validation_windows=2, progress=progress, **fit)
     row["fitted"] = _losses(folder, corpus)
-    train = TrainConfig(
-        steps=50,
-        batch_size=4,
-        length=128,
-        cross_entropy=0.0,
-        distillation=1.0,
-        weight_decay=0.0,
-        eval_every=0,
-        checkpoint_every=0,
-        seed=seed,
-    )
-    pipeline.train(folder, train, data=corpus, ladder=True, progress=progress)
+    pipeline.train(folder, plan.train, data=corpus, ladder=True, progress=progress)
     row["trained"] = _losses(folder, corpus)
     shutil.rmtree(folder)
     return row
+
+
+def _plan(folder: Path, seed: int) -> Plan:
+    """The demonstration's, for a parent of this size."""
+    with ElasticDirectory.open(folder) as checkpoint:
+        elastic = checkpoint.origin.elastic
+    return plan_for(elastic.params(elastic.full()), seed)
 
 
 def _losses(folder: Path, corpus: Corpus) -> list[float]:

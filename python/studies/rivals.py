@@ -57,9 +57,7 @@ ARMS = ("FLAP", "Wanda", "ShortGPT", ROUTED, OURS)
 LENGTH, CALIBRATION, JUDGED = 256, 48, 24  # tokens of a sequence; sequences of each
 DRAWS = 3  # samples of calibration text without a token in common, which seeds take in turn
 STEPS = 48  # widths that a pruned MLP may have: a model's neurons are divided so
-# how much a narrower network counts in a fit where the full one counts 1: the demonstration's; the most for a rival,
-# whose full network nobody needs
-NARROWER, ALONE = 0.03, 1.0
+ALONE = 1.0  # how much a rival counts in a fit beside its full network, which nobody needs
 COLUMNS = (
     "parent", "network", "refit", "tokens", "seed", "budget", "cost", "params", "judge", "loss", "error",
 )  # fmt: skip
@@ -361,7 +359,7 @@ class Study:
         for budget in sorted({budget for _, budget in missing}, reverse=True):
             model, widths = self._prune(arm, again, budget)
             if again:
-                refit_in_order(model, self.calibration, [widths], narrower=ALONE)
+                refit_in_order(model, self.calibration, [widths], narrower=ALONE, ridge=self.plan.ridge)
             if (False, budget) in missing:
                 yield False, self._judged(arm, model, widths, budget, 0)
             if (True, budget) in missing:
@@ -439,7 +437,8 @@ class Study:
 
         networks = tuple(self._rung(model, target) for target in self.plan.targets)
         if again:
-            refit_in_order(model, self.calibration, networks, narrower=NARROWER)
+            weights = {"narrower": self.plan.narrower, "ridge": self.plan.ridge}
+            refit_in_order(model, self.calibration, networks, **weights)
         yield from judged(False, 0)
         if any(own for own, _ in missing):
             yield from judged(True, self._train(arm, model, run, networks=networks))

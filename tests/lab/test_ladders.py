@@ -7,6 +7,7 @@ import sys
 import pytest
 from scripts import load_script
 
+from flextron_lab.demo.run import plan_for
 from flextron_lab.study.rows import ROWS
 
 
@@ -47,6 +48,7 @@ def test_what_was_chosen_is_fitted_and_trained_with_one_seed(study, tmp_path, mo
 
     for name in ("route", "refit", "train"):
         monkeypatch.setattr(study.pipeline, name, stage(name))
+    monkeypatch.setattr(study, "_plan", lambda _, seed: plan_for(100_000_000, seed))
     monkeypatch.setattr(study, "_losses", lambda *_: [len(done), 1.0])
     row = study._run(tmp_path, tmp_path / "base", "text", "steps", 2, None)
     assert done == [("route", None, 2), ("refit", True), ("train", True, 2)]

@@ -47,6 +47,9 @@ class Plan:
         train, route: settings of the two trainings.
         calibration: number of sequences that importance is scored on.
         fitted: number of sequences that last projections are fitted to, for what the routers chose.
+        narrower: how much each of these networks counts in the fit, where the full one counts 1.
+        ridge: how much the fit holds on to the parent's weights; with less, a few thousand tokens of one kind make the
+            full network forget other text.
         judged: number of held-out sequences that every reported loss is measured on.
         length: tokens in each of these sequences.
         route_samples: number of sequences behind the divergence of one network.
@@ -62,6 +65,8 @@ class Plan:
     route: RouteConfig
     calibration: int
     fitted: int
+    narrower: float
+    ridge: float
     judged: int
     length: int
     route_samples: int
@@ -92,6 +97,8 @@ def plan_for(params: int, seed: int) -> Plan:
             route=route,
             calibration=32,
             fitted=64,
+            narrower=0.03,
+            ridge=0.1,
             judged=32,
             length=128,
             route_samples=8,
@@ -107,10 +114,11 @@ def plan_for(params: int, seed: int) -> Plan:
             steps=50,
             batch_size=4,
             length=128,
-            learning_rate=1e-4,
+            learning_rate=2.5e-4,
             cross_entropy=0.0,
             distillation=1.0,
             weight_decay=0.0,
+            full_probability=0.1,
             eval_every=0,
             checkpoint_every=0,
             seed=seed,
@@ -118,6 +126,8 @@ def plan_for(params: int, seed: int) -> Plan:
         route=route,
         calibration=12,
         fitted=24,
+        narrower=0.03,
+        ridge=0.1,
         judged=8,
         length=256,
         route_samples=2,
@@ -205,8 +215,8 @@ def _run(parent: str, out: Path, data: str | Path | None, seed: int, progress: P
                 data=corpus,
                 samples=plan.fitted,
                 length=plan.length,
-                narrower=0.03,
-                ridge=0.1,  # of a few thousand tokens of one kind: with less, the full network forgets other text
+                narrower=plan.narrower,
+                ridge=plan.ridge,
                 ladder=True,
                 validation_windows=2,
                 progress=progress,
