@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flextron.config import Widths
 from flextron.conversion import refit as module
-from flextron.conversion.refit import refit, refitted
+from flextron.conversion.refit import RIDGE, refit, refitted
 from flextron.nn import elastic_config, make_elastic
 from flextron.nn.plain import build
 
@@ -71,7 +71,7 @@ def expected(model: Any, name: str, weight: Tensor, hidden: Tensor, only: Widths
     for mask, share in masks:
         rows.append(share**0.5 * hidden * mask)
         wanted.append(share**0.5 * hidden @ parent.T)
-    ridge = (1e-3 * hidden.square().sum(0).mean() * sum(share for _, share in masks)) ** 0.5
+    ridge = (RIDGE * hidden.square().sum(0).mean() * sum(share for _, share in masks)) ** 0.5
     rows.append(ridge * torch.eye(hidden.shape[1], dtype=torch.float64))
     wanted.append(ridge * parent.T)
     return torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted), driver="gelsd").solution.T

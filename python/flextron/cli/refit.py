@@ -33,8 +33,9 @@ def options(parser: ArgumentParser) -> None:
     add(
         "--ridge",
         type=float,
-        default=1e-3,
-        help="pull towards the parent's weights, as a share of the inputs' mean square: more for less text",
+        default=0.1,
+        help="pull towards the parent's weights, as a share of the inputs' mean square: with less, the full network "
+        "forgets what the text is unlike",
     )
     add(
         "--ladder",

@@ -26,7 +26,7 @@ from flextron.nn.anatomy import Sizes, places
 from flextron.nn.plain import build
 from flextron.nn.protocol import Elastic
 
-NARROWER, RIDGE = 0.3, 1e-3
+NARROWER, RIDGE = 0.3, 0.1
 _JUDGED = 8  # one of so many sequences judges a fit, and is not fitted
 _ROOM = 2**30  # bytes of inner products that are gathered in one pass over the text
 Progress = Callable[[int, int], Any]  # (sequences read, sequences to read in all passes)
