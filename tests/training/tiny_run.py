@@ -78,9 +78,10 @@ def run(directory: str | Path, progress: Any = None) -> Any:
     return model
 
 
-def wait_for(directory: str) -> None:
-    """Wait for ever, once the checkpoint that is written in the background is there."""
-    while list(Path(directory).glob(".step-*.tmp")) or not list(Path(directory).glob("step-*.json")):
+def wait_for(directory: str, step: int) -> None:
+    """Wait for ever after a step, once its last checkpoint, which is written in the background, is there."""
+    last = step // CONFIG.checkpoint_every * CONFIG.checkpoint_every
+    while not (Path(directory) / f"step-{last:08d}.json").exists():
         time.sleep(0.01)
     wait()
 
@@ -96,7 +97,7 @@ def main(command: str, *arguments: str) -> None:
             run(directory)
     elif command == "stop-after-step":
         last, directory = arguments
-        run(directory, lambda step, steps, record: step == int(last) and wait_for(directory))
+        run(directory, lambda step, steps, record: step == int(last) and wait_for(directory, step))
     elif command == "stop-before-file":
         name, directory = arguments
         replace = os.replace
