@@ -133,8 +133,7 @@ class Ahead {
   const QuantisedBatch<W>& batch_;
   GroupRun run_;
   i64 slot_ = 0, wanted_ = 0;
-  i64 panels_, left_,
-      apart_;  // side by side, of them groups that were not asked for, and groups between them
+  i64 panels_, left_;  // side by side, and groups of each that were not asked for
   const W* weights_;
   const fp16* scales_;
 };

@@ -437,8 +437,9 @@ class Study:
 
         networks = tuple(self._rung(model, target) for target in self.plan.targets)
         if again:
-            weights = {"narrower": self.plan.narrower, "ridge": self.plan.ridge}
-            refit_in_order(model, self.calibration, networks, **weights)
+            refit_in_order(
+                model, self.calibration, networks, narrower=self.plan.narrower, ridge=self.plan.ridge
+            )
         yield from judged(False, 0)
         if any(own for own, _ in missing):
             yield from judged(True, self._train(arm, model, run, networks=networks))

@@ -116,9 +116,8 @@ def test_a_fit_for_the_one_size_makes_up_for_layers_that_are_gone(study, case, m
     # the first layer goes: behind the last one nothing is left to make up for it
     monkeypatch.setitem(case.__dict__, "seen", replace(seen, influence=torch.arange(2.0)))
 
-    def error(
-        elastic, ids
-    ):  # of what the fit is about; a model that knows nothing loses alike, whatever it computes
+    # what the fit is about; a model that knows nothing loses alike, whatever it computes
+    def error(elastic, ids):
         return (elastic.model(ids)[0] - model.model(ids)[0]).square().mean((1, 2))
 
     monkeypatch.setattr(study, "sequence_losses", error)
