@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from flextron import pipeline
+from flextron import own_text, pipeline
 from flextron.artefacts.adaptive_router import AdaptiveResult
 from flextron.artefacts.directory import ElasticDirectory
 from flextron.artefacts.noise import Noise
@@ -129,6 +129,60 @@ def test_fitted_weights_are_stored_and_the_parent_teaches(converted, text, tmp_p
     assert not (elastic / "refit").exists()
     told = complaint(capsys, "refit", elastic, "--narrower", 0)
     assert told == "flextron: refit: narrower must lie in (0, 1], got 0.0\n"
+
+
+def test_without_data_the_parent_writes_the_text_once(converted, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(own_text, "LEAST", 600)
+    elastic = shutil.copytree(converted, tmp_path / "elastic")
+    file = elastic / own_text.FILE
+    answer(capsys, "refit", elastic, "--samples", 8, "--length", 32)
+    first = file.read_bytes()
+    written = sum(json.loads(line)["tokens"] for line in first.splitlines())
+    assert written >= 600
+    (elastic / "same").mkdir()
+    answer(capsys, "sample", elastic, elastic / "same" / "text", "--tokens", 600, "--length", 256)
+    assert (elastic / "same" / "text").read_bytes() == first  # the model has 256 positions
+
+    train = ("train", elastic, "--batch-size", 2, "--length", 32, "--eval-every", 0)
+    answer(capsys, *train, "--steps", 2)
+    assert file.read_bytes() == first
+    assert answer(capsys, *train, "--steps", 400)["resumed_from"] == 2  # more steps, and the same text
+    assert file.read_bytes() == first
+    assert main([*map(str, (*train, "--steps", 1, "--restart", "--data", f"parent:{written + 1}"))]) == 0
+    assert f"has {written} tokens where {written + 1} were asked for" in capsys.readouterr().err
+    assert file.read_bytes() == first
+    answer(capsys, "convert", converted, elastic, "--force", "--data", text, "--samples", 8, "--length", 32)
+    assert not file.exists() and not (elastic / "refit").exists()
+
+
+def test_more_of_the_parents_text_is_added_and_mixed_with_other(converted, text, tmp_path, capsys):
+    elastic = shutil.copytree(converted, tmp_path / "elastic")
+    file = elastic / own_text.FILE
+    mixed = ("--data", text, "--weights", "1,2", "--samples", 9, "--length", 16)
+    answer(capsys, "refit", elastic, "--data", "parent:300", *mixed)
+    first = file.read_bytes()
+    answer(capsys, "refit", elastic, "--data", "parent:30000", *mixed)  # the parent's weights are there still
+    assert file.read_bytes().startswith(first) and len(file.read_bytes()) > len(first)
+    told = complaint(capsys, "convert", converted, tmp_path / "new", "--data", "parent:300")
+    assert told.startswith("flextron: text: the parent's own is for stages that change weights")
+    told = complaint(capsys, "train", elastic, "--data", "parent:few", *STEP)
+    assert told.startswith("flextron: text: the parent's own must be named as parent:TOKENS, got parent:few")
+
+
+def test_a_model_that_forgets_what_its_text_is_unlike_is_told_of(converted, text, tmp_path, capsys):
+    narrow = tmp_path / "narrow.jsonl"
+    narrow.write_text("\n".join(json.dumps({"text": "the cat sat " * n}) for n in range(20, 80)))
+    elastic = shutil.copytree(converted, tmp_path / "elastic")
+    run = ("--steps", 30, "--batch-size", 4, "--length", 32, "--eval-every", 0, "--learning-rate", 1e-2)
+    assert main([*map(str, ("train", elastic, "--data", narrow, *run))]) == 0
+    found = re.findall(
+        r"train: on text that the parent writes .* loses \+.*this text -", capsys.readouterr().err
+    )
+    assert len(found) == 1 and not (elastic / own_text.FILE).exists()
+    elastic = shutil.copytree(converted, tmp_path / "gentle")
+    for data, rate in ((narrow, 1e-6), (f"parent:{own_text.LEAST}", 1e-2)):
+        assert main([*map(str, ("train", elastic, "--data", data, *run[:-1], rate, "--restart"))]) == 0
+        assert "on text that the parent writes" not in capsys.readouterr().err
 
 
 def test_the_parent_writes_text_to_train_on(converted, text, tmp_path, capsys):

@@ -74,6 +74,7 @@ PYTHON = {
     },
     "flextron.sampling": {"flextron.nn", "flextron.data", "flextron.checkpoint"},
     "flextron.corpus": {"flextron.tokens", "flextron.data", "flextron.config", "flextron.ranks"},
+    "flextron.own_text": {"flextron.corpus", "flextron.data"},
     "flextron.judge": {
         *("flextron.judge", "flextron.artefacts", "flextron.nn"),
         *("flextron.config", "flextron.ranks"),

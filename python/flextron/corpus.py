@@ -39,8 +39,11 @@ class Mix:
     weights: Sequence[float] | None = None
 
 
+PARENT = "parent:"  # with a number behind it: so many tokens that the parent of a checkpoint writes, see own_text.py
+
 # As `read_documents` takes it, a folder that `tokenize` has written, a mix of them, a corpus that is encoded already,
-# or None: the documentation that comes with Python.
+# ``"parent:TOKENS"`` where a stage has a checkpoint's parent at hand, or None: the documentation that comes with
+# Python; to a stage that changes weights, what the parent writes.
 Data = str | Path | text.Text | Mix | Corpus | None
 
 
@@ -69,6 +72,10 @@ def corpus(tokenizer: Any, data: Data = None) -> Corpus:
             weights = [float(len(stream)) for stream in sides[0]]  # type: ignore[arg-type]
         return Corpus(*(Mixture(side, weights) for side in sides))  # type: ignore[arg-type]
     path = data.path if isinstance(data, text.Text) else data
+    if str(path).startswith(PARENT):
+        raise ValueError(
+            f"text: the parent's own is for stages that change weights, got {path}; elsewhere name its file"
+        )
     if path is not None and is_token_folder(path):
         if isinstance(data, text.Text) and data.field is not None:
             raise ValueError(

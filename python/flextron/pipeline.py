@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flextron import ranks
+from flextron import own_text, ranks
 from flextron.artefacts import adaptive_router, static_router
 from flextron.artefacts.adaptive_router import AdaptiveResult
 from flextron.artefacts.directory import ElasticDirectory
@@ -29,17 +30,17 @@ from flextron.artefacts.planner import Planner, planner_of
 from flextron.artefacts.static_router import RouterResult, trained_on
 from flextron.checkpoint import CheckpointError, Origin, locked, stored_dtypes
 from flextron.checkpoint.hf import read_tokenizer
-from flextron.checkpoint.io import Pending
+from flextron.checkpoint.io import Pending, read_lines
 from flextron.checkpoint.origin import weights_of
 from flextron.checkpoint.weights import overwrite, weight_files
 from flextron.config import MENUS, ElasticConfig, Widths
 from flextron.conversion import convert as convert_model
 from flextron.conversion.gguf import elastic_in, is_gguf, read_gguf
-from flextron.conversion.refit import NARROWER, RIDGE
+from flextron.conversion.refit import NARROWER, RIDGE, check_shares
 from flextron.conversion.refit import refit as fit
 from flextron.conversion.refit_in_order import refit_in_order
 from flextron.conversion.source import room_beside, source_of
-from flextron.corpus import Data, corpus, windows
+from flextron.corpus import Corpus, Data, corpus, windows
 from flextron.data import Tokens
 from flextron.judge.loss import divergence, evaluate
 from flextron.nn.packed import pack
@@ -63,6 +64,11 @@ from flextron.tuning import tune as tune_model
 
 TRAINING_FOLDER, TUNING_FOLDER = "training", "tuning"
 REFIT_FOLDER = "refit"  # the weights before a fit
+_DOCUMENT = 512  # tokens that the parent writes in a row at most, where a stage asks it to
+_GLIMPSE = 64  # tokens of each document by which a stage sees what its text makes the model forget
+_FORGOTTEN = (
+    0.05  # nats a token; a fit on one kind of text that was harmless stayed below, see docs/results.md
+)
 ROUTE_SAMPLES, ROUTE_LENGTH = 4, 128  # sequences behind one loss of static routers, and tokens in each
 _ROUTERS = (static_router, adaptive_router)
 Progress = Callable[[str, int, int], Any]
@@ -224,12 +230,7 @@ def sample(
     """
     with ElasticDirectory.open(directory) as checkpoint:
         checkpoint.check_length("sample", options.get("length", 2))
-        model = checkpoint.model(dtype, one_device("sample", device))
-        if parent := _parent(checkpoint):
-            overwrite(dict(model.named_parameters()), parent)
-    weights = resume.fingerprint(model.state_dict())
-    if model.device.type == "cpu" and not model.anatomy.experts:
-        pack(model)
+        model, weights = _writer(checkpoint, dtype, one_device("sample", device))
     return sample_documents(
         model,
         read_tokenizer(directory),
@@ -238,6 +239,110 @@ def sample(
         facts={"weights": weights},
         progress=partial(progress, "writing documents, tokens"),
         **options,
+    )
+
+
+def _writer(checkpoint: ElasticDirectory, dtype: Dtype | None, device: torch.device) -> tuple[Elastic, str]:
+    """The parent, as far as its weights are there, ready to write, and the fingerprint of its weights."""
+    model = checkpoint.model(dtype, device)
+    if parent := _parent(checkpoint):
+        overwrite(dict(model.named_parameters()), parent)
+    weights = resume.fingerprint(model.state_dict())
+    if model.device.type == "cpu" and not model.anatomy.experts:
+        pack(model)
+    return model, weights
+
+
+def _text(
+    directory: str | Path,
+    data: Data,
+    tokens: int,
+    device: torch.device,
+    progress: Progress,
+    goes_on: bool = False,
+) -> Corpus:
+    """The text of a stage that changes weights by so many tokens: by default what the parent writes.
+
+    That stays in the directory. A run that ``goes_on`` takes it as it is.
+    """
+    file = Path(directory) / own_text.FILE
+
+    def write(count: int) -> Path:
+        ranks.first(lambda: _write(directory, file, count, device, progress))
+        return file
+
+    return corpus(
+        read_tokenizer(directory), own_text.written(data, 1 if goes_on else own_text.enough(tokens), write)
+    )
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What the full network loses before a stage on held-out text of the stage's and on some of the parent's own.
+
+    Where it then loses more on its own alone, the text was narrower than what it knows.
+    """
+
+    held_out: Tensor
+    own: Tensor
+    before: list[float]
+
+    @classmethod
+    def of(cls, directory: str | Path, data: Data, model: Elastic, held_out: Tensor) -> _Known | None:
+        """None where the parent's own text is trained on, or tokens that someone else has chosen already."""
+        if isinstance(data, Corpus) or own_text.PARENT in str(data) or data is None or ranks.now().size > 1:
+            return None
+        file, tokenizer = Path(directory) / own_text.FILE, read_tokenizer(directory)
+        with tempfile.TemporaryDirectory() as folder:
+            if not file.exists():
+                file = Path(folder) / own_text.FILE
+                _write(directory, file, 1, model.device, _silent, _GLIMPSE)
+            own = windows(corpus(tokenizer, file).train, 16, _GLIMPSE)
+        return cls(
+            held_out, own, [evaluate(model, text, [model.elastic.full()])[0] for text in (held_out, own)]
+        )
+
+    def warn(self, who: str, model: Elastic) -> None:
+        """Say so where the model has forgotten."""
+        after = [evaluate(model, text, [model.elastic.full()])[0] for text in (self.held_out, self.own)]
+        held_out, own = (b - a for a, b in zip(self.before, after, strict=True))
+        if own - held_out > _FORGOTTEN:
+            warnings.warn(
+                f"{who}: on text that the parent writes itself the full network loses {own:+.2f} nats a token, on this "
+                f"text {held_out:+.2f}: it is narrower than what the model knew; a mixture with --data "
+                f"{own_text.PARENT}{own_text.MOST} forgets less",
+                stacklevel=4,
+            )
+
+
+def _write(
+    directory: str | Path,
+    file: Path,
+    count: int,
+    device: torch.device,
+    progress: Progress,
+    length: int = _DOCUMENT,
+) -> None:
+    lines = read_lines(file) if file.exists() else []
+    there = sum(line["tokens"] for line in lines)
+    if there >= count:
+        return
+    with ElasticDirectory.open(directory) as checkpoint:
+        model, weights = _writer(checkpoint, None, device)
+    if lines and lines[0]["weights"] != weights:
+        return warnings.warn(
+            f"text: {file} has {there} tokens where {count} were asked for, and the weights that wrote it are gone: "
+            "no more are written",
+            stacklevel=6,
+        )
+    sample_documents(
+        model,
+        read_tokenizer(directory),
+        file,
+        tokens=count,
+        length=min(length, getattr(model.config, "max_position_embeddings", None) or length),
+        facts={"weights": weights},
+        progress=partial(progress, "the parent writes text, tokens"),
     )
 
 
@@ -265,7 +370,8 @@ def refit(
 
     Args:
         directory: an elastic checkpoint, best right after `convert`.
-        data: text; by default Python's own documentation. Text that is unlike what the model will read fits it to that.
+        data: text, `flextron.corpus.Data`; by default what the parent writes, which stays in the directory. Text that
+            is unlike what the model will read fits it to that.
         samples, length: sequences of the training text, and tokens in each; an eighth judges the fit.
         narrower, ridge: of `flextron.conversion.refit.refit`.
         ladder: fit for what the static routers choose at their targets, layer after layer: see
@@ -279,6 +385,7 @@ def refit(
         ``ladder`` for each target its ``target``, the loss ``before`` and ``after``, in nats. ``flextron.json`` keeps
         it as ``refit``.
     """
+    check_shares(narrower, ridge)
     with ElasticDirectory.open(directory) as checkpoint:
         checkpoint.check_length("refit", length)
         routed = _Routed.of("refit", checkpoint) if ladder else None
@@ -288,7 +395,7 @@ def refit(
     if parent:
         overwrite(dict(model.named_parameters()), parent)
     model.stored = storage("refit", model, dtype)
-    tokens = corpus(read_tokenizer(directory), data)
+    tokens = _text(directory, data, samples * length, device, progress)
     calibration = windows(tokens.train, samples, length, "refit")
     held_out = windows(tokens.held_out, validation_windows, length)
     named: list[dict[str, Any]]
@@ -298,6 +405,7 @@ def refit(
     else:
         networks = _of_each_axis(model.elastic)
         named = [{"mlp": widths.mlp[0], "heads": widths.heads[0]} for widths in networks]
+    known = _Known.of(directory, data, model, held_out)
     before = evaluate(model, held_out, networks)
     told = partial(progress, "fitting the last projections")
     options: dict[str, Any] = {"narrower": narrower, "ridge": ridge, "progress": told}
@@ -305,6 +413,8 @@ def refit(
     found = fitted(model, calibration, **options)
     round_in_place("refit", model, model.stored)
     after = evaluate(model, held_out, networks)
+    if known:
+        known.warn("refit", model)
     losses = [name | {"before": b, "after": a} for name, b, a in zip(named, before, after, strict=True)]
     report = {**found.to_dict(), "losses": losses}
     fresh = routed.again(model, tokens.train, length) if routed else None
@@ -410,7 +520,7 @@ def train(
     Training computes in float32, and so does the run's own folder store it: nothing is lost when it is resumed or
     given more steps. The checkpoint is stored in ``dtype``: ``"auto"``, each tensor in the one it had there,
     ``"float32"``, ``"bfloat16"`` or ``"float16"``. What that rounds off is in the report's last evaluation.
-    ``device`` is what `convert` takes.
+    ``device`` is what `convert` takes. Without ``data`` the parent writes the text, which stays in the directory.
 
     Latency tables stay, since no size changes; routers are dropped, since every loss does. With ``ladder`` the networks
     that the static routers choose at their targets are trained, in place of ``config.networks``, and the routers stay.
@@ -438,8 +548,10 @@ def train(
     if routed:
         del routers_of[static_router]
     model.stored = storage("train", model, dtype)
-    tokens = corpus(read_tokenizer(directory), data)
+    goes_on = not restart and resume.has_checkpoints(Path(directory) / TRAINING_FOLDER)
+    tokens = _text(directory, data, _tokens_in(config), device, progress, goes_on)
     validation = windows(tokens.held_out, validation_windows, config.length)
+    known = None if goes_on else _Known.of(directory, data, model, validation)
     report = train_model(
         model,
         tokens.train,
@@ -455,6 +567,8 @@ def train(
     )
     if round_in_place("train", model, model.stored) and report.evaluations:
         report.evaluations.append(_evaluated_again(model, report, validation))
+    if known:
+        known.warn("train", model)
     fresh = routed.again(model, tokens.train, config.length) if routed else None
     moved = report.resumed_from < config.steps
     first_with_weights(model, lambda w: _keep_trained(model, w, directory, routers_of, fresh, moved))
@@ -675,7 +789,7 @@ def tune(
         config: settings; with ``distillation`` above 0 the checkpoint as it was is the teacher, or what
             `refit` began with.
         adaptive: tune the router that chooses for every token, not the static one.
-        data: text; by default Python's own documentation.
+        data: as `train` takes it.
         restart: discard an unfinished run instead of resuming it.
         validation_windows: sequences behind the evaluations in ``metrics.jsonl``.
         samples: sequences for the new calibration and reports; for the adaptive router, half for each.
@@ -706,7 +820,8 @@ def tune(
     # the ladder may have been trained on another machine's table, or another workload's
     trained = static and trained_on(planner.tables, static.phase, static.costs)
     table = trained if trained and not adaptive else planner.table(found.phase)
-    tokens = corpus(read_tokenizer(directory), data)
+    goes_on = not restart and resume.has_checkpoints(Path(directory) / TUNING_FOLDER)
+    tokens = _text(directory, data, _tokens_in(config), device, progress, goes_on)
     report = tune_model(
         model,
         found.router.to(device),
@@ -768,6 +883,10 @@ def clean(directory: str | Path, *, unfinished: bool = False, dry_run: bool = Fa
             for folder in folders:
                 resume.clean(folder, unfinished=unfinished)
     return sizes
+
+
+def _tokens_in(config: TrainConfig) -> int:
+    return config.steps * config.accumulation * config.batch_size * config.length * ranks.now().size
 
 
 def _teacher_dtype(

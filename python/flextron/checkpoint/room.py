@@ -34,6 +34,8 @@ _ELASTIC = (
     "report.html",
     "training",
     "tuning",
+    "refit",
+    "written.jsonl",
 )
 _IGNORED = (LOCK_FILE, ".staged")  # left by a writer that was killed, or held by the caller
 

@@ -82,14 +82,17 @@ def given(args: Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
-def data(parser: ArgumentParser) -> None:
+def data(parser: ArgumentParser, written: bool = False) -> None:
+    """What text a stage reads; ``written``: what the parent writes may be named, and is the default."""
+    docs = "python:docs, Python's own documentation"
+    default = f"{docs}, or parent:TOKENS, by default, what the parent writes, which stays in the checkpoint"
     parser.add_argument(
         "--data",
         metavar="TEXT",
         action="append",
         help="text to use: a folder that `flextron tokenize` has written, a file or folder (.txt, .md, .jsonl, .json, "
-        ".csv, .parquet; also .xz, .gz, .zst), - for standard input, or hf:owner/name[split]; given several times, a "
-        "mixture; Python's own documentation by default",
+        ".csv, .parquet; also .xz, .gz, .zst), - for standard input, hf:owner/name[split], "
+        f"{default if written else f'or {docs}, by default'}; given several times, a mixture",
     )
     parser.add_argument(
         "--weights",

@@ -15,7 +15,7 @@ EXAMPLE = "flextron refit elastic/ --data corpus/"
 def options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("directory", help="elastic checkpoint to fit, in place; best right after convert, before train")
-    shared.data(parser)
+    shared.data(parser, written=True)
     add(
         "--samples",
         type=values.count,

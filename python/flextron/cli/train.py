@@ -19,7 +19,7 @@ FIELDS = [
 
 def options(parser: ArgumentParser) -> None:
     parser.add_argument("directory", help="elastic checkpoint to train, in place")
-    shared.data(parser)
+    shared.data(parser, written=True)
     parser.add_argument(
         "--ladder",
         action="store_true",

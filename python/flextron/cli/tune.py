@@ -19,7 +19,7 @@ FIELDS = [
 
 def options(parser: ArgumentParser) -> None:
     parser.add_argument("directory", help="elastic checkpoint to tune, in place; it must have routers")
-    shared.data(parser)
+    shared.data(parser, written=True)
     parser.add_argument(
         "--adaptive",
         action="store_true",

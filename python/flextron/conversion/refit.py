@@ -140,10 +140,15 @@ def refit(
 
 def check_fit(model: Elastic, calibration: Tensor, narrower: float, ridge: float) -> None:
     """Raise ValueError unless a fit can begin with these."""
+    check_shares(narrower, ridge)
+    check_tokens("refit", calibration, model.elastic.vocab_size, sequences=2)
+
+
+def check_shares(narrower: float, ridge: float) -> None:
+    """Raise ValueError where a fit's two shares are none."""
     for name, value in (("narrower", narrower), ("ridge", ridge)):
         if not 0 < value <= 1:
             raise ValueError(f"refit: {name} must lie in (0, 1], got {value}")
-    check_tokens("refit", calibration, model.elastic.vocab_size, sequences=2)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from flextron.documents import files
 from flextron.documents.datasets import DATASET, dataset_rows
 from flextron.documents.files import TEXT_SUFFIXES, WHOLE, kind_of, kinds
 from flextron.documents.formats import csv_file, json_file, json_lines, parquet_file, parsed
+from flextron.documents.stdlib import STDLIB, stdlib_documents
 
 __all__ = ["TEXT_SUFFIXES", "Part", "Text", "files_below", "pieces", "read_documents", "read_part"]
 
@@ -56,8 +57,8 @@ def read_documents(source: str | Path | Text) -> list[str]:
     object (or string) of its list, ``.csv`` and ``.parquet`` files one in each row, in the field that `Text` names. Any
     file may be compressed (``.xz``, ``.gz``, ``.zst``). ``"-"`` reads standard input: as lines of JSON if the first
     line is a JSON object, else as one document. ``"hf:owner/name[split]"`` or ``"hf:owner/name:config[split]"`` loads a
-    dataset with the ``datasets`` library; the split is ``train`` by default. Blank documents and missing values are
-    dropped.
+    dataset with the ``datasets`` library; the split is ``train`` by default. ``"python:docs"`` is what
+    `stdlib_documents` finds. Blank documents and missing values are dropped.
 
     Raises:
         FileNotFoundError: nothing is at the path.
@@ -71,6 +72,8 @@ def read_documents(source: str | Path | Text) -> list[str]:
         found = _standard_input(field)
     elif str(path).startswith(DATASET):
         found = dataset_rows(str(path), field)
+    elif str(path) == STDLIB:
+        found = stdlib_documents()
     else:
         found = (d for file in files_below(Path(path), field) for d in _in_file(file, Part(str(file), field)))
     documents = [d for d in found if d and d.strip()]

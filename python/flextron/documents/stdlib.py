@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+STDLIB = "python:docs"  # names it where a text is named
+
 # Folders below the standard library that hold test data or other packages, not documentation.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
 _PROSE_SHARE = 0.85  # letters and spaces in a paragraph; code, tables and grammar rules fall below it

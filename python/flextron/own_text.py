@@ -1,0 +1,42 @@
+"""Text that a checkpoint's parent writes for it: how it is asked for, and how much a stage needs of it.
+
+Where no text is given, the stages that change weights take this: any other text makes a model forget what it is unlike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from flextron.corpus import PARENT, Data, Mix
+from flextron.data import Text
+
+FILE = "written.jsonl"  # in the checkpoint's folder
+LEAST, MOST = (
+    1 << 14,
+    1 << 17,
+)  # tokens: fewer leave too few to judge by; more take minutes of a small model on a CPU
+
+
+def enough(tokens: int) -> int:
+    """How many tokens the parent is to write for a stage that reads ``tokens``: a part of them is held out."""
+    return min(max(math.ceil(tokens / 0.9), LEAST), MOST)
+
+
+def written(data: Data, tokens: int, write: Callable[[int], Path]) -> Data:
+    """``data`` with a file in the place of what the parent is to write; None: ``tokens`` of it."""
+    if isinstance(data, Mix):
+        return replace(
+            data, texts=[one if one is None else written(one, tokens, write) for one in data.texts]
+        )
+    path = data.path if isinstance(data, Text) else data
+    if path is None:
+        return write(tokens)
+    if not isinstance(path, str) or not path.startswith(PARENT):
+        return data
+    count = path.removeprefix(PARENT)
+    if not count.isdecimal() or not int(count):
+        raise ValueError(f"text: the parent's own must be named as {PARENT}TOKENS, got {path}")
+    return write(int(count))
