@@ -288,7 +288,9 @@ class _Known:
     before: list[float]
 
     @classmethod
-    def of(cls, directory: str | Path, data: Data, model: Elastic, held_out: Tensor) -> _Known | None:
+    def of(
+        cls, directory: str | Path, data: Data, model: Elastic, held_out: Tensor, progress: Progress
+    ) -> _Known | None:
         """None where the parent's own text is trained on, or tokens that someone else has chosen already."""
         if isinstance(data, Corpus) or own_text.PARENT in str(data) or data is None or ranks.now().size > 1:
             return None
@@ -296,7 +298,10 @@ class _Known:
         with tempfile.TemporaryDirectory() as folder:
             if not file.exists():
                 file = Path(folder) / own_text.FILE
-                _write(directory, file, 1, model.device, _silent, _GLIMPSE)
+                try:
+                    _write(directory, file, 1, model.device, progress, _GLIMPSE)
+                except ValueError:  # a parent that ends at once, or has no token between documents
+                    return None
             own = windows(corpus(tokenizer, file).train, 16, _GLIMPSE)
         return cls(
             held_out, own, [evaluate(model, text, [model.elastic.full()])[0] for text in (held_out, own)]
@@ -405,7 +410,7 @@ def refit(
     else:
         networks = _of_each_axis(model.elastic)
         named = [{"mlp": widths.mlp[0], "heads": widths.heads[0]} for widths in networks]
-    known = _Known.of(directory, data, model, held_out)
+    known = _Known.of(directory, data, model, held_out, progress)
     before = evaluate(model, held_out, networks)
     told = partial(progress, "fitting the last projections")
     options: dict[str, Any] = {"narrower": narrower, "ridge": ridge, "progress": told}
@@ -551,7 +556,7 @@ def train(
     goes_on = not restart and resume.has_checkpoints(Path(directory) / TRAINING_FOLDER)
     tokens = _text(directory, data, _tokens_in(config), device, progress, goes_on)
     validation = windows(tokens.held_out, validation_windows, config.length)
-    known = None if goes_on else _Known.of(directory, data, model, validation)
+    known = None if goes_on else _Known.of(directory, data, model, validation, progress)
     report = train_model(
         model,
         tokens.train,
