@@ -299,7 +299,7 @@ class _Known:
             if not file.exists():
                 file = Path(folder) / own_text.FILE
                 try:
-                    _write(directory, file, 1, model.device, progress, _GLIMPSE)
+                    _write(directory, file, 16 * _GLIMPSE, model.device, progress, _GLIMPSE)
                 except ValueError:  # a parent that ends at once, or has no token between documents
                     return None
             own = windows(corpus(tokenizer, file).train, 16, _GLIMPSE)
