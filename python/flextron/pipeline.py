@@ -553,7 +553,7 @@ def train(
     if routed:
         del routers_of[static_router]
     model.stored = storage("train", model, dtype)
-    goes_on = not restart and resume.has_checkpoints(Path(directory) / TRAINING_FOLDER)
+    goes_on = not restart and (Path(directory) / TRAINING_FOLDER).is_dir()
     tokens = _text(directory, data, _tokens_in(config), device, progress, goes_on)
     validation = windows(tokens.held_out, validation_windows, config.length)
     known = None if goes_on else _Known.of(directory, data, model, validation, progress)
@@ -825,7 +825,7 @@ def tune(
     # the ladder may have been trained on another machine's table, or another workload's
     trained = static and trained_on(planner.tables, static.phase, static.costs)
     table = trained if trained and not adaptive else planner.table(found.phase)
-    goes_on = not restart and resume.has_checkpoints(Path(directory) / TUNING_FOLDER)
+    goes_on = not restart and (Path(directory) / TUNING_FOLDER).is_dir()
     tokens = _text(directory, data, _tokens_in(config), device, progress, goes_on)
     report = tune_model(
         model,

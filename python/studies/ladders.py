@@ -133,7 +133,7 @@ def _run(args: argparse.Namespace, base: Path, corpus: Corpus, key: Row, progres
     """Fit and train the networks of one form and seed; the losses of each target's, and the full one's."""
     routed = _routed(args, base, corpus, key["form"], key["seed"], progress)
     changes = key["settings"]
-    name = "-".join(map(str, (args.parent, key["form"], key["seed"], *_words(changes))))
+    name = "-".join(map(str, (args.parent, key["form"], key["seed"], *_words(changes)))).replace(" ", "_")
     folder, fit = args.out / name, args.out / f"{name}.json"
     plan, data = _plan(routed, key["seed"], changes), _text(changes, corpus)
     if not fit.exists():
@@ -164,10 +164,10 @@ def _run(args: argparse.Namespace, base: Path, corpus: Corpus, key: Row, progres
 
 
 def _words(changes: dict[str, Any]) -> Iterator[str]:
-    """What names a folder of these changes."""
+    """What names these changes in a table, and in a folder's name."""
     for name, value in changes.items():
         for one in value if isinstance(value, list) else [value]:
-            yield f"{name}_{Path(str(one)).name}"
+            yield f"{name} {Path(str(one)).name}"
 
 
 def _plan(folder: Path, seed: int, changes: dict[str, Any]) -> Plan:
@@ -211,7 +211,7 @@ def table_of(rows: list[Row]) -> str:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         key = row["key"]
-        said = ", ".join(f"{name} {value}" for name, value in key["settings"].items())
+        said = ", ".join(_words(key["settings"]))
         groups.setdefault((key["parent"], key["form"], said), []).append(row)
     for names, own in groups.items():
         for text in own[0]["parent"]:
