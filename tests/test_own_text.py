@@ -33,6 +33,13 @@ def test_the_parent_writes_where_nothing_or_its_own_text_is_named():
         assert asked(data) == (data, [])
 
 
+def test_only_the_beginning_of_a_name_asks_the_parent():
+    for data in (None, "parent:90", Text("parent:90"), Mix(["a.txt", "parent:90"])):
+        assert own_text.is_asked(data)
+    for data in ("texts/parent:90/a.txt", Path("parent"), Text("a.txt"), Mix(["a.txt"]), Mix([None])):
+        assert not own_text.is_asked(data)
+
+
 @pytest.mark.parametrize("name", ["parent:", "parent:0", "parent:-3", "parent:many", "parent:1.5"])
 def test_a_number_of_tokens_must_be_one(name):
     with pytest.raises(ValueError, match=f"must be named as parent:TOKENS, got {name}"):

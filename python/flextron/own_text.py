@@ -14,15 +14,21 @@ from flextron.corpus import PARENT, Data, Mix
 from flextron.data import Text
 
 FILE = "written.jsonl"  # in the checkpoint's folder
-LEAST, MOST = (
-    1 << 14,
-    1 << 17,
-)  # tokens: fewer leave too few to judge by; more take minutes of a small model on a CPU
+LEAST = 1 << 14  # tokens; of fewer too few are held out to judge by
+MOST = 1 << 17  # tokens; more take a small model minutes on a CPU
 
 
 def enough(tokens: int) -> int:
     """How many tokens the parent is to write for a stage that reads ``tokens``: a part of them is held out."""
     return min(max(math.ceil(tokens / 0.9), LEAST), MOST)
+
+
+def is_asked(data: Data) -> bool:
+    """Whether the parent is to write ``data``, or a part of it."""
+    if isinstance(data, Mix):
+        return any(one is not None and is_asked(one) for one in data.texts)
+    path = data.path if isinstance(data, Text) else data
+    return path is None or (isinstance(path, str) and path.startswith(PARENT))
 
 
 def written(data: Data, tokens: int, write: Callable[[int], Path]) -> Data:
@@ -31,11 +37,11 @@ def written(data: Data, tokens: int, write: Callable[[int], Path]) -> Data:
         return replace(
             data, texts=[one if one is None else written(one, tokens, write) for one in data.texts]
         )
-    path = data.path if isinstance(data, Text) else data
-    if path is None:
+    if data is None:
         return write(tokens)
-    if not isinstance(path, str) or not path.startswith(PARENT):
+    if not is_asked(data):
         return data
+    path = str(data.path if isinstance(data, Text) else data)
     count = path.removeprefix(PARENT)
     if not count.isdecimal() or not int(count):
         raise ValueError(f"text: the parent's own must be named as {PARENT}TOKENS, got {path}")
