@@ -37,6 +37,32 @@ except (ValueError, OSError) as error:
     sys.exit(2)
 """
 
+LATE = """
+import os, signal, sys, time
+from flextron import ranks
+import torch.distributed as dist
+
+connect = dist.new_group
+
+def late(*args, **keywords):
+    group = connect(*args, **keywords)
+    if dist.get_rank() == 1:
+        if sys.argv[2] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.5)
+        print(time.monotonic())
+    return group
+
+dist.new_group = late
+try:
+    with ranks.joined("train", again="start it again") as me:
+        if me.rank != 1:
+            print(time.monotonic())
+except OSError as error:
+    print(f"flextron: {error}", file=sys.stderr)
+    sys.exit(2)
+"""
+
 STOPPED = "train: all 2 processes must stay alive, got a signal to stop; start it again"
 
 
@@ -66,6 +92,19 @@ def test_an_error_is_said_once_where_no_agent_of_torchrun_holds_the_store(proces
 
 def test_a_killed_rank_is_named(processes):
     codes, said = told(processes.run(3, ["-c", WORK, "killed"]))
+    assert codes == [2, -signal.SIGKILL, 2]
+    assert said == "flextron: train: all 3 processes must stay alive, got rank 1 gone; start it again\n"
+
+
+def test_no_rank_goes_on_and_may_fail_before_all_are_connected(processes):
+    ended = processes.run(3, ["-c", LATE, "slow"])
+    assert [e.rc for e in ended] == [0, 0, 0]
+    one, connected, other = (float(e.out) for e in ended)
+    assert min(one, other) > connected
+
+
+def test_a_rank_that_is_killed_while_it_connects_is_named(processes):
+    codes, said = told(processes.run(3, ["-c", LATE, "killed"]))
     assert codes == [2, -signal.SIGKILL, 2]
     assert said == "flextron: train: all 3 processes must stay alive, got rank 1 gone; start it again\n"
 

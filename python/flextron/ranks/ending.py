@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,17 @@ class Ending:
                 raise ValueError(peer["refused"])
         assert device is not None
         return device
+
+    def connected(self) -> None:
+        """Wait until all ranks are connected: one that left before would look lost to those that still connect."""
+        self.store.set(f"connected/{self.rank}", "")
+        ranks = [f"connected/{other}" for other in range(self.size)]
+        while True:
+            try:
+                return self.store.wait(ranks, timedelta(seconds=_LOST))
+            except dist.DistStoreError:
+                if self._gone() or self.store.check(["told"]):
+                    raise
 
     def settled(self, error: BaseException) -> BaseException:
         """The error that a rank ends by: its own, LostError, or SystemExit where another rank tells what happened."""
