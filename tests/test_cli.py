@@ -822,6 +822,11 @@ def test_a_stage_takes_folders_of_tokens_and_mixtures(elastic, parent, text, tmp
     first = answer(capsys, "train", elastic, *mixed, *steps)
     assert len(first["losses"]) == 2
     assert answer(capsys, "train", elastic, *mixed, *steps)["resumed_from"] == 2
+    rows = tmp_path / "reviews.csv"
+    rows.write_text("title,body\n" + "\n".join(f"no word,the cat sat {'and ran ' * n}" for n in range(40)))
+    fielded = ["--data", tokens, "--data", rows, "--data", text.with_suffix(".txt"), "--field", "body"]
+    text.with_suffix(".txt").write_text("the old red house by the sea " * 100)
+    assert len(answer(capsys, "train", elastic, *fielded, *steps, "--restart")["losses"]) == 2
     for argv, says in (
         (["train", elastic, "--weights", "1"], "train: --weights must be given with --data, got no --data"),
         (
@@ -833,6 +838,10 @@ def test_a_stage_takes_folders_of_tokens_and_mixtures(elastic, parent, text, tmp
             "Mixture: weights must be positive numbers, got 1, -1",
         ),
         (["train", elastic, "--data", tokens, "--field", "x", *steps], "text: field must be given for text"),
+        (
+            ["train", elastic, "--data", "parent:300", "--field", "x", *steps],
+            "text: field must be given for text with fields, got 'x' for parent:300",
+        ),
         (["tokenize", text, tokens, "--model", elastic], "got other values of share; --restart"),
         (["tokenize", text, tmp_path / "new", "--model", tmp_path / "no"], "no: must be a directory"),
     ):

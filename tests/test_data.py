@@ -145,6 +145,10 @@ def test_a_field_may_be_named(tmp_path):
     assert read_documents(Text(tmp_path, "body"))[-1] == "plain"
     with pytest.raises(ValueError, match="field must be given for files that have fields, got 'body' for"):
         read_documents(Text(tmp_path / "b.txt", "body"))
+    with pytest.raises(
+        ValueError, match="field must be given for files that have fields, got 'body' for python:"
+    ):
+        read_documents(Text("python:docs", "body"))
 
 
 @pytest.mark.parametrize(

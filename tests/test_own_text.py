@@ -27,7 +27,7 @@ def asked(data):
 def test_the_parent_writes_where_nothing_or_its_own_text_is_named():
     assert asked(None) == (FILE, [700])
     assert asked("parent:90") == (FILE, [90])
-    assert asked(Text("parent:90", "body")) == (FILE, [90])
+    assert asked(Text("parent:90")) == (FILE, [90])
     assert asked(Mix(["a.txt", "parent:90"], [1, 2])) == (Mix(["a.txt", FILE], [1, 2]), [90])
     for data in ("a.txt", Path("parent"), Text("a.txt"), Mix(["a.txt"]), Mix([None, "a.txt"])):
         assert asked(data) == (data, [])
@@ -44,6 +44,13 @@ def test_only_the_beginning_of_a_name_asks_the_parent():
 def test_a_number_of_tokens_must_be_one(name):
     with pytest.raises(ValueError, match=f"must be named as parent:TOKENS, got {name}"):
         asked(name)
+
+
+def test_what_the_parent_writes_has_no_fields():
+    with pytest.raises(
+        ValueError, match="field must be given for text with fields, got 'body' for parent:90"
+    ):
+        asked(Text("parent:90", "body"))
 
 
 def test_a_stage_that_changes_no_weight_names_the_file():

@@ -47,6 +47,11 @@ PARENT = "parent:"  # with a number behind it: so many tokens that the parent of
 Data = str | Path | text.Text | Mix | Corpus | None
 
 
+def may_name_a_field(source: str | Path) -> bool:
+    """Whether a `Text` of this source may say which field holds its documents."""
+    return not str(source).startswith(PARENT) and not is_token_folder(source) and text.has_fields(source)
+
+
 def documents(data: str | Path | text.Text | None = None) -> tuple[list[str], list[str]]:
     """Read ``data``, by default the documentation that comes with Python: (to train on, to judge by)."""
     if isinstance(data, Mix) or is_token_folder(data):

@@ -12,7 +12,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from flextron.documents import TEXT_SUFFIXES, Text, read_documents, split_documents, stdlib_documents
+from flextron.documents import (
+    TEXT_SUFFIXES,
+    Text,
+    has_fields,
+    read_documents,
+    split_documents,
+    stdlib_documents,
+)
 
 __all__ = [
     "TEXT_SUFFIXES",
@@ -23,6 +30,7 @@ __all__ = [
     "Tokens",
     "checksum_of",
     "encode",
+    "has_fields",
     "held",
     "read_documents",
     "seeded",

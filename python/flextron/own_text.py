@@ -42,6 +42,8 @@ def written(data: Data, tokens: int, write: Callable[[int], Path]) -> Data:
     if not is_asked(data):
         return data
     path = str(data.path if isinstance(data, Text) else data)
+    if isinstance(data, Text) and data.field is not None:
+        raise ValueError(f"text: field must be given for text with fields, got {data.field!r} for {path}")
     count = path.removeprefix(PARENT)
     if not count.isdecimal() or not int(count):
         raise ValueError(f"text: the parent's own must be named as {PARENT}TOKENS, got {path}")

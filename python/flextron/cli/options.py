@@ -101,7 +101,9 @@ def data(parser: ArgumentParser, written: bool = False) -> None:
         help="shares of the tokens to draw from each --data; as many as each has, by default",
     )
     parser.add_argument(
-        "--field", help='column or key of --data that holds the text; "text", or the only one, by default'
+        "--field",
+        help='column or key of --data that holds the text, of every text that has some; "text", or the only one, by '
+        "default",
     )
 
 
@@ -112,9 +114,13 @@ def text_of(args: Namespace) -> Any:
             raise ValueError(f"{args.command}: --{name} must be given with --data, got no --data")
     if args.data is None:
         return None
+    from flextron.corpus import Mix, may_name_a_field
     from flextron.documents import Text
 
-    texts = [one if args.field is None else Text(one, args.field) for one in args.data]
+    # in a mixture the field is that of the texts that have fields; where none has, it is refused where they are read
+    fielded = [one for one in args.data if may_name_a_field(one)] or args.data
+    named = args.field is not None
+    texts = [Text(one, args.field) if named and one in fielded else one for one in args.data]
     if args.weights is None and len(texts) == 1:
         return texts[0]
     if args.weights is not None and len(args.weights) != len(texts):
@@ -122,8 +128,6 @@ def text_of(args: Namespace) -> Any:
             f"{args.command}: --weights must be one number for each of the {len(texts)} --data, "
             f"got {len(args.weights)}"
         )
-    from flextron.corpus import Mix
-
     return Mix(texts, args.weights)
 
 

@@ -15,7 +15,16 @@ from flextron.documents.files import TEXT_SUFFIXES, WHOLE, kind_of, kinds
 from flextron.documents.formats import csv_file, json_file, json_lines, parquet_file, parsed
 from flextron.documents.stdlib import STDLIB, stdlib_documents
 
-__all__ = ["TEXT_SUFFIXES", "Part", "Text", "files_below", "pieces", "read_documents", "read_part"]
+__all__ = [
+    "TEXT_SUFFIXES",
+    "Part",
+    "Text",
+    "files_below",
+    "has_fields",
+    "pieces",
+    "read_documents",
+    "read_part",
+]
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ def read_documents(source: str | Path | Text) -> list[str]:
     elif str(path).startswith(DATASET):
         found = dataset_rows(str(path), field)
     elif str(path) == STDLIB:
+        _refuse_field(field, path)
         found = stdlib_documents()
     else:
         found = (d for file in files_below(Path(path), field) for d in _in_file(file, Part(str(file), field)))
@@ -126,11 +136,22 @@ def files_below(path: Path, field: str | None) -> list[Path]:
     if path.is_dir():
         shown = (f for f in path.rglob("*") if not any(p.startswith(".") for p in f.relative_to(path).parts))
         found = sorted(f for f in shown if kind_of(f) and f.is_file())
-    if field is not None and found and all((kind_of(f) or ("",))[0] in WHOLE for f in found):
+    if found and not any(map(has_fields, found)):
+        _refuse_field(field, path)
+    return found
+
+
+def has_fields(source: str | Path) -> bool:
+    """Whether documents of a source may lie in fields, of which a `Text` names one; of a folder, some may."""
+    kind = kind_of(Path(source))
+    return str(source) != STDLIB and (kind is None or kind[0] not in WHOLE)
+
+
+def _refuse_field(field: str | None, path: str | Path) -> None:
+    if field is not None:
         raise ValueError(
             f"read_documents: field must be given for files that have fields, got {field!r} for {path}"
         )
-    return found
 
 
 def _in_file(path: Path, part: Part, longest: int | None = None) -> Iterator[str | None]:
