@@ -42,9 +42,10 @@ from flextron.conversion.refit_in_order import refit_in_order
 from flextron.conversion.source import room_beside, source_of
 from flextron.corpus import Corpus, Data, corpus, windows
 from flextron.data import Tokens
-from flextron.judge.loss import divergence, evaluate
+from flextron.judge.loss import divergence, evaluate, restored
 from flextron.nn.packed import pack
 from flextron.nn.placement import Device, current, one_device
+from flextron.nn.policy import Dial
 from flextron.nn.protocol import Elastic
 from flextron.nn.storage import Dtype, round_in_place, storage
 from flextron.recipes import AdaptiveConfig, RouteConfig, TrainConfig, TuneConfig
@@ -66,6 +67,7 @@ TRAINING_FOLDER, TUNING_FOLDER = "training", "tuning"
 REFIT_FOLDER = "refit"  # the weights before a fit
 _DOCUMENT = 512  # tokens that the parent writes in a row at most, where a stage asks it to
 _GLIMPSE = 64  # tokens of each document by which a stage sees what its text makes the model forget
+_WRITES = "the parent writes text, tokens"
 _FORGOTTEN = 0.05  # nats a token; a fit of SmolLM2 on textbooks forgot 0.03, on Python's documentation 0.06
 ROUTE_SAMPLES, ROUTE_LENGTH = 4, 128  # sequences behind one loss of static routers, and tokens in each
 _ROUTERS = (static_router, adaptive_router)
@@ -290,11 +292,15 @@ class _Known:
         if isinstance(data, Corpus) or own_text.is_asked(data) or ranks.now().size > 1:
             return None
         file, tokenizer = Path(directory) / own_text.FILE, read_tokenizer(directory)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, restored(model):
             if not file.exists():
                 file = Path(folder) / own_text.FILE
+                told, length = partial(progress, _WRITES), _within(model, _GLIMPSE)
+                model.eval().turn(Dial.of(model.elastic.full()))
                 try:
-                    _write(directory, file, 16 * _GLIMPSE, model.device, progress, _GLIMPSE)
+                    sample_documents(
+                        model, tokenizer, file, tokens=16 * _GLIMPSE, length=length, progress=told
+                    )
                 except ValueError:  # a parent that ends at once, or has no token between documents
                     return None
             own = windows(corpus(tokenizer, file).train, 16, _GLIMPSE)
@@ -322,7 +328,6 @@ def _write(
     count: int,
     device: torch.device,
     progress: Progress,
-    length: int = _DOCUMENT,
 ) -> None:
     lines = read_lines(file) if file.exists() else []
     there = sum(line["tokens"] for line in lines)
@@ -341,10 +346,15 @@ def _write(
         read_tokenizer(directory),
         file,
         tokens=count,
-        length=min(length, getattr(model.config, "max_position_embeddings", None) or length),
+        length=_within(model, _DOCUMENT),
         facts={"weights": weights},
-        progress=partial(progress, "the parent writes text, tokens"),
+        progress=partial(progress, _WRITES),
     )
+
+
+def _within(model: Elastic, length: int) -> int:
+    """So many tokens as a document may have: ``length``, where the model knows so many positions."""
+    return min(length, getattr(model.config, "max_position_embeddings", None) or length)
 
 
 @_alone
