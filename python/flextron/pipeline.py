@@ -57,7 +57,7 @@ from flextron.routing.profile import measure_adaptive
 from flextron.routing.profile import profile as profile_model
 from flextron.routing.static import train_routers
 from flextron.sampling import sample_documents
-from flextron.training import TrainReport, resume
+from flextron.training import TrainReport, bf16_is_fast, resume
 from flextron.training import train as train_model
 from flextron.training.room import Room, room
 from flextron.training.sharding import computes_in_bf16, cut_of, first_with_weights
@@ -698,7 +698,8 @@ def route(
     """Train the static routers for one phase's latency on a few sequences, and store them.
 
     Networks are judged by how far their predictions are from the full one's (`flextron.judge.loss.divergence`); with
-    the form ``gumbel``, which learns end to end, by the loss.
+    the form ``gumbel``, which learns end to end, by the loss. Without a ``dtype``, divergence from a float32 model is
+    measured in bfloat16 where the device computes it fast: in half the time, and 0.001 nats higher, all alike.
 
     ``batch``, ``context`` and ``machine`` say which latency table of the phase, as those of `set_budget` do.
     ``doubted`` is called with a sentence where that table may be wrong by more than 10 %: it warns, or raises.
@@ -715,6 +716,9 @@ def route(
     # From the training text: the text that judges the routers must not have chosen them.
     tokens = windows(corpus(read_tokenizer(directory), data).train, samples, length, "route")
     model.requires_grad_(False)
+    compares = dtype is None and config.form != "gumbel"
+    if compares and model.dtype == torch.float32 and bf16_is_fast(model.device):
+        model.to(torch.bfloat16)
     result = train_routers(
         model.elastic,
         table,

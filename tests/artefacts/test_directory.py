@@ -75,6 +75,27 @@ def command(*argv: Any) -> Callable[[Path], Any]:
     return lambda directory: main([argv[0], str(directory), *map(str, argv[1:]), "--json"])
 
 
+@pytest.mark.parametrize(
+    ("fast", "form", "dtype", "compared"),
+    [
+        (True, "surrogate", None, torch.bfloat16),
+        (True, "surrogate", "float32", torch.float32),
+        (True, "gumbel", None, torch.float32),
+        (False, "surrogate", None, torch.float32),
+    ],
+)
+def test_networks_are_compared_in_bfloat16_where_that_is_fast(
+    elastic, monkeypatch, fast, form, dtype, compared
+):
+    judge, seen = pipeline._judge, []
+    monkeypatch.setattr(pipeline, "bf16_is_fast", lambda device: fast)
+    monkeypatch.setattr(
+        pipeline, "_judge", lambda model, *rest: seen.append(model.dtype) or judge(model, *rest)
+    )
+    pipeline.route(elastic, replace(ROUTE, form=form), dtype=dtype, **SHORT)
+    assert seen == [compared]
+
+
 COMMANDS: dict[str, Callable[[Path], Any]] = {
     "from_pretrained": flextron.from_pretrained,
     "info": command("info"),
