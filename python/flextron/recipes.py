@@ -119,7 +119,9 @@ class TrainConfig:
     )
     full_probability: float = about(0.3, "probability that a micro-batch trains the full model")
     networks: tuple[Widths, ...] = about(
-        (), "sub-networks to draw below the full one, each as often; by default whatever the menus allow"
+        (),
+        "sub-networks to draw below the full one, each in proportion to the parameters that it does without; by "
+        "default whatever the menus allow",
     )
     shard: str = about(
         "auto",

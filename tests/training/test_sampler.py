@@ -162,14 +162,17 @@ def test_impossible_probability_is_refused(probability):
 
 
 @pytest.mark.parametrize("full", [0.0, 0.3])
-def test_given_networks_are_drawn_as_often_as_each_other_and_must_be_in_the_menus(full):
+def test_given_networks_are_drawn_by_what_they_do_without_and_must_be_in_the_menus(full):
     config = menus()
     networks = (config.uniform(1, 0), config.uniform(0, 1), config.uniform(2, 2))
     sampler = WidthSampler(config, full, seed=4, networks=networks)
     counts = Counter((w.mlp, w.heads) for w in (sampler.draw() for _ in range(DRAWS)))
-    wanted = {(w.mlp, w.heads): (1 - full) / 3 for w in networks}
+    without = [config.params(config.full()) - config.params(w) for w in networks]
+    assert len(set(without)) == 3
+    wanted = {(w.mlp, w.heads): (1 - full) * n / sum(without) for w, n in zip(networks, without, strict=True)}
     if full:
         wanted[config.full().mlp, config.full().heads] = full
     assert_frequencies(counts, wanted)
     with pytest.raises(ValueError, match=r"mlp\[0\] must be one of \[1, 2, 3, 4\], got 9"):
         WidthSampler(config, networks=[config.full(), Widths((9, 1, 1), (1, 1, 1))])
+    assert WidthSampler(config, full, networks=[config.full()]).draw() == config.full()

@@ -29,7 +29,8 @@ class WidthSampler:
     With ``full_probability`` the full model; otherwise, at even odds, one of the `homogeneous` sub-networks
     or an independent choice for every layer and axis, uniform over the menu. Independent choices alone would
     hover round the mean size; without a share of its own the full model would be trained too rarely.
-    Where ``networks`` are given, one of these is drawn in their place, each as often.
+    Where ``networks`` are given, one of these is drawn in their place, each in proportion to the parameters that it
+    does without: the smallest has most to learn.
 
     Args:
         config: the menus.
@@ -53,6 +54,8 @@ class WidthSampler:
         self.config = config
         self.full_probability = full_probability
         self.networks = tuple(networks)
+        without = torch.tensor([config.params(config.full()) - config.params(w) for w in networks]).double()
+        self._shares = without if without.any() else torch.ones_like(without)
         self._homogeneous = homogeneous(config)
         self._generator = seeded(f"widths/{seed}")
 
@@ -69,7 +72,7 @@ class WidthSampler:
         if kind < self.full_probability:
             return self.config.full()
         if self.networks:
-            return self.networks[_indices(len(self.networks), 1, generator)[0]]
+            return self.networks[int(torch.multinomial(self._shares, 1, generator=generator))]
         if kind < (1 + self.full_probability) / 2:
             return self._homogeneous[_indices(len(self._homogeneous), 1, generator)[0]]
         layers = self.config.num_layers
