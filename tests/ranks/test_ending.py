@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -107,6 +108,16 @@ def test_a_rank_that_is_killed_while_it_connects_is_named(processes):
     codes, said = told(processes.run(3, ["-c", LATE, "killed"]))
     assert codes == [2, -signal.SIGKILL, 2]
     assert said == "flextron: train: all 3 processes must stay alive, got rank 1 gone; start it again\n"
+
+
+def test_a_rank_that_never_connects_is_not_waited_for_without_end():
+    store, limit = dist.HashStore(), timedelta(seconds=0.1)
+    with pytest.raises(dist.DistStoreError, match="timed out") as caught:
+        Ending("train", 0, 2, store, "again").connected(limit)
+    store.set("connected/1", "")
+    Ending("train", 0, 2, store, "again").connected(limit)
+    told_of = Ending("train", 0, 2, store, "again").settled(caught.value)
+    assert str(told_of) == "train: all 2 processes must stay alive, got one that does not answer; again"
 
 
 def test_a_signal_to_stop_ends_ranks_that_compute(processes):

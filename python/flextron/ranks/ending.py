@@ -65,16 +65,17 @@ class Ending:
         assert device is not None
         return device
 
-    def connected(self) -> None:
+    def connected(self, limit: timedelta) -> None:
         """Wait until all ranks are connected: one that left before would look lost to those that still connect."""
         self.store.set(f"connected/{self.rank}", "")
-        ranks = [f"connected/{other}" for other in range(self.size)]
-        while True:
-            try:
-                return self.store.wait(ranks, timedelta(seconds=_LOST))
-            except dist.DistStoreError:
-                if self._gone() or self.store.check(["told"]):
-                    raise
+        all_ranks = [f"connected/{other}" for other in range(self.size)]
+        deadline = time.monotonic() + limit.total_seconds()
+        while not self.store.check(
+            all_ranks
+        ):  # not the store's own wait, which writes a line when it gives up
+            if self._gone() or self.store.check(["told"]) or time.monotonic() > deadline:
+                raise dist.DistStoreError("the ranks' connecting timed out")
+            time.sleep(_STEP)
 
     def settled(self, error: BaseException) -> BaseException:
         """The error that a rank ends by: its own, LostError, or SystemExit where another rank tells what happened."""

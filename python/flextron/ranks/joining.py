@@ -105,7 +105,7 @@ def joined(
             place = ending.met(partial(_with_messages, who, choose))
             _connect(ending.store, rank, size, place, limit)
             with _as(Ranks(rank, size, local, place)) as me:
-                ending.connected()
+                ending.connected(limit)
                 yield me
         except BaseException as error:
             if not torch.cuda.is_initialized():  # NCCL may hang by now; gloo tells the others
