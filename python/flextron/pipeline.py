@@ -699,7 +699,7 @@ def route(
 
     Networks are judged by how far their predictions are from the full one's (`flextron.judge.loss.divergence`); with
     the form ``gumbel``, which learns end to end, by the loss. Without a ``dtype``, divergence from a float32 model is
-    measured in bfloat16 where the device computes it fast: in half the time, and 0.001 nats higher, all alike.
+    measured in bfloat16 where the device computes it fast: in 0.6 of the time, and 0.001 nats higher, all alike.
 
     ``batch``, ``context`` and ``machine`` say which latency table of the phase, as those of `set_budget` do.
     ``doubted`` is called with a sentence where that table may be wrong by more than 10 %: it warns, or raises.

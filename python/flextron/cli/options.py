@@ -114,13 +114,14 @@ def text_of(args: Namespace) -> Any:
             raise ValueError(f"{args.command}: --{name} must be given with --data, got no --data")
     if args.data is None:
         return None
-    from flextron.corpus import Mix, may_name_a_field
-    from flextron.documents import Text
+    texts = list(args.data)
+    if args.field is not None:
+        from flextron.corpus import may_name_a_field
+        from flextron.documents import Text
 
-    # in a mixture the field is that of the texts that have fields; where none has, it is refused where they are read
-    fielded = [one for one in args.data if may_name_a_field(one)] or args.data
-    named = args.field is not None
-    texts = [Text(one, args.field) if named and one in fielded else one for one in args.data]
+        # in a mixture it is the field of the texts that have some; where none has, it is refused where they are read
+        fielded = [one for one in texts if may_name_a_field(one)] or texts
+        texts = [Text(one, args.field) if one in fielded else one for one in texts]
     if args.weights is None and len(texts) == 1:
         return texts[0]
     if args.weights is not None and len(args.weights) != len(texts):
@@ -128,6 +129,8 @@ def text_of(args: Namespace) -> Any:
             f"{args.command}: --weights must be one number for each of the {len(texts)} --data, "
             f"got {len(args.weights)}"
         )
+    from flextron.corpus import Mix
+
     return Mix(texts, args.weights)
 
 
